@@ -1,0 +1,1 @@
+"""Prefect flows: wiring, retries, concurrency, artifacts. No tensor math and no file formats."""
