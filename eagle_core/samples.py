@@ -68,14 +68,14 @@ class SampleSource(Protocol):
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """[N] non-decreasing group (shard) of each sample: members of one are cheap to read together."""
+        """[N] non-decreasing group (shard) of each sample; one group is cheap to read at once."""
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index`; raise rather than substitute anything."""
 
 
 def sample_id(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> str:
-    """Return the content address of a tokenised sample: xxh3_128 of ids (int32 LE) and mask (uint8)."""
+    """Return the content address of a sample: xxh3_128 of ids (int32 LE) and mask (uint8)."""
     digest = xxhash.xxh3_128(np.ascontiguousarray(input_ids, dtype="<i4").tobytes())
     digest.update(np.ascontiguousarray(loss_mask, dtype="u1").tobytes())
     return digest.hexdigest()

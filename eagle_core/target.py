@@ -1,0 +1,235 @@
+"""The frozen target model: hidden-state capture, and cached forwards for speculative decoding.
+
+Conventions (docs/design.md, section 4): an aux layer id is the 0-based decoder layer whose *output*
+is captured; `last` is the state after the final norm, so that `lm_head(last)` gives the logits.
+Loading refuses a model for which that does not hold (logit soft-capping, logit scaling).
+
+Shapes: B batch, T tokens, H hidden size, V vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+
+from eagle_core import weights
+from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target_config import TargetConfig
+from eagle_core.tensors import to_bfloat16_bits
+
+CAPTURE_VERSION = 1
+"""Raised whenever the same weights and ids could give other stored bytes."""
+NORM_CONVENTION = "post_norm"
+_LOGITS_CHUNK_TOKENS = 1024
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def aux_layers(config: TargetConfig, num_layers: int) -> tuple[int, int, int]:
+    """Return the captured decoder layers, 0-based, low to high."""
+    layers = config.aux_layers or (1, num_layers // 2 - 1, num_layers - 4)
+    if not 0 <= layers[0] < layers[1] < layers[2] < num_layers:
+        raise ConfigError(
+            f"target {config.name}: aux layers {layers} must rise and lie in 0..{num_layers - 1} "
+            f"(the model has {num_layers} layers); set target.aux_layers"
+        )
+    return layers
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device, `auto` being CUDA where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
+    """Return the text model's configuration from the weights folder."""
+    loaded = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    return loaded.get_text_config()
+
+
+def fingerprint_fields(config: TargetConfig, folder: Path) -> dict[str, str]:
+    """Return what decides the bytes of the hidden states, by a name a person can read."""
+    model_config = read_model_config(config, folder)
+    return {
+        "aux_layers": json.dumps(aux_layers(config, model_config.num_hidden_layers)),
+        "attention": config.attention,
+        "capture_version": str(CAPTURE_VERSION),
+        "dtype": config.dtype,
+        "norm_convention": NORM_CONVENTION,
+        "weights": json.dumps(weights.weight_digests(folder), sort_keys=True),
+    }
+
+
+def fingerprint(fields: Mapping[str, str]) -> str:
+    """Return the sha256 over the sorted compact JSON of `fields`."""
+    text = json.dumps(dict(fields), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class TargetModel:
+    """A loaded causal language model, never trained, with hooks on its aux layers only."""
+
+    def __init__(
+        self, model: nn.Module, *, config: TargetConfig, model_config: PretrainedConfig
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.aux_layers = aux_layers(config, model_config.num_hidden_layers)
+        self.device = next(model.parameters()).device
+        self._model = model.eval().requires_grad_(requires_grad=False)
+        self._decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # PreTrainedModel
+        self._lm_head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self._check_head()
+
+    @classmethod
+    def load(cls, config: TargetConfig) -> "TargetModel":
+        """Load the target's weights onto its device.
+
+        Raises:
+            ConfigError: weights missing, or logits that are not `lm_head(last)`.
+
+        """
+        folder = weights.locate(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+        model = model.to(resolve_device(config.device))
+        return cls(model, config=config, model_config=read_model_config(config, folder))
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[V, H] the head that turns `last` into logits."""
+        weight: Tensor = self._lm_head.weight  # type: ignore[assignment]
+        return weight
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Return the target's logits [..., V] for post-norm states [..., H]."""
+        return self._lm_head(last)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def forward_cached(
+        self, input_ids: Tensor, past: DynamicCache | None
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache)."""
+        cache = DynamicCache(config=self.model_config) if past is None else past
+        last, aux = self._run(input_ids, past_key_values=cache, use_cache=True)
+        return last, torch.cat(aux, dim=-1), cache
+
+    def capture(self, samples: Sequence[TokenizedSample]) -> Iterator[HiddenStateSample]:
+        """Yield the hidden states of `samples`, longest first, in batches of similar length.
+
+        Batches are a pure function of the given samples: the same shard gives the same bytes.
+
+        Raises:
+            CorruptError: a state is not finite; names the sample and the layer.
+
+        """
+        for batch in batches_by_length(samples, batch_tokens=self.config.batch_tokens):
+            yield from self._capture_batch(batch)
+
+    @torch.inference_mode()
+    def _capture_batch(self, batch: Sequence[TokenizedSample]) -> Iterator[HiddenStateSample]:
+        # Right padding needs no attention mask: under causal attention no real token sees it.
+        ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
+        for row, sample in enumerate(batch):
+            ids[row, : len(sample)] = sample.input_ids
+        last, aux = self._run(torch.from_numpy(ids).to(self.device), use_cache=False)
+        stacked = torch.stack(aux, dim=2)
+        for row, sample in enumerate(batch):
+            sample_last = last[row, : len(sample)]
+            argmax, logsumexp = self._teacher(sample_last)
+            sample_aux = stacked[row, : len(sample)]
+            for name, state in (("aux", sample_aux), ("last", sample_last)):
+                if not torch.isfinite(state).all():
+                    raise CorruptError(
+                        f"target {self.config.name}: sample {sample.sample_id} has a non-finite "
+                        f"{name} state; check the weights and try dtype float32"
+                    )
+            yield HiddenStateSample(
+                sample_id=sample.sample_id,
+                input_ids=sample.input_ids,
+                loss_mask=sample.loss_mask,
+                aux_hidden_states=to_bfloat16_bits(sample_aux),
+                last_hidden_state=to_bfloat16_bits(sample_last),
+                target_argmax=argmax,
+                target_logsumexp=logsumexp,
+            )
+
+    def _teacher(self, last: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return (argmax int32 [T], logsumexp float32 [T]) over the full vocabulary."""
+        argmax, logsumexp = [], []
+        for chunk in last.split(_LOGITS_CHUNK_TOKENS):
+            logits = self.logits(chunk).float()
+            argmax.append(logits.argmax(dim=-1).to(torch.int32))
+            logsumexp.append(logits.logsumexp(dim=-1))
+        return torch.cat(argmax).cpu().numpy(), torch.cat(logsumexp).cpu().numpy()
+
+    def _run(
+        self, input_ids: Tensor, *, past_key_values: DynamicCache | None = None, use_cache: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        with self._captured() as aux:
+            outputs = self._decoder(
+                input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache
+            )
+        return outputs.last_hidden_state, [aux[layer] for layer in self.aux_layers]
+
+    @contextmanager
+    def _captured(self) -> Iterator[dict[int, Tensor]]:
+        """Collect the outputs of the aux layers of the forwards made inside, and nothing else."""
+        states: dict[int, Tensor] = {}
+        layers: nn.ModuleList = self._decoder.layers  # type: ignore[assignment]
+
+        def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
+            states[layer] = output if isinstance(output, Tensor) else output[0]
+
+        hooks = [
+            layers[layer].register_forward_hook(
+                lambda _m, _i, output, layer=layer: keep(layer, output)
+            )
+            for layer in self.aux_layers
+        ]
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Refuse a model whose logits are not lm_head(last): the teacher would be wrong."""
+        ids = torch.arange(1, 5, device=self.device).unsqueeze(0)
+        expected = self._model(input_ids=ids, use_cache=False).logits
+        last, _ = self._run(ids, use_cache=False)
+        if not torch.allclose(self.logits(last), expected, rtol=1e-2, atol=1e-2):
+            raise ConfigError(
+                f"target {self.config.name}: its logits are not lm_head(last hidden state) (logit "
+                "soft-capping or scaling?); this architecture is not supported yet"
+            )
+
+
+def batches_by_length(
+    samples: Sequence[TokenizedSample], *, batch_tokens: int
+) -> Iterator[list[TokenizedSample]]:
+    """Yield batches, longest samples first, whose padded size stays within `batch_tokens`.
+
+    A sample longer than the budget is a batch of its own. Ties are broken by sample id.
+    """
+    batch: list[TokenizedSample] = []
+    for sample in sorted(samples, key=lambda sample: (-len(sample), sample.sample_id)):
+        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
