@@ -52,7 +52,8 @@ def resolve_device(device: str) -> torch.device:
 def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
     """Return the text model's configuration from the weights folder."""
     loaded = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    return loaded.get_text_config()
+    text_config: PretrainedConfig = loaded.get_text_config()
+    return text_config
 
 
 def fingerprint_fields(config: TargetConfig, folder: Path) -> dict[str, str]:
@@ -104,7 +105,7 @@ class TargetModel:
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
         )
-        model = model.to(resolve_device(config.device))
+        nn.Module.to(model, resolve_device(config.device))
         return cls(model, config=config, model_config=read_model_config(config, folder))
 
     @property
@@ -169,7 +170,7 @@ class TargetModel:
     def _teacher(self, last: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return (argmax int32 [T], logsumexp float32 [T]) over the full vocabulary."""
         argmax, logsumexp = [], []
-        for chunk in last.split(_LOGITS_CHUNK_TOKENS):
+        for chunk in torch.split(last, _LOGITS_CHUNK_TOKENS):
             logits = self.logits(chunk).float()
             argmax.append(logits.argmax(dim=-1).to(torch.int32))
             logsumexp.append(logits.logsumexp(dim=-1))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eagle_core.errors import CorruptError
@@ -47,8 +48,8 @@ class TokenFile:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """[N] tokens of each sample."""
-        lengths = pa.compute.list_value_length(self._table["input_ids"])
-        return lengths.to_numpy().astype(np.int64)
+        lengths: NDArray[np.int64] = pc.list_value_length(self._table["input_ids"]).to_numpy()
+        return lengths
 
     def fetch(self, row: int) -> TokenizedSample:
         """Return the sample in `row`."""

@@ -71,8 +71,8 @@ def _from_hub(config: TargetConfig) -> Path:
         raise ConfigError(
             f"target {config.name}: the weights of {config.model} are not on this machine and "
             f"could not be downloaded ({type(error).__name__}). Accept the licence on its model "
-            f"page if it has one, run `hf auth login`, then `hf download {config.model} --local-dir "
-            f"models/{config.name}` and set target.model to models/{config.name}"
+            f"page if it has one, run `hf auth login`, then `hf download {config.model} "
+            f"--local-dir models/{config.name}` and set target.model to models/{config.name}"
         ) from error
 
 
@@ -110,7 +110,7 @@ def _convert_gguf(gguf_path: Path, folder: Path) -> None:
         )
         # The GGUF header's name may hold spaces and the original path; neither belongs in a config.
         model.config._name_or_path = gguf_path.stem  # noqa: SLF001 (transformers has no other setter)
-        model.to(torch.bfloat16).save_pretrained(partial)
+        model.bfloat16().save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name).save_pretrained(
             partial
         )
@@ -173,4 +173,5 @@ def _only(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
 
 def _load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
     with safe_open(files[name], framework="pt") as file:
-        return file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
