@@ -1,0 +1,130 @@
+"""A chat template: messages to text, as the tokenizer's own template writes it, every day alike.
+
+The same sandbox that transformers uses, with two differences. The clock stands still: templates
+that print today's date (Llama-3, gpt-oss) would otherwise make other tokens every day. And the text
+of `{% generation %}` blocks is reported as character spans.
+"""
+
+import datetime as dt
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+from eagle_core.errors import ConfigError, EagleCoreError
+
+_OPEN, _CLOSE = "\x00<generation>\x00", "\x00</generation>\x00"
+"""Mark a block while rendering."""
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class TemplateRefusedError(EagleCoreError):
+    """The template raised, as many do for turns that their model was not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendering:
+    """The text of some messages."""
+
+    text: str
+    generated: tuple[tuple[int, int], ...]
+    """Character spans of `{% generation %}` blocks; empty if the template has none."""
+
+
+class ChatTemplate:
+    """One template with everything but the messages fixed."""
+
+    def __init__(self, source: str, *, variables: Mapping[str, object], today: dt.date) -> None:
+        """Compile; `variables` are what the template can see besides the messages."""
+        self._variables = {**variables, "strftime_now": today.strftime}
+        self._template = _compile(source)
+        self.marks_generation = _GENERATION.search(source) is not None
+        identity = json.dumps(
+            {"source": source, "variables": dict(variables), "today": today.isoformat()},
+            sort_keys=True,
+            default=str,
+        )
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool
+    ) -> Rendering:
+        """Return the text; raise `TemplateRefusedError` if the template refuses the messages."""
+        try:
+            text = self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error
+        return _without_marks(text)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Gives `{% generation %}...{% endgeneration %}`: its text is rendered between two marks."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    @staticmethod
+    def _marked(caller: Callable[[], str]) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+def _compile(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is not valid Jinja (line {error.lineno}): {error}; correct it"
+        ) from error
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON as transformers writes it for templates: no HTML escapes."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _without_marks(text: str) -> Rendering:
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    length = 0
+    for number, piece in enumerate(text.split(_OPEN)):
+        block, mark, rest = piece.partition(_CLOSE)
+        if bool(mark) != (number > 0):
+            raise TemplateRefusedError("generation blocks overlap, or a message holds their marks")
+        if number > 0:
+            spans.append((length, length + len(block)))
+        pieces += (block, rest)
+        length += len(block) + len(rest)
+    return Rendering(text="".join(pieces), generated=tuple(spans))

@@ -1,0 +1,200 @@
+"""Conversations: one clean form for every way people write them down.
+
+A conversation is an optional system turn, then user and assistant turns that alternate (tool
+results may stand between two assistant turns), and ends with the assistant. Whatever cannot be
+brought into that form is a `RejectedRecord`; nothing is guessed and nothing is silently repaired.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import xxhash
+
+from eagle_core.ledger import Change, Reason, RejectedRecord
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_MAY_FOLLOW: Mapping[Role | None, frozenset[Role]] = {
+    None: frozenset({"system", "user"}),
+    "system": frozenset({"user"}),
+    "user": frozenset({"assistant"}),
+    "assistant": frozenset({"user", "tool"}),
+    "tool": frozenset({"assistant", "tool"}),
+}
+_MESSAGE_KEYS = ("conversations", "conversation", "messages")
+_ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Turns in order; the last one is the assistant's."""
+
+    conversation_id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalised:
+    """A conversation and what had to be changed to get it."""
+
+    conversation: Conversation
+    changes: tuple[Change, ...]
+
+
+def normalise(record: object, *, location: str) -> Normalised:
+    """Return the conversation in a ShareGPT (`from`, `value`) or OpenAI (`role`, `content`) record.
+
+    Two things are changed, and said in `changes`. Assistant turns that come before any user turn
+    are cut: they answer something that is not there. Turns after the last assistant turn are cut:
+    nothing in them is learned. Raises `RejectedRecord` with a reason for everything else.
+    """
+    if not isinstance(record, Mapping):
+        raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(record).__name__}")
+    messages = [
+        _message(turn, location=f"{location}, turn {index}")
+        for index, turn in enumerate(_turns(record, location))
+    ]
+    kept, changes = _cut_ends(messages)
+    if not any(message.role == "assistant" for message in kept):
+        raise RejectedRecord(Reason.NO_ASSISTANT_TURN, location, f"{len(messages)} turns")
+    _check_turns(kept, location)
+    named = next((record[key] for key in _ID_KEYS if record.get(key) not in (None, "")), None)
+    conversation = Conversation(
+        conversation_id=_encodable(str(named), location) if named is not None else "",
+        messages=tuple(kept),
+    )
+    if named is None:
+        conversation = Conversation(
+            conversation_id=content_key(conversation), messages=conversation.messages
+        )
+    return Normalised(conversation=conversation, changes=changes)
+
+
+def content_key(conversation: Conversation) -> str:
+    """Return xxh3_128 of roles and contents, 32 hex digits: equal exactly for equal turns."""
+    digest = xxhash.xxh3_128()
+    for message in conversation.messages:
+        content = message.content.encode()
+        digest.update(f"{message.role} {len(content)}\n".encode())  # the length keeps turns apart
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Return whether the conversation with this content key belongs to the held-out split.
+
+    Depends on the content alone: adding data moves no conversation, and a larger fraction only adds
+    to the held-out ones.
+    """
+    return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
+
+
+def _turns(record: Mapping[str, object], location: str) -> Sequence[object]:
+    for key in _MESSAGE_KEYS:
+        turns = record.get(key)
+        if isinstance(turns, Sequence) and not isinstance(turns, str | bytes):
+            if not turns:
+                raise RejectedRecord(Reason.NO_MESSAGES, location, f"{key} is empty")
+            return turns
+    known = ", ".join(_MESSAGE_KEYS)
+    found = ", ".join(sorted(map(str, record))[:8])
+    raise RejectedRecord(Reason.NO_MESSAGES, location, f"no list named {known}; found {found}")
+
+
+def _message(turn: object, *, location: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(turn).__name__}")
+    name = turn.get("role", turn.get("from"))
+    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise RejectedRecord(Reason.UNKNOWN_ROLE, location, f"role {str(name)[:40]!a}")
+    return Message(role=role, content=_text(turn.get("content", turn.get("value")), location))
+
+
+def _text(content: object, location: str) -> str:
+    if isinstance(content, str):
+        return _encodable(content, location)
+    if content is None:
+        return ""
+    if isinstance(content, Sequence) and not isinstance(content, bytes):
+        return "".join(_part_text(part, location) for part in content)
+    raise RejectedRecord(Reason.NOT_TEXT, location, f"content is {type(content).__name__}")
+
+
+def _part_text(part: object, location: str) -> str:
+    """Return the text of one OpenAI content part; images and audio are refused."""
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return _encodable(part["text"], location)
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise RejectedRecord(Reason.NOT_TEXT, location, f"content part {str(kind)[:40]!a}")
+
+
+def _encodable(text: str, location: str) -> str:
+    """Return `text`; JSON can escape half a surrogate pair, which no UTF-8 file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RejectedRecord(
+            Reason.BROKEN_UTF8, location, f"lone surrogate at character {error.start}"
+        ) from error
+    return text
+
+
+def _cut_ends(messages: Sequence[Message]) -> tuple[list[Message], tuple[Change, ...]]:
+    """Return what lies between the first user turn and the last assistant turn, system included."""
+    changes = []
+    start = 1 if messages[0].role == "system" else 0
+    first = start
+    while first < len(messages) and messages[first].role == "assistant":
+        first += 1
+    kept = [*messages[:start], *messages[first:]]
+    if first > start:
+        changes.append(Change.LEADING_ASSISTANT_TURNS_CUT)
+    end = len(kept)
+    while end > 0 and kept[end - 1].role != "assistant":
+        end -= 1
+    if end < len(kept):
+        changes.append(Change.TRAILING_TURNS_CUT)
+    return kept[:end], tuple(changes)
+
+
+def _check_turns(messages: Sequence[Message], location: str) -> None:
+    previous: Role | None = None
+    for index, message in enumerate(messages):
+        if message.role not in _MAY_FOLLOW[previous]:
+            raise RejectedRecord(
+                Reason.WRONG_ALTERNATION,
+                location,
+                f"turn {index} is {message.role} after {previous or 'nothing'}",
+            )
+        if not message.content.strip():
+            raise RejectedRecord(
+                Reason.EMPTY_TURN, location, f"turn {index} ({message.role}) is empty"
+            )
+        previous = message.role

@@ -1,0 +1,298 @@
+"""Builds a data set once: read, normalise, deduplicate, split, and account for every record.
+
+Invariant: train + held out + dropped = records read, and nothing is visible before all of it is on
+disk. Files are written to a temporary directory, synced, moved, and the manifest moves last; a
+reader checks size and digest of what it opens.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from eagle_core.conversations import Conversation, Message, content_key, is_held_out, normalise
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest, load_manifest
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.ledger import LedgerEntry, Reason, RejectedRecord
+from eagle_core.source_record import DamagedRecord, SourceRecord
+from eagle_core.sources import find_source, identify, read_records
+
+Split = Literal["train", "held_out"]
+Progress = Callable[[float, str], None]
+"""Called now and then with the share of the source that has been read (0 to 1) and a sentence."""
+
+RULES_VERSION = 1
+"""Raise it when the cleaning rules change: data sets made by older rules are then built again."""
+LEDGER_NAME = "ledger.parquet"
+_SPLITS: tuple[Split, ...] = ("train", "held_out")
+_ROWS_PER_GROUP = 1024
+_RECORDS_PER_REPORT = 500
+
+_CONVERSATION_SCHEMA = pa.schema(
+    [
+        ("conversation_id", pa.string()),
+        ("content_key", pa.string()),
+        (
+            "messages",
+            pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+        ),
+    ]
+)
+_LEDGER_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in LedgerEntry.__dataclass_fields__],
+)
+
+
+def build_dataset(
+    config: DatasetConfig, *, out_dir: Path, progress: Progress = lambda _share, _what: None
+) -> DatasetManifest:
+    """Write `train.parquet`, `held_out.parquet`, `ledger.parquet` and `manifest.json`.
+
+    Returns the manifest of what is there already if it was made from the same source by the same
+    options and rules. Raises `ConfigError` or `CorruptError` for a source that is missing or
+    damaged, and `MismatchError` if the source changed while it was read; nothing is left behind.
+    """
+    source = identify(find_source(config))
+    finished = _finished(out_dir, config, source)
+    if finished is not None:
+        progress(1.0, f"{finished.num_conversations} conversations are there already")
+        return finished
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=out_dir) as directory:
+        manifest = _write(config, source, Path(directory), progress)
+        if identify(find_source(config)) != source:
+            raise MismatchError(
+                f"data set {config.name}: {config.source} changed while it was read; run again"
+            )
+        _publish(manifest, Path(directory), out_dir)
+    return manifest
+
+
+def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
+    """Yield the conversations of one split in order, a row group in memory at a time.
+
+    Raises `ConfigError` without a finished data set and `CorruptError` if the file is not, byte for
+    byte, what the manifest says.
+    """
+    name = f"{split}.parquet"
+    _check_file(directory / name, load_manifest(directory).files[name])
+    with pq.ParquetFile(directory / name) as table:
+        for batch in table.iter_batches(_ROWS_PER_GROUP, columns=["conversation_id", "messages"]):
+            for row in batch.to_pylist():
+                yield Conversation(
+                    conversation_id=row["conversation_id"],
+                    messages=tuple(Message(**message) for message in row["messages"]),
+                )
+
+
+class _RowWriter:
+    """Writes rows to a Parquet file, a row group at a time."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._schema = schema
+        self._rows: list[dict[str, object]] = []
+
+    def add(self, row: dict[str, object]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _ROWS_PER_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows = []
+
+
+class _Builder:
+    """Takes records one by one and keeps the accounts."""
+
+    def __init__(self, config: DatasetConfig, directory: Path) -> None:
+        self._config = config
+        self._seen: set[bytes] = set()
+        self._splits = {
+            split: _RowWriter(directory / f"{split}.parquet", _CONVERSATION_SCHEMA)
+            for split in _SPLITS
+        }
+        self._ledger = _RowWriter(directory / LEDGER_NAME, _LEDGER_SCHEMA)
+        self._fingerprint = hashlib.sha256()
+        self.kept: Counter[Split] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
+
+    @property
+    def num_records(self) -> int:
+        return self.kept.total() + self.dropped.total()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint.hexdigest()
+
+    def add(self, record: SourceRecord | DamagedRecord) -> None:
+        """Keep the record or enter why not."""
+        if isinstance(record, DamagedRecord):
+            self._drop(RejectedRecord(record.reason, record.location, record.detail))
+            return
+        try:
+            normalised = normalise(record.value, location=record.location)
+        except RejectedRecord as rejected:
+            self._drop(rejected)
+            return
+        conversation = normalised.conversation
+        key = content_key(conversation)
+        if bytes.fromhex(key) in self._seen:
+            self._drop(
+                RejectedRecord(Reason.DUPLICATE, record.location, f"of content {key}"),
+                conversation_id=conversation.conversation_id,
+            )
+            return
+        self._seen.add(bytes.fromhex(key))
+        self._keep(conversation, key)
+        for change in normalised.changes:
+            self.changed[change] += 1
+            self._enter(
+                LedgerEntry(
+                    location=record.location,
+                    conversation_id=conversation.conversation_id,
+                    action="changed",
+                    reason=change,
+                    detail="",
+                )
+            )
+
+    def close(self) -> None:
+        for writer in (*self._splits.values(), self._ledger):
+            writer.close()
+
+    def _keep(self, conversation: Conversation, key: str) -> None:
+        split: Split = "held_out" if is_held_out(key, self._config.held_out_fraction) else "train"
+        self.kept[split] += 1
+        self._fingerprint.update(f"{split} {key}\n".encode())
+        self._splits[split].add(
+            {
+                "conversation_id": conversation.conversation_id,
+                "content_key": key,
+                "messages": [
+                    {"role": message.role, "content": message.content}
+                    for message in conversation.messages
+                ],
+            }
+        )
+
+    def _drop(self, rejected: RejectedRecord, *, conversation_id: str = "") -> None:
+        self.dropped[rejected.reason] += 1
+        self._enter(LedgerEntry.of(rejected, conversation_id=conversation_id))
+
+    def _enter(self, entry: LedgerEntry) -> None:
+        self._ledger.add({name: str(getattr(entry, name)) for name in _LEDGER_SCHEMA.names})
+
+
+def _write(
+    config: DatasetConfig,
+    source: tuple[dict[str, object], ...],
+    directory: Path,
+    progress: Progress,
+) -> DatasetManifest:
+    builder = _Builder(config, directory)
+    try:
+        for index, record in enumerate(read_records(config)):
+            builder.add(record)
+            num_kept = builder.kept.total()
+            if index % _RECORDS_PER_REPORT == 0:
+                progress(record.fraction_read, f"{num_kept} conversations kept")
+            if num_kept == config.max_conversations:
+                break
+    finally:
+        builder.close()
+    if not builder.kept["train"]:
+        raise ConfigError(
+            f"data set {config.name}: {config.source} has no usable training conversation "
+            f"({builder.num_records} records; dropped: {dict(builder.dropped)}; held out: "
+            f"{builder.kept['held_out']}); correct `source`"
+        )
+    progress(1.0, f"{builder.kept.total()} conversations kept")
+    names = [*(f"{split}.parquet" for split in _SPLITS), LEDGER_NAME]
+    return DatasetManifest(
+        name=config.name,
+        fingerprint=builder.fingerprint,
+        rules_version=RULES_VERSION,
+        config=config.identity(),
+        source=source,
+        num_records=builder.num_records,
+        num_train=builder.kept["train"],
+        num_held_out=builder.kept["held_out"],
+        dropped=dict(sorted(builder.dropped.items())),
+        changed=dict(sorted(builder.changed.items())),
+        files={name: _digest(directory / name) for name in names},
+    )
+
+
+def _finished(
+    out_dir: Path, config: DatasetConfig, source: tuple[dict[str, object], ...]
+) -> DatasetManifest | None:
+    """Return the manifest of a finished build of the same thing whose files have their sizes."""
+    try:
+        manifest = load_manifest(out_dir)
+    except (ConfigError, CorruptError):
+        return None
+    made_from = (manifest.rules_version, manifest.config, manifest.source)
+    if made_from != (RULES_VERSION, config.identity(), source):
+        return None
+    for name, digest in manifest.files.items():
+        path = out_dir / name
+        if not path.is_file() or path.stat().st_size != digest.size_bytes:
+            return None
+    return manifest
+
+
+def _publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:
+    (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+    for name in (*manifest.files, MANIFEST_NAME):
+        _sync(directory / name)
+    (out_dir / MANIFEST_NAME).unlink(missing_ok=True)  # from here on no data set is there
+    _sync(out_dir)
+    for name in manifest.files:
+        (directory / name).replace(out_dir / name)
+    _sync(out_dir)
+    (directory / MANIFEST_NAME).replace(out_dir / MANIFEST_NAME)
+    _sync(out_dir)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> FileDigest:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+    return FileDigest(size_bytes=path.stat().st_size, xxh3_128=digest.hexdigest())
+
+
+def _check_file(path: Path, expected: FileDigest) -> None:
+    if not path.is_file():
+        raise CorruptError(f"{path} is missing; run the `dataset` flow to build it again")
+    found = _digest(path)
+    if found != expected:
+        raise CorruptError(
+            f"{path} has {found.size_bytes} bytes and digest {found.xxh3_128}, the manifest says "
+            f"{expected.size_bytes} and {expected.xxh3_128}; delete the manifest and run the "
+            "`dataset` flow"
+        )

@@ -1,0 +1,74 @@
+"""The manifest of a data set: what it was made from, what it holds, and what was left out.
+
+It is written last. A directory without one holds no data set.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from eagle_core.errors import ConfigError, CorruptError
+
+MANIFEST_NAME = "manifest.json"
+
+
+class FileDigest(BaseModel):
+    """What a file of the data set must look like."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_bytes: int
+    xxh3_128: str
+
+
+class DatasetManifest(BaseModel):
+    """One built data set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    fingerprint: str
+    """sha256 over the content keys of both splits in order: equal exactly for equal data."""
+    rules_version: int
+    """Version of the cleaning rules that made it."""
+    config: dict[str, Any]
+    """`DatasetConfig.identity()`: the options that decide what the data set holds."""
+    source: tuple[dict[str, Any], ...]
+    """Every source file with size and digest, or the pinned hub commit."""
+    num_records: int
+    """Records read, damaged ones included: train + held out + dropped."""
+    num_train: int
+    num_held_out: int
+    dropped: dict[str, int] = Field(default_factory=dict)
+    """Records left out, by reason."""
+    changed: dict[str, int] = Field(default_factory=dict)
+    """Records kept with a change, by change; one record may count more than once."""
+    files: dict[str, FileDigest]
+
+    @property
+    def num_conversations(self) -> int:
+        """Conversations kept in both splits."""
+        return self.num_train + self.num_held_out
+
+    @property
+    def num_dropped(self) -> int:
+        """Records left out for any reason."""
+        return sum(self.dropped.values())
+
+
+def load_manifest(directory: Path) -> DatasetManifest:
+    """Return the manifest in `directory`; raise `ConfigError` if no data set was finished there."""
+    path = directory / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{directory} holds no data set ({MANIFEST_NAME} is missing); run the `dataset` flow"
+        ) from error
+    try:
+        return DatasetManifest.model_validate_json(text)
+    except ValidationError as error:
+        raise CorruptError(
+            f"{path} is not a data set manifest: {error}; delete it and run the `dataset` flow"
+        ) from error

@@ -1,0 +1,78 @@
+"""The ledger of cleaning: why a record was dropped or changed, and where it stood in its source.
+
+Invariant: every record read is kept or stands in the ledger as dropped, so counts add up to the
+input. A changed record is kept and stands here once for every change.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from eagle_core.errors import EagleCoreError
+
+
+class Reason(StrEnum):
+    """Why a record was dropped."""
+
+    BROKEN_JSON = "broken_json"
+    BROKEN_UTF8 = "broken_utf8"
+    TRUNCATED = "truncated"
+    TOO_LARGE = "too_large"
+    NOT_AN_OBJECT = "not_an_object"
+    NO_MESSAGES = "no_messages"
+    UNKNOWN_ROLE = "unknown_role"
+    NOT_TEXT = "not_text"
+    EMPTY_TURN = "empty_turn"
+    WRONG_ALTERNATION = "wrong_alternation"
+    NO_ASSISTANT_TURN = "no_assistant_turn"
+    DUPLICATE = "duplicate"
+    TEMPLATE_REFUSED = "template_refused"
+    SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # noqa: S105 - a reason, not a secret
+    TOO_FEW_SUPERVISED_TOKENS = "too_few_supervised_tokens"
+
+
+class Change(StrEnum):
+    """What was changed in a record that was kept."""
+
+    LEADING_ASSISTANT_TURNS_CUT = "leading_assistant_turns_cut"
+    TRAILING_TURNS_CUT = "trailing_turns_cut"
+
+
+class RejectedRecord(EagleCoreError):  # noqa: N818 - the outcome of one record, not a fault
+    """One record cannot be used; the others can. Survives pickling with its reason and location."""
+
+    def __init__(self, reason: Reason, location: str, detail: str = "") -> None:
+        super().__init__(reason, location, detail)
+        self.reason = reason
+        self.location = location
+        self.detail = detail
+
+    def __str__(self) -> str:
+        """Return location, reason and detail in one line."""
+        return f"{self.location}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerEntry:
+    """One row of the ledger."""
+
+    location: str
+    """File and place in it, or data set and row."""
+    conversation_id: str
+    """Empty where the record was too damaged to have one."""
+    action: str
+    """`dropped` or `changed`."""
+    reason: str
+    """A `Reason` or a `Change`."""
+    detail: str
+
+    @classmethod
+    def of(cls, rejected: RejectedRecord, *, conversation_id: str = "") -> Self:
+        """Return the row that says why a record was dropped."""
+        return cls(
+            location=rejected.location,
+            conversation_id=conversation_id,
+            action="dropped",
+            reason=rejected.reason,
+            detail=rejected.detail,
+        )
