@@ -114,6 +114,12 @@ class TargetModel:
         weight: Tensor = self._lm_head.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a turn, by the model's generation config."""
+        eos = self._model.generation_config.eos_token_id  # type: ignore[union-attr]
+        return frozenset([eos] if isinstance(eos, int) else eos or ())
+
     def logits(self, last: Tensor) -> Tensor:
         """Return the target's logits [..., V] for post-norm states [..., H]."""
         return self._lm_head(last)  # type: ignore[no-any-return]

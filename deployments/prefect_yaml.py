@@ -1,0 +1,39 @@
+"""`prefect.yaml` from the recipes: one deployment per flow and recipe, so that one command registers all.
+
+The file is generated and committed; a test fails when it no longer matches the recipes. Parameters are
+written out in full, so that the Prefect UI shows what will run and lets a person change it.
+"""
+
+from typing import Any
+
+import yaml
+
+from deployments.recipe import Recipe, load_recipe, recipe_names
+from deployments.registry import FLOWS, FlowEntry
+
+HEADER = """\
+# Generated from deployments/*.yaml by `eyas render-deployments`; change those, not this file.
+# Register everything with: prefect --no-prompt deploy --all
+"""
+
+
+def render() -> str:
+    """Return the content of prefect.yaml."""
+    deployments = [
+        _deployment(entry, name, load_recipe(name)) for name in recipe_names() for entry in FLOWS
+    ]
+    document = {"name": "eyas", "deployments": deployments}
+    return HEADER + yaml.safe_dump(document, sort_keys=False, width=100)
+
+
+def _deployment(entry: FlowEntry, name: str, recipe: Recipe) -> dict[str, Any]:
+    sections = recipe.model_dump(mode="json", include=set(entry.sections))
+    return {
+        "name": name,
+        "entrypoint": entry.entrypoint,
+        "description": f"{entry.description} ({recipe.target.name} on {recipe.dataset.name}).",
+        "tags": ["eyas", name],
+        "parameters": {section: sections[section] for section in entry.sections},
+        "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
+        "work_pool": {"name": "local"},
+    }

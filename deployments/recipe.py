@@ -1,0 +1,107 @@
+"""A recipe: everything the flows need to know about one target model, read from its YAML file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError
+from eagle_core.evaluation import EvaluationConfig
+from eagle_core.target_config import TargetConfig
+from eagle_core.training_config import TrainingConfig
+from flows.config import StoreConfig
+
+FOLDER = Path(__file__).parent
+
+
+class Recipe(BaseModel):
+    """One YAML file of `deployments/`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: TargetConfig
+    dataset: DatasetConfig
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with Eyas."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe `name` (of this folder, or a path to a YAML file) with overrides applied.
+
+    Args:
+        name: a recipe's name such as smollm2, or a path that ends in .yaml.
+        overrides: `section.key=value`, the value in YAML: `training.max_steps=100`.
+
+    Raises:
+        ConfigError: no such recipe, or a key or value that does not fit; names each one.
+
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}, or give the path "
+            "of a YAML file"
+        )
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds no recipe: expected the sections {_sections()}")
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from error
+
+
+def _sections() -> str:
+    return ", ".join(Recipe.model_fields)
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in the document."""
+    dotted, equals, text = override.partition("=")
+    *parents, key = dotted.split(".")
+    if not equals or not parents:
+        raise ConfigError(f"--set {override}: expected section.key=value, sections: {_sections()}")
+    node = document
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+    node[key] = yaml.safe_load(text)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """Return one message that names every wrong key, what was expected and what exists."""
+    lines = [f"{where} does not fit:"]
+    for problem in error.errors(include_url=False):
+        dotted = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(problem["loc"]))
+            lines.append(f"  {dotted}: there is no such key; there are: {known}")
+        else:
+            lines.append(f"  {dotted}: {problem['msg']} (found {problem['input']!r})")
+    return "\n".join(lines)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that exist beside the last part of `location`."""
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

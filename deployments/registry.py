@@ -1,0 +1,75 @@
+"""Every flow that can be deployed or run: its name, where it is, and which sections it takes."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from eagle_core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowEntry:
+    """One flow and the parts of a recipe that are its parameters."""
+
+    name: str
+    entrypoint: str
+    """`path.py:function`, relative to the repository root, as Prefect wants it."""
+    sections: tuple[str, ...]
+    description: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import the flow. Prefect's environment must be settled before the first call."""
+        path, _, function = self.entrypoint.partition(":")
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        flow: Callable[..., Any] = getattr(module, function)
+        return flow
+
+
+FLOWS = (
+    FlowEntry(
+        name="dataset",
+        entrypoint="flows/dataset.py:dataset_flow",
+        sections=("dataset",),
+        description="Read, normalise, deduplicate and split the conversations",
+    ),
+    FlowEntry(
+        name="hidden-states",
+        entrypoint="flows/hidden_states.py:hidden_states",
+        sections=("target", "dataset", "store"),
+        description="Compute the hidden states that the store does not hold yet",
+    ),
+    FlowEntry(
+        name="train",
+        entrypoint="flows/train.py:train_flow",
+        sections=("target", "dataset", "store", "training"),
+        description="Train the draft from the latest snapshot, or go on where it stopped",
+    ),
+    FlowEntry(
+        name="evaluate",
+        entrypoint="flows/evaluate.py:evaluate_flow",
+        sections=("target", "dataset", "training", "evaluation"),
+        description="Measure acceptance by real speculative decoding on held-out prompts",
+    ),
+    FlowEntry(
+        name="offline",
+        entrypoint="flows/offline.py:offline",
+        sections=("target", "dataset", "store", "training", "evaluation"),
+        description="hidden-states, then train, then evaluate",
+    ),
+    FlowEntry(
+        name="online",
+        entrypoint="flows/online.py:online",
+        sections=("target", "dataset", "store", "training", "evaluation"),
+        description="Train while the target computes the states, without a store; then evaluate",
+    ),
+)
+
+
+def find_flow(name: str) -> FlowEntry:
+    """Return the flow with this name; ConfigError lists those that exist."""
+    for entry in FLOWS:
+        if entry.name == name:
+            return entry
+    known = ", ".join(entry.name for entry in FLOWS)
+    raise ConfigError(f"there is no flow {name!r}; there are: {known}")

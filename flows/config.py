@@ -1,0 +1,23 @@
+"""What the flows themselves need to know; stages bring their own configuration."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StoreConfig(BaseModel):
+    """Where hidden states go, and in which portions they are made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: str | None = Field(
+        default=None,
+        description="Root of the store; by default stores/TARGET-DATASET below the home folder.",
+    )
+    shard_tokens: int = Field(
+        default=65536, gt=0, description="Tokens of one shard: what a kill can cost at most."
+    )
+    shards_per_task: int = Field(
+        default=4,
+        gt=0,
+        description="Shards that one child process makes with one loading of the target; choose it "
+        "for 50 to 300 tasks a run and at least 10 s each.",
+    )

@@ -1,0 +1,24 @@
+"""`dataset`: download or read conversations, clean, deduplicate and split them."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from eagle_core.dataset_config import DatasetConfig
+from flows import report
+from flows.prepare import prepare_dataset
+from flows.summaries import DatasetSummary
+from flows.workspace import DEFAULT_HOME, Workspace
+
+
+@flow(name="dataset", flow_run_name="dataset-{dataset.name}", persist_result=False)
+def dataset_flow(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> DatasetSummary:
+    """Build the data set unless the same source by the same options is there already."""
+    space = Workspace(home=Path(home), target="", dataset=dataset.name)
+    summary = prepare_dataset(dataset, space)
+    report.publish_table(
+        f"Data set {dataset.name}",
+        report.dataset_rows(summary),
+        key=report.artifact_key("dataset", dataset.name),
+    )
+    return summary

@@ -1,0 +1,93 @@
+"""`evaluate`: acceptance on held-out prompts by real speculative decoding, before and after training."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from prefect import flow
+
+from eagle_core.acceptance import AcceptanceReport
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.draft import DraftModel
+from eagle_core.evaluation import EvaluationConfig, evaluate
+from eagle_core.prompts import Prompt, sample_prompts
+from eagle_core.target import TargetModel
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.training_config import TrainingConfig
+from flows import report
+from flows.draft_setup import load_trained, set_up_draft
+from flows.files import write_text
+from flows.prepare import prepare_dataset, tokenize
+from flows.progress import stage_progress
+from flows.summaries import EvaluateSummary
+from flows.workspace import DEFAULT_HOME, Workspace
+
+RESULT_NAME = "evaluation.json"
+
+
+@flow(
+    name="evaluate",
+    flow_run_name="evaluate-{target.name}-{dataset.name}-{run}",
+    persist_result=False,
+)
+def evaluate_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+    run: str = "main",
+) -> EvaluateSummary:
+    """Decode held-out prompts with the untrained and the trained draft of run `run`.
+
+    Raises:
+        ConfigError: the run has no checkpoint yet, or no held-out prompt is short enough.
+
+    """
+    started = time.monotonic()
+    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    prepare_dataset(dataset, space)
+    tokens = tokenize(target, dataset, space)
+    prompts = sample_prompts(
+        TokenFile(tokens.held_out_path),
+        num_prompts=evaluation.num_prompts,
+        max_tokens=evaluation.max_prompt_tokens,
+    )
+    run_path = space.run_path(run)
+    setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
+    trained = load_trained(setup)
+    model = TargetModel.load(target)
+    summary = EvaluateSummary(
+        untrained=_measure(model, setup.draft, prompts, evaluation, title="untrained draft"),
+        trained=_measure(model, trained, prompts, evaluation, title="trained draft"),
+        seconds=time.monotonic() - started,
+    )
+    write_text(run_path / RESULT_NAME, json.dumps(dataclasses.asdict(summary), indent=2))
+    report.publish_table(
+        f"Acceptance: {target.name} on {dataset.name}, run {run}",
+        report.evaluate_rows(summary),
+        key=report.artifact_key("acceptance", target.name, dataset.name, run),
+    )
+    return summary
+
+
+def _measure(
+    model: TargetModel,
+    draft: DraftModel,
+    prompts: list[Prompt],
+    evaluation: EvaluationConfig,
+    *,
+    title: str,
+) -> AcceptanceReport:
+    total = min(len(prompts), evaluation.num_prompts)
+    with stage_progress(title, key=report.artifact_key(title), total=total, unit="prompts") as bar:
+        return evaluate(
+            model,
+            draft,
+            prompts,
+            evaluation,
+            stop_ids=model.stop_ids,
+            on_progress=lambda progress: bar.move_to(progress.num_done),
+        )

@@ -1,0 +1,56 @@
+"""`offline`: hidden states, then training, then evaluation; one button for the whole way."""
+
+import time
+from pathlib import Path
+
+from prefect import flow
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.evaluation import EvaluationConfig
+from eagle_core.target_config import TargetConfig
+from eagle_core.training_config import TrainingConfig
+from flows import report
+from flows.config import StoreConfig
+from flows.evaluate import evaluate_flow
+from flows.hidden_states import hidden_states
+from flows.summaries import OfflineSummary
+from flows.train import train_flow
+from flows.workspace import DEFAULT_HOME
+
+
+@flow(
+    name="offline",
+    flow_run_name="offline-{target.name}-{dataset.name}-{run}",
+    persist_result=False,
+)
+def offline(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+    run: str = "main",
+) -> OfflineSummary:
+    """Go from conversations to a trained draft with its measured acceptance length.
+
+    Every stage looks at what exists: a retry repeats nothing that is done.
+    """
+    started = time.monotonic()
+    states = hidden_states(target=target, dataset=dataset, store=store, home=home)
+    trained = train_flow(
+        target=target, dataset=dataset, store=store, training=training, home=home, run=run
+    )
+    acceptance = evaluate_flow(
+        target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
+    )
+    summary = OfflineSummary(
+        states=states, training=trained, acceptance=acceptance, seconds=time.monotonic() - started
+    )
+    rows = report.offline_rows(summary)
+    title = f"Eyas: {target.name} on {dataset.name}, offline"
+    report.print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
+    report.publish_table(
+        title, rows, key=report.artifact_key("offline", target.name, dataset.name, run)
+    )
+    return summary

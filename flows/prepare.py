@@ -1,0 +1,116 @@
+"""The stages before the target model: conversations, then tokens. Both are done once per content."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from transformers import AutoTokenizer
+
+from eagle_core import weights
+from eagle_core.dataset import build_dataset, load_conversations
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.dataset_manifest import load_manifest
+from eagle_core.samples import TokenizedSample
+from eagle_core.target_config import TargetConfig
+from eagle_core.templates import ConversationTokenizer
+from eagle_core.tokens import TokenFile, write_token_file
+from flows.progress import StageProgress, stage_progress
+from flows.summaries import DatasetSummary, TokensSummary
+from flows.workspace import Workspace
+
+TOKENS_VERSION = 1
+"""Raised whenever the same conversations could give other tokens or masks."""
+
+
+@task(task_run_name="dataset {config.name}", cache_policy=NO_CACHE, persist_result=False)
+def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
+    """Read, normalise, deduplicate and split the conversations, unless that is done already."""
+    started = time.monotonic()
+    with stage_progress("dataset", key=f"dataset-{space.dataset}", total=100, unit="%") as progress:
+        manifest = build_dataset(
+            config,
+            out_dir=space.dataset_path,
+            progress=lambda share, what: progress.move_to(int(100 * share), note=what),
+        )
+    return DatasetSummary(
+        path=space.dataset_path,
+        fingerprint=manifest.fingerprint,
+        num_records=manifest.num_records,
+        num_train=manifest.num_train,
+        num_held_out=manifest.num_held_out,
+        num_dropped=sum(manifest.dropped.values()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
+    """Return the target's own tokenizer and chat template."""
+    folder = weights.locate(target)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=target.trust_remote_code)
+    return ConversationTokenizer(tokenizer)
+
+
+@task(task_run_name="tokenize {dataset.name}", cache_policy=NO_CACHE, persist_result=False)
+def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> TokensSummary:
+    """Apply the target's chat template to both splits, unless that is done already."""
+    started = time.monotonic()
+    manifest = load_manifest(space.dataset_path)
+    tokenizer = conversation_tokenizer(target)
+    content = _content_name(dataset, manifest.fingerprint, tokenizer)
+    counts = {"train": manifest.num_train, "held_out": manifest.num_held_out}
+    files = {}
+    with stage_progress(
+        "tokens", key=f"tokens-{space.target}", total=sum(counts.values()), unit="conversations"
+    ) as progress:
+        for split in ("train", "held_out"):
+            path = space.tokens_path / f"{split}-{content}.arrow"
+            if not path.exists():
+                samples = _tokenized(tokenizer, dataset, space.dataset_path, split, progress)
+                write_token_file(path, samples)
+            files[split] = TokenFile(path)
+        progress.move_to(sum(counts.values()))
+    train = files["train"]
+    get_run_logger().info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
+    return TokensSummary(
+        train_path=train.path,
+        held_out_path=files["held_out"].path,
+        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
+        template_fingerprint=tokenizer.template_fingerprint,
+        num_samples=len(train) + len(files["held_out"]),
+        num_tokens=sum(int(file.lengths.sum()) for file in files.values()),
+        num_supervised_tokens=sum(file.num_supervised for file in files.values()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _tokenized(
+    tokenizer: ConversationTokenizer,
+    dataset: DatasetConfig,
+    path: Path,
+    split: str,
+    progress: StageProgress,
+) -> Iterator[TokenizedSample]:
+    conversations = load_conversations(path, split)
+    for sample in tokenizer.tokenize_all(conversations, max_length=dataset.max_length):
+        progress.advance()
+        yield sample
+
+
+def _content_name(
+    dataset: DatasetConfig, dataset_fingerprint: str, tokenizer: ConversationTokenizer
+) -> str:
+    """Return a short digest of everything that decides the content of the token files."""
+    decisive = [
+        TOKENS_VERSION,
+        dataset_fingerprint,
+        dataset.max_length,
+        dataset.min_supervised_tokens,
+        tokenizer.tokenizer_fingerprint,
+        tokenizer.template_fingerprint,
+    ]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]

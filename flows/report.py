@@ -1,0 +1,172 @@
+"""Summaries as a person reads them: rows of name and value, in the terminal and as a Prefect artifact."""
+
+import re
+from collections.abc import Sequence
+
+from pathlib import Path
+
+from prefect.artifacts import create_markdown_artifact
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from eagle_core.acceptance import AcceptanceReport
+from flows.summaries import (
+    DatasetSummary,
+    EvaluateSummary,
+    HiddenStatesSummary,
+    OfflineSummary,
+    OnlineSummary,
+    TrainSummary,
+)
+
+Row = tuple[str, str]
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def artifact_key(*parts: str) -> str:
+    """Return an artifact key as Prefect accepts it: lower-case letters, digits and dashes."""
+    return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
+
+
+def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:
+    """Write `rows` as a Markdown artifact of the current run; `key` collects its history."""
+    lines = [f"## {title}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    create_markdown_artifact("\n".join(lines), key=key, description=title)
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    """Print `rows` on standard output."""
+    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    # A path or an id must survive copying from a log: never fold it when nobody looks at a terminal.
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def dataset_rows(summary: DatasetSummary) -> list[Row]:
+    """Return the figures of a data set."""
+    return [
+        ("records read", f"{summary.num_records:,}"),
+        ("conversations to train on", f"{summary.num_train:,}"),
+        ("held out", f"{summary.num_held_out:,}"),
+        ("dropped (see ledger.parquet)", f"{summary.num_dropped:,}"),
+        ("data set", str(summary.path)),
+        ("fingerprint", summary.fingerprint),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
+def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
+    """Return the figures of a store after generation, with the bill against the raw size."""
+    return [
+        ("samples", f"{states.num_samples:,}"),
+        ("tokens", f"{states.num_tokens:,}"),
+        ("supervised tokens", f"{states.num_supervised_tokens:,}"),
+        ("shards", f"{states.num_shards:,} ({states.shards_made:,} made now)"),
+        ("bytes per token, raw", f"{states.raw_bytes_per_token:,.0f}"),
+        ("bytes per token, stored", f"{states.stored_bytes_per_token:,.0f} ({states.profile})"),
+        ("raw size", human_bytes(states.raw_bytes)),
+        ("stored size", f"{human_bytes(states.stored_bytes)} ({_ratio(states)} of raw)"),
+        ("snapshot", states.snapshot_id),
+        ("store", states.store_root),
+        ("seconds", f"{states.seconds:.1f}"),
+    ]
+
+
+def train_rows(summary: TrainSummary) -> list[Row]:
+    """Return the figures of a training run."""
+    first = "" if summary.first_loss is None else f"{summary.first_loss:.3f} -> "
+    return [
+        ("steps", f"{summary.num_steps:,}"),
+        ("loss", f"{first}{summary.last_loss:.3f}"),
+        ("loss by TTT step", _series(summary.step_losses, "{:.2f}")),
+        ("accuracy by TTT step", _series(summary.step_accuracies, "{:.1%}")),
+        ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
+        ("tokens per second", f"{summary.tokens_per_second:,.0f}"),
+        ("run", str(summary.run_path)),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
+def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
+    """Return acceptance before and after training."""
+    trained = summary.trained
+    return [
+        ("held-out prompts", f"{trained.num_prompts:,}"),
+        ("acceptance length, untrained", _acceptance(summary.untrained)),
+        ("acceptance length, trained", _acceptance(trained)),
+        ("acceptance by depth, untrained", _depths(summary.untrained)),
+        ("acceptance by depth, trained", _depths(trained)),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
+def offline_rows(summary: OfflineSummary) -> list[Row]:
+    """Return the figures of the whole way: one table, no line twice."""
+    states, training, acceptance = summary.states, summary.training, summary.acceptance
+    return [
+        *_without_seconds(hidden_states_rows(states)),
+        *_without_seconds(train_rows(training)),
+        *_without_seconds(evaluate_rows(acceptance)),
+        ("seconds: hidden states", f"{states.seconds:.1f}"),
+        ("seconds: training", f"{training.seconds:.1f}"),
+        ("seconds: evaluation", f"{acceptance.seconds:.1f}"),
+        ("seconds: everything", f"{summary.seconds:.1f}"),
+    ]
+
+
+def online_rows(summary: OnlineSummary) -> list[Row]:
+    """Return the figures of the way without a store."""
+    training, acceptance = summary.training, summary.acceptance
+    return [
+        *_without_seconds(train_rows(training)),
+        *_without_seconds(evaluate_rows(acceptance)),
+        ("seconds: target and training", f"{training.seconds:.1f}"),
+        ("seconds: evaluation", f"{acceptance.seconds:.1f}"),
+        ("seconds: everything", f"{summary.seconds:.1f}"),
+    ]
+
+
+def where_to_look(run_path: Path, home: Path) -> list[Row]:
+    """Return what a person would open next."""
+    return [
+        ("loss curves", f"tensorboard --logdir {home / 'runs'}"),
+        ("acceptance in full", str(run_path / "evaluation.json")),
+        ("Prefect UI", "make server, then http://127.0.0.1:4200"),
+    ]
+
+
+def _without_seconds(rows: Sequence[Row]) -> list[Row]:
+    return [(name, value) for name, value in rows if name != "seconds"]
+
+
+def human_bytes(count: int) -> str:
+    """Return a size with a decimal unit, such as 12.3 MB."""
+    size = float(count)
+    for unit in _UNITS:
+        if size < 1000 or unit == _UNITS[-1]:
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def _ratio(states: HiddenStatesSummary) -> str:
+    return f"{states.stored_bytes / max(states.raw_bytes, 1):.1%}"
+
+
+def _series(values: Sequence[float], form: str) -> str:
+    return "  ".join(form.format(value) for value in values)
+
+
+def _acceptance(report: AcceptanceReport) -> str:
+    low, high = report.acceptance_interval
+    return (
+        f"{report.acceptance_length:.2f} tokens per target forward (95 %: {low:.2f} to {high:.2f})"
+    )
+
+
+def _depths(report: AcceptanceReport) -> str:
+    return _series(report.acceptance_by_depth, "{:.0%}")

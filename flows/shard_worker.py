@@ -1,0 +1,98 @@
+"""The child process that loads the target once and makes a batch of shards.
+
+Reads one `ShardJob` (JSON) on standard input and answers with one `ShardReport` (JSON) a line on
+standard output. A kill costs the shard in work and nothing else: the store shows only what is committed.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+import eagle_core.errors
+import storage.errors
+from eagle_core.samples import HiddenStateSample
+from eagle_core.target import TargetModel
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from flows.stored_source import to_stored
+from storage.store import Store
+
+ANSWERED_FAILURE = 3
+"""Exit status after a failure that was reported on standard output."""
+
+
+class ShardJob(BaseModel):
+    """What a child process is asked to do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: TargetConfig
+    store_root: str
+    plan_id: str
+    shard_ids: tuple[str, ...]
+    token_files: tuple[Path, ...]
+
+
+class ShardReport(BaseModel):
+    """One line of the answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["tokens", "shard", "failure"]
+    tokens: int = 0
+    shard_id: str = ""
+    error: str = ""
+    message: str = ""
+
+
+def main() -> int:
+    """Make the shards of the job on standard input; return the exit status."""
+    job = ShardJob.model_validate_json(sys.stdin.read())
+    try:
+        _run(job)
+    except (eagle_core.errors.EagleCoreError, storage.errors.StorageError) as error:
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        _say(ShardReport(kind="failure", error=kind, message=str(error)))
+        return ANSWERED_FAILURE
+    return 0
+
+
+def _run(job: ShardJob) -> None:
+    store = Store.open(job.store_root)
+    shards = {shard.shard_id: shard for shard in store.load_plan(job.plan_id).shards}
+    files = [TokenFile(path) for path in job.token_files]
+    target = TargetModel.load(job.target)
+    for shard_id in job.shard_ids:
+        wanted = set(shards[shard_id].sample_ids)
+        samples = [
+            sample
+            for file in files
+            for sample in file.by_id([sid for sid in shards[shard_id].sample_ids if sid in file])
+        ]
+        if len(samples) != len(wanted):
+            raise eagle_core.errors.MismatchError(
+                f"shard {shard_id} needs {len(wanted)} samples, the token files hold {len(samples)} "
+                "of them; run the hidden-states flow again to plan from the present data set"
+            )
+        states = {sample.sample_id: sample for sample in _counted(target.capture(samples))}
+        ordered = [to_stored(states[sample_id]) for sample_id in shards[shard_id].sample_ids]
+        store.write_shard(shards[shard_id], ordered)
+        _say(ShardReport(kind="shard", shard_id=shard_id))
+
+
+def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample]:
+    for sample in samples:
+        _say(ShardReport(kind="tokens", tokens=len(sample)))
+        yield sample
+
+
+def _say(report: ShardReport) -> None:
+    sys.stdout.write(report.model_dump_json(exclude_defaults=True) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Where the two rooms meet: the store's samples as the trainer's `SampleSource`, and back."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eagle_core.samples import HiddenStateSample
+from storage.reader import SnapshotReader
+from storage.samples import StoredSample
+
+
+class StoredSource:
+    """The samples of one snapshot, in snapshot order."""
+
+    def __init__(self, reader: SnapshotReader) -> None:
+        self._reader = reader
+
+    @property
+    def source_id(self) -> str:
+        """The snapshot id."""
+        return self._reader.snapshot_id
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens of each sample."""
+        return self._reader.lengths
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """[N] shard of each sample."""
+        return self._reader.groups
+
+    def fetch(self, index: int) -> HiddenStateSample:
+        """Return sample `index` with its bytes verified."""
+        stored = self._reader.fetch(index)
+        return HiddenStateSample(
+            sample_id=stored.sample_id,
+            input_ids=stored.input_ids,
+            loss_mask=stored.loss_mask,
+            aux_hidden_states=stored.aux_hidden_states,
+            last_hidden_state=stored.last_hidden_state,
+            target_argmax=stored.target_argmax,
+            target_logsumexp=stored.target_logsumexp,
+        )
+
+
+def to_stored(sample: HiddenStateSample) -> StoredSample:
+    """Return `sample` as the store takes it; the arrays are shared, not copied."""
+    return StoredSample(
+        sample_id=sample.sample_id,
+        input_ids=sample.input_ids,
+        loss_mask=sample.loss_mask,
+        aux_hidden_states=sample.aux_hidden_states,
+        last_hidden_state=sample.last_hidden_state,
+        target_argmax=sample.target_argmax,
+        target_logsumexp=sample.target_logsumexp,
+    )

@@ -1,0 +1,104 @@
+"""What each flow hands back: plain figures, ready for a table."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle_core.acceptance import AcceptanceReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSummary:
+    """What `dataset` made of the source."""
+
+    path: Path
+    fingerprint: str
+    num_records: int
+    num_train: int
+    num_held_out: int
+    num_dropped: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokensSummary:
+    """The tokenised data set."""
+
+    train_path: Path
+    held_out_path: Path
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    num_samples: int
+    num_tokens: int
+    num_supervised_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenStatesSummary:
+    """What `hidden-states` added to the store, and what the store now holds."""
+
+    store_root: str
+    snapshot_id: str
+    profile: str
+    num_samples: int
+    num_tokens: int
+    num_supervised_tokens: int
+    num_shards: int
+    shards_made: int
+    raw_bytes: int
+    stored_bytes: int
+    seconds: float
+
+    @property
+    def stored_bytes_per_token(self) -> float:
+        """Bytes on disk a token."""
+        return self.stored_bytes / max(self.num_tokens, 1)
+
+    @property
+    def raw_bytes_per_token(self) -> float:
+        """Bytes a token of the bare arrays."""
+        return self.raw_bytes / max(self.num_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSummary:
+    """Where training ended."""
+
+    run_path: Path
+    source_id: str
+    num_steps: int
+    first_loss: float | None
+    last_loss: float
+    step_losses: tuple[float, ...]
+    step_accuracies: tuple[float, ...]
+    vocabulary_coverage: float
+    tokens_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateSummary:
+    """Acceptance by real speculative decoding, before and after training."""
+
+    untrained: AcceptanceReport
+    trained: AcceptanceReport
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfflineSummary:
+    """The whole way through the store."""
+
+    states: HiddenStatesSummary
+    training: TrainSummary
+    acceptance: EvaluateSummary
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineSummary:
+    """The whole way without a store."""
+
+    training: TrainSummary
+    acceptance: EvaluateSummary
+    seconds: float

@@ -1,0 +1,34 @@
+"""Where everything lies below one home folder. Pure: computes paths, touches nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_HOME = "eyas-data"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workspace:
+    """The folders of one target model on one data set."""
+
+    home: Path
+    target: str
+    dataset: str
+
+    @property
+    def dataset_path(self) -> Path:
+        """Normalised conversations with manifest and ledger."""
+        return self.home / "datasets" / self.dataset
+
+    @property
+    def tokens_path(self) -> Path:
+        """Tokenised samples, one file per split and per content of data set, tokenizer and template."""
+        return self.home / "tokens" / f"{self.target}-{self.dataset}"
+
+    @property
+    def store_root(self) -> Path:
+        """Default root of the hidden-state store."""
+        return self.home / "stores" / f"{self.target}-{self.dataset}"
+
+    def run_path(self, run_name: str) -> Path:
+        """Checkpoints, TensorBoard events and evaluation of one training run."""
+        return self.home / "runs" / f"{self.target}-{self.dataset}-{run_name}"

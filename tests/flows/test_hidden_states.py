@@ -1,0 +1,171 @@
+"""The hidden-states flow with a real target, a real store and a real Prefect server."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError
+from eagle_core.target_config import TargetConfig
+from flows.config import StoreConfig
+from flows.hidden_states import hidden_states, plan_missing_shards
+from flows.prepare import prepare_dataset, tokenize
+from flows.shard_worker import ShardJob, ShardReport
+from flows.workspace import Workspace
+from storage.errors import MismatchError
+from storage.store import Store
+from tests import tiny
+from tests.flows.trees import digests
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+
+
+def _task_run_names() -> list[str]:
+    with get_client(sync_client=True) as client:
+        return [run.name for run in client.read_task_runs()]
+
+
+def test_makes_a_complete_store_and_then_has_nothing_left_to_do(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    first = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    assert first.shards_made == first.num_shards > 2
+    opened = Store.open(first.store_root)
+    assert opened.verify(deep=True) == []
+    assert opened.snapshot().snapshot_id == first.snapshot_id
+    before = digests(Path(first.store_root))
+
+    second = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    assert second.shards_made == 0
+    assert second.snapshot_id == first.snapshot_id
+    assert digests(Path(first.store_root)) == before
+
+
+def test_new_conversations_alone_are_computed(
+    tmp_path: Path, target: TargetConfig, store: StoreConfig
+) -> None:
+    source = tiny.write_conversations(tmp_path / "grows.json", 30)
+    dataset = DatasetConfig(name="grows", source=str(source), held_out_fraction=0.0, max_length=256)
+    first = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    old_shards = set(Store.open(first.store_root).commits())
+    tiny.write_conversations(source, 33)
+
+    second = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+
+    assert second.num_samples == first.num_samples + 3
+    assert second.shards_made == 1
+    assert old_shards < set(Store.open(second.store_root).commits())
+
+
+def test_sigkill_in_the_middle_of_a_shard_costs_that_shard_and_no_bit(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    undisturbed = hidden_states(
+        target=target, dataset=dataset, store=store, home=str(tmp_path / "undisturbed")
+    )
+    home = tmp_path / "killed"
+    job = _plan_only(target, dataset, store, Workspace(home=home, target="tiny", dataset="facts"))
+    _kill_in_second_shard(job)
+    assert len(Store.open(job.store_root).commits()) == 1
+
+    resumed = hidden_states(target=target, dataset=dataset, store=store, home=str(home))
+
+    assert resumed.shards_made == len(job.shard_ids) - 1
+    assert digests(Path(resumed.store_root)) == digests(Path(undisturbed.store_root))
+
+
+@flow
+def _plan_only(
+    target: TargetConfig, dataset: DatasetConfig, store: StoreConfig, space: Workspace
+) -> ShardJob:
+    """Go as far as the flow does before the first shard."""
+    prepare_dataset(dataset, space)
+    tokens = tokenize(target, dataset, space)
+    root = str(space.store_root)
+    plan = plan_missing_shards(target, store, tokens, root)
+    return ShardJob(
+        target=target,
+        store_root=root,
+        plan_id=plan.plan_id,
+        shard_ids=tuple(shard.shard_id for shard in plan.shards),
+        token_files=(tokens.train_path, tokens.held_out_path),
+    )
+
+
+def _kill_in_second_shard(job: ShardJob) -> None:
+    """Run the shard process and kill it as soon as it has computed a sample of its second shard."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "flows.shard_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(job.model_dump_json())
+        child.stdin.close()
+        committed = 0
+        for line in child.stdout:
+            report = ShardReport.model_validate_json(line)
+            committed += report.kind == "shard"
+            if committed and report.kind == "tokens":
+                child.send_signal(signal.SIGKILL)
+                break
+        assert child.wait() == -signal.SIGKILL
+
+
+def test_another_target_is_refused_by_name_of_what_differs(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    made = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    before = digests(Path(made.store_root))
+    other = target.model_copy(update={"aux_layers": (0, 3, 4)})
+
+    with pytest.raises(MismatchError, match="aux_layers"):
+        hidden_states(target=other, dataset=dataset, store=store, home=str(tmp_path))
+    assert digests(Path(made.store_root)) == before
+
+
+def test_missing_weights_say_what_to_download(
+    tmp_path: Path, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    absent = TargetConfig(name="llama3", model=str(tmp_path / "models" / "llama3"))
+    with pytest.raises(ConfigError, match=r"no model folder at .*llama3.*hf download"):
+        hidden_states(target=absent, dataset=dataset, store=store, home=str(tmp_path))
+    assert not (tmp_path / "stores").exists()
+
+
+def test_target_without_chat_template_is_named(
+    tmp_path: Path, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    folder = tiny.write_target(tmp_path / "bare")
+    (folder / "chat_template.jinja").unlink()
+    bare = TargetConfig(name="bare", model=str(folder), dtype="float32")
+    with pytest.raises(ConfigError, match=r"bare.*chat template"):
+        hidden_states(target=bare, dataset=dataset, store=store, home=str(tmp_path))
+
+
+def test_truncated_data_file_names_the_offset_and_leaves_nothing(
+    tmp_path: Path, target: TargetConfig, store: StoreConfig
+) -> None:
+    whole = tiny.write_conversations(tmp_path / "whole.json", 5).read_bytes()
+    cut = tmp_path / "cut.json"
+    cut.write_bytes(whole[: len(whole) - 40])
+    dataset = DatasetConfig(name="cut", source=str(cut))
+    with pytest.raises(Exception, match=r"cut\.json.*byte \d+, 4 whole records.*accept_truncated"):
+        hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path / "home"))
+    left = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert left == []
+
+
+def test_shard_task_names_tell_their_range(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    assert {"plan", "shards 00000-00003", "publish snapshot"} <= set(_task_run_names())
