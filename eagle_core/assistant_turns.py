@@ -7,10 +7,12 @@ history (drops the reasoning of earlier turns, say) needs a further row only for
 longer rendering changed. Everything here is a comparison of whole strings.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eagle_core.chat_template import ChatTemplate, TemplateRefusedError
+from eagle_core.chat_template import ChatTemplate, Rendering, TemplateRefusedError
+from eagle_core.conversations import Conversation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,14 +49,32 @@ class Closing:
 
 
 def find_turns(
-    template: ChatTemplate, messages: Sequence[Mapping[str, object]], closing: Closing
+    template: ChatTemplate,
+    conversation: Conversation,
+    closing: Closing,
+    *,
+    enable_thinking: bool | None,
 ) -> list[AssistantTurn]:
-    """Return the assistant's turns; raise `TemplateRefusedError` if one has no clear place."""
-    return [
-        _find_turn(template, messages[: index + 1], closing)
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
+    """Return the assistant's turns; raise `TemplateRefusedError` if one has no clear place.
+
+    Without `enable_thinking`, serving is taken to ask for reasoning where the answer has some.
+    """
+    messages = [message.as_openai() for message in conversation.messages]
+    tools = json.loads(conversation.tools) if conversation.tools else None
+    turns = []
+    for index, message in enumerate(conversation.messages):
+        if message.role != "assistant":
+            continue
+        scene = _Scene(
+            template=template,
+            before=messages[:index],
+            answer=messages[index],
+            reasoning=message.reasoning,
+            tools=tools,
+            thinking=bool(message.reasoning) if enable_thinking is None else enable_thinking,
+        )
+        turns.append(_marked_turn(scene) if template.marks_generation else _turn(scene, closing))
+    return turns
 
 
 def plan_rows(turns: Sequence[AssistantTurn], *, last_turn_only: bool) -> list[Row]:
@@ -71,33 +91,81 @@ def plan_rows(turns: Sequence[AssistantTurn], *, last_turn_only: bool) -> list[R
     return rows[::-1]
 
 
-def _find_turn(
-    template: ChatTemplate, messages: Sequence[Mapping[str, object]], closing: Closing
-) -> AssistantTurn:
-    whole = template.render(messages, add_generation_prompt=False)
-    text = whole.text
-    if template.marks_generation:
-        if not whole.generated:
-            raise TemplateRefusedError("no generation block for an assistant turn")
-        start, end = whole.generated[-1]
-        return AssistantTurn(text=text, start=start, content_end=end, end=end)
-    context = template.render(messages[:-1], add_generation_prompt=True).text
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scene:
+    """An answer and all that the template sees when it is due."""
+
+    template: ChatTemplate
+    before: Sequence[Mapping[str, object]]
+    answer: Mapping[str, object]
+    reasoning: str
+    tools: Sequence[object] | None
+    thinking: bool
+
+    def context(self) -> str:
+        """Return what serving has in context."""
+        return self.template.render(
+            self.before, tools=self.tools, thinking=self.thinking, add_generation_prompt=True
+        ).text
+
+    def whole(self) -> Rendering:
+        """Return the rendering that ends with the answer."""
+        return self.template.render(
+            [*self.before, self.answer],
+            tools=self.tools,
+            thinking=self.thinking,
+            add_generation_prompt=False,
+        )
+
+
+def _turn(scene: _Scene, closing: Closing) -> AssistantTurn:
+    context = scene.context()
+    text = scene.whole().text
     if not text.startswith(context):
+        text = _with_reasoning(context, text, scene.reasoning)
+    if text.endswith(closing.text) and len(text) - len(closing.text) >= len(context):
+        content_end = len(text) - len(closing.text)
+        end = content_end + closing.marker_end
+    else:  # a call of a tool may close with another marker
+        content_end = end = len(text.rstrip())
+    return AssistantTurn(text=text, start=len(context), content_end=content_end, end=end)
+
+
+def _marked_turn(scene: _Scene) -> AssistantTurn:
+    """Return the turn from the `{% generation %}` blocks behind the generation prompt."""
+    whole = scene.whole()
+    after = _common_length(whole.text, scene.context())
+    blocks = [block for block in whole.generated if block[0] >= after]
+    if not blocks:
+        raise TemplateRefusedError("no generation block for an assistant turn")
+    start, end = blocks[0][0], blocks[-1][1]
+    return AssistantTurn(text=whole.text, start=start, content_end=end, end=end)
+
+
+def _with_reasoning(context: str, text: str, reasoning: str) -> str:
+    """Return the answer as written after a prompt that opens reasoning, with it.
+
+    DeepSeek-R1 and its kin never render reasoning, so `text` lacks it. The model's own form is
+    reasoning, closing tag, answer.
+    """
+    header = context.removesuffix("\n").removesuffix("<think>")
+    if not context.rstrip("\n").endswith("<think>") or not text.startswith(header):
         raise TemplateRefusedError(
-            "the rendering of an assistant turn does not begin with the generation prompt "
-            f"{context[-40:]!r}"
+            f"an answer does not begin with the generation prompt {context[-40:]!r}"
         )
-    if not text.endswith(closing.text) or len(text) - len(closing.text) < len(context):
-        raise TemplateRefusedError(
-            f"an assistant turn ends with {text[-40:]!r}, not with {closing.text!r}"
-        )
-    content_end = len(text) - len(closing.text)
-    return AssistantTurn(
-        text=text,
-        start=len(context),
-        content_end=content_end,
-        end=content_end + closing.marker_end,
-    )
+    if not reasoning:
+        raise TemplateRefusedError("the generation prompt opens reasoning, the answer has none")
+    answer = text[len(header) :]
+    if answer.startswith("</think>"):
+        return f"{context}{reasoning}{answer}"
+    return f"{context}{reasoning}\n</think>\n\n{answer}"
+
+
+def _common_length(one: str, two: str) -> int:
+    for length, (left, right) in enumerate(zip(one, two, strict=False)):
+        if left != right:
+            return length
+    return min(len(one), len(two))
 
 
 def _end_in(turn: AssistantTurn, text: str) -> int | None:

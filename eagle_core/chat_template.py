@@ -16,18 +16,30 @@ from typing import NoReturn
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.parser import Parser
 
 from eagle_core.errors import ConfigError, EagleCoreError
 
 _OPEN, _CLOSE = "\x00<generation>\x00", "\x00</generation>\x00"
 """Mark a block while rendering."""
+_THINKING_NAMES = {"enable_thinking", "thinking"}
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class TemplateRefusedError(EagleCoreError):
     """The template raised, as many do for turns that their model was not trained on."""
+
+
+PLAIN_TEMPLATE = """\
+{{- bos_token or '' }}
+{%- for message in messages %}
+{{- '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
+{%- if message['role'] == 'assistant' %}{{- eos_token or '' }}{% endif %}
+{{- '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '### Assistant:\\n' }}{% endif %}"""
+"""For base models: headings, no special tokens but the tokenizer's begin and end of text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +55,10 @@ class ChatTemplate:
     """One template with everything but the messages fixed."""
 
     def __init__(self, source: str, *, variables: Mapping[str, object], today: dt.date) -> None:
-        """Compile; `variables` are what the template can see besides the messages."""
-        self._variables = {**variables, "strftime_now": today.strftime}
-        self._template = _compile(source)
+        """Compile; `variables` are what the template can see besides messages and tools."""
+        self._variables = {**variables, "documents": None, "strftime_now": today.strftime}
+        self._template, names = _compile(source)
+        self._thinking_names = names & _THINKING_NAMES
         self.marks_generation = _GENERATION.search(source) is not None
         identity = json.dumps(
             {"source": source, "variables": dict(variables), "today": today.isoformat()},
@@ -55,14 +68,24 @@ class ChatTemplate:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[object] | None = None,
+        thinking: bool = False,
+        add_generation_prompt: bool,
     ) -> Rendering:
-        """Return the text; raise `TemplateRefusedError` if the template refuses the messages."""
+        """Return the text; raise `TemplateRefusedError` if the template refuses the messages.
+
+        `thinking` reaches templates that ask for it, under whichever name they use.
+        """
         try:
             text = self._template.render(
                 messages=list(messages),
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
+                **dict.fromkeys(self._thinking_names, thinking),
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error
@@ -84,14 +107,16 @@ class _GenerationTag(jinja2.ext.Extension):
         return f"{_OPEN}{caller()}{_CLOSE}"
 
 
-def _compile(source: str) -> jinja2.Template:
+def _compile(source: str) -> tuple[jinja2.Template, set[str]]:
+    """Return the template and the names of the variables it reads."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     try:
-        return environment.from_string(source)
+        names = meta.find_undeclared_variables(environment.parse(source))
+        return environment.from_string(source), names
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"the chat template is not valid Jinja (line {error.lineno}): {error}; correct it"

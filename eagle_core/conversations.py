@@ -5,13 +5,20 @@ results may stand between two assistant turns), and ends with the assistant. Wha
 brought into that form is a `RejectedRecord`; nothing is guessed and nothing is silently repaired.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import astuple, dataclass, replace
+from typing import Literal, Self
 
 import xxhash
 
 from eagle_core.ledger import Change, Reason, RejectedRecord
+from eagle_core.tool_calls import (
+    ToolCall,
+    parse_function_call,
+    parse_tool_calls,
+    parse_tools,
+)
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -27,6 +34,7 @@ _ROLES: Mapping[str, Role] = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -40,6 +48,7 @@ _MAY_FOLLOW: Mapping[Role | None, frozenset[Role]] = {
     "tool": frozenset({"assistant", "tool"}),
 }
 _MESSAGE_KEYS = ("conversations", "conversation", "messages")
+_THINK_END = "</think>"
 _ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid")
 
 
@@ -49,6 +58,33 @@ class Message:
 
     role: Role
     content: str
+    reasoning_content: str = ""
+    """What the assistant thought before it wrote `content`."""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought, whether it stands apart or, between think tags, in the content."""
+        if self.reasoning_content or _THINK_END not in self.content:
+            return self.reasoning_content
+        return self.content.partition(_THINK_END)[0].strip().removeprefix("<think>").strip()
+
+    def without_reasoning(self) -> Self:
+        """Return the message with the answer alone."""
+        answer = self.content
+        if self.role == "assistant" and _THINK_END in answer:
+            answer = answer.partition(_THINK_END)[2].lstrip("\n")
+        return replace(self, content=answer, reasoning_content="")
+
+    def as_openai(self) -> dict[str, object]:
+        """Return the message as chat templates read it; gpt-oss reads reasoning as `thinking`."""
+        message: dict[str, object] = {"role": self.role, "content": self.content}
+        if self.reasoning_content:
+            message["reasoning_content"] = message["thinking"] = self.reasoning_content
+        if self.tool_calls:
+            message["content"] = self.content or None
+            message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
+        return message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +93,8 @@ class Conversation:
 
     conversation_id: str
     messages: tuple[Message, ...]
+    tools: str = ""
+    """JSON text of the tools on offer; empty if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,21 +126,25 @@ def normalise(record: object, *, location: str) -> Normalised:
     conversation = Conversation(
         conversation_id=_encodable(str(named), location) if named is not None else "",
         messages=tuple(kept),
+        tools=parse_tools(record.get("tools"), location=location),
     )
     if named is None:
-        conversation = Conversation(
-            conversation_id=content_key(conversation), messages=conversation.messages
-        )
+        conversation = replace(conversation, conversation_id=content_key(conversation))
     return Normalised(conversation=conversation, changes=changes)
 
 
 def content_key(conversation: Conversation) -> str:
-    """Return xxh3_128 of roles and contents, 32 hex digits: equal exactly for equal turns."""
+    """Return xxh3_128 of all that was said, 32 hex digits: equal exactly for equal turns."""
     digest = xxhash.xxh3_128()
     for message in conversation.messages:
         content = message.content.encode()
         digest.update(f"{message.role} {len(content)}\n".encode())  # the length keeps turns apart
         digest.update(content)
+        if message.reasoning_content or message.tool_calls:
+            calls = [astuple(call) for call in message.tool_calls]
+            digest.update(b"\n" + json.dumps([message.reasoning_content, calls]).encode())
+    if conversation.tools:
+        digest.update(b"\ntools " + conversation.tools.encode())
     return digest.hexdigest()
 
 
@@ -134,7 +176,18 @@ def _message(turn: object, *, location: str) -> Message:
     role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise RejectedRecord(Reason.UNKNOWN_ROLE, location, f"role {str(name)[:40]!a}")
-    return Message(role=role, content=_text(turn.get("content", turn.get("value")), location))
+    content = _text(turn.get("content", turn.get("value")), location)
+    if name == "function_call":
+        call = parse_function_call(content, location=location)
+        return Message(role=role, content="", tool_calls=(call,))
+    if role != "assistant":
+        return Message(role=role, content=content)
+    return Message(
+        role=role,
+        content=content,
+        reasoning_content=_text(turn.get("reasoning_content", turn.get("reasoning")), location),
+        tool_calls=parse_tool_calls(turn.get("tool_calls"), location=location),
+    )
 
 
 def _text(content: object, location: str) -> str:
@@ -193,7 +246,7 @@ def _check_turns(messages: Sequence[Message], location: str) -> None:
                 location,
                 f"turn {index} is {message.role} after {previous or 'nothing'}",
             )
-        if not message.content.strip():
+        if not message.content.strip() and not message.tool_calls:
             raise RejectedRecord(
                 Reason.EMPTY_TURN, location, f"turn {index} ({message.role}) is empty"
             )

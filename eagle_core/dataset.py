@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from eagle_core.conversations import Conversation, Message, content_key, is_held_out, normalise
+from eagle_core.conversation_table import CONVERSATION_SCHEMA, RowWriter, from_row, to_row
+from eagle_core.conversations import Conversation, content_key, is_held_out, normalise
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest, load_manifest
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
@@ -33,22 +34,10 @@ RULES_VERSION = 1
 """Raise it when the cleaning rules change: data sets made by older rules are then built again."""
 LEDGER_NAME = "ledger.parquet"
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
-_ROWS_PER_GROUP = 1024
 _RECORDS_PER_REPORT = 500
+_ROWS_PER_BATCH = 256
 
-_CONVERSATION_SCHEMA = pa.schema(
-    [
-        ("conversation_id", pa.string()),
-        ("content_key", pa.string()),
-        (
-            "messages",
-            pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
-        ),
-    ]
-)
-_LEDGER_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in LedgerEntry.__dataclass_fields__],
-)
+_LEDGER_SCHEMA = pa.schema([(name, pa.string()) for name in LedgerEntry.__dataclass_fields__])
 
 
 def build_dataset(
@@ -85,35 +74,8 @@ def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
     name = f"{split}.parquet"
     _check_file(directory / name, load_manifest(directory).files[name])
     with pq.ParquetFile(directory / name) as table:
-        for batch in table.iter_batches(_ROWS_PER_GROUP, columns=["conversation_id", "messages"]):
-            for row in batch.to_pylist():
-                yield Conversation(
-                    conversation_id=row["conversation_id"],
-                    messages=tuple(Message(**message) for message in row["messages"]),
-                )
-
-
-class _RowWriter:
-    """Writes rows to a Parquet file, a row group at a time."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-        self._schema = schema
-        self._rows: list[dict[str, object]] = []
-
-    def add(self, row: dict[str, object]) -> None:
-        self._rows.append(row)
-        if len(self._rows) >= _ROWS_PER_GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows = []
+        for batch in table.iter_batches(_ROWS_PER_BATCH):
+            yield from map(from_row, batch.to_pylist())
 
 
 class _Builder:
@@ -123,10 +85,10 @@ class _Builder:
         self._config = config
         self._seen: set[bytes] = set()
         self._splits = {
-            split: _RowWriter(directory / f"{split}.parquet", _CONVERSATION_SCHEMA)
+            split: RowWriter(directory / f"{split}.parquet", CONVERSATION_SCHEMA)
             for split in _SPLITS
         }
-        self._ledger = _RowWriter(directory / LEDGER_NAME, _LEDGER_SCHEMA)
+        self._ledger = RowWriter(directory / LEDGER_NAME, _LEDGER_SCHEMA)
         self._fingerprint = hashlib.sha256()
         self.kept: Counter[Split] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -180,16 +142,7 @@ class _Builder:
         split: Split = "held_out" if is_held_out(key, self._config.held_out_fraction) else "train"
         self.kept[split] += 1
         self._fingerprint.update(f"{split} {key}\n".encode())
-        self._splits[split].add(
-            {
-                "conversation_id": conversation.conversation_id,
-                "content_key": key,
-                "messages": [
-                    {"role": message.role, "content": message.content}
-                    for message in conversation.messages
-                ],
-            }
-        )
+        self._splits[split].add(to_row(conversation, key))
 
     def _drop(self, rejected: RejectedRecord, *, conversation_id: str = "") -> None:
         self.dropped[rejected.reason] += 1

@@ -22,6 +22,7 @@ class Reason(StrEnum):
     NO_MESSAGES = "no_messages"
     UNKNOWN_ROLE = "unknown_role"
     NOT_TEXT = "not_text"
+    BAD_TOOLS = "bad_tools"
     EMPTY_TURN = "empty_turn"
     WRONG_ALTERNATION = "wrong_alternation"
     NO_ASSISTANT_TURN = "no_assistant_turn"

@@ -1,6 +1,7 @@
 """What the user says about how conversations are written for the target model."""
 
 import datetime as dt
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,11 +12,21 @@ class TemplateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     chat_template: str | None = Field(
-        default=None, description="Jinja text instead of the tokenizer's own template"
+        default=None,
+        description=(
+            "Instead of the tokenizer's own template: Jinja text, or `plain` for base models "
+            "(headings and the end-of-text token, no further special tokens)"
+        ),
     )
     enable_thinking: bool | None = Field(
         default=None,
-        description="Passed to the template: whether it asks for reasoning; empty passes nothing",
+        description=(
+            "Whether the generation prompt asks for reasoning, where a template has a choice; "
+            "empty asks for it exactly before answers that have some"
+        ),
+    )
+    reasoning: Literal["keep", "drop"] = Field(
+        default="keep", description="Whether the assistant's reasoning is part of its answers"
     )
     last_turn_only: bool = Field(
         default=False, description="Supervise the last assistant turn only, not all of them"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -18,7 +19,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from eagle_core.assistant_turns import Closing, Row, find_turns, plan_rows
-from eagle_core.chat_template import ChatTemplate, TemplateRefusedError
+from eagle_core.chat_template import PLAIN_TEMPLATE, ChatTemplate, TemplateRefusedError
 from eagle_core.conversations import Conversation
 from eagle_core.errors import ConfigError
 from eagle_core.ledger import Reason, RejectedRecord
@@ -51,7 +52,7 @@ class ConversationTokenizer:
         self._tails: dict[str, NDArray[np.int32]] = {}
         self._closing = self._find_closing()
         control = self._control_tokens(
-            [token.content for token in added.values()],
+            [token.content for token in added.values() if token.special],
             [tokenizer.bos_token, tokenizer.eos_token],
         )
         self._control = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
@@ -120,17 +121,23 @@ class ConversationTokenizer:
 
     def _rows(self, conversation: Conversation) -> list[Row]:
         for index, message in enumerate(conversation.messages):
-            if found := self._control.search(message.content):
-                raise RejectedRecord(
-                    Reason.SPECIAL_TOKEN_IN_TEXT,
-                    conversation.conversation_id,
-                    f"turn {index} has {found[0]}",
-                )
-        messages = [
-            {"role": message.role, "content": message.content} for message in conversation.messages
-        ]
+            for text in (message.content, message.reasoning_content):
+                if found := self._control.search(text):
+                    raise RejectedRecord(
+                        Reason.SPECIAL_TOKEN_IN_TEXT,
+                        conversation.conversation_id,
+                        f"turn {index} has {found[0]}",
+                    )
+        if self._config.reasoning == "drop":
+            answers = tuple(message.without_reasoning() for message in conversation.messages)
+            conversation = replace(conversation, messages=answers)
         try:
-            turns = find_turns(self._template, messages, self._closing)
+            turns = find_turns(
+                self._template,
+                conversation,
+                self._closing,
+                enable_thinking=self._config.enable_thinking,
+            )
         except TemplateRefusedError as error:
             raise RejectedRecord(
                 Reason.TEMPLATE_REFUSED, conversation.conversation_id, str(error)
@@ -244,6 +251,8 @@ def _template(
     tokenizer: PreTrainedTokenizerBase, config: TemplateConfig, name: str
 ) -> ChatTemplate:
     source = config.chat_template or tokenizer.chat_template
+    if source == "plain":
+        source = PLAIN_TEMPLATE
     if isinstance(source, Mapping):
         source = source.get("default")
     if not source:
@@ -251,14 +260,7 @@ def _template(
             f"the tokenizer {name} has no chat template; set `chat_template`, or name the "
             "instruction-tuned model"
         )
-    variables: dict[str, object] = {
-        "tools": None,
-        "documents": None,
-        **tokenizer.special_tokens_map,
-    }
-    if config.enable_thinking is not None:
-        variables["enable_thinking"] = config.enable_thinking
-    return ChatTemplate(source, variables=variables, today=config.date)
+    return ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)
 
 
 def _common_end(one: str, two: str) -> str:
