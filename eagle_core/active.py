@@ -1,0 +1,105 @@
+"""Which positions take part in which training-time-test step, and how much each loss counts.
+
+An index takes part in step i only if the loss of step i or of a later one counts there. The others
+contribute the keys and values of step 0 and nothing else.
+
+Shapes: N packed tokens, L training-time-test steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossPositions = Literal["eagle3", "predicted"]
+LossReduction = Literal["positions", "tokens", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivePositions:
+    """Where each step computes and where its loss counts."""
+
+    supervised: Tensor
+    """[L, N] bool: the loss mask holds there and the target's next distribution exists."""
+    counted: Tensor
+    """[L, N] bool: supervised, and the target's argmax is in the draft vocabulary."""
+    indices: tuple[Tensor, ...]
+    """[L] of [A_i]: indices that take part in step i, ascending; each holds the next."""
+    weights: Tensor
+    """[L, N] float32: factor of each position's cross-entropy in its step's loss."""
+
+
+def active_positions(
+    *,
+    loss_mask: Tensor,
+    in_vocabulary: Tensor,
+    starts: Sequence[int],
+    ttt_length: int,
+    positions: LossPositions,
+    reduction: LossReduction,
+) -> ActivePositions:
+    """Return who takes part.
+
+    Args:
+        loss_mask: [N] bool, token is the assistant's.
+        in_vocabulary: [N] bool, the target's argmax after this token is in the draft vocabulary.
+        starts: [S + 1] borders of the sequences.
+        ttt_length: L.
+        positions: "eagle3" asks for loss_mask[t + i], "predicted" for loss_mask[t + 2 + i].
+        reduction: what the sum of a step's losses is divided by.
+
+    """
+    ends = torch.zeros_like(loss_mask)
+    sequence = torch.zeros_like(loss_mask, dtype=torch.int64)
+    for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        ends[end - 1] = True
+        sequence[start:end] = number
+    mask = loss_mask & ~ends if positions == "eagle3" else loss_mask
+    ahead = 0 if positions == "eagle3" else 2
+    supervised = torch.stack(
+        [
+            _shifted(mask, sequence, ahead + step) & _exists(sequence, step + 1)
+            for step in range(ttt_length)
+        ]
+    )
+    known = torch.stack([_shifted(in_vocabulary, sequence, step + 1) for step in range(ttt_length)])
+    counted = supervised & known
+    later = counted.flip(0).cumsum(0).flip(0) > 0
+    return ActivePositions(
+        supervised=supervised,
+        counted=counted,
+        indices=tuple(row.nonzero().squeeze(1) for row in later),
+        weights=_weights(counted, sequence, len(starts) - 1, reduction),
+    )
+
+
+def _exists(sequence: Tensor, shift: int) -> Tensor:
+    """[N] whether the token `shift` further on is in the same sequence."""
+    exists = torch.zeros_like(sequence, dtype=torch.bool)
+    if shift < len(sequence):
+        exists[: len(sequence) - shift] = sequence[: len(sequence) - shift] == sequence[shift:]
+    return exists
+
+
+def _shifted(flags: Tensor, sequence: Tensor, shift: int) -> Tensor:
+    """[N] the flag of the token `shift` further on in the same sequence, False beyond its end."""
+    moved = torch.zeros_like(flags)
+    if shift < len(flags):
+        moved[: len(flags) - shift] = flags[shift:]
+    return moved & _exists(sequence, shift) if shift else flags
+
+
+def _weights(
+    counted: Tensor, sequence: Tensor, num_sequences: int, reduction: LossReduction
+) -> Tensor:
+    counts = counted.float()
+    if reduction == "positions":
+        return counts / counted.shape[1]
+    if reduction == "tokens":
+        return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    of_sequence = counts.new_zeros(len(counts), num_sequences)
+    of_sequence.index_add_(1, sequence, counts)
+    contributing = (of_sequence > 0).sum(dim=1, keepdim=True).clamp(min=1)
+    return counts / of_sequence[:, sequence].clamp(min=1) / contributing

@@ -1,0 +1,64 @@
+"""How a draft is trained."""
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainingConfig(BaseModel):
+    """Settings of one training run; everything but the lengths is part of its fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    draft_vocab_size: int = Field(
+        default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
+    )
+    ttt_length: int = Field(default=7, ge=1, le=16, description="Training-time-test steps.")
+    step_decay: float = Field(default=0.8, gt=0, le=1, description="Step i weighs step_decay**i.")
+    loss_positions: Literal["eagle3", "predicted"] = Field(
+        default="predicted",
+        description="Which token must be the assistant's for a position to count: token t, as "
+        "EAGLE-3 does, or the token that is predicted, which is what serving asks for.",
+    )
+    loss_reduction: Literal["positions", "tokens", "sequence"] = Field(
+        default="tokens",
+        description="Divide the loss by all positions, by the supervised ones, or average the "
+        "means of the sequences.",
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Decay after the warm-up, down to final_lr_ratio."
+    )
+    final_lr_ratio: float = Field(default=0.05, ge=0, le=1, description="Last over peak rate.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas.")
+    max_grad_norm: float = Field(default=0.5, gt=0, description="Clip gradients to this 2-norm.")
+    epochs: int = Field(
+        default=1, gt=0, description="Passes over the data, unless max_steps ends it."
+    )
+    max_steps: int | None = Field(default=None, gt=0, description="Stop exactly after this step.")
+    batch_tokens: int = Field(
+        default=8192, gt=0, description="Tokens of one packed batch; a longer sample is its own."
+    )
+    shuffle_window: int = Field(
+        default=8, gt=0, description="Shards whose samples are shuffled together; what is cached."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of initial weights and order.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Arithmetic of the forward pass; weights stay float32."
+    )
+    checkpoint_every: int = Field(default=200, gt=0, description="Steps between checkpoints.")
+    keep_last: int = Field(default=2, gt=0, description="Checkpoints that are kept.")
+    log_every: int = Field(default=5, gt=0, description="Steps between lines in the trackers.")
+
+    def total_steps(self, num_tokens: int) -> int:
+        """Return about how many steps a run over `num_tokens` tokens takes."""
+        by_data = max(1, math.ceil(self.epochs * num_tokens / self.batch_tokens))
+        return by_data if self.max_steps is None else self.max_steps
+
+    def identity(self) -> dict[str, object]:
+        """Return the fields that a resumed run must share with its checkpoint."""
+        free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
+        return self.model_dump(mode="json", exclude=free)
