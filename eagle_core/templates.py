@@ -49,6 +49,7 @@ class ConversationTokenizer:
         self.tokenizer_fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         added = self._backend.get_added_tokens_decoder()
         self._added_ids = np.array(sorted(added), dtype=np.int32)
+        self._anchor = next((token.content for token in added.values() if token.special), "")
         self._tails: dict[str, NDArray[np.int32]] = {}
         self._closing = self._find_closing()
         control = self._control_tokens(
@@ -160,7 +161,9 @@ class ConversationTokenizer:
         if mask.any() or not joined:
             yield _sample(ids, mask)
         for start, end in joined:
-            context, answer = self._encode(row.text[:start]), self._encode(row.text[start:end])
+            context = self._encode(row.text[:start])
+            # behind an added token, because some tokenizers treat the start of a text specially
+            answer = self._encode(self._anchor + row.text[start:end])[bool(self._anchor) :]
             answer_mask = np.arange(len(context) + len(answer)) >= len(context)
             yield _sample(np.concatenate([context, answer]), answer_mask)
 
