@@ -1,7 +1,7 @@
-"""The Prefect API that `eyas run` reports to: a running server if there is one, else a temporary one.
+"""The Prefect API that `eyas run` reports to: a running server, else a temporary one.
 
-A run reported to a temporary server lands in the same database, so that a server started later shows
-it. Import this after `settle_environment`: Prefect reads its environment when it is imported.
+A run reported to a temporary server lands in the same database, so that a server started later
+shows it. Import this after `settle_environment`: Prefect reads its environment when it is imported.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""`prefect.yaml` from the recipes: one deployment per flow and recipe, so that one command registers all.
+"""`prefect.yaml` from the recipes: one deployment per flow and recipe, registered by one command.
 
-The file is generated and committed; a test fails when it no longer matches the recipes. Parameters are
-written out in full, so that the Prefect UI shows what will run and lets a person change it.
+The file is generated and committed; a test fails when it no longer matches the recipes. Parameters
+are written out in full, so that the Prefect UI shows what will run and lets a person change it.
 """
 
 from typing import Any

@@ -48,8 +48,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(
-            f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}, or give the path "
-            "of a YAML file"
+            f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}, or give the "
+            "path of a YAML file"
         )
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ Shapes: N packed tokens, L training-time-test steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -53,7 +54,7 @@ def active_positions(
     """
     ends = torch.zeros_like(loss_mask)
     sequence = torch.zeros_like(loss_mask, dtype=torch.int64)
-    for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for number, (start, end) in enumerate(pairwise(starts)):
         ends[end - 1] = True
         sequence[start:end] = number
     mask = loss_mask & ~ends if positions == "eagle3" else loss_mask

@@ -1,10 +1,11 @@
 """Soft cross-entropy against the target over the draft vocabulary, without keeping any logits.
 
-Logits exist for one chunk of rows at a time: the chunk's gradient is made in the forward pass and only
-[R, H] and [D, H] gradients are kept. Rows that share a teacher token share its distribution, which
-is computed once.
+Logits exist for one chunk of rows at a time: the chunk's gradient is made in the forward pass and
+only [R, H] and [D, H] gradients are kept. Rows that share a teacher token share its distribution,
+which is computed once.
 
-Shapes: R rows (position, step), U teacher tokens, H draft hidden, Ht target hidden, D draft vocabulary.
+Shapes: R rows (position, step), U teacher tokens, H draft hidden, Ht target hidden, D draft
+vocabulary.
 """
 
 from collections.abc import Iterator
@@ -57,14 +58,16 @@ def distillation_loss(
         teacher: what the rows learn from.
 
     """
-    loss, cross_entropy, correct, acceptance = _ChunkedLoss.apply(hidden, head, weights, teacher)
+    loss, cross_entropy, correct, acceptance = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
+        hidden, head, weights, teacher
+    )
     outcome = RowOutcome(cross_entropy=cross_entropy, correct=correct, acceptance=acceptance)
     return loss, outcome
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types it as Any
+    def forward(
         ctx: Any,  # noqa: ANN401
         hidden: Tensor,
         head: Tensor,
@@ -97,7 +100,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (weights * cross_entropy).sum(), cross_entropy, correct, acceptance
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grads[0], grad_head * grads[0], None, None
 

@@ -117,8 +117,8 @@ class TargetModel:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a turn, by the model's generation config."""
-        eos = self._model.generation_config.eos_token_id  # type: ignore[union-attr]
-        return frozenset([eos] if isinstance(eos, int) else eos or ())
+        eos: int | list[int] | None = self._model.generation_config.eos_token_id  # type: ignore[union-attr, assignment]
+        return frozenset([eos] if isinstance(eos, int) else eos or [])
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the target's logits [..., V] for post-norm states [..., H]."""

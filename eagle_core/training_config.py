@@ -51,6 +51,12 @@ class TrainingConfig(BaseModel):
     )
     checkpoint_every: int = Field(default=200, gt=0, description="Steps between checkpoints.")
     keep_last: int = Field(default=2, gt=0, description="Checkpoints that are kept.")
+    held_out_every: int = Field(
+        default=200, gt=0, description="Steps between measurements on the held-out split."
+    )
+    held_out_tokens: int = Field(
+        default=65536, gt=0, description="Held-out tokens that a measurement reads at most."
+    )
     log_every: int = Field(default=5, gt=0, description="Steps between lines in the trackers.")
 
     def total_steps(self, num_tokens: int) -> int:
@@ -61,4 +67,5 @@ class TrainingConfig(BaseModel):
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""
         free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
+        free |= {"held_out_every", "held_out_tokens"}
         return self.model_dump(mode="json", exclude=free)

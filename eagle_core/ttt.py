@@ -1,10 +1,10 @@
-"""The training-time-test step of EAGLE-3 (arXiv 2503.01840), doing only the work that gradients need.
+"""The training-time-test step of EAGLE-3 (arXiv 2503.01840): only the work that gradients need.
 
 At index t of step i the draft reads the embedding of token t+1+i and its own hidden state, and is
 taught the target's distribution after token t+1+i; rotary position is t+i. Against the plain
 formulation (docs/design.md, section 5): prompt positions give step-0 keys and values only, the
-embedding half of the projections is computed once a token, the teacher once a token, and logits exist
-for one chunk of rows at a time.
+embedding half of the projections is computed once a token, the teacher once a token, and logits
+exist for one chunk of rows at a time.
 
 Shapes: N packed tokens, A_i indices of step i, H draft hidden, L steps.
 """
@@ -163,17 +163,17 @@ class _InputHalves:
     def queries(self, state: Tensor, indices: Tensor, *, step: int) -> Tensor:
         """Return [A, N, E] for states [A, H] at `indices`."""
         hidden = functional.linear(self._norm(state), self._query_hidden)
-        return (hidden + self._query_embedding[indices + 1 + step]).unflatten(
-            -1, (-1, self._head_dim)
-        )
+        return self._split(hidden + self._query_embedding[indices + 1 + step])
 
     def keys_values(self, state: Tensor, indices: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [A, K, E] for states at `indices`."""
         hidden = functional.linear(self._norm(state[: len(indices)]), self._key_value_hidden)
         both = hidden + self._key_value_embedding[indices + 1 + step]
         key, value = both.chunk(2, dim=-1)
-        shape = (-1, self._head_dim)
-        return key.unflatten(-1, shape), value.unflatten(-1, shape)
+        return self._split(key), self._split(value)
+
+    def _split(self, states: Tensor) -> Tensor:
+        return states.reshape(len(states), -1, self._head_dim)
 
 
 def _positions(batch: PackedBatch) -> Tensor:
@@ -192,7 +192,7 @@ def _attend(
     own_keys: Tensor | None,
     own_values: Tensor | None,
 ) -> Tensor:
-    """Return [A, N, E], one sequence at a time; keys behind a sequence's last query are left out."""
+    """Return [A, N, E], a sequence at a time; keys behind its last query are left out."""
     if own_keys is None or own_values is None:
         own_keys = own_values = keys.new_zeros(len(query), 0, *keys.shape[1:])
     borders = torch.searchsorted(indices, torch.tensor(starts, device=indices.device)).tolist()

@@ -1,4 +1,4 @@
-"""Attention of training-time test: causal over step-0 keys, plus the index's own keys of later steps.
+"""Attention of training-time test: causal over step-0 keys, plus the index's own later keys.
 
 No T x T x steps matrix: a query at step i sees the step-0 keys at or before its index in its own
 sequence, and the i keys that its own index made in steps 1..i.
@@ -26,7 +26,9 @@ def ttt_attention(
 
     """
     num_queries, num_heads, head_dim = query.shape
-    grouped = query.unflatten(1, (keys.shape[1], -1)) * head_dim**-0.5  # [Q, K, G, E]
+    grouped = (
+        query.reshape(num_queries, keys.shape[1], -1, head_dim) * head_dim**-0.5
+    )  # [Q, K, G, E]
     causal = torch.einsum("qkge,ske->kgqs", grouped, keys)
     hidden = torch.arange(len(keys), device=index.device) > index.unsqueeze(1)
     causal = causal.masked_fill(hidden, float("-inf"))

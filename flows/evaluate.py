@@ -1,4 +1,4 @@
-"""`evaluate`: acceptance on held-out prompts by real speculative decoding, before and after training."""
+"""`evaluate`: acceptance on held-out prompts by real decoding, before and after training."""
 
 import dataclasses
 import json

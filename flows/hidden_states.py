@@ -1,4 +1,4 @@
-"""`hidden-states`: conversations in, a snapshot of a verified store out; only what is missing is computed."""
+"""`hidden-states`: conversations in, a snapshot of the store out; only what is missing is made."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -153,8 +153,8 @@ def _require_all(futures: Sequence[PrefectFuture[int]], work: MissingShards, sto
     if missing:
         raise MissingShardsError(
             f"{len(missing)} of {len(work.shards)} shards are missing: {', '.join(missing[:5])}; "
-            "the others are committed. Press Retry in the Prefect UI, or run the flow again, to make "
-            "only these"
+            "the others are committed. Press Retry in the Prefect UI, or run the flow again, to "
+            "make only these"
         )
 
 

@@ -1,6 +1,6 @@
 """The target model itself as the trainer's `SampleSource`: states are computed, used and forgotten.
 
-Samples are grouped and batched exactly as the store's shards would be, so that training sees the same
+Samples are grouped and batched exactly as the store's shards would be: training sees the same
 bits online and offline.
 """
 

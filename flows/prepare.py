@@ -1,4 +1,4 @@
-"""The stages before the target model: conversations, then tokens. Both are done once per content."""
+"""The stages before the target model: conversations, then tokens, each done once per content."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 from transformers import AutoTokenizer
 
 from eagle_core import weights
-from eagle_core.dataset import build_dataset, load_conversations
+from eagle_core.dataset import Split, build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import load_manifest
 from eagle_core.samples import TokenizedSample
@@ -62,12 +62,12 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     manifest = load_manifest(space.dataset_path)
     tokenizer = conversation_tokenizer(target)
     content = _content_name(dataset, manifest.fingerprint, tokenizer)
-    counts = {"train": manifest.num_train, "held_out": manifest.num_held_out}
-    files = {}
+    counts: dict[Split, int] = {"train": manifest.num_train, "held_out": manifest.num_held_out}
+    files: dict[Split, TokenFile] = {}
     with stage_progress(
         "tokens", key=f"tokens-{space.target}", total=sum(counts.values()), unit="conversations"
     ) as progress:
-        for split in ("train", "held_out"):
+        for split in counts:
             path = space.tokens_path / f"{split}-{content}.arrow"
             if not path.exists():
                 samples = _tokenized(tokenizer, dataset, space.dataset_path, split, progress)
@@ -92,7 +92,7 @@ def _tokenized(
     tokenizer: ConversationTokenizer,
     dataset: DatasetConfig,
     path: Path,
-    split: str,
+    split: Split,
     progress: StageProgress,
 ) -> Iterator[TokenizedSample]:
     conversations = load_conversations(path, split)

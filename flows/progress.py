@@ -25,7 +25,7 @@ LOG_SECONDS = 15.0
 class StageProgress:
     """Progress of one stage in its own unit; `advance` is cheap and may be called per item."""
 
-    def __init__(self, bar: Progress, *, stage: str, total: int, unit: str, artifact: UUID):
+    def __init__(self, bar: Progress, *, stage: str, total: int, unit: str, artifact: UUID) -> None:
         self._bar = bar
         self._stage = stage
         self._total = total

@@ -1,8 +1,7 @@
-"""Summaries as a person reads them: rows of name and value, in the terminal and as a Prefect artifact."""
+"""Summaries as a person reads them: rows for the terminal and for Prefect's artifacts."""
 
 import re
 from collections.abc import Sequence
-
 from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
@@ -41,7 +40,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, min_width=60)
     for name, value in rows:
         table.add_row(escape(name), escape(value))
-    # A path or an id must survive copying from a log: never fold it when nobody looks at a terminal.
+    # A path must survive copying from a log: nothing is folded when this is no terminal.
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
 
@@ -78,12 +77,12 @@ def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
 
 def train_rows(summary: TrainSummary) -> list[Row]:
     """Return the figures of a training run."""
-    first = "" if summary.first_loss is None else f"{summary.first_loss:.3f} -> "
+    figures = summary.figures
     return [
         ("steps", f"{summary.num_steps:,}"),
-        ("loss", f"{first}{summary.last_loss:.3f}"),
-        ("loss by TTT step", _series(summary.step_losses, "{:.2f}")),
-        ("accuracy by TTT step", _series(summary.step_accuracies, "{:.1%}")),
+        ("loss, first and last step", f"{figures.first_loss:.3f} -> {figures.loss:.3f}"),
+        ("loss by TTT step", _series(figures.step_losses, "{:.2f}")),
+        ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
         ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
         ("tokens per second", f"{summary.tokens_per_second:,.0f}"),
         ("run", str(summary.run_path)),

@@ -1,7 +1,7 @@
 """The child process that loads the target once and makes a batch of shards.
 
 Reads one `ShardJob` (JSON) on standard input and answers with one `ShardReport` (JSON) a line on
-standard output. A kill costs the shard in work and nothing else: the store shows only what is committed.
+standard output. A kill costs the shard in work and nothing else: only what is committed shows.
 """
 
 import sys
@@ -66,20 +66,19 @@ def _run(job: ShardJob) -> None:
     files = [TokenFile(path) for path in job.token_files]
     target = TargetModel.load(job.target)
     for shard_id in job.shard_ids:
-        wanted = set(shards[shard_id].sample_ids)
+        wanted = shards[shard_id].sample_ids
         samples = [
             sample
             for file in files
-            for sample in file.by_id([sid for sid in shards[shard_id].sample_ids if sid in file])
+            for sample in file.by_id([sample_id for sample_id in wanted if sample_id in file])
         ]
         if len(samples) != len(wanted):
             raise eagle_core.errors.MismatchError(
-                f"shard {shard_id} needs {len(wanted)} samples, the token files hold {len(samples)} "
-                "of them; run the hidden-states flow again to plan from the present data set"
+                f"shard {shard_id} needs {len(wanted)} samples, the token files have {len(samples)}; "
+                "run the hidden-states flow again to plan from the present data set"
             )
-        states = {sample.sample_id: sample for sample in _counted(target.capture(samples))}
-        ordered = [to_stored(states[sample_id]) for sample_id in shards[shard_id].sample_ids]
-        store.write_shard(shards[shard_id], ordered)
+        states = (to_stored(state) for state in _counted(target.capture(samples)))
+        store.write_shard(shards[shard_id], states)
         _say(ShardReport(kind="shard", shard_id=shard_id))
 
 

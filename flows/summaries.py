@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.acceptance import AcceptanceReport
+from eagle_core.trainer import Figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +68,7 @@ class TrainSummary:
     run_path: Path
     source_id: str
     num_steps: int
-    first_loss: float | None
-    last_loss: float
-    step_losses: tuple[float, ...]
-    step_accuracies: tuple[float, ...]
+    figures: Figures
     vocabulary_coverage: float
     tokens_per_second: float
     seconds: float

@@ -1,12 +1,10 @@
-"""`train`: a draft from the latest snapshot, resumed from the newest good checkpoint if there is one."""
+"""`train`: a draft from the latest snapshot, resumed from the newest good checkpoint."""
 
 import time
 from pathlib import Path
 
-import torch
 from prefect import flow
 
-from eagle_core import weights
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.samples import SampleSource
 from eagle_core.target_config import TargetConfig
@@ -76,7 +74,6 @@ def run_training(
 ) -> TrainSummary:
     """Train from any source; the one piece of code behind the offline and the online flow."""
     started = time.monotonic()
-    first_loss: list[float] = []
     total = training.total_steps(int(source.lengths.sum()))
     with (
         stage_progress(
@@ -86,7 +83,6 @@ def run_training(
     ):
 
         def on_progress(progress: Progress) -> None:
-            first_loss[:] = first_loss or [progress.loss]
             bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
 
         result = train(
@@ -95,7 +91,7 @@ def run_training(
             target_lm_head=setup.target_lm_head,
             source=source,
             held_out=held_out,
-            run_dir=setup.run_path,
+            run_path=setup.run_path,
             tracker=tracker,
             on_progress=on_progress,
         )
@@ -103,10 +99,7 @@ def run_training(
         run_path=setup.run_path,
         source_id=source.source_id,
         num_steps=result.num_steps,
-        first_loss=first_loss[0] if first_loss else None,
-        last_loss=result.loss,
-        step_losses=result.step_losses,
-        step_accuracies=result.step_accuracies,
+        figures=result.figures,
         vocabulary_coverage=setup.vocabulary_coverage,
         tokens_per_second=result.tokens_per_second,
         seconds=time.monotonic() - started,

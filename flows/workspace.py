@@ -21,7 +21,7 @@ class Workspace:
 
     @property
     def tokens_path(self) -> Path:
-        """Tokenised samples, one file per split and per content of data set, tokenizer and template."""
+        """Tokenised samples, a file per split and content of data set, tokenizer and template."""
         return self.home / "tokens" / f"{self.target}-{self.dataset}"
 
     @property

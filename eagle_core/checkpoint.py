@@ -1,0 +1,221 @@
+"""Checkpoints: safetensors and JSON, whole or absent, the newest good one found again.
+
+A checkpoint is a folder `checkpoints/step-XXXXXXXX` with `draft.safetensors`,
+`optimizer.safetensors` and `state.json`. It is written under a temporary name, synced and renamed;
+`state.json` binds the other two to size and digest, and a checkpoint that does not match is passed
+over with a warning.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eagle_core.draft import DraftModel
+from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.loader import LoaderState
+
+FORMAT_VERSION = 1
+_FOLDER = "checkpoints"
+_WEIGHTS = "draft.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+_FROZEN = "embed_tokens.weight"
+"""The target's own tensor: never stored again with every checkpoint."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A point from which training goes on exactly."""
+
+    step: int
+    loader: LoaderState
+    identity: Mapping[str, Any]
+    """What the run was made with; a resumed run must have the same."""
+    figures: Mapping[str, Any]
+    """The last measured figures, so that a finished run can still report them."""
+
+
+def save(
+    run_path: Path,
+    checkpoint: Checkpoint,
+    draft: DraftModel,
+    optimizer: Mapping[str, Tensor],
+    *,
+    keep_last: int,
+) -> Path:
+    """Write a checkpoint, then drop all but the newest `keep_last`; return its folder."""
+    parent = run_path / _FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"step-{checkpoint.step:08d}"
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    try:
+        weights = {name: tensor for name, tensor in draft.state_dict().items() if name != _FROZEN}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()}, partial / _WEIGHTS
+        )
+        save_file(dict(optimizer), partial / _OPTIMIZER)
+        document = {
+            "format_version": FORMAT_VERSION,
+            **dataclasses.asdict(checkpoint),
+            "files": {name: _digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER)},
+        }
+        (partial / _STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        _sync(parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in list(_folders(run_path))[keep_last:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def newest(run_path: Path) -> Path | None:
+    """Return the folder of the newest checkpoint whose files are what its record says, or None."""
+    for folder in _folders(run_path):
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        logger.warning(
+            "checkpoint %s is damaged (%s); falling back to the one before", folder, damage
+        )
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """Return the record of a good checkpoint."""
+    document = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return Checkpoint(
+        step=document["step"],
+        loader=LoaderState(**document["loader"]),
+        identity=document["identity"],
+        figures=document["figures"],
+    )
+
+
+def require_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise MismatchError naming every field in which a checkpoint differs from this run."""
+    old, new = dict(_flat(found)), dict(_flat(expected))
+    differing = [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise MismatchError(
+            f"{folder} was made with other settings ({'; '.join(differing)}); restore them, or "
+            "train under another run name"
+        )
+
+
+def load_draft(draft: DraftModel, run_path: Path) -> int:
+    """Load the newest good checkpoint's weights into `draft`; return its step.
+
+    Raises:
+        ConfigError: the run has no checkpoint.
+
+    """
+    folder = newest(run_path)
+    if folder is None:
+        raise ConfigError(f"{run_path} has no checkpoint yet; run the train flow first")
+    load_weights(draft, folder)
+    return read(folder).step
+
+
+def load_weights(draft: DraftModel, folder: Path) -> None:
+    """Load a checkpoint's weights; the frozen embedding stays the draft's."""
+    weights = load_file(folder / _WEIGHTS)
+    weights[_FROZEN] = draft.embed_tokens.weight.detach().cpu()
+    draft.load_state_dict(weights)
+
+
+def load_optimizer(folder: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's optimizer state by tensor name."""
+    state: dict[str, Tensor] = load_file(folder / _OPTIMIZER)
+    return state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, draft: DraftModel) -> dict[str, Tensor]:
+    """Return the state of an optimizer over the draft's parameters as named tensors."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in draft.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value.contiguous()
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, draft: DraftModel, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    for name, parameter in draft.named_parameters():
+        prefix = f"{name}/"
+        state = {
+            full.removeprefix(prefix): tensor
+            for full, tensor in tensors.items()
+            if full.startswith(prefix)
+        }
+        if state:
+            step = state.pop("step")  # AdamW keeps it on the CPU
+            moved = {key: tensor.to(parameter.device) for key, tensor in state.items()}
+            optimizer.state[parameter] = {"step": step, **moved}
+
+
+def _folders(run_path: Path) -> Iterator[Path]:
+    """Yield checkpoint folders, newest first."""
+    yield from sorted((run_path / _FOLDER).glob("step-*"), reverse=True)
+
+
+def _damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    try:
+        document = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{_STATE}: {error}"
+    if document.get("format_version") != FORMAT_VERSION:
+        return f"format version {document.get('format_version')}, expected {FORMAT_VERSION}"
+    for name, expected in document["files"].items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != expected:
+            return f"{name} is missing or not what {_STATE} says"
+    return None
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _digest(path: Path) -> list[int | str]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

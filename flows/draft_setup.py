@@ -1,0 +1,79 @@
+"""The draft of one run: its vocabulary, and its weights before and after training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eagle_core import weights
+from eagle_core.checkpoint import load_draft
+from eagle_core.draft import DraftConfig, DraftModel
+from eagle_core.draft_vocabulary import DraftVocabulary, count_supervised_tokens
+from eagle_core.target import read_model_config, resolve_device
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.training_config import TrainingConfig
+from flows.prepare import conversation_tokenizer
+
+VOCABULARY_NAME = "draft_vocabulary.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftSetup:
+    """An untrained draft and what training needs beside it."""
+
+    run_path: Path
+    draft: DraftModel
+    target_lm_head: Tensor
+    """[V, H] the target's head, frozen."""
+    vocabulary_coverage: float
+    """Share of the supervised training tokens that the draft can propose, 0 to 1."""
+
+
+def set_up_draft(
+    target: TargetConfig, training: TrainingConfig, tokens: TokenFile, run_path: Path
+) -> DraftSetup:
+    """Return the untrained draft of a run; its vocabulary is chosen once and then kept.
+
+    Reads two tensors of the target (embedding and head), never the layers between them.
+    """
+    folder = weights.locate(target)
+    model_config = read_model_config(target, folder)
+    device = resolve_device(target.device)
+    embedding, lm_head = weights.load_ends(folder, dtype=torch.float32)
+    counts = count_supervised_tokens(tokens, model_config.vocab_size)
+    vocabulary = _vocabulary(run_path, target, counts, training.draft_vocab_size)
+    config = DraftConfig.from_target(model_config, draft_vocab_size=len(vocabulary))
+    draft = DraftModel(config)
+    draft.initialise(
+        embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed
+    )
+    return DraftSetup(
+        run_path=run_path,
+        draft=draft.to(device),
+        target_lm_head=lm_head.to(device),
+        vocabulary_coverage=vocabulary.coverage(counts),
+    )
+
+
+def load_trained(setup: DraftSetup) -> DraftModel:
+    """Return the draft of the run's newest good checkpoint; ConfigError if there is none."""
+    draft = DraftModel(setup.draft.config).to(setup.target_lm_head.device)
+    load_draft(draft, setup.run_path)
+    return draft
+
+
+def _vocabulary(
+    run_path: Path, target: TargetConfig, counts: NDArray[np.int64], size: int
+) -> DraftVocabulary:
+    path = run_path / VOCABULARY_NAME
+    if path.exists():
+        return DraftVocabulary.load(path)
+    always = conversation_tokenizer(target).special_token_ids()
+    vocabulary = DraftVocabulary.build(counts, size=min(size, len(counts)), always=always)
+    run_path.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(path)
+    return vocabulary
