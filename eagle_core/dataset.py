@@ -30,8 +30,8 @@ Split = Literal["train", "held_out"]
 Progress = Callable[[float, str], None]
 """Called now and then with the share of the source that has been read (0 to 1) and a sentence."""
 
-RULES_VERSION = 1
-"""Raise it when the cleaning rules change: data sets made by older rules are then built again."""
+RULES_VERSION = 2
+"""Raise it when cleaning or columns change: data sets made before are then built again."""
 LEDGER_NAME = "ledger.parquet"
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
 _RECORDS_PER_REPORT = 500
@@ -72,7 +72,13 @@ def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
     byte, what the manifest says.
     """
     name = f"{split}.parquet"
-    _check_file(directory / name, load_manifest(directory).files[name])
+    manifest = load_manifest(directory)
+    if manifest.rules_version != RULES_VERSION:
+        raise MismatchError(
+            f"{directory} was built by rules {manifest.rules_version}, this version has "
+            f"{RULES_VERSION}; run the `dataset` flow to build it again"
+        )
+    _check_file(directory / name, manifest.files[name])
     with pq.ParquetFile(directory / name) as table:
         for batch in table.iter_batches(_ROWS_PER_BATCH):
             yield from map(from_row, batch.to_pylist())

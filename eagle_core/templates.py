@@ -41,6 +41,7 @@ class ConversationTokenizer:
         config = config or TemplateConfig()
         self.name = str(tokenizer.name_or_path)
         self._config = config
+        self._made_from = (tokenizer, config)
         self._backend = _exact_offsets(tokenizer, self.name)
         self._template = _template(tokenizer, config, self.name)
         self.template_fingerprint = _sha256(
@@ -57,6 +58,10 @@ class ConversationTokenizer:
             [tokenizer.bos_token, tokenizer.eos_token],
         )
         self._control = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle as what it was made from: compiled templates do not cross process borders."""
+        return type(self), self._made_from
 
     @property
     def vocab_size(self) -> int:

@@ -13,7 +13,7 @@ from eagle_core.conversations import content_key, is_held_out
 from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import DatasetManifest, load_manifest
-from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.ledger import Reason
 
 
@@ -153,6 +153,18 @@ def test_a_damaged_manifest_is_named(config: DatasetConfig, tmp_path: Path) -> N
     manifest = build_dataset(config, out_dir=directory)
     (directory / "manifest.json").write_text('{"name": "d"}', encoding="utf-8")
     with pytest.raises(CorruptError, match="not a data set manifest"):
+        list(load_conversations(directory, "train"))
+    assert build_dataset(config, out_dir=directory) == manifest
+
+
+def test_a_data_set_of_older_rules_is_refused_and_built_again(
+    config: DatasetConfig, tmp_path: Path
+) -> None:
+    directory = tmp_path / "d"
+    manifest = build_dataset(config, out_dir=directory)
+    older = manifest.model_copy(update={"rules_version": 1})
+    (directory / "manifest.json").write_text(older.model_dump_json(), encoding="utf-8")
+    with pytest.raises(MismatchError, match="rules 1"):
         list(load_conversations(directory, "train"))
     assert build_dataset(config, out_dir=directory) == manifest
 
