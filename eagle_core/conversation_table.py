@@ -1,11 +1,9 @@
 """Conversations as rows of a Parquet table."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from eagle_core.conversations import Conversation, Message
 from eagle_core.tool_calls import ToolCall
@@ -27,7 +25,6 @@ CONVERSATION_SCHEMA = pa.schema(
         ("tools", pa.string()),
     ]
 )
-_ROWS_PER_GROUP = 1024
 
 
 def to_row(conversation: Conversation, content_key: str) -> dict[str, object]:
@@ -47,31 +44,6 @@ def from_row(row: dict[str, Any]) -> Conversation:
         messages=tuple(map(_message, row["messages"])),
         tools=row["tools"],
     )
-
-
-class RowWriter:
-    """Writes rows to a Parquet file, a row group in memory at a time."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-        self._schema = schema
-        self._rows: list[dict[str, object]] = []
-
-    def add(self, row: dict[str, object]) -> None:
-        """Take one row."""
-        self._rows.append(row)
-        if len(self._rows) >= _ROWS_PER_GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what is left and the footer."""
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows = []
 
 
 def _message(row: dict[str, Any]) -> Message:

@@ -9,20 +9,23 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from eagle_core.conversation_table import CONVERSATION_SCHEMA, RowWriter, from_row, to_row
+from eagle_core.conversation_table import CONVERSATION_SCHEMA, from_row, to_row
 from eagle_core.conversations import Conversation, content_key, is_held_out, normalise
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest, load_manifest
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.ledger import LedgerEntry, Reason, RejectedRecord
+from eagle_core.ledger import Reason, RejectedRecord
+from eagle_core.ledger_writer import LedgerWriter
+from eagle_core.row_writer import RowWriter
 from eagle_core.source_record import DamagedRecord, SourceRecord
 from eagle_core.sources import find_source, identify, read_records
 
@@ -36,8 +39,6 @@ LEDGER_NAME = "ledger.parquet"
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
 _RECORDS_PER_REPORT = 500
 _ROWS_PER_BATCH = 256
-
-_LEDGER_SCHEMA = pa.schema([(name, pa.string()) for name in LedgerEntry.__dataclass_fields__])
 
 
 def build_dataset(
@@ -84,25 +85,27 @@ def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
             yield from map(from_row, batch.to_pylist())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Writers:
+    """The files of a data set while they are written."""
+
+    splits: Mapping[Split, RowWriter]
+    ledger: LedgerWriter
+
+
 class _Builder:
     """Takes records one by one and keeps the accounts."""
 
-    def __init__(self, config: DatasetConfig, directory: Path) -> None:
+    def __init__(self, config: DatasetConfig, writers: _Writers) -> None:
         self._config = config
+        self._writers = writers
         self._seen: set[bytes] = set()
-        self._splits = {
-            split: RowWriter(directory / f"{split}.parquet", CONVERSATION_SCHEMA)
-            for split in _SPLITS
-        }
-        self._ledger = RowWriter(directory / LEDGER_NAME, _LEDGER_SCHEMA)
         self._fingerprint = hashlib.sha256()
         self.kept: Counter[Split] = Counter()
-        self.dropped: Counter[str] = Counter()
-        self.changed: Counter[str] = Counter()
 
     @property
     def num_records(self) -> int:
-        return self.kept.total() + self.dropped.total()
+        return self.kept.total() + self._writers.ledger.dropped.total()
 
     @property
     def fingerprint(self) -> str:
@@ -110,52 +113,32 @@ class _Builder:
 
     def add(self, record: SourceRecord | DamagedRecord) -> None:
         """Keep the record or enter why not."""
+        ledger = self._writers.ledger
         if isinstance(record, DamagedRecord):
-            self._drop(RejectedRecord(record.reason, record.location, record.detail))
+            ledger.drop(RejectedRecord(record.reason, record.location, record.detail))
             return
         try:
             normalised = normalise(record.value, location=record.location)
         except RejectedRecord as rejected:
-            self._drop(rejected)
+            ledger.drop(rejected)
             return
         conversation = normalised.conversation
+        conversation_id = conversation.conversation_id
         key = content_key(conversation)
         if bytes.fromhex(key) in self._seen:
-            self._drop(
-                RejectedRecord(Reason.DUPLICATE, record.location, f"of content {key}"),
-                conversation_id=conversation.conversation_id,
-            )
+            duplicate = RejectedRecord(Reason.DUPLICATE, record.location, f"of content {key}")
+            ledger.drop(duplicate, conversation_id=conversation_id)
             return
         self._seen.add(bytes.fromhex(key))
         self._keep(conversation, key)
         for change in normalised.changes:
-            self.changed[change] += 1
-            self._enter(
-                LedgerEntry(
-                    location=record.location,
-                    conversation_id=conversation.conversation_id,
-                    action="changed",
-                    reason=change,
-                    detail="",
-                )
-            )
-
-    def close(self) -> None:
-        for writer in (*self._splits.values(), self._ledger):
-            writer.close()
+            ledger.change(change, location=record.location, conversation_id=conversation_id)
 
     def _keep(self, conversation: Conversation, key: str) -> None:
         split: Split = "held_out" if is_held_out(key, self._config.held_out_fraction) else "train"
         self.kept[split] += 1
         self._fingerprint.update(f"{split} {key}\n".encode())
-        self._splits[split].add(to_row(conversation, key))
-
-    def _drop(self, rejected: RejectedRecord, *, conversation_id: str = "") -> None:
-        self.dropped[rejected.reason] += 1
-        self._enter(LedgerEntry.of(rejected, conversation_id=conversation_id))
-
-    def _enter(self, entry: LedgerEntry) -> None:
-        self._ledger.add({name: str(getattr(entry, name)) for name in _LEDGER_SCHEMA.names})
+        self._writers.splits[split].add(to_row(conversation, key))
 
 
 def _write(
@@ -164,8 +147,8 @@ def _write(
     directory: Path,
     progress: Progress,
 ) -> DatasetManifest:
-    builder = _Builder(config, directory)
-    try:
+    with _open_writers(directory) as writers:
+        builder = _Builder(config, writers)
         for index, record in enumerate(read_records(config)):
             builder.add(record)
             num_kept = builder.kept.total()
@@ -173,12 +156,11 @@ def _write(
                 progress(record.fraction_read, f"{num_kept} conversations kept")
             if num_kept == config.max_conversations:
                 break
-    finally:
-        builder.close()
+    dropped = dict(sorted(writers.ledger.dropped.items()))
     if not builder.kept["train"]:
         raise ConfigError(
             f"data set {config.name}: {config.source} has no usable training conversation "
-            f"({builder.num_records} records; dropped: {dict(builder.dropped)}; held out: "
+            f"({builder.num_records} records; dropped: {dropped}; held out: "
             f"{builder.kept['held_out']}); correct `source`"
         )
     progress(1.0, f"{builder.kept.total()} conversations kept")
@@ -192,10 +174,24 @@ def _write(
         num_records=builder.num_records,
         num_train=builder.kept["train"],
         num_held_out=builder.kept["held_out"],
-        dropped=dict(sorted(builder.dropped.items())),
-        changed=dict(sorted(builder.changed.items())),
+        dropped=dropped,
+        changed=dict(sorted(writers.ledger.changed.items())),
         files={name: _digest(directory / name) for name in names},
     )
+
+
+@contextmanager
+def _open_writers(directory: Path) -> Iterator[_Writers]:
+    with ExitStack() as stack:
+        yield _Writers(
+            splits={
+                split: stack.enter_context(
+                    RowWriter(directory / f"{split}.parquet", CONVERSATION_SCHEMA)
+                )
+                for split in _SPLITS
+            },
+            ledger=stack.enter_context(LedgerWriter(directory / LEDGER_NAME)),
+        )
 
 
 def _finished(

@@ -74,6 +74,6 @@ class LedgerEntry:
             location=rejected.location,
             conversation_id=conversation_id,
             action="dropped",
-            reason=rejected.reason,
+            reason=rejected.reason.value,
             detail=rejected.detail,
         )
