@@ -173,7 +173,7 @@ class _InputHalves:
         return self._split(key), self._split(value)
 
     def _split(self, states: Tensor) -> Tensor:
-        return states.reshape(len(states), -1, self._head_dim)
+        return states.reshape(len(states), states.shape[-1] // self._head_dim, self._head_dim)
 
 
 def _positions(batch: PackedBatch) -> Tensor:

@@ -1,0 +1,111 @@
+"""The published training-time-test step, written plainly: dense attention, every position, full head.
+
+Slow and readable; what `eagle_core.ttt` must equal. One sequence at a time, in any float dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from eagle_core.draft import DraftModel, rotary, rotate
+from eagle_core.packing import PackedBatch
+from eagle_core.ttt import TttOptions
+
+
+def plain_loss(
+    draft: DraftModel, batch: PackedBatch, target_lm_head: Tensor, options: TttOptions
+) -> Tensor:
+    """Return the loss of a packed batch: step by step, position by position over whole sequences."""
+    total = batch.last_hidden_state.new_zeros(())
+    sequences = [
+        _sequence(draft, batch, start, end, target_lm_head, options)
+        for start, end in zip(batch.starts, batch.starts[1:], strict=False)
+    ]
+    for step in range(options.ttt_length):
+        losses = [sequence[step][0] for sequence in sequences]
+        counts = [sequence[step][1] for sequence in sequences]
+        num_counted = sum(int(count) for count in counts)
+        if options.loss_reduction == "positions":
+            loss = torch.stack(losses).sum() / batch.num_tokens
+        elif options.loss_reduction == "tokens":
+            loss = torch.stack(losses).sum() / max(num_counted, 1)
+        else:
+            means = [
+                loss / count for loss, count in zip(losses, counts, strict=True) if int(count) > 0
+            ]
+            loss = torch.stack(means).mean() if means else losses[0] * 0
+        total = total + options.step_decay**step * loss
+    return total
+
+
+def _sequence(
+    draft: DraftModel,
+    batch: PackedBatch,
+    start: int,
+    end: int,
+    target_lm_head: Tensor,
+    options: TttOptions,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (summed cross-entropy, number of counted positions) of each step."""
+    ids = batch.input_ids[start:end]
+    mask = batch.loss_mask[start:end].clone()
+    if options.loss_positions == "eagle3":
+        mask[-1] = False
+    logits = batch.last_hidden_state[start:end] @ target_lm_head.T
+    length = end - start
+    hidden = draft.fc(batch.aux_hidden_states[start:end])
+    all_keys: list[Tensor] = []
+    all_values: list[Tensor] = []
+    results = []
+    for step in range(options.ttt_length):
+        shifted_ids = _shift(ids, 1 + step)
+        hidden = _layer(draft, shifted_ids, hidden, step, all_keys, all_values)
+        log_q = draft.logits(hidden).log_softmax(dim=-1)
+        teacher = _shift(logits, 1 + step)
+        p = teacher[:, draft.t2d].softmax(dim=-1)
+        ahead = step if options.loss_positions == "eagle3" else step + 2
+        counted = _shift(mask, ahead) & draft.t2d[teacher.argmax(dim=-1)]
+        counted &= torch.arange(length) + 1 + step < length
+        cross_entropy = -(p * log_q).sum(dim=-1)
+        results.append(((cross_entropy * counted).sum(), counted.sum()))
+    return results
+
+
+def _layer(
+    draft: DraftModel,
+    ids: Tensor,
+    hidden: Tensor,
+    step: int,
+    all_keys: list[Tensor],
+    all_values: list[Tensor],
+) -> Tensor:
+    layer, attention, config = draft.midlayer, draft.midlayer.self_attn, draft.config
+    length = len(ids)
+    inputs = torch.cat(
+        [layer.input_layernorm(draft.embed_tokens(ids)), layer.hidden_norm(hidden)], dim=-1
+    )
+    cos, sin = rotary(torch.arange(length) + step, config)
+    cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
+    heads = (length, -1, config.head_dim)
+    query = rotate(attention.q_proj(inputs).view(heads).transpose(0, 1), cos, sin)
+    key = rotate(attention.k_proj(inputs).view(heads).transpose(0, 1), cos, sin)
+    value = attention.v_proj(inputs).view(heads).transpose(0, 1)
+    repeat = config.num_attention_heads // config.num_key_value_heads
+    all_keys.append(key.repeat_interleave(repeat, dim=0))
+    all_values.append(value.repeat_interleave(repeat, dim=0))
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    own = torch.eye(length, dtype=torch.bool)
+    visible = torch.cat([causal, *([own] * step)], dim=1)
+    scores = query @ torch.cat(all_keys, dim=1).transpose(1, 2) * config.head_dim**-0.5
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    mixed = (weights @ torch.cat(all_values, dim=1)).transpose(0, 1).reshape(length, -1)
+    hidden = hidden + attention.o_proj(mixed)
+    output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return output
+
+
+def _shift(values: Tensor, by: int) -> Tensor:
+    """Return values moved `by` places to the front, zeros behind."""
+    moved = torch.zeros_like(values)
+    if by < len(values):
+        moved[: len(values) - by] = values[by:]
+    return moved

@@ -1,0 +1,87 @@
+"""The order of an epoch, and batches that resume anywhere."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eagle_core.loader import LoaderState, batch_end, batches, epoch_order
+from tests.eagle_core.random_source import RandomSource
+
+
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 5),
+    window=st.integers(1, 5),
+)
+def test_an_epoch_holds_every_sample_once_and_mixes_only_inside_windows(
+    sizes: list[int], seed: int, epoch: int, window: int
+) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    order = epoch_order(groups, seed=seed, epoch=epoch, window=window)
+    assert sorted(order.tolist()) == list(range(len(groups)))
+    assert np.array_equal(order, epoch_order(groups, seed=seed, epoch=epoch, window=window))
+    seen = list(dict.fromkeys(groups[order].tolist()))
+    for first in range(0, len(seen), window):
+        members = set(seen[first : first + window])
+        places = [place for place, index in enumerate(order) if groups[index] in members]
+        assert places == list(range(min(places), max(places) + 1))
+
+
+def test_another_epoch_or_seed_is_another_order() -> None:
+    groups = np.repeat(np.arange(10), 5)
+    orders = [
+        tuple(epoch_order(groups, seed=seed, epoch=epoch, window=4))
+        for seed, epoch in itertools.product((0, 1), (0, 1))
+    ]
+    assert len(set(orders)) == 4
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), budget=st.integers(1, 120)
+)
+def test_a_batch_fits_the_budget_or_is_one_sample(lengths: list[int], budget: int) -> None:
+    order, array = np.arange(len(lengths)), np.array(lengths)
+    first = 0
+    while first < len(lengths):
+        end = batch_end(order, array, first=first, batch_tokens=budget)
+        assert end > first
+        assert end == first + 1 or array[first:end].sum() <= budget
+        if end < len(lengths):
+            assert array[first : end + 1].sum() > budget
+        first = end
+
+
+@settings(deadline=None, max_examples=20)
+@given(stop=st.integers(1, 12), other_budget=st.integers(20, 90))
+def test_resuming_loses_and_repeats_nothing_even_with_another_batch_size(
+    stop: int, other_budget: int
+) -> None:
+    source = RandomSource()
+    start = LoaderState(source_id=source.source_id, seed=7)
+    whole = _ids(source, start, 60, budget=40)
+    first, after = _until(source, start, stop, budget=40)
+    rest = _ids(source, after, 60, budget=other_budget)
+    assert (first + rest)[:60] == whole[:60]
+
+
+def _until(
+    source: RandomSource, state: LoaderState, num_batches: int, *, budget: int
+) -> tuple[list[str], LoaderState]:
+    ids: list[str] = []
+    stream = batches(source, state, window=2, batch_tokens=budget)
+    for loaded in itertools.islice(stream, num_batches):
+        ids += loaded.batch.sample_ids
+        state = loaded.after
+    return ids, state
+
+
+def _ids(source: RandomSource, state: LoaderState, count: int, *, budget: int) -> list[str]:
+    ids: list[str] = []
+    for loaded in batches(source, state, window=2, batch_tokens=budget):
+        ids += loaded.batch.sample_ids
+        if len(ids) >= count:
+            break
+    return ids

@@ -1,0 +1,180 @@
+"""Interrupted equals uninterrupted, bit for bit, however it was interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from eagle_core import checkpoint
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.trackers import TensorBoardTracker
+from eagle_core.trainer import Progress, TrainingResult, train
+from eagle_core.training_config import TrainingConfig
+from tests.eagle_core.random_source import RandomSource, random_draft
+
+CONFIG = TrainingConfig(
+    draft_vocab_size=30,
+    ttt_length=3,
+    max_steps=12,
+    batch_tokens=60,
+    warmup_steps=2,
+    checkpoint_every=2,
+    log_every=1,
+    held_out_every=5,
+    shuffle_window=2,
+)
+
+
+class InterruptedHere(Exception):
+    """Raised by a test in the middle of a run."""
+
+
+def run(
+    path: Path,
+    config: TrainingConfig = CONFIG,
+    *,
+    source: RandomSource | None = None,
+    on_progress: Callable[[Progress], None] = lambda _progress: None,
+) -> tuple[dict[str, Tensor], TrainingResult]:
+    """Train a small draft below `path`; return its weights and the result."""
+    draft, head = random_draft()
+    with TensorBoardTracker(path / "tensorboard") as tracker:
+        result = train(
+            config=config,
+            draft=draft,
+            target_lm_head=head,
+            source=source or RandomSource(),
+            held_out=RandomSource(num_samples=4, seed=1),
+            run_path=path,
+            tracker=tracker,
+            on_progress=on_progress,
+        )
+    return draft.state_dict(), result
+
+
+def interrupt_at(step: int) -> Callable[[Progress], None]:
+    """Return a callback that breaks the run off once `step` is done."""
+
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            raise InterruptedHere
+
+    return on_progress
+
+
+def assert_equal_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Compare two state dicts exactly."""
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def test_loss_falls_and_the_run_stops_exactly_at_max_steps(tmp_path: Path) -> None:
+    _, result = run(tmp_path)
+    assert result.num_steps == 12
+    assert not result.stopped
+    assert result.figures.loss < result.figures.first_loss
+    assert len(result.figures.held_out_accuracies) == 3
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 7, 11])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> None:
+    expected, result = run(tmp_path / "whole")
+    with pytest.raises(InterruptedHere):
+        run(tmp_path / "broken", on_progress=interrupt_at(step))
+    found, resumed = run(tmp_path / "broken")
+    assert_equal_bits(found, expected)
+    assert resumed.figures == result.figures
+
+
+def test_sigkill_and_resume_equals_uninterrupted(tmp_path: Path) -> None:
+    expected, _ = run(tmp_path / "whole")
+    script = (
+        "import os, signal, sys; from pathlib import Path; from tests.eagle_core import test_trainer\n"
+        "kill = lambda progress: progress.step == 7 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "test_trainer.run(Path(sys.argv[1]), on_progress=kill)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "killed")],
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert ended.returncode == -signal.SIGKILL
+    found, _ = run(tmp_path / "killed")
+    assert_equal_bits(found, expected)
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path) -> None:
+    expected, _ = run(tmp_path / "whole")
+
+    def terminate(progress: Progress) -> None:
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    _, stopped = run(tmp_path / "stopped", on_progress=terminate)
+    assert stopped.stopped
+    assert stopped.num_steps == 5
+    assert checkpoint.read(stopped.checkpoint_path).step == 5
+    found, _ = run(tmp_path / "stopped")
+    assert_equal_bits(found, expected)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    expected, first = run(tmp_path)
+    found, second = run(tmp_path, on_progress=interrupt_at(1))
+    assert_equal_bits(found, expected)
+    assert second.figures == first.figures
+
+
+@pytest.mark.parametrize("name", ["draft.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_newest_checkpoint_falls_back_with_a_warning(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, result = run(tmp_path)
+    file = result.checkpoint_path / name
+    file.write_bytes(file.read_bytes()[:-30])
+    found, again = run(tmp_path)
+    assert "falling back" in caplog.text
+    assert name in caplog.text
+    assert again.num_steps == 12
+    assert_equal_bits(found, expected)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, CONFIG.model_copy(update={"keep_last": 3}))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000008", "step-00000010", "step-00000012"]
+
+
+def test_other_settings_or_data_are_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(MismatchError, match=r"training\.learning_rate: 0\.001 there, 0\.5 now"):
+        run(tmp_path, CONFIG.model_copy(update={"learning_rate": 0.5}))
+    with pytest.raises(MismatchError, match="source_id: 'random' there, 'other' now"):
+        run(tmp_path, source=RandomSource(source_id="other"))
+
+
+def test_a_loss_that_is_not_finite_names_its_samples_and_keeps_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    poisoned = RandomSource(poisoned=frozenset({3}))
+    sample = poisoned.fetch(3).sample_id
+    with pytest.raises(CorruptError, match=sample):
+        run(tmp_path, source=poisoned)
+    folder = checkpoint.newest(tmp_path)
+    if folder is not None:
+        weights = checkpoint.read(folder)
+        assert weights.step % 2 == 0
+
+
+def test_a_run_without_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    draft, _ = random_draft()
+    with pytest.raises(ConfigError, match="no checkpoint yet; run the train flow"):
+        checkpoint.load_draft(draft, tmp_path)

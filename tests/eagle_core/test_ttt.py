@@ -1,0 +1,123 @@
+"""The training step against golden vectors and against the plain formulation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import golden
+from eagle_core.draft import DraftConfig, DraftModel
+from eagle_core.packing import PackedBatch
+from eagle_core.ttt import TttOptions, ttt_step
+from tests.eagle_core.plain_ttt import plain_loss
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
+
+
+def test_golden_vectors_are_there() -> None:
+    assert len(GOLDEN) >= 4
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_vectors(path: Path) -> None:
+    deviations = golden.compare(path)
+    assert deviations.loss <= golden.LOSS_TOLERANCE
+    assert deviations.gradient <= golden.GRADIENT_TOLERANCE
+    assert deviations.accuracy == 0
+    assert deviations.acceptance <= golden.LOSS_TOLERANCE
+
+
+def test_golden_tool_fails_on_a_changed_vector(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(GOLDEN[0], framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    tensors["input.aux_hidden_states"][40, 3] += 0.5
+    changed = tmp_path / "changed.safetensors"
+    save_file(tensors, changed, metadata=metadata)
+    assert golden.main([str(changed)]) == 1
+    assert golden.main([str(GOLDEN[0])]) == 0
+
+
+def _random_case(seed: int, lengths: list[int]) -> tuple[DraftModel, PackedBatch, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    heads, kv_heads = [(4, 4), (4, 2), (2, 1)][seed % 3]
+    config = DraftConfig(
+        hidden_size=24,
+        target_hidden_size=20,
+        intermediate_size=40,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        vocab_size=60,
+        draft_vocab_size=25 + seed % 36,
+        rope_theta=10000.0,
+    )
+    draft = DraftModel(config).double()
+    for parameter in draft.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    chosen = np.sort(rng.choice(60, config.draft_vocab_size, replace=False))
+    draft.t2d[torch.from_numpy(chosen)] = True
+    draft.d2t.copy_(torch.from_numpy(chosen - np.arange(len(chosen))))
+    num_tokens = sum(lengths)
+    target_lm_head = torch.randn(60, 20, dtype=torch.float64)
+    last = torch.randn(num_tokens, 20, dtype=torch.float64)
+    logits = last @ target_lm_head.T
+    batch = PackedBatch(
+        sample_ids=tuple(str(number) for number in range(len(lengths))),
+        starts=(0, *np.cumsum(lengths).tolist()),
+        input_ids=torch.from_numpy(rng.integers(0, 60, num_tokens)),
+        loss_mask=torch.from_numpy(rng.random(num_tokens) < rng.random()),
+        aux_hidden_states=torch.randn(num_tokens, 60, dtype=torch.float64),
+        last_hidden_state=last,
+        target_argmax=logits.argmax(dim=-1),
+        target_logsumexp=logits.logsumexp(dim=-1),
+    )
+    return draft, batch, target_lm_head
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    lengths=st.lists(st.integers(2, 24), min_size=1, max_size=4),
+    ttt_length=st.integers(1, 7),
+    positions=st.sampled_from(["eagle3", "predicted"]),
+    reduction=st.sampled_from(["positions", "tokens", "sequence"]),
+)
+def test_equals_the_plain_formulation(
+    seed: int, lengths: list[int], ttt_length: int, positions: str, reduction: str
+) -> None:
+    options = TttOptions(
+        ttt_length=ttt_length,
+        loss_positions=positions,  # type: ignore[arg-type]
+        loss_reduction=reduction,  # type: ignore[arg-type]
+    )
+    draft, batch, target_lm_head = _random_case(seed, lengths)
+    expected = plain_loss(draft, batch, target_lm_head, options)
+    expected.backward()
+    gradients = {name: p.grad for name, p in draft.named_parameters() if p.requires_grad}
+    draft.zero_grad(set_to_none=True)
+
+    outcome = ttt_step(draft, batch, target_lm_head[draft.t2d], options)
+    outcome.loss.backward()
+
+    assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
+    for name, parameter in draft.named_parameters():
+        if parameter.requires_grad:
+            found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            plain = gradients[name] if gradients[name] is not None else torch.zeros_like(parameter)
+            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan() -> None:
+    draft, batch, target_lm_head = _random_case(3, [9, 5])
+    batch.loss_mask.fill_(value=False)
+    outcome = ttt_step(draft, batch, target_lm_head[draft.t2d], TttOptions())
+    assert outcome.loss.item() == 0
+    assert torch.isfinite(outcome.step_losses).all()
