@@ -13,6 +13,7 @@ from typing import Literal, Self
 import xxhash
 
 from eagle_core.ledger import Change, Reason, RejectedRecord
+from eagle_core.question_answer import Columns, as_turns
 from eagle_core.tool_calls import (
     ToolCall,
     parse_function_call,
@@ -105,8 +106,11 @@ class Normalised:
     changes: tuple[Change, ...]
 
 
-def normalise(record: object, *, location: str) -> Normalised:
-    """Return the conversation in a ShareGPT (`from`, `value`) or OpenAI (`role`, `content`) record.
+def normalise(record: object, *, location: str, columns: Columns | None = None) -> Normalised:
+    """Return the conversation in a ShareGPT, OpenAI or question-and-answer record.
+
+    ShareGPT turns have `from` and `value`, OpenAI's `role` and `content`. `columns` names question
+    and answer; without it the usual names count, where there is no list of turns.
 
     Two things are changed, and said in `changes`. Assistant turns that come before any user turn
     are cut: they answer something that is not there. Turns after the last assistant turn are cut:
@@ -116,7 +120,7 @@ def normalise(record: object, *, location: str) -> Normalised:
         raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(record).__name__}")
     messages = [
         _message(turn, location=f"{location}, turn {index}")
-        for index, turn in enumerate(_turns(record, location))
+        for index, turn in enumerate(_turns(record, columns, location))
     ]
     kept, changes = _cut_ends(messages)
     if not any(message.role == "assistant" for message in kept):
@@ -157,16 +161,20 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
 
 
-def _turns(record: Mapping[str, object], location: str) -> Sequence[object]:
-    for key in _MESSAGE_KEYS:
+def _turns(
+    record: Mapping[str, object], columns: Columns | None, location: str
+) -> Sequence[object]:
+    for key in () if columns else _MESSAGE_KEYS:
         turns = record.get(key)
         if isinstance(turns, Sequence) and not isinstance(turns, str | bytes):
             if not turns:
                 raise RejectedRecord(Reason.NO_MESSAGES, location, f"{key} is empty")
             return turns
-    known = ", ".join(_MESSAGE_KEYS)
+    pair = as_turns(record, columns)
+    if pair is not None:
+        return pair
     found = ", ".join(sorted(map(str, record))[:8])
-    raise RejectedRecord(Reason.NO_MESSAGES, location, f"no list named {known}; found {found}")
+    raise RejectedRecord(Reason.NO_MESSAGES, location, f"neither turns nor question: {found}")
 
 
 def _message(turn: object, *, location: str) -> Message:

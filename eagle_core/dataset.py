@@ -33,7 +33,7 @@ Split = Literal["train", "held_out"]
 Progress = Callable[[float, str], None]
 """Called now and then with the share of the source that has been read (0 to 1) and a sentence."""
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Raise it when cleaning or columns change: data sets made before are then built again."""
 LEDGER_NAME = "ledger.parquet"
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -118,7 +118,9 @@ class _Builder:
             ledger.drop(RejectedRecord(record.reason, record.location, record.detail))
             return
         try:
-            normalised = normalise(record.value, location=record.location)
+            normalised = normalise(
+                record.value, location=record.location, columns=self._config.columns
+            )
         except RejectedRecord as rejected:
             ledger.drop(rejected)
             return

@@ -1,8 +1,12 @@
 """What the user says about a data set."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from eagle_core.dataset_presets import PRESETS
+from eagle_core.question_answer import Columns
 
 
 class DatasetConfig(BaseModel):
@@ -18,10 +22,11 @@ class DatasetConfig(BaseModel):
         description=(
             "Where the records are: a path, a glob, any fsspec URL (s3://, https://, ...), "
             "`package:NAME` for the data file of an installed Python package (`package:NAME/PATH` "
-            "if it has several), or `hf:ORG/NAME` for a data set of the Hugging Face hub"
+            "if it has several), `hf:ORG/NAME` for a data set of the Hugging Face hub, or "
+            f"`preset:NAME` with one of {', '.join(sorted(PRESETS))}"
         )
     )
-    format: Literal["auto", "json", "jsonl", "parquet"] = Field(
+    format: Literal["auto", "json", "jsonl", "parquet", "csv"] = Field(
         default="auto",
         description="Form of the files; `auto` looks at the name, then at the first character",
     )
@@ -29,8 +34,20 @@ class DatasetConfig(BaseModel):
         default=None,
         description="Hub only: branch, tag or commit. The commit it stands for is recorded",
     )
-    subset: str | None = Field(default=None, description="Hub only: configuration of the data set")
+    subsets: tuple[str, ...] = Field(
+        default=(), description="Hub only: configurations of the data set, read one after another"
+    )
     split: str = Field(default="train", description="Hub only: split of the data set to read")
+    question: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Columns that are the question, joined by line breaks; empty recognises chat records "
+            "and the usual names (instruction + input, prompt, question, problem, ...)"
+        ),
+    )
+    answer: tuple[str, ...] = Field(
+        default=(), description="Columns that are the answer; given exactly if `question` is"
+    )
     accept_truncated: bool = Field(
         default=False,
         description="Use the whole records of a file that was cut; the loss goes to the ledger",
@@ -62,6 +79,31 @@ class DatasetConfig(BaseModel):
         description="Leave out a tokenised conversation with fewer assistant tokens than this",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, fields: object) -> object:
+        if not isinstance(fields, Mapping):
+            return fields
+        source = str(fields.get("source"))
+        if not source.startswith("preset:"):
+            return fields
+        name = source.removeprefix("preset:")
+        if name not in PRESETS:
+            known = ", ".join(sorted(PRESETS))
+            raise ValueError(f"there is no data set preset {name}; known are {known}")
+        return {**PRESETS[name], **fields, "source": PRESETS[name]["source"]}
+
+    @model_validator(mode="after")
+    def _question_with_answer(self) -> Self:
+        if bool(self.question) != bool(self.answer):
+            raise ValueError("`question` and `answer` belong together: give both or neither")
+        return self
+
+    @property
+    def columns(self) -> Columns | None:
+        """The columns of question and answer, if they are named."""
+        return Columns(question=self.question, answer=self.answer) if self.question else None
+
     def identity(self) -> dict[str, object]:
         """Return the fields that decide which conversations the data set holds."""
-        return self.model_dump(exclude={"name", "max_length", "min_supervised_tokens"})
+        return self.model_dump(mode="json", exclude={"name", "max_length", "min_supervised_tokens"})

@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from eagle_core.csv_records import read_csv
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.hub import HubDataset, find_hub_dataset, read_hub_dataset
 from eagle_core.json_records import JsonArrayReader, read_json_lines
 from eagle_core.source_record import DamagedRecord, SourceRecord
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK_BYTES = 8 << 20
 _PARQUET_ROWS = 64
@@ -121,6 +122,9 @@ def _read_file(
         suffix = _suffix(file.name)
         if config.format == "parquet" or (config.format == "auto" and suffix == ".parquet"):
             yield from _read_parquet(raw, file, progress)
+            return
+        if config.format == "csv" or (config.format == "auto" and suffix == ".csv"):
+            yield from read_csv(_decompressed(raw, file), path=file.path, fraction=progress)
             return
         stream = io.BufferedReader(_decompressed(raw, file), _BLOCK_BYTES)
         try:

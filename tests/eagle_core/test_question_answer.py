@@ -1,0 +1,173 @@
+"""Records of columns, tool calls and reasoning become conversations."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from eagle_core.conversations import Conversation, Message, content_key, normalise
+from eagle_core.dataset import build_dataset, load_conversations
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.dataset_presets import PRESETS
+from eagle_core.errors import CorruptError
+from eagle_core.ledger import Reason, RejectedRecord
+from eagle_core.question_answer import Columns
+from eagle_core.source_record import SourceRecord
+from eagle_core.sources import read_records
+from eagle_core.tool_calls import ToolCall
+
+
+def turns(record: object, columns: Columns | None = None) -> list[tuple[str, str]]:
+    conversation = normalise(record, location="here", columns=columns).conversation
+    return [(one.role, one.content) for one in conversation.messages]
+
+
+@pytest.mark.parametrize(
+    ("record", "question"),
+    [
+        ({"instruction": "q", "input": "more", "output": "a"}, "q\nmore"),
+        ({"instruction": "q", "input": "", "output": "a"}, "q"),
+        ({"instruction": "q", "output": "a"}, "q"),
+        ({"instruction": "q", "response": "a"}, "q"),
+        ({"prompt": "q", "completion": "a"}, "q"),
+        ({"question": "q", "answer": "a", "id": 3}, "q"),
+        ({"problem": "q", "solution": "a", "level": "5"}, "q"),
+        ({"message_1": "q", "message_2": "a"}, "q"),
+    ],
+)
+def test_usual_columns_are_recognised(record: dict[str, object], question: str) -> None:
+    assert turns(record) == [("user", question), ("assistant", "a")]
+
+
+def test_a_system_column_leads() -> None:
+    assert turns({"system": "s", "question": "q", "answer": "a"})[0] == ("system", "s")
+
+
+def test_named_columns_win_over_turns() -> None:
+    record = {"messages": [], "Problem": "q", "options": "a) b)", "Rationale": "r"}
+    columns = Columns(question=("Problem", "options"), answer=("Rationale",))
+    assert turns(record, columns) == [("user", "q\na) b)"), ("assistant", "r")]
+    with pytest.raises(RejectedRecord) as caught:
+        normalise({"Problem": "q"}, location="here", columns=columns)
+    assert caught.value.reason is Reason.NO_MESSAGES
+
+
+def test_an_answer_that_is_not_text_is_refused() -> None:
+    with pytest.raises(RejectedRecord) as caught:
+        normalise({"question": "q", "answer": {"text": ["a"]}}, location="here")
+    assert caught.value.reason is Reason.NOT_TEXT
+
+
+OPENAI = {
+    "tools": [{"type": "function", "function": {"name": "sky"}}],
+    "messages": [
+        {"role": "user", "content": "Rain?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "look",
+            "tool_calls": [
+                {"id": "c1", "function": {"name": "sky", "arguments": '{"at": "é"}'}}
+            ],
+        },
+        {"role": "tool", "content": "wet", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "Yes."},
+    ],
+}  # fmt: skip
+
+
+def test_openai_reasoning_tools_and_calls_survive_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(OPENAI), encoding="utf-8")
+    config = DatasetConfig(name="d", source=str(tmp_path / "a.jsonl"), held_out_fraction=0)
+    build_dataset(config, out_dir=tmp_path / "d")
+    (conversation,) = load_conversations(tmp_path / "d", "train")
+    call = ToolCall(name="sky", arguments='{"at": "é"}', call_id="c1")
+    assert conversation.messages[1] == Message(
+        role="assistant", content="", reasoning_content="look", tool_calls=(call,)
+    )
+    assert json.loads(conversation.tools) == OPENAI["tools"]
+    assert call.as_openai()["function"] == {"name": "sky", "arguments": {"at": "é"}}
+    assert conversation.conversation_id == content_key(conversation)
+
+
+def test_sharegpt_function_calls_are_calls() -> None:
+    record = {
+        "tools": '[{"name": "sky"}]',
+        "conversations": [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": '{"name": "sky", "arguments": {"at": 1}}'},
+            {"from": "observation", "value": "wet"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    }
+    conversation = normalise(record, location="here").conversation
+    assert conversation.messages[1].tool_calls == (ToolCall(name="sky", arguments='{"at": 1}'),)
+    assert conversation.tools == '[{"name": "sky"}]'
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tools": "not json"},
+        {"tools": ["x"]},
+        {"tool_calls": "x"},
+        {"tool_calls": [3]},
+        {"tool_calls": [{"function": {}}]},
+    ],
+)
+def test_malformed_tools_are_refused(change: dict[str, object]) -> None:
+    answer = {"role": "assistant", "content": "a", **change}
+    record = {"messages": [{"role": "user", "content": "q"}, answer], **change}
+    with pytest.raises(RejectedRecord) as caught:
+        normalise(record, location="here")
+    assert caught.value.reason is Reason.BAD_TOOLS
+
+
+def test_what_was_thought_and_called_is_part_of_the_content() -> None:
+    def key(**fields: object) -> str:
+        answer = Message(role="assistant", content="a", **fields)  # type: ignore[arg-type]
+        messages = (Message(role="user", content="q"), answer)
+        return content_key(Conversation(conversation_id="", messages=messages))
+
+    calls = (ToolCall(name="f", arguments="{}"),)
+    keys = {key(), key(reasoning_content="r"), key(tool_calls=calls)}
+    assert len(keys) == 3
+
+
+def test_presets_fill_in_and_the_user_wins() -> None:
+    config = DatasetConfig(name="m", source="preset:math_qa", split="test")
+    assert config.source == "hf:allenai/math_qa"
+    assert config.columns == Columns(question=("Problem", "options"), answer=("Rationale",))
+    assert config.split == "test"
+    again = DatasetConfig.model_validate_json(config.model_dump_json())
+    assert again == config
+    for name in PRESETS:
+        DatasetConfig(name=name, source=f"preset:{name}")
+    with pytest.raises(ValidationError, match="known are"):
+        DatasetConfig(name="m", source="preset:none")
+
+
+def test_question_and_answer_belong_together() -> None:
+    with pytest.raises(ValidationError, match="belong together"):
+        DatasetConfig(name="m", source="a.json", question=("q",))
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('question,answer\n"one\n""two""",é\n\nq,a\n', encoding="utf-8-sig")
+    config = DatasetConfig(name="d", source=str(path))
+    values = [record.value for record in read_records(config) if isinstance(record, SourceRecord)]
+    assert values == [
+        {"question": 'one\n"two"', "answer": "é"}, {"question": "q", "answer": "a"},
+    ]  # fmt: skip
+    assert turns(values[0]) == [("user", 'one\n"two"'), ("assistant", "é")]
+
+
+@pytest.mark.parametrize(
+    "data", [b"question,answer\nq\n", b'question,answer\nq,"a', b"question,answer\nq,\xff\n"]
+)
+def test_damaged_csv_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"a\.csv"):
+        list(read_records(DatasetConfig(name="d", source=str(tmp_path / "a.csv"))))
