@@ -14,10 +14,10 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.samples import TokenizedSample
 
 
@@ -29,6 +29,8 @@ class DraftVocabulary:
     """[D] target id minus draft id."""
     t2d: NDArray[np.bool_]
     """[V] True where the target token is in the draft vocabulary."""
+    source_id: str = ""
+    """What the counts were taken from (a data fingerprint); empty if nobody said."""
 
     def __post_init__(self) -> None:
         """Raise `CorruptError` unless both arrays say the same."""
@@ -39,7 +41,14 @@ class DraftVocabulary:
             )
 
     @classmethod
-    def build(cls, counts: NDArray[np.int64], *, size: int, always: Iterable[int] = ()) -> Self:
+    def build(
+        cls,
+        counts: NDArray[np.int64],
+        *,
+        size: int,
+        always: Iterable[int] = (),
+        source_id: str = "",
+    ) -> Self:
         """Choose `always` and then the most frequent tokens, the lower id first where counts tie.
 
         `counts` is [V]. Raises `ConfigError` if `size` exceeds V or is too small for `always`.
@@ -61,7 +70,7 @@ class DraftVocabulary:
         chosen = np.sort(np.argsort(-rank, kind="stable")[:size])
         t2d = np.zeros(vocab_size, dtype=np.bool_)
         t2d[chosen] = True
-        return cls(d2t=chosen - np.arange(size), t2d=t2d)
+        return cls(d2t=chosen - np.arange(size), t2d=t2d, source_id=source_id)
 
     @property
     def target_ids(self) -> NDArray[np.int64]:
@@ -87,25 +96,44 @@ class DraftVocabulary:
     def save(self, path: Path) -> None:
         """Write a safetensors file with `d2t` and `t2d`; it appears only when it is whole."""
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(
-            {"d2t": self.d2t, "t2d": self.t2d}, partial, metadata={"fingerprint": self.fingerprint}
-        )
+        metadata = {"fingerprint": self.fingerprint, "source_id": self.source_id}
+        save_file({"d2t": self.d2t, "t2d": self.t2d}, partial, metadata=metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote; raise `ConfigError` if missing, `CorruptError` if damaged."""
+    def load(cls, path: Path, *, source_id: str | None = None) -> Self:
+        """Read what `save` wrote and check that it was built from `source_id`, if given.
+
+        Raises `ConfigError` if it is missing, `CorruptError` if damaged, `MismatchError` if it
+        belongs to other data.
+        """
         try:
-            tensors = load_file(path)
-            return cls(d2t=tensors["d2t"], t2d=tensors["t2d"])
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                vocabulary = cls(
+                    d2t=file.get_tensor("d2t"),
+                    t2d=file.get_tensor("t2d"),
+                    source_id=metadata.get("source_id", ""),
+                )
         except FileNotFoundError as error:
             raise ConfigError(f"no draft vocabulary at {path}; build it first") from error
         except (SafetensorError, KeyError) as error:
             raise CorruptError(
                 f"{path} is not a draft vocabulary: {error}; delete it and build it again"
             ) from error
+        if vocabulary.fingerprint != metadata.get("fingerprint"):
+            raise CorruptError(
+                f"{path} does not have the fingerprint it was saved with; delete it and build it "
+                "again"
+            )
+        if source_id is not None and source_id != vocabulary.source_id:
+            raise MismatchError(
+                f"{path} was built from {vocabulary.source_id or 'unnamed data'}, not from "
+                f"{source_id}; build it again, or train on the data it belongs to"
+            )
+        return vocabulary
 
 
 def count_supervised_tokens(

@@ -57,6 +57,9 @@ class ConversationTokenizer:
             [token.content for token in added.values() if token.special],
             [tokenizer.bos_token, tokenizer.eos_token],
         )
+        self._control_ids = tuple(
+            sorted(number for number, token in added.items() if token.content in control)
+        )
         self._control = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -69,8 +72,11 @@ class ConversationTokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def special_token_ids(self) -> tuple[int, ...]:
-        """Return the ids of all added tokens: what a draft vocabulary must always hold."""
-        return tuple(int(token) for token in self._added_ids)
+        """Return what a draft vocabulary must always hold: begin, end, what the template writes.
+
+        Not the tokens that a tokenizer merely reserves (256 in Llama 3, thousands in Gemma 3).
+        """
+        return self._control_ids
 
     def tokenize(self, conversation: Conversation) -> tuple[TokenizedSample, ...]:
         """Return one sample, or more if the template rewrites history (see `assistant_turns`).
@@ -226,6 +232,7 @@ class ConversationTokenizer:
             text = self._render(turns, add_generation_prompt=True)
         except TemplateRefusedError:  # no system turn
             text = self._render(turns[1:], add_generation_prompt=True)
+        text += self._closing.text
         return {token for token in added if token in text} | {token for token in always if token}
 
 

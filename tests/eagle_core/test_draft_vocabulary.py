@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle_core.draft_vocabulary import DraftVocabulary, count_supervised_tokens
-from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.samples import TokenizedSample
 
 
@@ -46,6 +46,15 @@ def test_it_survives_the_disk(tmp_path: Path) -> None:
     assert loaded.fingerprint == vocabulary.fingerprint
     assert loaded.d2t.dtype == np.int64
     assert [path.name for path in tmp_path.iterdir()] == ["v.safetensors"]
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    DraftVocabulary.build(np.arange(50), size=7, source_id="one").save(path)
+    assert DraftVocabulary.load(path, source_id="one").source_id == "one"
+    assert DraftVocabulary.load(path).source_id == "one"
+    with pytest.raises(MismatchError, match="built from one, not from two"):
+        DraftVocabulary.load(path, source_id="two")
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
