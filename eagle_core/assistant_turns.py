@@ -77,6 +77,14 @@ def find_turns(
     return turns
 
 
+def common_end(one: str, two: str) -> str:
+    """Return the longest text that both end with."""
+    length = 0
+    while length < min(len(one), len(two)) and one[-1 - length] == two[-1 - length]:
+        length += 1
+    return one[len(one) - length :]
+
+
 def plan_rows(turns: Sequence[AssistantTurn], *, last_turn_only: bool) -> list[Row]:
     """Return the fewest renderings that show every turn in its context, shortest first."""
     remaining = list(turns[-1:] if last_turn_only else turns)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.assistant_turns import Closing, Row, find_turns, plan_rows
+from eagle_core.assistant_turns import Closing, Row, common_end, find_turns, plan_rows
 from eagle_core.chat_template import PLAIN_TEMPLATE, ChatTemplate, TemplateRefusedError
 from eagle_core.conversations import Conversation
 from eagle_core.errors import ConfigError
@@ -77,6 +77,10 @@ class ConversationTokenizer:
         Not the tokens that a tokenizer merely reserves (256 in Llama 3, thousands in Gemma 3).
         """
         return self._control_ids
+
+    def decode(self, ids: NDArray[np.int32]) -> str:
+        """Return the text of `ids`, special tokens included."""
+        return str(self._backend.decode(ids.tolist(), skip_special_tokens=False))
 
     def tokenize(self, conversation: Conversation) -> tuple[TokenizedSample, ...]:
         """Return one sample, or more if the template rewrites history (see `assistant_turns`).
@@ -216,7 +220,7 @@ class ConversationTokenizer:
                 f"the chat template of {self.name} refuses one question and one answer: {error}; "
                 "set `chat_template`"
             ) from error
-        text = _common_end(one, two)
+        text = common_end(one, two)
         encoding = self._backend.encode(text, add_special_tokens=False)
         marks = [
             end
@@ -276,13 +280,6 @@ def _template(
             "instruction-tuned model"
         )
     return ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)
-
-
-def _common_end(one: str, two: str) -> str:
-    length = 0
-    while length < min(len(one), len(two)) and one[-1 - length] == two[-1 - length]:
-        length += 1
-    return one[len(one) - length :]
 
 
 def _sha256(value: object) -> str:
