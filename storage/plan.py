@@ -1,0 +1,126 @@
+"""Which shards are still to be made: a pure function of the samples and of what is committed.
+
+Samples are whole, a shard's id follows from its sample ids alone, and equal inputs give equal
+plans, so that an interrupted generation goes on with exactly the shards it would have made anyway.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from storage.canonical import digest_json, seal, unseal
+from storage.errors import ConfigError, CorruptError
+from storage.identity import FORMAT_VERSION, require_format
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedSample:
+    """A sample that some shard shall hold."""
+
+    sample_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedShard:
+    """The samples of one shard, in the order in which it stores them."""
+
+    shard_id: str
+    sample_ids: tuple[str, ...]
+    num_tokens: int
+
+    @classmethod
+    def of(cls, samples: Sequence[PlannedSample]) -> Self:
+        """Return the shard of these samples, its id derived from theirs."""
+        sample_ids = tuple(sample.sample_id for sample in samples)
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        return cls(shard_id=shard_id(sample_ids), sample_ids=sample_ids, num_tokens=num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The shards of one generation, persisted before the first of them is made."""
+
+    plan_id: str
+    shards: tuple[PlannedShard, ...]
+
+    @classmethod
+    def of(cls, shards: Iterable[PlannedShard]) -> Self:
+        """Return the plan of these shards, its id derived from theirs."""
+        members = tuple(shards)
+        plan_id = digest_json(["plan", [shard.shard_id for shard in members]])
+        return cls(plan_id=plan_id, shards=members)
+
+    def to_json(self) -> bytes:
+        """Serialise as the content of `plans/<plan_id>.json`."""
+        shards = [
+            {"sample_ids": list(shard.sample_ids), "num_tokens": shard.num_tokens}
+            for shard in self.shards
+        ]
+        return seal({"format_version": FORMAT_VERSION, "shards": shards})
+
+    @classmethod
+    def from_json(cls, data: bytes, *, plan_id: str) -> Self:
+        """Parse a plan; raise CorruptError unless it is the plan with this id."""
+        what = f"plan {plan_id}"
+        document = unseal(data, what=what)
+        require_format(document, what=what)
+        try:
+            plan = cls.of(
+                PlannedShard(
+                    shard_id=shard_id(tuple(shard["sample_ids"])),
+                    sample_ids=tuple(shard["sample_ids"]),
+                    num_tokens=shard["num_tokens"],
+                )
+                for shard in document["shards"]
+            )
+        except (KeyError, TypeError) as error:
+            raise CorruptError(f"{what} lacks or garbles a field: {error!r}") from error
+        if plan.plan_id != plan_id:
+            raise CorruptError(f"{what} holds plan {plan.plan_id}: delete it and plan again")
+        return plan
+
+
+def shard_id(sample_ids: Sequence[str]) -> str:
+    """Return the id of the shard that holds these samples in this order: 32 hex digits."""
+    return digest_json(["shard", list(sample_ids)])
+
+
+def plan_shards(
+    samples: Sequence[PlannedSample],
+    *,
+    committed: Collection[str],
+    shard_tokens: int,
+    pending: Iterable[PlannedShard] = (),
+) -> Plan:
+    """Return the shards that hold every sample no committed shard holds yet.
+
+    Shards of `pending` (from earlier, unfinished plans) are kept as they are when all their samples
+    are still wanted and none is committed. What then remains is filled up in the given order to at
+    most `shard_tokens` tokens a shard; a longer sample gets a shard of its own, a duplicate counts
+    once.
+    """
+    if shard_tokens < 1:
+        raise ConfigError(f"shard_tokens is {shard_tokens}; give at least 1")
+    done = frozenset(committed)
+    missing = {sample.sample_id: sample for sample in samples if sample.sample_id not in done}
+    kept: list[PlannedShard] = []
+    for shard in pending:
+        if all(sample_id in missing for sample_id in shard.sample_ids):
+            kept.append(shard)
+            for sample_id in shard.sample_ids:
+                del missing[sample_id]
+    return Plan.of([*kept, *_fill(missing.values(), shard_tokens)])
+
+
+def _fill(samples: Iterable[PlannedSample], shard_tokens: int) -> Iterator[PlannedShard]:
+    members: list[PlannedSample] = []
+    num_tokens = 0
+    for sample in samples:
+        if members and num_tokens + sample.num_tokens > shard_tokens:
+            yield PlannedShard.of(members)
+            members, num_tokens = [], 0
+        members.append(sample)
+        num_tokens += sample.num_tokens
+    if members:
+        yield PlannedShard.of(members)

@@ -1,0 +1,134 @@
+"""Random access to the samples of a snapshot. Never fills, never substitutes, never skips.
+
+A shard's objects are read whole, compared with the size and digest they were committed with, and
+decoded from exactly the bytes that were compared. Safe to call from several threads; a copy that
+went to another process by pickling starts with an empty cache.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.directory import Directory
+from storage.errors import ShardCorruptError, ShardMissingError
+from storage.record import CommitRecord, ObjectDigest
+from storage.samples import StoredSample
+from storage.shard import DecodedShard, decode_shard
+from storage.snapshot import Snapshot
+from storage.verify import REPAIR
+
+CACHE_BYTES = 2 << 30
+
+
+class SnapshotReader:
+    """Samples of one snapshot, by index."""
+
+    def __init__(
+        self,
+        *,
+        root: Directory,
+        identity_id: str,
+        snapshot: Snapshot,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Keep at most `cache_bytes` of decoded shards in memory, but one at least."""
+        self._root = root
+        self._identity_id = identity_id
+        self._snapshot = snapshot
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, DecodedShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def snapshot_id(self) -> str:
+        """Return the digest of the samples and their order."""
+        return self._snapshot.snapshot_id
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Return [N] tokens of each sample."""
+        return self._snapshot.lengths
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """Return [N] non-decreasing shard index of each sample."""
+        return self._snapshot.groups
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._snapshot.num_samples
+
+    def fetch(self, index: int) -> StoredSample:
+        """Return sample `index`; raise CorruptError rather than substitute anything."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a snapshot of {len(self)}")
+        shard = self._shard(self._snapshot.shard_ids[self.groups[index]])
+        position = int(self._snapshot.positions[index])
+        expected = self._snapshot.sample_id(index)
+        found = shard.sample_ids[position] if position < len(shard.sample_ids) else None
+        if found != expected:
+            raise ShardCorruptError(
+                f"shard {shard.shard_id}: position {position} holds sample {found}, snapshot "
+                f"{self.snapshot_id} expects {expected}; {REPAIR}"
+            )
+        return shard.sample(position)
+
+    def _shard(self, shard_id: str) -> DecodedShard:
+        with self._lock:
+            if shard_id in self._cache:
+                self._cache.move_to_end(shard_id)
+                return self._cache[shard_id]
+            shard = read_shard(self._root, shard_id, identity_id=self._identity_id)
+            self._cache[shard_id] = shard
+            while len(self._cache) > 1 and self._cached_bytes() > self._cache_bytes:
+                self._cache.popitem(last=False)
+            return shard
+
+    def _cached_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self._cache.values())
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        """Leave the cache and the lock behind."""
+        return {
+            "root": self._root,
+            "identity_id": self._identity_id,
+            "snapshot": self._snapshot,
+            "cache_bytes": self._cache_bytes,
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Start with an empty cache."""
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def read_record(root: Directory, shard_id: str, *, identity_id: str) -> CommitRecord:
+    """Return a shard's commit record; raise ShardMissingError if there is none."""
+    try:
+        data = root.read(f"commits/{shard_id}.json")
+    except FileNotFoundError as error:
+        raise ShardMissingError(f"shard {shard_id} has no commit record; {REPAIR}") from error
+    return CommitRecord.from_json(data, shard_id=shard_id, identity_id=identity_id)
+
+
+def read_shard(root: Directory, shard_id: str, *, identity_id: str) -> DecodedShard:
+    """Return a shard whose every object has its committed size and digest; raise CorruptError."""
+    record = read_record(root, shard_id, identity_id=identity_id)
+    objects = {key: _read_object(root, record, key) for key in record.objects}
+    return decode_shard(shard_id, objects, sample_ids=record.sample_ids)
+
+
+def _read_object(root: Directory, record: CommitRecord, key: str) -> bytes:
+    where = f"shard {record.shard_id}: {key}"
+    expected = record.objects[key]
+    try:
+        data = root.read(f"shards/{record.shard_id}/{key}")
+    except FileNotFoundError as error:
+        raise ShardMissingError(f"{where} is missing, committed {expected}; {REPAIR}") from error
+    found = ObjectDigest.of(data)
+    if found != expected:
+        raise ShardCorruptError(f"{where} has {found}, committed {expected}; {REPAIR}")
+    return data

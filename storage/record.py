@@ -1,0 +1,128 @@
+"""The commit record: the last thing written for a shard. No record, no shard.
+
+It binds every object of the shard to its size and digest, the shard to its samples, and both to the
+identity of the store, so that a swapped, old or foreign record is an error.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from storage.canonical import digest_bytes, seal, unseal
+from storage.errors import CorruptError, ShardCorruptError
+from storage.identity import FORMAT_VERSION, require_format
+from storage.plan import shard_id as shard_id_of
+from storage.probe import ProbePoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectDigest:
+    """What one object's bytes must be."""
+
+    num_bytes: int
+    xxh3_128: str
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> Self:
+        """Return the digest of these bytes."""
+        return cls(num_bytes=len(data), xxh3_128=digest_bytes(data))
+
+    def __str__(self) -> str:
+        """Return a form for error messages."""
+        return f"{self.num_bytes} bytes with xxh3_128 {self.xxh3_128}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRecord:
+    """What was committed as one shard."""
+
+    shard_id: str
+    identity_id: str
+    sample_ids: tuple[str, ...]
+    sample_tokens: tuple[int, ...]
+    """Tokens of each sample."""
+    sample_supervised: tuple[int, ...]
+    """Tokens of each sample that the loss mask holds."""
+    raw_bytes: int
+    """Size of the arrays as handed in, before any encoding."""
+    objects: Mapping[str, ObjectDigest]
+    """Object key, relative to the shard, to what its bytes must be."""
+    probe: tuple[ProbePoint, ...]
+    """What the target itself said at some positions; empty if nobody asked it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of all samples."""
+        return sum(self.sample_tokens)
+
+    @property
+    def num_supervised(self) -> int:
+        """Return the supervised tokens of all samples."""
+        return sum(self.sample_supervised)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Return the size of all objects."""
+        return sum(digest.num_bytes for digest in self.objects.values())
+
+    def to_json(self) -> bytes:
+        """Serialise as the content of `commits/<shard_id>.json`."""
+        document = {
+            "format_version": FORMAT_VERSION,
+            "shard_id": self.shard_id,
+            "identity_id": self.identity_id,
+            "sample_ids": list(self.sample_ids),
+            "sample_tokens": list(self.sample_tokens),
+            "sample_supervised": list(self.sample_supervised),
+            "num_tokens": self.num_tokens,
+            "num_supervised": self.num_supervised,
+            "raw_bytes": self.raw_bytes,
+            "stored_bytes": self.stored_bytes,
+            "objects": {key: [d.num_bytes, d.xxh3_128] for key, d in self.objects.items()},
+            "probe": [asdict(point) for point in self.probe],
+        }
+        return seal(document)
+
+    @classmethod
+    def from_json(cls, data: bytes, *, shard_id: str, identity_id: str) -> Self:
+        """Parse a record; raise ShardCorruptError unless it is this shard's, in this store."""
+        what = f"commit record of shard {shard_id}"
+        remedy = "regenerate the shard: eyas repair"
+        try:
+            document = unseal(data, what=what)
+            require_format(document, what=what)
+            record = cls._parse(document)
+        except CorruptError as error:
+            raise ShardCorruptError(f"{error}; {remedy}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardCorruptError(
+                f"{what} lacks or garbles a field: {error!r}; {remedy}"
+            ) from error
+        derived = shard_id_of(record.sample_ids)
+        if not record.shard_id == derived == shard_id:
+            raise ShardCorruptError(
+                f"{what} is the record of shard {record.shard_id} (its samples give {derived}); "
+                f"{remedy}"
+            )
+        if record.identity_id != identity_id:
+            raise ShardCorruptError(
+                f"{what} belongs to a store with identity {record.identity_id}, this one is "
+                f"{identity_id}; {remedy}"
+            )
+        return record
+
+    @classmethod
+    def _parse(cls, document: Mapping[str, Any]) -> Self:
+        return cls(
+            shard_id=document["shard_id"],
+            identity_id=document["identity_id"],
+            sample_ids=tuple(document["sample_ids"]),
+            sample_tokens=tuple(document["sample_tokens"]),
+            sample_supervised=tuple(document["sample_supervised"]),
+            raw_bytes=document["raw_bytes"],
+            objects={
+                key: ObjectDigest(num_bytes=num_bytes, xxh3_128=xxh3_128)
+                for key, (num_bytes, xxh3_128) in document["objects"].items()
+            },
+            probe=tuple(ProbePoint(**point) for point in document["probe"]),
+        )

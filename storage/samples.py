@@ -1,0 +1,125 @@
+"""One stored sample, and the checks that keep a sick one out of the store.
+
+Shapes: T tokens, A aux layers, H target hidden size. bfloat16 travels as its bit pattern in uint16.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from storage.errors import SampleRefusedError
+from storage.identity import StoreIdentity
+
+BF16_INFINITY = 0x7F80  # exponent all ones: infinity, and above it every NaN
+SIGN_BIT = 0x8000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredSample:
+    """One conversation with everything the target model knows about it that training needs."""
+
+    sample_id: str
+    """`content_id(input_ids, loss_mask)`: 32 hex digits."""
+    input_ids: NDArray[np.int32]
+    """[T]"""
+    loss_mask: NDArray[np.bool_]
+    """[T], True where the token is the assistant's."""
+    aux_hidden_states: NDArray[np.uint16]
+    """[T, A, H] bfloat16 bits, aux layers low to high."""
+    last_hidden_state: NDArray[np.uint16]
+    """[T, H] bfloat16 bits, after the final norm."""
+    target_argmax: NDArray[np.int32]
+    """[T] argmax of the target's logits over its full vocabulary."""
+    target_logsumexp: NDArray[np.float32]
+    """[T] logsumexp of the target's logits over its full vocabulary."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.input_ids)
+
+
+def content_id(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> str:
+    """Return the content address of a sample: xxh3_128 of ids (int32 LE) and mask (uint8)."""
+    digest = xxhash.xxh3_128(np.ascontiguousarray(input_ids, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(loss_mask, dtype="u1").tobytes())
+    return digest.hexdigest()
+
+
+def require_storable(sample: StoredSample, identity: StoreIdentity) -> None:
+    """Raise SampleRefusedError, naming sample, array and position, unless the sample is healthy.
+
+    Refused: other shapes or dtypes than the identity says, an id that is not the content's, token
+    ids outside the vocabulary, NaN or infinity anywhere, state rows that are all zero or constant.
+    """
+    _require_shapes(sample, identity)
+    found = content_id(sample.input_ids, sample.loss_mask)
+    if found != sample.sample_id:
+        raise SampleRefusedError(
+            f"sample {sample.sample_id}: its token ids and loss mask have the content id {found}"
+        )
+    _require_vocabulary(sample, "input_ids", sample.input_ids, identity.vocab_size)
+    _require_vocabulary(sample, "target_argmax", sample.target_argmax, identity.vocab_size)
+    finite = np.isfinite(sample.target_logsumexp)
+    if not finite.all():
+        raise SampleRefusedError(
+            f"sample {sample.sample_id}: target_logsumexp is NaN or infinite at position "
+            f"{int(np.argmin(finite))}"
+        )
+    for layer, layer_id in enumerate(identity.aux_layers):
+        rows = sample.aux_hidden_states[:, layer]
+        _require_healthy_rows(sample, f"aux_hidden_states of layer {layer_id}", rows)
+    _require_healthy_rows(sample, "last_hidden_state", sample.last_hidden_state)
+
+
+def _require_shapes(sample: StoredSample, identity: StoreIdentity) -> None:
+    tokens, hidden = len(sample.input_ids), identity.hidden_size
+    expected: dict[str, tuple[tuple[int, ...], str]] = {
+        "input_ids": ((tokens,), "int32"),
+        "loss_mask": ((tokens,), "bool"),
+        "aux_hidden_states": ((tokens, len(identity.aux_layers), hidden), "uint16"),
+        "last_hidden_state": ((tokens, hidden), "uint16"),
+        "target_argmax": ((tokens,), "int32"),
+        "target_logsumexp": ((tokens,), "float32"),
+    }
+    if tokens == 0:
+        raise SampleRefusedError(f"sample {sample.sample_id} has no tokens")
+    for name, (shape, dtype) in expected.items():
+        array: NDArray[np.generic] = getattr(sample, name)
+        if array.shape != shape or array.dtype != np.dtype(dtype):
+            raise SampleRefusedError(
+                f"sample {sample.sample_id}: {name} is {array.dtype}{list(array.shape)}, "
+                f"expected {dtype}{list(shape)}"
+            )
+
+
+def _require_vocabulary(
+    sample: StoredSample, name: str, ids: NDArray[np.int32], vocab_size: int
+) -> None:
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        position = int(np.argmax(outside))
+        raise SampleRefusedError(
+            f"sample {sample.sample_id}: {name} is {int(ids[position])} at position {position}, "
+            f"outside the target's vocabulary of {vocab_size}"
+        )
+
+
+def _require_healthy_rows(sample: StoredSample, name: str, bits: NDArray[np.uint16]) -> None:
+    """Check [T, H] bfloat16 bits with three reductions and no temporary of their size."""
+    highest = bits.max(axis=1)  # as unsigned: negatives sort last, their NaN at the very end
+    highest_positive = bits.view(np.int16).max(axis=1)  # as signed: positives sort last
+    not_finite = (highest >= (SIGN_BIT | BF16_INFINITY)) | (highest_positive >= BF16_INFINITY)
+    _refuse_rows(sample, name, not_finite, "holds NaN or infinity")
+    all_zero = (highest <= SIGN_BIT) & (highest_positive <= 0)  # only +0 and -0 remain
+    _refuse_rows(sample, name, all_zero, "is all zero")
+    _refuse_rows(sample, name, bits.min(axis=1) == highest, "is constant")
+
+
+def _refuse_rows(sample: StoredSample, name: str, bad: NDArray[np.bool_], problem: str) -> None:
+    if bad.any():
+        raise SampleRefusedError(
+            f"sample {sample.sample_id}: {name} {problem} at position {int(np.argmax(bad))} "
+            f"({int(bad.sum())} of {len(bad)} rows): the target model or its capture is broken"
+        )

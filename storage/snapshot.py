@@ -1,0 +1,176 @@
+"""A snapshot: an immutable list of samples and where each lies. Training names it by its id.
+
+The id is the digest of the rows, whatever file holds them: two stores that publish the same samples
+from the same shards publish the same snapshot. Rows are sorted by shard, then by position in it.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from storage.errors import ConfigError, CorruptError
+from storage.identity import FORMAT_VERSION
+from storage.record import CommitRecord
+
+ID_BYTES = 16
+FORMAT_KEY = b"eyas_format_version"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """N samples in S shards."""
+
+    snapshot_id: str
+    sample_ids: NDArray[np.void]
+    """[N] 16 bytes each"""
+    shard_ids: tuple[str, ...]
+    """[S] sorted"""
+    groups: NDArray[np.int64]
+    """[N] index into `shard_ids`, non-decreasing"""
+    positions: NDArray[np.int32]
+    """[N] index of the sample in its shard"""
+    lengths: NDArray[np.int64]
+    """[N] tokens"""
+    supervised: NDArray[np.int64]
+    """[N] tokens that the loss mask holds"""
+
+    @property
+    def num_samples(self) -> int:
+        """Return N."""
+        return len(self.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of all samples."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_supervised(self) -> int:
+        """Return the supervised tokens of all samples."""
+        return int(self.supervised.sum())
+
+    def sample_id(self, index: int) -> str:
+        """Return the id of sample `index`: 32 hex digits."""
+        return bytes(self.sample_ids[index]).hex()
+
+    @classmethod
+    def of(cls, sample_ids: Iterable[str], commits: Mapping[str, CommitRecord]) -> Self:
+        """Return the snapshot of these samples; raise ConfigError if one is in no commit.
+
+        A sample that several shards hold is taken from the shard with the smallest id.
+        """
+        wanted = set(sample_ids)
+        total = len(wanted)
+        if not total:
+            raise ConfigError("a snapshot needs at least one sample; none was given")
+        rows: list[tuple[str, int, int, int, int]] = []
+        shards: list[str] = []
+        for shard_id in sorted(commits):
+            record = commits[shard_id]
+            before = len(rows)
+            for position, sample_id in enumerate(record.sample_ids):
+                if sample_id in wanted:
+                    wanted.remove(sample_id)
+                    tokens = record.sample_tokens[position]
+                    supervised = record.sample_supervised[position]
+                    rows.append((sample_id, len(shards), position, tokens, supervised))
+            if len(rows) > before:
+                shards.append(shard_id)
+        if wanted:
+            raise ConfigError(
+                f"{len(wanted)} of {total} samples are in no committed shard, first {min(wanted)}: "
+                "generate what is missing, then publish again"
+            )
+        ids, groups, positions, lengths, supervised_counts = zip(*rows, strict=True)
+        return cls._of_columns(
+            sample_ids=np.frombuffer(bytes.fromhex("".join(ids)), dtype=f"V{ID_BYTES}"),
+            shard_ids=tuple(shards),
+            groups=np.array(groups, dtype=np.int64),
+            positions=np.array(positions, dtype=np.int32),
+            lengths=np.array(lengths, dtype=np.int64),
+            supervised=np.array(supervised_counts, dtype=np.int64),
+        )
+
+    @classmethod
+    def _of_columns(
+        cls,
+        *,
+        sample_ids: NDArray[np.void],
+        shard_ids: Sequence[str],
+        groups: NDArray[np.int64],
+        positions: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        supervised: NDArray[np.int64],
+    ) -> Self:
+        digest = xxhash.xxh3_128(bytes.fromhex("".join(shard_ids)))
+        for column in (sample_ids, groups, positions, lengths, supervised):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return cls(
+            snapshot_id=digest.hexdigest(),
+            sample_ids=sample_ids,
+            shard_ids=tuple(shard_ids),
+            groups=groups,
+            positions=positions,
+            lengths=lengths,
+            supervised=supervised,
+        )
+
+    def to_parquet(self) -> bytes:
+        """Serialise as the content of `snapshots/<snapshot_id>.parquet`."""
+        shard_column = pa.DictionaryArray.from_arrays(
+            pa.array(self.groups.astype(np.int32)), pa.array(self.shard_ids)
+        )
+        id_column = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(ID_BYTES),
+            self.num_samples,
+            [None, pa.py_buffer(np.ascontiguousarray(self.sample_ids).tobytes())],
+        )
+        table = pa.table(
+            {
+                "sample_id": id_column,
+                "shard_id": shard_column,
+                "position": pa.array(self.positions),
+                "num_tokens": pa.array(self.lengths),
+                "num_supervised": pa.array(self.supervised),
+            }
+        ).replace_schema_metadata({FORMAT_KEY: str(FORMAT_VERSION).encode()})
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes, *, snapshot_id: str) -> Self:
+        """Parse a snapshot; raise CorruptError unless its rows have this id."""
+        what = f"snapshot {snapshot_id}"
+        try:
+            table = pq.read_table(io.BytesIO(data), read_dictionary=["shard_id"])
+            snapshot = cls._of_table(table.combine_chunks())
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise CorruptError(f"{what} does not parse: {error}; publish it again") from error
+        if snapshot.snapshot_id != snapshot_id:
+            raise CorruptError(
+                f"{what} holds the rows of snapshot {snapshot.snapshot_id}; publish it again"
+            )
+        return snapshot
+
+    @classmethod
+    def _of_table(cls, table: pa.Table) -> Self:
+        ids = table["sample_id"].combine_chunks()
+        shards = table["shard_id"].combine_chunks()
+        first = ids.offset * ID_BYTES
+        raw = np.frombuffer(ids.buffers()[1], dtype=np.uint8)[first : first + len(ids) * ID_BYTES]
+        return cls._of_columns(
+            sample_ids=raw.view(f"V{ID_BYTES}"),
+            shard_ids=shards.dictionary.to_pylist(),
+            groups=shards.indices.to_numpy().astype(np.int64),
+            positions=table["position"].to_numpy().astype(np.int32),
+            lengths=table["num_tokens"].to_numpy().astype(np.int64),
+            supervised=table["num_supervised"].to_numpy().astype(np.int64),
+        )

@@ -1,0 +1,301 @@
+"""A store: shards that exist only if their commit record does, and snapshots that list samples.
+
+Layout and write order are in `docs/store-format.md`. The store is the only truth about what exists:
+whatever was interrupted, running the same thing again ends in the same bytes.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from storage.canonical import seal, unseal
+from storage.directory import TEMPORARY_SUFFIX, Directory
+from storage.errors import ConfigError, CorruptError, SampleRefusedError, StorageError
+from storage.identity import FORMAT_VERSION, StoreIdentity
+from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
+from storage.probe import ProbePoint
+from storage.reader import CACHE_BYTES, SnapshotReader, read_record
+from storage.record import CommitRecord, ObjectDigest
+from storage.samples import StoredSample, require_storable
+from storage.shard import encode_shard, raw_bytes
+from storage.snapshot import Snapshot
+from storage.verify import REPAIR, Finding, check_digests, check_sizes
+
+IDENTITY_KEY = "store.json"
+LATEST_KEY = "snapshots/latest.json"
+
+
+class Store:
+    """The hidden-state store at one root."""
+
+    def __init__(self, root: Directory, identity: StoreIdentity) -> None:
+        """Use `Store.create` or `Store.open` instead."""
+        self.identity = identity
+        self._root = root
+        self._identity_id = identity.identity_id
+
+    @classmethod
+    def create(cls, root: str, identity: StoreIdentity) -> "Store":
+        """Make a store, or open the one that is there; MismatchError if it holds other states."""
+        directory = Directory.at(root)
+        directory.publish(IDENTITY_KEY, identity.to_json(), replace=False)
+        store = cls.open(root)
+        store.identity.require_equal(identity, where=f"the store at {directory.root}")
+        return store
+
+    @classmethod
+    def open(cls, root: str) -> "Store":
+        """Open the store at a local path or fsspec URL; ConfigError if there is none."""
+        directory = Directory.at(root)
+        try:
+            data = directory.read(IDENTITY_KEY)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"there is no store at {directory.root} (no {IDENTITY_KEY}); run a hidden-states "
+                "flow to make one, or correct the path"
+            ) from error
+        return cls(directory, StoreIdentity.from_json(data))
+
+    # ---- what exists
+
+    def commits(self) -> Mapping[str, CommitRecord]:
+        """Return every commit record by shard id; CorruptError if one is damaged."""
+        return {shard_id: self._record(shard_id) for shard_id in self._listed("commits", ".json")}
+
+    def committed_samples(self) -> set[str]:
+        """Return the ids of all samples that some committed shard holds."""
+        return {sample_id for record in self.commits().values() for sample_id in record.sample_ids}
+
+    def free_bytes(self) -> int | None:
+        """Return the free space where the store lies, or None where that has no meaning."""
+        return self._root.free_bytes()
+
+    # ---- what is to be made
+
+    def plan(self, samples: Sequence[PlannedSample], *, shard_tokens: int) -> Plan:
+        """Return, persisted, the plan that makes every sample of which the store has no states.
+
+        An unfinished plan that makes exactly these is returned as it was persisted, so that an
+        interrupted generation ends in the same shards as an uninterrupted one.
+        """
+        commits = self.commits()
+        plans = [self.load_plan(plan_id) for plan_id in self._listed("plans", ".json")]
+        unfinished = [shard for plan in plans for shard in plan.shards]
+        fresh = plan_shards(
+            samples,
+            committed={sample for record in commits.values() for sample in record.sample_ids},
+            shard_tokens=shard_tokens,
+            pending=[shard for shard in unfinished if shard.shard_id not in commits],
+        )
+        for plan in plans if fresh.shards else ():
+            missing = [shard for shard in plan.shards if shard.shard_id not in commits]
+            if missing == list(fresh.shards):
+                return plan
+        self.save_plan(fresh)
+        return fresh
+
+    def pending_plan(self) -> Plan | None:
+        """Return a persisted plan with shards that are not committed, or None."""
+        commits = set(self._listed("commits", ".json"))
+        for plan_id in self._listed("plans", ".json"):
+            plan = self.load_plan(plan_id)
+            if any(shard.shard_id not in commits for shard in plan.shards):
+                return plan
+        return None
+
+    def missing_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
+        """Return the shards of a plan that are not committed, in its order."""
+        commits = set(self._listed("commits", ".json"))
+        return tuple(shard for shard in plan.shards if shard.shard_id not in commits)
+
+    def save_plan(self, plan: Plan) -> None:
+        """Persist a plan; one without shards leaves nothing behind."""
+        if plan.shards:
+            self._root.publish(f"plans/{plan.plan_id}.json", plan.to_json())
+
+    def load_plan(self, plan_id: str) -> Plan:
+        """Return a persisted plan; ConfigError if there is none with this id."""
+        try:
+            data = self._root.read(f"plans/{plan_id}.json")
+        except FileNotFoundError as error:
+            raise ConfigError(f"{self._root.root} has no plan {plan_id}") from error
+        return Plan.from_json(data, plan_id=plan_id)
+
+    # ---- writing
+
+    def write_shard(
+        self,
+        shard: PlannedShard,
+        samples: Iterable[StoredSample],
+        *,
+        probe: Sequence[ProbePoint] | None = None,
+    ) -> CommitRecord:
+        """Write a shard and commit it; return the record of one that is validly committed already.
+
+        `samples` may come in any order and is consumed only if the shard has to be written. A
+        failure leaves no commit record; what an earlier attempt left behind is swept first.
+        """
+        prefix = f"shards/{shard.shard_id}"
+        with self._root.exclusive(prefix):
+            committed = self._valid_record(shard.shard_id)
+            if committed is not None:
+                return committed
+            self.revoke(shard.shard_id)
+            self._root.delete_all(prefix)
+            ordered = self._checked(shard, samples)
+            try:
+                objects = self._write_objects(prefix, shard, ordered)
+                record = CommitRecord(
+                    shard_id=shard.shard_id,
+                    identity_id=self._identity_id,
+                    sample_ids=shard.sample_ids,
+                    sample_tokens=tuple(len(sample) for sample in ordered),
+                    sample_supervised=tuple(int(sample.loss_mask.sum()) for sample in ordered),
+                    raw_bytes=raw_bytes(ordered),
+                    objects=objects,
+                    probe=tuple(probe or ()),
+                )
+                self._root.publish(f"commits/{shard.shard_id}.json", record.to_json())
+            except StorageError:
+                self._root.delete_all(
+                    prefix
+                )  # gives back the space; without a record it is no shard
+                raise
+            return record
+
+    def revoke(self, shard_id: str) -> None:
+        """Take back a shard's commit record: it counts as missing until it is written again."""
+        self._root.delete(f"commits/{shard_id}.json")
+
+    def _valid_record(self, shard_id: str) -> CommitRecord | None:
+        try:
+            record = self._record(shard_id)
+        except CorruptError:
+            return None
+        damaged = any(check_sizes(self._root, record))
+        return None if damaged else record
+
+    def _checked(
+        self, shard: PlannedShard, samples: Iterable[StoredSample]
+    ) -> Sequence[StoredSample]:
+        by_id: dict[str, StoredSample] = {}
+        for sample in samples:
+            require_storable(sample, self.identity)
+            by_id[sample.sample_id] = sample
+        if by_id.keys() != set(shard.sample_ids):
+            missing = sorted(set(shard.sample_ids) - by_id.keys())
+            foreign = sorted(by_id.keys() - set(shard.sample_ids))
+            raise SampleRefusedError(
+                f"shard {shard.shard_id} was handed the wrong samples: {len(missing)} missing "
+                f"{missing[:1]}, {len(foreign)} not planned {foreign[:1]}"
+            )
+        return [by_id[sample_id] for sample_id in shard.sample_ids]
+
+    def _write_objects(
+        self, prefix: str, shard: PlannedShard, samples: Sequence[StoredSample]
+    ) -> Mapping[str, ObjectDigest]:
+        objects: dict[str, ObjectDigest] = {}
+        for key, data in encode_shard(shard.shard_id, samples, self.identity):
+            self._root.write(f"{prefix}/{key}", data)
+            objects[key] = ObjectDigest.of(data)
+        self._root.flush(prefix)
+        return objects
+
+    # ---- snapshots
+
+    def publish(self, sample_ids: Collection[str]) -> Snapshot:
+        """Publish the snapshot of these samples as the latest; ConfigError if one is missing."""
+        snapshot = Snapshot.of(sample_ids, self.commits())
+        self._root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
+        latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
+        self._root.publish(LATEST_KEY, seal(latest))
+        return snapshot
+
+    def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
+        """Return a snapshot, the latest by default; ConfigError if there is none."""
+        wanted = snapshot_id or self._latest()
+        try:
+            data = self._root.read(f"snapshots/{wanted}.parquet")
+        except FileNotFoundError as error:
+            known = ", ".join(self.snapshot_ids()) or "none"
+            raise ConfigError(
+                f"{self._root.root} has no snapshot {wanted}; it has: {known}"
+            ) from error
+        return Snapshot.from_parquet(data, snapshot_id=wanted)
+
+    def snapshot_ids(self) -> Sequence[str]:
+        """Return the ids of all published snapshots, sorted."""
+        return self._listed("snapshots", ".parquet")
+
+    def reader(self, snapshot: Snapshot, *, cache_bytes: int = CACHE_BYTES) -> SnapshotReader:
+        """Return random access to the samples of a snapshot."""
+        return SnapshotReader(
+            root=self._root,
+            identity_id=self._identity_id,
+            snapshot=snapshot,
+            cache_bytes=cache_bytes,
+        )
+
+    def _latest(self) -> str:
+        try:
+            data = self._root.read(LATEST_KEY)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{self._root.root} has no snapshot yet; run a hidden-states flow to the end"
+            ) from error
+        latest: str = unseal(data, what=LATEST_KEY)["snapshot_id"]
+        return latest
+
+    # ---- verification
+
+    def verify(self, *, deep: bool) -> Sequence[Finding]:
+        """Return all damage: sizes of every committed object, or with `deep` every byte."""
+        return [*self._shard_findings(deep=deep), *self._snapshot_findings()]
+
+    def _shard_findings(self, *, deep: bool) -> Iterator[Finding]:
+        check = check_digests if deep else check_sizes
+        for shard_id in self._listed("commits", ".json"):
+            try:
+                record = self._record(shard_id)
+            except CorruptError as error:
+                yield Finding(
+                    shard_id=shard_id,
+                    object_key=f"commits/{shard_id}.json",
+                    problem=str(error),
+                    remedy=REPAIR,
+                )
+                continue
+            yield from check(self._root, record)
+
+    def _snapshot_findings(self) -> Iterator[Finding]:
+        commits = set(self._listed("commits", ".json"))
+        for snapshot_id in self.snapshot_ids():
+            key = f"snapshots/{snapshot_id}.parquet"
+            try:
+                snapshot = self.snapshot(snapshot_id)
+            except CorruptError as error:
+                yield Finding(
+                    shard_id=None,
+                    object_key=key,
+                    problem=str(error),
+                    remedy="publish the snapshot again",
+                )
+                continue
+            for shard_id in snapshot.shard_ids:
+                if shard_id not in commits:
+                    yield Finding(
+                        shard_id=shard_id,
+                        object_key=f"commits/{shard_id}.json",
+                        problem=f"is missing, snapshot {snapshot_id} needs it",
+                        remedy=REPAIR,
+                    )
+
+    def _record(self, shard_id: str) -> CommitRecord:
+        return read_record(self._root, shard_id, identity_id=self._identity_id)
+
+    def _listed(self, prefix: str, suffix: str) -> Sequence[str]:
+        """Return the sorted names, less `suffix`, of the objects in a flat directory."""
+        keys = self._root.sizes(prefix)
+        return sorted(
+            key.removesuffix(suffix)
+            for key in keys
+            if key.endswith(suffix) and not key.endswith(TEMPORARY_SUFFIX)
+        )

@@ -1,0 +1,55 @@
+"""Findings: what is wrong with a store, where, and what to run about it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from storage.directory import Directory
+from storage.record import CommitRecord, ObjectDigest
+
+REPAIR = "regenerate the shard: eyas repair"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that is not as it was committed."""
+
+    shard_id: str | None
+    """The damaged shard, or None where the damage is not in one shard."""
+    object_key: str
+    """Key relative to the store's root."""
+    problem: str
+    """What was found and what was expected."""
+    remedy: str
+
+    def __str__(self) -> str:
+        """Return one line for a report or an error."""
+        return f"{self.object_key}: {self.problem}; {self.remedy}"
+
+
+def check_sizes(root: Directory, record: CommitRecord) -> Iterator[Finding]:
+    """Yield a finding for every object of the shard that is absent or has another size."""
+    sizes = root.sizes(f"shards/{record.shard_id}")
+    for key, expected in record.objects.items():
+        found = sizes.get(key)
+        if found is None:
+            yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
+        elif found != expected.num_bytes:
+            yield shard_finding(record.shard_id, key, f"has {found} bytes, committed {expected}")
+
+
+def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
+    """Yield a finding for every object of the shard whose bytes are not the committed ones."""
+    for key, expected in record.objects.items():
+        try:
+            found = ObjectDigest.of(root.read(f"shards/{record.shard_id}/{key}"))
+        except FileNotFoundError:
+            yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
+            continue
+        if found != expected:
+            yield shard_finding(record.shard_id, key, f"has {found}, committed {expected}")
+
+
+def shard_finding(shard_id: str, key: str, problem: str) -> Finding:
+    """Return the finding that one object of a shard is damaged."""
+    object_key = f"shards/{shard_id}/{key}"
+    return Finding(shard_id=shard_id, object_key=object_key, problem=problem, remedy=REPAIR)

@@ -1,0 +1,77 @@
+"""Small stores with states that look like a model's: heavy-tailed channels, no two rows alike."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from storage.canonical import digest_bytes
+from storage.identity import StoreIdentity
+from storage.plan import PlannedSample
+from storage.samples import StoredSample, content_id
+from storage.store import Store
+
+HIDDEN, LAYERS, VOCAB = 64, 3, 1000
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """Return the bfloat16 bit patterns of float32 values, truncated."""
+    return (np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def make_sample(rng: np.random.Generator, tokens: int) -> StoredSample:
+    """Return a sample of random ids, a prompt then an answer, and channel-scaled states."""
+    ids = rng.integers(0, VOCAB, tokens, dtype=np.int32)
+    mask = np.arange(tokens) >= tokens // 3
+    scale = np.exp2(rng.normal(0, 3, HIDDEN))
+    aux = rng.normal(0, 1, (tokens, LAYERS, HIDDEN)) * scale
+    last = rng.normal(0, 1, (tokens, HIDDEN)) * scale
+    return StoredSample(
+        sample_id=content_id(ids, mask),
+        input_ids=ids,
+        loss_mask=mask,
+        aux_hidden_states=bf16_bits(aux),
+        last_hidden_state=bf16_bits(last),
+        target_argmax=rng.integers(0, VOCAB, tokens, dtype=np.int32),
+        target_logsumexp=rng.normal(10, 1, tokens).astype(np.float32),
+    )
+
+
+def make_samples(count: int, *, seed: int = 0, tokens: tuple[int, int] = (5, 60)) -> list:
+    """Return `count` samples of between `tokens[0]` and `tokens[1]` tokens."""
+    rng = np.random.default_rng(seed)
+    return [make_sample(rng, int(rng.integers(*tokens))) for _ in range(count)]
+
+
+def planned(samples: Sequence[StoredSample]) -> list[PlannedSample]:
+    """Return what a plan needs to know of samples."""
+    return [PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in samples]
+
+
+def fill(store: Store, samples: Sequence[StoredSample], *, shard_tokens: int = 100) -> None:
+    """Plan, write and commit every sample the store lacks."""
+    by_id = {sample.sample_id: sample for sample in samples}
+    plan = store.plan(planned(samples), shard_tokens=shard_tokens)
+    for shard in store.missing_shards(plan):
+        store.write_shard(shard, [by_id[sample_id] for sample_id in shard.sample_ids])
+
+
+def make_identity(**changes: object) -> StoreIdentity:
+    """Return the identity of the synthetic samples, with changes."""
+    values: dict = {
+        "target_fingerprint": "f" * 64,
+        "target_fields": {"revision": "abc", "dtype": "bfloat16"},
+        "tokenizer_fingerprint": "t" * 64,
+        "template_fingerprint": "c" * 64,
+        "aux_layers": (1, 5, 8),
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+        "norm_convention": "post_norm",
+        "profile": "raw",
+    }
+    return StoreIdentity(**{**values, **changes})
+
+
+def tree_digests(store: Store) -> dict[str, str]:
+    """Return the digest of every object below the store's root, by key."""
+    root = store._root
+    return {key: digest_bytes(root.read(key)) for key in root.sizes("")}

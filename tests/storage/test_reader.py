@@ -1,0 +1,33 @@
+"""The reader travels between processes and threads, and holds no more than it may."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from storage.store import Store
+
+
+def test_pickled_reader_reads_the_same(filled: Store) -> None:
+    reader = filled.reader(filled.snapshot())
+    expected = reader.fetch(3)
+    copy = pickle.loads(pickle.dumps(reader))  # noqa: S301
+    assert copy.snapshot_id == reader.snapshot_id
+    np.testing.assert_array_equal(copy.fetch(3).aux_hidden_states, expected.aux_hidden_states)
+
+
+def test_threads_see_their_own_samples(filled: Store) -> None:
+    reader = filled.reader(filled.snapshot(), cache_bytes=1)
+    indices = [index for _ in range(3) for index in range(len(reader))]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda index: len(reader.fetch(index)), indices))
+    assert found == [reader.lengths[index] for index in indices]
+
+
+def test_refuses_an_index_outside(filled: Store) -> None:
+    reader = filled.reader(filled.snapshot())
+    with pytest.raises(IndexError, match="sample 12 of a snapshot of 12"):
+        reader.fetch(12)
+    with pytest.raises(IndexError, match="sample -1"):
+        reader.fetch(-1)
