@@ -152,11 +152,22 @@ def content_key(conversation: Conversation) -> str:
     return digest.hexdigest()
 
 
-def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether the conversation with this content key belongs to the held-out split.
+def piece_key(conversation: Conversation) -> str:
+    """Return the key that all pieces of one chat share: ids `X_0`, `X_1`, ... give that of `X`.
 
-    Depends on the content alone: adding data moves no conversation, and a larger fraction only adds
-    to the held-out ones.
+    ShareGPT was published cut into such pieces. An id of another form gives the content key.
+    """
+    stem, mark, number = conversation.conversation_id.rpartition("_")
+    if not stem or not mark or not number.isdecimal():
+        return content_key(conversation)
+    return xxhash.xxh3_128_hexdigest(stem.encode())
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Return whether the conversation with this content or piece key is held out.
+
+    Depends on the key alone: adding data moves no conversation, and a larger fraction only adds to
+    the held-out ones.
     """
     return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
 

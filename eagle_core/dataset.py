@@ -19,7 +19,13 @@ import pyarrow.parquet as pq
 import xxhash
 
 from eagle_core.conversation_table import CONVERSATION_SCHEMA, from_row, to_row
-from eagle_core.conversations import Conversation, content_key, is_held_out, normalise
+from eagle_core.conversations import (
+    Conversation,
+    content_key,
+    is_held_out,
+    normalise,
+    piece_key,
+)
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest, load_manifest
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
@@ -137,7 +143,9 @@ class _Builder:
             ledger.change(change, location=record.location, conversation_id=conversation_id)
 
     def _keep(self, conversation: Conversation, key: str) -> None:
-        split: Split = "held_out" if is_held_out(key, self._config.held_out_fraction) else "train"
+        split_key = piece_key(conversation) if self._config.keep_pieces_together else key
+        is_test = is_held_out(split_key, self._config.held_out_fraction)
+        split: Split = "held_out" if is_test else "train"
         self.kept[split] += 1
         self._fingerprint.update(f"{split} {key}\n".encode())
         self._writers.splits[split].add(to_row(conversation, key))

