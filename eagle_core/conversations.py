@@ -191,11 +191,11 @@ def _turns(
 def _message(turn: object, *, location: str) -> Message:
     if not isinstance(turn, Mapping):
         raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(turn).__name__}")
-    name = turn.get("role", turn.get("from"))
+    name = _first(turn, "role", "from")
     role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise RejectedRecord(Reason.UNKNOWN_ROLE, location, f"role {str(name)[:40]!a}")
-    content = _text(turn.get("content", turn.get("value")), location)
+    content = _text(_first(turn, "content", "value"), location)
     if name == "function_call":
         call = parse_function_call(content, location=location)
         return Message(role=role, content="", tool_calls=(call,))
@@ -204,9 +204,14 @@ def _message(turn: object, *, location: str) -> Message:
     return Message(
         role=role,
         content=content,
-        reasoning_content=_text(turn.get("reasoning_content", turn.get("reasoning")), location),
+        reasoning_content=_text(_first(turn, "reasoning_content", "reasoning"), location),
         tool_calls=parse_tool_calls(turn.get("tool_calls"), location=location),
     )
+
+
+def _first(turn: Mapping[str, object], *names: str) -> object:
+    """Return the first of the fields that holds something: tables fill absent ones with null."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _text(content: object, location: str) -> str:

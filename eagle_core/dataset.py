@@ -7,7 +7,9 @@ reader checks size and digest of what it opens.
 
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -43,6 +45,8 @@ RULES_VERSION = 3
 """Raise it when cleaning or columns change: data sets made before are then built again."""
 LEDGER_NAME = "ledger.parquet"
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
+_BUILDING = ".building-"
+_ABANDONED_SECONDS = 24 * 3600
 _RECORDS_PER_REPORT = 500
 _ROWS_PER_BATCH = 256
 
@@ -62,7 +66,8 @@ def build_dataset(
         progress(1.0, f"{finished.num_conversations} conversations are there already")
         return finished
     out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=out_dir) as directory:
+    _remove_abandoned(out_dir)
+    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=out_dir) as directory:
         manifest = _write(config, source, Path(directory), progress)
         if identify(find_source(config)) != source:
             raise MismatchError(
@@ -220,6 +225,13 @@ def _finished(
         if not path.is_file() or path.stat().st_size != digest.size_bytes:
             return None
     return manifest
+
+
+def _remove_abandoned(out_dir: Path) -> None:
+    """Remove what builds left that were killed long ago; a younger one may still be running."""
+    for path in out_dir.glob(f"{_BUILDING}*"):
+        if path.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+            shutil.rmtree(path)
 
 
 def _publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:

@@ -52,6 +52,16 @@ def test_system_turn_and_tool_results_are_kept() -> None:
     ]  # fmt: skip
 
 
+def test_fields_that_a_table_filled_with_null_do_not_count() -> None:
+    turns = [
+        {"role": None, "from": "human", "content": None, "value": "q", "tool_calls": None},
+        {"role": None, "from": "gpt", "content": None, "value": "a", "reasoning_content": None},
+    ]
+    assert turns_of({"messages": None, "conversations": turns}) == [
+        ("user", "q"), ("assistant", "a"),
+    ]  # fmt: skip
+
+
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     assert turns_of(openai(("user", parts), ("assistant", "a")))[0] == ("user", "one two")

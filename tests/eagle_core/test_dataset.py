@@ -1,7 +1,11 @@
 """A data set on disk: accounts that add up, and nothing half-visible."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +144,55 @@ def test_a_failed_build_leaves_what_was_there(config: DatasetConfig, tmp_path: P
     accepted = config.model_copy(update={"accept_truncated": True})
     manifest = build_dataset(accepted, out_dir=tmp_path / "d")
     assert manifest.dropped[Reason.TRUNCATED] == 1
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from eagle_core.dataset import build_dataset
+from eagle_core.dataset_config import DatasetConfig
+print("ready", flush=True)
+sys.stdin.readline()
+build_dataset(DatasetConfig(name="d", source=sys.argv[1], held_out_fraction=0.2),
+              out_dir=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("delay_seconds", [0.005, 0.02, 0.05, 0.1])
+def test_a_killed_build_is_never_half_visible(tmp_path: Path, delay_seconds: float) -> None:
+    directory = tmp_path / "d"
+    first = build_dataset(write(tmp_path / "a.json", GOOD), out_dir=directory)
+    many = [turns(f"question {number}", "a" * 300) for number in range(3000)]
+    config = write(tmp_path / "a.json", many)
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, config.source, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        child.stdout.readline()
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        time.sleep(delay_seconds)
+        child.kill()
+    if (directory / "manifest.json").exists():
+        manifest = load_manifest(directory)
+        assert len(list(load_conversations(directory, "train"))) == manifest.num_train
+        assert manifest == first or manifest.num_records == 3000
+    assert build_dataset(config, out_dir=directory).num_records == 3000
+    assert len(list(load_conversations(directory, "train"))) > 2000
+
+
+def test_leavings_of_old_kills_are_removed(config: DatasetConfig, tmp_path: Path) -> None:
+    old, young = tmp_path / "d" / ".building-old", tmp_path / "d" / ".building-young"
+    for path in (old, young):
+        path.mkdir(parents=True)
+    os.utime(old, (1, 1))
+    build_dataset(config, out_dir=tmp_path / "d")
+    assert not old.exists()
+    assert young.exists()
 
 
 def test_no_manifest_no_data_set(config: DatasetConfig, tmp_path: Path) -> None:
