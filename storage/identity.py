@@ -13,7 +13,8 @@ from storage.errors import ConfigError, CorruptError, MismatchError
 
 FORMAT = "eyas-store"
 FORMAT_VERSION = 1
-PROFILES = ("raw",)
+PROFILES = ("raw", "lossless", "int8")
+DEFAULT_PROFILE = "lossless"
 NORM_CONVENTIONS = ("post_norm",)
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from storage.directory import Directory
 from storage.errors import ShardCorruptError, ShardMissingError
+from storage.identity import StoreIdentity
 from storage.record import CommitRecord, ObjectDigest
 from storage.samples import StoredSample
 from storage.shard import DecodedShard, decode_shard
@@ -31,13 +32,13 @@ class SnapshotReader:
         self,
         *,
         root: Directory,
-        identity_id: str,
+        identity: StoreIdentity,
         snapshot: Snapshot,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Keep at most `cache_bytes` of decoded shards in memory, but one at least."""
         self._root = root
-        self._identity_id = identity_id
+        self._identity = identity
         self._snapshot = snapshot
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[str, DecodedShard] = OrderedDict()
@@ -82,7 +83,7 @@ class SnapshotReader:
             if shard_id in self._cache:
                 self._cache.move_to_end(shard_id)
                 return self._cache[shard_id]
-            shard = read_shard(self._root, shard_id, identity_id=self._identity_id)
+            shard = read_shard(self._root, shard_id, identity=self._identity)
             self._cache[shard_id] = shard
             while len(self._cache) > 1 and self._cached_bytes() > self._cache_bytes:
                 self._cache.popitem(last=False)
@@ -95,7 +96,7 @@ class SnapshotReader:
         """Leave the cache and the lock behind."""
         return {
             "root": self._root,
-            "identity_id": self._identity_id,
+            "identity": self._identity,
             "snapshot": self._snapshot,
             "cache_bytes": self._cache_bytes,
         }
@@ -114,11 +115,11 @@ def read_record(root: Directory, shard_id: str, *, identity_id: str) -> CommitRe
     return CommitRecord.from_json(data, shard_id=shard_id, identity_id=identity_id)
 
 
-def read_shard(root: Directory, shard_id: str, *, identity_id: str) -> DecodedShard:
+def read_shard(root: Directory, shard_id: str, *, identity: StoreIdentity) -> DecodedShard:
     """Return a shard whose every object has its committed size and digest; raise CorruptError."""
-    record = read_record(root, shard_id, identity_id=identity_id)
+    record = read_record(root, shard_id, identity_id=identity.identity_id)
     objects = {key: _read_object(root, record, key) for key in record.objects}
-    return decode_shard(shard_id, objects, sample_ids=record.sample_ids)
+    return decode_shard(shard_id, objects, sample_ids=record.sample_ids, profile=identity.profile)
 
 
 def _read_object(root: Directory, record: CommitRecord, key: str) -> bytes:

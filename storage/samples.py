@@ -14,6 +14,7 @@ from storage.identity import StoreIdentity
 
 BF16_INFINITY = 0x7F80  # exponent all ones: infinity, and above it every NaN
 SIGN_BIT = 0x8000
+TTT_LENGTH = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +30,13 @@ class StoredSample:
     aux_hidden_states: NDArray[np.uint16]
     """[T, A, H] bfloat16 bits, aux layers low to high."""
     last_hidden_state: NDArray[np.uint16]
-    """[T, H] bfloat16 bits, after the final norm."""
+    """[T, H] bfloat16 bits, after the final norm; zero where `last_present` does not hold."""
     target_argmax: NDArray[np.int32]
     """[T] argmax of the target's logits over its full vocabulary."""
     target_logsumexp: NDArray[np.float32]
     """[T] logsumexp of the target's logits over its full vocabulary."""
+    last_present: NDArray[np.bool_] | None = None
+    """[T], True where the store keeps the last hidden state; None on a sample not yet stored."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -45,6 +48,19 @@ def content_id(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> st
     digest = xxhash.xxh3_128(np.ascontiguousarray(input_ids, dtype="<i4").tobytes())
     digest.update(np.ascontiguousarray(loss_mask, dtype="u1").tobytes())
     return digest.hexdigest()
+
+
+def last_needed(loss_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return [T]: which last hidden states some supervised position is trained or measured with.
+
+    With up to 7 steps of training-time test, the loss of token t reads the states t + 1 to t + 7;
+    the loss of a predicted token reads the state before it; t itself is kept for the probe.
+    """
+    needed = loss_mask.copy()
+    needed[:-1] |= loss_mask[1:]
+    for shift in range(1, TTT_LENGTH + 1):
+        needed[shift:] |= loss_mask[:-shift]
+    return needed
 
 
 def require_storable(sample: StoredSample, identity: StoreIdentity) -> None:
@@ -70,7 +86,18 @@ def require_storable(sample: StoredSample, identity: StoreIdentity) -> None:
     for layer, layer_id in enumerate(identity.aux_layers):
         rows = sample.aux_hidden_states[:, layer]
         _require_healthy_rows(sample, f"aux_hidden_states of layer {layer_id}", rows)
-    _require_healthy_rows(sample, "last_hidden_state", sample.last_hidden_state)
+    needed = last_needed(sample.loss_mask)
+    if sample.last_present is not None and (needed & ~sample.last_present).any():
+        absent = int(np.argmax(needed & ~sample.last_present))
+        raise SampleRefusedError(
+            f"sample {sample.sample_id}: last_hidden_state is absent at position {absent}, where a "
+            "supervised token needs it"
+        )
+    if needed.any():
+        positions = np.flatnonzero(needed)
+        rows = sample.last_hidden_state
+        rows = rows if needed.all() else rows[needed]
+        _require_healthy_rows(sample, "last_hidden_state", rows, positions=positions)
 
 
 def _require_shapes(sample: StoredSample, identity: StoreIdentity) -> None:
@@ -106,20 +133,34 @@ def _require_vocabulary(
         )
 
 
-def _require_healthy_rows(sample: StoredSample, name: str, bits: NDArray[np.uint16]) -> None:
-    """Check [T, H] bfloat16 bits with three reductions and no temporary of their size."""
+def _require_healthy_rows(
+    sample: StoredSample,
+    name: str,
+    bits: NDArray[np.uint16],
+    *,
+    positions: NDArray[np.int64] | None = None,
+) -> None:
+    """Check [R, H] bfloat16 bits, the rows of `positions`, with three reductions each."""
     highest = bits.max(axis=1)  # as unsigned: negatives sort last, their NaN at the very end
     highest_positive = bits.view(np.int16).max(axis=1)  # as signed: positives sort last
     not_finite = (highest >= (SIGN_BIT | BF16_INFINITY)) | (highest_positive >= BF16_INFINITY)
-    _refuse_rows(sample, name, not_finite, "holds NaN or infinity")
+    _refuse_rows(sample, name, not_finite, "holds NaN or infinity", positions)
     all_zero = (highest <= SIGN_BIT) & (highest_positive <= 0)  # only +0 and -0 remain
-    _refuse_rows(sample, name, all_zero, "is all zero")
-    _refuse_rows(sample, name, bits.min(axis=1) == highest, "is constant")
+    _refuse_rows(sample, name, all_zero, "is all zero", positions)
+    _refuse_rows(sample, name, bits.min(axis=1) == highest, "is constant", positions)
 
 
-def _refuse_rows(sample: StoredSample, name: str, bad: NDArray[np.bool_], problem: str) -> None:
+def _refuse_rows(
+    sample: StoredSample,
+    name: str,
+    bad: NDArray[np.bool_],
+    problem: str,
+    positions: NDArray[np.int64] | None,
+) -> None:
     if bad.any():
+        first = int(np.argmax(bad))
+        position = first if positions is None else int(positions[first])
         raise SampleRefusedError(
-            f"sample {sample.sample_id}: {name} {problem} at position {int(np.argmax(bad))} "
+            f"sample {sample.sample_id}: {name} {problem} at position {position} "
             f"({int(bad.sum())} of {len(bad)} rows): the target model or its capture is broken"
         )

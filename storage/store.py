@@ -229,7 +229,7 @@ class Store:
         """Return random access to the samples of a snapshot."""
         return SnapshotReader(
             root=self._root,
-            identity_id=self._identity_id,
+            identity=self.identity,
             snapshot=snapshot,
             cache_bytes=cache_bytes,
         )

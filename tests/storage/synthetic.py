@@ -66,7 +66,7 @@ def make_identity(**changes: object) -> StoreIdentity:
         "hidden_size": HIDDEN,
         "vocab_size": VOCAB,
         "norm_convention": "post_norm",
-        "profile": "raw",
+        "profile": "lossless",
     }
     return StoreIdentity(**{**values, **changes})
 

@@ -26,11 +26,17 @@ def spoil(field: str, index: object, value: object) -> Callable[[StoredSample], 
 CASES = {
     "NaN": (spoil("aux_hidden_states", (3, 1, 5), 0x7FC0), "layer 5 holds NaN.*position 3"),
     "-NaN": (spoil("aux_hidden_states", (3, 1, 5), 0xFF81), "layer 5 holds NaN.*position 3"),
-    "Inf": (spoil("last_hidden_state", (2, 0), 0x7F80), "last_hidden_state holds NaN.*position 2"),
-    "-Inf": (spoil("last_hidden_state", (2, 0), 0xFF80), "last_hidden_state holds NaN.*position 2"),
+    "Inf": (
+        spoil("last_hidden_state", (-2, 0), 0x7F80),
+        "last_hidden_state holds NaN.*position {n-2}",
+    ),
+    "-Inf": (
+        spoil("last_hidden_state", (-2, 0), 0xFF80),
+        "last_hidden_state holds NaN.*position {n-2}",
+    ),
     "zero": (spoil("aux_hidden_states", (4, 2), 0), "layer 8 is all zero at position 4"),
     "-zero": (spoil("aux_hidden_states", (4, 2), 0x8000), "layer 8 is all zero at position 4"),
-    "constant": (spoil("last_hidden_state", 1, 0x3F80), "is constant at position 1"),
+    "constant": (spoil("last_hidden_state", -1, 0x3F80), "is constant at position {n-1}"),
     "token": (spoil("target_argmax", 2, 1000), "target_argmax is 1000 at position 2"),
     "negative": (spoil("target_argmax", 2, -1), "target_argmax is -1 at position 2"),
     "logsumexp": (spoil("target_logsumexp", 0, np.nan), "logsumexp is NaN.*position 0"),
@@ -48,6 +54,8 @@ def test_refused(name: str) -> None:
     change, message = CASES[name]
     sample = make_samples(1, seed=3)[0]
     require_storable(sample, IDENTITY)
+    for back in (1, 2):
+        message = message.replace(f"{{n-{back}}}", str(len(sample) - back))
     with pytest.raises(SampleRefusedError, match=message) as caught:
         require_storable(change(sample), IDENTITY)
     assert sample.sample_id in str(caught.value)

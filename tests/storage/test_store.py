@@ -9,7 +9,7 @@ import pytest
 from storage.errors import ConfigError, MismatchError, SampleRefusedError
 from storage.identity import StoreIdentity
 from storage.plan import PlannedShard
-from storage.samples import StoredSample
+from storage.samples import StoredSample, last_needed
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
 
@@ -40,6 +40,11 @@ def test_round_trip_is_exact(filled: Store, samples: list[StoredSample]) -> None
         for name in ("input_ids", "loss_mask", "aux_hidden_states", "target_logsumexp"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
             assert getattr(found, name).dtype == getattr(expected, name).dtype
+        present = last_needed(expected.loss_mask)
+        np.testing.assert_array_equal(found.last_present, present)
+        np.testing.assert_array_equal(
+            found.last_hidden_state, np.where(present[:, None], expected.last_hidden_state, 0)
+        )
 
 
 def test_writing_again_does_nothing(filled: Store, samples: list[StoredSample]) -> None:
