@@ -4,14 +4,19 @@ A run reported to a temporary server lands in the same database, so that a serve
 shows it. Import this after `settle_environment`: Prefect reads its environment when it is imported.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+import flows
+
+_FLOWS = Path(flows.__file__).parent
 _HEALTH_SECONDS = 2.0
 _START_SECONDS = 120
 
@@ -29,6 +34,15 @@ def prefect_api() -> Iterator[str | None]:
     )  # stops at exit of the process, after the last event is out
     with temporary_settings({PREFECT_API_URL: server.api_url}):
         yield None
+
+
+def print_own_lines() -> None:
+    """Print on standard error what our flows log, and nothing that Prefect itself does."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(lambda record: Path(record.pathname).is_relative_to(_FLOWS))
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addHandler(handler)
 
 
 def _is_healthy(api_url: str) -> bool:

@@ -17,6 +17,7 @@ from deployments import prefect_yaml
 from deployments.environment import settle_environment
 from deployments.recipe import load_recipe, recipe_names
 from deployments.registry import FLOWS, find_flow
+from flows.workspace import DEFAULT_HOME
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -33,7 +34,9 @@ def _one_message() -> Iterator[None]:
     try:
         yield
     except EXPECTED_ERRORS as error:
-        _errors.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")
+        _errors.print(
+            f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}", soft_wrap=True
+        )
         raise typer.Exit(code=1) from None
 
 
@@ -45,17 +48,24 @@ def run(
         list[str] | None,
         typer.Option("--set", help="section.key=value, as often as you like."),
     ] = None,
-    home: Annotated[str, typer.Option(help="Folder for data, stores and runs.")] = "eyas-data",
+    home: Annotated[str, typer.Option(help="Folder for data, stores and runs.")] = DEFAULT_HOME,
+    run_name: Annotated[
+        str | None, typer.Option("--run", help="Name of the training run; each has its own draft.")
+    ] = None,
 ) -> None:
     """Run a flow in this process; no server or worker needed."""
     with _one_message():
         entry = find_flow(flow)
         loaded = load_recipe(recipe, overrides or [])
-        settle_environment(quiet=sys.stderr.isatty())
-        from deployments.api import prefect_api  # noqa: PLC0415 (Prefect reads its environment here)
+        settle_environment()
+        from deployments.api import prefect_api, print_own_lines  # noqa: PLC0415 (Prefect reads its environment here)
 
         _errors.print(f"[bold]eyas[/bold] {entry.name}/{loaded.target.name}")
         parameters = {section: getattr(loaded, section) for section in entry.sections}
+        if run_name is not None and "training" in entry.sections:
+            parameters["run"] = run_name
+        if not sys.stderr.isatty():  # no progress bars there
+            print_own_lines()
         with prefect_api() as api_url:
             if api_url:
                 _errors.print(f"reporting to {api_url.removesuffix('/api')}")

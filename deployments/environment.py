@@ -3,15 +3,12 @@
 import os
 
 
-def settle_environment(*, quiet: bool) -> None:
+def settle_environment() -> None:
     """Set Prefect's environment for a run in this process; what the user set stays.
 
-    Args:
-        quiet: keep Prefect's lines off the terminal; they still reach the server.
-
+    Prefect's own lines and tracebacks stay off the terminal; they still reach the server.
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_SERVER_LEVEL", "CRITICAL")
-    if quiet:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
