@@ -1,10 +1,25 @@
 """The semantic probe: what the target model itself said at a few positions of a shard.
 
 Taken from the model's real output during generation, kept in the commit record, and recomputed from
-the stored bytes later: states of the wrong layer, norm or sample cannot reproduce it.
+the stored bytes later: states of the wrong layer, norm or sample cannot reproduce it. How to get
+from a last hidden state to a log-probability is the caller's knowledge, handed in as `Recompute`.
 """
 
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import SampleRefusedError
+from storage.samples import StoredSample, last_needed
+
+TOLERANCE_NATS = 0.1
+"""Rounding the last state to bfloat16 moves a log-probability by a few hundredths at most."""
+
+Recompute = Callable[[NDArray[np.uint16], NDArray[np.int32]], NDArray[np.float32]]
+"""(last hidden states [K, H] as bfloat16 bits, token ids [K]) -> [K] log-probabilities in nats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,3 +33,45 @@ class ProbePoint:
     """Argmax of the target's logits at t over its full vocabulary."""
     logprob: float
     """Log-probability (nats) the target gave to `argmax` at t."""
+
+    def __str__(self) -> str:
+        """Return a form for error messages."""
+        return f"probe at position {self.position} of sample {self.sample_id}"
+
+
+def require_probe(points: Sequence[ProbePoint], samples: Mapping[str, StoredSample]) -> None:
+    """Raise SampleRefusedError unless each point fits what the samples themselves say."""
+    for point in points:
+        sample = samples.get(point.sample_id)
+        if sample is None or not 0 <= point.position < len(sample):
+            raise SampleRefusedError(f"{point}: the shard has no such token")
+        if not last_needed(sample.loss_mask)[point.position]:
+            raise SampleRefusedError(f"{point}: no supervised token needs this state, none is kept")
+        stored = int(sample.target_argmax[point.position])
+        if point.argmax != stored:
+            raise SampleRefusedError(
+                f"{point}: argmax is {point.argmax}, but target_argmax says {stored}"
+            )
+        if not (math.isfinite(point.logprob) and point.logprob <= 0):
+            raise SampleRefusedError(f"{point}: {point.logprob} is no log-probability")
+
+
+def disagreements(
+    points: Sequence[ProbePoint],
+    samples: Mapping[str, StoredSample],
+    recompute: Recompute,
+    *,
+    tolerance_nats: float = TOLERANCE_NATS,
+) -> Iterator[str]:
+    """Yield one line for every point that the stored states do not reproduce."""
+    if not points:
+        return
+    states = np.stack([samples[p.sample_id].last_hidden_state[p.position] for p in points])
+    tokens = np.array([point.argmax for point in points], dtype=np.int32)
+    found = recompute(states, tokens)
+    for point, logprob in zip(points, found.tolist(), strict=True):
+        if not abs(logprob - point.logprob) <= tolerance_nats:  # NaN disagrees too
+            yield (
+                f"{point}: stored states give token {point.argmax} a log-probability of "
+                f"{logprob:.4f}, the target gave {point.logprob:.4f}"
+            )

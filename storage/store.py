@@ -4,20 +4,21 @@ Layout and write order are in `docs/store-format.md`. The store is the only trut
 whatever was interrupted, running the same thing again ends in the same bytes.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from storage.canonical import seal, unseal
 from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError, SampleRefusedError, StorageError
 from storage.identity import FORMAT_VERSION, StoreIdentity
 from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
-from storage.probe import ProbePoint
+from storage.probe import ProbePoint, Recompute, require_probe
 from storage.reader import CACHE_BYTES, SnapshotReader, read_record
 from storage.record import CommitRecord, ObjectDigest
 from storage.samples import StoredSample, require_storable
+from storage.scrub import scrub
 from storage.shard import encode_shard, raw_bytes
 from storage.snapshot import Snapshot
-from storage.verify import REPAIR, Finding, check_digests, check_sizes
+from storage.verify import Finding, check_sizes, check_states
 
 IDENTITY_KEY = "store.json"
 LATEST_KEY = "snapshots/latest.json"
@@ -29,7 +30,7 @@ class Store:
     def __init__(self, root: Directory, identity: StoreIdentity) -> None:
         """Use `Store.create` or `Store.open` instead."""
         self.identity = identity
-        self._root = root
+        self.root = root
         self._identity_id = identity.identity_id
 
     @classmethod
@@ -58,7 +59,19 @@ class Store:
 
     def commits(self) -> Mapping[str, CommitRecord]:
         """Return every commit record by shard id; CorruptError if one is damaged."""
-        return {shard_id: self._record(shard_id) for shard_id in self._listed("commits", ".json")}
+        return {shard_id: self.commit(shard_id) for shard_id in self.shard_ids()}
+
+    def commit(self, shard_id: str) -> CommitRecord:
+        """Return one commit record; ShardMissingError if there is none, CorruptError if damaged."""
+        return read_record(self.root, shard_id, identity_id=self._identity_id)
+
+    def shard_sizes(self) -> Mapping[str, int]:
+        """Return the bytes below every shard's directory, committed or not, by shard id."""
+        sizes = dict.fromkeys(self.shard_ids(), 0)
+        for key, num_bytes in self.root.sizes("shards").items():
+            shard_id = key.partition("/")[0]
+            sizes[shard_id] = sizes.get(shard_id, 0) + num_bytes
+        return sizes
 
     def committed_samples(self) -> set[str]:
         """Return the ids of all samples that some committed shard holds."""
@@ -66,7 +79,7 @@ class Store:
 
     def free_bytes(self) -> int | None:
         """Return the free space where the store lies, or None where that has no meaning."""
-        return self._root.free_bytes()
+        return self.root.free_bytes()
 
     # ---- what is to be made
 
@@ -77,7 +90,7 @@ class Store:
         interrupted generation ends in the same shards as an uninterrupted one.
         """
         commits = self.commits()
-        plans = [self.load_plan(plan_id) for plan_id in self._listed("plans", ".json")]
+        plans = self.plans()
         unfinished = [shard for plan in plans for shard in plan.shards]
         fresh = plan_shards(
             samples,
@@ -92,31 +105,34 @@ class Store:
         self.save_plan(fresh)
         return fresh
 
+    def plans(self) -> Sequence[Plan]:
+        """Return every persisted plan, by plan id."""
+        return [self.load_plan(plan_id) for plan_id in self._listed("plans", ".json")]
+
     def pending_plan(self) -> Plan | None:
         """Return a persisted plan with shards that are not committed, or None."""
-        commits = set(self._listed("commits", ".json"))
-        for plan_id in self._listed("plans", ".json"):
-            plan = self.load_plan(plan_id)
+        commits = set(self.shard_ids())
+        for plan in self.plans():
             if any(shard.shard_id not in commits for shard in plan.shards):
                 return plan
         return None
 
     def missing_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
         """Return the shards of a plan that are not committed, in its order."""
-        commits = set(self._listed("commits", ".json"))
+        commits = set(self.shard_ids())
         return tuple(shard for shard in plan.shards if shard.shard_id not in commits)
 
     def save_plan(self, plan: Plan) -> None:
         """Persist a plan; one without shards leaves nothing behind."""
         if plan.shards:
-            self._root.publish(f"plans/{plan.plan_id}.json", plan.to_json())
+            self.root.publish(f"plans/{plan.plan_id}.json", plan.to_json())
 
     def load_plan(self, plan_id: str) -> Plan:
         """Return a persisted plan; ConfigError if there is none with this id."""
         try:
-            data = self._root.read(f"plans/{plan_id}.json")
+            data = self.root.read(f"plans/{plan_id}.json")
         except FileNotFoundError as error:
-            raise ConfigError(f"{self._root.root} has no plan {plan_id}") from error
+            raise ConfigError(f"{self.root.root} has no plan {plan_id}") from error
         return Plan.from_json(data, plan_id=plan_id)
 
     # ---- writing
@@ -134,13 +150,14 @@ class Store:
         failure leaves no commit record; what an earlier attempt left behind is swept first.
         """
         prefix = f"shards/{shard.shard_id}"
-        with self._root.exclusive(prefix):
+        with self.root.exclusive(prefix):
             committed = self._valid_record(shard.shard_id)
             if committed is not None:
                 return committed
             self.revoke(shard.shard_id)
-            self._root.delete_all(prefix)
+            self.root.delete_all(prefix)
             ordered = self._checked(shard, samples)
+            require_probe(probe or (), {sample.sample_id: sample for sample in ordered})
             try:
                 objects = self._write_objects(prefix, shard, ordered)
                 record = CommitRecord(
@@ -153,9 +170,9 @@ class Store:
                     objects=objects,
                     probe=tuple(probe or ()),
                 )
-                self._root.publish(f"commits/{shard.shard_id}.json", record.to_json())
+                self.root.publish(f"commits/{shard.shard_id}.json", record.to_json())
             except StorageError:
-                self._root.delete_all(
+                self.root.delete_all(
                     prefix
                 )  # gives back the space; without a record it is no shard
                 raise
@@ -163,14 +180,14 @@ class Store:
 
     def revoke(self, shard_id: str) -> None:
         """Take back a shard's commit record: it counts as missing until it is written again."""
-        self._root.delete(f"commits/{shard_id}.json")
+        self.root.delete(f"commits/{shard_id}.json")
 
     def _valid_record(self, shard_id: str) -> CommitRecord | None:
         try:
-            record = self._record(shard_id)
+            record = self.commit(shard_id)
         except CorruptError:
             return None
-        damaged = any(check_sizes(self._root, record))
+        damaged = any(check_sizes(self.root, record))
         return None if damaged else record
 
     def _checked(
@@ -194,9 +211,9 @@ class Store:
     ) -> Mapping[str, ObjectDigest]:
         objects: dict[str, ObjectDigest] = {}
         for key, data in encode_shard(shard.shard_id, samples, self.identity):
-            self._root.write(f"{prefix}/{key}", data)
+            self.root.write(f"{prefix}/{key}", data)
             objects[key] = ObjectDigest.of(data)
-        self._root.flush(prefix)
+        self.root.flush(prefix)
         return objects
 
     # ---- snapshots
@@ -204,20 +221,20 @@ class Store:
     def publish(self, sample_ids: Collection[str]) -> Snapshot:
         """Publish the snapshot of these samples as the latest; ConfigError if one is missing."""
         snapshot = Snapshot.of(sample_ids, self.commits())
-        self._root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
+        self.root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
         latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
-        self._root.publish(LATEST_KEY, seal(latest))
+        self.root.publish(LATEST_KEY, seal(latest))
         return snapshot
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
         """Return a snapshot, the latest by default; ConfigError if there is none."""
         wanted = snapshot_id or self._latest()
         try:
-            data = self._root.read(f"snapshots/{wanted}.parquet")
+            data = self.root.read(f"snapshots/{wanted}.parquet")
         except FileNotFoundError as error:
             known = ", ".join(self.snapshot_ids()) or "none"
             raise ConfigError(
-                f"{self._root.root} has no snapshot {wanted}; it has: {known}"
+                f"{self.root.root} has no snapshot {wanted}; it has: {known}"
             ) from error
         return Snapshot.from_parquet(data, snapshot_id=wanted)
 
@@ -228,7 +245,7 @@ class Store:
     def reader(self, snapshot: Snapshot, *, cache_bytes: int = CACHE_BYTES) -> SnapshotReader:
         """Return random access to the samples of a snapshot."""
         return SnapshotReader(
-            root=self._root,
+            root=self.root,
             identity=self.identity,
             snapshot=snapshot,
             cache_bytes=cache_bytes,
@@ -236,64 +253,34 @@ class Store:
 
     def _latest(self) -> str:
         try:
-            data = self._root.read(LATEST_KEY)
+            data = self.root.read(LATEST_KEY)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"{self._root.root} has no snapshot yet; run a hidden-states flow to the end"
+                f"{self.root.root} has no snapshot yet; run a hidden-states flow to the end"
             ) from error
         latest: str = unseal(data, what=LATEST_KEY)["snapshot_id"]
         return latest
 
     # ---- verification
 
-    def verify(self, *, deep: bool) -> Sequence[Finding]:
-        """Return all damage: sizes of every committed object, or with `deep` every byte."""
-        return [*self._shard_findings(deep=deep), *self._snapshot_findings()]
+    def verify(self, *, deep: bool, recompute: Recompute | None = None) -> Sequence[Finding]:
+        """Return all damage: sizes of every committed object, or with `deep` every byte.
 
-    def _shard_findings(self, *, deep: bool) -> Iterator[Finding]:
-        check = check_digests if deep else check_sizes
-        for shard_id in self._listed("commits", ".json"):
-            try:
-                record = self._record(shard_id)
-            except CorruptError as error:
-                yield Finding(
-                    shard_id=shard_id,
-                    object_key=f"commits/{shard_id}.json",
-                    problem=str(error),
-                    remedy=REPAIR,
-                )
-                continue
-            yield from check(self._root, record)
+        With `recompute`, the states of every healthy shard must also reproduce its semantic probe.
+        """
+        return scrub(self, deep=deep, recompute=recompute)
 
-    def _snapshot_findings(self) -> Iterator[Finding]:
-        commits = set(self._listed("commits", ".json"))
-        for snapshot_id in self.snapshot_ids():
-            key = f"snapshots/{snapshot_id}.parquet"
-            try:
-                snapshot = self.snapshot(snapshot_id)
-            except CorruptError as error:
-                yield Finding(
-                    shard_id=None,
-                    object_key=key,
-                    problem=str(error),
-                    remedy="publish the snapshot again",
-                )
-                continue
-            for shard_id in snapshot.shard_ids:
-                if shard_id not in commits:
-                    yield Finding(
-                        shard_id=shard_id,
-                        object_key=f"commits/{shard_id}.json",
-                        problem=f"is missing, snapshot {snapshot_id} needs it",
-                        remedy=REPAIR,
-                    )
+    def verify_shard(self, shard_id: str, *, recompute: Recompute) -> Sequence[Finding]:
+        """Return the damage of one shard, every byte and its semantic probe."""
+        return list(check_states(self.root, self.commit(shard_id), self.identity, recompute))
 
-    def _record(self, shard_id: str) -> CommitRecord:
-        return read_record(self._root, shard_id, identity_id=self._identity_id)
+    def shard_ids(self) -> Sequence[str]:
+        """Return the ids of all shards that have a commit record, sorted."""
+        return self._listed("commits", ".json")
 
     def _listed(self, prefix: str, suffix: str) -> Sequence[str]:
         """Return the sorted names, less `suffix`, of the objects in a flat directory."""
-        keys = self._root.sizes(prefix)
+        keys = self.root.sizes(prefix)
         return sorted(
             key.removesuffix(suffix)
             for key in keys

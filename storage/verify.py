@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from storage.directory import Directory
+from storage.identity import StoreIdentity
+from storage.probe import Recompute, disagreements
 from storage.record import CommitRecord, ObjectDigest
+from storage.shard import decode_shard
 
 REPAIR = "regenerate the shard: eyas repair"
 
@@ -47,6 +50,29 @@ def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
             continue
         if found != expected:
             yield shard_finding(record.shard_id, key, f"has {found}, committed {expected}")
+
+
+def check_states(
+    root: Directory, record: CommitRecord, identity: StoreIdentity, recompute: Recompute
+) -> Iterator[Finding]:
+    """Yield findings on a shard's bytes or, if these are whole, on what they mean."""
+    damaged = list(check_digests(root, record))
+    yield from damaged
+    if damaged or not record.probe:
+        return
+    prefix = f"shards/{record.shard_id}"
+    objects = {key: root.read(f"{prefix}/{key}") for key in record.objects}
+    shard = decode_shard(
+        record.shard_id, objects, sample_ids=record.sample_ids, profile=identity.profile
+    )
+    probed = {point.sample_id for point in record.probe}
+    samples = {
+        sample_id: shard.sample(position)
+        for position, sample_id in enumerate(shard.sample_ids)
+        if sample_id in probed
+    }
+    for problem in disagreements(record.probe, samples, recompute):
+        yield shard_finding(record.shard_id, "last_hidden_state", problem)
 
 
 def shard_finding(shard_id: str, key: str, problem: str) -> Finding:

@@ -73,5 +73,5 @@ def make_identity(**changes: object) -> StoreIdentity:
 
 def tree_digests(store: Store) -> dict[str, str]:
     """Return the digest of every object below the store's root, by key."""
-    root = store._root
+    root = store.root
     return {key: digest_bytes(root.read(key)) for key in root.sizes("")}

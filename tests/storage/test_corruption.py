@@ -34,7 +34,7 @@ DAMAGES: list[Callable[[Path], None]] = [flip, truncate, empty, zero, Path.unlin
 
 def object_paths(store: Store) -> list[Path]:
     record = next(iter(store.commits().values()))
-    root = Path(store._root.root)
+    root = Path(store.root.root)
     return [root / "shards" / record.shard_id / key for key in record.objects] + [
         root / "commits" / f"{record.shard_id}.json"
     ]
@@ -55,7 +55,7 @@ def test_damage_is_found_read_and_repaired(
     for path in object_paths(filled):
         damage(path)
         findings = filled.verify(deep=True)
-        key = path.relative_to(filled._root.root).as_posix()
+        key = path.relative_to(filled.root.root).as_posix()
         assert [finding.object_key for finding in findings] == [key]
         with pytest.raises(CorruptError, match="eyas repair"):
             read_all(filled)
@@ -69,7 +69,7 @@ def test_damage_is_found_read_and_repaired(
 
 
 def test_swapped_records_are_found(filled: Store) -> None:
-    first, second, *_ = sorted((Path(filled._root.root) / "commits").iterdir())
+    first, second, *_ = sorted((Path(filled.root.root) / "commits").iterdir())
     a, b = first.read_bytes(), second.read_bytes()
     first.write_bytes(b)
     second.write_bytes(a)
@@ -81,7 +81,7 @@ def test_swapped_records_are_found(filled: Store) -> None:
 
 def test_damaged_snapshot_is_found(filled: Store) -> None:
     snapshot_id = filled.snapshot().snapshot_id
-    path = Path(filled._root.root) / "snapshots" / f"{snapshot_id}.parquet"
+    path = Path(filled.root.root) / "snapshots" / f"{snapshot_id}.parquet"
     whole = path.read_bytes()
     for position in range(0, len(whole), max(1, len(whole) // 50)):
         path.write_bytes(whole[:position])

@@ -40,7 +40,7 @@ def test_stock_zarr_reads_lossless(store: Store, samples: list[StoredSample]) ->
     """The recipe of docs/store-format.md, with nothing of ours."""
     fill(store, samples[:1])
     (record,) = store.commits().values()
-    group = zarr.open_group(Path(store._root.root) / "shards" / record.shard_id, mode="r")
+    group = zarr.open_group(Path(store.root.root) / "shards" / record.shard_id, mode="r")
     typical = group["aux_hidden_states_typical_exponents"][:].astype(np.uint16)
     exponents = (group["aux_hidden_states_exponents"][:] + typical) & 0xFF
     rotated = exponents << 8 | group["aux_hidden_states_mantissas"][:]

@@ -106,8 +106,8 @@ def test_two_identities_never_share_a_record(
     filled: Store, tmp_path: Path, identity: StoreIdentity
 ) -> None:
     other = Store.create(str(tmp_path / "other"), replace(identity, target_fingerprint="0" * 64))
-    source = Path(filled._root.root) / "commits"
-    target = Path(other._root.root) / "commits"
+    source = Path(filled.root.root) / "commits"
+    target = Path(other.root.root) / "commits"
     target.mkdir()
     for record in source.iterdir():
         (target / record.name).write_bytes(record.read_bytes())

@@ -1,0 +1,62 @@
+"""Collection keeps what snapshots and unfinished plans need; repair remakes what is damaged."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.collection import collect, find_garbage
+from storage.errors import ConfigError
+from storage.repair import damaged_shards
+from storage.samples import StoredSample
+from storage.store import Store
+from tests.storage.synthetic import make_samples, planned, tree_digests
+
+
+def test_drops_only_what_nothing_needs(filled: Store, samples: list[StoredSample]) -> None:
+    old = filled.snapshot()
+    few = [sample.sample_id for sample in samples[:3]]
+    latest = filled.publish(few)
+    with pytest.raises(ConfigError, match="is the latest snapshot"):
+        find_garbage(filled, keep=[old.snapshot_id])
+    with pytest.raises(ConfigError, match="has no snapshot feed"):
+        find_garbage(filled, keep=["feed"])
+    assert find_garbage(filled, keep=filled.snapshot_ids()).shard_ids == ()
+    garbage = find_garbage(filled, keep=[latest.snapshot_id])
+    assert garbage.snapshot_ids == (old.snapshot_id,)
+    assert set(garbage.shard_ids) == filled.commits().keys() - set(latest.shard_ids)
+    collect(filled, garbage)
+    assert filled.verify(deep=True) == []
+    assert filled.commits().keys() == set(latest.shard_ids)
+    assert filled.pending_plan() is None
+    reader = filled.reader(filled.snapshot())
+    assert {reader.fetch(i).sample_id for i in range(len(reader))} == set(few)
+
+
+def test_keeps_what_an_unfinished_plan_has_made(filled: Store) -> None:
+    more = make_samples(6, seed=8)
+    plan = filled.plan(planned(more), shard_tokens=60)
+    by_id = {sample.sample_id: sample for sample in more}
+    filled.write_shard(plan.shards[0], [by_id[i] for i in plan.shards[0].sample_ids])
+    assert find_garbage(filled, keep=filled.snapshot_ids()).shard_ids == ()
+
+
+@pytest.mark.parametrize("source", ["record", "plan", "snapshot"])
+def test_repair_remakes_the_same_shard(
+    filled: Store, samples: list[StoredSample], source: str
+) -> None:
+    root = Path(filled.root.root)
+    record = next(iter(filled.commits().values()))
+    whole = tree_digests(filled)
+    (root / "shards" / record.shard_id / "zarr.json").unlink()
+    if source != "record":
+        (root / "commits" / f"{record.shard_id}.json").write_bytes(b"{}")
+    if source == "snapshot":
+        for path in (root / "plans").iterdir():
+            path.unlink()
+        whole = {key: value for key, value in whole.items() if not key.startswith("plans/")}
+    (shard,) = damaged_shards(filled, filled.verify(deep=True))
+    assert shard.sample_ids == record.sample_ids
+    filled.revoke(shard.shard_id)
+    by_id = {sample.sample_id: sample for sample in samples}
+    filled.write_shard(shard, [by_id[i] for i in shard.sample_ids])
+    assert tree_digests(filled) == whole
