@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import aiohttp
 import fsspec
+from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
+from storage.retry import retried
 
 TEMPORARY_SUFFIX = ".tmp"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -47,20 +50,25 @@ class Directory:
 
     def read(self, key: str) -> bytes:
         """Return an object's bytes; FileNotFoundError if there is none."""
-        with self._translated(key):
-            data: bytes = self.file_system.cat_file(self.path(key))
-        return data
+
+        def fetch() -> bytes:
+            with self._translated(key):
+                data: bytes = self.file_system.cat_file(self.path(key))
+            return data
+
+        return retried(fetch)
 
     def exists(self, key: str) -> bool:
         """Tell whether there is such an object."""
         with self._translated(key):
+            self.file_system.invalidate_cache()  # other processes write too
             return bool(self.file_system.isfile(self.path(key)))
 
     def sizes(self, prefix: str) -> Mapping[str, int]:
         """Return the size of every object below `prefix`, by key relative to it."""
         base = self.path(prefix)
         with self._translated(prefix):
-            self.file_system.invalidate_cache(base)
+            self.file_system.invalidate_cache()
             try:
                 found = self.file_system.find(base, detail=True)
             except FileNotFoundError:
@@ -69,11 +77,15 @@ class Directory:
 
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Write an object; it is durable once `flush` was called on a prefix of its key."""
-        with self._translated(key):
-            if self.is_local:
-                _write_file(Path(self.path(key)), data)
-            else:
-                self.file_system.pipe_file(self.path(key), bytes(data))
+
+        def put() -> None:
+            with self._translated(key):
+                if self.is_local:
+                    _write_file(Path(self.path(key)), data)
+                else:
+                    self.file_system.pipe_file(self.path(key), bytes(data))
+
+        retried(put)
 
     def flush(self, prefix: str) -> None:
         """Make the names of all objects below `prefix` durable, and those of its parents."""
@@ -155,6 +167,8 @@ class Directory:
             yield
         except FileNotFoundError:
             raise
+        except (BotoCoreError, ClientError, aiohttp.ClientError) as error:
+            raise TransientError(f"{self.path(key)}: {type(error).__name__}: {error}") from error
         except OSError as error:
             path = self.path(key)
             if error.errno in FULL:

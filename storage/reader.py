@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.cache import ObjectCache
 from storage.directory import Directory
 from storage.errors import ShardCorruptError, ShardMissingError
 from storage.identity import StoreIdentity
@@ -35,12 +36,14 @@ class SnapshotReader:
         identity: StoreIdentity,
         snapshot: Snapshot,
         cache_bytes: int = CACHE_BYTES,
+        object_cache: ObjectCache | None = None,
     ) -> None:
         """Keep at most `cache_bytes` of decoded shards in memory, but one at least."""
         self._root = root
         self._identity = identity
         self._snapshot = snapshot
         self._cache_bytes = cache_bytes
+        self._object_cache = object_cache
         self._cache: OrderedDict[str, DecodedShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -83,7 +86,9 @@ class SnapshotReader:
             if shard_id in self._cache:
                 self._cache.move_to_end(shard_id)
                 return self._cache[shard_id]
-            shard = read_shard(self._root, shard_id, identity=self._identity)
+            shard = read_shard(
+                self._root, shard_id, identity=self._identity, cache=self._object_cache
+            )
             self._cache[shard_id] = shard
             while len(self._cache) > 1 and self._cached_bytes() > self._cache_bytes:
                 self._cache.popitem(last=False)
@@ -99,6 +104,7 @@ class SnapshotReader:
             "identity": self._identity,
             "snapshot": self._snapshot,
             "cache_bytes": self._cache_bytes,
+            "object_cache": self._object_cache,
         }
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -115,18 +121,23 @@ def read_record(root: Directory, shard_id: str, *, identity_id: str) -> CommitRe
     return CommitRecord.from_json(data, shard_id=shard_id, identity_id=identity_id)
 
 
-def read_shard(root: Directory, shard_id: str, *, identity: StoreIdentity) -> DecodedShard:
+def read_shard(
+    root: Directory, shard_id: str, *, identity: StoreIdentity, cache: ObjectCache | None = None
+) -> DecodedShard:
     """Return a shard whose every object has its committed size and digest; raise CorruptError."""
     record = read_record(root, shard_id, identity_id=identity.identity_id)
-    objects = {key: _read_object(root, record, key) for key in record.objects}
+    objects = {key: _read_object(root, record, key, cache) for key in record.objects}
     return decode_shard(shard_id, objects, sample_ids=record.sample_ids, profile=identity.profile)
 
 
-def _read_object(root: Directory, record: CommitRecord, key: str) -> bytes:
+def _read_object(
+    root: Directory, record: CommitRecord, key: str, cache: ObjectCache | None
+) -> bytes:
     where = f"shard {record.shard_id}: {key}"
     expected = record.objects[key]
     try:
-        data = root.read(f"shards/{record.shard_id}/{key}")
+        path = f"shards/{record.shard_id}/{key}"
+        data = cache.fetch(expected, lambda: root.read(path)) if cache else root.read(path)
     except FileNotFoundError as error:
         raise ShardMissingError(f"{where} is missing, committed {expected}; {REPAIR}") from error
     found = ObjectDigest.of(data)

@@ -6,6 +6,7 @@ whatever was interrupted, running the same thing again ends in the same bytes.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
 from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError, SampleRefusedError, StorageError
@@ -242,13 +243,20 @@ class Store:
         """Return the ids of all published snapshots, sorted."""
         return self._listed("snapshots", ".parquet")
 
-    def reader(self, snapshot: Snapshot, *, cache_bytes: int = CACHE_BYTES) -> SnapshotReader:
-        """Return random access to the samples of a snapshot."""
+    def reader(
+        self,
+        snapshot: Snapshot,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        object_cache: ObjectCache | None = None,
+    ) -> SnapshotReader:
+        """Return random access to the samples of a snapshot; a remote store wants a cache."""
         return SnapshotReader(
             root=self.root,
             identity=self.identity,
             snapshot=snapshot,
             cache_bytes=cache_bytes,
+            object_cache=object_cache,
         )
 
     def _latest(self) -> str:

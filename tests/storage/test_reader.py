@@ -2,10 +2,12 @@
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from storage.cache import ObjectCache
 from storage.store import Store
 
 
@@ -23,6 +25,20 @@ def test_threads_see_their_own_samples(filled: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda index: len(reader.fetch(index)), indices))
     assert found == [reader.lengths[index] for index in indices]
+
+
+def test_object_cache_holds_its_limit_and_no_bad_bytes(filled: Store, tmp_path: Path) -> None:
+    record = next(iter(filled.commits().values()))
+    largest = max(digest.num_bytes for digest in record.objects.values())
+    cache = ObjectCache(folder=tmp_path / "cache", limit_bytes=largest * 4)
+    for _ in range(2):
+        reader = filled.reader(filled.snapshot(), cache_bytes=1, object_cache=cache)
+        for index in range(len(reader)):
+            reader.fetch(index)
+            kept = list(cache.folder.iterdir())
+            assert 0 < sum(path.stat().st_size for path in kept) <= cache.limit_bytes
+        for path in kept:
+            path.write_bytes(b"bad")  # the second round notices and fetches again
 
 
 def test_refuses_an_index_outside(filled: Store) -> None:
