@@ -32,7 +32,8 @@ def test_int8_is_close_in_every_channel() -> None:
     expected, found = bf16_to_float(bits), bf16_to_float(through("int8", bits))
     error = np.sqrt(np.square(found - expected).mean(axis=(0, 1)))
     power = np.sqrt(np.square(expected).mean(axis=(0, 1)))
-    assert (error / power).max() < 0.015
+    # 1000-fold between the channels of a group leaves 1000**0.25 = 6-fold in relative error
+    assert (error / power).max() < 6 * 0.01
     np.testing.assert_array_equal(through("int8", bits[:0]), bits[:0])
 
 
