@@ -1,14 +1,16 @@
 """Every kind of damage to every object is found, named, and never read as data."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from storage.errors import CorruptError
 from storage.samples import StoredSample
+from storage.shard import decode_shard, encode_shard
 from storage.store import Store
-from tests.storage.synthetic import fill, tree_digests
+from tests.storage.synthetic import fill, make_samples, tree_digests
 
 
 def flip(path: Path) -> None:
@@ -89,3 +91,58 @@ def test_damaged_snapshot_is_found(filled: Store) -> None:
             filled.snapshot()
     path.write_bytes(b"")
     assert [finding.shard_id for finding in filled.verify(deep=False)] == [None]
+
+
+def test_swapped_shard_data_is_found(filled: Store) -> None:
+    first, second, *_ = sorted((Path(filled.root.root) / "shards").iterdir())
+    parked = first.with_name("parked")
+    first.rename(parked)
+    second.rename(first)
+    parked.rename(second)
+    damaged = {finding.shard_id for finding in filled.verify(deep=True)}
+    assert damaged == {first.name, second.name}
+    with pytest.raises(CorruptError, match="eyas repair"):
+        read_all(filled)
+
+
+def test_swapped_samples_of_equal_length_are_found(store: Store) -> None:
+    """Even a writer that mixed them up before it took digests does not get through the reader."""
+    one, two = make_samples(2, tokens=(20, 21))
+    mixed = [replace(two, sample_id=one.sample_id), replace(one, sample_id=two.sample_id)]
+    objects = dict(encode_shard("s", mixed, store.identity))
+    shard = decode_shard(
+        "s",
+        {key: bytes(data) for key, data in objects.items()},
+        sample_ids=[one.sample_id, two.sample_id],
+        profile=store.identity.profile,
+    )
+    with pytest.raises(CorruptError, match=f"content id {two.sample_id}"):
+        shard.sample(0)
+
+
+def test_old_record_over_new_data_is_found(filled: Store, samples: list[StoredSample]) -> None:
+    record = next(iter(filled.commits().values()))
+    path = Path(filled.root.root) / "commits" / f"{record.shard_id}.json"
+    old = path.read_bytes()
+    filled.revoke(record.shard_id)
+    changed = [replace(s, target_logsumexp=s.target_logsumexp + 1) for s in samples]
+    fill(filled, changed)
+    assert filled.verify(deep=True) == []
+    path.write_bytes(old)
+    (finding,) = filled.verify(deep=True)
+    assert finding.object_key.endswith("target_logsumexp/c/0")
+
+
+def test_stale_temporaries_are_ignored_and_leftovers_swept(
+    filled: Store, samples: list[StoredSample]
+) -> None:
+    whole = tree_digests(filled)
+    root = Path(filled.root.root)
+    record = next(iter(filled.commits().values()))
+    stale = root / "commits" / f"{record.shard_id}.json.tmp"
+    stale.write_bytes(b"half a rec")
+    assert filled.verify(deep=True) == []
+    filled.revoke(record.shard_id)
+    (root / "shards" / record.shard_id / "left-behind").write_bytes(b"x")
+    fill(filled, samples)
+    assert tree_digests(filled) == whole
