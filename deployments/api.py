@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from prefect.logging.configuration import setup_logging
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -38,6 +39,7 @@ def prefect_api() -> Iterator[str | None]:
 
 def print_own_lines() -> None:
     """Print on standard error what our flows log, and nothing that Prefect itself does."""
+    setup_logging()  # else its first flow run would replace the handlers
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: Path(record.pathname).is_relative_to(_FLOWS))

@@ -14,7 +14,12 @@ class TrainingConfig(BaseModel):
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
     )
-    ttt_length: int = Field(default=7, ge=1, le=16, description="Training-time-test steps.")
+    ttt_length: int = Field(
+        default=7,
+        ge=1,
+        le=7,
+        description="Training-time-test steps; stores keep the states that 7 steps need.",
+    )
     step_decay: float = Field(default=0.8, gt=0, le=1, description="Step i weighs step_decay**i.")
     loss_positions: Literal["eagle3", "predicted"] = Field(
         default="predicted",

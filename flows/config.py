@@ -1,5 +1,7 @@
 """What the flows themselves need to know; stages bring their own configuration."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -11,6 +13,11 @@ class StoreConfig(BaseModel):
     root: str | None = Field(
         default=None,
         description="Root of the store; by default stores/TARGET-DATASET below the home folder.",
+    )
+    profile: Literal["lossless", "int8", "raw"] = Field(
+        default="lossless",
+        description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half of "
+        "that with an error below bfloat16 noise, or uncompressed.",
     )
     shard_tokens: int = Field(
         default=65536, gt=0, description="Tokens of one shard: what a kill can cost at most."

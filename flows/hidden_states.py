@@ -80,7 +80,7 @@ def plan_missing_shards(
         MismatchError: the store was made with another target, template or layers.
 
     """
-    store = Store.create(root, store_identity(target, tokens))
+    store = Store.create(root, store_identity(target, config, tokens))
     wanted = [
         PlannedSample(sample_id=sample_id, num_tokens=int(length))
         for path in (tokens.train_path, tokens.held_out_path)

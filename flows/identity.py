@@ -9,12 +9,15 @@ from eagle_core.target import (
     read_model_config,
 )
 from eagle_core.target_config import TargetConfig
+from flows.config import StoreConfig
 from flows.summaries import TokensSummary
 from storage.identity import StoreIdentity
 
 
-def store_identity(target: TargetConfig, tokens: TokensSummary) -> StoreIdentity:
-    """Return the identity of the store for this target, tokenizer and template."""
+def store_identity(
+    target: TargetConfig, store: StoreConfig, tokens: TokensSummary
+) -> StoreIdentity:
+    """Return the identity of the store for this target, tokenizer, template and profile."""
     folder = weights.locate(target)
     model_config = read_model_config(target, folder)
     fields = fingerprint_fields(target, folder)
@@ -27,5 +30,5 @@ def store_identity(target: TargetConfig, tokens: TokensSummary) -> StoreIdentity
         hidden_size=model_config.hidden_size,
         vocab_size=model_config.vocab_size,
         norm_convention=NORM_CONVENTION,
-        profile="raw",
+        profile=store.profile,
     )

@@ -74,8 +74,8 @@ def _run(job: ShardJob) -> None:
         ]
         if len(samples) != len(wanted):
             raise eagle_core.errors.MismatchError(
-                f"shard {shard_id} needs {len(wanted)} samples, the token files have {len(samples)}; "
-                "run the hidden-states flow again to plan from the present data set"
+                f"shard {shard_id} needs {len(wanted)} samples, the token files have "
+                f"{len(samples)} of them; run the hidden-states flow again to plan anew"
             )
         states = (to_stored(state) for state in _counted(target.capture(samples)))
         store.write_shard(shards[shard_id], states)

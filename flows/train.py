@@ -52,7 +52,7 @@ def train_flow(
     tokens = tokenize(target, dataset, space)
     root = store.root or str(space.store_root)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
-    opened = Store.create(root, store_identity(target, tokens))
+    opened = Store.create(root, store_identity(target, store, tokens))
     source = StoredSource(opened.reader(opened.snapshot()))
     held_out_ids = TokenFile(tokens.held_out_path).sample_ids
     held_out = None

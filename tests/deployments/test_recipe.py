@@ -78,7 +78,7 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
 
 
 def test_an_unknown_recipe_lists_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match="no recipe 'gpt5'; there are: .*llama3.*smollm2"):
+    with pytest.raises(ConfigError, match=r"no recipe 'gpt5'; there are: .*llama3.*smollm2"):
         load_recipe("gpt5")
 
 

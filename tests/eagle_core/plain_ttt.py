@@ -1,4 +1,4 @@
-"""The published training-time-test step, written plainly: dense attention, every position, full head.
+"""The published training-time-test step, plainly: dense attention, every position, full head.
 
 Slow and readable; what `eagle_core.ttt` must equal. One sequence at a time, in any float dtype.
 """
@@ -14,7 +14,7 @@ from eagle_core.ttt import TttOptions
 def plain_loss(
     draft: DraftModel, batch: PackedBatch, target_lm_head: Tensor, options: TttOptions
 ) -> Tensor:
-    """Return the loss of a packed batch: step by step, position by position over whole sequences."""
+    """Return the loss of a packed batch: step by step, over whole sequences."""
     total = batch.last_hidden_state.new_zeros(())
     sequences = [
         _sequence(draft, batch, start, end, target_lm_head, options)

@@ -39,9 +39,7 @@ def test_another_epoch_or_seed_is_another_order() -> None:
     assert len(set(orders)) == 4
 
 
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), budget=st.integers(1, 120)
-)
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), budget=st.integers(1, 120))
 def test_a_batch_fits_the_budget_or_is_one_sample(lengths: list[int], budget: int) -> None:
     order, array = np.arange(len(lengths)), np.array(lengths)
     first = 0

