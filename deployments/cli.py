@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 import eagle_core.errors
 import storage.errors
@@ -58,6 +59,7 @@ def run(
         entry = find_flow(flow)
         loaded = load_recipe(recipe, overrides or [])
         settle_environment()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         from deployments.api import prefect_api, print_own_lines  # noqa: PLC0415 (Prefect reads its environment here)
 
         _errors.print(f"[bold]eyas[/bold] {entry.name}/{loaded.target.name}")

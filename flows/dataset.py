@@ -6,6 +6,7 @@ from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
 from flows import report
+from flows.artifact_key import artifact_key
 from flows.prepare import prepare_dataset
 from flows.summaries import DatasetSummary
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -19,6 +20,6 @@ def dataset_flow(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> DatasetSum
     report.publish_table(
         f"Data set {dataset.name}",
         report.dataset_rows(summary),
-        key=report.artifact_key("dataset", dataset.name),
+        key=artifact_key("dataset", dataset.name),
     )
     return summary

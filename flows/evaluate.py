@@ -17,9 +17,10 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows import report
+from flows.artifact_key import artifact_key
 from flows.draft_setup import load_trained, set_up_draft
 from flows.files import write_text
-from flows.prepare import prepare_dataset, tokenize
+from flows.prepare import prepare_dataset, prepare_weights, tokenize
 from flows.progress import stage_progress
 from flows.summaries import EvaluateSummary
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -48,6 +49,7 @@ def evaluate_flow(
     """
     started = time.monotonic()
     space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    prepare_weights(target)
     prepare_dataset(dataset, space)
     tokens = tokenize(target, dataset, space)
     prompts = sample_prompts(
@@ -68,7 +70,7 @@ def evaluate_flow(
     report.publish_table(
         f"Acceptance: {target.name} on {dataset.name}, run {run}",
         report.evaluate_rows(summary),
-        key=report.artifact_key("acceptance", target.name, dataset.name, run),
+        key=artifact_key("acceptance", target.name, dataset.name, run),
     )
     return summary
 
@@ -82,7 +84,7 @@ def _measure(
     title: str,
 ) -> AcceptanceReport:
     total = min(len(prompts), evaluation.num_prompts)
-    with stage_progress(title, key=report.artifact_key(title), total=total, unit="prompts") as bar:
+    with stage_progress(title, key=artifact_key(title), total=total, unit="prompts") as bar:
         return evaluate(
             model,
             draft,

@@ -16,11 +16,12 @@ from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from flows import report
+from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.errors import MissingShardsError
 from flows.generate import ShardBatch, generate_shards
 from flows.identity import store_identity
-from flows.prepare import prepare_dataset, tokenize
+from flows.prepare import prepare_dataset, prepare_weights, tokenize
 from flows.progress import StageProgress, stage_progress
 from flows.shard_worker import ShardJob, ShardReport
 from flows.summaries import HiddenStatesSummary, TokensSummary
@@ -48,6 +49,7 @@ def hidden_states(
     """
     started = time.monotonic()
     space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    prepare_weights(target)
     prepare_dataset(dataset, space)
     tokens = tokenize(target, dataset, space)
     root = store.root or str(space.store_root)
@@ -57,7 +59,7 @@ def hidden_states(
     report.publish_table(
         f"Hidden states: {target.name} on {dataset.name}",
         report.hidden_states_rows(summary),
-        key=report.artifact_key("hidden-states", target.name, dataset.name),
+        key=artifact_key("hidden-states", target.name, dataset.name),
     )
     return summary
 
@@ -108,7 +110,7 @@ def make_shards(
 
     """
     total = sum(shard.num_tokens for shard in work.shards)
-    key = report.artifact_key("hidden-states-progress", target.name)
+    key = artifact_key("hidden-states-progress", target.name)
     with stage_progress("hidden states", key=key, total=total, unit="tokens") as progress:
         futures = [
             generate_shards.submit(batch, on_report=_advance(progress))

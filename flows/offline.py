@@ -10,6 +10,7 @@ from eagle_core.evaluation import EvaluationConfig
 from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows import report
+from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
@@ -50,7 +51,5 @@ def offline(
     rows = report.offline_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, offline"
     report.print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
-    report.publish_table(
-        title, rows, key=report.artifact_key("offline", target.name, dataset.name, run)
-    )
+    report.publish_table(title, rows, key=artifact_key("offline", target.name, dataset.name, run))
     return summary

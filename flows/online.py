@@ -13,11 +13,12 @@ from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from eagle_core.weights import locate
 from flows import report
+from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.draft_setup import set_up_draft
 from flows.evaluate import evaluate_flow
 from flows.online_source import OnlineSource
-from flows.prepare import prepare_dataset, tokenize
+from flows.prepare import prepare_dataset, prepare_weights, tokenize
 from flows.summaries import OnlineSummary
 from flows.train import run_training
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -43,6 +44,7 @@ def online(
     """
     started = time.monotonic()
     space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    prepare_weights(target)
     prepare_dataset(dataset, space)
     tokens = tokenize(target, dataset, space)
     train_tokens = TokenFile(tokens.train_path)
@@ -64,7 +66,5 @@ def online(
     rows = report.online_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, online"
     report.print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
-    report.publish_table(
-        title, rows, key=report.artifact_key("online", target.name, dataset.name, run)
-    )
+    report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary

@@ -19,6 +19,7 @@ from eagle_core.samples import TokenizedSample
 from eagle_core.target_config import TargetConfig
 from eagle_core.templates import ConversationTokenizer
 from eagle_core.tokens import TokenFile, write_token_file
+from flows.artifact_key import artifact_key
 from flows.progress import StageProgress, stage_progress
 from flows.summaries import DatasetSummary, TokensSummary
 from flows.workspace import Workspace
@@ -31,7 +32,8 @@ TOKENS_VERSION = 1
 def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
     """Read, normalise, deduplicate and split the conversations, unless that is done already."""
     started = time.monotonic()
-    with stage_progress("dataset", key=f"dataset-{space.dataset}", total=100, unit="%") as progress:
+    key = artifact_key("dataset-progress", space.dataset)
+    with stage_progress("data set", key=key, total=100, unit="%") as progress:
         manifest = build_dataset(
             config,
             out_dir=space.dataset_path,
@@ -46,6 +48,21 @@ def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
         num_dropped=sum(manifest.dropped.values()),
         seconds=time.monotonic() - started,
     )
+
+
+@task(task_run_name="weights of {target.name}", cache_policy=NO_CACHE, persist_result=False)
+def prepare_weights(target: TargetConfig) -> Path:
+    """Find the target's weights, or fetch or convert them once, before anything else is done.
+
+    Raises:
+        ConfigError: they are not here and cannot be had; says what to download and where to put it.
+
+    """
+    key = artifact_key("weights", target.name)
+    with stage_progress("target weights", key=key, total=1, unit="model") as progress:
+        folder = weights.locate(target)
+        progress.advance()
+    return folder
 
 
 def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
@@ -64,16 +81,16 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     content = _content_name(dataset, manifest.fingerprint, tokenizer)
     counts: dict[Split, int] = {"train": manifest.num_train, "held_out": manifest.num_held_out}
     files: dict[Split, TokenFile] = {}
-    with stage_progress(
-        "tokens", key=f"tokens-{space.target}", total=sum(counts.values()), unit="conversations"
-    ) as progress:
+    key = artifact_key("tokens-progress", space.target, space.dataset)
+    total = sum(counts.values())
+    with stage_progress("tokens", key=key, total=total, unit="conversations") as progress:
         for split in counts:
             path = space.tokens_path / f"{split}-{content}.arrow"
             if not path.exists():
                 samples = _tokenized(tokenizer, dataset, space.dataset_path, split, progress)
                 write_token_file(path, samples)
             files[split] = TokenFile(path)
-        progress.move_to(sum(counts.values()))
+        progress.move_to(total)
     train = files["train"]
     get_run_logger().info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
     return TokensSummary(

@@ -1,6 +1,5 @@
 """Summaries as a person reads them: rows for the terminal and for Prefect's artifacts."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +20,6 @@ from flows.summaries import (
 
 Row = tuple[str, str]
 _UNITS = ("B", "KB", "MB", "GB", "TB")
-
-
-def artifact_key(*parts: str) -> str:
-    """Return an artifact key as Prefect accepts it: lower-case letters, digits and dashes."""
-    return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
 
 
 def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:

@@ -13,10 +13,11 @@ from eagle_core.trackers import TensorBoardTracker
 from eagle_core.trainer import Progress, train
 from eagle_core.training_config import TrainingConfig
 from flows import report
+from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.draft_setup import DraftSetup, set_up_draft
 from flows.identity import store_identity
-from flows.prepare import prepare_dataset, tokenize
+from flows.prepare import prepare_dataset, prepare_weights, tokenize
 from flows.progress import stage_progress
 from flows.stored_source import StoredSource
 from flows.summaries import TrainSummary
@@ -48,6 +49,7 @@ def train_flow(
 
     """
     space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    prepare_weights(target)
     prepare_dataset(dataset, space)
     tokens = tokenize(target, dataset, space)
     root = store.root or str(space.store_root)
@@ -77,7 +79,7 @@ def run_training(
     total = training.total_steps(int(source.lengths.sum()))
     with (
         stage_progress(
-            "training", key=report.artifact_key("train", title), total=total, unit="steps"
+            "training", key=artifact_key("train", title), total=total, unit="steps"
         ) as bar,
         TensorBoardTracker(setup.run_path / "tensorboard") as tracker,
     ):
@@ -105,6 +107,6 @@ def run_training(
         seconds=time.monotonic() - started,
     )
     report.publish_table(
-        f"Training: {title}", report.train_rows(summary), key=report.artifact_key("training", title)
+        f"Training: {title}", report.train_rows(summary), key=artifact_key("training", title)
     )
     return summary
