@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prefect import task
@@ -15,6 +15,7 @@ from eagle_core import weights
 from eagle_core.dataset import Split, build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import load_manifest
+from eagle_core.ledger_writer import LedgerWriter
 from eagle_core.samples import TokenizedSample
 from eagle_core.target_config import TargetConfig
 from eagle_core.templates import ConversationTokenizer
@@ -76,6 +77,7 @@ def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
 def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> TokensSummary:
     """Apply the target's chat template to both splits, unless that is done already."""
     started = time.monotonic()
+    log = get_run_logger()
     manifest = load_manifest(space.dataset_path)
     tokenizer = conversation_tokenizer(target)
     content = _content_name(dataset, manifest.fingerprint, tokenizer)
@@ -87,12 +89,20 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         for split in counts:
             path = space.tokens_path / f"{split}-{content}.arrow"
             if not path.exists():
-                samples = _tokenized(tokenizer, dataset, space.dataset_path, split, progress)
-                write_token_file(path, samples)
+                ledger_path = path.with_suffix(".dropped.parquet")
+                with LedgerWriter(ledger_path) as ledger:
+                    samples = tokenizer.tokenize_all(
+                        load_conversations(space.dataset_path, split),
+                        max_length=dataset.max_length,
+                        min_supervised_tokens=dataset.min_supervised_tokens,
+                        on_rejected=ledger.drop,
+                    )
+                    write_token_file(path, _counted(samples, progress))
+                log.info("tokens of %s: dropped %s", split, dict(ledger.dropped) or "none")
             files[split] = TokenFile(path)
         progress.move_to(total)
     train = files["train"]
-    get_run_logger().info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
+    log.info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
     return TokensSummary(
         train_path=train.path,
         held_out_path=files["held_out"].path,
@@ -105,15 +115,10 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     )
 
 
-def _tokenized(
-    tokenizer: ConversationTokenizer,
-    dataset: DatasetConfig,
-    path: Path,
-    split: Split,
-    progress: StageProgress,
+def _counted(
+    samples: Iterable[TokenizedSample], progress: StageProgress
 ) -> Iterator[TokenizedSample]:
-    conversations = load_conversations(path, split)
-    for sample in tokenizer.tokenize_all(conversations, max_length=dataset.max_length):
+    for sample in samples:
         progress.advance()
         yield sample
 
