@@ -51,14 +51,18 @@ class StageProgress:
             self._logged = now
             rate = done / (now - self._started)
             get_run_logger().info(
-                "%s: %s of %s %s, %.0f %s/s %s",
-                self._stage, f"{done:,}", f"{self._total:,}", self._unit, rate, self._unit, note,
+                "%s: %s of %s %s, %s %s/s %s",
+                self._stage, f"{done:,}", f"{self._total:,}", self._unit, _rate(rate), self._unit, note,
             )  # fmt: skip
 
     def publish(self) -> None:
         """Move the artifact in the Prefect UI."""
         percent = min(100.0, 100.0 * self.done / max(self._total, 1))
         update_progress_artifact(self._artifact, progress=percent)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2f}"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Summaries as a person reads them: rows for the terminal and for Prefect's artifacts."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
         ("shards", f"{states.num_shards:,} ({states.shards_made:,} made now)"),
         ("bytes per token, raw", f"{states.raw_bytes_per_token:,.0f}"),
         ("bytes per token, stored", f"{states.stored_bytes_per_token:,.0f} ({states.profile})"),
-        ("raw size", human_bytes(states.raw_bytes)),
-        ("stored size", f"{human_bytes(states.stored_bytes)} ({_ratio(states)} of raw)"),
+        ("size, raw", human_bytes(states.raw_bytes)),
+        ("size, stored", f"{human_bytes(states.stored_bytes)} ({_ratio(states)} of raw)"),
         ("snapshot", states.snapshot_id),
         ("store", states.store_root),
         ("seconds", f"{states.seconds:.1f}"),
@@ -151,7 +152,7 @@ def _ratio(states: HiddenStatesSummary) -> str:
 
 
 def _series(values: Sequence[float], form: str) -> str:
-    return "  ".join(form.format(value) for value in values)
+    return "  ".join("-" if math.isnan(value) else form.format(value) for value in values)
 
 
 def _acceptance(report: AcceptanceReport) -> str:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_SERVER_LEVEL", "CRITICAL")
@@ -17,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def tiny_target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random 8-layer Llama with tokenizer and chat template."""
+    from tests import tiny  # storage's tests run without torch, as storage does
+
     return tiny.write_target(tmp_path_factory.mktemp("tiny-target"))
 
 
