@@ -49,11 +49,9 @@ class StageProgress:
             self.publish()
         if not self._bar.console.is_terminal and now - self._logged >= LOG_SECONDS:
             self._logged = now
-            rate = done / (now - self._started)
-            get_run_logger().info(
-                "%s: %s of %s %s, %s %s/s %s",
-                self._stage, f"{done:,}", f"{self._total:,}", self._unit, _rate(rate), self._unit, note,
-            )  # fmt: skip
+            rate = f"{_rate(done / (now - self._started))} {self._unit}/s"
+            done_of_total = f"{done:,} of {self._total:,} {self._unit}"
+            get_run_logger().info("%s: %s, %s %s", self._stage, done_of_total, rate, note)
 
     def publish(self) -> None:
         """Move the artifact in the Prefect UI."""
