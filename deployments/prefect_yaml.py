@@ -45,6 +45,5 @@ def _deployment(entry: FlowEntry, name: str, recipe: Recipe) -> dict[str, Any]:
         "description": f"{entry.description} ({about}).",
         "tags": ["eyas", name],
         "parameters": {section: sections[section] for section in entry.sections},
-        "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
         "work_pool": {"name": "local"},
     }

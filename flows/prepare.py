@@ -83,6 +83,7 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     content = _content_name(dataset, manifest.fingerprint, tokenizer)
     counts: dict[Split, int] = {"train": manifest.num_train, "held_out": manifest.num_held_out}
     files: dict[Split, TokenFile] = {}
+    space.tokens_path.mkdir(parents=True, exist_ok=True)
     key = artifact_key("tokens-progress", space.target, space.dataset)
     total = sum(counts.values())
     with stage_progress("tokens", key=key, total=total, unit="conversations") as progress:
