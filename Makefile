@@ -31,7 +31,7 @@ demo: install ## conversations -> hidden states -> trained draft -> measured acc
 	@$(BIN)/eyas run offline smollm2
 
 test: install ## run the tests (at most 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check .
