@@ -45,6 +45,7 @@ def zstd(data: bytes) -> bytes:
         ("a.json.zst", zstd(json.dumps(RECORDS).encode())),
         ("two-frames.jsonl.zst", zstd(lines()[:30]) + zstd(lines()[30:])),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_form_of_file_gives_the_same_records(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
