@@ -1,0 +1,284 @@
+"""Exports say what engines read, come back bit for bit, and load in real speculators."""
+
+import json
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from eagle_core import weights
+from eagle_core.draft import DraftCache, DraftConfig, DraftModel
+from eagle_core.draft_import import read_draft, warm_start
+from eagle_core.draft_layout import expected_shapes
+from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.export import ExportConfig, ExportLayout, ServedTarget, export
+
+LAYOUTS: tuple[ExportLayout, ...] = ("serving", "speculators")
+AUX_LAYERS = (1, 3, 4)
+FLOAT32 = ExportConfig(dtype="float32")
+PROBE = Path(__file__).with_name("speculators_probe.py")
+ENGINE_KEYS = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "tie_word_embeddings": False,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "draft_vocab_size": 200,
+    "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
+    "eagle_config": {
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
+        "use_aux_hidden_state": True,
+    },
+}
+
+
+def make_draft(target_path: Path, *, draft_vocab_size: int = 200, seed: int = 0) -> DraftModel:
+    """Return a draft of the tiny target in which no weight is trivial."""
+    embedding, head = weights.load_ends(target_path, dtype=torch.float32)
+    counts = torch.randperm(len(head), generator=torch.Generator().manual_seed(seed)).numpy()
+    vocabulary = DraftVocabulary.build(counts, size=draft_vocab_size)
+    model_config = AutoConfig.from_pretrained(target_path)
+    draft = DraftModel(DraftConfig.from_target(model_config, draft_vocab_size=draft_vocab_size))
+    draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            elif parameter.requires_grad:
+                parameter.mul_(5)
+    return draft
+
+
+@pytest.fixture(scope="module")
+def draft(tiny_target_path: Path) -> DraftModel:
+    return make_draft(tiny_target_path)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_target_path: Path) -> ServedTarget:
+    return ServedTarget.of(
+        AutoConfig.from_pretrained(tiny_target_path),
+        name_or_path=str(tiny_target_path),
+        aux_layers=AUX_LAYERS,
+    )
+
+
+def trained_tensors(draft: DraftModel) -> dict[str, Tensor]:
+    """Return everything but the embedding, which is the target's."""
+    state = draft.state_dict()
+    return {name: tensor for name, tensor in state.items() if name != "embed_tokens.weight"}
+
+
+def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_serving_export_is_what_engines_expect(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    document = json.loads((folder / "config.json").read_text())
+    assert {key: document[key] for key in ENGINE_KEYS} == ENGINE_KEYS
+    assert document["vocab_size"] == draft.config.vocab_size
+    assert "target_hidden_size" not in document
+    tensors = load_file(folder / "model.safetensors")
+    require_equal(tensors, trained_tensors(draft))
+    shapes = expected_shapes(draft.config)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        name: shape for name, shape in shapes.items() if name != "embed_tokens.weight"
+    }
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
+    assert int(tensors["t2d"].sum()) == 200
+    assert tensors["t2d"][torch.arange(200) + tensors["d2t"]].all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_read_again_is_the_same_draft(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path, layout: ExportLayout
+) -> None:
+    imported = read_draft(export(draft, served, tmp_path, FLOAT32)[layout])
+    assert imported.config == draft.config
+    assert imported.aux_layers == AUX_LAYERS
+    expected = draft.state_dict() if layout == "speculators" else trained_tensors(draft)
+    require_equal(dict(imported.tensors), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_draft_over_the_whole_vocabulary_comes_back(
+    tiny_target_path: Path, served: ServedTarget, tmp_path: Path, layout: ExportLayout
+) -> None:
+    vocab_size = AutoConfig.from_pretrained(tiny_target_path).vocab_size
+    whole = make_draft(tiny_target_path, draft_vocab_size=vocab_size)
+    folder = export(whole, served, tmp_path, FLOAT32)[layout]
+    assert ("d2t" in load_file(folder / "model.safetensors")) == (layout == "serving")
+    expected = whole.state_dict() if layout == "speculators" else trained_tensors(whole)
+    require_equal(dict(read_draft(folder).tensors), expected)
+
+
+def test_bfloat16_export_rounds_weights_and_keeps_the_vocabulary(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    config = ExportConfig(layouts=("serving",), with_embedding=True)
+    folder = export(draft, served, tmp_path, config)["serving"]
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in draft.state_dict().items():
+        rounded = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        assert torch.equal(tensors[name], rounded), name
+
+
+def test_exporting_again_replaces_an_export_and_nothing_else(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    export(draft, served, tmp_path, FLOAT32)
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no export wrote"):
+        export(draft, served, tmp_path, FLOAT32)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_drafts_of_other_kinds_are_refused(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    path = folder / "model.safetensors"
+    good = load_file(path)
+    document = json.loads((folder / "config.json").read_text())
+
+    def read_with(tensors: dict[str, Tensor], **changes: object) -> None:
+        save_file(tensors, path)
+        (folder / "config.json").write_text(json.dumps({**document, **changes}))
+        read_draft(folder)
+
+    with pytest.raises(MismatchError, match=r"fc_norm\.0\.weight"):
+        read_with(good | {"fc_norm.0.weight": torch.ones(64)})
+    with pytest.raises(MismatchError, match="norm_before_residual"):
+        read_with(good, norm_before_residual=True)
+    with pytest.raises(MismatchError, match="rope scaling"):
+        read_with(good, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    with pytest.raises(ConfigError, match=r"lacks norm\.weight"):
+        read_with({name: tensor for name, tensor in good.items() if name != "norm.weight"})
+    with pytest.raises(ConfigError, match=r"mlp\.\w+\.weight is"):
+        read_with(good, intermediate_size=256)
+    with pytest.raises(CorruptError, match="contradict"):
+        read_with(good | {"t2d": good["t2d"].roll(1)})
+
+
+def test_pickled_weights_with_a_wrapper_prefix_are_read(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    del tensors["t2d"]  # EAGLE's own files need d2t alone
+    torch.save({f"model.{name}": t for name, t in tensors.items()}, folder / "pytorch_model.bin")
+    require_equal(dict(read_draft(folder).tensors), trained_tensors(draft))
+
+
+def test_warm_start_takes_the_rows_that_both_vocabularies_have(
+    draft: DraftModel, tiny_target_path: Path, served: ServedTarget, tmp_path: Path
+) -> None:
+    imported = read_draft(export(draft, served, tmp_path, FLOAT32)["serving"])
+    other = make_draft(tiny_target_path, draft_vocab_size=150, seed=5)
+    before = other.lm_head.weight.clone()
+    common = other.t2d & draft.t2d
+    assert warm_start(other, imported) == int(common.sum())
+    for target_id in torch.nonzero(other.t2d).squeeze(1).tolist():
+        row = other.lm_head.weight[int(other.t2d[:target_id].sum())]
+        theirs = draft.lm_head.weight[int(draft.t2d[:target_id].sum())]
+        expected = theirs if common[target_id] else before[int(other.t2d[:target_id].sum())]
+        assert torch.equal(row, expected)
+    assert torch.equal(other.fc.weight, draft.fc.weight)
+    assert torch.equal(other.midlayer.mlp.up_proj.weight, draft.midlayer.mlp.up_proj.weight)
+
+
+def test_warm_start_refuses_another_width(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    imported = read_draft(export(draft, served, tmp_path, FLOAT32)["serving"])
+    wider = DraftModel(draft.config.model_copy(update={"intermediate_size": 256}))
+    with pytest.raises(MismatchError, match=r"intermediate_size 128 \(ours 256\)"):
+        warm_start(wider, imported)
+
+
+@pytest.fixture(scope="module")
+def speculators_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Interpreter of a fresh environment with speculators beside this one's packages."""
+    folder = tmp_path_factory.mktemp("speculators")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    (site / "host.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # Pinned packages without dependencies: they would replace torch and transformers.
+    pinned = ["--no-deps", "speculators==0.9.0", "hs-connectors==0.9.0"]
+    needs = ["loguru", "openai", "aiohttp", "httpx", "rich", "typer", "pydantic-settings"]
+    for line in (pinned, needs):
+        done = subprocess.run([*pip, *line], check=False, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"speculators cannot be installed here: {done.stderr.strip()[-200:]}")
+    return python
+
+
+@pytest.mark.slow
+def test_the_real_speculators_package_computes_our_logits(
+    draft: DraftModel, served: ServedTarget, speculators_python: Path, tmp_path: Path
+) -> None:
+    folder = export(draft, served, tmp_path, FLOAT32)["speculators"]
+    generator = torch.Generator().manual_seed(3)
+    num_tokens = 24
+    aux = torch.randn(num_tokens, 3 * 64, generator=generator)
+    next_ids = torch.randint(draft.config.vocab_size, (num_tokens,), generator=generator)
+    save_file({"aux": aux, "next_ids": next_ids}, tmp_path / "inputs.safetensors")
+    output = tmp_path / "output.safetensors"
+    subprocess.run(
+        [speculators_python, PROBE, folder, tmp_path / "inputs.safetensors", output],
+        check=True,
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+    )
+    found = load_file(output)
+    assert found["layers"].tolist() == [layer + 1 for layer in AUX_LAYERS]
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(found[f"tensor.{name.replace('midlayer.', 'layers.0.')}"], tensor), name
+    for step, expected in enumerate(_logits(draft, aux, next_ids, num_steps=3)):
+        torch.testing.assert_close(
+            found[f"logits.{step}"][: len(expected)], expected, rtol=1e-4, atol=1e-4
+        )
+
+
+@torch.no_grad()
+def _logits(draft: DraftModel, aux: Tensor, next_ids: Tensor, *, num_steps: int) -> list[Tensor]:
+    """Return each step's logits [T - step, D] by decoding with the cache, index by index."""
+    per_step: list[list[Tensor]] = [[] for _ in range(num_steps)]
+    fused = draft.fuse(aux).unsqueeze(0)
+    for index in range(len(next_ids)):
+        cache = DraftCache()
+        ids = next_ids[: index + 1].unsqueeze(0)
+        positions = torch.arange(index + 1).unsqueeze(0)
+        hidden = draft.decode(ids, fused[:, : index + 1], positions, cache)[:, -1:]
+        per_step[0].append(draft.logits(hidden)[0, 0])
+        for step in range(1, min(num_steps, len(next_ids) - index)):
+            token = next_ids[index + step].reshape(1, 1)
+            hidden = draft.decode(token, hidden, torch.tensor([[index + step]]), cache)
+            per_step[step].append(draft.logits(hidden)[0, 0])
+    return [torch.stack(rows) for rows in per_step]
