@@ -200,12 +200,8 @@ class _Run:
         rate = learning_rate(self.config, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        device = self.target_head.device
-        batch = loaded.batch.to(device)
-        with torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"
-        ):
-            outcome = ttt_step(self.draft, batch, self.target_head, self.options)
+        batch = loaded.batch.to(self.target_head.device)
+        outcome = ttt_step(self.draft, batch, self.target_head, self.options)
         if not torch.isfinite(outcome.loss):
             raise CorruptError(
                 f"step {self.step + 1}: the loss is {outcome.loss.item()} on samples "

@@ -51,9 +51,6 @@ class TrainingConfig(BaseModel):
         default=8, gt=0, description="Shards whose samples are shuffled together; what is cached."
     )
     seed: int = Field(default=0, ge=0, description="Seed of initial weights and order.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Arithmetic of the forward pass; weights stay float32."
-    )
     checkpoint_every: int = Field(default=200, gt=0, description="Steps between checkpoints.")
     keep_last: int = Field(default=2, gt=0, description="Checkpoints that are kept.")
     held_out_every: int = Field(
