@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagle_core.errors import ConfigError
-from eagle_core.speculative import GenerationTrace
+from eagle_core.speculative import GenerationTrace, VerificationRound
 
 _RESAMPLES = 2000
 _INTERVAL = (0.025, 0.975)
@@ -125,15 +125,23 @@ def depth_acceptance(
     traces: Sequence[GenerationTrace], *, draft_tokens: int
 ) -> NDArray[np.float64]:
     """Return [K] the share of drafted tokens at each depth that were accepted once reached."""
-    reached = np.zeros(draft_tokens, dtype=np.int64)
-    accepted = np.zeros(draft_tokens, dtype=np.int64)
-    for trace in traces:
-        for verification in trace.rounds:
-            accepted[: verification.accepted] += 1
-            reached[: min(verification.accepted + 1, verification.verified)] += 1
+    rounds = [verification for trace in traces for verification in trace.rounds]
+    reached, accepted = depth_counts(rounds, draft_tokens=draft_tokens)
     shares = np.full(draft_tokens, np.nan)
     np.divide(accepted, reached, out=shares, where=reached > 0)
     return shares
+
+
+def depth_counts(
+    rounds: Sequence[VerificationRound], *, draft_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ([K] rounds that reached each depth with a verdict, [K] that accepted there)."""
+    reached = np.zeros(draft_tokens, dtype=np.int64)
+    accepted = np.zeros(draft_tokens, dtype=np.int64)
+    for verification in rounds:
+        accepted[: verification.accepted] += 1
+        reached[: min(verification.accepted + 1, verification.verified)] += 1
+    return reached, accepted
 
 
 def bootstrap_ratio(

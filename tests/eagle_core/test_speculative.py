@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from eagle_core import weights
-from eagle_core.draft import DraftConfig, DraftModel
+from eagle_core.draft import DraftCache, DraftConfig, DraftModel
 from eagle_core.draft_vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 from eagle_core.speculative import DecodingConfig, generate_plain, generate_speculative
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
+from tests.eagle_core.float64_target import load_float64_target
 from tests.eagle_core.oracle_draft import OracleDraft
 
 PROMPT = [5, 17, 90, 33, 8, 120]
@@ -21,10 +22,7 @@ PROMPT = [5, 17, 90, 33, 8, 120]
 
 @pytest.fixture(scope="module")
 def target(tiny_target_path: Path) -> TargetModel:
-    """The tiny target in float64, so that no two logits tie by rounding."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_target_path).double()
-    config = TargetConfig(name="tiny", model=str(tiny_target_path), dtype="float32", device="cpu")
-    return TargetModel(model, config=config, model_config=model.config)
+    return load_float64_target(tiny_target_path)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +111,92 @@ def test_sampled_text_follows_the_targets_distribution(target: TargetModel) -> N
     degrees = int(common.sum()) - 1
     assert degrees >= 3
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+@torch.inference_mode()
+def test_every_chain_is_what_a_draft_without_caches_would_propose(target: TargetModel) -> None:
+    """Rejected entries leave nothing behind, and accepted ones come from the target's states."""
+    config = DecodingConfig(max_new_tokens=60, draft_tokens=4)
+    plain = generate_plain(target, PROMPT, config)
+    vocab_size = target.model_config.vocab_size
+    counts = torch.bincount(torch.tensor(plain.tokens), minlength=vocab_size).numpy()
+    vocabulary = DraftVocabulary.build(counts, size=2)
+    draft = _Recorder(
+        DraftConfig.from_target(target.model_config, draft_vocab_size=len(vocabulary))
+    )
+    draft.double()
+    head = target.lm_head_weight
+    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=2)
+    for parameter in draft.parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            parameter.mul_(10)  # opinions strong enough to change from token to token
+    trace = generate_speculative(target, draft, PROMPT, config)
+    assert trace.tokens == plain.tokens
+    assert {0, 1, 4} <= set(trace.accepted)  # else it would prove little
+    drafted = torch.stack(draft.seen).reshape(len(trace.rounds), config.draft_tokens, -1)
+    text, newest = [*PROMPT, *plain.tokens], len(PROMPT)
+    for found, verification in zip(drafted, trace.rounds, strict=True):
+        if newest >= len(text):
+            break
+        expected = _chain_without_caches(target, draft, text[: newest + 1], config.draft_tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        newest += verification.gained
+
+
+class _Recorder(DraftModel):
+    """A draft that keeps the logits it gave."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__(config)
+        self.seen: list[torch.Tensor] = []
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(hidden)
+        self.seen.append(logits)
+        return logits
+
+
+def _chain_without_caches(
+    target: TargetModel, draft: DraftModel, text: list[int], num_tokens: int
+) -> torch.Tensor:
+    """Return the logits [K, D] of a chain behind `text`, everything computed from the start."""
+    _, aux, _ = target.forward_cached(torch.tensor([text[:-1]]), None)
+    ids, hidden = list(text[1:]), draft.fuse(aux)
+    rows = []
+    for _ in range(num_tokens):
+        positions = torch.arange(len(ids)).unsqueeze(0)
+        states = draft.decode(torch.tensor([ids]), hidden, positions, DraftCache())
+        rows.append(DraftModel.logits(draft, states[:, -1])[0])
+        choice = int(rows[-1].argmax())
+        ids.append(choice + int(draft.d2t[choice]))
+        hidden = torch.cat([hidden, states[:, -1:]], dim=1)
+    return torch.stack(rows)
+
+
+def test_a_target_with_a_sliding_window_is_cropped_correctly() -> None:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=200,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        initializer_range=0.3,
+    )
+    model = Gemma3ForCausalLM(config).double()
+    windowed = TargetModel(
+        model, config=TargetConfig(name="tiny", model="none"), model_config=config
+    )
+    decoding = DecodingConfig(max_new_tokens=40, draft_tokens=3)
+    longer = decoding.model_copy(update={"max_new_tokens": 60})
+    text = [*PROMPT, *generate_plain(windowed, PROMPT, longer).tokens]
+    oracle = OracleDraft(text, config.vocab_size, wrong_at={8, 9, 15, 22, 23, 24, 31})
+    trace = generate_speculative(windowed, oracle, PROMPT, decoding)
+    assert list(trace.tokens) == text[len(PROMPT) : len(PROMPT) + 40]
+    assert {0, 3} <= set(trace.accepted)
 
 
 class _Unchecked(OracleDraft):

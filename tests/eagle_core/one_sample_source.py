@@ -1,0 +1,33 @@
+"""A sample source of one sample held in memory."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eagle_core.samples import HiddenStateSample
+
+
+class OneSampleSource:
+    """Serves the sample it was given."""
+
+    def __init__(self, sample: HiddenStateSample) -> None:
+        self._sample = sample
+
+    @property
+    def source_id(self) -> str:
+        """The sample's own id."""
+        return self._sample.sample_id
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[1]"""
+        return np.array([len(self._sample)])
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """[1]"""
+        return np.zeros(1, dtype=np.int64)
+
+    def fetch(self, index: int) -> HiddenStateSample:
+        """Return the sample."""
+        assert index == 0
+        return self._sample
