@@ -24,6 +24,8 @@ class PromptResult:
 
     speculative: GenerationTrace
     plain: GenerationTrace | None = None
+    sampled: bool = False
+    """Whether tokens were drawn at a temperature: then the two texts need not be the same."""
     category: str = ""
     """What the prompt is grouped by in reports; empty for none."""
     mismatch_margin: float | None = None
@@ -53,13 +55,13 @@ class AcceptanceReport:
     """[K] P(drafted token i is accepted | the tokens before it were); NaN where never reached."""
     acceptance_to_depth: tuple[float, ...]
     """[K] P(drafted tokens 1..i are all accepted): the running product of the above, which
-    corrects for rounds that a stop token ended early."""
+    corrects for rounds that a stop token ended early; 0 at depths never reached."""
     tokens_per_second: float
-    """Speculative decoding, prefill included, over the compared prompts (all, if none was)."""
+    """Speculative decoding, prefill included, over the prompts decoded both ways (or over all)."""
     plain_tokens_per_second: float | None
-    """Plain decoding of the compared prompts in the same run."""
+    """Plain decoding of the same prompts in the same run; None if none was decoded plainly."""
     num_compared: int
-    """Prompts that were decoded plainly too."""
+    """Prompts whose text was compared with plain decoding: greedy ones, decoded both ways."""
     num_matching: int
     """Of these, the ones with the same tokens."""
     largest_mismatch_margin: float | None
@@ -88,7 +90,8 @@ def summarise(
     gained = np.array([sum(r.gained for r in trace.rounds) for trace in traces], dtype=np.int64)
     rounds = np.array([len(trace.rounds) for trace in traces], dtype=np.int64)
     by_depth = depth_acceptance(traces, draft_tokens=draft_tokens)
-    compared = [result for result in results if result.plain is not None]
+    timed = [result for result in results if result.plain is not None]
+    compared = [result for result in timed if not result.sampled]
     margins = [r.mismatch_margin for r in compared if r.mismatch_margin is not None]
     return AcceptanceReport(
         num_prompts=len(results),
@@ -97,11 +100,9 @@ def summarise(
         acceptance_length=_ratio(gained.sum(), rounds.sum()),
         acceptance_interval=bootstrap_ratio(gained, rounds, seed=seed),
         acceptance_by_depth=tuple(by_depth.tolist()),
-        acceptance_to_depth=tuple(np.cumprod(by_depth).tolist()),
-        tokens_per_second=_speed([result.speculative for result in compared or results]),
-        plain_tokens_per_second=_speed([r.plain for r in compared if r.plain])
-        if compared
-        else None,
+        acceptance_to_depth=tuple(np.cumprod(np.nan_to_num(by_depth)).tolist()),
+        tokens_per_second=_speed([result.speculative for result in timed or results]),
+        plain_tokens_per_second=_speed([r.plain for r in timed if r.plain]) if timed else None,
         num_compared=len(compared),
         num_matching=sum(result.matches_plain for result in compared),
         largest_mismatch_margin=max(margins, default=None),

@@ -101,8 +101,11 @@ def decode_prompts(
         result = PromptResult(
             speculative=speculative,
             plain=plain,
+            sampled=config.temperature > 0,
             category=prompt.category,
-            mismatch_margin=_margin(target, prompt.input_ids, speculative, plain),
+            mismatch_margin=None
+            if config.temperature > 0
+            else _margin(target, prompt.input_ids, speculative, plain),
         )
         if on_progress is not None:
             on_progress(

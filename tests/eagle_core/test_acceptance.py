@@ -36,6 +36,7 @@ def test_a_draft_that_never_hits_has_length_one_and_unreached_depths() -> None:
     assert report.acceptance_length == 1.0
     assert report.acceptance_by_depth[0] == 0
     assert math.isnan(report.acceptance_by_depth[1])
+    assert report.acceptance_to_depth == (0, 0, 0)
 
 
 def test_texts_that_differ_are_counted() -> None:

@@ -62,6 +62,16 @@ def test_without_plain_decoding_there_is_no_speedup(
     assert report.num_compared == 0
 
 
+def test_sampled_texts_are_timed_but_not_compared(target: TargetModel, oracle: OracleDraft) -> None:
+    text = oracle._text
+    strays = OracleDraft(text, oracle._vocab_size, wrong_at=range(100))
+    config = EvaluationConfig(num_prompts=1, max_new_tokens=5, draft_tokens=1, temperature=0.5)
+    report = evaluate(target, strays, [PROMPT], config)
+    assert (report.num_compared, report.num_matching) == (0, 0)
+    assert report.plain_tokens_per_second is not None
+    assert report.largest_mismatch_margin is None
+
+
 def test_results_can_be_told_apart_by_category(target: TargetModel, oracle: OracleDraft) -> None:
     config = EvaluationConfig(num_plain_prompts=0, max_new_tokens=8)
     other = Prompt(input_ids=PROMPT.input_ids, category="turn 2")
