@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -66,13 +67,26 @@ def evaluate_flow(
         trained=_measure(model, trained, prompts, evaluation, title="trained draft"),
         seconds=time.monotonic() - started,
     )
-    write_text(run_path / RESULT_NAME, json.dumps(dataclasses.asdict(summary), indent=2))
+    write_text(run_path / RESULT_NAME, to_json(summary))
     report.publish_table(
         f"Acceptance: {target.name} on {dataset.name}, run {run}",
         report.evaluate_rows(summary),
         key=artifact_key("acceptance", target.name, dataset.name, run),
     )
     return summary
+
+
+def to_json(summary: EvaluateSummary) -> str:
+    """Return the summary as strict JSON: a depth that was never reached is null, not NaN."""
+    return json.dumps(_without_nan(dataclasses.asdict(summary)), indent=2, allow_nan=False)
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _measure(
