@@ -9,7 +9,6 @@ over with a warning.
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle_core.draft import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.files import file_digest, sync
 from eagle_core.loader import LoaderState
 
 FORMAT_VERSION = 1
@@ -71,14 +70,14 @@ def save(
         document = {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(checkpoint),
-            "files": {name: _digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER)},
+            "files": {name: _size_and_digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER)},
         }
         (partial / _STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        _sync(parent)
+        sync(parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in list(_folders(run_path))[keep_last:]:
@@ -192,7 +191,7 @@ def _damage(folder: Path) -> str | None:
         return f"format version {document.get('format_version')}, expected {FORMAT_VERSION}"
     for name, expected in document["files"].items():
         path = folder / name
-        if not path.is_file() or _digest(path) != expected:
+        if not path.is_file() or _size_and_digest(path) != expected:
             return f"{name} is missing or not what {_STATE} says"
     return None
 
@@ -205,17 +204,5 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _digest(path: Path) -> list[int | str]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return [path.stat().st_size, digest.hexdigest()]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _size_and_digest(path: Path) -> list[int | str]:
+    return [path.stat().st_size, file_digest(path)]

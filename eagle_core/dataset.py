@@ -6,7 +6,6 @@ reader checks size and digest of what it opens.
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
-import xxhash
 
 from eagle_core.conversation_table import CONVERSATION_SCHEMA, from_row, to_row
 from eagle_core.conversations import (
@@ -31,6 +29,7 @@ from eagle_core.conversations import (
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest, load_manifest
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.files import file_digest, sync
 from eagle_core.ledger import Reason, RejectedRecord
 from eagle_core.ledger_writer import LedgerWriter
 from eagle_core.row_writer import RowWriter
@@ -237,30 +236,18 @@ def _remove_abandoned(out_dir: Path) -> None:
 def _publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:
     (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
     for name in (*manifest.files, MANIFEST_NAME):
-        _sync(directory / name)
+        sync(directory / name)
     (out_dir / MANIFEST_NAME).unlink(missing_ok=True)  # from here on no data set is there
-    _sync(out_dir)
+    sync(out_dir)
     for name in manifest.files:
         (directory / name).replace(out_dir / name)
-    _sync(out_dir)
+    sync(out_dir)
     (directory / MANIFEST_NAME).replace(out_dir / MANIFEST_NAME)
-    _sync(out_dir)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(out_dir)
 
 
 def _digest(path: Path) -> FileDigest:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return FileDigest(size_bytes=path.stat().st_size, xxh3_128=digest.hexdigest())
+    return FileDigest(size_bytes=path.stat().st_size, xxh3_128=file_digest(path))
 
 
 def _check_file(path: Path, expected: FileDigest) -> None:

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
@@ -21,11 +20,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eagle_core.errors import ConfigError
+from eagle_core.files import file_digest
 from eagle_core.target_config import TargetConfig
 
 PACKAGE_SCHEME = "package:"
 _INDEX = "model.safetensors.index.json"
-_DIGEST_CHUNK_BYTES = 1 << 24
 
 
 def cache_path() -> Path:
@@ -132,15 +131,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weight_digests(folder: Path) -> dict[str, str]:
     """Return file name -> xxh3_128 of every weight file and of config.json."""
-    return {path.name: _digest(path) for path in [folder / "config.json", *weight_files(folder)]}
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_DIGEST_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return {
+        path.name: file_digest(path) for path in [folder / "config.json", *weight_files(folder)]
+    }
 
 
 def load_ends(folder: Path, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

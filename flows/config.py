@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from storage.identity import DEFAULT_PROFILE
+
 
 class StoreConfig(BaseModel):
     """Where hidden states go, and in which portions they are made."""
@@ -15,15 +17,18 @@ class StoreConfig(BaseModel):
         description="Root of the store; by default stores/TARGET-DATASET below the home folder.",
     )
     profile: Literal["lossless", "int8", "raw"] = Field(
-        default="lossless",
+        default=DEFAULT_PROFILE,
         description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half of "
         "that with an error below bfloat16 noise, or uncompressed.",
     )
     shard_tokens: int = Field(
-        default=65536, gt=0, description="Tokens of one shard: what a kill can cost at most."
+        default=16384,
+        gt=0,
+        description="Tokens of one shard: what a kill can cost at most. Training keeps "
+        "training.shuffle_window shards in memory, about 8 bytes a token and hidden channel.",
     )
     shards_per_task: int = Field(
-        default=4,
+        default=16,
         gt=0,
         description="Shards that one child process makes with one loading of the target; choose it "
         "for 50 to 300 tasks a run and at least 10 s each.",

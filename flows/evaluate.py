@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import time
-from pathlib import Path
 
 from prefect import flow
 
@@ -12,6 +11,7 @@ from eagle_core.acceptance import AcceptanceReport
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.draft import DraftModel
 from eagle_core.evaluation import EvaluationConfig, evaluate
+from eagle_core.files import write_text
 from eagle_core.prompts import Prompt, sample_prompts
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
@@ -20,11 +20,10 @@ from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.draft_setup import load_trained, set_up_draft
-from flows.files import write_text
-from flows.prepare import prepare_dataset, prepare_weights, tokenize
+from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.summaries import EvaluateSummary
-from flows.workspace import DEFAULT_HOME, Workspace
+from flows.workspace import DEFAULT_HOME
 
 RESULT_NAME = "evaluation.json"
 
@@ -49,10 +48,7 @@ def evaluate_flow(
 
     """
     started = time.monotonic()
-    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
-    prepare_weights(target)
-    prepare_dataset(dataset, space)
-    tokens = tokenize(target, dataset, space)
+    space, tokens = prepare(target, dataset, home)
     prompts = sample_prompts(
         TokenFile(tokens.held_out_path),
         num_prompts=evaluation.num_prompts,

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -21,11 +20,11 @@ from flows.config import StoreConfig
 from flows.errors import MissingShardsError
 from flows.generate import ShardBatch, generate_shards
 from flows.identity import store_identity
-from flows.prepare import prepare_dataset, prepare_weights, tokenize
+from flows.prepare import prepare
 from flows.progress import StageProgress, stage_progress
 from flows.shard_worker import ShardJob, ShardReport
 from flows.summaries import HiddenStatesSummary, TokensSummary
-from flows.workspace import DEFAULT_HOME, Workspace
+from flows.workspace import DEFAULT_HOME
 from storage.plan import PlannedSample, PlannedShard
 from storage.store import Store
 
@@ -35,7 +34,6 @@ from storage.store import Store
     flow_run_name="hidden-states-{target.name}-{dataset.name}",
     task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # generic in its future
     persist_result=False,
-    log_prints=False,
 )
 def hidden_states(
     target: TargetConfig,
@@ -48,10 +46,7 @@ def hidden_states(
     A retry, from the Prefect UI or by running it again, makes only shards without a commit record.
     """
     started = time.monotonic()
-    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
-    prepare_weights(target)
-    prepare_dataset(dataset, space)
-    tokens = tokenize(target, dataset, space)
+    space, tokens = prepare(target, dataset, home)
     root = store.root or str(space.store_root)
     work = plan_missing_shards(target, store, tokens, root)
     make_shards(target, store, tokens, root, work)
@@ -147,7 +142,7 @@ def _batches(
 
 
 def _require_all(futures: Sequence[PrefectFuture[int]], work: MissingShards, store: Store) -> None:
-    committed = store.commits()
+    committed = set(store.shard_ids())
     missing = [shard.shard_id for shard in work.shards if shard.shard_id not in committed]
     for future in futures:
         if future.state.is_failed() and missing:

@@ -18,10 +18,10 @@ from flows.config import StoreConfig
 from flows.draft_setup import set_up_draft
 from flows.evaluate import evaluate_flow
 from flows.online_source import OnlineSource
-from flows.prepare import prepare_dataset, prepare_weights, tokenize
+from flows.prepare import prepare
 from flows.summaries import OnlineSummary
 from flows.train import run_training
-from flows.workspace import DEFAULT_HOME, Workspace
+from flows.workspace import DEFAULT_HOME
 
 
 @flow(
@@ -43,16 +43,14 @@ def online(
     Only `store.shard_tokens` matters here: how many tokens the target computes at a time.
     """
     started = time.monotonic()
-    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
-    prepare_weights(target)
-    prepare_dataset(dataset, space)
-    tokens = tokenize(target, dataset, space)
+    space, tokens = prepare(target, dataset, home)
     train_tokens = TokenFile(tokens.train_path)
     setup = set_up_draft(target, training, train_tokens, space.run_path(run))
     source = OnlineSource(
         TargetModel.load(target),
         train_tokens,
         group_tokens=store.shard_tokens,
+        groups_kept=training.shuffle_window,
         target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
     )
     title = f"{target.name}-{dataset.name}-{run}"

@@ -16,8 +16,6 @@ from eagle_core.target import TargetModel
 from eagle_core.tokens import TokenFile
 from storage.plan import PlannedSample, plan_shards
 
-_GROUPS_KEPT = 2
-
 
 def _source_id(target_fingerprint: str, groups: list[tuple[str, ...]]) -> str:
     """Return a digest of the target, the samples and how they are grouped."""
@@ -29,8 +27,25 @@ class OnlineSource:
     """Hidden states of `tokens`, computed a group at a time and kept while the group is in use."""
 
     def __init__(
-        self, target: TargetModel, tokens: TokenFile, *, group_tokens: int, target_fingerprint: str
+        self,
+        target: TargetModel,
+        tokens: TokenFile,
+        *,
+        group_tokens: int,
+        groups_kept: int,
+        target_fingerprint: str,
     ) -> None:
+        """Plan the groups; nothing is computed yet.
+
+        Args:
+            target: the loaded target model.
+            tokens: samples to serve.
+            group_tokens: tokens that the target computes at a time.
+            groups_kept: groups in memory. Fewer than the loader's shuffle window would have every
+                group computed many times over.
+            target_fingerprint: of the target's states.
+
+        """
         planned = [
             PlannedSample(sample_id=sample_id, num_tokens=int(length))
             for sample_id, length in zip(tokens.sample_ids, tokens.lengths, strict=True)
@@ -38,6 +53,7 @@ class OnlineSource:
         plan = plan_shards(planned, committed=frozenset(), shard_tokens=group_tokens)
         self._target = target
         self._tokens = tokens
+        self._groups_kept = groups_kept
         self._members = [shard.sample_ids for shard in plan.shards]
         self._sample_ids = [sample_id for members in self._members for sample_id in members]
         self._computed: OrderedDict[int, dict[str, HiddenStateSample]] = OrderedDict()
@@ -57,6 +73,6 @@ class OnlineSource:
             states = {sample.sample_id: sample for sample in self._target.capture(samples)}
             self._computed[group] = states
         self._computed.move_to_end(group)
-        while len(self._computed) > _GROUPS_KEPT:
+        while len(self._computed) > self._groups_kept:
             self._computed.popitem(last=False)
         return self._computed[group]

@@ -29,6 +29,16 @@ TOKENS_VERSION = 1
 """Raised whenever the same conversations could give other tokens or masks."""
 
 
+def prepare(
+    target: TargetConfig, dataset: DatasetConfig, home: str
+) -> tuple[Workspace, TokensSummary]:
+    """Bring weights, conversations and tokens to where every later stage expects them."""
+    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    prepare_weights(target)
+    prepare_dataset(dataset, space)
+    return space, tokenize(target, dataset, space)
+
+
 @task(task_run_name="dataset {config.name}", cache_policy=NO_CACHE, persist_result=False)
 def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
     """Read, normalise, deduplicate and split the conversations, unless that is done already."""

@@ -1,7 +1,6 @@
 """`train`: a draft from the latest snapshot, resumed from the newest good checkpoint."""
 
 import time
-from pathlib import Path
 
 from prefect import flow
 
@@ -17,11 +16,11 @@ from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.draft_setup import DraftSetup, set_up_draft
 from flows.identity import store_identity
-from flows.prepare import prepare_dataset, prepare_weights, tokenize
+from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.stored_source import StoredSource
 from flows.summaries import TrainSummary
-from flows.workspace import DEFAULT_HOME, Workspace
+from flows.workspace import DEFAULT_HOME
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -48,18 +47,20 @@ def train_flow(
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
 
     """
-    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
-    prepare_weights(target)
-    prepare_dataset(dataset, space)
-    tokens = tokenize(target, dataset, space)
+    space, tokens = prepare(target, dataset, home)
     root = store.root or str(space.store_root)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
-    source = StoredSource(opened.reader(opened.snapshot()))
+    commits = opened.commits()
+    # Samples are shuffled inside a window of shards: with less memory than that, every sample would
+    # cost the decoding of its whole shard.
+    largest_shard = max((commit.raw_bytes for commit in commits.values()), default=0)
+    cache_bytes = training.shuffle_window * largest_shard
+    source = StoredSource(opened.reader(opened.snapshot(), cache_bytes=cache_bytes))
     held_out_ids = TokenFile(tokens.held_out_path).sample_ids
     held_out = None
     if held_out_ids:
-        held_out = StoredSource(opened.reader(Snapshot.of(held_out_ids, opened.commits())))
+        held_out = StoredSource(opened.reader(Snapshot.of(held_out_ids, commits)))
     setup = set_up_draft(target, training, TokenFile(tokens.train_path), space.run_path(run))
     return run_training(
         training, setup, source, held_out, title=f"{target.name}-{dataset.name}-{run}"

@@ -6,7 +6,7 @@ Two stores with equal identities hold interchangeable shards. A difference in an
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from storage.canonical import digest_json, seal, unseal
 from storage.errors import ConfigError, CorruptError, MismatchError
@@ -14,7 +14,7 @@ from storage.errors import ConfigError, CorruptError, MismatchError
 FORMAT = "eyas-store"
 FORMAT_VERSION = 1
 PROFILES = ("raw", "lossless", "int8")
-DEFAULT_PROFILE = "lossless"
+DEFAULT_PROFILE: Final = "lossless"
 NORM_CONVENTIONS = ("post_norm",)
 
 

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from pydantic import ValidationError
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target_config import TargetConfig
+from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states, plan_missing_shards
 from flows.prepare import prepare_dataset, tokenize
 from flows.shard_worker import ShardJob, ShardReport
 from flows.workspace import Workspace
 from storage.errors import MismatchError
+from storage.samples import TTT_LENGTH
 from storage.store import Store
 from tests import tiny
 from tests.flows.trees import digests
@@ -162,6 +165,12 @@ def test_truncated_data_file_names_the_offset_and_leaves_nothing(
         hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path / "home"))
     left = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
     assert left == []
+
+
+def test_a_longer_training_time_test_than_the_store_keeps_states_for_is_refused() -> None:
+    with pytest.raises(ValidationError, match="ttt_length"):
+        TrainingConfig(ttt_length=TTT_LENGTH + 1)
+    assert TrainingConfig(ttt_length=TTT_LENGTH).ttt_length == TTT_LENGTH
 
 
 def test_shard_task_names_tell_their_range(
