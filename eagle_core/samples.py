@@ -45,6 +45,8 @@ class HiddenStateSample:
     """[T] argmax of the target's logits over the full vocabulary."""
     target_logsumexp: NDArray[np.float32]
     """[T] log of the sum of exponentials of the target's logits over the full vocabulary."""
+    argmax_logprob: NDArray[np.float32] | None = None
+    """[T] log-probability (nats) of `target_argmax`; None on a sample that comes from a store."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
@@ -22,12 +23,13 @@ from eagle_core import weights
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target_config import TargetConfig
-from eagle_core.tensors import to_bfloat16_bits
+from eagle_core.tensors import from_bfloat16_bits, to_bfloat16_bits
 
 CAPTURE_VERSION = 1
 """Raised whenever the same weights and ids could give other stored bytes."""
 NORM_CONVENTION = "post_norm"
 _LOGITS_CHUNK_TOKENS = 1024
+_HEAD_CHUNK_ROWS = 16384
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -155,7 +157,7 @@ class TargetModel:
         stacked = torch.stack(aux, dim=2)
         for row, sample in enumerate(batch):
             sample_last = last[row, : len(sample)]
-            argmax, logsumexp = self._teacher(sample_last)
+            argmax, logsumexp, logprob = self._teacher(sample_last)
             sample_aux = stacked[row, : len(sample)]
             for name, state in (("aux", sample_aux), ("last", sample_last)):
                 if not torch.isfinite(state).all():
@@ -171,16 +173,22 @@ class TargetModel:
                 last_hidden_state=to_bfloat16_bits(sample_last),
                 target_argmax=argmax,
                 target_logsumexp=logsumexp,
+                argmax_logprob=logprob,
             )
 
-    def _teacher(self, last: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Return (argmax int32 [T], logsumexp float32 [T]) over the full vocabulary."""
-        argmax, logsumexp = [], []
+    def _teacher(self, last: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return argmax (int32), logsumexp and log-probability of the argmax (float32), each [T].
+
+        All are over the full vocabulary.
+        """
+        argmax, logsumexp, logprob = [], [], []
         for chunk in torch.split(last, _LOGITS_CHUNK_TOKENS):
             logits = self.logits(chunk).float()
-            argmax.append(logits.argmax(dim=-1).to(torch.int32))
+            index = logits.argmax(dim=-1)
+            argmax.append(index.to(torch.int32))
             logsumexp.append(logits.logsumexp(dim=-1))
-        return torch.cat(argmax).cpu().numpy(), torch.cat(logsumexp).cpu().numpy()
+            logprob.append(logits.gather(-1, index[:, None])[:, 0] - logsumexp[-1])
+        return _joined(argmax), _joined(logsumexp), _joined(logprob)
 
     def _run(
         self, input_ids: Tensor, *, past_key_values: DynamicCache | None = None, use_cache: bool
@@ -223,6 +231,30 @@ class TargetModel:
                 f"target {self.config.name}: its logits are not lm_head(last hidden state) (logit "
                 "soft-capping or scaling?); this architecture is not supported yet"
             )
+
+
+def _joined(chunks: Sequence[Tensor]) -> np.ndarray:
+    joined: np.ndarray = torch.cat(list(chunks)).cpu().numpy()
+    return joined
+
+
+@torch.inference_mode()
+def log_probabilities(
+    lm_head: Tensor, last: NDArray[np.uint16], token_ids: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Return [K] log-probabilities (nats) of `token_ids` [K] after states `last` [K, H].
+
+    In float32, from the head's bare weight [V, H], as training reads it, a slice of it at a time.
+    """
+    states = from_bfloat16_bits(last, dtype=torch.float32).to(lm_head.device)
+    ids = torch.from_numpy(token_ids.astype(np.int64)).to(lm_head.device)
+    wanted = (states * lm_head[ids].float()).sum(dim=-1)
+    slices = [
+        (states @ rows.float().T).logsumexp(dim=-1)
+        for rows in torch.split(lm_head, _HEAD_CHUNK_ROWS)
+    ]
+    found: NDArray[np.float32] = (wanted - torch.stack(slices).logsumexp(dim=0)).cpu().numpy()
+    return found
 
 
 def batches_by_length(

@@ -21,6 +21,14 @@ class MissingShardsError(FlowError):
     """Some shards have no commit record after every batch has ended."""
 
 
+class TrainingStoppedError(FlowError):
+    """Training was asked to stop, wrote a checkpoint and did; what comes after it must not run."""
+
+
+class DoesNotFitError(FlowError):
+    """The states would not fit on the disk or into the budget: a person decides what to change."""
+
+
 RETRYABLE = (
     ShardProcessKilledError,
     eagle_core.errors.TransientError,

@@ -5,7 +5,7 @@ standard output. A kill costs the shard in work and nothing else: only what is c
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 import eagle_core.errors
 import storage.errors
-from eagle_core.samples import HiddenStateSample
+from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
+from flows.semantic_probe import probed, recompute_with, require_as_said
 from flows.stored_source import to_stored
+from storage.plan import PlannedShard
+from storage.probe import ProbePoint
 from storage.store import Store
 
 ANSWERED_FAILURE = 3
@@ -65,21 +68,29 @@ def _run(job: ShardJob) -> None:
     shards = {shard.shard_id: shard for shard in store.load_plan(job.plan_id).shards}
     files = [TokenFile(path) for path in job.token_files]
     target = TargetModel.load(job.target)
+    recompute = recompute_with(target.lm_head_weight)
     for shard_id in job.shard_ids:
-        wanted = shards[shard_id].sample_ids
-        samples = [
-            sample
-            for file in files
-            for sample in file.by_id([sample_id for sample_id in wanted if sample_id in file])
-        ]
-        if len(samples) != len(wanted):
-            raise eagle_core.errors.MismatchError(
-                f"shard {shard_id} needs {len(wanted)} samples, the token files have "
-                f"{len(samples)} of them; run the hidden-states flow again to plan anew"
-            )
-        states = (to_stored(state) for state in _counted(target.capture(samples)))
-        store.write_shard(shards[shard_id], states)
+        samples = _samples_of(shards[shard_id], files)
+        probe: list[ProbePoint] = []
+        counted = _counted(target.capture(samples))
+        states = probed(counted, samples, shard_id=shard_id, into=probe)
+        store.write_shard(shards[shard_id], map(to_stored, states), probe=probe)
+        require_as_said(store, shard_id, recompute)
         _say(ShardReport(kind="shard", shard_id=shard_id))
+
+
+def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:
+    samples = [
+        sample
+        for file in files
+        for sample in file.by_id([name for name in shard.sample_ids if name in file])
+    ]
+    if len(samples) != len(shard.sample_ids):
+        raise eagle_core.errors.MismatchError(
+            f"shard {shard.shard_id} needs {len(shard.sample_ids)} samples, the token files have "
+            f"{len(samples)} of them; run the hidden-states flow again to plan anew"
+        )
+    return samples
 
 
 def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample]:

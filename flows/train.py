@@ -15,9 +15,11 @@ from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.draft_setup import DraftSetup, set_up_draft
+from flows.errors import TrainingStoppedError
 from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import stage_progress
+from flows.semantic_probe import recompute_with, require_sound
 from flows.stored_source import StoredSource
 from flows.summaries import TrainSummary
 from flows.workspace import DEFAULT_HOME
@@ -45,6 +47,8 @@ def train_flow(
     Raises:
         ConfigError: there is no store or no snapshot yet.
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
+        CorruptError: a shard does not hold what the target said.
+        TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
 
     """
     space, tokens = prepare(target, dataset, home)
@@ -56,12 +60,14 @@ def train_flow(
     # cost the decoding of its whole shard.
     largest_shard = max((commit.raw_bytes for commit in commits.values()), default=0)
     cache_bytes = training.shuffle_window * largest_shard
-    source = StoredSource(opened.reader(opened.snapshot(), cache_bytes=cache_bytes))
+    snapshot = opened.snapshot()
+    source = StoredSource(opened.reader(snapshot, cache_bytes=cache_bytes))
     held_out_ids = TokenFile(tokens.held_out_path).sample_ids
     held_out = None
     if held_out_ids:
         held_out = StoredSource(opened.reader(Snapshot.of(held_out_ids, commits)))
     setup = set_up_draft(target, training, TokenFile(tokens.train_path), space.run_path(run))
+    require_sound(opened, snapshot, recompute_with(setup.target_lm_head))
     return run_training(
         training, setup, source, held_out, title=f"{target.name}-{dataset.name}-{run}"
     )
@@ -97,6 +103,12 @@ def run_training(
             run_path=setup.run_path,
             tracker=tracker,
             on_progress=on_progress,
+        )
+    if result.stopped:
+        raise TrainingStoppedError(
+            f"training {title} was stopped at step {result.num_steps} of about {total} by SIGTERM; "
+            f"nothing is lost ({result.checkpoint_path} is written): run the same command again, "
+            "or press Retry in the Prefect UI, to go on from there"
         )
     summary = TrainSummary(
         run_path=setup.run_path,

@@ -1,12 +1,14 @@
 """Findings: what is wrong with a store, where, and what to run about it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from storage.directory import Directory
+from storage.errors import CorruptError
 from storage.identity import StoreIdentity
-from storage.probe import Recompute, disagreements
+from storage.probe import TOLERANCE_NATS, Recompute, disagreements
 from storage.record import CommitRecord, ObjectDigest
+from storage.samples import StoredSample
 from storage.shard import decode_shard
 
 REPAIR = "regenerate the shard: eyas repair"
@@ -60,19 +62,29 @@ def check_states(
     yield from damaged
     if damaged or not record.probe:
         return
-    prefix = f"shards/{record.shard_id}"
-    objects = {key: root.read(f"{prefix}/{key}") for key in record.objects}
+    try:
+        samples = _probed_samples(root, record, identity)
+    except CorruptError as error:  # its bytes are the committed ones, but they are no shard
+        yield shard_finding(record.shard_id, "zarr.json", str(error))
+        return
+    tolerance = TOLERANCE_NATS[identity.profile]
+    for problem in disagreements(record.probe, samples, recompute, tolerance_nats=tolerance):
+        yield shard_finding(record.shard_id, "last_hidden_state", problem)
+
+
+def _probed_samples(
+    root: Directory, record: CommitRecord, identity: StoreIdentity
+) -> Mapping[str, StoredSample]:
+    objects = {key: root.read(f"shards/{record.shard_id}/{key}") for key in record.objects}
     shard = decode_shard(
         record.shard_id, objects, sample_ids=record.sample_ids, profile=identity.profile
     )
     probed = {point.sample_id for point in record.probe}
-    samples = {
+    return {
         sample_id: shard.sample(position)
         for position, sample_id in enumerate(shard.sample_ids)
         if sample_id in probed
     }
-    for problem in disagreements(record.probe, samples, recompute):
-        yield shard_finding(record.shard_id, "last_hidden_state", problem)
 
 
 def shard_finding(shard_id: str, key: str, problem: str) -> Finding:

@@ -1,0 +1,91 @@
+"""The semantic probe where the target and the store meet: taken, recomputed, and required to agree.
+
+What the target itself said at a few supervised tokens of a shard goes into the commit record while
+the shard is made. Stored states that do not say it again are never trained on.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target import log_probabilities
+from storage.errors import ShardCorruptError
+from storage.probe import ProbePoint, Recompute, probe_positions
+from storage.snapshot import Snapshot
+from storage.store import Store
+
+SHARDS_AT_TRAIN_START = 4
+
+
+def recompute_with(lm_head: Tensor) -> Recompute:
+    """Return how the target's head [V, H] turns stored states into log-probabilities."""
+    return partial(log_probabilities, lm_head)
+
+
+def probed(
+    states: Iterable[HiddenStateSample],
+    samples: Sequence[TokenizedSample],
+    *,
+    shard_id: str,
+    into: list[ProbePoint],
+) -> Iterator[HiddenStateSample]:
+    """Pass `states` of a shard's `samples` on, and leave its probe points in `into`.
+
+    The list is complete once the iterator is exhausted: `Store.write_shard` reads it after that.
+    """
+    wanted: dict[str, list[int]] = {}
+    masks = {sample.sample_id: sample.loss_mask for sample in samples}
+    for sample_id, position in probe_positions(shard_id, masks):
+        wanted.setdefault(sample_id, []).append(position)
+    for state in states:
+        if state.sample_id in wanted:
+            into.extend(_points(state, wanted[state.sample_id]))
+        yield state
+
+
+def _points(state: HiddenStateSample, positions: Sequence[int]) -> Iterator[ProbePoint]:
+    assert state.argmax_logprob is not None  # noqa: S101 (states of a capture have it)
+    for position in positions:
+        yield ProbePoint(
+            sample_id=state.sample_id,
+            position=position,
+            argmax=int(state.target_argmax[position]),
+            logprob=float(state.argmax_logprob[position]),
+        )
+
+
+def require_as_said(store: Store, shard_id: str, recompute: Recompute) -> None:
+    """Take a shard back and raise ShardCorruptError unless its bytes say what the target said."""
+    findings = store.verify_shard(shard_id, recompute=recompute)
+    if not findings:
+        return
+    store.revoke(shard_id)
+    first = findings[0]
+    raise ShardCorruptError(
+        f"shard {shard_id} was stored and does not read back as what the target said: "
+        f"{first.object_key}: {first.problem}. It is taken back; run the same command again. If "
+        "that ends the same way, the states are captured wrongly (layer, norm, a head with a bias) "
+        "or this machine's memory or disk fails"
+    )
+
+
+def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int:
+    """Raise ShardCorruptError unless a few shards of `snapshot` hold what the target said.
+
+    Reads the first, the last and some between, the same ones every time; returns how many of them
+    carry a probe.
+    """
+    num_shards = len(snapshot.shard_ids)
+    places = np.linspace(0, num_shards - 1, min(num_shards, SHARDS_AT_TRAIN_START)).astype(int)
+    chosen = [snapshot.shard_ids[place] for place in places]
+    for shard_id in chosen:
+        findings = store.verify_shard(shard_id, recompute=recompute)
+        if findings:
+            raise ShardCorruptError(
+                f"shard {shard_id} must not be trained on: {findings[0]}. `eyas verify --deep "
+                f"{store.root.root}` looks at every shard"
+            )
+    return sum(bool(store.commit(shard_id).probe) for shard_id in chosen)

@@ -1,0 +1,152 @@
+"""What the target said goes into the record; states that do not say it again go nowhere."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.samples import HiddenStateSample
+from eagle_core.target import TargetModel
+from eagle_core.target_config import TargetConfig
+from eagle_core.tensors import to_bfloat16_bits
+from eagle_core.tokens import TokenFile
+from eagle_core.training_config import TrainingConfig
+from flows.config import StoreConfig
+from flows.hidden_states import hidden_states
+from flows.semantic_probe import recompute_with, require_as_said
+from flows.stored_source import to_stored
+from flows.train import train_flow
+from storage.errors import ShardCorruptError
+from storage.plan import PlannedShard
+from storage.probe import NUM_POINTS
+from storage.store import Store
+from tests.flows.outspoken import write_biased_target, write_outspoken_target
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+
+Change = Callable[[HiddenStateSample, TargetModel], HiddenStateSample]
+
+
+@pytest.fixture(scope="module")
+def outspoken_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny target that is sure of what it says."""
+    return write_outspoken_target(tmp_path_factory.mktemp("outspoken"))
+
+
+@pytest.fixture
+def outspoken(outspoken_path: Path, target: TargetConfig) -> TargetConfig:
+    """The target of these tests."""
+    return target.model_copy(update={"model": str(outspoken_path)})
+
+
+@pytest.fixture
+def made(tmp_path: Path, outspoken: TargetConfig, dataset: DatasetConfig) -> Store:
+    """A store made by the flow; states are bit-exact in it."""
+    store = StoreConfig(shard_tokens=600, shards_per_task=4)
+    summary = hidden_states(target=outspoken, dataset=dataset, store=store, home=str(tmp_path))
+    return Store.open(summary.store_root)
+
+
+def _token_files(home: Path) -> list[TokenFile]:
+    return [TokenFile(path) for path in sorted((home / "tokens").rglob("*.arrow"))]
+
+
+def test_every_record_holds_what_the_target_said_at_supervised_tokens(
+    made: Store, tmp_path: Path, outspoken: TargetConfig
+) -> None:
+    files = _token_files(tmp_path)
+    masks = {sample.sample_id: sample.loss_mask for file in files for sample in file}
+    target = TargetModel.load(outspoken)
+    for record in made.commits().values():
+        assert len(set(record.probe)) == NUM_POINTS
+        assert all(masks[point.sample_id][point.position] for point in record.probe)
+        assert len({point.sample_id for point in record.probe}) > 1
+        point = record.probe[0]
+        (sample,) = (s for f in files if point.sample_id in f for s in f.by_id([point.sample_id]))
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+        with torch.inference_mode():
+            last, _, _ = target.forward_cached(ids, None)
+            said = target.logits(last)[0, point.position].log_softmax(dim=-1)
+        assert int(said.argmax()) == point.argmax
+        assert abs(float(said[point.argmax]) - point.logprob) < 1e-3
+
+
+def _before_the_norm(state: HiddenStateSample, target: TargetModel) -> HiddenStateSample:
+    seen: list[torch.Tensor] = []
+    hook = target._decoder.norm.register_forward_pre_hook(  # type: ignore[operator, union-attr]
+        lambda _module, inputs: seen.append(inputs[0])
+    )
+    target.forward_cached(torch.from_numpy(state.input_ids.astype(np.int64))[None], None)
+    hook.remove()
+    return replace(state, last_hidden_state=to_bfloat16_bits(seen[0][0]))
+
+
+def _of_another_layer(state: HiddenStateSample, _target: TargetModel) -> HiddenStateSample:
+    return replace(state, last_hidden_state=state.aux_hidden_states[:, -1])
+
+
+def _of_the_next_token(state: HiddenStateSample, _target: TargetModel) -> HiddenStateSample:
+    return replace(state, last_hidden_state=np.roll(state.last_hidden_state, -1, axis=0))
+
+
+def _store_again(store: Store, shard_id: str, home: Path, target: TargetModel, to: Change) -> None:
+    """Commit other states under the probe that the right ones were committed with."""
+    record = store.commit(shard_id)
+    shard = PlannedShard(
+        shard_id=shard_id, sample_ids=record.sample_ids, num_tokens=record.num_tokens
+    )
+    wanted = [
+        sample
+        for file in _token_files(home)
+        for sample in file.by_id([name for name in record.sample_ids if name in file])
+    ]
+    states = [to(state, target) for state in target.capture(wanted)]
+    store.revoke(shard_id)
+    store.write_shard(shard, [to_stored(state) for state in states], probe=record.probe)
+
+
+@pytest.mark.parametrize("change", [_before_the_norm, _of_another_layer, _of_the_next_token])
+def test_wrong_states_are_taken_back_when_they_are_stored(
+    made: Store, tmp_path: Path, outspoken: TargetConfig, change: Change
+) -> None:
+    target = TargetModel.load(outspoken)
+    recompute = recompute_with(target.lm_head_weight)
+    shard_id = made.shard_ids()[1]
+    _store_again(made, shard_id, tmp_path, target, lambda state, _target: state)
+    require_as_said(made, shard_id, recompute)
+
+    _store_again(made, shard_id, tmp_path, target, change)
+    assert made.verify(deep=True) == []  # every byte is as committed
+    with pytest.raises(ShardCorruptError, match=f"{shard_id}.*log-probability.*taken back"):
+        require_as_said(made, shard_id, recompute)
+    assert shard_id not in made.shard_ids()
+
+
+def test_training_refuses_a_store_that_does_not_say_what_the_target_said(
+    made: Store, tmp_path: Path, outspoken: TargetConfig, dataset: DatasetConfig
+) -> None:
+    shard_id = made.snapshot().shard_ids[-1]
+    _store_again(made, shard_id, tmp_path, TargetModel.load(outspoken), _before_the_norm)
+    with pytest.raises(ShardCorruptError, match=f"shard {shard_id} must not.*eyas repair"):
+        train_flow(
+            target=outspoken,
+            dataset=dataset,
+            training=TrainingConfig(draft_vocab_size=300, max_steps=1),
+            home=str(tmp_path),
+        )
+    assert not list((tmp_path / "runs").rglob("*checkpoint*"))
+
+
+def test_a_head_with_a_bias_costs_one_shard_and_is_named(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    folder = write_biased_target(tmp_path / "biased")
+    biased = target.model_copy(update={"model": str(folder)})
+    with pytest.raises(ShardCorruptError, match="a head with a bias"):
+        hidden_states(target=biased, dataset=dataset, store=store, home=str(tmp_path))
+    (root,) = (tmp_path / "stores").iterdir()
+    assert not Store.open(str(root)).shard_ids()
