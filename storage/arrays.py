@@ -1,92 +1,261 @@
 """One NumPy array as the objects of one Zarr v3 array, and back.
 
 An array is one shard object whose inner chunks end in crc32c, so that any reader notices a flipped
-bit. Every inner chunk is written, even an all-zero one: absence never means zero here.
+bit. Every inner chunk is written, even an all-zero one: absence never means zero here. Metadata is
+Zarr's own; chunks are put into the shard and taken out of it here, because Zarr's pipeline copies
+each of them several times (docs/adr/0007-own-shard-codec.md).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from storage import zstd
 from storage.errors import ShardCorruptError
 
 INNER_CHUNK_BYTES = 1 << 20
+CRC_BYTES = 4
+METADATA_KEY = "zarr.json"
+_INDEX_ENTRY = np.dtype([("offset", "<u8"), ("num_bytes", "<u8")])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredArray:
-    """An array and how it is laid out."""
+class ArrayLayout:
+    """The metadata of an array: everything but its values."""
 
     name: str
-    values: NDArray[np.generic]
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
     dimension_names: tuple[str, ...]
     inner_chunk: tuple[int, ...]
-    compressors: tuple[BytesBytesCodec, ...] = field(default=(ZstdCodec(level=1),))
-    """Applied to each inner chunk before its crc32c."""
+    compressed: bool = True
+    """Whether inner chunks are Zstandard frames, or plain little-endian bytes."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Return the number of inner chunks along each axis; the last ones may be padded."""
+        return tuple(-(-n // step) for n, step in zip(self.shape, self.inner_chunk, strict=True))
+
+    @property
+    def metadata_key(self) -> str:
+        """Return the key of the metadata, relative to the group."""
+        return f"{self.name}/{METADATA_KEY}"
+
+    @property
+    def shard_key(self) -> str:
+        """Return the key of the one shard object, relative to the group."""
+        return "/".join([self.name, "c", *("0" for _ in self.shape)])
 
 
-def row_chunk(values: NDArray[np.generic]) -> tuple[int, ...]:
-    """Return an inner chunk of whole rows, a power of two of them, of at most 1 MiB if possible."""
+Write = Callable[[bytes], object]
+OpenObject = Callable[[str], AbstractContextManager[Write]]
+"""Opens an object, by its key in the group, for writing piece by piece."""
+
+
+class ArrayWriter:
+    """The shard object of an array, written chunk by chunk."""
+
+    def __init__(self, write: Write) -> None:
+        """Append to an object with `write`."""
+        self._write = write
+        self._ends = [0]
+
+    def append(self, chunk: bytes) -> None:
+        """Write the next inner chunk in C order of the grid, encoded; its crc32c is added."""
+        self._write(chunk)
+        self._write(_crc32c(chunk))
+        self._ends.append(self._ends[-1] + len(chunk) + CRC_BYTES)
+
+    def finish(self) -> None:
+        """Write where each chunk lies."""
+        index = np.empty(len(self._ends) - 1, _INDEX_ENTRY)
+        index["offset"] = self._ends[:-1]
+        index["num_bytes"] = np.diff(self._ends)
+        entries = index.tobytes()
+        self._write(entries)
+        self._write(_crc32c(entries))
+
+
+@contextmanager
+def write_array(layout: ArrayLayout, open_object: OpenObject) -> Iterator[ArrayWriter]:
+    """Write the objects of an array: the block appends every inner chunk of the layout's grid.
+
+    An array without values has no shard object.
+    """
+    with open_object(layout.metadata_key) as write:
+        write(_metadata(layout))
+    if not math.prod(layout.grid):
+        yield ArrayWriter(_write_nothing)
+        return
+    with open_object(layout.shard_key) as write:
+        writer = ArrayWriter(write)
+        yield writer
+        writer.finish()
+
+
+class LoadedArray:
+    """The objects of one array, decoded chunk by chunk.
+
+    They were compared with their digests before: crc32c is for readers that cannot do that.
+    """
+
+    def __init__(self, layout: ArrayLayout, shard: bytes | memoryview) -> None:
+        """Parse the index of the shard; ValueError if it is not that of `layout`."""
+        self.layout = layout
+        self._shard = memoryview(shard)
+        num_chunks = math.prod(layout.grid)
+        index_bytes = num_chunks * _INDEX_ENTRY.itemsize + CRC_BYTES if num_chunks else 0
+        if len(shard) < index_bytes:
+            raise ValueError(f"its shard has {len(shard)} bytes, its index alone {index_bytes}")
+        index = self._shard[len(shard) - index_bytes :][: num_chunks * _INDEX_ENTRY.itemsize]
+        self._index = np.frombuffer(index, _INDEX_ENTRY).reshape(layout.grid)
+
+    def chunk(self, position: tuple[int, ...], scratch: NDArray[Any]) -> NDArray[Any]:
+        """Return a whole inner chunk: `scratch`, or memory of the shard where that holds it plain.
+
+        Args:
+            position: of the chunk in the grid.
+            scratch: [inner_chunk] contiguous, of the array's dtype; may be overwritten.
+
+        """
+        entry = self._index[position]
+        first, num_bytes = int(entry["offset"]), int(entry["num_bytes"]) - CRC_BYTES
+        encoded = self._shard[first : first + num_bytes]
+        if self.layout.compressed:
+            zstd.decompress(encoded, scratch)
+            return scratch
+        return np.frombuffer(encoded, self.layout.dtype).reshape(self.layout.inner_chunk)
+
+    def scratch(self) -> NDArray[Any]:
+        """Return memory for one inner chunk."""
+        return np.empty(self.layout.inner_chunk, self.layout.dtype)
+
+    def whole(self) -> NDArray[np.generic]:
+        """Return all values."""
+        values = np.empty(self.layout.shape, self.layout.dtype)
+        scratch = self.scratch()
+        for position in np.ndindex(self.layout.grid):
+            region = self._region(position)
+            inside = tuple(slice(0, rows.stop - rows.start) for rows in region)
+            values[region] = self.chunk(position, scratch)[inside]
+        return values
+
+    def _region(self, position: tuple[int, ...]) -> tuple[slice, ...]:
+        layout = self.layout
+        return tuple(
+            slice(at * step, min((at + 1) * step, size))
+            for at, step, size in zip(position, layout.inner_chunk, layout.shape, strict=True)
+        )
+
+
+def write_small(
+    name: str,
+    values: NDArray[np.generic],
+    dimension_names: tuple[str, ...],
+    open_object: OpenObject,
+) -> None:
+    """Write an array of few bytes, in inner chunks of whole rows of at most 1 MiB if possible."""
     row_bytes = max(1, values.nbytes // max(1, len(values)))
-    rows = 1 << max(0, (INNER_CHUNK_BYTES // row_bytes).bit_length() - 1)
-    needed = 1 << max(0, len(values) - 1).bit_length()
-    return (min(rows, needed), *values.shape[1:])
-
-
-def encode_array(array: StoredArray) -> Mapping[str, memoryview]:
-    """Return the objects of a Zarr v3 array, by key relative to its group."""
-    stored: dict[str, Buffer] = {}
-    node = zarr.create_array(
-        store=MemoryStore(stored),
-        name=array.name,
-        shape=array.values.shape,
-        dtype=array.values.dtype,
-        chunks=array.inner_chunk,
-        shards=_covering(array.values.shape, array.inner_chunk),
-        compressors=(*array.compressors, Crc32cCodec()),
-        fill_value=0,
-        dimension_names=array.dimension_names,
-        config={"write_empty_chunks": True},
+    rows = max(1, min(INNER_CHUNK_BYTES // row_bytes, len(values)))
+    layout = ArrayLayout(
+        name=name,
+        shape=values.shape,
+        dtype=values.dtype,
+        dimension_names=dimension_names,
+        inner_chunk=(rows, *values.shape[1:]),
     )
-    node[...] = array.values
-    return {
-        key: _bytes_of(stored[key]) for key in sorted(stored) if key.startswith(f"{array.name}/")
-    }
+    frames = zstd.Frames()
+    chunk = np.empty(layout.inner_chunk, values.dtype)
+    with write_array(layout, open_object) as writer:
+        for first in range(0, len(values), rows):
+            members = values[first : first + rows]
+            chunk[: len(members)] = members
+            chunk[len(members) :] = 0
+            writer.append(frames.compress(chunk))
 
 
-def decode_arrays(objects: Mapping[str, bytes], *, what: str) -> Mapping[str, NDArray[np.generic]]:
-    """Return every array of a group; raise ShardCorruptError naming the one that does not decode.
+def load_arrays(
+    objects: Mapping[str, bytes | memoryview], *, what: str
+) -> Mapping[str, LoadedArray]:
+    """Return every array of a group by name; raise ShardCorruptError naming one that is not ours.
 
     The objects' presence, sizes and digests have been checked by the caller: Zarr itself would read
     an absent object as zeros.
     """
     prototype = default_buffer_prototype()
-    store = MemoryStore({key: prototype.buffer.from_bytes(data) for key, data in objects.items()})
-    arrays: dict[str, NDArray[np.generic]] = {}
+    metadata = MemoryStore(
+        {
+            key: prototype.buffer.from_bytes(bytes(data))
+            for key, data in objects.items()
+            if key.endswith(METADATA_KEY)
+        }
+    )
+    arrays: dict[str, LoadedArray] = {}
     for key in sorted(objects):
         name, _, rest = key.partition("/")
-        if rest == "zarr.json":
+        if rest == METADATA_KEY:
+            with_problem = f"{what}: array {name} does not decode"
             try:
-                arrays[name] = np.asarray(zarr.open_array(store=store, path=name, mode="r")[...])
+                layout = _parse_layout(metadata, name)
+                arrays[name] = LoadedArray(layout, objects.get(layout.shard_key, b""))
             except (ValueError, RuntimeError, KeyError, TypeError) as error:
                 raise ShardCorruptError(
-                    f"{what}: array {name} does not decode: {error}; regenerate the shard: "
-                    "eyas repair"
+                    f"{with_problem}: {error}; regenerate the shard: eyas repair"
                 ) from error
     return arrays
 
 
-def _bytes_of(stored: Buffer) -> memoryview:
-    view: memoryview = stored.as_numpy_array().data
-    return view
+def _metadata(layout: ArrayLayout) -> bytes:
+    objects: dict[str, zarr.core.buffer.Buffer] = {}
+    covering = tuple(
+        max(1, count) * step for count, step in zip(layout.grid, layout.inner_chunk, strict=True)
+    )
+    compressors = (ZstdCodec(level=1), Crc32cCodec()) if layout.compressed else (Crc32cCodec(),)
+    zarr.create_array(
+        store=MemoryStore(objects),
+        name=layout.name,
+        shape=layout.shape,
+        dtype=layout.dtype,
+        chunks=layout.inner_chunk,
+        shards=covering,
+        compressors=compressors,
+        fill_value=0,
+        dimension_names=layout.dimension_names,
+    )
+    return objects[layout.metadata_key].to_bytes()
 
 
-def _covering(shape: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-max(1, size) // step) * step for size, step in zip(shape, chunk, strict=True))
+def _parse_layout(metadata: MemoryStore, name: str) -> ArrayLayout:
+    node = zarr.open_array(store=metadata, path=name, mode="r")
+    codecs = [type(codec) for codec in node.compressors]
+    if codecs not in ([ZstdCodec, Crc32cCodec], [Crc32cCodec]) or node.shards is None:
+        raise ValueError(
+            f"it has the codecs {node.compressors}, expected zstd and crc32c in shards"
+        )
+    return ArrayLayout(
+        name=name,
+        shape=node.shape,
+        dtype=node.dtype,
+        dimension_names=(),
+        inner_chunk=node.chunks,
+        compressed=ZstdCodec in codecs,
+    )
+
+
+def _write_nothing(data: bytes) -> None:
+    raise ValueError(f"an array without values has no chunk to write, found {len(data)} bytes")
+
+
+def _crc32c(data: bytes) -> bytes:
+    value: int = google_crc32c.value(data)
+    return value.to_bytes(CRC_BYTES, "little")

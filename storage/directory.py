@@ -8,21 +8,30 @@ itself. Failures become this package's errors; absence stays `FileNotFoundError`
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, BinaryIO, Protocol, Self, TypeVar
 
 import aiohttp
 import fsspec
-from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+import numpy as np
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
 from storage.retry import retried
 
+Result = TypeVar("Result")
+
 TEMPORARY_SUFFIX = ".tmp"
+UNUSABLE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -35,9 +44,23 @@ class Directory:
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """Return the directory at a local path or an fsspec URL; it need not exist."""
+        """Return the directory at a local path or an fsspec URL; it need not exist.
+
+        Credentials come from where the file system's own client looks for them, for S3 the usual
+        AWS variables and files. In the URL they would end in logs and records: ConfigError.
+        """
+        scheme, separator, rest = url.partition("://")
+        if separator and "@" in rest.partition("/")[0]:
+            raise ConfigError(
+                f"the {scheme} URL carries credentials; take out what stands before the @ and set "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+            )
         file_system, root = fsspec.core.url_to_fs(url)
         return cls(file_system, str(root).rstrip("/"))
+
+    def __reduce__(self) -> tuple[Callable[[str], "Directory"], tuple[str]]:
+        """Travel as a URL: the file system's options, credentials among them, stay behind."""
+        return Directory.at, (str(self.file_system.unstrip_protocol(self.root)),)
 
     @property
     def is_local(self) -> bool:
@@ -50,42 +73,97 @@ class Directory:
 
     def read(self, key: str) -> bytes:
         """Return an object's bytes; FileNotFoundError if there is none."""
+        data: bytes = self._attempted(key, lambda: self.file_system.cat_file(self.path(key)))
+        return data
 
-        def fetch() -> bytes:
-            with self._translated(key):
-                data: bytes = self.file_system.cat_file(self.path(key))
-            return data
-
-        return retried(fetch)
+    def read_large(self, key: str) -> bytes | memoryview:
+        """Return an object's bytes like `read`, on a disk in memory of larger pages: faster."""
+        if not self.is_local:
+            return self.read(key)
+        with self._translated(key), Path(self.path(key)).open("rb", buffering=0) as file:
+            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            filled = 0
+            while filled < len(data):  # a read may return less than it was asked for
+                num_bytes = file.readinto(data.data[filled:])
+                if not num_bytes:
+                    raise FileNotFoundError(f"{self.path(key)} ended early: it is being rewritten")
+                filled += num_bytes
+            return data.data
 
     def exists(self, key: str) -> bool:
         """Tell whether there is such an object."""
-        with self._translated(key):
-            self.file_system.invalidate_cache()  # other processes write too
-            return bool(self.file_system.isfile(self.path(key)))
+        self.file_system.invalidate_cache()  # other processes write too
+        return bool(self._attempted(key, lambda: self.file_system.isfile(self.path(key))))
 
     def sizes(self, prefix: str) -> Mapping[str, int]:
         """Return the size of every object below `prefix`, by key relative to it."""
+        return {key: entry["size"] for key, entry in self._entries(prefix).items()}
+
+    def tags(self, prefix: str) -> Mapping[str, str | None]:
+        """Return what `write` returned for the bytes of every object below `prefix`, by key."""
+        return {key: entry.get("ETag") for key, entry in self._entries(prefix).items()}
+
+    def _entries(self, prefix: str) -> Mapping[str, Mapping[str, Any]]:
         base = self.path(prefix)
-        with self._translated(prefix):
+
+        def find() -> Mapping[str, Mapping[str, Any]]:
             self.file_system.invalidate_cache()
             try:
-                found = self.file_system.find(base, detail=True)
+                found: Mapping[str, Mapping[str, Any]] = self.file_system.find(base, detail=True)
             except FileNotFoundError:
                 return {}
-        return {path[len(base) + 1 :]: entry["size"] for path, entry in sorted(found.items())}
+            return found
 
-    def write(self, key: str, data: bytes | memoryview) -> None:
-        """Write an object; it is durable once `flush` was called on a prefix of its key."""
+        found = self._attempted(prefix, find)
+        return {path[len(base) + 1 :]: entry for path, entry in sorted(found.items())}
 
-        def put() -> None:
-            with self._translated(key):
-                if self.is_local:
-                    _write_file(Path(self.path(key)), data)
-                else:
-                    self.file_system.pipe_file(self.path(key), bytes(data))
+    def write(self, key: str, data: bytes | memoryview) -> str | None:
+        """Write an object; it is durable once `flush` was called on a prefix of its key.
 
-        retried(put)
+        Return the tag by which the place tells these bytes from others, or None if it has none.
+        """
+        if self.is_local:
+            self._attempted(key, lambda: _write_file(Path(self.path(key)), data))
+            return None
+        return self._put(key, bytes(data), mode="overwrite")
+
+    @contextmanager
+    def open(self, key: str) -> Iterator["Pieces"]:
+        """Write an object piece by piece; like `write` once the block has ended without an error.
+
+        A failure leaves a part of a file, and nothing on an object store.
+        """
+        if not self.is_local:
+            pieces = _PiecesInMemory()
+            yield pieces
+            pieces.tag = self.write(key, b"".join(pieces.parts))
+            return
+        with self._translated(key):
+            path = Path(self.path(key))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                yield _PiecesOfFile(file)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _put(self, key: str, data: bytes, *, mode: str) -> str | None:
+        try:
+            answer = self._attempted(
+                key, lambda: self.file_system.pipe_file(self.path(key), data, mode=mode)
+            )
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"cannot write {self.path(key)}: {error}; make the bucket, or correct the path"
+            ) from error
+        return answer.get("ETag") if isinstance(answer, Mapping) else None
+
+    def _create(self, key: str, data: bytes) -> None:
+        try:
+            self._put(key, data, mode="create")
+        except FileExistsError:
+            return
+        except ConfigError:  # a server without conditional writes; a plain one says what else it is
+            self.write(key, data)
 
     def flush(self, prefix: str) -> None:
         """Make the names of all objects below `prefix` durable, and those of its parents."""
@@ -97,13 +175,19 @@ class Directory:
             self._sync_parents(Path(self.path(prefix)))
 
     def publish(self, key: str, data: bytes, *, replace: bool = True) -> None:
-        """Make an object appear, or replace it, atomically and durably."""
+        """Make an object appear, or replace it, atomically and durably.
+
+        With `replace=False`, an object that is there stays, whoever put it there first.
+        """
+        if not self.is_local:
+            if replace:
+                self.write(key, data)
+            elif not self.exists(key):
+                self._create(key, data)
+            return
         parent = key.rpartition("/")[0]
         with self._translated(key), self.exclusive(parent):
             if not replace and self.exists(key):
-                return
-            if not self.is_local:
-                self.write(key, data)
                 return
             path = Path(self.path(key))
             temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -114,10 +198,11 @@ class Directory:
 
     def delete(self, key: str) -> None:
         """Remove an object durably; it may be absent already."""
-        with self._translated(key), suppress(FileNotFoundError):
-            self.file_system.rm_file(self.path(key))
+        with suppress(FileNotFoundError):
+            self._attempted(key, lambda: self.file_system.rm_file(self.path(key)))
             if self.is_local:
-                _sync_directory(Path(self.path(key)).parent)
+                with self._translated(key):
+                    _sync_directory(Path(self.path(key)).parent)
 
     def _sync_parents(self, path: Path) -> None:
         """Make the names of the directories down to `path` durable, the root's own included."""
@@ -146,7 +231,7 @@ class Directory:
         """Hold the one writer's place below `prefix` on this machine; a second writer waits.
 
         The lock is on the directory itself: it leaves no file behind and goes with its process.
-        Elsewhere two writers both write: the same bytes, or bytes that the digests then refuse.
+        Elsewhere nobody is kept out; `storage.writer` says how writers still end in one shard.
         """
         if not self.is_local:
             yield
@@ -161,24 +246,77 @@ class Directory:
         finally:
             os.close(descriptor)
 
+    def _attempted(self, key: str, call: Callable[[], Result]) -> Result:
+        def attempt() -> Result:
+            with self._translated(key):
+                return call()
+
+        return retried(attempt)
+
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
             raise
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise ConfigError(
+                f"cannot use {self.path(key)}: {error}; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or a profile, where this runs"
+            ) from error
         except (BotoCoreError, ClientError, aiohttp.ClientError) as error:
             raise TransientError(f"{self.path(key)}: {type(error).__name__}: {error}") from error
         except OSError as error:
             path = self.path(key)
+            if _precondition_failed(error):
+                raise FileExistsError(error.errno, str(error), path) from error
+            if isinstance(error, FileExistsError) and not self.is_local:
+                raise
             if error.errno in FULL:
                 raise OutOfSpaceError(
                     f"no space left to write {path}: {error.strerror}; free space or raise the "
                     "quota, then run the same command again: it goes on where it stopped"
                 ) from error
-            if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
+            if isinstance(error, UNUSABLE) or error.errno == errno.ENOSYS:
                 raise ConfigError(f"cannot use {path}: {error}") from error
             raise TransientError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _precondition_failed(error: OSError) -> bool:
+    """Tell whether a server refused to create what exists; not all of them say it to s3fs."""
+    cause = error.__cause__
+    return (
+        isinstance(cause, ClientError)
+        and cause.response.get("Error", {}).get("Code") == "PreconditionFailed"
+    )
+
+
+class Pieces(Protocol):
+    """An object in the making."""
+
+    tag: str | None
+    """What `write` would return; set when the object is whole."""
+
+    def write(self, data: bytes) -> None:
+        """Append `data`."""
+
+
+class _PiecesInMemory:
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.tag: str | None = None
+
+    def write(self, data: bytes) -> None:
+        self.parts.append(data)
+
+
+class _PiecesOfFile:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tag: str | None = None
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> None:

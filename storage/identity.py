@@ -13,7 +13,7 @@ from storage.errors import ConfigError, CorruptError, MismatchError
 
 FORMAT = "eyas-store"
 FORMAT_VERSION = 1
-PROFILES = ("raw", "lossless", "int8")
+PROFILES = ("raw", "lossless", "int8", "int6")
 DEFAULT_PROFILE: Final = "lossless"
 NORM_CONVENTIONS = ("post_norm",)
 

@@ -1,142 +1,249 @@
-"""How hidden states become arrays: `raw`, `lossless` or `int8`. Pure NumPy, no bytes, no files.
+"""How hidden states become arrays: `raw`, `lossless`, `int8` or `int6`.
 
-Shapes: R rows, L layers (absent for the last hidden state), H hidden size; states are bfloat16 bits
-in uint16. Every profile is a set of plain arrays that any Zarr reader opens.
+Shapes: R rows, L layers (absent for the last hidden state), H hidden size, G groups of 64 channels;
+states are bfloat16 bits in uint16. Every profile is a set of plain Zarr arrays whose inner chunks
+hold one layer each. A chunk is split, coded and forgotten while it is in the processor's cache.
 
 `lossless`: rotate each 16-bit pattern left by one; its high byte is then the exponent, its low byte
 mantissa and sign. From the exponents the channel's typical exponent is subtracted modulo 256, which
 leaves about 2.7 bits of entropy of 8.
 
-`int8`: `q * step[row, group] * scale[channel]`. A scale per row alone would erase channels: one
-channel often carries most of a row's energy.
+`int8`, `int6`: `code * step[row, group] * scale[channel] + mean[channel]`. A scale per row alone
+would erase channels: one channel often carries most of a row's energy.
 """
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import StoredArray, row_chunk
-from storage.zstd import EntropyZstd
+from storage import zstd
+from storage.arrays import ArrayLayout, LoadedArray, OpenObject, write_array, write_small
+from storage.state_rows import BLOCK_VALUES, Bits, StateRows
 
-CALIBRATION_ROWS = 512
+CALIBRATION_ROWS = 256
 GROUP_CHANNELS = 64
 SCALE_POWER = 0.75  # 1 is equal relative error in all channels; between is a smaller teacher KL
-BLOCK_ROWS = 64  # small enough that a block's temporaries stay in the processor's cache
-PLANE_BYTES = 1 << 20
-
-Bits = NDArray[np.uint16]
+CHUNK_VALUES = 1 << 22  # large enough that whole samples, which may begin alike, share a chunk
+LARGEST_CODE = {"int8": 127, "int6": 31}
 
 
-def encode_states(profile: str, name: str, bits: Bits) -> Iterator[StoredArray]:
-    """Yield the arrays that hold `bits` [R, (L,) H] under a profile."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """One inner chunk of all arrays of a set of states: some rows of one layer."""
+
+    position: tuple[int, ...]
+    """In the grid."""
+    layer: tuple[Any, ...]
+    first: int
+    stop: int
+
+
+def write_states(profile: str, name: str, rows: StateRows, open_object: OpenObject) -> None:
+    """Write the arrays that hold `rows` under a profile."""
     if profile == "raw":
-        yield StoredArray(
-            name=name,
-            values=bits,
-            dimension_names=_dimensions(bits),
-            inner_chunk=row_chunk(bits),
-            compressors=(),
-        )
+        _write_raw(name, rows, open_object)
     elif profile == "lossless":
-        yield from _encode_lossless(name, bits)
+        _write_lossless(name, rows, open_object)
     else:
-        yield from _encode_int8(name, bits)
+        _write_codes(name, rows, open_object, largest=LARGEST_CODE[profile])
 
 
-def decode_states(profile: str, name: str, arrays: Mapping[str, NDArray[np.generic]]) -> Bits:
-    """Return the bits that `encode_states` was given; with `int8`, the nearest it can say."""
+def decode_states(profile: str, name: str, arrays: Mapping[str, LoadedArray]) -> Bits:
+    """Return the bits [R, (L,) H] that were encoded; with int profiles, the nearest these can say.
+
+    Raises:
+        KeyError: an array is absent.
+        ValueError: the arrays do not fit each other, or a chunk does not decode.
+
+    """
     if profile == "raw":
-        return arrays[name].astype(np.uint16, copy=False)
+        return arrays[name].whole().astype(np.uint16, copy=False)
     if profile == "lossless":
         return _decode_lossless(name, arrays)
-    return _decode_int8(name, arrays)
+    return _decode_codes(name, arrays)
 
 
-def _encode_lossless(name: str, bits: Bits) -> Iterator[StoredArray]:
-    typical = _typical_exponents(bits)
-    exponents = np.empty(bits.shape, np.uint8)
-    mantissas = np.empty(bits.shape, np.uint8)
-    for rows in _blocks(len(bits)):
-        rotated = bits[rows] << 1
-        rotated |= bits[rows] >> 15
-        np.subtract((rotated >> 8).astype(np.uint8), typical, out=exponents[rows])
-        mantissas[rows] = rotated  # the cast keeps the low byte
-    yield _calibration(f"{name}_typical_exponents", typical)
-    yield _plane(f"{name}_exponents", exponents)
-    yield _plane(f"{name}_mantissas", mantissas)
+# ---- raw
 
 
-def _decode_lossless(name: str, arrays: Mapping[str, NDArray[np.generic]]) -> Bits:
-    typical = arrays[f"{name}_typical_exponents"]
-    exponents = arrays[f"{name}_exponents"]
-    mantissas = arrays[f"{name}_mantissas"]
-    bits = np.empty(exponents.shape, np.uint16)
-    for rows in _blocks(len(bits)):
-        rotated = np.add(exponents[rows], typical, dtype=np.uint8).astype(np.uint16)
-        rotated <<= 8
-        rotated |= mantissas[rows]
-        np.right_shift(rotated, 1, out=bits[rows])
-        rotated <<= 15
-        bits[rows] |= rotated
+def _write_raw(name: str, rows: StateRows, open_object: OpenObject) -> None:
+    bits = _padded_chunk(rows.shape, np.uint16)
+    layout = _layout(name, rows.shape, np.uint16, compressed=False)
+    with write_array(layout, open_object) as writer:
+        for chunk in _chunks(rows.shape):
+            bits[chunk.stop - chunk.first :] = 0
+            for at, block in rows.blocks(chunk.first, chunk.stop, chunk.layer):
+                bits[at] = block
+            writer.append(bits.tobytes())
+
+
+# ---- lossless
+
+
+def _write_lossless(name: str, rows: StateRows, open_object: OpenObject) -> None:
+    typical = _typical_exponents(rows)
+    _write_calibration(f"{name}_typical_exponents", typical, open_object)
+    entropy_only, repeated_rows = zstd.Frames(zstd.ENTROPY_ONLY), zstd.Frames(zstd.REPEATED_ROWS)
+    rotated, shifted = _temporaries(rows.shape[-1], np.uint16, 2)
+    exponents, mantissas = _padded_chunk(rows.shape, np.uint8), _padded_chunk(rows.shape, np.uint8)
+    with (
+        write_array(
+            _layout(f"{name}_exponents", rows.shape, np.uint8), open_object
+        ) as exponent_writer,
+        write_array(
+            _layout(f"{name}_mantissas", rows.shape, np.uint8), open_object
+        ) as mantissa_writer,
+    ):
+        for chunk in _chunks(rows.shape):
+            exponents[chunk.stop - chunk.first :] = 0
+            mantissas[chunk.stop - chunk.first :] = 0
+            for at, bits in rows.blocks(chunk.first, chunk.stop, chunk.layer):
+                a, b = rotated[: len(bits)], shifted[: len(bits)]
+                a[...] = bits  # all else is faster on contiguous rows
+                np.right_shift(a, 15, out=b)
+                a += a  # faster than a shift
+                a |= b
+                mantissas[at] = a  # the cast keeps the low byte
+                a >>= 8
+                exponents[at] = a
+                exponents[at] -= typical[chunk.layer]
+            exponent_writer.append(entropy_only.compress(exponents))
+            mantissa_writer.append(repeated_rows.compress(mantissas))
+
+
+def _decode_lossless(name: str, arrays: Mapping[str, LoadedArray]) -> Bits:
+    coded_exponents, coded_mantissas = arrays[f"{name}_exponents"], arrays[f"{name}_mantissas"]
+    typical = arrays[f"{name}_typical_exponents"].whole().astype(np.uint8)
+    bits = np.empty(coded_exponents.layout.shape, np.uint16)
+    exponent_plane, mantissa_plane = coded_exponents.scratch(), coded_mantissas.scratch()
+    rotated, shifted = _temporaries(bits.shape[-1], np.uint16, 2)
+    for chunk in _chunks_of(coded_exponents, coded_mantissas):
+        exponents = coded_exponents.chunk(chunk.position, exponent_plane)
+        exponents = exponents.reshape(-1, bits.shape[-1])
+        mantissas = coded_mantissas.chunk(chunk.position, mantissa_plane)
+        mantissas = mantissas.reshape(-1, bits.shape[-1])
+        for at, row in _row_blocks(chunk, bits.shape[-1]):
+            a, b = rotated[: at.stop - at.start], shifted[: at.stop - at.start]
+            exponents[at] += typical[chunk.layer]
+            a[...] = exponents[at]
+            a *= 256  # faster than a shift
+            b[...] = mantissas[at]
+            a |= b
+            np.right_shift(a, 1, out=b)
+            a *= 1 << 15
+            np.bitwise_or(a, b, out=bits[row][(slice(None), *chunk.layer)])
     return bits
 
 
-def _typical_exponents(bits: Bits) -> NDArray[np.uint8]:
+def _typical_exponents(rows: StateRows) -> NDArray[np.uint8]:
     """Return [(L,) H] the commonest exponent of each channel among some rows."""
-    channels = int(np.prod(bits.shape[1:]))
-    sample = bits[:: max(1, len(bits) // CALIBRATION_ROWS)].reshape(-1, channels)
+    channels = math.prod(rows.shape[1:])
+    sample = rows.every(max(1, rows.shape[0] // CALIBRATION_ROWS)).reshape(-1, channels)
     exponents = (sample >> 7) & 0xFF
     cells = exponents + (np.arange(channels, dtype=np.int64) << 8)
     counts = np.bincount(cells.ravel(), minlength=channels << 8).reshape(channels, 256)
     typical: NDArray[np.uint8] = counts.argmax(axis=1).astype(np.uint8)
-    return typical.reshape(bits.shape[1:])
+    return typical.reshape(rows.shape[1:])
 
 
-def _encode_int8(name: str, bits: Bits) -> Iterator[StoredArray]:
-    scale = _channel_scale(bits)
-    codes = np.empty(bits.shape, np.int8)
-    groups = -(-bits.shape[-1] // GROUP_CHANNELS)
-    steps = np.empty((*bits.shape[:-1], groups), np.uint16)
-    starts = np.arange(0, bits.shape[-1], GROUP_CHANNELS)
-    for rows in _blocks(len(bits)):
-        scaled = np.divide(bf16_to_float(bits[rows]), scale, dtype=np.float32)
-        largest = np.maximum.reduceat(np.abs(scaled), starts, axis=-1)
-        steps[rows] = _float_to_bf16_up((largest / 127).astype(np.float32))
-        wide = _spread(bf16_to_float(steps[rows]), bits.shape[-1])
-        codes[rows] = np.rint(scaled / np.where(wide == 0, 1, wide))
-    yield _calibration(f"{name}_channel_scale", scale)
-    yield _plane(f"{name}_steps", steps)
-    yield _plane(f"{name}_codes", codes)
+# ---- int8, int6
 
 
-def _decode_int8(name: str, arrays: Mapping[str, NDArray[np.generic]]) -> Bits:
-    scale = arrays[f"{name}_channel_scale"].astype(np.float32, copy=False)
-    codes = arrays[f"{name}_codes"].astype(np.int8, copy=False)
-    steps = arrays[f"{name}_steps"].astype(np.uint16, copy=False)
-    bits = np.empty(codes.shape, np.uint16)
-    for rows in _blocks(len(bits)):
-        wide = _spread(bf16_to_float(steps[rows]), codes.shape[-1])
-        bits[rows] = float_to_bf16((codes[rows] * wide * scale).astype(np.float32))
+def _write_codes(name: str, rows: StateRows, open_object: OpenObject, *, largest: int) -> None:
+    mean, scale = _channel_statistics(rows)
+    _write_calibration(f"{name}_channel_mean", mean, open_object)
+    _write_calibration(f"{name}_channel_scale", scale, open_object)
+    reciprocal = 1 / scale
+    hidden, groups = rows.shape[-1], _num_groups(rows.shape[-1])
+    entropy_only, general = zstd.Frames(zstd.ENTROPY_ONLY), zstd.Frames()
+    (values,) = _temporaries(groups * GROUP_CHANNELS, np.float32, 1)
+    values[:, hidden:] = 0
+    codes = _padded_chunk(rows.shape, np.int8)
+    steps = np.empty((len(codes), groups), np.uint16)
+    steps_layout = _layout(f"{name}_steps", (*rows.shape[:-1], groups), np.uint16, hidden=hidden)
+    with (
+        write_array(_layout(f"{name}_codes", rows.shape, np.int8), open_object) as code_writer,
+        write_array(steps_layout, open_object) as step_writer,
+    ):
+        for chunk in _chunks(rows.shape):
+            codes[chunk.stop - chunk.first :] = 0
+            steps[chunk.stop - chunk.first :] = 0
+            for at, bits in rows.blocks(chunk.first, chunk.stop, chunk.layer):
+                x = values[: len(bits)]
+                np.subtract(bf16_to_float(bits), mean[chunk.layer], out=x[:, :hidden])
+                x[:, :hidden] *= reciprocal[chunk.layer]
+                grouped = x.reshape(len(bits), groups, GROUP_CHANNELS)
+                farthest = np.maximum(grouped.max(axis=2), -grouped.min(axis=2))
+                steps[at] = _float_to_bf16_up(farthest / np.float32(largest))
+                wide = bf16_to_float(steps[at])
+                grouped *= (1 / np.where(wide == 0, 1, wide))[..., np.newaxis]
+                np.rint(x, out=x)
+                codes[at] = x[:, :hidden]
+            code_writer.append(entropy_only.compress(codes))
+            step_writer.append(general.compress(steps))
+
+
+def _decode_codes(name: str, arrays: Mapping[str, LoadedArray]) -> Bits:
+    coded_codes, coded_steps = arrays[f"{name}_codes"], arrays[f"{name}_steps"]
+    mean = arrays[f"{name}_channel_mean"].whole().astype(np.float32)
+    scale = arrays[f"{name}_channel_scale"].whole().astype(np.float32)
+    bits = np.empty(coded_codes.layout.shape, np.uint16)
+    hidden, groups = bits.shape[-1], _num_groups(bits.shape[-1])
+    code_plane, step_plane = coded_codes.scratch(), coded_steps.scratch()
+    (values,) = _temporaries(groups * GROUP_CHANNELS, np.float32, 1)
+    values[:, hidden:] = 0
+    for chunk in _chunks_of(coded_codes, coded_steps):
+        codes = coded_codes.chunk(chunk.position, code_plane).reshape(-1, hidden)
+        steps = coded_steps.chunk(chunk.position, step_plane).reshape(-1, groups)
+        for at, row in _row_blocks(chunk, hidden):
+            x = values[: at.stop - at.start]
+            x[:, :hidden] = codes[at]
+            x.reshape(len(x), groups, GROUP_CHANNELS)[...] *= bf16_to_float(steps[at])[..., None]
+            real = x[:, :hidden]
+            real *= scale[chunk.layer]
+            real += mean[chunk.layer]
+            bits[row][(slice(None), *chunk.layer)] = float_to_bf16(real)
     return bits
 
 
-def _channel_scale(bits: Bits) -> NDArray[np.float32]:
-    """Return [(L,) H] root mean square of each channel over some rows, to a power; never zero."""
-    sample = bf16_to_float(bits[:: max(1, len(bits) // CALIBRATION_ROWS)]).astype(np.float64)
-    mean_square = np.square(sample).mean(axis=0) if len(sample) else np.ones(bits.shape[1:])
-    return np.maximum(np.sqrt(mean_square) ** SCALE_POWER, 1e-6).astype(np.float32)
+def _channel_statistics(rows: StateRows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return [(L,) H] mean, and root mean square around it to a power and never zero."""
+    step = max(1, rows.shape[0] // CALIBRATION_ROWS)
+    sample = bf16_to_float(rows.every(step)).astype(np.float64)
+    if not len(sample):
+        return np.zeros(rows.shape[1:], np.float32), np.ones(rows.shape[1:], np.float32)
+    mean = sample.mean(axis=0).astype(np.float32)
+    deviation = np.sqrt(np.square(sample - mean).mean(axis=0))
+    return mean, np.maximum(deviation**SCALE_POWER, 1e-6).astype(np.float32)
+
+
+def _num_groups(hidden: int) -> int:
+    return -(-hidden // GROUP_CHANNELS)
+
+
+# ---- bfloat16
 
 
 def bf16_to_float(bits: Bits) -> NDArray[np.float32]:
     """Return the float32 values of bfloat16 bits: exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def float_to_bf16(values: NDArray[np.float32]) -> Bits:
     """Return the bits of the nearest bfloat16 of finite values, ties to even."""
     wide = np.ascontiguousarray(values).view(np.uint32)
-    return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
+    odd = wide >> 16
+    odd &= 1
+    odd += wide
+    odd += 0x7FFF
+    odd >>= 16
+    return odd.astype(np.uint16)
 
 
 def _float_to_bf16_up(values: NDArray[np.float32]) -> Bits:
@@ -145,36 +252,76 @@ def _float_to_bf16_up(values: NDArray[np.float32]) -> Bits:
     return ((wide + 0xFFFF) >> 16).astype(np.uint16)
 
 
-def _spread(steps: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
-    return np.repeat(steps, GROUP_CHANNELS, axis=-1)[..., :channels]
+# ---- layout
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    for first in range(0, rows, BLOCK_ROWS):
-        yield slice(first, first + BLOCK_ROWS)
+def _chunk_rows(num_rows: int, hidden: int) -> int:
+    """Return rows of an inner chunk: equal portions, so that the last is hardly padded."""
+    most = max(1, CHUNK_VALUES // hidden)
+    return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 
 
-def _plane(name: str, values: NDArray[np.generic]) -> StoredArray:
-    """Return a plane whose inner chunks hold one layer each: layers have their own statistics."""
-    layers = values.shape[1:-1]
-    rows = max(1, PLANE_BYTES // (values.shape[-1] * values.itemsize))
-    return StoredArray(
+def _layout(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    *,
+    compressed: bool = True,
+    hidden: int | None = None,
+) -> ArrayLayout:
+    """Return a layout with one layer in each inner chunk: layers have their own statistics."""
+    rows = _chunk_rows(shape[0], hidden or shape[-1])
+    last = "hidden" if hidden is None else "group"
+    return ArrayLayout(
         name=name,
-        values=values,
-        dimension_names=_dimensions(values),
-        inner_chunk=(max(1, min(rows, len(values))), *(1 for _ in layers), values.shape[-1]),
-        compressors=(EntropyZstd(level=1),),
+        shape=shape,
+        dtype=np.dtype(dtype),
+        dimension_names=("token", last) if len(shape) == 2 else ("token", "layer", last),
+        inner_chunk=(rows, *(1 for _ in shape[1:-1]), shape[-1]),
+        compressed=compressed,
     )
 
 
-def _calibration(name: str, values: NDArray[np.generic]) -> StoredArray:
-    return StoredArray(
-        name=name,
-        values=values,
-        dimension_names=("layer", "hidden")[-values.ndim :],
-        inner_chunk=values.shape,
-    )
+def _chunks(shape: tuple[int, ...], rows: int | None = None) -> Iterator[_Chunk]:
+    """Yield the inner chunks of states of this shape in C order."""
+    rows = rows or _chunk_rows(shape[0], shape[-1])
+    for number, first in enumerate(range(0, shape[0], rows)):
+        for layer in np.ndindex(shape[1:-1]):
+            yield _Chunk(
+                position=(number, *layer, 0),
+                layer=layer,
+                first=first,
+                stop=min(first + rows, shape[0]),
+            )
 
 
-def _dimensions(values: NDArray[np.generic]) -> tuple[str, ...]:
-    return ("token", "hidden") if values.ndim == 2 else ("token", "layer", "hidden")
+def _chunks_of(*planes: LoadedArray) -> Iterator[_Chunk]:
+    """Yield the inner chunks that all planes have; ValueError if they do not fit each other."""
+    layouts = [plane.layout for plane in planes]
+    shape, inner = layouts[0].shape, layouts[0].inner_chunk
+    whole = (inner[0], *(1 for _ in shape[1:-1]), shape[-1])
+    fits = all((a.shape[:-1], a.inner_chunk[:-1]) == (shape[:-1], inner[:-1]) for a in layouts)
+    if not fits or inner != whole:
+        raise ValueError(f"its planes do not fit each other: {layouts}")
+    return _chunks(shape, inner[0])
+
+
+def _row_blocks(chunk: _Chunk, hidden: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows of a chunk that fit the cache, and which rows of the array they are."""
+    block_rows = max(1, BLOCK_VALUES // hidden)
+    for first in range(chunk.first, chunk.stop, block_rows):
+        stop = min(first + block_rows, chunk.stop)
+        yield slice(first - chunk.first, stop - chunk.first), slice(first, stop)
+
+
+def _padded_chunk(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """Return memory for an inner chunk; the last one has fewer rows than that."""
+    return np.empty((_chunk_rows(shape[0], shape[-1]), shape[-1]), dtype)
+
+
+def _temporaries(hidden: int, dtype: type[np.generic], count: int) -> list[NDArray[Any]]:
+    return [np.empty((max(1, BLOCK_VALUES // hidden), hidden), dtype) for _ in range(count)]
+
+
+def _write_calibration(name: str, values: NDArray[np.generic], open_object: OpenObject) -> None:
+    write_small(name, values, ("layer", "hidden")[-values.ndim :], open_object)

@@ -132,12 +132,12 @@ def read_shard(
 
 def _read_object(
     root: Directory, record: CommitRecord, key: str, cache: ObjectCache | None
-) -> bytes:
+) -> bytes | memoryview:
     where = f"shard {record.shard_id}: {key}"
     expected = record.objects[key]
     try:
         path = f"shards/{record.shard_id}/{key}"
-        data = cache.fetch(expected, lambda: root.read(path)) if cache else root.read(path)
+        data = cache.fetch(expected, lambda: root.read(path)) if cache else root.read_large(path)
     except FileNotFoundError as error:
         raise ShardMissingError(f"{where} is missing, committed {expected}; {REPAIR}") from error
     found = ObjectDigest.of(data)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import xxhash
+
 from storage.canonical import digest_bytes, seal, unseal
 from storage.errors import CorruptError, ShardCorruptError
 from storage.identity import FORMAT_VERSION, require_format
@@ -30,6 +32,24 @@ class ObjectDigest:
     def __str__(self) -> str:
         """Return a form for error messages."""
         return f"{self.num_bytes} bytes with xxh3_128 {self.xxh3_128}"
+
+
+class RunningDigest:
+    """The digest of an object that comes piece by piece."""
+
+    def __init__(self) -> None:
+        """Begin with no bytes."""
+        self._digest = xxhash.xxh3_128()
+        self._num_bytes = 0
+
+    def update(self, data: bytes) -> None:
+        """Append `data`."""
+        self._digest.update(data)
+        self._num_bytes += len(data)
+
+    def value(self) -> ObjectDigest:
+        """Return the digest of all bytes so far."""
+        return ObjectDigest(num_bytes=self._num_bytes, xxh3_128=self._digest.hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 Shapes: T tokens, A aux layers, H target hidden size. bfloat16 travels as its bit pattern in uint16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from storage.errors import SampleRefusedError
 from storage.identity import StoreIdentity
+from storage.state_rows import BLOCK_VALUES
 
 BF16_INFINITY = 0x7F80  # exponent all ones: infinity, and above it every NaN
-SIGN_BIT = 0x8000
 TTT_LENGTH = 7
 
 
@@ -83,9 +84,8 @@ def require_storable(sample: StoredSample, identity: StoreIdentity) -> None:
             f"sample {sample.sample_id}: target_logsumexp is NaN or infinite at position "
             f"{int(np.argmin(finite))}"
         )
-    for layer, layer_id in enumerate(identity.aux_layers):
-        rows = sample.aux_hidden_states[:, layer]
-        _require_healthy_rows(sample, f"aux_hidden_states of layer {layer_id}", rows)
+    names = [f"aux_hidden_states of layer {layer}" for layer in identity.aux_layers]
+    _require_healthy_rows(sample, names, sample.aux_hidden_states)
     needed = last_needed(sample.loss_mask)
     if sample.last_present is not None and (needed & ~sample.last_present).any():
         absent = int(np.argmax(needed & ~sample.last_present))
@@ -93,11 +93,8 @@ def require_storable(sample: StoredSample, identity: StoreIdentity) -> None:
             f"sample {sample.sample_id}: last_hidden_state is absent at position {absent}, where a "
             "supervised token needs it"
         )
-    if needed.any():
-        positions = np.flatnonzero(needed)
-        rows = sample.last_hidden_state
-        rows = rows if needed.all() else rows[needed]
-        _require_healthy_rows(sample, "last_hidden_state", rows, positions=positions)
+    last = sample.last_hidden_state[:, np.newaxis]
+    _require_healthy_rows(sample, ["last_hidden_state"], last, needed=needed)
 
 
 def _require_shapes(sample: StoredSample, identity: StoreIdentity) -> None:
@@ -135,32 +132,36 @@ def _require_vocabulary(
 
 def _require_healthy_rows(
     sample: StoredSample,
-    name: str,
-    bits: NDArray[np.uint16],
+    names: Sequence[str],
+    states: NDArray[np.uint16],
     *,
-    positions: NDArray[np.int64] | None = None,
+    needed: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Check [R, H] bfloat16 bits, the rows of `positions`, with three reductions each."""
-    highest = bits.max(axis=1)  # as unsigned: negatives sort last, their NaN at the very end
-    highest_positive = bits.view(np.int16).max(axis=1)  # as signed: positives sort last
-    not_finite = (highest >= (SIGN_BIT | BF16_INFINITY)) | (highest_positive >= BF16_INFINITY)
-    _refuse_rows(sample, name, not_finite, "holds NaN or infinity", positions)
-    all_zero = (highest <= SIGN_BIT) & (highest_positive <= 0)  # only +0 and -0 remain
-    _refuse_rows(sample, name, all_zero, "is all zero", positions)
-    _refuse_rows(sample, name, bits.min(axis=1) == highest, "is constant", positions)
-
-
-def _refuse_rows(
-    sample: StoredSample,
-    name: str,
-    bad: NDArray[np.bool_],
-    problem: str,
-    positions: NDArray[np.int64] | None,
-) -> None:
-    if bad.any():
-        first = int(np.argmax(bad))
-        position = first if positions is None else int(positions[first])
-        raise SampleRefusedError(
-            f"sample {sample.sample_id}: {name} {problem} at position {position} "
-            f"({int(bad.sum())} of {len(bad)} rows): the target model or its capture is broken"
-        )
+    """Check the rows [T, L, H] of layers with these names, at positions that are needed only."""
+    rows = states.reshape(-1, states.shape[-1])
+    not_finite = np.empty(len(rows), np.bool_)
+    all_zero = np.empty(len(rows), np.bool_)
+    block_rows = max(1, BLOCK_VALUES // states.shape[-1])
+    for first in range(0, len(rows), block_rows):
+        block = slice(first, first + block_rows)
+        magnitudes = rows[block] + rows[block]  # without the sign, which is shifted out
+        largest = magnitudes.max(axis=1)
+        np.greater_equal(largest, BF16_INFINITY << 1, out=not_finite[block])
+        np.equal(largest, 0, out=all_zero[block])
+    constant = rows[:, 0] == rows[:, -1]  # a few by chance
+    constant[constant] = (rows[constant] == rows[constant, :1]).all(axis=1)
+    for bad, problem in (
+        (not_finite, "holds NaN or infinity"),
+        (all_zero, "is all zero"),
+        (constant, "is constant"),
+    ):
+        by_layer = bad.reshape(states.shape[:-1]).T
+        for name, refused in zip(
+            names, by_layer if needed is None else by_layer & needed, strict=True
+        ):
+            if refused.any():
+                raise SampleRefusedError(
+                    f"sample {sample.sample_id}: {name} {problem} at position "
+                    f"{int(np.argmax(refused))} ({int(refused.sum())} of {len(refused)} rows): the "
+                    "target model or its capture is broken"
+                )

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import StoredArray, decode_arrays, encode_array, row_chunk
+from storage.arrays import OpenObject, load_arrays, write_small
 from storage.canonical import canonical_json
 from storage.errors import ShardCorruptError
 from storage.identity import FORMAT_VERSION, StoreIdentity
-from storage.profile import decode_states, encode_states
+from storage.profile import decode_states, write_states
 from storage.samples import StoredSample, content_id, last_needed
+from storage.state_rows import StateRows
 
 GROUP_KEY = "zarr.json"
 TOKEN_ARRAYS: Mapping[str, type[np.generic]] = {
@@ -47,10 +48,13 @@ class DecodedShard:
         return sum(array.nbytes for array in self.arrays.values())
 
     def sample(self, position: int) -> StoredSample:
-        """Return a copy of the sample at `position`; raise unless its content has its id."""
+        """Return the sample at `position`; raise unless its content has its id.
+
+        Its arrays are views of the shard's, not to be written to.
+        """
         rows = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
-        fields = {name: self.arrays[name][rows].copy() for name in TOKEN_ARRAYS}
-        fields["aux_hidden_states"] = self.arrays["aux_hidden_states"][rows].copy()
+        names = (*TOKEN_ARRAYS, "aux_hidden_states")
+        fields = {name: self.arrays[name][rows] for name in names}
         fields["last_hidden_state"] = self._last(rows, fields["last_present"])
         sample = StoredSample(sample_id=self.sample_ids[position], **fields)  # type: ignore[arg-type]
         found = content_id(sample.input_ids, sample.loss_mask)
@@ -64,6 +68,8 @@ class DecodedShard:
     def _last(self, rows: slice, present: NDArray[np.generic]) -> NDArray[np.generic]:
         stored = self.arrays["last_hidden_state"]
         kept = stored[self.last_offsets[rows.start] : self.last_offsets[rows.stop]]
+        if len(kept) == len(present):
+            return kept
         last = np.zeros((len(present), *stored.shape[1:]), stored.dtype)
         last[present.astype(np.bool_)] = kept
         return last
@@ -75,28 +81,47 @@ def raw_bytes(samples: Sequence[StoredSample]) -> int:
     return sum(getattr(sample, name).nbytes for sample in samples for name in names)
 
 
-def encode_shard(
-    shard_id: str, samples: Sequence[StoredSample], identity: StoreIdentity
-) -> Iterator[tuple[str, memoryview]]:
-    """Yield every object of the shard with its key, one array in memory at a time."""
-    yield GROUP_KEY, memoryview(_group_json(shard_id, samples, identity))
-    for array in _arrays(samples, identity):
-        yield from encode_array(array).items()
+def write_arrays(
+    shard_id: str,
+    samples: Sequence[StoredSample],
+    identity: StoreIdentity,
+    open_object: OpenObject,
+) -> None:
+    """Write every object of the shard, some of them side by side, a chunk in memory at a time."""
+    with open_object(GROUP_KEY) as write:
+        write(_group_json(shard_id, samples, identity))
+    lengths = np.array([0, *(len(sample) for sample in samples)], dtype=np.int64)
+    write_small("offsets", np.cumsum(lengths), ("sample_boundary",), open_object)
+    needed = [last_needed(sample.loss_mask) for sample in samples]
+    for name, values in _token_arrays(samples, needed, identity).items():
+        write_small(name, values, ("token",), open_object)
+    aux = StateRows([sample.aux_hidden_states for sample in samples])
+    write_states(identity.profile, "aux_hidden_states", aux, open_object)
+    last = StateRows([part for pair in zip(samples, needed, strict=True) for part in _kept(*pair)])
+    write_states(identity.profile, "last_hidden_state", last, open_object)
 
 
 def decode_shard(
-    shard_id: str, objects: Mapping[str, bytes], *, sample_ids: Sequence[str], profile: str
+    shard_id: str,
+    objects: Mapping[str, bytes | memoryview],
+    *,
+    sample_ids: Sequence[str],
+    profile: str,
 ) -> DecodedShard:
     """Decode objects whose digests were checked; raise ShardCorruptError if they do not fit."""
-    stored = decode_arrays(objects, what=f"shard {shard_id}")
+    stored = load_arrays(objects, what=f"shard {shard_id}")
     try:
-        offsets = stored["offsets"].astype(np.int64)
-        arrays = {name: stored[name].astype(kind) for name, kind in TOKEN_ARRAYS.items()}
+        offsets = stored["offsets"].whole().astype(np.int64)
+        arrays = {name: stored[name].whole().astype(kind) for name, kind in TOKEN_ARRAYS.items()}
         for name in STATES:
             arrays[name] = decode_states(profile, name, stored)
     except KeyError as error:
         raise ShardCorruptError(
             f"shard {shard_id} has no array {error}; regenerate the shard: eyas repair"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ShardCorruptError(
+            f"shard {shard_id} does not decode: {error}; regenerate the shard: eyas repair"
         ) from error
     last_offsets = np.cumsum([0, *arrays["last_present"].astype(np.int64)])
     lengths = {name: len(array) for name, array in arrays.items()}
@@ -117,31 +142,28 @@ def decode_shard(
     )
 
 
-def _arrays(samples: Sequence[StoredSample], identity: StoreIdentity) -> Iterator[StoredArray]:
-    lengths = np.array([0, *(len(sample) for sample in samples)], dtype=np.int64)
-    needed = np.concatenate([last_needed(sample.loss_mask) for sample in samples])
-    token_type = np.min_scalar_type(identity.vocab_size - 1)  # unsigned, no wider than needed
-    yield _small("offsets", np.cumsum(lengths), "sample_boundary")
-    yield _small("input_ids", _joined(samples, "input_ids").astype(token_type))
-    yield _small("loss_mask", _joined(samples, "loss_mask"))
-    yield _small("last_present", needed)
-    yield _small("target_argmax", _joined(samples, "target_argmax").astype(token_type))
-    yield _small("target_logsumexp", _joined(samples, "target_logsumexp"))
-    aux = _joined(samples, "aux_hidden_states").view(np.uint16)
-    yield from encode_states(identity.profile, "aux_hidden_states", aux)
-    del aux
-    last = _joined(samples, "last_hidden_state").view(np.uint16)[needed]
-    yield from encode_states(identity.profile, "last_hidden_state", last)
+def _token_arrays(
+    samples: Sequence[StoredSample], needed: Sequence[NDArray[np.bool_]], identity: StoreIdentity
+) -> Mapping[str, NDArray[np.generic]]:
+    id_type = np.min_scalar_type(identity.vocab_size - 1)  # unsigned, no wider than needed
+    return {
+        "input_ids": _joined(samples, "input_ids").astype(id_type),
+        "loss_mask": _joined(samples, "loss_mask"),
+        "last_present": np.concatenate(needed),
+        "target_argmax": _joined(samples, "target_argmax").astype(id_type),
+        "target_logsumexp": _joined(samples, "target_logsumexp"),
+    }
 
 
 def _joined(samples: Sequence[StoredSample], name: str) -> NDArray[np.generic]:
     return np.concatenate([getattr(sample, name) for sample in samples])
 
 
-def _small(name: str, values: NDArray[np.generic], dimension: str = "token") -> StoredArray:
-    return StoredArray(
-        name=name, values=values, dimension_names=(dimension,), inner_chunk=row_chunk(values)
-    )
+def _kept(sample: StoredSample, needed: NDArray[np.bool_]) -> Iterator[NDArray[np.uint16]]:
+    """Yield the runs of rows that are stored, as views; an empty one if there is none."""
+    edges = np.flatnonzero(np.diff(needed, prepend=False, append=False)).tolist() or [0, 0]
+    for first, stop in zip(edges[::2], edges[1::2], strict=True):
+        yield sample.last_hidden_state[first:stop]
 
 
 def _group_json(shard_id: str, samples: Sequence[StoredSample], identity: StoreIdentity) -> bytes:

@@ -9,17 +9,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
 from storage.directory import TEMPORARY_SUFFIX, Directory
-from storage.errors import ConfigError, CorruptError, SampleRefusedError, StorageError
+from storage.errors import ConfigError
 from storage.identity import FORMAT_VERSION, StoreIdentity
 from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
-from storage.probe import ProbePoint, Recompute, require_probe
+from storage.probe import ProbePoint, Recompute
 from storage.reader import CACHE_BYTES, SnapshotReader, read_record
-from storage.record import CommitRecord, ObjectDigest
-from storage.samples import StoredSample, require_storable
+from storage.record import CommitRecord
+from storage.samples import StoredSample
 from storage.scrub import scrub
-from storage.shard import encode_shard, raw_bytes
 from storage.snapshot import Snapshot
-from storage.verify import Finding, check_sizes, check_states
+from storage.verify import Finding, check_states
+from storage.writer import ShardWriter
 
 IDENTITY_KEY = "store.json"
 LATEST_KEY = "snapshots/latest.json"
@@ -33,6 +33,7 @@ class Store:
         self.identity = identity
         self.root = root
         self._identity_id = identity.identity_id
+        self._writer = ShardWriter(root=root, identity=identity)
 
     @classmethod
     def create(cls, root: str, identity: StoreIdentity) -> "Store":
@@ -147,75 +148,15 @@ class Store:
     ) -> CommitRecord:
         """Write a shard and commit it; return the record of one that is validly committed already.
 
-        `samples` may come in any order and is consumed only if the shard has to be written. A
-        failure leaves no commit record; what an earlier attempt left behind is swept first.
+        `samples` may come in any order and is consumed only if the shard has to be written; `probe`
+        is read after that. A failure leaves no commit record. Several may write the same shard at
+        the same time.
         """
-        prefix = f"shards/{shard.shard_id}"
-        with self.root.exclusive(prefix):
-            committed = self._valid_record(shard.shard_id)
-            if committed is not None:
-                return committed
-            self.revoke(shard.shard_id)
-            self.root.delete_all(prefix)
-            ordered = self._checked(shard, samples)
-            require_probe(probe or (), {sample.sample_id: sample for sample in ordered})
-            try:
-                objects = self._write_objects(prefix, shard, ordered)
-                record = CommitRecord(
-                    shard_id=shard.shard_id,
-                    identity_id=self._identity_id,
-                    sample_ids=shard.sample_ids,
-                    sample_tokens=tuple(len(sample) for sample in ordered),
-                    sample_supervised=tuple(int(sample.loss_mask.sum()) for sample in ordered),
-                    raw_bytes=raw_bytes(ordered),
-                    objects=objects,
-                    probe=tuple(probe or ()),
-                )
-                self.root.publish(f"commits/{shard.shard_id}.json", record.to_json())
-            except StorageError:
-                self.root.delete_all(
-                    prefix
-                )  # gives back the space; without a record it is no shard
-                raise
-            return record
+        return self._writer.write(shard, samples, () if probe is None else probe)
 
     def revoke(self, shard_id: str) -> None:
         """Take back a shard's commit record: it counts as missing until it is written again."""
-        self.root.delete(f"commits/{shard_id}.json")
-
-    def _valid_record(self, shard_id: str) -> CommitRecord | None:
-        try:
-            record = self.commit(shard_id)
-        except CorruptError:
-            return None
-        damaged = any(check_sizes(self.root, record))
-        return None if damaged else record
-
-    def _checked(
-        self, shard: PlannedShard, samples: Iterable[StoredSample]
-    ) -> Sequence[StoredSample]:
-        by_id: dict[str, StoredSample] = {}
-        for sample in samples:
-            require_storable(sample, self.identity)
-            by_id[sample.sample_id] = sample
-        if by_id.keys() != set(shard.sample_ids):
-            missing = sorted(set(shard.sample_ids) - by_id.keys())
-            foreign = sorted(by_id.keys() - set(shard.sample_ids))
-            raise SampleRefusedError(
-                f"shard {shard.shard_id} was handed the wrong samples: {len(missing)} missing "
-                f"{missing[:1]}, {len(foreign)} not planned {foreign[:1]}"
-            )
-        return [by_id[sample_id] for sample_id in shard.sample_ids]
-
-    def _write_objects(
-        self, prefix: str, shard: PlannedShard, samples: Sequence[StoredSample]
-    ) -> Mapping[str, ObjectDigest]:
-        objects: dict[str, ObjectDigest] = {}
-        for key, data in encode_shard(shard.shard_id, samples, self.identity):
-            self.root.write(f"{prefix}/{key}", data)
-            objects[key] = ObjectDigest.of(data)
-        self.root.flush(prefix)
-        return objects
+        self._writer.revoke(shard_id)
 
     # ---- snapshots
 

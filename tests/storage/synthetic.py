@@ -1,6 +1,7 @@
 """Small stores with states that look like a model's: heavy-tailed channels, no two rows alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -75,3 +76,16 @@ def tree_digests(store: Store) -> dict[str, str]:
     """Return the digest of every object below the store's root, by key."""
     root = store.root
     return {key: digest_bytes(root.read(key)) for key in root.sizes("")}
+
+
+class ObjectsInMemory:
+    """Where arrays are written to without a store."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, bytes] = {}
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
+        pieces: list[bytes] = []
+        yield pieces.append
+        self.written[key] = b"".join(pieces)

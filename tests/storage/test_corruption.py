@@ -8,9 +8,9 @@ import pytest
 
 from storage.errors import CorruptError
 from storage.samples import StoredSample
-from storage.shard import decode_shard, encode_shard
+from storage.shard import decode_shard, write_arrays
 from storage.store import Store
-from tests.storage.synthetic import fill, make_samples, tree_digests
+from tests.storage.synthetic import ObjectsInMemory, fill, make_samples, tree_digests
 
 
 def flip(path: Path) -> None:
@@ -109,10 +109,11 @@ def test_swapped_samples_of_equal_length_are_found(store: Store) -> None:
     """Even a writer that mixed them up before it took digests does not get through the reader."""
     one, two = make_samples(2, tokens=(20, 21))
     mixed = [replace(two, sample_id=one.sample_id), replace(one, sample_id=two.sample_id)]
-    objects = dict(encode_shard("s", mixed, store.identity))
+    objects = ObjectsInMemory()
+    write_arrays("s", mixed, store.identity, objects.open)
     shard = decode_shard(
         "s",
-        {key: bytes(data) for key, data in objects.items()},
+        objects.written,
         sample_ids=[one.sample_id, two.sample_id],
         profile=store.identity.profile,
     )

@@ -1,0 +1,205 @@
+"""Write one shard so that it ends whole and committed, whoever else writes it at the same time.
+
+On a disk a lock keeps rivals out, so what an earlier attempt left behind is swept first. On an
+object store nobody can be kept out, and states that other hardware computed may be other bytes. A
+writer there overwrites, deletes nothing that a rival may have committed, and looks after its own
+commit at what stands: if that is not whole, it writes again. Whoever changes a shard last has
+looked at it last, so when all have returned one of their versions stands, whole.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from storage.arrays import Write
+from storage.directory import Directory
+from storage.errors import (
+    CorruptError,
+    SampleRefusedError,
+    ShardMissingError,
+    StorageError,
+    TransientError,
+)
+from storage.identity import StoreIdentity
+from storage.plan import PlannedShard
+from storage.probe import ProbePoint, require_probe
+from storage.reader import read_record
+from storage.record import CommitRecord, ObjectDigest, RunningDigest
+from storage.samples import StoredSample, require_storable
+from storage.shard import raw_bytes, write_arrays
+from storage.verify import check_sizes
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenObject:
+    """What one object was when this writer wrote it."""
+
+    digest: ObjectDigest
+    tag: str | None
+    """What the place called these bytes, so that they need not be read to be recognised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardWriter:
+    """Writes the shards of one store."""
+
+    root: Directory
+    identity: StoreIdentity
+
+    def write(
+        self, shard: PlannedShard, samples: Iterable[StoredSample], probe: Sequence[ProbePoint]
+    ) -> CommitRecord:
+        """Write a shard and commit it; see `Store.write_shard`."""
+        with self.root.exclusive(f"shards/{shard.shard_id}"):
+            committed = self._committed(shard.shard_id)
+            if committed is not None:
+                return committed
+            if self.root.is_local:
+                self._sweep(shard.shard_id)
+            ordered = self._checked(shard, samples)
+            require_probe(probe, {sample.sample_id: sample for sample in ordered})
+            if self.root.is_local:
+                return self._write_alone(shard, ordered, probe)
+            return self._write_among_rivals(shard, ordered, probe)
+
+    def revoke(self, shard_id: str) -> None:
+        """Take back a shard's commit record."""
+        self.root.delete(f"commits/{shard_id}.json")
+
+    def _write_alone(
+        self, shard: PlannedShard, samples: Sequence[StoredSample], probe: Sequence[ProbePoint]
+    ) -> CommitRecord:
+        try:
+            return self._commit(shard, samples, probe, self._write_objects(shard, samples))
+        except StorageError:
+            self.revoke(shard.shard_id)
+            self._sweep(shard.shard_id)  # gives back the space; without a record it is no shard
+            raise
+
+    def _write_among_rivals(
+        self, shard: PlannedShard, samples: Sequence[StoredSample], probe: Sequence[ProbePoint]
+    ) -> CommitRecord:
+        committed = self._committed(shard.shard_id)  # perhaps while the samples were computed
+        if committed is not None:
+            return committed
+        for _ in range(ROUNDS):
+            written = self._write_objects(shard, samples)
+            self._sweep(shard.shard_id, keep=written)
+            self._commit(shard, samples, probe, written)
+            standing = self._standing(shard.shard_id, written)
+            if standing is not None:
+                return standing
+        raise TransientError(
+            f"shard {shard.shard_id} was changed by other writers {ROUNDS} times while it was "
+            "written; end all runs on this store but one, then run the same command again"
+        )
+
+    def _write_objects(
+        self, shard: PlannedShard, samples: Sequence[StoredSample]
+    ) -> Mapping[str, WrittenObject]:
+        prefix = f"shards/{shard.shard_id}"
+        written: dict[str, WrittenObject] = {}
+
+        @contextmanager
+        def open_object(key: str) -> Iterator[Write]:
+            digest = RunningDigest()
+            with self.root.open(f"{prefix}/{key}") as pieces:
+
+                def write(data: bytes) -> None:
+                    pieces.write(data)
+                    digest.update(data)
+
+                yield write
+            written[key] = WrittenObject(digest=digest.value(), tag=pieces.tag)
+
+        write_arrays(shard.shard_id, samples, self.identity, open_object)
+        self.root.flush(prefix)
+        return written
+
+    def _commit(
+        self,
+        shard: PlannedShard,
+        samples: Sequence[StoredSample],
+        probe: Sequence[ProbePoint],
+        written: Mapping[str, WrittenObject],
+    ) -> CommitRecord:
+        record = CommitRecord(
+            shard_id=shard.shard_id,
+            identity_id=self.identity.identity_id,
+            sample_ids=shard.sample_ids,
+            sample_tokens=tuple(len(sample) for sample in samples),
+            sample_supervised=tuple(int(sample.loss_mask.sum()) for sample in samples),
+            raw_bytes=raw_bytes(samples),
+            objects={key: found.digest for key, found in written.items()},
+            probe=tuple(probe),
+        )
+        self.root.publish(f"commits/{shard.shard_id}.json", record.to_json())
+        return record
+
+    def _committed(self, shard_id: str) -> CommitRecord | None:
+        """Return the record if all its objects have their sizes; take back one that is damaged.
+
+        Left standing, it could fit sizes of objects that a kill left half rewritten.
+        """
+        try:
+            record = self._record(shard_id)
+        except ShardMissingError:
+            return None
+        except CorruptError:
+            self.revoke(shard_id)
+            return None
+        if any(check_sizes(self.root, record)):
+            self.revoke(shard_id)
+            return None
+        return record
+
+    def _standing(self, shard_id: str, written: Mapping[str, WrittenObject]) -> CommitRecord | None:
+        """Return the record that stands, a rival's perhaps, if every byte is what it says.
+
+        Objects that are still as this writer wrote them are recognised by their tags; others, and
+        all where the place has no tags, are read.
+        """
+        try:
+            record = self._record(shard_id)
+        except ShardMissingError:
+            return None
+        prefix = f"shards/{shard_id}"
+        tags = self.root.tags(prefix)
+        for key, expected in record.objects.items():
+            mine = written.get(key)
+            if mine and mine.digest == expected and mine.tag and mine.tag == tags.get(key):
+                continue
+            try:
+                found = ObjectDigest.of(self.root.read(f"{prefix}/{key}"))
+            except FileNotFoundError:
+                return None
+            if found != expected:
+                return None
+        return record
+
+    def _record(self, shard_id: str) -> CommitRecord:
+        return read_record(self.root, shard_id, identity_id=self.identity.identity_id)
+
+    def _sweep(self, shard_id: str, *, keep: Collection[str] = ()) -> None:
+        """Remove what earlier attempts left behind, but for the keys to keep."""
+        prefix = f"shards/{shard_id}"
+        for key in self.root.sizes(prefix).keys() - set(keep):
+            self.root.delete(f"{prefix}/{key}")
+
+    def _checked(
+        self, shard: PlannedShard, samples: Iterable[StoredSample]
+    ) -> Sequence[StoredSample]:
+        by_id: dict[str, StoredSample] = {}
+        for sample in samples:
+            require_storable(sample, self.identity)
+            by_id[sample.sample_id] = sample
+        if by_id.keys() != set(shard.sample_ids):
+            missing = sorted(set(shard.sample_ids) - by_id.keys())
+            foreign = sorted(by_id.keys() - set(shard.sample_ids))
+            raise SampleRefusedError(
+                f"shard {shard.shard_id} was handed the wrong samples: {len(missing)} missing "
+                f"{missing[:1]}, {len(foreign)} not planned {foreign[:1]}"
+            )
+        return [by_id[sample_id] for sample_id in shard.sample_ids]
