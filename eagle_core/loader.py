@@ -1,7 +1,7 @@
 """Batches in an order that is a pure function of (seed, epoch), resumable at any sample.
 
 The state between two batches is (source id, seed, epoch, next sample): it knows nothing of batch
-size, ranks or workers. Samples are read ahead by one thread.
+size, ranks or workers. Batches are made ahead by one thread, and the source told what comes.
 """
 
 from collections import deque
@@ -80,6 +80,7 @@ def batches(
             while True:
                 while len(ahead) <= _BATCHES_AHEAD:
                     indices, after = next(plan)
+                    source.prefetch(indices.tolist())
                     ahead.append(reader.submit(_load, source, indices, after))
                 yield ahead.popleft().result()
         finally:

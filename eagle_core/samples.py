@@ -4,6 +4,7 @@ Shapes: T tokens, A aux layers (3), H target hidden size. bfloat16 travels as it
 uint16, because NumPy has no bfloat16; `eagle_core.tensors` turns it into torch tensors and back.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,6 +72,9 @@ class SampleSource(Protocol):
     @property
     def groups(self) -> NDArray[np.int64]:
         """[N] non-decreasing group (shard) of each sample; one group is cheap to read at once."""
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Begin to read what these samples need, if that can be done beside other work."""
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index`; raise rather than substitute anything."""

@@ -7,6 +7,7 @@ bits online and offline.
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,9 @@ class OnlineSource:
         self.lengths: NDArray[np.int64] = np.array([lengths[sid] for sid in self._sample_ids])
         sizes = [len(members) for members in self._members]
         self.groups: NDArray[np.int64] = np.repeat(np.arange(len(sizes)), sizes)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Do nothing: the target and the draft share the device, side by side is no faster."""
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index`, computing its whole group if it is not at hand."""

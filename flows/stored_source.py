@@ -1,5 +1,7 @@
 """Where the two rooms meet: the store's samples as the trainer's `SampleSource`, and back."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,10 @@ class StoredSource:
     def groups(self) -> NDArray[np.int64]:
         """[N] shard of each sample."""
         return self._reader.groups
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Begin to read the shards of these samples."""
+        self._reader.prefetch(indices)
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index` with its bytes verified."""

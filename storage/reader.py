@@ -1,13 +1,15 @@
 """Random access to the samples of a snapshot. Never fills, never substitutes, never skips.
 
 A shard's objects are read whole, compared with the size and digest they were committed with, and
-decoded from exactly the bytes that were compared. Safe to call from several threads; a copy that
-went to another process by pickling starts with an empty cache.
+decoded from exactly the bytes that were compared, by a few threads that `prefetch` sets to work.
+Safe to call from several threads; a copy that went to another process by pickling starts with an
+empty cache.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from storage.snapshot import Snapshot
 from storage.verify import REPAIR
 
 CACHE_BYTES = 2 << 30
+READ_THREADS = 2
 
 
 class SnapshotReader:
@@ -38,14 +41,15 @@ class SnapshotReader:
         cache_bytes: int = CACHE_BYTES,
         object_cache: ObjectCache | None = None,
     ) -> None:
-        """Keep at most `cache_bytes` of decoded shards in memory, but one at least."""
+        """Keep at most `cache_bytes` of decoded shards in memory, but one, and those being read."""
         self._root = root
         self._identity = identity
         self._snapshot = snapshot
         self._cache_bytes = cache_bytes
         self._object_cache = object_cache
-        self._cache: OrderedDict[str, DecodedShard] = OrderedDict()
+        self._shards: OrderedDict[str, Future[DecodedShard]] = OrderedDict()
         self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="shard-reader")
 
     @property
     def snapshot_id(self) -> str:
@@ -66,8 +70,16 @@ class SnapshotReader:
         """Return the number of samples."""
         return self._snapshot.num_samples
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Begin to read the shards of these samples, which are fetched soon.
+
+        What goes wrong is raised when a sample of that shard is fetched.
+        """
+        for group in dict.fromkeys(int(self.groups[index]) for index in indices):
+            self._begin(self._snapshot.shard_ids[group])
+
     def fetch(self, index: int) -> StoredSample:
-        """Return sample `index`; raise CorruptError rather than substitute anything."""
+        """Return sample `index`, read-only; raise CorruptError rather than substitute anything."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a snapshot of {len(self)}")
         shard = self._shard(self._snapshot.shard_ids[self.groups[index]])
@@ -82,20 +94,46 @@ class SnapshotReader:
         return shard.sample(position)
 
     def _shard(self, shard_id: str) -> DecodedShard:
-        with self._lock:
-            if shard_id in self._cache:
-                self._cache.move_to_end(shard_id)
-                return self._cache[shard_id]
-            shard = read_shard(
-                self._root, shard_id, identity=self._identity, cache=self._object_cache
-            )
-            self._cache[shard_id] = shard
-            while len(self._cache) > 1 and self._cached_bytes() > self._cache_bytes:
-                self._cache.popitem(last=False)
-            return shard
+        reading = self._begin(shard_id)
+        try:
+            return reading.result()
+        except BaseException:
+            with self._lock:  # whoever asks again, after a repair perhaps, reads again
+                if self._shards.get(shard_id) is reading:
+                    del self._shards[shard_id]
+            raise
 
-    def _cached_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self._cache.values())
+    def _begin(self, shard_id: str) -> Future[DecodedShard]:
+        with self._lock:
+            reading = self._shards.get(shard_id)
+            if reading is None:
+                reading = self._threads.submit(
+                    read_shard,
+                    self._root,
+                    shard_id,
+                    identity=self._identity,
+                    cache=self._object_cache,
+                )
+                self._shards[shard_id] = reading
+            self._shards.move_to_end(shard_id)
+            self._evict()
+            return reading
+
+    def _evict(self) -> None:
+        """Let go of the shards that were used least recently; of those being read, none."""
+        sizes = {
+            shard_id: reading.result().num_bytes
+            for shard_id, reading in self._shards.items()
+            if reading.done() and not reading.exception()
+        }
+        total = sum(sizes.values())
+        newest = next(reversed(self._shards))
+        for shard_id, num_bytes in sizes.items():
+            if total <= self._cache_bytes:
+                return
+            if shard_id != newest:
+                del self._shards[shard_id]
+                total -= num_bytes
 
     def __getstate__(self) -> Mapping[str, Any]:
         """Leave the cache and the lock behind."""

@@ -48,10 +48,7 @@ class DecodedShard:
         return sum(array.nbytes for array in self.arrays.values())
 
     def sample(self, position: int) -> StoredSample:
-        """Return the sample at `position`; raise unless its content has its id.
-
-        Its arrays are views of the shard's, not to be written to.
-        """
+        """Return the sample at `position`, as views; raise unless its content has its id."""
         rows = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
         names = (*TOKEN_ARRAYS, "aux_hidden_states")
         fields = {name: self.arrays[name][rows] for name in names}
@@ -123,6 +120,8 @@ def decode_shard(
         raise ShardCorruptError(
             f"shard {shard_id} does not decode: {error}; regenerate the shard: eyas repair"
         ) from error
+    for array in arrays.values():
+        array.setflags(write=False)  # samples are views: who writes to one would change the next
     last_offsets = np.cumsum([0, *arrays["last_present"].astype(np.int64)])
     lengths = {name: len(array) for name, array in arrays.items()}
     last_rows = lengths.pop("last_hidden_state")

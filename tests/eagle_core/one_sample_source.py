@@ -1,5 +1,7 @@
 """A sample source of one sample held in memory."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +28,9 @@ class OneSampleSource:
     def groups(self) -> NDArray[np.int64]:
         """[1]"""
         return np.zeros(1, dtype=np.int64)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Do nothing: all is in memory."""
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return the sample."""

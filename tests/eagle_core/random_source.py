@@ -1,5 +1,6 @@
 """A small draft and a source of random states for it: what the trainer needs, without a target."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,6 +58,9 @@ class RandomSource:
         rng = np.random.default_rng(self.seed)
         self.lengths = rng.integers(4, 20, self.num_samples)
         self.groups = np.sort(rng.integers(0, 5, self.num_samples))
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Do nothing: all is in memory."""
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index`."""

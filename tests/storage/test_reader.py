@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from storage.cache import ObjectCache
+from storage.errors import ShardCorruptError
 from storage.store import Store
 
 
@@ -47,3 +48,38 @@ def test_refuses_an_index_outside(filled: Store) -> None:
         reader.fetch(12)
     with pytest.raises(IndexError, match="sample -1"):
         reader.fetch(-1)
+
+
+def test_prefetch_reads_beside_and_hides_no_damage(filled: Store) -> None:
+    snapshot = filled.snapshot()
+    reader = filled.reader(snapshot)
+    shard_id = snapshot.shard_ids[0]
+    record = filled.commit(shard_id)
+    key = max(record.objects, key=lambda key: record.objects[key].num_bytes)
+    path = Path(filled.root.root) / "shards" / shard_id / key
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    everything = range(len(reader))
+    reader.prefetch(everything)
+    reader.fetch(len(reader) - 1)  # other shards are served
+    with pytest.raises(ShardCorruptError, match="eyas repair"):
+        reader.fetch(0)
+    path.write_bytes(whole)
+    assert reader.fetch(0).sample_id == snapshot.sample_id(0)
+
+
+def test_samples_are_read_only(filled: Store) -> None:
+    """They are views of a shard that serves other samples too."""
+    sample = filled.reader(filled.snapshot()).fetch(0)
+    with pytest.raises(ValueError, match="read-only"):
+        sample.aux_hidden_states[0] = 0
+
+
+def test_memory_stays_within_the_limit(filled: Store) -> None:
+    raw_bytes = [record.raw_bytes for record in filled.commits().values()]
+    reader = filled.reader(filled.snapshot(), cache_bytes=2 * max(raw_bytes))
+    for index in range(len(reader)):
+        reader.fetch(index)
+        held = [reading.result().num_bytes for reading in reader._shards.values()]
+        assert 0 < sum(held) <= 2 * max(raw_bytes) + max(held)
+    assert len(held) < len(raw_bytes)
