@@ -1,136 +1,329 @@
-"""Bytes and speed of the profiles on hidden states: `python -m benchmarks.store STATES.npz`.
+"""The store against other tools' formats on real hidden states, all in one run, taking turns.
 
-`STATES.npz` holds `aux` [T, A, H] and `last` [T, H] as bfloat16 bits in uint16. Profiles take turns
-within one run; figures are medians, per second of wall time and of CPU time of this process.
+`python -m benchmarks.store smollm2 --results benchmarks/results/store.md`
+
+runs the target of the recipe over conversations that `make demo` (or a hidden-states flow) left in
+the home folder, writes and reads the states in each format, and prints two tables:
+
+* formats: bytes on disk for each real token, MB of real bfloat16 states a second (CPU time of this
+  process, and wall), samples a second, files for 1000 conversations. Padding and repeated rows of
+  other tools' formats count against them: they are stored and read, but nothing is learned twice.
+* profiles: codec speed alone, error, and the teacher's divergence (KL, nats) from the true states.
+
+Figures are medians of the rounds. Reading is from the page cache: disks differ, processors less.
 """
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
+from rich.console import Console
 
-from storage.identity import PROFILES, StoreIdentity
+from benchmarks.machine import describe
+from benchmarks.peer_formats import BATCH_SAMPLES, PEERS, padded_tokens, turn_ends
+from benchmarks.states import capture, identity, load_target, token_file
+from flows.config import StoreConfig
+from flows.workspace import DEFAULT_HOME
+from storage.arrays import load_arrays
+from storage.identity import PROFILES
 from storage.plan import PlannedSample
-from storage.samples import StoredSample, content_id
+from storage.profile import bf16_to_float, decode_states, write_states
+from storage.samples import StoredSample, last_needed
+from storage.state_rows import StateRows
 from storage.store import Store
 
-SAMPLE_TOKENS = 512
-PROMPT_TOKENS = 180
-VOCAB_SIZE = 49152
+FORMAT_HEAD = (
+    "| format | bytes/token | write MB/s CPU, wall | read MB/s CPU, wall | read samples/s | "
+    "files/1000 |"
+)
+PROFILE_HEAD = (
+    "| profile | stored/raw | encode MB/CPU-s | decode MB/CPU-s | relative error | "
+    "teacher KL, nats |"
+)
+REPORT = """\
+# The store against other tools' formats
+
+`{command}`: {machine}; median of {rounds}.
+
+{num_samples} conversations, {tokens:,} tokens, hidden size {hidden}, {layers} aux layers. One row for each
+assistant turn makes {rows} rows of {row_tokens:,} tokens of the same conversations; padding to the
+longest of {batch} makes {padded_tokens:,}. MB are of the bfloat16 states of real tokens, the same for
+all formats. Figures of Eyas include health checks, digests, fsync and the snapshot; others have none.
+
+{formats}
+
+The states alone, coded in memory. Tokens without a supervised one near them have no last state, and
+"raw" means what is stored of them.
+
+{profiles}
+"""
+PACKAGES = ("zarr", "numcodecs", "zstandard", "numpy", "torch", "safetensors")
+KL_POSITIONS = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
-    """One write and one read of all samples."""
+class Turn:
+    """One write and one read of all samples in one format."""
 
-    ratio: float
-    """Stored bytes, of everything, to raw bytes."""
-    bytes_per_token: float
-    write_cpu: float
-    """Raw MB per CPU-second."""
+    stored_bytes: float
+    num_files: float
     write_wall: float
-    read_cpu: float
+    """Seconds."""
+    write_cpu: float
     read_wall: float
+    read_cpu: float
 
 
-def make_samples(aux: NDArray[np.uint16], last: NDArray[np.uint16]) -> list[StoredSample]:
-    """Cut states into samples with a prompt and an answer each."""
-    rng = np.random.default_rng(0)
-    mask = np.arange(SAMPLE_TOKENS) >= PROMPT_TOKENS
-    samples = []
-    for first in range(0, len(aux) - SAMPLE_TOKENS + 1, SAMPLE_TOKENS):
-        rows = slice(first, first + SAMPLE_TOKENS)
-        ids = rng.integers(0, VOCAB_SIZE, SAMPLE_TOKENS, dtype=np.int32)
-        samples.append(
-            StoredSample(
-                sample_id=content_id(ids, mask),
-                input_ids=ids,
-                loss_mask=mask,
-                aux_hidden_states=aux[rows],
-                last_hidden_state=last[rows],
-                target_argmax=ids,
-                target_logsumexp=rng.normal(20, 1, SAMPLE_TOKENS).astype(np.float32),
-            )
-        )
-    return samples
+Clock = tuple[float, float]
 
 
-def measure(profile: str, samples: Sequence[StoredSample]) -> Measurement:
-    """Write and read all samples once, as one shard in a fresh store."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store.create(folder, _identity(profile, samples[0]))
-        planned = [PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in samples]
-        (shard,) = store.plan(planned, shard_tokens=10**9).shards
-        started = time.perf_counter(), time.process_time()
-        record = store.write_shard(shard, samples)
-        wrote = time.perf_counter(), time.process_time()
-        reader = store.reader(store.publish(shard.sample_ids))
-        opened = time.perf_counter(), time.process_time()
-        for index in range(len(reader)):
-            reader.fetch(index)
-        read = time.perf_counter(), time.process_time()
-    megabytes = record.raw_bytes / 1e6
-    return Measurement(
-        ratio=record.stored_bytes / record.raw_bytes,
-        bytes_per_token=record.stored_bytes / record.num_tokens,
-        write_wall=megabytes / (wrote[0] - started[0]),
-        write_cpu=megabytes / (wrote[1] - started[1]),
-        read_wall=megabytes / (read[0] - opened[0]),
-        read_cpu=megabytes / (read[1] - opened[1]),
+def _now() -> Clock:
+    return time.perf_counter(), time.process_time()
+
+
+def take_turn(write: Callable[[Path], None], read: Callable[[Path], int], *, expected: int) -> Turn:
+    """Write to a fresh folder and read it back."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        begun = _now()
+        write(folder)
+        written = _now()
+        items = read(folder)
+        done = _now()
+        if items < expected:
+            raise RuntimeError(f"read {items} of {expected} samples")
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return Turn(
+        stored_bytes=sum(sizes),
+        num_files=len(sizes),
+        write_wall=written[0] - begun[0],
+        write_cpu=written[1] - begun[1],
+        read_wall=done[0] - written[0],
+        read_cpu=done[1] - written[1],
     )
 
 
-def _identity(profile: str, sample: StoredSample) -> StoreIdentity:
-    layers, hidden = sample.aux_hidden_states.shape[1:]
-    return StoreIdentity(
-        target_fingerprint="benchmark",
-        target_fields={},
-        tokenizer_fingerprint="benchmark",
-        template_fingerprint="benchmark",
-        aux_layers=tuple(range(layers)),
-        hidden_size=hidden,
-        vocab_size=VOCAB_SIZE,
-        norm_convention="post_norm",
-        profile=profile,
+def _write_store(profile: str, samples: Sequence[StoredSample], vocab: int, folder: Path) -> None:
+    store = Store.create(str(folder), identity(samples[0], vocab_size=vocab, profile=profile))
+    by_id = {sample.sample_id: sample for sample in samples}
+    planned = [PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in samples]
+    for shard in store.plan(planned, shard_tokens=StoreConfig().shard_tokens).shards:
+        store.write_shard(shard, [by_id[sample_id] for sample_id in shard.sample_ids])
+    store.publish(by_id)
+
+
+def _read_store(folder: Path) -> int:
+    store = Store.open(str(folder))
+    reader = store.reader(store.snapshot())
+    for index in range(len(reader)):
+        reader.fetch(index)
+    return len(reader)
+
+
+def measure_formats(
+    samples: Sequence[StoredSample], *, vocab: int, rounds: int
+) -> Mapping[str, Turn]:
+    """Return the median turn of every format; formats take turns within each round."""
+    formats: dict[str, Callable[[], Turn]] = {
+        f"Eyas {profile}": lambda profile=profile: take_turn(  # type: ignore[misc]
+            lambda folder: _write_store(profile, samples, vocab, folder),
+            _read_store,
+            expected=len(samples),
+        )
+        for profile in PROFILES
+    }
+    for peer in PEERS:
+        formats[peer.name] = lambda peer=peer: take_turn(  # type: ignore[misc]
+            lambda folder: peer.write(samples, folder), peer.read, expected=len(samples)
+        )
+    turns: dict[str, list[Turn]] = {name: [] for name in formats}
+    for turn in range(rounds + 1):
+        for name, take in formats.items():
+            found = take()
+            if turn:  # the first pays for imports
+                turns[name].append(found)
+    return {name: _median(found) for name, found in turns.items()}
+
+
+def _median(turns: Sequence[Turn]) -> Turn:
+    values = {
+        field.name: statistics.median(getattr(turn, field.name) for turn in turns)
+        for field in fields(Turn)
+    }
+    return Turn(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileFigures:
+    """What a profile does to the states alone."""
+
+    ratio: float
+    """Stored bytes to raw bytes."""
+    encode: float
+    """Raw MB per CPU-second."""
+    decode: float
+    error: float
+    """Root mean square error relative to the channel's own spread, over all states."""
+    teacher_kl: float
+    """Mean nats over random supervised positions, full vocabulary."""
+
+
+class _Objects:
+    """Objects in memory."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, bytes] = {}
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
+        pieces: list[bytes] = []
+        yield pieces.append
+        self.written[key] = b"".join(pieces)
+
+
+def _discard(_key: str) -> "_Nowhere":
+    return _Nowhere()
+
+
+class _Nowhere:
+    def __enter__(self) -> Callable[[bytes], object]:
+        return len
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def measure_profile(
+    profile: str, samples: Sequence[StoredSample], head: NDArray[np.float32], *, rounds: int
+) -> ProfileFigures:
+    """Encode and decode the stored states of all samples in memory."""
+    aux = StateRows([sample.aux_hidden_states for sample in samples])
+    last = StateRows([s.last_hidden_state[last_needed(s.loss_mask)] for s in samples])
+    raw_bytes = 2 * (np.prod(aux.shape) + np.prod(last.shape))
+    objects = _Objects()
+    for name, rows in (("aux", aux), ("last", last)):
+        write_states(profile, name, rows, objects.open)
+    encode, decode = [], []
+    found: dict[str, NDArray[np.uint16]] = {}
+    for _ in range(rounds):
+        begun = time.process_time()
+        for name, rows in (("aux", aux), ("last", last)):
+            write_states(profile, name, rows, _discard)
+        encoded = time.process_time()
+        arrays = load_arrays(objects.written, what="benchmark")
+        found = {name: decode_states(profile, name, arrays) for name in ("aux", "last")}
+        encode.append(encoded - begun)
+        decode.append(time.process_time() - encoded)
+    return ProfileFigures(
+        ratio=sum(map(len, objects.written.values())) / raw_bytes,
+        encode=raw_bytes / 1e6 / statistics.median(encode),
+        decode=raw_bytes / 1e6 / statistics.median(decode),
+        error=_relative_error(aux.every(1), found["aux"]),
+        teacher_kl=_teacher_kl(last.every(1), found["last"], head),
+    )
+
+
+def _relative_error(expected: NDArray[np.uint16], found: NDArray[np.uint16]) -> float:
+    true = bf16_to_float(expected).astype(np.float64)
+    error = np.sqrt(np.square(bf16_to_float(found) - true).mean(axis=0))
+    return float((error / np.maximum(true.std(axis=0), 1e-30)).mean())
+
+
+def _teacher_kl(
+    expected: NDArray[np.uint16], found: NDArray[np.uint16], head: NDArray[np.float32]
+) -> float:
+    rows = np.random.default_rng(0).choice(
+        len(expected), min(KL_POSITIONS, len(expected)), replace=False
+    )
+    total = 0.0
+    for part in np.array_split(rows, max(1, len(rows) // 250)):
+        true, coded = (_log_softmax(bf16_to_float(x[part]) @ head.T) for x in (expected, found))
+        total += float((np.exp(true) * (true - coded)).sum())
+    return total / len(rows)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normalised: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalised
+
+
+def format_table(turns: Mapping[str, Turn], samples: Sequence[StoredSample]) -> Iterator[str]:
+    """Yield the rows of the formats' table in Markdown."""
+    tokens = sum(len(sample) for sample in samples)
+    states = ("aux_hidden_states", "last_hidden_state")
+    megabytes = sum(getattr(s, name).nbytes for s in samples for name in states) / 1e6
+    yield FORMAT_HEAD
+    yield "|---|---|---|---|---|---|"
+    for name, turn in turns.items():
+        yield (
+            f"| {name} | {turn.stored_bytes / tokens:,.0f} | {megabytes / turn.write_cpu:.0f}, "
+            f"{megabytes / turn.write_wall:.0f} | {megabytes / turn.read_cpu:.0f}, "
+            f"{megabytes / turn.read_wall:.0f} | {len(samples) / turn.read_wall:.0f} | "
+            f"{turn.num_files / len(samples) * 1000:,.0f} |"
+        )
+
+
+def profile_table(figures: Mapping[str, ProfileFigures]) -> Iterator[str]:
+    """Yield the rows of the profiles' table in Markdown."""
+    yield PROFILE_HEAD
+    yield "|---|---|---|---|---|---|"
+    for name, found in figures.items():
+        yield (
+            f"| `{name}` | {found.ratio:.3f} | {found.encode:.0f} | {found.decode:.0f} | "
+            f"{found.error:.1e} | {found.teacher_kl:.1e} |"
+        )
+
+
+def report(arguments: argparse.Namespace) -> str:
+    """Measure everything and return the report in Markdown."""
+    target = load_target(arguments.recipe)
+    head = target.lm_head_weight.float().numpy()
+    samples = capture(target, token_file(arguments.recipe, arguments.home), arguments.samples)
+    turns = measure_formats(samples, vocab=len(head), rounds=arguments.rounds)
+    figures = {p: measure_profile(p, samples, head, rounds=arguments.rounds) for p in PROFILES}
+    ends = [turn_ends(sample) for sample in samples]
+    layers, hidden = samples[0].aux_hidden_states.shape[1:]
+    return REPORT.format(
+        command=f"python -m benchmarks.store {arguments.recipe} --samples {arguments.samples}",
+        machine=describe(PACKAGES),
+        rounds=arguments.rounds,
+        num_samples=len(samples),
+        tokens=sum(len(sample) for sample in samples),
+        hidden=hidden,
+        layers=layers,
+        rows=sum(len(turns) for turns in ends),
+        row_tokens=sum(int(turns.sum()) for turns in ends),
+        batch=BATCH_SAMPLES,
+        padded_tokens=padded_tokens(samples),
+        formats="\n".join(format_table(turns, samples)),
+        profiles="\n".join(profile_table(figures)),
     )
 
 
 def main() -> None:
-    """Print one table row for each profile."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("states", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    with np.load(arguments.states, allow_pickle=False) as states:
-        samples = make_samples(states["aux"], states["last"])
-    for profile in PROFILES:
-        measure(profile, samples)  # the first call pays for imports
-    rounds = [{p: measure(p, samples) for p in PROFILES} for _ in range(arguments.rounds)]
-    print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
-        f"zarr {zarr.__version__}, numpy {np.__version__}, median of {arguments.rounds}"
+    """Print the report, and write it where `--results` says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print("| profile | stored/raw | bytes/token | write MB/s cpu, wall | read MB/s cpu, wall |")
-    print("|---|---|---|---|---|")
-    for profile in PROFILES:
-        runs = [found[profile] for found in rounds]
-        w_cpu, w_wall, r_cpu, r_wall = (
-            statistics.median(getattr(run, name) for run in runs)
-            for name in ("write_cpu", "write_wall", "read_cpu", "read_wall")
-        )
-        first = runs[0]
-        print(
-            f"| {profile} | {first.ratio:.4f} | {first.bytes_per_token:.0f} | {w_cpu:.0f}, "
-            f"{w_wall:.0f} | {r_cpu:.0f}, {r_wall:.0f} |"
-        )
+    parser.add_argument("recipe")
+    parser.add_argument("--home", type=Path, default=Path(DEFAULT_HOME))
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    found = report(arguments)
+    Console().print(found, markup=False, soft_wrap=True, highlight=False)
+    if arguments.results:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(found, encoding="utf-8")
 
 
 if __name__ == "__main__":
