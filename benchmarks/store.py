@@ -53,7 +53,7 @@ REPORT = """\
 `{command}`: {machine}; median of {rounds}.
 
 {num_samples} conversations, {tokens:,} tokens, hidden size {hidden}, {layers} aux layers.
-One row for each assistant turn makes {rows} rows of {row_tokens:,} tokens of the same conversations;
+One row for each assistant turn makes {rows} rows of {row_tokens:,} tokens of the same text;
 padding to the longest of {batch} makes {padded_tokens:,}. MB are of the bfloat16 states of real
 tokens, the same for all formats. Figures of Eyas include health checks, digests, fsync and the
 snapshot; others have none of these.
