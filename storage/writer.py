@@ -7,6 +7,8 @@ commit at what stands: if that is not whole, it writes again. Whoever changes a 
 looked at it last, so when all have returned one of their versions stands, whole.
 """
 
+import random
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,13 +86,17 @@ class ShardWriter:
         committed = self._committed(shard.shard_id)  # perhaps while the samples were computed
         if committed is not None:
             return committed
-        for _ in range(ROUNDS):
+        for attempt in range(ROUNDS):
+            began = time.monotonic()
             written = self._write_objects(shard, samples)
             self._sweep(shard.shard_id, keep=written)
             self._commit(shard, samples, probe, written)
-            standing = self._standing(shard.shard_id, written)
-            if standing is not None:
-                return standing
+            longest_pause = (time.monotonic() - began) * 2**attempt
+            for pause in (0.0, random.uniform(0, longest_pause)):  # noqa: S311 - no secret
+                time.sleep(pause)  # leave the field to one rival, or else write at the same time
+                standing = self._standing(shard.shard_id, written)
+                if standing is not None:
+                    return standing
         raise TransientError(
             f"shard {shard.shard_id} was changed by other writers {ROUNDS} times while it was "
             "written; end all runs on this store but one, then run the same command again"

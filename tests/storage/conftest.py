@@ -1,13 +1,20 @@
-"""Stores to test: empty, and filled with synthetic samples."""
+"""Stores to test: empty, and filled with synthetic samples, in every place a store may lie."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
+from fsspec.implementations.memory import MemoryFileSystem
 
 from storage.identity import StoreIdentity
 from storage.samples import StoredSample
 from storage.store import Store
+from tests.storage.seaweed import BUCKET, S3Server, seaweed
 from tests.storage.synthetic import fill, make_identity, make_samples
+
+PLACES = ["local", "memory", pytest.param("s3", marks=pytest.mark.s3)]
+REMOTE_PLACES = PLACES[1:]
 
 
 @pytest.fixture
@@ -34,3 +41,43 @@ def filled(store: Store, samples: list[StoredSample]) -> Store:
     fill(store, samples)
     store.publish([sample.sample_id for sample in samples])
     return store
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Run one SeaweedFS for all tests of this process."""
+    with seaweed(tmp_path_factory.mktemp("weed")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_root(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a fresh root on the S3 server, with the usual variables set."""
+    for name, value in s3_server.variables.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # it knows nothing of changed variables
+    return f"s3://{BUCKET}/{tmp_path.name}"  # one bucket: the server sets volumes aside for each
+
+
+@pytest.fixture(params=PLACES)
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return a fresh root in each place."""
+    return root_at(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=REMOTE_PLACES)
+def remote_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return a fresh root in each place where nothing can be locked."""
+    return root_at(request.param, request, tmp_path)
+
+
+def root_at(place: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return a fresh root in one place."""
+    if place == "local":
+        return str(tmp_path / "store")
+    if place == "memory":
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+        return "memory://store"
+    root: str = request.getfixturevalue("s3_root")
+    return root
