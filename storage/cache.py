@@ -1,17 +1,24 @@
 """A local copy of remote objects under a hard size limit.
 
 Objects lie under their content's digest, so a cached copy that is not what was committed is
-recognised, dropped and fetched again. Everything here can be fetched again: the whole folder may be
-deleted at any time. Several processes may share one folder.
+recognised, dropped and fetched again. Everything under such a name can be fetched again and may be
+deleted at any time; nothing else in the folder is touched. Several processes may share one folder:
+they keep the limit together.
 """
 
+import fcntl
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.directory import FULL, TEMPORARY_SUFFIX
+from storage.errors import ConfigError, OutOfSpaceError
 from storage.record import ObjectDigest
+
+OURS = re.compile(rf"[0-9a-f]{{32}}({re.escape(TEMPORARY_SUFFIX)})?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,14 +27,16 @@ class ObjectCache:
 
     folder: Path
     limit_bytes: int
+    """Of all objects together, at any moment."""
 
     def fetch(self, expected: ObjectDigest, remote: Callable[[], bytes]) -> bytes:
         """Return the object from the cache if it is there and whole, else from `remote`.
 
         What `remote` returns is kept only if it is what was committed; the caller checks it too.
+        Raise OutOfSpaceError if the disk is full before the limit is reached.
         """
         path = self.folder / expected.xxh3_128
-        with suppress(FileNotFoundError):
+        with self._translated(), suppress(FileNotFoundError):
             data = path.read_bytes()
             if ObjectDigest.of(data) == expected:
                 os.utime(path)  # the least recently used goes first
@@ -35,25 +44,56 @@ class ObjectCache:
             path.unlink()
         data = remote()
         if ObjectDigest.of(data) == expected and len(data) <= self.limit_bytes:
-            self._keep(path, data)
+            with self._translated():
+                self._keep(path, data)
         return data
 
     def _keep(self, path: Path, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._make_room(len(data))
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        with self._alone():
+            self._make_room(len(data))
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> None:
+        """Evict until `num_bytes` more fit; whoever wrote a temporary object was killed."""
         entries: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # another process evicts too
+            if not OURS.fullmatch(path.name):
+                continue
+            with suppress(FileNotFoundError):  # a reader drops a bad copy
                 status = path.stat()
-                entries.append((status.st_mtime, status.st_size, path))
+                age = 0.0 if path.name.endswith(TEMPORARY_SUFFIX) else status.st_mtime
+                entries.append((age, status.st_size, path))
         used = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if used + num_bytes <= self.limit_bytes:
                 return
             path.unlink(missing_ok=True)
             used -= size
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the folder: two that make room for themselves would exceed the limit together."""
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                raise OutOfSpaceError(
+                    f"no space left for the object cache {self.folder}, which may take "
+                    f"{self.limit_bytes} bytes: free space, lower its limit or move it"
+                ) from error
+            raise ConfigError(f"cannot use {self.folder} as an object cache: {error}") from error
