@@ -34,6 +34,12 @@ FLOWS = (
         description="Read, normalise, deduplicate and split the conversations",
     ),
     FlowEntry(
+        name="plan",
+        entrypoint="flows/plan.py:plan",
+        sections=("target", "dataset", "store"),
+        description="Say what hidden-states would make: bytes by profile, time, and if it fits",
+    ),
+    FlowEntry(
         name="hidden-states",
         entrypoint="flows/hidden_states.py:hidden_states",
         sections=("target", "dataset", "store"),
@@ -62,6 +68,24 @@ FLOWS = (
         entrypoint="flows/online.py:online",
         sections=("target", "dataset", "store", "training", "evaluation"),
         description="Train while the target computes the states, without a store; then evaluate",
+    ),
+    FlowEntry(
+        name="verify",
+        entrypoint="flows/verify.py:verify_flow",
+        sections=("target", "dataset", "store"),
+        description="Check every byte of the store, and that the states say what the target said",
+    ),
+    FlowEntry(
+        name="repair",
+        entrypoint="flows/repair.py:repair_flow",
+        sections=("target", "dataset", "store"),
+        description="Make exactly the damaged shards of the store again",
+    ),
+    FlowEntry(
+        name="gc",
+        entrypoint="flows/gc.py:gc_flow",
+        sections=("target", "dataset", "store"),
+        description="List what no snapshot of the store needs and, if told so, delete it",
     ),
 )
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from storage.identity import DEFAULT_PROFILE
 
@@ -32,4 +32,9 @@ class StoreConfig(BaseModel):
         gt=0,
         description="Shards that one child process makes with one loading of the target; choose it "
         "for 50 to 300 tasks a run and at least 10 s each.",
+    )
+    budget: ByteSize | None = Field(
+        default=None,
+        description="Most bytes that the store may take, such as 2TB; nothing is made that would "
+        "exceed it. Empty means the free space alone decides.",
     )

@@ -1,20 +1,12 @@
-"""Errors of the orchestration itself, and the one question retries ask."""
-
-from typing import Any
-
-from prefect import Task
-from prefect.client.schemas.objects import State, TaskRun
-
-import eagle_core.errors
-import storage.errors
+"""What can go wrong between the stages. Each error takes one message with the next command."""
 
 
 class FlowError(Exception):
     """Base of every error raised on purpose by `flows`."""
 
 
-class ShardProcessKilledError(FlowError):
-    """A shard process died without an answer: out of memory, a device fault, a reboot."""
+class ChildKilledError(FlowError):
+    """A child process died without an answer: out of memory, a device fault, a reboot."""
 
 
 class MissingShardsError(FlowError):
@@ -29,19 +21,5 @@ class DoesNotFitError(FlowError):
     """The states would not fit on the disk or into the budget: a person decides what to change."""
 
 
-RETRYABLE = (
-    ShardProcessKilledError,
-    eagle_core.errors.TransientError,
-    storage.errors.TransientError,
-)
-
-
-async def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Tell Prefect whether trying the task again may help."""
-    try:
-        await state.aresult()
-    except RETRYABLE:
-        return True
-    except BaseException:  # noqa: BLE001 (the answer for every other failure is no, whatever it is)
-        return False
-    return False
+class DamagedStoreError(FlowError):
+    """A store holds other bytes, or other states, than were committed."""

@@ -20,12 +20,13 @@ from flows.config import StoreConfig
 from flows.errors import MissingShardsError
 from flows.generate import ShardBatch, generate_shards
 from flows.identity import store_identity
+from flows.preflight import preflight, wanted_samples
 from flows.prepare import prepare
 from flows.progress import StageProgress, stage_progress
 from flows.shard_worker import ShardJob, ShardReport
 from flows.summaries import HiddenStatesSummary, TokensSummary
 from flows.workspace import DEFAULT_HOME
-from storage.plan import PlannedSample, PlannedShard
+from storage.plan import PlannedShard
 from storage.store import Store
 
 
@@ -44,10 +45,16 @@ def hidden_states(
     """Compute, store and publish the hidden states that the store does not hold yet.
 
     A retry, from the Prefect UI or by running it again, makes only shards without a commit record.
+
+    Raises:
+        DoesNotFitError: there is no room for the missing shards; none was made.
+        MissingShardsError: some batches failed; everything else is committed and stays.
+
     """
     started = time.monotonic()
     space, tokens = prepare(target, dataset, home)
     root = store.root or str(space.store_root)
+    preflight(target, store, tokens, root)
     work = plan_missing_shards(target, store, tokens, root)
     make_shards(target, store, tokens, root, work)
     summary = publish(tokens, root, shards_made=len(work.shards), started=started)
@@ -78,11 +85,7 @@ def plan_missing_shards(
 
     """
     store = Store.create(root, store_identity(target, config, tokens))
-    wanted = [
-        PlannedSample(sample_id=sample_id, num_tokens=int(length))
-        for path in (tokens.train_path, tokens.held_out_path)
-        for sample_id, length in _lengths(TokenFile(path))
-    ]
+    wanted = list(wanted_samples(tokens))
     plan = store.plan(wanted, shard_tokens=config.shard_tokens)
     missing = store.missing_shards(plan)
     get_run_logger().info(
@@ -179,7 +182,3 @@ def publish(
         stored_bytes=sum(commit.stored_bytes for commit in commits.values()),
         seconds=time.monotonic() - started,
     )
-
-
-def _lengths(file: TokenFile) -> Iterator[tuple[str, int]]:
-    return zip(file.sample_ids, file.lengths.tolist(), strict=True)

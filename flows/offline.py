@@ -15,6 +15,7 @@ from flows.config import StoreConfig
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
 from flows.summaries import OfflineSummary
+from flows.table import print_table
 from flows.train import train_flow
 from flows.workspace import DEFAULT_HOME
 
@@ -50,6 +51,6 @@ def offline(
     )
     rows = report.offline_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, offline"
-    report.print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
+    print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
     report.publish_table(title, rows, key=artifact_key("offline", target.name, dataset.name, run))
     return summary

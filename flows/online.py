@@ -20,6 +20,7 @@ from flows.evaluate import evaluate_flow
 from flows.online_source import OnlineSource
 from flows.prepare import prepare
 from flows.summaries import OnlineSummary
+from flows.table import print_table
 from flows.train import run_training
 from flows.workspace import DEFAULT_HOME
 
@@ -63,6 +64,6 @@ def online(
     )
     rows = report.online_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, online"
-    report.print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
+    print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
     report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary

@@ -1,13 +1,10 @@
-"""Summaries as a person reads them: rows for the terminal and for Prefect's artifacts."""
+"""Summaries as a person reads them: rows for the terminal, artifacts for the Prefect UI."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from eagle_core.acceptance import AcceptanceReport
 from flows.summaries import (
@@ -18,26 +15,19 @@ from flows.summaries import (
     OnlineSummary,
     TrainSummary,
 )
-
-Row = tuple[str, str]
-_UNITS = ("B", "KB", "MB", "GB", "TB")
+from flows.table import Row
+from flows.units import human_bytes
 
 
 def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:
     """Write `rows` as a Markdown artifact of the current run; `key` collects its history."""
     lines = [f"## {title}", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in rows]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
     create_markdown_artifact("\n".join(lines), key=key, description=title)
 
 
-def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Print `rows` on standard output."""
-    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
-    for name, value in rows:
-        table.add_row(escape(name), escape(value))
-    # A path must survive copying from a log: nothing is folded when this is no terminal.
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 def dataset_rows(summary: DatasetSummary) -> list[Row]:
@@ -135,16 +125,6 @@ def where_to_look(run_path: Path, home: Path) -> list[Row]:
 
 def _without_seconds(rows: Sequence[Row]) -> list[Row]:
     return [(name, value) for name, value in rows if name != "seconds"]
-
-
-def human_bytes(count: int) -> str:
-    """Return a size with a decimal unit, such as 12.3 MB."""
-    size = float(count)
-    for unit in _UNITS:
-        if size < 1000 or unit == _UNITS[-1]:
-            break
-        size /= 1000
-    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
 
 
 def _ratio(states: HiddenStatesSummary) -> str:

@@ -11,20 +11,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-import eagle_core.errors
-import storage.errors
+from eagle_core.errors import MismatchError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
+from flows.child_process import answer, say
 from flows.semantic_probe import probed, recompute_with, require_as_said
 from flows.stored_source import to_stored
 from storage.plan import PlannedShard
 from storage.probe import ProbePoint
 from storage.store import Store
-
-ANSWERED_FAILURE = 3
-"""Exit status after a failure that was reported on standard output."""
 
 
 class ShardJob(BaseModel):
@@ -44,23 +41,15 @@ class ShardReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["tokens", "shard", "failure"]
+    kind: Literal["tokens", "shard"]
     tokens: int = 0
     shard_id: str = ""
-    error: str = ""
-    message: str = ""
 
 
 def main() -> int:
     """Make the shards of the job on standard input; return the exit status."""
     job = ShardJob.model_validate_json(sys.stdin.read())
-    try:
-        _run(job)
-    except (eagle_core.errors.EagleCoreError, storage.errors.StorageError) as error:
-        kind = f"{type(error).__module__}.{type(error).__qualname__}"
-        _say(ShardReport(kind="failure", error=kind, message=str(error)))
-        return ANSWERED_FAILURE
-    return 0
+    return answer(lambda: _run(job))
 
 
 def _run(job: ShardJob) -> None:
@@ -76,7 +65,7 @@ def _run(job: ShardJob) -> None:
         states = probed(counted, samples, shard_id=shard_id, into=probe)
         store.write_shard(shards[shard_id], map(to_stored, states), probe=probe)
         require_as_said(store, shard_id, recompute)
-        _say(ShardReport(kind="shard", shard_id=shard_id))
+        say(ShardReport(kind="shard", shard_id=shard_id))
 
 
 def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:
@@ -86,7 +75,7 @@ def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[Tokeniz
         for sample in file.by_id([name for name in shard.sample_ids if name in file])
     ]
     if len(samples) != len(shard.sample_ids):
-        raise eagle_core.errors.MismatchError(
+        raise MismatchError(
             f"shard {shard.shard_id} needs {len(shard.sample_ids)} samples, the token files have "
             f"{len(samples)} of them; run the hidden-states flow again to plan anew"
         )
@@ -95,13 +84,8 @@ def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[Tokeniz
 
 def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample]:
     for sample in samples:
-        _say(ShardReport(kind="tokens", tokens=len(sample)))
+        say(ShardReport(kind="tokens", tokens=len(sample)))
         yield sample
-
-
-def _say(report: ShardReport) -> None:
-    sys.stdout.write(report.model_dump_json(exclude_defaults=True) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Garbage collection: drop what no kept snapshot needs, records before data.
 
-What an unfinished plan has made so far is kept, since its snapshot is still to come. A kill in the
+What an unfinished plan has made so far is kept, since its snapshot is still to come, unless the
+caller gives the plan up. A kill in the
 middle leaves data without a record, which is no shard; the next collection removes it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from storage.errors import ConfigError
+from storage.snapshot import Snapshot
 from storage.store import Store
 
 
@@ -20,23 +22,68 @@ class Garbage:
     shard_ids: tuple[str, ...]
     num_bytes: int
 
+    def __bool__(self) -> bool:
+        """Tell whether there is any."""
+        return bool(self.snapshot_ids or self.plan_ids or self.shard_ids)
 
-def find_garbage(store: Store, *, keep: Collection[str]) -> Garbage:
-    """Return what no snapshot of `keep` needs; ConfigError if that lacks the latest one."""
+
+def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Sequence[str]:
+    """Return the snapshots to keep, the latest first: with `named`, those and no other.
+
+    Otherwise the latest one is kept, and every other that is no earlier version of one kept:
+    neither are more than half of its samples in the latest, nor all of them in another one. So the
+    held-out split beside a training split stays, and so do other data sets in the same store.
+    """
+    present = store.snapshot_ids()
+    if not present:
+        return ()
+    latest = store.snapshot()
+    if named:
+        return [latest.snapshot_id, *sorted(set(named) - {latest.snapshot_id})]
+    newest = _members(latest)
+    others: list[tuple[str, frozenset[bytes]]] = []
+    for snapshot_id in present:
+        if snapshot_id != latest.snapshot_id:
+            members = _members(store.snapshot(snapshot_id))
+            if len(members & newest) <= len(members) / 2:
+                others.append((snapshot_id, members))
+    kept: list[tuple[str, frozenset[bytes]]] = []
+    for snapshot_id, members in sorted(others, key=lambda other: -len(other[1])):
+        if not any(members <= larger for _, larger in kept):
+            kept.append((snapshot_id, members))
+    return [latest.snapshot_id, *sorted(snapshot_id for snapshot_id, _ in kept)]
+
+
+def _members(snapshot: Snapshot) -> frozenset[bytes]:
+    return frozenset(snapshot.sample_ids.tolist())
+
+
+def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool = True) -> Garbage:
+    """Return what no snapshot of `keep`, and no unfinished plan, needs.
+
+    Raises:
+        ConfigError: `keep` names a snapshot that is not there, or lacks the latest one.
+
+    """
     present = store.snapshot_ids()
     kept = set(keep)
     if not kept <= set(present):
-        raise ConfigError(f"{store.root.root} has no snapshot {min(kept - set(present))}")
+        raise ConfigError(
+            f"{store.root.root} has no snapshot {min(kept - set(present))}; it has: "
+            f"{', '.join(present) or 'none'}"
+        )
     latest = store.snapshot().snapshot_id if present else None
     if latest is not None and latest not in kept:
         raise ConfigError(f"{latest} is the latest snapshot; keep it, or publish another first")
     needed = {shard for snapshot_id in kept for shard in store.snapshot(snapshot_id).shard_ids}
-    needed |= {
-        shard.shard_id
-        for plan in store.plans()
-        if store.missing_shards(plan)
-        for shard in plan.shards
+    plans, committed = store.plans(), set(store.shard_ids())
+    unfinished = {
+        plan.plan_id
+        for plan in plans
+        if any(shard.shard_id not in committed for shard in plan.shards)
     }
+    if keep_unfinished:
+        needed |= {s.shard_id for plan in plans if plan.plan_id in unfinished for s in plan.shards}
     found = store.shard_sizes()
     unneeded = sorted(found.keys() - needed)
     gone = set(unneeded)
@@ -44,8 +91,9 @@ def find_garbage(store: Store, *, keep: Collection[str]) -> Garbage:
         snapshot_ids=tuple(snapshot_id for snapshot_id in present if snapshot_id not in kept),
         plan_ids=tuple(
             plan.plan_id
-            for plan in store.plans()
+            for plan in plans
             if any(shard.shard_id in gone for shard in plan.shards)
+            or (plan.plan_id in unfinished and not keep_unfinished)
         ),
         shard_ids=tuple(unneeded),
         num_bytes=sum(found[shard_id] for shard_id in unneeded),

@@ -12,6 +12,8 @@ from storage.samples import StoredSample
 from storage.shard import decode_shard
 
 REPAIR = "regenerate the shard: eyas repair"
+PUBLISH = "publish the snapshot again: eyas repair"
+REPLAN = "drop the plan, what it lacks is planned again: eyas repair"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,86 @@
+"""`eyas inspect`, `verify` and `gc`: any store at any path or URL, without its target or torch."""
+
+import time
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from deployments.console import ERRORS, OUT, one_message
+from flows.health import SIZES, VerifySummary
+from flows.inspection import look
+from flows.store_tables import garbage_rows, store_rows, verify_rows
+from flows.table import print_table
+from storage.collection import collect, find_garbage, snapshots_to_keep
+from storage.scrub import scrub
+from storage.store import Store
+
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Path or URL of a store, such as s3://bucket/llama3.")
+]
+
+
+def inspect(store: StoreArgument) -> None:
+    """Show what is in a store."""
+    with one_message():
+        figures = look(store)
+        print_table(f"Store {store}", store_rows(figures))
+
+
+def verify(
+    store: StoreArgument,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte, not only names and sizes.")
+    ] = False,
+) -> None:
+    """Look for damage in a store; exit 1 if there is any."""
+    with one_message():
+        started = time.monotonic()
+        opened = Store.open(store)
+        total = len(opened.shard_ids())
+        with Progress(console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
+            row = bar.add_task("verifying", total=total)
+            findings = scrub(
+                opened, deep=deep, recompute=None, on_shard=lambda _shard_id: bar.advance(row)
+            )
+        what = "every byte" if deep else SIZES
+        summary = VerifySummary(
+            store_root=store,
+            what=what,
+            num_shards=total,
+            findings=tuple(findings),
+            seconds=time.monotonic() - started,
+        )
+        print_table("Verification", verify_rows(summary))
+    if findings:
+        OUT.print("run: eyas repair RECIPE (the recipe this store was made with)")
+        raise typer.Exit(code=1)
+    deeper = "with the target's head: eyas run verify RECIPE" if deep else "every byte: --deep"
+    OUT.print(f"to look deeper, {deeper}")
+
+
+def gc(
+    store: StoreArgument,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SNAPSHOT",
+            help="Keep this snapshot and the latest, and no other; may be given several times. "
+            "Without it every snapshot stays that is no earlier version of another one.",
+        ),
+    ] = None,
+    drop_unfinished: Annotated[
+        bool, typer.Option(help="Give up unfinished plans, and drop what they have made.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it nothing is.")] = False,
+) -> None:
+    """Show what no snapshot of a store needs and, with --yes, delete it. Stop generations first."""
+    with one_message():
+        opened = Store.open(store)
+        kept = snapshots_to_keep(opened, named=keep or ())
+        garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
+        if yes:
+            collect(opened, garbage)
+        print_table(f"Garbage in {store}", garbage_rows(garbage, kept, deleted=yes))
+        if garbage and not yes:
+            OUT.print("nothing was deleted; to delete it, add --yes")

@@ -1,0 +1,47 @@
+"""Looking for damage with the target at hand: every byte, and what the states mean."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from eagle_core import weights
+from eagle_core.target import fingerprint, fingerprint_fields, resolve_device
+from eagle_core.target_config import TargetConfig
+from flows.artifact_key import artifact_key
+from flows.progress import stage_progress
+from flows.semantic_probe import recompute_with
+from storage.probe import Recompute
+from storage.scrub import scrub
+from storage.store import Store
+from storage.verify import Finding
+
+
+def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
+    """Return how the head of `target` reads states; MismatchError if the store is another's."""
+    folder = weights.locate(target)
+    fields = fingerprint_fields(target, folder)
+    expected = dataclasses.replace(
+        store.identity, target_fields=fields, target_fingerprint=fingerprint(fields)
+    )
+    store.identity.require_equal(expected, where=f"the store at {store.root.root}")
+    _, lm_head = weights.load_ends(folder, dtype=torch.float32)
+    return recompute_with(lm_head.to(resolve_device(target.device)))
+
+
+@task(task_run_name="look for damage", cache_policy=NO_CACHE, persist_result=False)
+def find_damage(
+    store: Store, *, deep: bool, recompute: Recompute | None, title: str
+) -> Sequence[Finding]:
+    """Return everything in the store that is not as it was committed."""
+    total = len(store.shard_ids())
+    key = artifact_key("verify-progress", title)
+    with stage_progress("verifying", key=key, total=total, unit="shards") as progress:
+        return scrub(
+            store,
+            deep=deep,
+            recompute=recompute,
+            on_shard=lambda shard_id: progress.advance(note=shard_id[:8]),
+        )

@@ -1,0 +1,52 @@
+"""`gc`: what a store holds that no kept snapshot needs; deleted only when told so."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.target_config import TargetConfig
+from flows import report
+from flows.artifact_key import artifact_key
+from flows.config import StoreConfig
+from flows.store_tables import garbage_rows
+from flows.table import print_table
+from flows.workspace import DEFAULT_HOME, Workspace
+from storage.collection import Garbage, collect, find_garbage, snapshots_to_keep
+from storage.store import Store
+
+
+@flow(name="gc", flow_run_name="gc-{target.name}-{dataset.name}", persist_result=False)
+def gc_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+    keep: tuple[str, ...] = (),
+    drop_unfinished: bool = False,
+    delete: bool = False,
+) -> Garbage:
+    """List what nothing needs and, with `delete`, remove it. No generation may be running.
+
+    Args:
+        target: with `dataset`, names the store below `home`.
+        dataset: see `target`.
+        store: where the store is, if it is elsewhere.
+        home: folder of the stores.
+        keep: snapshots to keep beside the latest; by default those that are no earlier version of
+            another (`storage.collection.snapshots_to_keep`).
+        drop_unfinished: also drop what plans that were never finished have made.
+        delete: remove it, rather than only saying what would go.
+
+    """
+    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    opened = Store.open(store.root or str(space.store_root))
+    kept = snapshots_to_keep(opened, named=keep)
+    garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
+    if delete:
+        collect(opened, garbage)
+    rows = garbage_rows(garbage, kept, deleted=delete)
+    title = f"Garbage in the store of {target.name} on {dataset.name}"
+    print_table(title, rows)
+    report.publish_table(title, rows, key=artifact_key("gc", target.name, dataset.name))
+    return garbage

@@ -1,0 +1,133 @@
+"""What is in a store, as plain figures. Knows no target and no torch: it works on any machine."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from storage.collection import Garbage, find_garbage, snapshots_to_keep
+from storage.errors import ConfigError, CorruptError
+from storage.identity import StoreIdentity
+from storage.record import CommitRecord
+from storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotFigures:
+    """One published snapshot."""
+
+    snapshot_id: str
+    num_samples: int
+    num_tokens: int
+    num_shards: int
+    is_latest: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnfinishedPlan:
+    """A generation that was begun and not ended."""
+
+    plan_id: str
+    num_shards: int
+    num_missing: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreFigures:
+    """What a store holds."""
+
+    root: str
+    identity: StoreIdentity
+    num_shards: int
+    num_probed: int
+    """Shards whose record says what the target itself said."""
+    num_samples: int
+    num_tokens: int
+    num_supervised: int
+    stored_bytes: int
+    raw_bytes: int
+    snapshots: tuple[SnapshotFigures, ...]
+    """The latest first."""
+    unfinished: tuple[UnfinishedPlan, ...]
+    garbage: Garbage | None
+    """What `gc` would drop; None while damage hides what is needed."""
+    damaged: tuple[str, ...]
+    """Documents that do not read: their keys."""
+    free_bytes: int | None
+
+
+def look(root: str) -> StoreFigures:
+    """Return the figures of the store at a path or URL; ConfigError if there is none."""
+    store = Store.open(root)
+    damaged: list[str] = []
+    commits = _commits(store, damaged)
+    snapshots = tuple(_snapshots(store, damaged))
+    garbage = _garbage(store)
+    return StoreFigures(
+        root=store.root.root,
+        identity=store.identity,
+        num_shards=len(store.shard_ids()),
+        num_probed=sum(bool(record.probe) for record in commits.values()),
+        num_samples=sum(len(record.sample_ids) for record in commits.values()),
+        num_tokens=sum(record.num_tokens for record in commits.values()),
+        num_supervised=sum(record.num_supervised for record in commits.values()),
+        stored_bytes=sum(record.stored_bytes for record in commits.values()),
+        raw_bytes=sum(record.raw_bytes for record in commits.values()),
+        snapshots=tuple(sorted(snapshots, key=lambda found: not found.is_latest)),
+        unfinished=() if garbage is None else tuple(_unfinished(store)),
+        garbage=garbage,
+        damaged=tuple(damaged),
+        free_bytes=store.free_bytes(),
+    )
+
+
+def _commits(store: Store, damaged: list[str]) -> Mapping[str, CommitRecord]:
+    found: dict[str, CommitRecord] = {}
+    for shard_id in store.shard_ids():
+        try:
+            found[shard_id] = store.commit(shard_id)
+        except CorruptError:
+            damaged.append(f"commits/{shard_id}.json")
+    return found
+
+
+def _snapshots(store: Store, damaged: list[str]) -> Iterator[SnapshotFigures]:
+    present = store.snapshot_ids()
+    latest = _latest(store)
+    for snapshot_id in present:
+        try:
+            snapshot = store.snapshot(snapshot_id)
+        except CorruptError:
+            damaged.append(f"snapshots/{snapshot_id}.parquet")
+            continue
+        yield SnapshotFigures(
+            snapshot_id=snapshot_id,
+            num_samples=snapshot.num_samples,
+            num_tokens=snapshot.num_tokens,
+            num_shards=len(snapshot.shard_ids),
+            is_latest=snapshot_id == latest,
+        )
+    if present and latest is None:
+        damaged.append("the latest snapshot or its name")
+
+
+def _latest(store: Store) -> str | None:
+    try:
+        return store.snapshot().snapshot_id
+    except (CorruptError, ConfigError):
+        return None
+
+
+def _unfinished(store: Store) -> Iterator[UnfinishedPlan]:
+    committed = set(store.shard_ids())
+    for plan in store.plans():
+        missing = sum(shard.shard_id not in committed for shard in plan.shards)
+        if missing:
+            yield UnfinishedPlan(
+                plan_id=plan.plan_id, num_shards=len(plan.shards), num_missing=missing
+            )
+
+
+def _garbage(store: Store) -> Garbage | None:
+    try:
+        return find_garbage(store, keep=snapshots_to_keep(store))
+    except (CorruptError, ConfigError):
+        return None

@@ -1,0 +1,38 @@
+"""`plan`: the bill before it is paid: shards, bytes by profile, time, and whether it fits."""
+
+from prefect import flow
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.target_config import TargetConfig
+from flows import report
+from flows.artifact_key import artifact_key
+from flows.bill import Bill, require_fits
+from flows.config import StoreConfig
+from flows.preflight import draw_up
+from flows.prepare import prepare
+from flows.store_tables import bill_rows
+from flows.table import print_table
+from flows.workspace import DEFAULT_HOME
+
+
+@flow(name="plan", flow_run_name="plan-{target.name}-{dataset.name}", persist_result=False)
+def plan(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+) -> Bill:
+    """Say what `hidden-states` would make and what it would cost; make none of it.
+
+    Raises:
+        DoesNotFitError: the disk or `store.budget` is too small; says by how much and what to do.
+
+    """
+    space, tokens = prepare(target, dataset, home)
+    bill = draw_up(target, store, tokens, store.root or str(space.store_root))
+    rows = bill_rows(bill)
+    title = f"Plan: {target.name} on {dataset.name}"
+    print_table(title, rows)
+    report.publish_table(title, rows, key=artifact_key("plan", target.name, dataset.name))
+    require_fits(bill)
+    return bill

@@ -1,0 +1,135 @@
+"""`repair`: make exactly the damaged shards again, bit for bit on the same machine."""
+
+import time
+from collections.abc import Sequence
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from flows import report
+from flows.artifact_key import artifact_key
+from flows.config import StoreConfig
+from flows.damage import find_damage, probe_recompute
+from flows.errors import DamagedStoreError
+from flows.health import RepairSummary
+from flows.hidden_states import MissingShards, make_shards, publish
+from flows.identity import store_identity
+from flows.prepare import prepare
+from flows.store_tables import repair_rows
+from flows.summaries import TokensSummary
+from flows.table import print_table
+from flows.workspace import DEFAULT_HOME
+from storage.plan import Plan, PlannedShard
+from storage.probe import Recompute
+from storage.repair import damaged_shards
+from storage.scrub import scrub
+from storage.store import Store
+from storage.verify import Finding
+
+
+@flow(
+    name="repair",
+    flow_run_name="repair-{target.name}-{dataset.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # generic in its future
+    persist_result=False,
+)
+def repair_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+    deep: bool = True,
+) -> RepairSummary:
+    """Find damage as `verify` does, take the damaged shards back and make them again.
+
+    Raises:
+        DamagedStoreError: some damage is not of this recipe's data set; what is, was repaired.
+        MismatchError: the store holds states of another target, template or profile.
+
+    """
+    started = time.monotonic()
+    space, tokens = prepare(target, dataset, home)
+    root = store.root or str(space.store_root)
+    Store.open(root)  # a clear error when there is none, rather than an empty new one
+    opened = Store.create(root, store_identity(target, store, tokens))
+    recompute = probe_recompute(target, opened)
+    title = f"{target.name}-{dataset.name}"
+    findings = find_damage(opened, deep=deep, recompute=recompute if deep else None, title=title)
+    for finding in findings:
+        if finding.object_key.startswith("plans/"):
+            opened.root.delete(finding.object_key)  # what it lacks is planned again
+    remade, foreign = _split(damaged_shards(opened, findings), tokens)
+    if remade:
+        _make_again(opened, remade, target, store, tokens)
+    if any(finding.object_key.startswith("snapshots/") for finding in findings):
+        publish(tokens, root, shards_made=len(remade), started=started)
+    summary = RepairSummary(
+        store_root=root,
+        num_shards=len(opened.shard_ids()),
+        findings=tuple(findings),
+        remade=tuple(shard.shard_id for shard in remade),
+        left=tuple(_left(opened, remade, foreign, recompute)),
+        seconds=time.monotonic() - started,
+    )
+    rows = repair_rows(summary)
+    title = f"Repair: {target.name} on {dataset.name}"
+    print_table(title, rows)
+    report.publish_table(title, rows, key=artifact_key("repair", target.name, dataset.name))
+    if summary.left:
+        first = summary.left[0]
+        raise DamagedStoreError(
+            f"{len(summary.left)} things in {root} are still damaged, first {first.object_key}: "
+            f"{first.problem}. They do not belong to data set {dataset.name} as it is now: repair "
+            f"with the recipe that made them, or drop them with `eyas gc {root}`"
+        )
+    return summary
+
+
+def _split(
+    shards: Sequence[PlannedShard], tokens: TokensSummary
+) -> tuple[list[PlannedShard], list[PlannedShard]]:
+    """Return the shards whose samples this data set has, and the others."""
+    files = [TokenFile(path) for path in (tokens.train_path, tokens.held_out_path)]
+    ours: list[PlannedShard] = []
+    foreign: list[PlannedShard] = []
+    for shard in shards:
+        known = all(any(name in file for file in files) for name in shard.sample_ids)
+        (ours if known else foreign).append(shard)
+    return ours, foreign
+
+
+def _make_again(
+    opened: Store,
+    shards: Sequence[PlannedShard],
+    target: TargetConfig,
+    store: StoreConfig,
+    tokens: TokensSummary,
+) -> None:
+    """Make the shards; a kill in between leaves a plan that this flow or `hidden-states` ends."""
+    plan = Plan.of(shards)
+    is_new = not opened.root.exists(f"plans/{plan.plan_id}.json")
+    opened.save_plan(plan)  # before any record goes: it says what the shards held
+    for shard in shards:
+        opened.revoke(shard.shard_id)
+    work = MissingShards(plan_id=plan.plan_id, shards=plan.shards)
+    make_shards(target, store, tokens, opened.root.root, work)
+    if is_new:
+        opened.root.delete(f"plans/{plan.plan_id}.json")
+
+
+def _left(
+    opened: Store,
+    remade: Sequence[PlannedShard],
+    foreign: Sequence[PlannedShard],
+    recompute: Recompute,
+) -> Sequence[Finding]:
+    """Return what is damaged still: sizes of everything, every byte of the shards concerned."""
+    findings = list(scrub(opened, deep=False, recompute=None))
+    committed = set(opened.shard_ids())
+    for shard in (*remade, *foreign):
+        if shard.shard_id in committed:
+            findings.extend(opened.verify_shard(shard.shard_id, recompute=recompute))
+    return list(dict.fromkeys(findings))

@@ -1,0 +1,179 @@
+"""Stores as people read about them: rows of `plan`, `inspect`, `verify`, `repair` and `gc`."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from flows.bill import Bill
+from flows.health import RepairSummary, VerifySummary
+from flows.inspection import SnapshotFigures, StoreFigures
+from flows.table import Row
+from flows.units import human_bytes, human_seconds
+from storage.collection import Garbage
+from storage.identity import StoreIdentity
+from storage.verify import Finding
+
+MOST_LISTED = 20
+
+
+def bill_rows(bill: Bill) -> list[Row]:
+    """Return what is to be made and what it would cost under each profile."""
+    rows = [
+        ("samples", f"{bill.num_samples:,}"),
+        ("tokens", f"{bill.num_tokens:,} ({bill.num_supervised_tokens:,} supervised)"),
+        ("store", bill.store_root),
+    ]
+    if bill.stored_bytes:
+        rows.append(("in the store already", human_bytes(bill.stored_bytes)))
+    if not bill.tokens_to_make:
+        return [*rows, ("still to make", "nothing: every sample has its states")]
+    rows.append(("still to make", f"{bill.tokens_to_make:,} tokens, {bill.num_shards:,} shards"))
+    for profile, per_token in bill.bytes_per_token.items():
+        chosen = ", chosen" if profile == bill.profile else ""
+        size = f"{human_bytes(bill.size(profile))} ({per_token:,.0f} bytes a token{chosen})"
+        rows.append((f"size as {profile}", size))
+    if bill.free_bytes is not None:
+        rows.append(("free there", human_bytes(bill.free_bytes)))
+    if bill.budget_bytes is not None:
+        rows.append(("budget", human_bytes(bill.budget_bytes)))
+    speed = f"{bill.tokens_per_second:,.0f} tokens/s on {bill.device}"
+    missing = bill.missing_bytes(bill.profile)
+    return [
+        *rows,
+        ("time", f"about {human_seconds(bill.seconds)} ({speed})"),
+        ("fits", f"no, {human_bytes(missing)} are missing" if missing else "yes"),
+    ]
+
+
+def store_rows(figures: StoreFigures) -> list[Row]:
+    """Return what is in a store."""
+    tokens = max(figures.num_tokens, 1)
+    per_token = f"{figures.stored_bytes / tokens:,.0f} ({figures.raw_bytes / tokens:,.0f} raw)"
+    ratio = f"{figures.stored_bytes / max(figures.raw_bytes, 1):.1%} of raw"
+    rows = [
+        *_identity_rows(figures.identity),
+        ("shards", f"{figures.num_shards:,} ({figures.num_probed:,} with a probe)"),
+        ("samples", f"{figures.num_samples:,}"),
+        ("tokens", f"{figures.num_tokens:,} ({figures.num_supervised:,} supervised)"),
+        ("size", f"{human_bytes(figures.stored_bytes)} ({ratio})"),
+        ("bytes a token", per_token),
+    ]
+    if figures.free_bytes is not None:
+        rows.append(("free there", human_bytes(figures.free_bytes)))
+    for snapshot in figures.snapshots[:MOST_LISTED]:
+        name = "latest snapshot" if snapshot.is_latest else "snapshot"
+        rows.append((name, _snapshot(snapshot)))
+    if len(figures.snapshots) > MOST_LISTED:
+        rows.append(("", f"and {len(figures.snapshots) - MOST_LISTED:,} more"))
+    rows += [
+        (
+            "unfinished plan",
+            f"{plan.plan_id}\n{plan.num_missing:,} of {plan.num_shards:,} shards are missing",
+        )
+        for plan in figures.unfinished[:MOST_LISTED]
+    ]
+    if figures.damaged:
+        shown = "\n".join(figures.damaged[:MOST_LISTED])
+        rows.append(("does not read", f"{shown}\nrun: eyas verify {figures.root}"))
+    if figures.garbage is not None:
+        rows.append(("garbage", _garbage(figures.garbage, figures.root)))
+    return rows
+
+
+def _identity_rows(identity: StoreIdentity) -> Iterator[Row]:
+    fields = identity.target_fields
+    how = [f"{name} {fields[name]}" for name in ("dtype", "attention") if name in fields]
+    yield "target", ", ".join([identity.target_fingerprint[:12], *how])
+    for name, digest in json.loads(fields.get("weights", "{}")).items():
+        yield "", f"{name} {digest[:12]}"
+    layers = ", ".join(str(layer) for layer in identity.aux_layers)
+    norm = identity.norm_convention.replace("_", "-")
+    yield "states", f"layers {layers} and the last ({norm}), {identity.hidden_size:,} wide"
+    yield "vocabulary", f"{identity.vocab_size:,} tokens"
+    yield "tokenizer", identity.tokenizer_fingerprint[:12]
+    yield "chat template", identity.template_fingerprint[:12]
+    yield "profile", identity.profile
+
+
+def _snapshot(snapshot: SnapshotFigures) -> str:
+    return (
+        f"{snapshot.snapshot_id}\n{snapshot.num_samples:,} samples, {snapshot.num_tokens:,} tokens "
+        f"in {snapshot.num_shards:,} shards"
+    )
+
+
+def _garbage(garbage: Garbage, root: str) -> str:
+    if not garbage:
+        return "nothing"
+    return f"{_amount(garbage)}\nsee: eyas gc {root}"
+
+
+def _amount(garbage: Garbage) -> str:
+    return (
+        f"{_count(len(garbage.shard_ids), 'shard')}, {human_bytes(garbage.num_bytes)}; "
+        f"{_count(len(garbage.snapshot_ids), 'snapshot')}, {_count(len(garbage.plan_ids), 'plan')}"
+    )
+
+
+def verify_rows(summary: VerifySummary) -> list[Row]:
+    """Return what was looked at, and all damage."""
+    damaged = {finding.shard_id for finding in summary.findings if finding.shard_id}
+    state = f"{_count(len(summary.findings), 'finding')} in {_count(len(damaged), 'shard')}"
+    return [
+        ("store", summary.store_root),
+        ("shards", f"{summary.num_shards:,}"),
+        ("looked at", summary.what),
+        ("state", state if summary.findings else "sound"),
+        *_finding_rows(summary.findings),
+        ("time", human_seconds(summary.seconds)),
+    ]
+
+
+def repair_rows(summary: RepairSummary) -> list[Row]:
+    """Return what was damaged and what became of it."""
+    rows = [("store", summary.store_root), ("shards", f"{summary.num_shards:,}")]
+    if not summary.findings:
+        rows.append(("state", "sound; there was nothing to repair"))
+    else:
+        state = (
+            f"still damaged: {_count(len(summary.left), 'thing')}" if summary.left else "repaired"
+        )
+        rows += [
+            *_finding_rows(summary.findings, with_remedy=False),
+            ("made again", _listed(summary.remade) or "no shard"),
+            ("state", state),
+        ]
+    return [*rows, ("time", human_seconds(summary.seconds))]
+
+
+def garbage_rows(garbage: Garbage, kept: Sequence[str], *, deleted: bool) -> list[Row]:
+    """Return what nothing needs."""
+    rows = [("snapshots kept", _listed(kept) or "none")]
+    if not garbage:
+        return [*rows, ("garbage", "nothing")]
+    done = "deleted" if deleted else "to delete"
+    rows.append((f"{done}", _amount(garbage)))
+    for name, ids in (
+        ("snapshots", garbage.snapshot_ids),
+        ("plans", garbage.plan_ids),
+        ("shards", garbage.shard_ids),
+    ):
+        if ids:
+            rows.append((f"  {name}", _listed(ids)))
+    return rows
+
+
+def _finding_rows(findings: Sequence[Finding], *, with_remedy: bool = True) -> Iterator[Row]:
+    for number, finding in enumerate(findings[:MOST_LISTED], start=1):
+        lines = [finding.object_key, finding.problem]
+        yield f"damage {number}", "\n".join([*lines, finding.remedy] if with_remedy else lines)
+    if len(findings) > MOST_LISTED:
+        yield "", f"and {len(findings) - MOST_LISTED:,} more"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _listed(ids: Sequence[str]) -> str:
+    more = [f"and {len(ids) - MOST_LISTED:,} more"] if len(ids) > MOST_LISTED else []
+    return "\n".join([*ids[:MOST_LISTED], *more])

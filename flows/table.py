@@ -1,0 +1,21 @@
+"""One table of names and values, as a person reads it in a terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Row = tuple[str, str]
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    """Print `rows` on standard output."""
+    table = Table(title=escape(title), title_justify="left", show_header=False, min_width=60)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    # A path must survive copying from a log: nothing is folded when this is no terminal.
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)

@@ -1,0 +1,65 @@
+"""`verify`: is a store what was committed, and does it say what the target said?"""
+
+import time
+from pathlib import Path
+
+from prefect import flow
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.target_config import TargetConfig
+from flows import report
+from flows.artifact_key import artifact_key
+from flows.config import StoreConfig
+from flows.damage import find_damage, probe_recompute
+from flows.errors import DamagedStoreError
+from flows.health import SIZES, VerifySummary
+from flows.prepare import prepare_weights
+from flows.store_tables import verify_rows
+from flows.table import print_table
+from flows.workspace import DEFAULT_HOME, Workspace
+from storage.store import Store
+
+
+@flow(name="verify", flow_run_name="verify-{target.name}-{dataset.name}", persist_result=False)
+def verify_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+    deep: bool = True,
+) -> VerifySummary:
+    """Compare sizes or, with `deep`, every byte and the semantic probe of every shard.
+
+    Raises:
+        DamagedStoreError: something is damaged; the artifact of the run lists it.
+        MismatchError: the store holds states of another target.
+
+    """
+    started = time.monotonic()
+    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    root = store.root or str(space.store_root)
+    opened = Store.open(root)
+    recompute = None
+    if deep:
+        prepare_weights(target)
+        recompute = probe_recompute(target, opened)
+    title = f"{target.name}-{dataset.name}"
+    findings = find_damage(opened, deep=deep, recompute=recompute, title=title)
+    summary = VerifySummary(
+        store_root=root,
+        what="every byte, and what the states mean" if deep else SIZES,
+        num_shards=len(opened.shard_ids()),
+        findings=tuple(findings),
+        seconds=time.monotonic() - started,
+    )
+    rows = verify_rows(summary)
+    title = f"Store of {target.name} on {dataset.name}"
+    print_table(title, rows)
+    report.publish_table(title, rows, key=artifact_key("verify", target.name, dataset.name))
+    if findings:
+        raise DamagedStoreError(
+            f"{len(findings)} things are damaged in {root}, first {findings[0].object_key}: "
+            f"{findings[0].problem}; run the repair flow of the same recipe: eyas repair "
+            f"{target.name}"
+        )
+    return summary
