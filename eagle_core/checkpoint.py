@@ -171,9 +171,9 @@ def restore_optimizer(
             if full.startswith(prefix)
         }
         if state:
-            step = state.pop("step")  # AdamW keeps it on the CPU
-            moved = {key: tensor.to(parameter.device) for key, tensor in state.items()}
-            optimizer.state[parameter] = {"step": step, **moved}
+            optimizer.state[parameter] = {
+                key: tensor.to(parameter.device) for key, tensor in state.items()
+            }
 
 
 def _folders(run_path: Path) -> Iterator[Path]:

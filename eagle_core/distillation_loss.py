@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle_core.tensors import widened
+
 CHUNK_ROWS = 1024
+TILE_BYTES = 1 << 21
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,41 +79,84 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_rows = len(hidden)
         needs_gradient = hidden.requires_grad or head.requires_grad
-        cross_entropy = weights.new_zeros(num_rows)
-        acceptance = weights.new_zeros(num_rows)
-        correct = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
+        outcome = RowOutcome(
+            cross_entropy=widened(hidden[:1]).new_zeros(num_rows),
+            correct=torch.zeros(num_rows, dtype=torch.bool, device=hidden.device),
+            acceptance=widened(hidden[:1]).new_zeros(num_rows),
+        )
         grad_hidden = torch.zeros_like(hidden) if needs_gradient else None
         grad_head = torch.zeros_like(head) if needs_gradient else None
+        compute_head = head.to(hidden.dtype)
         for rows, tokens in _chunks(teacher.token_of_row):
-            local = teacher.token_of_row[rows] - tokens.start
             probability, share = _teacher_probability(teacher, tokens)
-            p = probability[local]
-            logits = (hidden[rows] @ head.T).float()
-            lse = logits.logsumexp(dim=-1)
-            cross_entropy[rows] = lse - (p * logits).sum(dim=-1)
-            correct[rows] = logits.argmax(dim=-1) == teacher.choice[tokens][local]
-            q = logits.sub_(lse.unsqueeze(-1)).exp_()
-            acceptance[rows] = torch.minimum(p * share[local].unsqueeze(-1), q).sum(dim=-1)
+            logits = widened(hidden[rows] @ compute_head.T)
+            for tile in _tiles(logits):
+                members = slice(rows.start + tile.start, rows.start + tile.stop)
+                token = teacher.token_of_row[members]
+                local = token - tokens.start
+                p = probability[local]
+                choice = teacher.choice[token]
+                _finish(logits[tile], p, share[local], choice, weights[members], outcome, members)
             if grad_hidden is not None and grad_head is not None:
-                gradient = q.sub_(p).mul_(weights[rows].unsqueeze(-1)).to(hidden.dtype)
-                grad_hidden[rows] = gradient @ head
-                grad_head.addmm_(gradient.T, hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.mark_non_differentiable(cross_entropy, correct, acceptance)
-        return (weights * cross_entropy).sum(), cross_entropy, correct, acceptance
+                gradient = logits.to(hidden.dtype)
+                grad_hidden[rows] = gradient @ compute_head
+                if gradient.dtype == grad_head.dtype:
+                    grad_head.addmm_(gradient.T, hidden[rows])
+                else:
+                    grad_head += gradient.T @ hidden[rows]
+        ctx.gradients = grad_hidden, grad_head
+        ctx.mark_non_differentiable(outcome.cross_entropy, outcome.correct, outcome.acceptance)
+        loss = (weights * outcome.cross_entropy).sum()
+        return loss, outcome.cross_entropy, outcome.correct, outcome.acceptance
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_head * grads[0], None, None
+        grad_hidden, grad_head = ctx.gradients
+        ctx.gradients = None  # they are scaled in place, and so good for one backward pass only
+        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None
+
+
+def _finish(
+    logits: Tensor,
+    p: Tensor,
+    share: Tensor,
+    choice: Tensor,
+    weights: Tensor,
+    outcome: RowOutcome,
+    rows: slice,
+) -> None:
+    """Turn logits [r, D] into their gradient in place, and write what became of the rows.
+
+    Few passes over few rows: a tile stays in the processor's cache, and softmax is the one pass
+    that exponentiates. Its largest value is exp(0) over the sum of exponentials.
+    """
+    highest = logits.amax(dim=-1)
+    chosen = logits.gather(1, choice.clamp(min=0).unsqueeze(1)).squeeze(1)
+    outcome.correct[rows] = (chosen >= highest) & (choice >= 0)
+    mean_logit = torch.linalg.vecdot(p, logits)
+    q = torch.softmax(logits, dim=-1)
+    outcome.cross_entropy[rows] = highest - q.amax(dim=-1).log() - mean_logit
+    outcome.acceptance[rows] = torch.minimum(p * share.unsqueeze(-1), q).sum(dim=-1)
+    weight = weights.unsqueeze(-1)
+    torch.mul(q, weight, out=logits)
+    logits.addcmul_(p, weight, value=-1)
 
 
 def _teacher_probability(teacher: Teacher, tokens: slice) -> tuple[Tensor, Tensor]:
     """Return (softmax over the draft vocabulary [u, D], its share of the full vocabulary [u])."""
-    logits = (teacher.last_hidden_state[tokens] @ teacher.head.T).float()
-    lse = logits.logsumexp(dim=-1)
-    share = (lse - teacher.logsumexp[tokens]).exp().clamp(max=1.0)
-    return logits.sub_(lse.unsqueeze(-1)).exp_(), share
+    last = teacher.last_hidden_state[tokens]
+    logits = widened(last @ teacher.head.T)
+    probability = torch.softmax(logits, dim=-1)
+    lse = logits.amax(dim=-1) - probability.amax(dim=-1).log()
+    return probability, (lse - teacher.logsumexp[tokens]).exp().clamp(max=1.0)
+
+
+def _tiles(logits: Tensor) -> Iterator[slice]:
+    """Yield slices of rows: all at once on an accelerator, which has no use for small ones."""
+    row_bytes = logits.shape[1] * logits.element_size()
+    rows = max(1, TILE_BYTES // row_bytes) if logits.device.type == "cpu" else len(logits)
+    for first in range(0, len(logits), max(1, rows)):
+        yield slice(first, min(first + rows, len(logits)))
 
 
 def _chunks(token_of_row: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -15,3 +15,8 @@ def to_bfloat16_bits(tensor: Tensor) -> NDArray[np.uint16]:
 def from_bfloat16_bits(bits: NDArray[np.uint16], *, dtype: torch.dtype) -> Tensor:
     """Return the values whose bfloat16 bit patterns are `bits`, as `dtype`; exact for float32."""
     return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16).to(dtype)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float32, or as it is if that is wider: for sums and exponentials."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

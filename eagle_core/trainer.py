@@ -129,6 +129,7 @@ class _Run:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
+            fused=True,
         )
         self.identity = _identity(config, draft, source)
         self.step = 0

@@ -89,8 +89,19 @@ def _random_case(seed: int, lengths: list[int]) -> tuple[DraftModel, PackedBatch
     ttt_length=st.integers(1, 7),
     positions=st.sampled_from(["eagle3", "predicted"]),
     reduction=st.sampled_from(["positions", "tokens", "sequence"]),
+    block=st.sampled_from([1, 3, 256]),
 )
 def test_equals_the_plain_formulation(
+    seed: int, lengths: list[int], ttt_length: int, positions: str, reduction: str, block: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # many blocks of few rows, or one of all
+        patch.setattr("eagle_core.ttt_attention.BLOCK_QUERIES", block)
+        patch.setattr("eagle_core.distillation_loss.CHUNK_ROWS", 4 * block)
+        patch.setattr("eagle_core.distillation_loss.TILE_BYTES", 400 * block)
+        _require_equal_to_plain(seed, lengths, ttt_length, positions, reduction)
+
+
+def _require_equal_to_plain(
     seed: int, lengths: list[int], ttt_length: int, positions: str, reduction: str
 ) -> None:
     options = TttOptions(
