@@ -16,10 +16,10 @@ class StoreConfig(BaseModel):
         default=None,
         description="Root of the store; by default stores/TARGET-DATASET below the home folder.",
     )
-    profile: Literal["lossless", "int8", "raw"] = Field(
+    profile: Literal["lossless", "int8", "int6", "raw"] = Field(
         default=DEFAULT_PROFILE,
-        description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half of "
-        "that with an error below bfloat16 noise, or uncompressed.",
+        description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half "
+        "with an error below bfloat16 noise, int6 in a third with a larger one, or uncompressed.",
     )
     shard_tokens: int = Field(
         default=16384,

@@ -1,0 +1,62 @@
+"""What SIGTERM does to a run: training writes a checkpoint, and nothing that follows runs."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.deployments.test_cli import ROOT, eyas
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+def _recipe(tmp_path: Path, target: Path, *, max_steps: int) -> str:
+    source = tiny.write_conversations(tmp_path / "tiny.json", 40)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"""
+target: {{name: tiny, model: {target}, dtype: float32, device: cpu}}
+dataset: {{name: facts, source: {source}, held_out_fraction: 0.2, max_length: 256}}
+training: {{draft_vocab_size: 300, max_steps: {max_steps}, batch_tokens: 512, checkpoint_every: 5}}
+evaluation: {{num_prompts: 2, max_new_tokens: 4}}
+"""
+    )
+    return str(recipe)
+
+
+def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
+    tmp_path: Path, tiny_target_path: Path
+) -> None:
+    home = tmp_path / "home"
+    recipe = _recipe(tmp_path, tiny_target_path, max_steps=100_000)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "deployments", "run", "offline", recipe, "--home", str(home)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 240
+    while not list(home.rglob("step-*")):  # the first checkpoint: training is under way
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    child.send_signal(signal.SIGTERM)
+    stdout, stderr = child.communicate(timeout=120)
+    assert child.returncode == 1, stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("TrainingStoppedError: training tiny-facts-main was stopped at step ")
+    assert "run the same command again" in last
+    assert "acceptance" not in stdout
+    assert not list(home.rglob("evaluation.json"))
+
+    # The same run, shortened to where it stopped, is complete: evaluation goes on from there.
+    step = int(last.partition("at step ")[2].split()[0])
+    shorter = _recipe(tmp_path, tiny_target_path, max_steps=step)
+    ended = eyas("run", "offline", shorter, "--home", str(home))
+    assert ended.returncode == 0, ended.stderr
+    assert list(home.rglob("evaluation.json"))

@@ -1,0 +1,78 @@
+"""Whether it fits, and what a person is told if it does not."""
+
+from dataclasses import replace
+
+import pytest
+
+from flows.bill import HEADROOM, Bill, require_fits
+from flows.errors import DoesNotFitError
+
+GB = 10**9
+BILL = Bill(
+    store_root="/data/store",
+    profile="lossless",
+    num_samples=2000,
+    num_tokens=2_000_000,
+    num_supervised_tokens=1_000_000,
+    num_shards=100,
+    samples_to_make=1000,
+    tokens_to_make=1_000_000,
+    stored_bytes=0,
+    bytes_per_token={"raw": 30_000.0, "lossless": 20_000.0, "int8": 10_000.0},
+    tokens_per_second=100.0,
+    device="cpu",
+    free_bytes=None,
+    budget_bytes=None,
+)
+
+
+def test_sizes_and_time_are_of_what_is_still_to_be_made() -> None:
+    assert BILL.size("lossless") == int(20 * GB * HEADROOM)
+    assert BILL.seconds == 10_000
+    assert replace(BILL, tokens_to_make=0, bytes_per_token={}).seconds == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"free_bytes": 21 * GB},
+        {"budget_bytes": 21 * GB},
+        {"budget_bytes": 31 * GB, "stored_bytes": 10 * GB},
+        {"free_bytes": 0, "budget_bytes": 1, "tokens_to_make": 0, "bytes_per_token": {}},
+    ],
+)
+def test_what_fits_passes(changes: dict[str, object]) -> None:
+    require_fits(replace(BILL, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"free_bytes": 15 * GB},
+            (
+                r"about 20\.4 GB, 15\.0 GB are free at /data/store: 5\.4 GB are missing, "
+                r"no shard was made\. You can: free space, or put the store elsewhere "
+                r"\(store\.root\); take fewer conversations \(about 735 of 1,000 fit: "
+                r"dataset\.max_conversations\).*"
+                r"set store\.profile=int8 \(10\.2 GB\)$"
+            ),
+        ),
+        (
+            {"budget_bytes": 25 * GB, "stored_bytes": 10 * GB},
+            (
+                r"10\.0 GB are there already, the budget is 25\.0 GB: 5\.4 GB are missing.*"
+                r"raise the budget \(store\.budget\).*\(dataset\.max_length\)$"
+            ),  # its profile is settled
+        ),
+        ({"free_bytes": 5 * GB, "budget_bytes": 100 * GB}, r"5\.0 GB are free.*15\.4 GB are"),
+        ({"free_bytes": 100 * GB, "budget_bytes": 5 * GB}, r"budget is 5\.0 GB.*15\.4 GB are"),
+        ({"free_bytes": 1}, r"20\.4 GB are missing.*\(store\.root\)$"),  # no remedy would help
+    ],
+)
+def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DoesNotFitError, match=message):
+        require_fits(replace(BILL, **changes))

@@ -1,0 +1,117 @@
+"""Which snapshots stay, what goes with the others, and that nothing goes unasked."""
+
+from pathlib import Path
+
+import pytest
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.target_config import TargetConfig
+from flows.gc import gc_flow
+from flows.inspection import look
+from storage.collection import collect, find_garbage, snapshots_to_keep
+from storage.errors import ConfigError
+from storage.store import Store
+from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
+
+SAMPLES = make_samples(30, seed=3)
+IDS = [sample.sample_id for sample in SAMPLES]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store below the home of target `tiny` and data set `facts`, every sample committed."""
+    made = Store.create(str(tmp_path / "stores" / "tiny-facts"), make_identity())
+    fill(made, SAMPLES)
+    return made
+
+
+def publish(store: Store, first: int, stop: int) -> str:
+    """Publish the samples from `first` to `stop` and return the snapshot's id."""
+    return store.publish(IDS[first:stop]).snapshot_id
+
+
+def test_the_held_out_split_stays_and_earlier_versions_go(store: Store) -> None:
+    publish(store, 20, 24)  # held out, while there was less data
+    publish(store, 0, 12)
+    held_out = publish(store, 20, 26)
+    train = publish(store, 0, 18)
+    assert snapshots_to_keep(store) == [train, held_out]
+    garbage = find_garbage(store, keep=snapshots_to_keep(store))
+    assert len(garbage.snapshot_ids) == 2
+    collect(store, garbage)
+    assert store.verify(deep=True) == []
+    assert store.committed_samples() >= {*IDS[:18], *IDS[20:26]}
+    assert not find_garbage(store, keep=snapshots_to_keep(store))
+
+
+def test_a_few_samples_in_both_splits_do_not_cost_the_held_out_one(store: Store) -> None:
+    held_out = publish(store, 16, 22)  # cut to one length, two conversations can become one sample
+    train = publish(store, 0, 18)
+    assert snapshots_to_keep(store) == [train, held_out]
+
+
+def test_a_train_split_that_changed_in_part_is_an_earlier_version(store: Store) -> None:
+    publish(store, 0, 15)
+    train = publish(store, 5, 20)
+    assert snapshots_to_keep(store) == [train]
+
+
+def test_other_data_in_the_same_store_stays(store: Store) -> None:
+    other = publish(store, 0, 10)
+    train = publish(store, 10, 30)
+    assert snapshots_to_keep(store) == [train, other]
+
+
+def test_named_snapshots_and_the_latest_stay_and_no_other(store: Store) -> None:
+    publish(store, 0, 10)
+    named = publish(store, 10, 20)
+    train = publish(store, 20, 30)
+    kept = snapshots_to_keep(store, named=[named])
+    assert kept == [train, named]
+    assert find_garbage(store, keep=kept).num_bytes > 0
+    with pytest.raises(ConfigError, match=f"no snapshot feed; it has: .*{train}"):
+        find_garbage(store, keep=snapshots_to_keep(store, named=["feed"]))
+
+
+def test_an_unfinished_plan_stays_until_it_is_given_up(store: Store) -> None:
+    train = publish(store, 0, 30)
+    more = make_samples(9, seed=8)
+    plan = store.plan(planned(more), shard_tokens=60)
+    by_id = {sample.sample_id: sample for sample in more}
+    begun = plan.shards[0]
+    store.write_shard(begun, [by_id[sample_id] for sample_id in begun.sample_ids])
+    assert not find_garbage(store, keep=[train])
+    (unfinished,) = look(store.root.root).unfinished
+    assert (unfinished.num_missing, unfinished.num_shards) == (
+        len(plan.shards) - 1,
+        len(plan.shards),
+    )
+
+    garbage = find_garbage(store, keep=[train], keep_unfinished=False)
+    assert garbage.plan_ids == (plan.plan_id,)
+    assert garbage.shard_ids == (begun.shard_id,)
+    collect(store, garbage)
+    assert look(store.root.root).unfinished == ()
+    assert store.pending_plan() is None
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("prefect_server")
+def test_the_flow_deletes_only_when_told_so(
+    store: Store,
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish(store, 0, 30)
+    fill(store, make_samples(5, seed=9))
+    before = tree_digests(store)
+    found = gc_flow(target=target, dataset=dataset, home=str(tmp_path))
+    assert found.num_bytes > 0
+    assert tree_digests(store) == before
+    assert "to delete" in capsys.readouterr().out
+    gc_flow(target=target, dataset=dataset, home=str(tmp_path), delete=True)
+    assert store.shard_ids() == sorted(set(store.shard_ids()) - set(found.shard_ids))
+    assert not set(tree_digests(store)) & {f"commits/{shard}.json" for shard in found.shard_ids}
+    assert not gc_flow(target=target, dataset=dataset, home=str(tmp_path))
