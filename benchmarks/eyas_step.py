@@ -1,0 +1,94 @@
+"""Our step as a peer of `benchmarks.train_step`: `eagle_core.ttt` as the trainer calls it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.step_case import (
+    RMS_NORM_EPS,
+    ROPE_THETA,
+    STEP_DECAY,
+    Shape,
+    StepCase,
+    draft_ids,
+    draft_rows_of_target_head,
+    fill,
+    step_tensors,
+)
+from benchmarks.step_worker import Peer, serve
+from eagle_core.draft import DraftConfig, DraftModel
+from eagle_core.packing import PackedBatch
+from eagle_core.ttt import TttOptions, ttt_step
+
+_ROWS = 256
+
+
+def new_draft(shape: Shape) -> DraftModel:
+    """Return a draft with the weights that every peer has."""
+    config = DraftConfig(
+        hidden_size=shape.hidden_size,
+        target_hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        draft_vocab_size=shape.draft_vocab_size,
+        rms_norm_eps=RMS_NORM_EPS,
+        rope_theta=ROPE_THETA,
+    )
+    with torch.device("meta"):
+        draft = DraftModel(config)
+    draft = draft.to_empty(device="cpu")
+    for name, parameter in draft.named_parameters():
+        fill(name, parameter)
+    ids = draft_ids(shape)
+    draft.t2d.fill_(value=False)
+    draft.t2d[ids] = True
+    draft.d2t.copy_(ids - torch.arange(len(ids)))
+    return draft
+
+
+def packed_batch(case: StepCase) -> PackedBatch:
+    """Return the batch; the logsumexp, which no gradient needs, is over the draft vocabulary."""
+    head = draft_rows_of_target_head(case.shape)
+    tensors = step_tensors(case, head)
+    parts = torch.split(tensors.last_hidden_state, _ROWS)
+    return PackedBatch(
+        sample_ids=tuple(str(number) for number in range(len(case.lengths))),
+        starts=case.starts,
+        input_ids=tensors.input_ids,
+        loss_mask=tensors.loss_mask,
+        aux_hidden_states=tensors.aux_hidden_states,
+        last_hidden_state=tensors.last_hidden_state,
+        target_argmax=draft_ids(case.shape)[tensors.draft_choice],
+        target_logsumexp=torch.cat([(part @ head.T).logsumexp(dim=-1) for part in parts]),
+    )
+
+
+def options(case: StepCase) -> TttOptions:
+    """Return the trainer's defaults with the case's length."""
+    return TttOptions(ttt_length=case.ttt_length, step_decay=STEP_DECAY)
+
+
+def load(case: StepCase, _variant: str) -> Peer:
+    """Return our step as a peer."""
+    draft = new_draft(case.shape)
+    head = draft_rows_of_target_head(case.shape)
+
+    def prepare(wanted: StepCase) -> Callable[[], Tensor]:
+        batch = packed_batch(wanted)
+        return lambda: ttt_step(draft, batch, head, options(wanted)).loss
+
+    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    return Peer(
+        trained=trained,
+        optimizer=torch.optim.AdamW(trained),
+        fusion=draft.get_parameter("fc.weight"),
+        prepare=prepare,
+    )
+
+
+if __name__ == "__main__":
+    serve(load)

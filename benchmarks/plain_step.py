@@ -1,0 +1,165 @@
+"""The published EAGLE-3 training step in eager PyTorch, to be measured against `eagle_core.ttt`.
+
+As the authors' code and SpecForge's plain path do it: every position computes queries, keys,
+values, MLP and logits in every step, hidden states and embeddings are projected together, the
+teacher's logits cover the whole target vocabulary, and each step moves them one place, takes their
+argmax and softmaxes the draft's columns again. Packed like ours instead of padded, with a mask that
+keeps sequences apart; positions and reduction of the loss are ours, so that gradients are the same.
+
+Attention: "columns" is what both do, a dense T x T product with the step-0 keys and one more column
+for each later step; "dense" multiplies with the keys of all steps under a T x (steps T) mask.
+
+Shapes: N packed tokens, V target vocabulary, D draft vocabulary, H hidden, E head size.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.eyas_step import new_draft, packed_batch
+from benchmarks.step_case import StepCase, whole_target_head
+from benchmarks.step_worker import Peer, serve
+from eagle_core.draft import DraftModel, rotary, rotate
+from eagle_core.packing import PackedBatch
+from eagle_core.ttt import TttOptions
+
+Attention = Literal["columns", "dense"]
+
+
+def plain_loss(
+    draft: DraftModel,
+    batch: PackedBatch,
+    target_lm_head: Tensor,
+    options: TttOptions,
+    attention: Attention,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and [L] correct predictions; reduction is "tokens", positions "predicted".
+
+    Args:
+        draft: the model to train.
+        batch: packed sequences.
+        target_lm_head: [V, H] the target's whole head.
+        options: lengths and decay.
+        attention: see the module.
+
+    """
+    sequence, position = _places(batch)
+    layer = _Layer(draft, sequence, position, attention)
+    hidden = draft.fc(batch.aux_hidden_states)
+    ids, target = batch.input_ids, functional.linear(batch.last_hidden_state, target_lm_head)
+    total, correct = hidden.new_zeros(()), []
+    for step in range(options.ttt_length):
+        ids, target = _moved(ids), _moved(target)
+        hidden = layer(ids, hidden, step)
+        supervised = _ahead(batch.loss_mask, sequence, step + 2)
+        with torch.no_grad():
+            counted = supervised & draft.t2d[target.argmax(dim=-1)]
+            p = target[:, draft.t2d].float().softmax(dim=-1)
+        log_q = draft.logits(hidden).float().log_softmax(dim=-1)
+        cross_entropy = -(p * log_q).sum(dim=-1)
+        loss = (cross_entropy * counted).sum() / counted.sum().clamp(min=1)
+        total = total + options.step_decay**step * loss
+        correct.append(((log_q.argmax(dim=-1) == p.argmax(dim=-1)) & counted).sum())
+    return total, torch.stack(correct)
+
+
+class _Layer:
+    """The decoder layer over all positions, with the keys of the steps so far."""
+
+    def __init__(
+        self, draft: DraftModel, sequence: Tensor, position: Tensor, attention: Attention
+    ) -> None:
+        self._draft, self._position, self._attention = draft, position, attention
+        same = sequence.unsqueeze(1) == sequence.unsqueeze(0)
+        self._visible = same.tril()
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def __call__(self, ids: Tensor, hidden: Tensor, step: int) -> Tensor:
+        """Return the pre-norm state [N, H]."""
+        layer, config = self._draft.midlayer, self._draft.config
+        embedding = layer.input_layernorm(self._draft.embed_tokens(ids))
+        inputs = torch.cat([embedding, layer.hidden_norm(hidden)], dim=-1)
+        cos, sin = rotary(self._position + step, config)
+        query, key, value = (
+            projection(inputs).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
+            for projection in (
+                layer.self_attn.q_proj,
+                layer.self_attn.k_proj,
+                layer.self_attn.v_proj,
+            )
+        )  # [N heads or K key-value heads, N tokens, E]
+        repeat = config.num_attention_heads // config.num_key_value_heads
+        self._keys.append(rotate(key, cos, sin).repeat_interleave(repeat, dim=0))
+        self._values.append(value.repeat_interleave(repeat, dim=0))
+        query = rotate(query, cos, sin) * config.head_dim**-0.5
+        mixed = self._columns(query) if self._attention == "columns" else self._dense(query)
+        hidden = hidden + layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
+        output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return output
+
+    def _columns(self, query: Tensor) -> Tensor:
+        num_tokens = query.shape[1]
+        scores = query @ self._keys[0].transpose(1, 2)
+        scores = scores.masked_fill(~self._visible, float("-inf"))
+        own = [(query * key).sum(dim=-1, keepdim=True) for key in self._keys[1:]]
+        weights = torch.cat([scores, *own], dim=-1).softmax(dim=-1)
+        mixed = weights[..., :num_tokens] @ self._values[0]
+        for step, value in enumerate(self._values[1:]):
+            mixed = mixed + weights[..., num_tokens + step, None] * value
+        return mixed
+
+    def _dense(self, query: Tensor) -> Tensor:
+        own = torch.eye(query.shape[1], dtype=torch.bool)
+        visible = torch.cat([self._visible, *([own] * (len(self._keys) - 1))], dim=1)
+        scores = query @ torch.cat(self._keys, dim=1).transpose(1, 2)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        return weights @ torch.cat(self._values, dim=1)
+
+
+def _places(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Return [N] number of each token's sequence, and its index there."""
+    starts = torch.tensor(batch.starts)
+    every = torch.arange(batch.num_tokens)
+    sequence = torch.searchsorted(starts, every, right=True) - 1
+    return sequence, every - starts[sequence]
+
+
+def _moved(values: Tensor) -> Tensor:
+    """Return values moved one place to the front, zeros behind; a copy, as both make one."""
+    return torch.cat([values[1:], torch.zeros_like(values[:1])])
+
+
+def _ahead(mask: Tensor, sequence: Tensor, by: int) -> Tensor:
+    """[N] the mask `by` tokens further on, False beyond the sequence."""
+    ahead = torch.zeros_like(mask)
+    if by < len(mask):
+        inside = sequence[by:] == sequence[: len(mask) - by]
+        ahead[: len(mask) - by] = mask[by:] & inside
+    return ahead
+
+
+def load(case: StepCase, variant: str) -> Peer:
+    """Return the plain step as a peer; `variant` is the kind of attention."""
+    draft = new_draft(case.shape)
+    head = whole_target_head(case.shape)
+    attention: Attention = "dense" if variant == "dense" else "columns"
+
+    def prepare(wanted: StepCase) -> Callable[[], Tensor]:
+        options, batch = TttOptions(ttt_length=wanted.ttt_length), packed_batch(wanted)
+        return lambda: plain_loss(draft, batch, head, options, attention)[0]
+
+    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    return Peer(
+        trained=trained,
+        optimizer=torch.optim.AdamW(trained),
+        fusion=draft.get_parameter("fc.weight"),
+        prepare=prepare,
+    )
+
+
+if __name__ == "__main__":
+    serve(load)

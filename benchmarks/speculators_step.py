@@ -1,0 +1,144 @@
+"""The EAGLE-3 model of the speculators package as a peer of `benchmarks.train_step`.
+
+Run by the interpreter of an environment that has speculators 0.9.0 (see `docs/benchmarks.md`). The
+model is called as the package's trainer calls it: its own `get_trainer_kwargs` and AdamW, samples
+shifted by its own `shift_batch` and laid behind one another in one row with document and position
+ids, as its `CollateFn` does, without the padding that would follow. Differences:
+
+* eager losses, for the fused ones need Triton; no `torch.compile`, which the package uses on a GPU;
+* the loss mask is moved one token further to the front than the package does it, so that the same
+  positions count as in ours, and the loss decays by the same 0.8 a step;
+* variants: "sdpa" or "eager" attention; "+head" trains the draft's head as the other peers do. The
+  package freezes it (`requires_grad = False` wherever the model is built), which saves a product.
+
+Imports nothing of Eyas. Its loss is a divergence, so only gradients can be compared.
+"""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from speculators import SpeculatorsConfig, VerifierConfig  # type: ignore[import-not-found]
+from speculators.models.eagle3 import (  # type: ignore[import-not-found]
+    Eagle3DraftModel,
+    Eagle3SpeculatorConfig,
+)
+from speculators.models.eagle3.data import shift_batch  # type: ignore[import-not-found]
+from speculators.proposals.greedy import (  # type: ignore[import-not-found]
+    GreedyTokenProposalConfig,
+)
+from speculators.train.optimizers import build_optimizers  # type: ignore[import-not-found]
+from torch import Tensor
+from transformers import LlamaConfig
+
+from benchmarks.step_case import (
+    RMS_NORM_EPS,
+    ROPE_THETA,
+    STEP_DECAY,
+    Shape,
+    StepCase,
+    StepTensors,
+    draft_ids,
+    draft_rows_of_target_head,
+    fill,
+    step_tensors,
+)
+from benchmarks.step_worker import LEARNING_RATE, Peer, serve
+
+
+def new_model(shape: Shape, attention: str) -> Eagle3DraftModel:
+    """Return the model with the weights that every peer has."""
+    layer = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        rms_norm_eps=RMS_NORM_EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        pad_token_id=None,
+    )
+    layer._attn_implementation = attention  # noqa: SLF001 (how the package's own code selects it)
+    config = Eagle3SpeculatorConfig(
+        transformer_layer_config=layer,
+        draft_vocab_size=shape.draft_vocab_size,
+        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
+        speculators_config=SpeculatorsConfig(
+            algorithm="eagle3",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=3)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path=None, architectures=[]),
+        ),
+    )
+    model = Eagle3DraftModel(config)
+    ids = draft_ids(shape)
+    t2d = torch.zeros(shape.vocab_size, dtype=torch.bool)
+    t2d[ids] = True
+    model.load_vocab_mappings(t2d, ids - torch.arange(len(ids)))
+    for name, parameter in model.named_parameters():
+        fill(name.replace("layers.0.", "midlayer."), parameter)
+    with torch.no_grad():
+        model.verifier_lm_head.weight.copy_(draft_rows_of_target_head(shape))
+    return model
+
+
+def row_of(case: StepCase, tensors: StepTensors) -> Mapping[str, Tensor]:
+    """Return the model's arguments: one row of all sequences, each a token shorter."""
+    samples = []
+    for start, end in zip(case.starts, case.starts[1:], strict=False):
+        here = slice(start, end)
+        mask = tensors.loss_mask[here]
+        sample = {
+            "input_ids": tensors.input_ids[here],
+            "hidden_states": tensors.aux_hidden_states[here],
+            "verifier_last_hidden_states": tensors.last_hidden_state[here],
+            "loss_mask": torch.cat([mask[1:], torch.zeros_like(mask[:1])]),
+            "lengths": torch.tensor([end - start]),
+            "position_ids": torch.arange(end - start),
+        }
+        samples.append(shift_batch(sample))
+    lengths = torch.cat([sample.pop("lengths") for sample in samples])
+    row = {key: torch.cat([sample[key] for sample in samples]).unsqueeze(0) for key in samples[0]}
+    document = torch.arange(len(samples)).repeat_interleave(lengths)
+    return {**row, "document_ids": document.unsqueeze(0)}
+
+
+def load(case: StepCase, variant: str) -> Peer:
+    """Return the package's step as a peer."""
+    attention, _, head = variant.partition("+")
+    model = new_model(case.shape, attention)
+    model.lm_head.weight.requires_grad_(bool(head))
+    model.train()
+
+    def prepare(wanted: StepCase) -> Callable[[], Tensor]:
+        arguments = row_of(wanted, step_tensors(wanted, model.verifier_lm_head.weight.detach()))
+        settings, _ = model.get_trainer_kwargs(
+            loss_fn="kl_div",
+            loss_implementation="eager",
+            ttt_steps=wanted.ttt_length,
+            ttt_step_loss_decay=STEP_DECAY,
+        )
+        return lambda: _loss(model, arguments, settings)
+
+    settings = SimpleNamespace(optimizer="adamw", lr=LEARNING_RATE, weight_decay=0.0)
+    return Peer(
+        trained=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        optimizer=build_optimizers(model, settings)[0],
+        fusion=model.fc.weight,
+        prepare=prepare,
+    )
+
+
+def _loss(
+    model: Eagle3DraftModel, arguments: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Tensor:
+    _draft_tokens, loss, _metrics = model(**arguments, **settings)
+    result: Tensor = loss
+    return result
+
+
+if __name__ == "__main__":
+    serve(load)

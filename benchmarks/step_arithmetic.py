@@ -1,0 +1,134 @@
+"""How much arithmetic a training step needs, and how fast this machine multiplies matrices.
+
+Needed multiply-adds of one step, for N tokens of width H (target width the same), draft of query
+width Q, key-value width K (keys and values each), inner width I, draft vocabulary D. From the real
+mask: A_i indices that take part in step i, R counted (index, step) pairs, U tokens that teach one,
+P tokens whose step-0 keys some query sees, E tokens whose embedding enters a query, F tokens whose
+embedding enters keys and values, C causal and own (query, key) pairs over all steps:
+
+    fuse        P 3H H                             forward and weights: x 2
+    embeddings  (E Q + F 2K) H                     x 3 (forward, weights, inputs)
+    hidden      (sum A_i Q + (P + sum_{i>0} A_i) 2K) H          x 3
+    output      sum A_i Q H                        x 3
+    MLP         sum A_i 3 H I                      x 3
+    attention   C 2Q                               x 3
+    head        R H D                              x 3
+    teacher     U H D                              x 1
+
+Two floating-point operations each. Norms, softmax, rotary and optimizer are left out: no matrix
+product. Time at the measured rate of the fastest such product is what no step can undercut.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from benchmarks.step_case import Shape, StepCase
+from eagle_core.active import active_positions
+from eagle_core.ttt import TttOptions
+
+_PRODUCT_ROWS = 512
+_PRODUCT_SECONDS = 0.3
+
+
+def needed_operations(case: StepCase, options: TttOptions) -> Mapping[str, int]:
+    """Return floating-point operations of each part of a step; the formula is the module's."""
+    mask = torch.tensor(case.loss_mask)
+    active = active_positions(
+        loss_mask=mask,
+        in_vocabulary=torch.ones_like(mask),
+        starts=case.starts,
+        ttt_length=case.ttt_length,
+        positions=options.loss_positions,
+        reduction=options.loss_reduction,
+    )
+    shape, indices = case.shape, active.indices
+    size, inner = shape.hidden_size, shape.intermediate_size
+    query, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
+    steps = range(case.ttt_length)
+    rows = sum(len(index) for index in indices)
+    seen = _seen(case.starts, indices[0])
+    read = [indices[step] + 1 + step for step in steps]
+    key_rows = len(seen) + sum(len(index) for index in indices[1:])
+    counted = active.counted.nonzero()
+    taught_by = counted[:, 1] + 1 + counted[:, 0]
+    multiply_adds = {
+        "fuse": 2 * len(seen) * 3 * size * size,
+        "embeddings": 3
+        * (_num_unique(*read) * query + _num_unique(seen + 1, *read[1:]) * keys)
+        * size,
+        "hidden": 3 * (rows * query + key_rows * keys) * size,
+        "output": 3 * rows * query * size,
+        "MLP": 3 * rows * 3 * size * inner,
+        "attention": 3 * _num_pairs(case.starts, indices) * 2 * query,
+        "head": 3 * len(counted) * size * shape.draft_vocab_size,
+        "teacher": _num_unique(taught_by) * size * shape.draft_vocab_size,
+    }
+    return {name: 2 * count for name, count in multiply_adds.items()}
+
+
+def _seen(starts: tuple[int, ...], queries: Tensor) -> Tensor:
+    """Return the tokens at or before the last query of their sequence."""
+    parts = [queries.new_zeros(0)]
+    for start, end in pairwise(starts):
+        here = queries[(queries >= start) & (queries < end)]
+        if len(here):
+            parts.append(torch.arange(start, int(here[-1]) + 1))
+    return torch.cat(parts)
+
+
+def _num_unique(*tokens: Tensor) -> int:
+    return len(torch.unique(torch.cat(tokens)))
+
+
+def _num_pairs(starts: tuple[int, ...], indices: tuple[Tensor, ...]) -> int:
+    borders = torch.tensor(starts)
+    total = 0
+    for step, index in enumerate(indices):
+        first = borders[torch.searchsorted(borders, index, right=True) - 1]
+        total += int((index - first + 1 + step).sum())
+    return total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProductRate:
+    """Floating-point operations a second of a matrix product, two for each multiply-add."""
+
+    cpu: float
+    wall: float
+
+    def faster(self, other: "ProductRate") -> "ProductRate":
+        """Return the better of both figures."""
+        return ProductRate(cpu=max(self.cpu, other.cpu), wall=max(self.wall, other.wall))
+
+
+def product_rate(shape: Shape, dtype: torch.dtype) -> ProductRate:
+    """Return the rate of the fastest of three products that a step is made of, in this process."""
+    size, rows = shape.hidden_size, _PRODUCT_ROWS
+    best = ProductRate(cpu=0.0, wall=0.0)
+    for sizes in (
+        (rows, size, shape.draft_vocab_size),  # logits
+        (shape.draft_vocab_size, rows, size),  # gradient of the head
+        (rows, size, shape.intermediate_size),  # MLP
+    ):
+        best = best.faster(_rate(*sizes, dtype))
+    return best
+
+
+def _rate(m: int, k: int, n: int, dtype: torch.dtype) -> ProductRate:
+    left, right = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
+    out = torch.empty(m, n, dtype=dtype)
+    best = ProductRate(cpu=0.0, wall=0.0)
+    until = time.perf_counter() + _PRODUCT_SECONDS
+    torch.mm(left, right, out=out)
+    while time.perf_counter() < until:
+        wall, cpu = time.perf_counter(), time.process_time()
+        torch.mm(left, right, out=out)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        found = ProductRate(cpu=2 * m * k * n / cpu, wall=2 * m * k * n / wall)
+        best = best.faster(found)
+    return best

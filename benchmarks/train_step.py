@@ -1,0 +1,239 @@
+"""Our training step against two peers, taking turns within one run.
+
+Run: python -m benchmarks.train_step --speculators-venv FOLDER --results FILE
+
+One step is forward, backward, gradient clipping and AdamW on one pack of real ShareGPT masks (ids
+and states are random). Peers, each in a process of its own, one working at a time:
+
+* `eyas`: `eagle_core.ttt` as the trainer calls it.
+* `plain`: the published step in eager PyTorch (`benchmarks/plain_step.py`).
+* `speculators`: the model of the speculators package (`benchmarks/speculators_step.py`), which
+  freezes the draft's head; `speculators+head` trains it as the others do. Left out without an
+  environment that has the package.
+
+All start from the same weights and tensors, and the same positions count in their losses: the table
+shows how far their first gradients are from ours. Figures are medians of the rounds. "Step memory"
+is the peak of resident memory above what was loaded (weights, optimizer state, batch). A peer that
+is late, or does not fit into memory, has the reason in its row. The second table compares our step
+with the time that its needed matrix products would take (`benchmarks/step_arithmetic.py`).
+
+Rounds adapt to `--minutes`: each case does at least one.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.machine import describe
+from benchmarks.sharegpt_masks import PackedMask, sharegpt_samples, typical_pack
+from benchmarks.step_arithmetic import ProductRate, product_rate
+from benchmarks.step_case import SHAPES, StepCase
+from benchmarks.step_report import CaseResult, PeerResult, bound_table, step_rows, step_table
+from benchmarks.step_worker import PeerFailedError, Ready, Turn, Worker
+
+PEERS = ("eyas", "plain", "speculators", "speculators+head")
+PACKAGES = ("torch", "transformers")
+NUM_CONVERSATIONS = 300
+REPORT = """\
+# The training step against two peers
+
+`{command}`: {machine}. speculators is 0.9.0 with {speculators_attention} attention; plain has
+"{plain_attention}" attention; {dtype}, {threads} thread(s); medians of n.
+
+Forward, backward, clipping and AdamW on T tokens with real ShareGPT masks. CPU is for each second
+of processor time. Step memory is the peak above what is loaded. "Gradient" is the relative
+difference of the first gradient of the fusing weight from ours.
+
+{steps}
+
+What our step needs in matrix products, and how fast this machine does those, measured between the
+turns:
+
+{bounds}
+"""
+
+
+def commands(arguments: argparse.Namespace) -> Mapping[str, Sequence[str]]:
+    """Return how each wanted peer is started, but for its case."""
+    package = str(Path(arguments.speculators_venv or "") / "bin" / "python")
+    attention = arguments.speculators_attention
+    ways = {
+        "eyas": (sys.executable, "eyas_step", ""),
+        "plain": (sys.executable, "plain_step", arguments.plain_attention),
+        "speculators": (package, "speculators_step", attention),
+        "speculators+head": (package, "speculators_step", f"{attention}+head"),
+    }
+    limits = [f"--threads={arguments.threads}", f"--memory-gib={arguments.memory_gib}"]
+    return {
+        name: [python, "-m", f"benchmarks.{module}", f"--variant={variant}", *limits]
+        for name, (python, module, variant) in ways.items()
+        if name in arguments.peers
+    }
+
+
+def measure_case(case: StepCase, arguments: argparse.Namespace, *, seconds: float) -> CaseResult:
+    """Let all peers take turns for about `seconds`, at least once each."""
+    started = time.monotonic()
+    names = list(commands(arguments))
+    ready: dict[str, Ready] = {}
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
+    failures: dict[str, str] = {}
+    rate = ProductRate(cpu=0.0, wall=0.0)
+    with _workers(case, arguments) as workers:
+        for name, worker in workers.items():
+            with _noting(failures, name):
+                ready[name] = worker.ready(arguments.turn_seconds)
+        for done in range(1, arguments.rounds + 1):
+            begun = time.monotonic()
+            for name in (name for name in names if name not in failures):
+                with _noting(failures, name):
+                    turns[name].append(workers[name].turn(arguments.turn_seconds))
+            rate = rate.faster(product_rate(case.shape, getattr(torch, case.dtype)))
+            now = time.monotonic()
+            if done < arguments.rounds and now + (now - begun) > started + seconds:
+                break
+    peers = {
+        name: PeerResult(
+            ready=ready.get(name), turns=tuple(turns[name]), failure=failures.get(name, "")
+        )
+        for name in names
+    }
+    return CaseResult(case=case, rate=rate, peers=peers)
+
+
+@contextlib.contextmanager
+def _workers(case: StepCase, arguments: argparse.Namespace) -> Iterator[Mapping[str, Worker]]:
+    """Start all peers at once; they load side by side."""
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # eager, as on any CPU
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        case.write(folder / "case.json")
+        yield {
+            name: stack.enter_context(
+                Worker(
+                    [*command, str(folder / "case.json")],
+                    log_path=folder / f"{name}.log",
+                    environment=environment,
+                )
+            )
+            for name, command in commands(arguments).items()
+        }
+
+
+@contextlib.contextmanager
+def _noting(failures: dict[str, str], name: str) -> Iterator[None]:
+    try:
+        yield
+    except PeerFailedError as error:
+        failures[name] = str(error)
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> list[CaseResult]:
+    """Measure every case, small ones first; what they leave of their time goes to the others."""
+    end = time.monotonic() + 60 * arguments.minutes
+    samples = sharegpt_samples(NUM_CONVERSATIONS)
+    packs = {num_tokens: typical_pack(samples, num_tokens) for num_tokens in arguments.tokens}
+    cases = [
+        _case(shape, packs[num_tokens], ttt_length, arguments.dtype)
+        for num_tokens, ttt_length, shape in product(
+            sorted(arguments.tokens), sorted(arguments.ttt), arguments.shape
+        )
+    ]
+    results = []
+    for number, case in enumerate(cases):
+        share = _weight(case) / sum(map(_weight, cases[number:]))
+        seconds = (end - time.monotonic()) * share
+        results.append(measure_case(case, arguments, seconds=seconds))
+        for line in step_rows(results[-1]):
+            console.print(line, markup=False, soft_wrap=True, highlight=False)
+    return results
+
+
+def _case(shape: str, pack: PackedMask, ttt_length: int, dtype: str) -> StepCase:
+    return StepCase(
+        shape=SHAPES[shape],
+        ttt_length=ttt_length,
+        dtype=dtype,
+        lengths=pack.lengths,
+        loss_mask=pack.loss_mask,
+    )
+
+
+def _weight(case: StepCase) -> int:
+    """Return about how long a round takes, in units of its own; starting costs something too."""
+    return (case.num_tokens * case.ttt_length + 1000) * case.shape.hidden_size
+
+
+def report(arguments: argparse.Namespace, results: Sequence[CaseResult]) -> str:
+    """Return everything in Markdown."""
+    return REPORT.format(
+        command=_command(arguments),
+        machine=describe(PACKAGES),
+        speculators_attention=arguments.speculators_attention,
+        plain_attention=arguments.plain_attention,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        steps="\n".join(step_table(results)),
+        bounds="\n".join(bound_table(results)),
+    )
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return the command without paths, which mean nothing on another machine."""
+    words = ["python", "-m", "benchmarks.train_step"]
+    for name in ("shape", "tokens", "ttt", "peers"):
+        words += [f"--{name}", *map(str, getattr(arguments, name))]
+    words += ["--rounds", str(arguments.rounds), "--minutes", f"{arguments.minutes:g}"]
+    return shlex.join(words)
+
+
+def parse(command_line: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shape", nargs="+", choices=sorted(SHAPES), default=["gemma", "llama"])
+    add("--tokens", nargs="+", type=int, default=[512, 2048], help="T")
+    add("--ttt", nargs="+", type=int, default=[3, 7], help="training-time-test steps")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--threads", type=int, default=2)
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS[:3]))
+    add("--plain-attention", choices=("columns", "dense"), default="columns")
+    add("--speculators-attention", choices=("sdpa", "eager"), default="sdpa")
+    add("--speculators-venv", type=Path, help="environment that has speculators 0.9.0")
+    add("--rounds", type=int, default=5, help="at most; --minutes may allow fewer")
+    add("--minutes", type=float, default=12.0, help="for everything")
+    add("--turn-seconds", type=float, default=180.0, help="limit of one peer's turn")
+    add("--memory-gib", type=float, default=16.0, help="limit of one peer's data")
+    add("--results", type=Path, help="where to write the report as well")
+    arguments = parser.parse_args(command_line)
+    if arguments.speculators_venv is None:
+        arguments.peers = [name for name in arguments.peers if "speculators" not in name]
+    return arguments
+
+
+def main() -> None:
+    """Print the report, and write it where `--results` says."""
+    arguments = parse(sys.argv[1:])
+    console = Console()
+    torch.set_num_threads(arguments.threads)
+    found = report(arguments, measure(arguments, console))
+    console.print(found, markup=False, soft_wrap=True, highlight=False)
+    if arguments.results:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(found, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
