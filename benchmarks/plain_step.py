@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.eyas_step import new_draft, packed_batch
+from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import StepCase, whole_target_head
 from benchmarks.step_worker import Peer, serve
 from eagle_core.draft import DraftModel, rotary, rotate
@@ -33,7 +33,7 @@ def plain_loss(
     draft: DraftModel,
     batch: PackedBatch,
     target_lm_head: Tensor,
-    options: TttOptions,
+    settings: TttOptions,
     attention: Attention,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and [L] correct predictions; reduction is "tokens", positions "predicted".
@@ -42,7 +42,7 @@ def plain_loss(
         draft: the model to train.
         batch: packed sequences.
         target_lm_head: [V, H] the target's whole head.
-        options: lengths and decay.
+        settings: length and decay.
         attention: see the module.
 
     """
@@ -51,7 +51,7 @@ def plain_loss(
     hidden = draft.fc(batch.aux_hidden_states)
     ids, target = batch.input_ids, functional.linear(batch.last_hidden_state, target_lm_head)
     total, correct = hidden.new_zeros(()), []
-    for step in range(options.ttt_length):
+    for step in range(settings.ttt_length):
         ids, target = _moved(ids), _moved(target)
         hidden = layer(ids, hidden, step)
         supervised = _ahead(batch.loss_mask, sequence, step + 2)
@@ -61,7 +61,7 @@ def plain_loss(
         log_q = draft.logits(hidden).float().log_softmax(dim=-1)
         cross_entropy = -(p * log_q).sum(dim=-1)
         loss = (cross_entropy * counted).sum() / counted.sum().clamp(min=1)
-        total = total + options.step_decay**step * loss
+        total = total + settings.step_decay**step * loss
         correct.append(((log_q.argmax(dim=-1) == p.argmax(dim=-1)) & counted).sum())
     return total, torch.stack(correct)
 
@@ -149,8 +149,8 @@ def load(case: StepCase, variant: str) -> Peer:
     attention: Attention = "dense" if variant == "dense" else "columns"
 
     def prepare(wanted: StepCase) -> Callable[[], Tensor]:
-        options, batch = TttOptions(ttt_length=wanted.ttt_length), packed_batch(wanted)
-        return lambda: plain_loss(draft, batch, head, options, attention)[0]
+        batch = packed_batch(wanted)
+        return lambda: plain_loss(draft, batch, head, options(wanted), attention)[0]
 
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     return Peer(
