@@ -29,8 +29,9 @@ def test_prefect_yaml_has_the_names_that_users_type() -> None:
         (deployment["entrypoint"].partition(":")[2], deployment["name"])
         for deployment in yaml.safe_load(prefect_yaml.render())["deployments"]
     }
+    flows = ("hidden_states", "train_flow", "evaluate_flow", "offline", "online")
     for target in ("smollm2", "llama3"):
-        for flow in ("hidden_states", "train_flow", "evaluate_flow", "offline", "online"):
+        for flow in (*flows, "plan", "verify_flow", "repair_flow", "gc_flow"):
             assert (flow, target) in names
     assert ("dataset_flow", "sharegpt") in names
 
