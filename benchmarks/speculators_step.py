@@ -1,9 +1,10 @@
 """The EAGLE-3 model of the speculators package as a peer of `benchmarks.train_step`.
 
-Run by the interpreter of an environment that has speculators 0.9.0 (`docs/training-step.md` says how
-to make it). The model is called as the package's trainer calls it: its own `get_trainer_kwargs` and
-AdamW, samples shifted by its own `shift_batch` and laid behind one another in one row with document
-and position ids, as its `CollateFn` does, without the padding that would follow. Differences:
+Run by the interpreter of an environment that has speculators 0.9.0; `docs/training-step.md` says
+how to make one. The model is called as the package's trainer calls it: its own `get_trainer_kwargs`
+and AdamW, samples shifted by its own `shift_batch` and laid behind one another in one row with
+document and position ids, as its `CollateFn` does, without the padding that would follow.
+Differences:
 
 * eager losses, for the fused ones need Triton; no `torch.compile`, which the package uses on a GPU;
 * the loss mask is moved one token further to the front than the package does it, so that the same

@@ -220,6 +220,8 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(command_line)
     if arguments.speculators_venv is None:
         arguments.peers = [name for name in arguments.peers if "speculators" not in name]
+    elif not (arguments.speculators_venv / "bin" / "python").exists():
+        parser.error(f"no bin/python in {arguments.speculators_venv}; see docs/training-step.md")
     return arguments
 
 
