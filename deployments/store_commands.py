@@ -70,7 +70,8 @@ def gc(
         ),
     ] = None,
     drop_unfinished: Annotated[
-        bool, typer.Option(help="Give up unfinished plans, and drop what they have made.")
+        bool,
+        typer.Option("--drop-unfinished", help="Give up unfinished plans and drop what they made."),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it nothing is.")] = False,
 ) -> None:
