@@ -31,6 +31,7 @@ from storage.retry import retried
 Result = TypeVar("Result")
 
 TEMPORARY_SUFFIX = ".tmp"
+S3_SCHEMES = ("s3://", "s3a://")
 UNUSABLE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -55,7 +56,7 @@ class Directory:
                 f"the {scheme} URL carries credentials; take out what stands before the @ and set "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )
-        file_system, root = fsspec.core.url_to_fs(url)
+        file_system, root = _file_system(url)
         return cls(file_system, str(root).rstrip("/"))
 
     def __reduce__(self) -> tuple[Callable[[str], "Directory"], tuple[str]]:
@@ -92,8 +93,15 @@ class Directory:
 
     def exists(self, key: str) -> bool:
         """Tell whether there is such an object."""
-        self.file_system.invalidate_cache()  # other processes write too
-        return bool(self._attempted(key, lambda: self.file_system.isfile(self.path(key))))
+
+        def look() -> bool:
+            self.file_system.invalidate_cache()  # other processes write too
+            try:  # `isfile` would take a server that fails for an absent object
+                return bool(self.file_system.info(self.path(key))["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+        return self._attempted(key, look)
 
     def sizes(self, prefix: str) -> Mapping[str, int]:
         """Return the size of every object below `prefix`, by key relative to it."""
@@ -280,6 +288,21 @@ class Directory:
             if isinstance(error, UNUSABLE) or error.errno == errno.ENOSYS:
                 raise ConfigError(f"cannot use {path}: {error}") from error
             raise TransientError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a URL and the path in it: on S3, one that does not try again.
+
+    s3fs and botocore below it try five times each; with `retried` above them that would be a
+    hundred requests and minutes until they give up.
+    """
+    if not url.startswith(S3_SCHEMES):
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    once = {"retries": {"total_max_attempts": 1}}
+    file_system, root = fsspec.core.url_to_fs(url, config_kwargs={**once, **given})
+    file_system.retries = 1
+    return file_system, root
 
 
 def _precondition_failed(error: OSError) -> bool:

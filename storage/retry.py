@@ -9,7 +9,7 @@ from storage.errors import TransientError
 
 Result = TypeVar("Result")
 
-PAUSES_SECONDS = (0.1, 0.5, 2.0)
+PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
 
 
 def retried(

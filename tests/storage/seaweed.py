@@ -135,74 +135,87 @@ class FaultyProxy:
     """Method and path of every request so far."""
 
 
+HOP_HEADERS = frozenset({"content-length", "connection", "transfer-encoding"})
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    """Answers one connection of the proxy of its server."""
+
+    protocol_version = "HTTP/1.1"
+    server: "ProxyServer"
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.proxy.seen.append(f"{self.command} {self.path}")
+        answer = self.server.proxy.fault(self.command, self.path)
+        if answer is HANG_UP:
+            self.close_connection = True
+        elif answer is None or answer is HALF_WAY:
+            self._pass_on(body, half=answer is HALF_WAY)
+        else:
+            error = f"<Error><Code>{answer.code}</Code><Message>no</Message></Error>"
+            self._reply(answer.status or 500, [], error.encode())
+
+    def _pass_on(self, body: bytes, *, half: bool) -> None:
+        target = urlsplit(self.server.target)
+        link = http.client.HTTPConnection(target.hostname or "", target.port or 80, timeout=30)
+        link.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():  # the host too: it is signed
+            link.putheader(name, value)
+        link.endheaders(body)
+        reply = link.getresponse()
+        data = reply.read()
+        headers = [pair for pair in reply.getheaders() if pair[0].lower() not in HOP_HEADERS]
+        length = reply.getheader("Content-Length")
+        link.close()
+        self._reply(reply.status, headers, data, length=length, half=half)
+
+    def _reply(
+        self,
+        status: int,
+        headers: list[tuple[str, str]],
+        data: bytes,
+        *,
+        length: str | None = None,
+        half: bool = False,
+    ) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", length or str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if half else data)
+        self.close_connection = self.close_connection or half
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _answer  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing."""
+
+
+class ProxyServer(ThreadingHTTPServer):
+    """Listens for a `FaultyProxy`."""
+
+    daemon_threads = True
+
+    def __init__(self, proxy: FaultyProxy, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.proxy = proxy
+        self.target = target
+        proxy.url = f"http://127.0.0.1:{self.server_port}"
+
+
 @contextmanager
 def faulty_proxy(server: S3Server) -> Iterator[FaultyProxy]:
     """Stand in front of a server until the block ends."""
     proxy = FaultyProxy(url="")
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            proxy.seen.append(f"{self.command} {self.path}")
-            answer = proxy.fault(self.command, self.path)
-            if answer is HANG_UP:
-                self.close_connection = True
-            elif answer is None or answer is HALF_WAY:
-                self._pass_on(body, half=answer is HALF_WAY)
-            else:
-                error = f"<Error><Code>{answer.code}</Code><Message>no</Message></Error>"
-                self._reply(answer.status or 500, [], error.encode())
-
-        def _pass_on(self, body: bytes, *, half: bool) -> None:
-            target = urlsplit(server.url)
-            link = http.client.HTTPConnection(target.hostname or "", target.port or 80, timeout=30)
-            link.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():  # the host too: it is signed
-                link.putheader(name, value)
-            link.endheaders(body)
-            reply = link.getresponse()
-            data = reply.read()
-            headers = [pair for pair in reply.getheaders() if pair[0].lower() not in HOP_HEADERS]
-            length = reply.getheader("Content-Length")
-            link.close()
-            self._reply(reply.status, headers, data, length=length, half=half)
-
-        def _reply(
-            self,
-            status: int,
-            headers: list[tuple[str, str]],
-            data: bytes,
-            *,
-            length: str | None = None,
-            half: bool = False,
-        ) -> None:
-            self.send_response_only(status)
-            for name, value in headers:
-                self.send_header(name, value)
-            if status != 204:
-                self.send_header("Content-Length", length or str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2] if half else data)
-            self.close_connection = self.close_connection or half
-
-        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _answer  # noqa: N815
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Say nothing."""
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
-    proxy.url = f"http://127.0.0.1:{listener.server_port}"
-    thread = threading.Thread(target=listener.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield proxy
-    finally:
-        listener.shutdown()
-        listener.server_close()
-        thread.join()
-
-
-HOP_HEADERS = frozenset({"content-length", "connection", "transfer-encoding"})
+    with ProxyServer(proxy, server.url) as listener:
+        thread = threading.Thread(target=listener.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            listener.shutdown()
+            thread.join()

@@ -15,7 +15,6 @@ from storage.record import ObjectDigest
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples
 
-
 FILLER = """
 import sys
 from pathlib import Path

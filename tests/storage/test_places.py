@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from storage.collection import collect, find_garbage
 from storage.errors import ConfigError, CorruptError, MismatchError
+from storage.repair import damaged_shards
 from storage.store import Store
-from tests.storage.synthetic import fill, make_identity, make_samples, tree_digests
+from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
 
 
 def test_conforms(root: str, tmp_path: Path) -> None:
@@ -58,3 +60,72 @@ def test_damage_is_found_and_repaired(root: str, damage: str) -> None:
     store.revoke(record.shard_id)
     fill(store, samples, shard_tokens=10**6)
     assert tree_digests(store) == whole
+
+
+def test_a_plan_is_resumed_and_only_what_is_new_is_planned(root: str) -> None:
+    store = Store.create(root, make_identity())
+    samples = make_samples(6)
+    by_id = {sample.sample_id: sample for sample in samples}
+    plan = store.plan(planned(samples), shard_tokens=80)
+    first, *others = plan.shards
+    assert others
+    store.write_shard(first, [by_id[sample_id] for sample_id in first.sample_ids])
+    again = Store.open(root)
+    assert again.pending_plan() == plan
+    assert again.plan(planned(samples), shard_tokens=99) == plan
+    assert again.missing_shards(plan) == tuple(others)
+    with pytest.raises(ConfigError, match="no committed shard"):
+        again.publish(by_id)
+    fill(again, samples, shard_tokens=80)
+    more = [*samples, *make_samples(1, seed=5)]
+    (fresh,) = again.plan(planned(more), shard_tokens=80).shards
+    assert fresh.sample_ids == (more[-1].sample_id,)
+
+
+def test_snapshots_are_kept_and_the_latest_is_named(root: str) -> None:
+    store = Store.create(root, make_identity())
+    with pytest.raises(ConfigError, match="no snapshot yet"):
+        store.snapshot()
+    samples = make_samples(4)
+    fill(store, samples, shard_tokens=80)
+    whole = store.publish([sample.sample_id for sample in samples])
+    part = store.publish([sample.sample_id for sample in samples[:2]])
+    assert store.snapshot().snapshot_id == part.snapshot_id
+    assert store.snapshot_ids() == sorted([whole.snapshot_id, part.snapshot_id])
+    assert len(store.reader(store.snapshot(whole.snapshot_id))) == len(samples)
+    key = f"snapshots/{part.snapshot_id}.parquet"
+    data = store.root.read(key)
+    store.root.write(key, data[:-9])
+    with pytest.raises(CorruptError, match=part.snapshot_id):
+        store.snapshot()
+    assert [finding.object_key for finding in store.verify(deep=False)] == [key]
+
+
+def test_repair_remakes_the_same_shard_even_without_its_record(root: str) -> None:
+    store = Store.create(root, make_identity())
+    samples = make_samples(4)
+    by_id = {sample.sample_id: sample for sample in samples}
+    fill(store, samples, shard_tokens=80)
+    store.publish(by_id)
+    whole = tree_digests(store)
+    damaged = store.shard_ids()[0]
+    store.root.delete(f"shards/{damaged}/zarr.json")
+    store.root.write(f"commits/{damaged}.json", b"{}")
+    (shard,) = damaged_shards(store, store.verify(deep=True))
+    store.revoke(shard.shard_id)
+    store.write_shard(shard, [by_id[sample_id] for sample_id in shard.sample_ids])
+    assert tree_digests(store) == whole
+
+
+def test_collection_drops_only_what_no_kept_snapshot_needs(root: str) -> None:
+    store = Store.create(root, make_identity())
+    samples = make_samples(6)
+    fill(store, samples, shard_tokens=60)
+    store.publish([sample.sample_id for sample in samples])
+    kept = store.publish([samples[0].sample_id])
+    before = set(store.shard_ids())
+    collect(store, find_garbage(store, keep=[kept.snapshot_id]))
+    assert set(store.shard_ids()) == set(kept.shard_ids) < before
+    assert store.shard_sizes().keys() == set(kept.shard_ids)
+    assert store.verify(deep=True) == []
+    assert store.reader(store.snapshot()).fetch(0).sample_id == samples[0].sample_id
