@@ -28,8 +28,20 @@ class ActivePositions:
     """[L, N] bool: supervised, and the target's argmax is in the draft vocabulary."""
     indices: tuple[Tensor, ...]
     """[L] of [A_i]: indices that take part in step i, ascending; each holds the next."""
-    weights: Tensor
-    """[L, N] float32: factor of each position's cross-entropy in its step's loss."""
+    shares: Tensor
+    """[L, N] float32: what each position counts for; the step's loss is their weighted mean."""
+    totals: Tensor
+    """[L] float32: what all positions count for together."""
+
+    def weights(self, totals: Tensor | None = None) -> Tensor:
+        """Return [L, N] the factor of each position in its step's loss.
+
+        Args:
+            totals: [L] of all batches of an optimizer's step, this one's alone by default.
+
+        """
+        divisors = self.totals if totals is None else totals
+        return self.shares / divisors.clamp(min=1).unsqueeze(1)
 
 
 def active_positions(
@@ -68,11 +80,13 @@ def active_positions(
     known = torch.stack([_shifted(in_vocabulary, sequence, step + 1) for step in range(ttt_length)])
     counted = supervised & known
     later = counted.flip(0).cumsum(0).flip(0) > 0
+    shares, totals = _shares(counted, sequence, len(starts) - 1, reduction)
     return ActivePositions(
         supervised=supervised,
         counted=counted,
         indices=tuple(row.nonzero().squeeze(1) for row in later),
-        weights=_weights(counted, sequence, len(starts) - 1, reduction),
+        shares=shares,
+        totals=totals,
     )
 
 
@@ -92,15 +106,16 @@ def _shifted(flags: Tensor, sequence: Tensor, shift: int) -> Tensor:
     return moved & _exists(sequence, shift) if shift else flags
 
 
-def _weights(
+def _shares(
     counted: Tensor, sequence: Tensor, num_sequences: int, reduction: LossReduction
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Return shares [L, N] and what they add up to, or are divided by, in each step [L]."""
     counts = counted.float()
     if reduction == "positions":
-        return counts / counted.shape[1]
+        return counts, torch.full_like(counts[:, 0], counted.shape[1])
     if reduction == "tokens":
-        return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        return counts, counts.sum(dim=1)
     of_sequence = counts.new_zeros(len(counts), num_sequences)
     of_sequence.index_add_(1, sequence, counts)
-    contributing = (of_sequence > 0).sum(dim=1, keepdim=True).clamp(min=1)
-    return counts / of_sequence[:, sequence].clamp(min=1) / contributing
+    contributing = (of_sequence > 0).sum(dim=1).float()
+    return counts / of_sequence[:, sequence].clamp(min=1), contributing

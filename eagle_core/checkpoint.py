@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,21 +50,28 @@ class Checkpoint:
 def save(
     run_path: Path,
     checkpoint: Checkpoint,
-    draft: DraftModel,
+    weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     *,
     keep_last: int,
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep_last`; return its folder."""
+    """Write a checkpoint, then drop all but the newest `keep_last` and the best; return its folder.
+
+    Args:
+        run_path: folder of the run.
+        checkpoint: its record.
+        weights: the draft's state dict; what is frozen is left out.
+        optimizer: `optimizers.state_tensors`.
+        keep_last: checkpoints that are kept.
+
+    """
     parent = run_path / _FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"step-{checkpoint.step:08d}"
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
     try:
-        weights = {name: tensor for name, tensor in draft.state_dict().items() if name != _FROZEN}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()}, partial / _WEIGHTS
-        )
+        trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != _FROZEN}
+        save_file(trained, partial / _WEIGHTS)
         save_file(dict(optimizer), partial / _OPTIMIZER)
         document = {
             "format_version": FORMAT_VERSION,
@@ -80,9 +86,25 @@ def save(
         sync(parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in list(_folders(run_path))[keep_last:]:
-        shutil.rmtree(old)
+    kept = {best(run_path), *list(_folders(run_path))[:keep_last]}
+    for old in _folders(run_path):
+        if old not in kept:
+            shutil.rmtree(old)
     return folder
+
+
+def best(run_path: Path) -> Path | None:
+    """Return the folder of the checkpoint with the longest held-out acceptance, or None.
+
+    Only checkpoints that were written right after a measurement count; of equals, the newest.
+    """
+    measured: list[tuple[float, Path]] = []
+    for folder in _folders(run_path):
+        if _damage(folder) is None:
+            found = read(folder)
+            if found.figures.get("held_out_step") == found.step:
+                measured.append((found.figures["held_out_length"], folder))
+    return max(measured, default=(0.0, None), key=lambda pair: pair[0])[1]
 
 
 def newest(run_path: Path) -> Path | None:
@@ -148,32 +170,6 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     """Return a checkpoint's optimizer state by tensor name."""
     state: dict[str, Tensor] = load_file(folder / _OPTIMIZER)
     return state
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, draft: DraftModel) -> dict[str, Tensor]:
-    """Return the state of an optimizer over the draft's parameters as named tensors."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in draft.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value.contiguous()
-    return tensors
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, draft: DraftModel, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` returned."""
-    for name, parameter in draft.named_parameters():
-        prefix = f"{name}/"
-        state = {
-            full.removeprefix(prefix): tensor
-            for full, tensor in tensors.items()
-            if full.startswith(prefix)
-        }
-        if state:
-            optimizer.state[parameter] = {
-                key: tensor.to(parameter.device) for key, tensor in state.items()
-            }
 
 
 def _folders(run_path: Path) -> Iterator[Path]:

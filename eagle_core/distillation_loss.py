@@ -10,12 +10,14 @@ vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from eagle_core.tensors import widened
+
+Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 
 CHUNK_ROWS = 1024
 TILE_BYTES = 1 << 21
@@ -47,24 +49,48 @@ class RowOutcome:
     """[R] bool: the draft's argmax is the target's"""
     acceptance: Tensor
     """[R] sum of min(p, q), p over the full vocabulary: chance of acceptance when sampling"""
+    objective: Tensor
+    """[R] what is minimised"""
 
 
 def distillation_loss(
-    hidden: Tensor, head: Tensor, weights: Tensor, teacher: Teacher
+    hidden: Tensor,
+    head: Tensor,
+    weights: Tensor,
+    teacher: Teacher,
+    *,
+    objective: Objective = "cross_entropy",
+    lk_eta: float = 3.0,
 ) -> tuple[Tensor, RowOutcome]:
-    """Return (sum of weights times cross-entropy, each row's outcome).
+    """Return (sum of weights times the objective, each row's outcome).
+
+    With a the acceptance of a row, p the target's and q the draft's distribution:
+
+    * `cross_entropy`: of q under p renormalised over the draft vocabulary, as EAGLE-3 trains.
+    * `lk_alpha`: -log a (LK losses, arXiv 2602.23881).
+    * `lk_hybrid`: k * cross-entropy + (1 - k) * (1 - a) with k = exp(-lk_eta * a), not
+      differentiated: divergence while acceptance is low, acceptance itself when it is high.
 
     Args:
-        hidden: [R, H] the draft's states after its final norm.
+        hidden: [R, H] the draft's states after its final norm, in the dtype of computation.
         head: [D, H] the draft's head.
         weights: [R] factor of each row.
         teacher: what the rows learn from.
+        objective: what is minimised.
+        lk_eta: of `lk_hybrid`.
 
     """
-    loss, cross_entropy, correct, acceptance = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
-        hidden, head, weights, teacher
+    with torch.autocast(hidden.device.type, enabled=False):  # dtypes are chosen here
+        loss, *figures = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
+            hidden, head, weights, teacher, objective, lk_eta
+        )
+    cross_entropy, correct, acceptance, minimised = figures
+    outcome = RowOutcome(
+        cross_entropy=cross_entropy,
+        correct=correct,
+        acceptance=acceptance,
+        objective=minimised,
     )
-    outcome = RowOutcome(cross_entropy=cross_entropy, correct=correct, acceptance=acceptance)
     return loss, outcome
 
 
@@ -76,13 +102,16 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Tensor,
         weights: Tensor,
         teacher: Teacher,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        objective: Objective,
+        lk_eta: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         num_rows = len(hidden)
         needs_gradient = hidden.requires_grad or head.requires_grad
         outcome = RowOutcome(
             cross_entropy=widened(hidden[:1]).new_zeros(num_rows),
             correct=torch.zeros(num_rows, dtype=torch.bool, device=hidden.device),
             acceptance=widened(hidden[:1]).new_zeros(num_rows),
+            objective=widened(hidden[:1]).new_zeros(num_rows),
         )
         grad_hidden = torch.zeros_like(hidden) if needs_gradient else None
         grad_head = torch.zeros_like(head) if needs_gradient else None
@@ -96,7 +125,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 local = token - tokens.start
                 p = probability[local]
                 choice = teacher.choice[token]
-                _finish(logits[tile], p, share[local], choice, weights[members], outcome, members)
+                tile_logits = logits[tile]
+                q = _judge(tile_logits, p, share[local], choice, outcome, members)
+                slope = _slope(q, p, share[local], outcome, members, objective, lk_eta)
+                torch.mul(slope, weights[members].unsqueeze(-1), out=tile_logits)
             if grad_hidden is not None and grad_head is not None:
                 gradient = logits.to(hidden.dtype)
                 grad_hidden[rows] = gradient @ compute_head
@@ -105,27 +137,26 @@ class _ChunkedLoss(torch.autograd.Function):
                 else:
                     grad_head += gradient.T @ hidden[rows]
         ctx.gradients = grad_hidden, grad_head
-        ctx.mark_non_differentiable(outcome.cross_entropy, outcome.correct, outcome.acceptance)
-        loss = (weights * outcome.cross_entropy).sum()
-        return loss, outcome.cross_entropy, outcome.correct, outcome.acceptance
+        figures = (outcome.cross_entropy, outcome.correct, outcome.acceptance, outcome.objective)
+        ctx.mark_non_differentiable(*figures)
+        return (weights * outcome.objective).sum(), *figures
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None  # they are scaled in place, and so good for one backward pass only
-        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None
+        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None
 
 
-def _finish(
+def _judge(
     logits: Tensor,
     p: Tensor,
     share: Tensor,
     choice: Tensor,
-    weights: Tensor,
     outcome: RowOutcome,
     rows: slice,
-) -> None:
-    """Turn logits [r, D] into their gradient in place, and write what became of the rows.
+) -> Tensor:
+    """Return the draft's distribution [r, D] for logits [r, D], and note how the rows fare.
 
     Few passes over few rows: a tile stays in the processor's cache, and softmax is the one pass
     that exponentiates. Its largest value is exp(0) over the sum of exponentials.
@@ -137,9 +168,32 @@ def _finish(
     q = torch.softmax(logits, dim=-1)
     outcome.cross_entropy[rows] = highest - q.amax(dim=-1).log() - mean_logit
     outcome.acceptance[rows] = torch.minimum(p * share.unsqueeze(-1), q).sum(dim=-1)
-    weight = weights.unsqueeze(-1)
-    torch.mul(q, weight, out=logits)
-    logits.addcmul_(p, weight, value=-1)
+    return q
+
+
+def _slope(
+    q: Tensor,
+    p: Tensor,
+    share: Tensor,
+    outcome: RowOutcome,
+    rows: slice,
+    objective: Objective,
+    lk_eta: float,
+) -> Tensor:
+    """Note each row's objective; return its derivative [r, D] by the logits. Overwrites `q`."""
+    cross_entropy, acceptance = outcome.cross_entropy[rows], outcome.acceptance[rows]
+    if objective == "cross_entropy":
+        outcome.objective[rows] = cross_entropy
+        return q.sub_(p)
+    lacking = torch.where(q < p * share.unsqueeze(-1), q, 0)  # more of these would be accepted
+    away = torch.addcmul(-lacking, q, lacking.sum(dim=-1, keepdim=True))  # of 1 - acceptance
+    if objective == "lk_alpha":
+        floor = acceptance.clamp(min=torch.finfo(acceptance.dtype).tiny)
+        outcome.objective[rows] = -floor.log()
+        return away / floor.unsqueeze(-1)
+    kept = torch.exp(-lk_eta * acceptance)
+    outcome.objective[rows] = kept * cross_entropy + (1 - kept) * (1 - acceptance)
+    return torch.lerp(away, q.sub_(p), kept.unsqueeze(-1))
 
 
 def _teacher_probability(teacher: Teacher, tokens: slice) -> tuple[Tensor, Tensor]:

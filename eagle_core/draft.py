@@ -38,9 +38,22 @@ class DraftConfig(BaseModel):
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     max_position_embeddings: int = Field(default=2048, gt=0)
+    fc_norm: bool = Field(
+        default=False, description="EAGLE-3.1: normalise each aux state before they are fused."
+    )
+    norm_output: bool = Field(
+        default=False, description="EAGLE-3.1: the recurrent state is the final norm's output."
+    )
 
     @classmethod
-    def from_target(cls, target: PretrainedConfig, *, draft_vocab_size: int) -> Self:
+    def from_target(
+        cls,
+        target: PretrainedConfig,
+        *,
+        draft_vocab_size: int,
+        fc_norm: bool = False,
+        norm_output: bool = False,
+    ) -> Self:
         """Return a draft of the target's own width, one layer deep."""
         rope = getattr(target, "rope_parameters", None) or {}
         if "full_attention" in rope:  # models that mix attention kinds keep one set for each
@@ -58,6 +71,8 @@ class DraftConfig(BaseModel):
             rms_norm_eps=target.rms_norm_eps,
             rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", 10000.0))),
             max_position_embeddings=target.max_position_embeddings,
+            fc_norm=fc_norm,
+            norm_output=norm_output,
         )
 
 
@@ -177,6 +192,10 @@ class DraftModel(nn.Module):
             requires_grad=False
         )
         self.fc = nn.Linear(NUM_AUX_LAYERS * config.target_hidden_size, size, bias=False)
+        self.fc_norm = nn.ModuleList(
+            nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps)
+            for _ in range(NUM_AUX_LAYERS if config.fc_norm else 0)
+        )
         self.midlayer = DraftLayer(config)
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
@@ -209,8 +228,16 @@ class DraftModel(nn.Module):
 
     def fuse(self, aux: Tensor) -> Tensor:
         """Return the fused state [..., H] of aux states [..., 3Ht], low to high."""
+        if self.config.fc_norm:
+            layers = aux.chunk(NUM_AUX_LAYERS, dim=-1)
+            normed = [norm(layer) for norm, layer in zip(self.fc_norm, layers, strict=True)]
+            aux = torch.cat(normed, dim=-1)
         fused: Tensor = self.fc(aux)
         return fused
+
+    def recurrent(self, hidden: Tensor) -> Tensor:
+        """Return what the next step reads of pre-norm states [..., H]."""
+        return self.norm(hidden) if self.config.norm_output else hidden
 
     def decode(
         self, input_ids: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache

@@ -2,8 +2,8 @@
 
 Layouts: SpecForge, EAGLE, SGLang and vLLM (`midlayer.*`, flat config.json) and speculators
 (`layers.0.*`, `transformer_layer_config`), as safetensors, or as `pytorch_model.bin` read without
-unpickling code. Refused rather than half understood: EAGLE-3.1 norms, biases, q and k norms, scaled
-rotary embeddings, and a residual taken after the norm.
+unpickling code. Refused rather than half understood: biases, q and k norms, scaled rotary
+embeddings, and a residual taken after the norm.
 """
 
 import json
@@ -22,7 +22,7 @@ from eagle_core.weights import weight_files
 
 _CONFIG_NAME = "config.json"
 _PICKLED_NAME = "pytorch_model.bin"
-_REFUSED_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_REFUSED_FLAGS = ("norm_before_residual", "norm_before_fc")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,7 +53,7 @@ def read_draft(folder: Path) -> ImportedDraft:
     tensors = _renamed(_load(folder))
     if "fc.weight" not in tensors or "lm_head.weight" not in tensors:
         raise ConfigError(f"{folder} lacks fc.weight or lm_head.weight; it is no EAGLE-3 draft")
-    config = _draft_config(layer, tensors)
+    config = _draft_config(document, layer, tensors)
     tensors.update(_vocabulary(tensors, config, folder))
     require_shapes(tensors, config, optional=(EMBEDDING,), location=str(folder))
     return ImportedDraft(config=config, tensors=tensors, aux_layers=_aux_layers(document))
@@ -128,7 +128,9 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if name is not None}
 
 
-def _draft_config(layer: Mapping[str, object], tensors: Mapping[str, Tensor]) -> DraftConfig:
+def _draft_config(
+    document: Mapping[str, object], layer: Mapping[str, object], tensors: Mapping[str, Tensor]
+) -> DraftConfig:
     """Return the sizes: from the tensors where they say, else from the configuration."""
     hidden_size, fused = tensors["fc.weight"].shape
     heads = _number(layer, "num_attention_heads")
@@ -145,6 +147,8 @@ def _draft_config(layer: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
         rms_norm_eps=_real(layer, "rms_norm_eps", 1e-5),
         rope_theta=_real(rope, "rope_theta", _real(layer, "rope_theta", 10000.0)),
         max_position_embeddings=_number(layer, "max_position_embeddings", 2048),
+        fc_norm=bool(document.get("fc_norm")),
+        norm_output=bool(document.get("norm_output")),
     )
 
 

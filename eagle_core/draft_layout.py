@@ -28,7 +28,9 @@ def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     size, mlp = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
+    norms = range(NUM_AUX_LAYERS if config.fc_norm else 0)
     return {
+        **{f"fc_norm.{number}.weight": (config.target_hidden_size,) for number in norms},
         EMBEDDING: (config.vocab_size, size),
         "fc.weight": (size, NUM_AUX_LAYERS * config.target_hidden_size),
         "midlayer.self_attn.q_proj.weight": (query, 2 * size),
@@ -71,7 +73,7 @@ def require_shapes(
     """Raise unless `tensors` are exactly a draft's, `optional` ones aside.
 
     Raises:
-        MismatchError: a tensor is not of plain EAGLE-3 (a bias, a q_norm, EAGLE-3.1's fc_norm).
+        MismatchError: a tensor is not of EAGLE-3 (a bias, a q_norm).
         ConfigError: a tensor is missing or has another shape than the sizes say.
 
     """
@@ -80,7 +82,7 @@ def require_shapes(
     if unknown:
         raise MismatchError(
             f"{location} has tensors that this draft has no place for: {', '.join(unknown[:6])}; "
-            "only plain EAGLE-3 drafts can be read (no biases, no q_norm, no EAGLE-3.1 norms)"
+            "only EAGLE-3 and EAGLE-3.1 drafts can be read (no biases, no q_norm)"
         )
     missing = sorted(expected.keys() - tensors.keys() - set(optional))
     if missing:

@@ -39,6 +39,9 @@ class DraftNetwork(Protocol):
     ) -> Tensor:
         """Return the pre-norm state [B, T, H] of ids [B, T] and states [B, T, H] behind `cache`."""
 
+    def recurrent(self, hidden: Tensor, /) -> Tensor:
+        """Return what the next drafted token reads of pre-norm states [..., H]."""
+
     def logits(self, hidden: Tensor, /) -> Tensor:
         """Return the draft's logits [..., D] for pre-norm states [..., H]."""
 
@@ -93,6 +96,7 @@ class ChainDrafter:
         probabilities: list[Tensor] = []
         for step in range(num_tokens):
             if step:
+                hidden = self._draft.recurrent(hidden)
                 hidden = self._decode(tokens[-1:], hidden, start=self.length + step - 1)
             logits = self._draft.logits(hidden)[0, 0]
             if self._generator is None or self._temperature == 0:

@@ -132,6 +132,7 @@ def serving_config(
         # vLLM takes these as they are: j is the output of decoder layer j - 1.
         "eagle_aux_hidden_state_layer_ids": engine_layers,
     }
+    document.update(_norms(draft))
     if draft.target_hidden_size != draft.hidden_size:
         document["target_hidden_size"] = draft.target_hidden_size
     return document
@@ -164,6 +165,7 @@ def speculators_config(
         "draft_vocab_size": draft.draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": _layers_from_one(target),
         "norm_before_residual": False,
+        **_norms(draft),
         "torch_dtype": config.dtype,
         "tie_word_embeddings": False,
         "speculators_config": {
@@ -177,6 +179,12 @@ def speculators_config(
         },
         "transformer_layer_config": _layer_config(draft, target),
     }
+
+
+def _norms(draft: DraftConfig) -> dict[str, object]:
+    """Return the flags of EAGLE-3.1, if the draft has any: plain drafts keep their plain config."""
+    flags = {"fc_norm": draft.fc_norm, "norm_output": draft.norm_output}
+    return {name: True for name, is_set in flags.items() if is_set}
 
 
 def _layers_from_one(target: ServedTarget) -> list[int]:

@@ -1,14 +1,14 @@
 """The draft on the held-out split, from stored or computed states; no gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from eagle_core.draft import DraftModel
 from eagle_core.loader import batch_end
-from eagle_core.packing import pack
+from eagle_core.packing import PackedBatch, pack
 from eagle_core.samples import SampleSource
-from eagle_core.ttt import TttOptions, TttOutcome, ttt_step
+from eagle_core.ttt import TttOutcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,14 +19,20 @@ class HeldOutFigures:
     """[L] share of supervised positions where draft and target choose the same token."""
     acceptances: tuple[float, ...]
     """[L] mean of sum(min(p, q)); 0 where the target's choice is outside the draft vocabulary."""
+    prefixes: tuple[float, ...]
+    """[L] share of positions where the draft is right in this step and in all before it."""
+
+    @property
+    def length(self) -> float:
+        """Return the tokens of one verifying forward, 1 to L + 1, if drafted greedily from here."""
+        return 1 + sum(self.prefixes)
 
 
 @torch.no_grad()
 def measure_held_out(
-    draft: DraftModel,
+    step: Callable[[PackedBatch, torch.Tensor], TttOutcome],
     source: SampleSource,
     target_head: torch.Tensor,
-    options: TttOptions,
     *,
     batch_tokens: int,
     max_tokens: int,
@@ -38,13 +44,15 @@ def measure_held_out(
     while first < len(order) and num_tokens < max_tokens:
         end = batch_end(order, source.lengths, first=first, batch_tokens=batch_tokens)
         batch = pack([source.fetch(index) for index in range(first, end)]).to(target_head.device)
-        outcomes.append(ttt_step(draft, batch, target_head, options))
+        outcomes.append(step(batch, target_head))
         first, num_tokens = end, num_tokens + batch.num_tokens
     supervised = sum(outcome.step_supervised for outcome in outcomes)
     correct = sum(outcome.step_correct for outcome in outcomes)
     acceptance = sum(outcome.step_acceptance for outcome in outcomes)
+    prefix = sum(outcome.step_prefix for outcome in outcomes)
     supervised = torch.as_tensor(supervised).clamp(min=1)
     return HeldOutFigures(
         accuracies=tuple(torch.as_tensor(correct / supervised).tolist()),
         acceptances=tuple(torch.as_tensor(acceptance / supervised).tolist()),
+        prefixes=tuple(torch.as_tensor(prefix / supervised[0]).tolist()),
     )

@@ -1,7 +1,8 @@
 """Batches in an order that is a pure function of (seed, epoch), resumable at any sample.
 
-The state between two batches is (source id, seed, epoch, next sample): it knows nothing of batch
-size, ranks or workers. Batches are made ahead by one thread, and the source told what comes.
+The state between two steps is (source id, seed, epoch, next sample): it knows nothing of batch
+size, ranks or workers, which may all change before the next run without a sample lost or repeated.
+Batches are made ahead by one thread, and the source is told what comes.
 """
 
 from collections import deque
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from eagle_core.packing import PackedBatch, pack
 from eagle_core.samples import SampleSource
 
-_BATCHES_AHEAD = 2
+_STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +32,31 @@ class LoaderState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedBatch:
-    """A batch, and the state after it."""
+class LoadedStep:
+    """What one process works through in one step, and the state after it."""
 
-    batch: PackedBatch
+    batches: tuple[PackedBatch, ...]
+    """At most `batches_per_step`; fewer, even none, when the epoch ends in the middle of a step."""
+    num_batches: int
+    """Of all processes."""
+    most_batches: int
+    """Of any one process."""
     after: LoaderState
+    """Of all processes: the same on each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """How the batches of a step are made and shared out."""
+
+    window: int
+    """Groups whose samples are shuffled together."""
+    batch_tokens: int
+    """Tokens of one packed batch."""
+    batches_per_step: int = 1
+    """Of each process: gradients are accumulated over them."""
+    rank: int = 0
+    world_size: int = 1
 
 
 def epoch_order(
@@ -69,38 +90,48 @@ def batch_end(
     return first + max(1, int(np.searchsorted(totals, batch_tokens, side="right")))
 
 
-def batches(
-    source: SampleSource, state: LoaderState, *, window: int, batch_tokens: int
-) -> Iterator[LoadedBatch]:
-    """Yield batches from `state` on, without end; the caller decides when to stop."""
-    plan = _plan(source, state, window=window, batch_tokens=batch_tokens)
+def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterator[LoadedStep]:
+    """Yield steps from `state` on, without end; the caller decides when to stop.
+
+    Each is made of consecutive batches of the epoch's order, dealt out to the ranks in turn. A step
+    never crosses the end of an epoch.
+    """
+    plan = _plan(source, state, shape)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as reader:
-        ahead: deque[Future[LoadedBatch]] = deque()
+        ahead: deque[Future[LoadedStep]] = deque()
         try:
             while True:
-                while len(ahead) <= _BATCHES_AHEAD:
-                    indices, after = next(plan)
-                    source.prefetch(indices.tolist())
-                    ahead.append(reader.submit(_load, source, indices, after))
+                while len(ahead) <= _STEPS_AHEAD:
+                    members, after = next(plan)
+                    mine = members[shape.rank :: shape.world_size]
+                    source.prefetch(index for batch in mine for index in batch.tolist())
+                    ahead.append(reader.submit(_load, source, mine, len(members), shape, after))
                 yield ahead.popleft().result()
         finally:
             for future in ahead:
                 future.cancel()
 
 
+Members = list[NDArray[np.int64]]
+
+
 def _plan(
-    source: SampleSource, state: LoaderState, *, window: int, batch_tokens: int
-) -> Iterator[tuple[NDArray[np.int64], LoaderState]]:
+    source: SampleSource, state: LoaderState, shape: StepShape
+) -> Iterator[tuple[Members, LoaderState]]:
+    """Yield the samples of every batch of a step, of all ranks, and the state after it."""
     lengths, groups = source.lengths, source.groups
     epoch, first = state.epoch, state.next_sample
     while True:
-        order = epoch_order(groups, seed=state.seed, epoch=epoch, window=window)
+        order = epoch_order(groups, seed=state.seed, epoch=epoch, window=shape.window)
         while first < len(order):
-            end = batch_end(order, lengths, first=first, batch_tokens=batch_tokens)
-            indices, first = order[first:end], end
+            members: Members = []
+            while first < len(order) and len(members) < shape.batches_per_step * shape.world_size:
+                end = batch_end(order, lengths, first=first, batch_tokens=shape.batch_tokens)
+                members.append(order[first:end])
+                first = end
             ended = first == len(order)
             yield (
-                indices,
+                members,
                 LoaderState(
                     source_id=state.source_id,
                     seed=state.seed,
@@ -111,5 +142,13 @@ def _plan(
         epoch, first = epoch + 1, 0
 
 
-def _load(source: SampleSource, indices: NDArray[np.int64], after: LoaderState) -> LoadedBatch:
-    return LoadedBatch(batch=pack([source.fetch(int(index)) for index in indices]), after=after)
+def _load(
+    source: SampleSource, mine: Members, num_batches: int, shape: StepShape, after: LoaderState
+) -> LoadedStep:
+    packed = (pack([source.fetch(int(index)) for index in indices]) for indices in mine)
+    return LoadedStep(
+        batches=tuple(packed),
+        num_batches=num_batches,
+        most_batches=-(-num_batches // shape.world_size),
+        after=after,
+    )

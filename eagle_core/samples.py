@@ -73,6 +73,9 @@ class SampleSource(Protocol):
     def groups(self) -> NDArray[np.int64]:
         """[N] non-decreasing group (shard) of each sample; one group is cheap to read at once."""
 
+    def origin(self, sample_id: str) -> str:
+        """Return where a sample comes from, for an error message: its shard, or the target."""
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Begin to read what these samples need, if that can be done beside other work."""
 

@@ -5,6 +5,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def to_bfloat16_bits(tensor: Tensor) -> NDArray[np.uint16]:
     """Return `tensor` rounded to bfloat16 as uint16 bit patterns of the same shape."""

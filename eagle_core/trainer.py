@@ -6,9 +6,10 @@ never was. All that the next step depends on is in the checkpoint or a pure func
 
 import dataclasses
 import hashlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,23 @@ from eagle_core.checkpoint import Checkpoint
 from eagle_core.draft import DraftModel
 from eagle_core.errors import CorruptError
 from eagle_core.held_out import measure_held_out
-from eagle_core.loader import LoadedBatch, LoaderState, batches
+from eagle_core.loader import LoadedStep, LoaderState, StepShape, steps
+from eagle_core.meter import Meter
+from eagle_core.optimizers import (
+    make_optimizers,
+    restore_state,
+    set_learning_rate,
+    state_tensors,
+)
+from eagle_core.packing import PackedBatch, pack
+from eagle_core.processes import Processes, join_processes, whole, without_sync
 from eagle_core.samples import SampleSource
 from eagle_core.schedule import learning_rate
 from eagle_core.stop_request import stop_request
+from eagle_core.tensors import DTYPES
 from eagle_core.trackers import Tracker
 from eagle_core.training_config import TrainingConfig
-from eagle_core.ttt import TttOptions, TttOutcome, ttt_step
+from eagle_core.ttt import TttModule, TttOptions, TttOutcome, loss_totals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,16 +45,22 @@ class Figures:
     """What the last step, and the last measurement on the held-out split, gave."""
 
     loss: float
-    step_losses: tuple[float, ...]
-    """[L] nats, by training-time-test step, on the last batch."""
-    step_accuracies: tuple[float, ...]
-    """[L] on the last batch."""
     first_loss: float
     """Of the very first step of the run."""
+    step_losses: tuple[float, ...] = ()
+    """[L] nats of cross-entropy, by training-time-test step, on the last step's batches."""
+    step_accuracies: tuple[float, ...] = ()
+    """[L] on the last step's batches."""
+    held_out_step: int = 0
+    """Step after which the figures below were measured; 0 without a held-out split."""
+    held_out_length: float = 0.0
+    """Tokens of one verifying forward, by joint prefixes: the best checkpoint has the most."""
     held_out_accuracies: tuple[float, ...] = ()
     """[L]; empty without a held-out split."""
     held_out_acceptances: tuple[float, ...] = ()
     """[L] chance that a sampled draft token is accepted."""
+    held_out_prefixes: tuple[float, ...] = ()
+    """[L] share of positions where the draft is right up to this step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +98,12 @@ def train(
 ) -> TrainingResult:
     """Train `draft` in place, from the newest good checkpoint of `run_path` if there is one.
 
+    Under torchrun every process calls this alike; the first writes checkpoints, and only its
+    tracker and callback should say anything.
+
     Args:
         config: settings; all but the lengths must equal those of the checkpoint.
-        draft: initialised draft on the device to train on.
+        draft: initialised draft on the device to train on, the same on all processes.
         target_lm_head: [V, Ht] the target's head.
         source: training samples.
         held_out: samples to measure on, if any.
@@ -96,13 +116,13 @@ def train(
         CorruptError: the loss is not finite; names the samples of the batch.
 
     """
-    run = _Run(config, draft, target_lm_head, source, held_out, run_path)
-    with stop_request() as stop_asked:
+    with join_processes() as processes, stop_request() as stop_asked:
+        run = _Run(config, draft, target_lm_head, source, held_out, run_path, processes)
         return run.until_done(tracker, on_progress, stop_asked.is_set)
 
 
 class _Run:
-    """One attempt at a run."""
+    """One attempt at a run, in one of its processes."""
 
     def __init__(
         self,
@@ -112,41 +132,35 @@ class _Run:
         source: SampleSource,
         held_out: SampleSource | None,
         run_path: Path,
+        processes: Processes,
     ) -> None:
         self.config, self.draft, self.source, self.held_out = config, draft, source, held_out
-        self.run_path = run_path
-        self.target_head = target_lm_head[draft.t2d]
-        self.options = TttOptions(
-            ttt_length=config.ttt_length,
-            step_decay=config.step_decay,
-            loss_positions=config.loss_positions,
-            loss_reduction=config.loss_reduction,
-        )
-        self.total_steps = config.total_steps(int(source.lengths.sum()))
-        self.trained = [p for p in draft.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.run_path, self.processes = run_path, processes
+        self.dtype = DTYPES[config.dtype]
+        self.target_head = target_lm_head[draft.t2d].to(self.dtype)
         self.identity = _identity(config, draft, source)
+        self.total_steps = config.total_steps(
+            int(source.lengths.sum()), world_size=processes.world_size
+        )
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
         self.figures: Figures | None = None
         self.saved: Path | None = None
-        self._resume()
+        self._resume_weights()
+        self.module_options = _options(config)
+        self.module = processes.parallel(TttModule(draft, self.module_options), config.sharding)
+        self.trained = [p for p in draft.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(draft, config)
+        if self.saved is not None:
+            restore_state(self.optimizers, draft, checkpoint.load_optimizer(self.saved))
 
-    def _resume(self) -> None:
+    def _resume_weights(self) -> None:
         folder = checkpoint.newest(self.run_path)
         if folder is None:
             return
         found = checkpoint.read(folder)
         checkpoint.require_identity(folder, found.identity, self.identity)
         checkpoint.load_weights(self.draft, folder)
-        tensors = checkpoint.load_optimizer(folder)
-        checkpoint.restore_optimizer(self.optimizer, self.draft, tensors)
         self.step, self.loader, self.saved = found.step, found.loader, folder
         self.figures = Figures(**{name: _as_tuple(value) for name, value in found.figures.items()})
 
@@ -156,25 +170,18 @@ class _Run:
         on_progress: Callable[[Progress], None],
         stop_asked: Callable[[], bool],
     ) -> TrainingResult:
-        started, num_tokens = time.monotonic(), 0
-        stream = batches(
-            self.source,
-            self.loader,
-            window=self.config.shuffle_window,
-            batch_tokens=self.config.batch_tokens,
-        )
-        while not self._is_done() and not stop_asked():
-            waiting = time.monotonic()
-            loaded = next(stream)
-            waited = time.monotonic() - waiting
-            num_tokens += loaded.batch.num_tokens
-            outcome, rate = self._one_step(loaded)
-            self._remember(outcome)
-            on_progress(Progress(step=self.step, loss=outcome.loss.item()))
+        meter = Meter(self.draft.lm_head.weight.device)
+        stream = steps(self.source, self.loader, self._step_shape())
+        while not self._is_done() and not self.processes.any(stop_asked()):
+            with meter.waiting():
+                loaded = next(stream)
+            outcomes, rate = self._one_step(loaded)
+            meter.add(loaded)
+            self._remember(outcomes)
+            on_progress(Progress(step=self.step, loss=self._figures.loss))
             if self.step % self.config.log_every == 0 or self._is_done():
-                speed = num_tokens / (time.monotonic() - started)
-                scalars = {"learning_rate": rate, "tokens_per_second": speed, "data_wait": waited}
-                tracker.log({**_scalars(outcome), **scalars}, step=self.step)
+                tracker.log({**_scalars(self._figures), "learning_rate": rate}, step=self.step)
+                tracker.log(meter.scalars(), step=self.step)
             if self.step % self.config.held_out_every == 0 or self._is_done():
                 self._measure(tracker)
             if self.step % self.config.checkpoint_every == 0 or self._is_done():
@@ -182,14 +189,27 @@ class _Run:
         stream.close()  # type: ignore[attr-defined]  # a generator
         if self.saved is None or checkpoint.read(self.saved).step != self.step:
             self._save()
-        assert self.figures is not None  # noqa: S101 (at least one step is done)
         assert self.saved is not None  # noqa: S101
         return TrainingResult(
             num_steps=self.step,
-            figures=self.figures,
-            tokens_per_second=num_tokens / max(time.monotonic() - started, 1e-9),
+            figures=self._figures,
+            tokens_per_second=meter.tokens_per_second * self.processes.world_size,
             checkpoint_path=self.saved,
             stopped=not self._is_done(),
+        )
+
+    @property
+    def _figures(self) -> Figures:
+        assert self.figures is not None  # noqa: S101 (at least one step is done)
+        return self.figures
+
+    def _step_shape(self) -> StepShape:
+        return StepShape(
+            window=self.config.shuffle_window,
+            batch_tokens=self.config.batch_tokens,
+            batches_per_step=self.config.batches_per_step,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
         )
 
     def _is_done(self) -> bool:
@@ -197,70 +217,137 @@ class _Run:
             return self.step >= self.config.max_steps
         return self.loader.epoch >= self.config.epochs
 
-    def _one_step(self, loaded: LoadedBatch) -> tuple[TttOutcome, float]:
+    def _one_step(self, loaded: LoadedStep) -> tuple[list[TttOutcome], float]:
         rate = learning_rate(self.config, self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = loaded.batch.to(self.target_head.device)
-        outcome = ttt_step(self.draft, batch, self.target_head, self.options)
-        if not torch.isfinite(outcome.loss):
-            raise CorruptError(
-                f"step {self.step + 1}: the loss is {outcome.loss.item()} on samples "
-                f"{', '.join(batch.sample_ids)}; verify the store, or lower the learning rate and "
-                f"go on from {self.saved or 'the start'}"
-            )
-        outcome.loss.backward()  # type: ignore[no-untyped-call]  # torch
+        set_learning_rate(self.optimizers, rate)
+        own = [batch.to(self._device) for batch in loaded.batches]
+        counts = [loss_totals(self.draft.t2d, batch, self.module_options) for batch in own]
+        totals = self.processes.total(sum(counts, self._blank))
+        outcomes = [
+            self._backward(batch, totals, is_last=number == loaded.most_batches - 1)
+            for number, batch in enumerate(own)
+        ]
+        for number in range(len(own), loaded.most_batches):
+            # All processes must meet as often: whoever has fewer batches adds one times zero.
+            self._backward(self._filler, None, is_last=number == loaded.most_batches - 1)
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.loader = loaded.after
-        return outcome, rate
+        return outcomes, rate
 
-    def _remember(self, outcome: TttOutcome) -> None:
-        before = self.figures
-        self.figures = Figures(
-            loss=outcome.loss.item(),
-            step_losses=tuple(outcome.step_losses.tolist()),
-            step_accuracies=tuple(_accuracies(outcome).tolist()),
-            first_loss=outcome.loss.item() if before is None else before.first_loss,
-            held_out_accuracies=() if before is None else before.held_out_accuracies,
-            held_out_acceptances=() if before is None else before.held_out_acceptances,
+    def _backward(self, batch: PackedBatch, totals: Tensor | None, *, is_last: bool) -> TttOutcome:
+        with nullcontext() if is_last else without_sync(self.module):
+            outcome = self._forward(batch, self.target_head, totals)
+            if self.processes.any(not torch.isfinite(outcome.loss)):
+                self._refuse(batch, outcome.loss.item())
+            factor = 0 if totals is None else self.processes.world_size  # they average
+            (outcome.loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
+        return outcome
+
+    def _forward(
+        self, batch: PackedBatch, target_head: Tensor, totals: Tensor | None = None
+    ) -> TttOutcome:
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(self._device.type, dtype=self.dtype, enabled=is_mixed):
+            outcome: TttOutcome = self.module(batch, target_head, totals)
+        return outcome
+
+    def _refuse(self, batch: PackedBatch, loss: float) -> None:
+        origins = ", ".join(f"{name} ({self.source.origin(name)})" for name in batch.sample_ids)
+        raise CorruptError(
+            f"step {self.step + 1}: the loss is {loss} on samples {origins}, or not finite on "
+            "another process; verify the store (eyas verify --deep), or lower the learning rate "
+            f"and go on from {self.saved or 'the start'}"
         )
 
+    @property
+    def _device(self) -> torch.device:
+        return self.target_head.device
+
+    @cached_property
+    def _filler(self) -> PackedBatch:
+        return pack([self.source.fetch(0)]).to(self._device)
+
+    @cached_property
+    def _blank(self) -> Tensor:
+        return torch.zeros(self.config.ttt_length, device=self._device)
+
+    def _remember(self, outcomes: Sequence[TttOutcome]) -> None:
+        losses = torch.stack([o.loss.detach().float() for o in outcomes]).sum() if outcomes else 0.0
+        loss = self.processes.total(torch.as_tensor(losses, device=self._device)).item()
+        accuracies = self._summed(o.step_correct for o in outcomes) / self._summed(
+            o.step_supervised for o in outcomes
+        ).clamp(min=1)
+        self.figures = dataclasses.replace(
+            self.figures or Figures(loss=loss, first_loss=loss),
+            loss=loss,
+            step_losses=tuple(self._summed(o.step_losses for o in outcomes).tolist()),
+            step_accuracies=tuple(accuracies.tolist()),
+        )
+
+    def _summed(self, values: Iterable[Tensor]) -> Tensor:
+        """Return [L] the sum over this process's batches, and over all processes."""
+        return self.processes.total(sum(values, self._blank))
+
     def _measure(self, tracker: Tracker) -> None:
-        if self.held_out is None or self.figures is None:
+        if self.held_out is None:
             return
         found = measure_held_out(
-            self.draft,
+            self._forward,
             self.held_out,
             self.target_head,
-            self.options,
             batch_tokens=self.config.batch_tokens,
             max_tokens=self.config.held_out_tokens,
         )
         self.figures = dataclasses.replace(
-            self.figures,
+            self._figures,
+            held_out_step=self.step,
+            held_out_length=found.length,
             held_out_accuracies=found.accuracies,
             held_out_acceptances=found.acceptances,
+            held_out_prefixes=found.prefixes,
         )
-        named = {"accuracy": found.accuracies, "acceptance": found.acceptances}
+        named = {
+            "accuracy": found.accuracies,
+            "acceptance": found.acceptances,
+            "prefix": found.prefixes,
+        }
         scalars = {
             f"held_out/{name}_{step}": value
             for name, values in named.items()
             for step, value in enumerate(values)
         }
-        tracker.log(scalars, step=self.step)
+        tracker.log({**scalars, "held_out/acceptance_length": found.length}, step=self.step)
 
     def _save(self) -> None:
-        figures = {} if self.figures is None else dataclasses.asdict(self.figures)
-        self.saved = checkpoint.save(
-            self.run_path,
-            Checkpoint(step=self.step, loader=self.loader, identity=self.identity, figures=figures),
-            self.draft,
-            checkpoint.optimizer_tensors(self.optimizer, self.draft),
-            keep_last=self.config.keep_last,
-        )
+        weights = {name: whole(tensor) for name, tensor in self.draft.state_dict().items()}
+        optimizer = state_tensors(self.optimizers, self.draft)
+        if self.processes.is_first:
+            record = Checkpoint(
+                step=self.step,
+                loader=self.loader,
+                identity=self.identity,
+                figures=dataclasses.asdict(self._figures),
+            )
+            keep_last = self.config.keep_last
+            checkpoint.save(self.run_path, record, weights, optimizer, keep_last=keep_last)
+        self.processes.wait()
+        self.saved = checkpoint.newest(self.run_path)
+
+
+def _options(config: TrainingConfig) -> TttOptions:
+    return TttOptions(
+        ttt_length=config.ttt_length,
+        step_decay=config.step_decay,
+        loss_positions=config.loss_positions,
+        loss_reduction=config.loss_reduction,
+        objective=config.objective,
+        lk_eta=config.lk_eta,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
 
 
 def _identity(config: TrainingConfig, draft: DraftModel, source: SampleSource) -> Mapping[str, Any]:
@@ -277,15 +364,9 @@ def _as_tuple(value: Any) -> Any:  # noqa: ANN401 (a JSON value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _accuracies(outcome: TttOutcome) -> Tensor:
-    return outcome.step_correct / outcome.step_supervised.clamp(min=1)
-
-
-def _scalars(outcome: TttOutcome) -> dict[str, float]:
-    accuracies = _accuracies(outcome).tolist()
-    losses = outcome.step_losses.tolist()
+def _scalars(figures: Figures) -> dict[str, float]:
     return {
-        "loss": outcome.loss.item(),
-        **{f"loss/step_{step}": value for step, value in enumerate(losses)},
-        **{f"accuracy/step_{step}": value for step, value in enumerate(accuracies)},
+        "loss": figures.loss,
+        **{f"loss/step_{step}": value for step, value in enumerate(figures.step_losses)},
+        **{f"accuracy/step_{step}": value for step, value in enumerate(figures.step_accuracies)},
     }

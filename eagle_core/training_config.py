@@ -31,7 +31,23 @@ class TrainingConfig(BaseModel):
         description="Divide the loss by all positions, by the supervised ones, or average the "
         "means of the sequences.",
     )
-    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
+    objective: Literal["cross_entropy", "lk_alpha", "lk_hybrid"] = Field(
+        default="cross_entropy",
+        description="What is minimised: cross-entropy as EAGLE-3 does, or the LK losses of arXiv "
+        "2602.23881, -log of the acceptance and its mixture with cross-entropy.",
+    )
+    lk_eta: float = Field(default=3.0, gt=0, description="Of lk_hybrid: how fast it turns over.")
+    fc_norm: bool = Field(
+        default=False, description="EAGLE-3.1: normalise each aux state before they are fused."
+    )
+    norm_output: bool = Field(
+        default=False, description="EAGLE-3.1: feed the final norm's output back to the draft."
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="AdamW, or Muon for the layer's matrices with AdamW for heads and norms.",
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Decay after the warm-up, down to final_lr_ratio."
@@ -47,12 +63,29 @@ class TrainingConfig(BaseModel):
     batch_tokens: int = Field(
         default=8192, gt=0, description="Tokens of one packed batch; a longer sample is its own."
     )
+    batches_per_step: int = Field(
+        default=1, gt=0, description="Packed batches of each process whose gradients make one step."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of matrix products; weights, norms, sums and losses are float32. Processors "
+        "without bfloat16 units are a hundred times slower with it.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Less memory for about a tenth more time."
+    )
+    sharding: Literal["replicate", "shard"] = Field(
+        default="replicate",
+        description="With several processes: each holds the whole draft (DDP) or a part (FSDP2).",
+    )
     shuffle_window: int = Field(
         default=8, gt=0, description="Shards whose samples are shuffled together; what is cached."
     )
     seed: int = Field(default=0, ge=0, description="Seed of initial weights and order.")
     checkpoint_every: int = Field(default=200, gt=0, description="Steps between checkpoints.")
-    keep_last: int = Field(default=2, gt=0, description="Checkpoints that are kept.")
+    keep_last: int = Field(
+        default=2, gt=0, description="Newest checkpoints that are kept, beside the best one."
+    )
     held_out_every: int = Field(
         default=200, gt=0, description="Steps between measurements on the held-out split."
     )
@@ -61,13 +94,15 @@ class TrainingConfig(BaseModel):
     )
     log_every: int = Field(default=5, gt=0, description="Steps between lines in the trackers.")
 
-    def total_steps(self, num_tokens: int) -> int:
+    def total_steps(self, num_tokens: int, *, world_size: int = 1) -> int:
         """Return about how many steps a run over `num_tokens` tokens takes."""
-        by_data = max(1, math.ceil(self.epochs * num_tokens / self.batch_tokens))
+        step_tokens = self.batch_tokens * self.batches_per_step * world_size
+        by_data = max(1, math.ceil(self.epochs * num_tokens / step_tokens))
         return by_data if self.max_steps is None else self.max_steps
 
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""
         free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
-        free |= {"held_out_every", "held_out_tokens"}
+        free |= {"held_out_every", "held_out_tokens", "gradient_checkpointing"}
+        free |= {"sharding", "batches_per_step"}  # processes may come and go between two runs
         return self.model_dump(mode="json", exclude=free)

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from eagle_core.active import ActivePositions, LossPositions, LossReduction, active_positions
-from eagle_core.distillation_loss import RowOutcome, Teacher, distillation_loss
-from eagle_core.draft import DraftModel, rotary, rotate
+from eagle_core.distillation_loss import Objective, RowOutcome, Teacher, distillation_loss
+from eagle_core.draft import DraftLayer, DraftModel, rotary, rotate
 from eagle_core.packing import PackedBatch
+from eagle_core.tensors import widened
 from eagle_core.ttt_attention import ttt_attention
 
 
@@ -31,6 +33,11 @@ class TttOptions:
     step_decay: float = 0.8
     loss_positions: LossPositions = "predicted"
     loss_reduction: LossReduction = "tokens"
+    objective: Objective = "cross_entropy"
+    lk_eta: float = 3.0
+    """How fast `lk_hybrid` turns from divergence to acceptance as acceptance grows."""
+    gradient_checkpointing: bool = False
+    """Compute the feed-forward block again in the backward pass instead of keeping its insides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +56,52 @@ class TttOutcome:
     """[L] sum over counted positions of sum(min(p, q))"""
     step_counted: Tensor
     """[L] counted positions"""
+    step_prefix: Tensor
+    """[L] positions supervised in step 0 where the draft is right in this step and all before it"""
+
+
+class TttModule(nn.Module):
+    """The step as a module whose forward pass DDP and FSDP2 can wrap."""
+
+    def __init__(self, draft: DraftModel, options: TttOptions) -> None:
+        super().__init__()
+        self.draft = draft
+        self.options = options
+
+    def forward(
+        self, batch: PackedBatch, target_head: Tensor, totals: Tensor | None = None
+    ) -> TttOutcome:
+        """Return `ttt_step`."""
+        return ttt_step(self.draft, batch, target_head, self.options, totals=totals)
+
+
+def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttOptions) -> Tensor:
+    """Return [L] what the losses of a batch are means over: positions, tokens or sequences.
+
+    Summed over several batches and handed to `ttt_step`, the losses of these add up to that of one
+    large batch.
+    """
+    return _active(t2d, batch, options).totals
+
+
+def _active(t2d: Tensor, batch: PackedBatch, options: TttOptions) -> ActivePositions:
+    return active_positions(
+        loss_mask=batch.loss_mask,
+        in_vocabulary=t2d[batch.target_argmax],
+        starts=batch.starts,
+        ttt_length=options.ttt_length,
+        positions=options.loss_positions,
+        reduction=options.loss_reduction,
+    )
 
 
 def ttt_step(
-    draft: DraftModel, batch: PackedBatch, target_head: Tensor, options: TttOptions
+    draft: DraftModel,
+    batch: PackedBatch,
+    target_head: Tensor,
+    options: TttOptions,
+    *,
+    totals: Tensor | None = None,
 ) -> TttOutcome:
     """Return the loss of `draft` on `batch`.
 
@@ -61,32 +110,29 @@ def ttt_step(
         batch: packed sequences with the target's states.
         target_head: [D, Ht] the target's head rows of the draft vocabulary.
         options: lengths and reductions.
+        totals: [L] what losses are divided by, if this is one of several batches of a step.
 
     """
-    active = active_positions(
-        loss_mask=batch.loss_mask,
-        in_vocabulary=draft.t2d[batch.target_argmax],
-        starts=batch.starts,
-        ttt_length=options.ttt_length,
-        positions=options.loss_positions,
-        reduction=options.loss_reduction,
-    )
+    active = _active(draft.t2d, batch, options)
+    share_of_step = active.weights(totals)
     rows, hidden = [], []
-    for step, state in enumerate(_states(draft, batch, active)):
+    for step, state in enumerate(_states(draft, batch, active, options)):
         indices = active.indices[step]
         counted = active.counted[step, indices]
         rows.append(indices[counted])
         hidden.append(state[counted])
-    decay = options.step_decay ** torch.arange(options.ttt_length, device=active.weights.device)
-    weights = active.weights * decay.unsqueeze(1)
+    decay = options.step_decay ** torch.arange(options.ttt_length, device=share_of_step.device)
+    weights = share_of_step * decay.unsqueeze(1)
     order = _RowOrder.of(rows, step_of_row=torch.arange(len(rows)))
     loss, outcome = distillation_loss(
-        draft.norm(torch.cat(hidden))[order.rows],
+        draft.norm(torch.cat(hidden))[order.rows].to(target_head.dtype),
         draft.lm_head.weight,
         weights[order.step, order.index],
         _teacher(draft, batch, target_head, order),
+        objective=options.objective,
+        lk_eta=options.lk_eta,
     )
-    return _outcome(loss, outcome, order, active)
+    return _outcome(loss, outcome, order, active, share_of_step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,23 +160,25 @@ class _RowOrder:
         return self.index + 1 + self.step
 
 
-def _states(draft: DraftModel, batch: PackedBatch, active: ActivePositions) -> Iterator[Tensor]:
+def _states(
+    draft: DraftModel, batch: PackedBatch, active: ActivePositions, options: TttOptions
+) -> Iterator[Tensor]:
     """Yield the pre-norm states [A_i, H] of each step."""
     layer, config = draft.midlayer, draft.config
     inputs = _InputHalves(draft, batch)
-    fused = draft.fuse(batch.aux_hidden_states)
+    fused = widened(draft.fuse(batch.aux_hidden_states))  # the residual stream stays wide
     position = _positions(batch)
     keys, values = inputs.keys_values(fused, torch.arange(batch.num_tokens - 1), step=0)
-    cos, sin = rotary(position, config)
-    keys = rotate(keys, cos[:-1].unsqueeze(1), sin[:-1].unsqueeze(1))
+    cos, sin = (angle.to(keys.dtype).unsqueeze(1) for angle in rotary(position, config))
+    keys = rotate(keys, cos[:-1], sin[:-1])
     own_keys: Tensor | None = None
     own_values: Tensor | None = None
     state, before = fused, torch.arange(batch.num_tokens, device=fused.device)
     for step, indices in enumerate(active.indices):
         kept = torch.searchsorted(before, indices)
         state, before = state[kept], indices
-        cos, sin = rotary(position[indices] + step, config)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        angles = rotary(position[indices] + step, config)
+        cos, sin = (angle.to(keys.dtype).unsqueeze(1) for angle in angles)
         query = rotate(inputs.queries(state, indices, step=step), cos, sin)
         if step:
             key, value = inputs.keys_values(state, indices, step=step)
@@ -141,8 +189,17 @@ def _states(draft: DraftModel, batch: PackedBatch, active: ActivePositions) -> I
             )
         mixed = _attend(batch.starts, indices, query, keys, values, own_keys, own_values)
         state = state + layer.self_attn.o_proj(mixed.flatten(1))
-        state = state + layer.mlp(layer.post_attention_layernorm(state))
+        if options.gradient_checkpointing:
+            state = state + checkpoint(_feed_forward, layer, state, use_reentrant=False)
+        else:
+            state = state + _feed_forward(layer, state)
         yield state
+        state = draft.recurrent(state)
+
+
+def _feed_forward(layer: DraftLayer, state: Tensor) -> Tensor:
+    output: Tensor = layer.mlp(layer.post_attention_layernorm(state))
+    return output
 
 
 class _InputHalves:
@@ -222,7 +279,7 @@ def _teacher(
     argmax = batch.target_argmax[tokens]
     draft_id = draft.t2d.cumsum(0)[argmax] - 1
     return Teacher(
-        last_hidden_state=batch.last_hidden_state[tokens],
+        last_hidden_state=batch.last_hidden_state[tokens].to(target_head.dtype),
         head=target_head,
         logsumexp=batch.target_logsumexp[tokens],
         choice=torch.where(draft.t2d[argmax], draft_id, -1),
@@ -231,13 +288,17 @@ def _teacher(
 
 
 def _outcome(
-    loss: Tensor, outcome: RowOutcome, order: _RowOrder, active: ActivePositions
+    loss: Tensor,
+    outcome: RowOutcome,
+    order: _RowOrder,
+    active: ActivePositions,
+    share_of_step: Tensor,
 ) -> TttOutcome:
     def per_step(values: Tensor) -> Tensor:
-        total = active.weights.new_zeros(len(active.indices))
+        total = share_of_step.new_zeros(len(active.indices))
         return total.index_add_(0, order.step, values.float())
 
-    weights = active.weights[order.step, order.index]
+    weights = share_of_step[order.step, order.index]
     return TttOutcome(
         loss=loss,
         step_losses=per_step(weights * outcome.cross_entropy),
@@ -245,4 +306,11 @@ def _outcome(
         step_supervised=active.supervised.sum(dim=1),
         step_acceptance=per_step(outcome.acceptance),
         step_counted=active.counted.sum(dim=1),
+        step_prefix=_prefix(outcome.correct, order, active),
     )
+
+
+def _prefix(correct: Tensor, order: _RowOrder, active: ActivePositions) -> Tensor:
+    right = torch.zeros_like(active.counted)
+    right[order.step, order.index] = correct
+    return right.cumprod(dim=0).sum(dim=1)

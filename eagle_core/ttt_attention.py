@@ -35,7 +35,8 @@ def ttt_attention(
         index: [Q] index of each query in its sequence, ascending.
 
     """
-    mixed: Tensor = _TttAttention.apply(query, keys, values, own_keys, own_values, index)  # type: ignore[no-untyped-call]  # torch
+    with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
+        mixed: Tensor = _TttAttention.apply(query, keys, values, own_keys, own_values, index)  # type: ignore[no-untyped-call]  # torch
     return mixed
 
 

@@ -24,7 +24,7 @@ class StoreConfig(BaseModel):
     shard_tokens: int = Field(
         default=16384,
         gt=0,
-        description="Tokens of one shard: what a kill can cost at most. Training keeps "
+        description="Tokens of one shard; a kill costs two at most. Training keeps "
         "training.shuffle_window shards in memory, about 8 bytes a token and hidden channel.",
     )
     shards_per_task: int = Field(

@@ -46,7 +46,12 @@ def set_up_draft(
     embedding, lm_head = weights.load_ends(folder, dtype=torch.float32)
     counts = count_supervised_tokens(tokens, model_config.vocab_size)
     vocabulary = _vocabulary(run_path, target, counts, training.draft_vocab_size)
-    config = DraftConfig.from_target(model_config, draft_vocab_size=len(vocabulary))
+    config = DraftConfig.from_target(
+        model_config,
+        draft_vocab_size=len(vocabulary),
+        fc_norm=training.fc_norm,
+        norm_output=training.norm_output,
+    )
     draft = DraftModel(config)
     draft.initialise(
         embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed

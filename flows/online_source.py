@@ -64,6 +64,10 @@ class OnlineSource:
         sizes = [len(members) for members in self._members]
         self.groups: NDArray[np.int64] = np.repeat(np.arange(len(sizes)), sizes)
 
+    def origin(self, sample_id: str) -> str:  # noqa: ARG002 (of the protocol)
+        """Return where the states come from."""
+        return f"computed by target {self._target.config.name}"
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Do nothing: the target and the draft share the device, side by side is no faster."""
 

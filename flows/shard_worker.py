@@ -1,11 +1,13 @@
 """The child process that loads the target once and makes a batch of shards.
 
 Reads one `ShardJob` (JSON) on standard input and answers with one `ShardReport` (JSON) a line on
-standard output. A kill costs the shard in work and nothing else: only what is committed shows.
+standard output. One shard is written while the target computes the next, so that neither waits for
+the other; a kill costs these two and nothing else: only what is committed shows.
 """
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,7 @@ from flows.child_process import answer, say
 from flows.semantic_probe import probed, recompute_with, require_as_said
 from flows.stored_source import to_stored
 from storage.plan import PlannedShard
-from storage.probe import ProbePoint
+from storage.probe import ProbePoint, Recompute
 from storage.store import Store
 
 
@@ -58,14 +60,34 @@ def _run(job: ShardJob) -> None:
     files = [TokenFile(path) for path in job.token_files]
     target = TargetModel.load(job.target)
     recompute = recompute_with(target.lm_head_weight)
-    for shard_id in job.shard_ids:
-        samples = _samples_of(shards[shard_id], files)
-        probe: list[ProbePoint] = []
-        counted = _counted(target.capture(samples))
-        states = probed(counted, samples, shard_id=shard_id, into=probe)
-        store.write_shard(shards[shard_id], map(to_stored, states), probe=probe)
-        require_as_said(store, shard_id, recompute)
-        say(ShardReport(kind="shard", shard_id=shard_id))
+    with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+        storing: Future[str] | None = None
+        for shard_id in job.shard_ids:
+            samples = _samples_of(shards[shard_id], files)
+            probe: list[ProbePoint] = []
+            counted = _counted(target.capture(samples))
+            states = list(probed(counted, samples, shard_id=shard_id, into=probe))
+            _report(storing)
+            storing = writer.submit(_store, store, shards[shard_id], states, probe, recompute)
+        _report(storing)
+
+
+def _store(
+    store: Store,
+    shard: PlannedShard,
+    states: Sequence[HiddenStateSample],
+    probe: Sequence[ProbePoint],
+    recompute: Recompute,
+) -> str:
+    """Write a shard and read it back, in a thread: the target goes on with the next one."""
+    store.write_shard(shard, map(to_stored, states), probe=probe)
+    require_as_said(store, shard.shard_id, recompute)
+    return shard.shard_id
+
+
+def _report(storing: Future[str] | None) -> None:
+    if storing is not None:
+        say(ShardReport(kind="shard", shard_id=storing.result()))
 
 
 def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:

@@ -31,6 +31,10 @@ class StoredSource:
         """[N] shard of each sample."""
         return self._reader.groups
 
+    def origin(self, sample_id: str) -> str:
+        """Return the name of a sample's shard."""
+        return f"shard {self._reader.shard_of(sample_id)}"
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Begin to read the shards of these samples."""
         self._reader.prefetch(indices)

@@ -70,6 +70,14 @@ class SnapshotReader:
         """Return the number of samples."""
         return self._snapshot.num_samples
 
+    def shard_of(self, sample_id: str) -> str:
+        """Return the shard that serves a sample; KeyError if the snapshot lacks it."""
+        wanted = np.frombuffer(bytes.fromhex(sample_id), self._snapshot.sample_ids.dtype)
+        found = np.flatnonzero(self._snapshot.sample_ids == wanted)
+        if not len(found):
+            raise KeyError(f"snapshot {self.snapshot_id} has no sample {sample_id}")
+        return self._snapshot.shard_ids[int(self.groups[found[0]])]
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Begin to read the shards of these samples, which are fetched soon.
 

@@ -29,6 +29,9 @@ class OneSampleSource:
         """[1]"""
         return np.zeros(1, dtype=np.int64)
 
+    def origin(self, sample_id: str) -> str:
+        return f"memory, as {sample_id[:8]}"
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Do nothing: all is in memory."""
 

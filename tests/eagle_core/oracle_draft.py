@@ -40,6 +40,9 @@ class OracleDraft:
         cache.append(entries, entries)
         return positions.unsqueeze(-1).float()
 
+    def recurrent(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Prefer the token two places on, or its neighbour where the oracle errs."""
         position = int(hidden.reshape(-1)[-1])

@@ -52,22 +52,41 @@ def _sequence(
         mask[-1] = False
     logits = batch.last_hidden_state[start:end] @ target_lm_head.T
     length = end - start
-    hidden = draft.fc(batch.aux_hidden_states[start:end])
+    aux = batch.aux_hidden_states[start:end]
+    if draft.config.fc_norm:
+        parts = zip(draft.fc_norm, aux.chunk(3, dim=-1), strict=True)
+        aux = torch.cat([norm(part) for norm, part in parts], dim=-1)
+    hidden = draft.fc(aux)
     all_keys: list[Tensor] = []
     all_values: list[Tensor] = []
     results = []
     for step in range(options.ttt_length):
         shifted_ids = _shift(ids, 1 + step)
         hidden = _layer(draft, shifted_ids, hidden, step, all_keys, all_values)
-        log_q = draft.logits(hidden).log_softmax(dim=-1)
+        normed = draft.norm(hidden)
+        log_q = draft.lm_head(normed).log_softmax(dim=-1)
+        hidden = normed if draft.config.norm_output else hidden
         teacher = _shift(logits, 1 + step)
         p = teacher[:, draft.t2d].softmax(dim=-1)
         ahead = step if options.loss_positions == "eagle3" else step + 2
         counted = _shift(mask, ahead) & draft.t2d[teacher.argmax(dim=-1)]
         counted &= torch.arange(length) + 1 + step < length
-        cross_entropy = -(p * log_q).sum(dim=-1)
-        results.append(((cross_entropy * counted).sum(), counted.sum()))
+        of_all = teacher.softmax(dim=-1)[:, draft.t2d]
+        losses = _objective(options, p, of_all, log_q)
+        results.append(((losses * counted).sum(), counted.sum()))
     return results
+
+
+def _objective(options: TttOptions, p: Tensor, of_all: Tensor, log_q: Tensor) -> Tensor:
+    """Return the loss of each position, for autograd to differentiate."""
+    cross_entropy = -(p * log_q).sum(dim=-1)
+    acceptance = torch.minimum(of_all, log_q.exp()).sum(dim=-1)
+    if options.objective == "lk_alpha":
+        return -acceptance.log()
+    if options.objective == "lk_hybrid":
+        kept = torch.exp(-options.lk_eta * acceptance).detach()
+        return kept * cross_entropy + (1 - kept) * (1 - acceptance)
+    return cross_entropy
 
 
 def _layer(

@@ -48,13 +48,18 @@ ENGINE_KEYS = {
 }
 
 
-def make_draft(target_path: Path, *, draft_vocab_size: int = 200, seed: int = 0) -> DraftModel:
+def make_draft(
+    target_path: Path, *, draft_vocab_size: int = 200, seed: int = 0, norms: bool = False
+) -> DraftModel:
     """Return a draft of the tiny target in which no weight is trivial."""
     embedding, head = weights.load_ends(target_path, dtype=torch.float32)
     counts = torch.randperm(len(head), generator=torch.Generator().manual_seed(seed)).numpy()
     vocabulary = DraftVocabulary.build(counts, size=draft_vocab_size)
     model_config = AutoConfig.from_pretrained(target_path)
-    draft = DraftModel(DraftConfig.from_target(model_config, draft_vocab_size=draft_vocab_size))
+    config = DraftConfig.from_target(
+        model_config, draft_vocab_size=draft_vocab_size, fc_norm=norms, norm_output=norms
+    )
+    draft = DraftModel(config)
     draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -112,10 +117,12 @@ def test_serving_export_is_what_engines_expect(
     assert tensors["t2d"][torch.arange(200) + tensors["d2t"]].all()
 
 
+@pytest.mark.parametrize("norms", [False, True], ids=["eagle3", "eagle3.1"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_export_read_again_is_the_same_draft(
-    draft: DraftModel, served: ServedTarget, tmp_path: Path, layout: ExportLayout
+    tiny_target_path: Path, served: ServedTarget, tmp_path: Path, layout: ExportLayout, norms: bool
 ) -> None:
+    draft = make_draft(tiny_target_path, norms=norms)
     imported = read_draft(export(draft, served, tmp_path, FLOAT32)[layout])
     assert imported.config == draft.config
     assert imported.aux_layers == AUX_LAYERS
@@ -241,9 +248,15 @@ def speculators_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("norms", [False, True], ids=["eagle3", "eagle3.1"])
 def test_the_real_speculators_package_computes_our_logits(
-    draft: DraftModel, served: ServedTarget, speculators_python: Path, tmp_path: Path
+    tiny_target_path: Path,
+    served: ServedTarget,
+    speculators_python: Path,
+    tmp_path: Path,
+    norms: bool,
 ) -> None:
+    draft = make_draft(tiny_target_path, norms=norms)
     folder = export(draft, served, tmp_path, FLOAT32)["speculators"]
     generator = torch.Generator().manual_seed(3)
     num_tokens = 24
@@ -279,6 +292,7 @@ def _logits(draft: DraftModel, aux: Tensor, next_ids: Tensor, *, num_steps: int)
         per_step[0].append(draft.logits(hidden)[0, 0])
         for step in range(1, min(num_steps, len(next_ids) - index)):
             token = next_ids[index + step].reshape(1, 1)
+            hidden = draft.recurrent(hidden)
             hidden = draft.decode(token, hidden, torch.tensor([[index + step]]), cache)
             per_step[step].append(draft.logits(hidden)[0, 0])
     return [torch.stack(rows) for rows in per_step]

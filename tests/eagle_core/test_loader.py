@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_core.loader import LoaderState, batch_end, batches, epoch_order
+from eagle_core.loader import LoaderState, StepShape, batch_end, epoch_order, steps
 from tests.eagle_core.random_source import RandomSource
 
 
@@ -66,20 +66,46 @@ def test_resuming_loses_and_repeats_nothing_even_with_another_batch_size(
 
 
 def _until(
-    source: RandomSource, state: LoaderState, num_batches: int, *, budget: int
+    source: RandomSource, state: LoaderState, num_steps: int, *, budget: int
 ) -> tuple[list[str], LoaderState]:
     ids: list[str] = []
-    stream = batches(source, state, window=2, batch_tokens=budget)
-    for loaded in itertools.islice(stream, num_batches):
-        ids += loaded.batch.sample_ids
+    stream = steps(source, state, StepShape(window=2, batch_tokens=budget))
+    for loaded in itertools.islice(stream, num_steps):
+        ids += [name for batch in loaded.batches for name in batch.sample_ids]
         state = loaded.after
     return ids, state
 
 
 def _ids(source: RandomSource, state: LoaderState, count: int, *, budget: int) -> list[str]:
     ids: list[str] = []
-    for loaded in batches(source, state, window=2, batch_tokens=budget):
-        ids += loaded.batch.sample_ids
+    for loaded in steps(source, state, StepShape(window=2, batch_tokens=budget)):
+        ids += [name for batch in loaded.batches for name in batch.sample_ids]
         if len(ids) >= count:
             break
     return ids
+
+
+@settings(deadline=None, max_examples=20)
+@given(first_ranks=st.integers(1, 4), then_ranks=st.integers(1, 4), stop=st.integers(0, 6))
+def test_ranks_may_change_without_a_sample_lost_or_repeated(
+    first_ranks: int, then_ranks: int, stop: int
+) -> None:
+    source = RandomSource()
+    state = LoaderState(source_id=source.source_id, seed=3)
+    seen: list[str] = []
+    for ranks, num_steps in ((first_ranks, stop), (then_ranks, 10**6)):
+        streams = [
+            steps(source, state, StepShape(window=2, batch_tokens=40, rank=rank, world_size=ranks))
+            for rank in range(ranks)
+        ]
+        for _ in range(num_steps):
+            if state.epoch == 1:
+                break
+            loaded = [next(stream) for stream in streams]
+            assert len({(step.after, step.num_batches) for step in loaded}) == 1
+            assert sum(len(step.batches) for step in loaded) == loaded[0].num_batches
+            seen += [n for step in loaded for batch in step.batches for n in batch.sample_ids]
+            state = loaded[0].after
+        for stream in streams:
+            stream.close()
+    assert sorted(seen) == sorted(source.fetch(i).sample_id for i in range(len(source.lengths)))

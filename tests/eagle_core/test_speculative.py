@@ -150,6 +150,9 @@ class _Recorder(DraftModel):
         super().__init__(config)
         self.seen: list[torch.Tensor] = []
 
+    def recurrent(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().logits(hidden)
         self.seen.append(logits)

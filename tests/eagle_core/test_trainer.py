@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_keeps_the_checkpoint(
 ) -> None:
     poisoned = RandomSource(poisoned=frozenset({3}))
     sample = poisoned.fetch(3).sample_id
-    with pytest.raises(CorruptError, match=sample):
+    with pytest.raises(CorruptError, match=rf"{sample} \(memory, as {sample[:8]}\)"):
         run(tmp_path, source=poisoned)
     folder = checkpoint.newest(tmp_path)
     if folder is not None:
@@ -179,3 +179,93 @@ def test_a_run_without_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     draft, _ = random_draft()
     with pytest.raises(ConfigError, match="no checkpoint yet; run the train flow"):
         checkpoint.load_draft(draft, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": "muon", "learning_rate": 0.01}, {"fc_norm": True}, {"batches_per_step": 3}],
+    ids=["muon", "fc_norm", "accumulation"],
+)
+def test_every_kind_of_run_resumes_exactly(tmp_path: Path, change: dict[str, object]) -> None:
+    config = CONFIG.model_copy(update={**change, "max_steps": 7})
+    expected, result = run(tmp_path / "whole", config)
+    with pytest.raises(InterruptedHereError):
+        run(tmp_path / "broken", config, on_progress=interrupt_at(5))
+    found, _ = run(tmp_path / "broken", config)
+    assert_equal_bits(found, expected)
+    assert result.figures.loss < result.figures.first_loss
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path: Path) -> None:
+    whole = CONFIG.model_copy(update={"max_steps": 1, "batch_tokens": 10**6})
+    source = RandomSource(num_samples=8)
+    one, _ = run(tmp_path / "one", whole, source=source)
+    parts = whole.model_copy(update={"batch_tokens": 40, "batches_per_step": 100})
+    many, _ = run(tmp_path / "many", parts, source=source)
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"keep_last": 1, "held_out_every": 2, "checkpoint_every": 2})
+    lengths: dict[int, float] = {}
+
+    def note(_progress: Progress) -> None:
+        folder = checkpoint.newest(tmp_path)
+        if folder is not None:
+            found = checkpoint.read(folder)
+            lengths[found.step] = found.figures["held_out_length"]
+
+    _, result = run(tmp_path, config, on_progress=note)
+    lengths[12] = result.figures.held_out_length
+    best = max(lengths, key=lambda step: (lengths[step], step))
+    kept = checkpoint.best(tmp_path)
+    assert kept is not None
+    assert kept.name == f"step-{best:08d}"
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {kept.name, "step-00000012"}
+
+
+_RANKS = """
+import sys
+from pathlib import Path
+from eagle_core.processes import join_processes
+from tests.eagle_core import test_trainer
+with join_processes():
+    config = test_trainer.CONFIG.model_validate_json(sys.argv[2])
+    test_trainer.run(Path(sys.argv[1]), config)
+"""
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_two_ranks_make_the_steps_of_one(tmp_path: Path, sharding: str) -> None:
+    """The same global batches, an epoch that ends in the middle of a step, and a resumed run."""
+    changes = {"max_steps": 8, "checkpoint_every": 4, "schedule": "constant"}
+    config = CONFIG.model_copy(update=changes)
+    one, result = run(tmp_path / "one", config.model_copy(update={"batches_per_step": 2}))
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    for max_steps in (4, 8):  # the second run goes on from the first one's checkpoint
+        ranks = config.model_copy(update={"sharding": sharding, "max_steps": max_steps})
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node", "2", str(script)),
+                *(str(tmp_path / "two"), ranks.model_dump_json()),
+            ],
+            check=True,
+            timeout=300,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+    draft, _ = random_draft()
+    folder = checkpoint.newest(tmp_path / "two")
+    assert folder is not None
+    checkpoint.load_weights(draft, folder)
+    for name, tensor in draft.state_dict().items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)
+    found = checkpoint.read(folder)
+    assert found.figures["loss"] == pytest.approx(result.figures.loss, rel=1e-4)

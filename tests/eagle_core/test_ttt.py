@@ -1,5 +1,6 @@
 """The training step against golden vectors and against the plain formulation."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ def test_golden_tool_fails_on_a_changed_vector(tmp_path: Path) -> None:
     assert golden.main([str(GOLDEN[0])]) == 0
 
 
-def _random_case(seed: int, lengths: list[int]) -> tuple[DraftModel, PackedBatch, torch.Tensor]:
+def _random_case(
+    seed: int, lengths: list[int], *, norms: bool = False
+) -> tuple[DraftModel, PackedBatch, torch.Tensor]:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     heads, kv_heads = [(4, 4), (4, 2), (2, 1)][seed % 3]
@@ -58,6 +61,8 @@ def _random_case(seed: int, lengths: list[int]) -> tuple[DraftModel, PackedBatch
         vocab_size=60,
         draft_vocab_size=25 + seed % 36,
         rope_theta=10000.0,
+        fc_norm=norms,
+        norm_output=norms,
     )
     draft = DraftModel(config).double()
     for parameter in draft.parameters():
@@ -89,27 +94,41 @@ def _random_case(seed: int, lengths: list[int]) -> tuple[DraftModel, PackedBatch
     ttt_length=st.integers(1, 7),
     positions=st.sampled_from(["eagle3", "predicted"]),
     reduction=st.sampled_from(["positions", "tokens", "sequence"]),
+    objective=st.sampled_from(["cross_entropy", "lk_alpha", "lk_hybrid"]),
+    norms=st.booleans(),
+    checkpointing=st.booleans(),
     block=st.sampled_from([1, 3, 256]),
 )
 def test_equals_the_plain_formulation(
-    seed: int, lengths: list[int], ttt_length: int, positions: str, reduction: str, block: int
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:  # many blocks of few rows, or one of all
-        patch.setattr("eagle_core.ttt_attention.BLOCK_QUERIES", block)
-        patch.setattr("eagle_core.distillation_loss.CHUNK_ROWS", 4 * block)
-        patch.setattr("eagle_core.distillation_loss.TILE_BYTES", 400 * block)
-        _require_equal_to_plain(seed, lengths, ttt_length, positions, reduction)
-
-
-def _require_equal_to_plain(
-    seed: int, lengths: list[int], ttt_length: int, positions: str, reduction: str
+    *,
+    seed: int,
+    lengths: list[int],
+    ttt_length: int,
+    positions: str,
+    reduction: str,
+    objective: str,
+    norms: bool,
+    checkpointing: bool,
+    block: int,
 ) -> None:
     options = TttOptions(
         ttt_length=ttt_length,
         loss_positions=positions,  # type: ignore[arg-type]
         loss_reduction=reduction,  # type: ignore[arg-type]
+        objective=objective,  # type: ignore[arg-type]
+        gradient_checkpointing=checkpointing,
     )
-    draft, batch, target_lm_head = _random_case(seed, lengths)
+    with pytest.MonkeyPatch.context() as patch:  # many blocks of few rows, or one of all
+        patch.setattr("eagle_core.ttt_attention.BLOCK_QUERIES", block)
+        patch.setattr("eagle_core.distillation_loss.CHUNK_ROWS", 4 * block)
+        patch.setattr("eagle_core.distillation_loss.TILE_BYTES", 400 * block)
+        _require_equal_to_plain(seed, lengths, options, norms=norms)
+
+
+def _require_equal_to_plain(
+    seed: int, lengths: list[int], options: TttOptions, *, norms: bool
+) -> None:
+    draft, batch, target_lm_head = _random_case(seed, lengths, norms=norms)
     expected = plain_loss(draft, batch, target_lm_head, options)
     expected.backward()
     gradients = {name: p.grad for name, p in draft.named_parameters() if p.requires_grad}
@@ -132,3 +151,41 @@ def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan() -> None:
     outcome = ttt_step(draft, batch, target_lm_head[draft.t2d], TttOptions())
     assert outcome.loss.item() == 0
     assert torch.isfinite(outcome.step_losses).all()
+
+
+def test_bfloat16_comes_near_float32() -> None:
+    draft, batch, head = _random_case(5, [20, 13])
+    draft, head = draft.float(), head.float()
+    for parameter in draft.parameters():
+        parameter.data *= 0.3  # nearer to a model's: no state explodes over the steps
+    batch = dataclasses.replace(
+        batch,
+        loss_mask=torch.ones_like(batch.loss_mask),
+        aux_hidden_states=batch.aux_hidden_states.float(),
+        last_hidden_state=batch.last_hidden_state.float(),
+        target_logsumexp=batch.target_logsumexp.float(),
+    )
+    expected = ttt_step(draft, batch, head[draft.t2d], TttOptions())
+    expected.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in draft.named_parameters() if p.requires_grad}
+    draft.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ttt_step(draft, batch, head[draft.t2d].bfloat16(), TttOptions())
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-2)
+    for name, parameter in draft.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32  # masters stay wide
+            deviation = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+            assert deviation < 0.05, name
+
+
+def test_joint_prefixes_never_grow() -> None:
+    draft, batch, head = _random_case(11, [24, 24, 20])
+    batch.loss_mask.fill_(value=True)
+    for parameter in draft.parameters():
+        parameter.data *= 0  # then every logit is equal, and the draft is right by chance
+    draft.lm_head.weight.data[0, :] = 0
+    outcome = ttt_step(draft, batch, head[draft.t2d], TttOptions())
+    assert (outcome.step_prefix.diff() <= 0).all()
+    assert outcome.step_prefix[0] == outcome.step_correct[0] > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle_core.loader import LoaderState, batches
+from eagle_core.loader import LoaderState, StepShape, steps
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
@@ -41,13 +41,13 @@ def test_an_epoch_computes_every_sample_once(tmp_path: Path, target: TargetConfi
         target_fingerprint="f",
     )
     assert len(np.unique(source.groups)) == 10
-    stream = batches(
-        source, LoaderState(source_id=source.source_id, seed=1), window=WINDOW, batch_tokens=60
-    )
+    start = LoaderState(source_id=source.source_id, seed=1)
+    stream = steps(source, start, StepShape(window=WINDOW, batch_tokens=60))
     seen = [
         sample_id
         for loaded in takewhile(lambda loaded: loaded.after.epoch == 0, stream)
-        for sample_id in loaded.batch.sample_ids
+        for batch in loaded.batches
+        for sample_id in batch.sample_ids
     ]
     stream.close()  # type: ignore[attr-defined]
     assert len(seen) == len(set(seen)) >= 36
