@@ -19,6 +19,7 @@ from benchmarks.step_case import (
 from benchmarks.step_worker import Peer, serve
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.packing import PackedBatch
+from eagle_core.tensors import DTYPES
 from eagle_core.ttt import TttOptions, ttt_step
 
 _ROWS = 256
@@ -75,7 +76,7 @@ def options(case: StepCase) -> TttOptions:
 def load(case: StepCase, _variant: str) -> Peer:
     """Return our step as a peer."""
     draft = new_draft(case.shape)
-    head = draft_rows_of_target_head(case.shape)
+    head = draft_rows_of_target_head(case.shape).to(DTYPES[case.dtype])
 
     def prepare(wanted: StepCase) -> Callable[[], Tensor]:
         batch = packed_batch(wanted)

@@ -8,8 +8,9 @@ Shapes: R rows (position, step), U teacher tokens, H draft hidden, Ht target hid
 vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 
 CHUNK_ROWS = 1024
 TILE_BYTES = 1 << 21
+_NUM_FIGURES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,7 @@ def distillation_loss(
     *,
     objective: Objective = "cross_entropy",
     lk_eta: float = 3.0,
+    compiled: bool = False,
 ) -> tuple[Tensor, RowOutcome]:
     """Return (sum of weights times the objective, each row's outcome).
 
@@ -78,16 +81,17 @@ def distillation_loss(
         teacher: what the rows learn from.
         objective: what is minimised.
         lk_eta: of `lk_hybrid`.
+        compiled: whether to fuse the element-wise work with torch.compile, which needs a compiler.
 
     """
     with torch.autocast(hidden.device.type, enabled=False):  # dtypes are chosen here
         loss, *figures = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
-            hidden, head, weights, teacher, objective, lk_eta
+            hidden, head, weights, teacher, objective, lk_eta, compiled
         )
     cross_entropy, correct, acceptance, minimised = figures
     outcome = RowOutcome(
         cross_entropy=cross_entropy,
-        correct=correct,
+        correct=correct.bool(),
         acceptance=acceptance,
         objective=minimised,
     )
@@ -104,31 +108,35 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher: Teacher,
         objective: Objective,
         lk_eta: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        compiled: bool,
+    ) -> tuple[Tensor, ...]:
         num_rows = len(hidden)
         needs_gradient = hidden.requires_grad or head.requires_grad
-        outcome = RowOutcome(
-            cross_entropy=widened(hidden[:1]).new_zeros(num_rows),
-            correct=torch.zeros(num_rows, dtype=torch.bool, device=hidden.device),
-            acceptance=widened(hidden[:1]).new_zeros(num_rows),
-            objective=widened(hidden[:1]).new_zeros(num_rows),
-        )
+        wide = widened(hidden[:1])
+        figures = tuple(wide.new_zeros(num_rows) for _ in range(_NUM_FIGURES))
+        turn_into_gradient = _compiled() if compiled else _turn_into_gradient
         grad_hidden = torch.zeros_like(hidden) if needs_gradient else None
         grad_head = torch.zeros_like(head) if needs_gradient else None
         compute_head = head.to(hidden.dtype)
         for rows, tokens in _chunks(teacher.token_of_row):
             probability, share = _teacher_probability(teacher, tokens)
             logits = widened(hidden[rows] @ compute_head.T)
-            for tile in _tiles(logits):
+            for tile in _tiles(logits, compiled=compiled):
                 members = slice(rows.start + tile.start, rows.start + tile.stop)
                 token = teacher.token_of_row[members]
                 local = token - tokens.start
-                p = probability[local]
-                choice = teacher.choice[token]
-                tile_logits = logits[tile]
-                q = _judge(tile_logits, p, share[local], choice, outcome, members)
-                slope = _slope(q, p, share[local], outcome, members, objective, lk_eta)
-                torch.mul(slope, weights[members].unsqueeze(-1), out=tile_logits)
+                found = turn_into_gradient(
+                    logits[tile],
+                    probability,
+                    share,
+                    local,
+                    teacher.choice[token],
+                    weights[members],
+                    objective,
+                    lk_eta,
+                )
+                for kept, values in zip(figures, found, strict=True):
+                    kept[members] = values
             if grad_hidden is not None and grad_head is not None:
                 gradient = logits.to(hidden.dtype)
                 grad_hidden[rows] = gradient @ compute_head
@@ -137,63 +145,77 @@ class _ChunkedLoss(torch.autograd.Function):
                 else:
                     grad_head += gradient.T @ hidden[rows]
         ctx.gradients = grad_hidden, grad_head
-        figures = (outcome.cross_entropy, outcome.correct, outcome.acceptance, outcome.objective)
         ctx.mark_non_differentiable(*figures)
-        return (weights * outcome.objective).sum(), *figures
+        return (weights * figures[-1]).sum(), *figures
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None  # they are scaled in place, and so good for one backward pass only
-        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None
+        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None, None
 
 
-def _judge(
+def _turn_into_gradient(
     logits: Tensor,
-    p: Tensor,
+    probability: Tensor,
     share: Tensor,
+    local: Tensor,
     choice: Tensor,
-    outcome: RowOutcome,
-    rows: slice,
-) -> Tensor:
-    """Return the draft's distribution [r, D] for logits [r, D], and note how the rows fare.
+    weights: Tensor,
+    objective: Objective,
+    lk_eta: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Overwrite logits [r, D] with the loss's derivative; return how the rows fare.
 
     Few passes over few rows: a tile stays in the processor's cache, and softmax is the one pass
     that exponentiates. Its largest value is exp(0) over the sum of exponentials.
+
+    Args:
+        logits: [r, D]
+        probability: [u, D] the teacher's, of the chunk's tokens.
+        share: [u] of the full vocabulary.
+        local: [r] which of the tokens teaches a row.
+        choice: [r] draft id of the target's argmax, or -1.
+        weights: [r]
+        objective: what is minimised.
+        lk_eta: of `lk_hybrid`.
+
+    Returns:
+        [r] each: cross-entropy, correct (0 or 1), acceptance, objective.
+
     """
+    p = probability[local]
+    scaled = p * share[local].unsqueeze(-1)
     highest = logits.amax(dim=-1)
     chosen = logits.gather(1, choice.clamp(min=0).unsqueeze(1)).squeeze(1)
-    outcome.correct[rows] = (chosen >= highest) & (choice >= 0)
+    correct = (chosen >= highest) & (choice >= 0)
     mean_logit = torch.linalg.vecdot(p, logits)
     q = torch.softmax(logits, dim=-1)
-    outcome.cross_entropy[rows] = highest - q.amax(dim=-1).log() - mean_logit
-    outcome.acceptance[rows] = torch.minimum(p * share.unsqueeze(-1), q).sum(dim=-1)
-    return q
-
-
-def _slope(
-    q: Tensor,
-    p: Tensor,
-    share: Tensor,
-    outcome: RowOutcome,
-    rows: slice,
-    objective: Objective,
-    lk_eta: float,
-) -> Tensor:
-    """Note each row's objective; return its derivative [r, D] by the logits. Overwrites `q`."""
-    cross_entropy, acceptance = outcome.cross_entropy[rows], outcome.acceptance[rows]
+    cross_entropy = highest - q.amax(dim=-1).log() - mean_logit
+    acceptance = torch.minimum(scaled, q).sum(dim=-1)
     if objective == "cross_entropy":
-        outcome.objective[rows] = cross_entropy
-        return q.sub_(p)
-    lacking = torch.where(q < p * share.unsqueeze(-1), q, 0)  # more of these would be accepted
-    away = torch.addcmul(-lacking, q, lacking.sum(dim=-1, keepdim=True))  # of 1 - acceptance
-    if objective == "lk_alpha":
-        floor = acceptance.clamp(min=torch.finfo(acceptance.dtype).tiny)
-        outcome.objective[rows] = -floor.log()
-        return away / floor.unsqueeze(-1)
-    kept = torch.exp(-lk_eta * acceptance)
-    outcome.objective[rows] = kept * cross_entropy + (1 - kept) * (1 - acceptance)
-    return torch.lerp(away, q.sub_(p), kept.unsqueeze(-1))
+        minimised, slope = cross_entropy, q.sub_(p)
+    else:
+        lacking = torch.where(q < scaled, q, 0)  # more of these would be accepted
+        away = q * lacking.sum(dim=-1, keepdim=True) - lacking  # slope of 1 - acceptance
+        if objective == "lk_alpha":
+            floor = acceptance.clamp(min=torch.finfo(acceptance.dtype).tiny)
+            minimised, slope = -floor.log(), away / floor.unsqueeze(-1)
+        else:
+            kept = torch.exp(-lk_eta * acceptance)
+            minimised = kept * cross_entropy + (1 - kept) * (1 - acceptance)
+            slope = torch.lerp(away, q.sub_(p), kept.unsqueeze(-1))
+    torch.mul(slope, weights.unsqueeze(-1), out=logits)
+    return cross_entropy, correct.to(acceptance.dtype), acceptance, minimised
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return `_turn_into_gradient` as one fused kernel; the first call takes seconds."""
+    compiled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.compile(
+        _turn_into_gradient, dynamic=True
+    )
+    return compiled
 
 
 def _teacher_probability(teacher: Teacher, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -205,10 +227,11 @@ def _teacher_probability(teacher: Teacher, tokens: slice) -> tuple[Tensor, Tenso
     return probability, (lse - teacher.logsumexp[tokens]).exp().clamp(max=1.0)
 
 
-def _tiles(logits: Tensor) -> Iterator[slice]:
-    """Yield slices of rows: all at once on an accelerator, which has no use for small ones."""
+def _tiles(logits: Tensor, *, compiled: bool) -> Iterator[slice]:
+    """Yield slices of rows: all at once where small ones are of no use."""
     row_bytes = logits.shape[1] * logits.element_size()
-    rows = max(1, TILE_BYTES // row_bytes) if logits.device.type == "cpu" else len(logits)
+    is_eager_cpu = logits.device.type == "cpu" and not compiled
+    rows = max(1, TILE_BYTES // row_bytes) if is_eager_cpu else len(logits)
     for first in range(0, len(logits), max(1, rows)):
         yield slice(first, min(first + rows, len(logits)))
 

@@ -346,6 +346,7 @@ def _options(config: TrainingConfig) -> TttOptions:
         loss_reduction=config.loss_reduction,
         objective=config.objective,
         lk_eta=config.lk_eta,
+        compile=config.compile,
         gradient_checkpointing=config.gradient_checkpointing,
     )
 

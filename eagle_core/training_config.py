@@ -71,8 +71,18 @@ class TrainingConfig(BaseModel):
         description="Of matrix products; weights, norms, sums and losses are float32. Processors "
         "without bfloat16 units are a hundred times slower with it.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Fuse the loss's element-wise work with torch.compile: for GPUs. It needs a "
+        "compiler, and up to half a minute before the first step; a CPU gains nothing.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Less memory for about a tenth more time."
+    )
+    num_processes: int = Field(
+        default=1,
+        gt=0,
+        description="Processes that train side by side on this machine, one per GPU.",
     )
     sharding: Literal["replicate", "shard"] = Field(
         default="replicate",
@@ -104,5 +114,9 @@ class TrainingConfig(BaseModel):
         """Return the fields that a resumed run must share with its checkpoint."""
         free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
         free |= {"held_out_every", "held_out_tokens", "gradient_checkpointing"}
-        free |= {"sharding", "batches_per_step"}  # processes may come and go between two runs
+        free |= {
+            "num_processes",
+            "sharding",
+            "batches_per_step",
+        }  # processes may come and go between two runs
         return self.model_dump(mode="json", exclude=free)

@@ -36,6 +36,8 @@ class TttOptions:
     objective: Objective = "cross_entropy"
     lk_eta: float = 3.0
     """How fast `lk_hybrid` turns from divergence to acceptance as acceptance grows."""
+    compile: bool = False
+    """Fuse the loss's element-wise work with torch.compile."""
     gradient_checkpointing: bool = False
     """Compute the feed-forward block again in the backward pass instead of keeping its insides."""
 
@@ -131,6 +133,7 @@ def ttt_step(
         _teacher(draft, batch, target_head, order),
         objective=options.objective,
         lk_eta=options.lk_eta,
+        compiled=options.compile,
     )
     return _outcome(loss, outcome, order, active, share_of_step)
 

@@ -1,6 +1,7 @@
 """The training step against golden vectors and against the plain formulation."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +190,22 @@ def test_joint_prefixes_never_grow() -> None:
     outcome = ttt_step(draft, batch, head[draft.t2d], TttOptions())
     assert (outcome.step_prefix.diff() <= 0).all()
     assert outcome.step_prefix[0] == outcome.step_correct[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+@pytest.mark.parametrize("objective", ["cross_entropy", "lk_alpha", "lk_hybrid"])
+def test_the_compiled_loss_is_the_eager_one(objective: str) -> None:
+    draft, batch, head = _random_case(5, [20, 13])
+    batch.loss_mask.fill_(value=True)
+    losses, gradients = [], []
+    for compiled in (False, True):
+        options = TttOptions(objective=objective, compile=compiled)  # type: ignore[arg-type]
+        outcome = ttt_step(draft, batch, head[draft.t2d], options)
+        outcome.loss.backward()
+        losses.append(outcome.loss.item())
+        gradients.append(draft.fc.weight.grad.clone())
+        draft.zero_grad(set_to_none=True)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-7, atol=1e-9)
