@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,11 +22,11 @@ from transformers import PretrainedConfig
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.draft_layout import EMBEDDING, VOCABULARY, to_speculators
 from eagle_core.errors import ConfigError
+from eagle_core.tensors import DTYPES
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 ExportLayout = Literal["serving", "speculators"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ExportConfig(BaseModel):
@@ -217,7 +216,7 @@ def _layer_config(draft: DraftConfig, target: ServedTarget) -> dict[str, object]
 
 
 def _tensors(draft: DraftModel, config: ExportConfig, *, with_embedding: bool) -> dict[str, Tensor]:
-    dtype = _DTYPES[config.dtype]
+    dtype = DTYPES[config.dtype]
     return {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in draft.state_dict().items()

@@ -23,14 +23,13 @@ from eagle_core import weights
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target_config import TargetConfig
-from eagle_core.tensors import from_bfloat16_bits, to_bfloat16_bits
+from eagle_core.tensors import DTYPES, from_bfloat16_bits, to_bfloat16_bits
 
 CAPTURE_VERSION = 1
 """Raised whenever the same weights and ids could give other stored bytes."""
 NORM_CONVENTION = "post_norm"
 _LOGITS_CHUNK_TOKENS = 1024
 _HEAD_CHUNK_ROWS = 16384
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def aux_layers(config: TargetConfig, num_layers: int) -> tuple[int, int, int]:
@@ -103,7 +102,7 @@ class TargetModel:
         folder = weights.locate(config)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
         )
