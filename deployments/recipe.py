@@ -13,6 +13,7 @@ from eagle_core.evaluation import EvaluationConfig
 from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
+from flows.export_config import RunExportConfig
 
 FOLDER = Path(__file__).parent
 
@@ -27,6 +28,7 @@ class Recipe(BaseModel):
     store: StoreConfig = Field(default_factory=StoreConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    export: RunExportConfig = Field(default_factory=RunExportConfig)
 
 
 def recipe_names() -> list[str]:

@@ -58,6 +58,12 @@ FLOWS = (
         description="Measure acceptance by real speculative decoding on held-out prompts",
     ),
     FlowEntry(
+        name="export",
+        entrypoint="flows/export.py:export_flow",
+        sections=("target", "dataset", "training", "export"),
+        description="Write the draft as SGLang, vLLM and speculators load it",
+    ),
+    FlowEntry(
         name="offline",
         entrypoint="flows/offline.py:offline",
         sections=("target", "dataset", "store", "training", "evaluation"),

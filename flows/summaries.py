@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.acceptance import AcceptanceReport
+from eagle_core.export import ExportLayout
 from eagle_core.trainer import Figures
 
 
@@ -99,4 +100,30 @@ class OnlineSummary:
 
     training: TrainSummary
     acceptance: EvaluateSummary
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedLayout:
+    """One folder that engines load."""
+
+    layout: ExportLayout
+    path: Path
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSummary:
+    """Where an exported draft is, and what it takes to serve it."""
+
+    run_path: Path
+    checkpoint_step: int
+    held_out_length: float | None
+    """Acceptance length of the checkpoint on the held-out split; None if it was not measured."""
+    served_model: str
+    """The target as an engine is told of it: a Hugging Face id, or a folder."""
+    revision: str | None
+    """Of a Hugging Face id, if one is pinned."""
+    speculative_tokens: int
+    layouts: tuple[ExportedLayout, ...]
     seconds: float

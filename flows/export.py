@@ -1,0 +1,100 @@
+"""`export`: the draft of a run in every layout that serving engines load."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from eagle_core import weights
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.export import ServedTarget
+from eagle_core.export import export as write_layouts
+from eagle_core.target import aux_layers, read_model_config
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.training_config import TrainingConfig
+from flows import report
+from flows.artifact_key import artifact_key
+from flows.draft_setup import set_up_draft
+from flows.export_config import RunExportConfig
+from flows.prepare import prepare
+from flows.summaries import ExportedLayout, ExportSummary
+from flows.table import print_table
+from flows.trained_draft import choose_checkpoint, load_checkpoint
+from flows.workspace import DEFAULT_HOME, Workspace
+
+FOLDER_NAME = "export"
+
+
+@flow(
+    name="export",
+    flow_run_name="export-{target.name}-{dataset.name}-{run}",
+    persist_result=False,
+)
+def export_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    export: RunExportConfig = RunExportConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+    run: str = "main",
+) -> ExportSummary:
+    """Write the draft of run `run` as SGLang, vLLM and speculators load it, below the run's folder.
+
+    Each layout is a folder that appears complete; exporting again replaces it.
+
+    Raises:
+        ConfigError: the run has no checkpoint, or a folder holds what no export wrote.
+        MismatchError: the run's draft has another shape than the settings give.
+
+    """
+    started = time.monotonic()
+    run_path = Workspace(home=Path(home), target=target.name, dataset=dataset.name).run_path(run)
+    folder = choose_checkpoint(run_path, export.checkpoint)
+    _, tokens = prepare(target, dataset, home)
+    setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
+    found = load_checkpoint(setup, folder)
+    served = _served(target)
+    written = write_layouts(setup.draft, served, run_path / FOLDER_NAME, export)
+    summary = ExportSummary(
+        run_path=run_path,
+        checkpoint_step=found.step,
+        held_out_length=_held_out_length(found.figures, found.step),
+        served_model=export.verifier or served.name_or_path,
+        revision=target.revision if served.name_or_path == target.model else None,
+        speculative_tokens=export.speculative_tokens,
+        layouts=tuple(
+            ExportedLayout(layout=layout, path=path, num_bytes=_size(path))
+            for layout, path in written.items()
+        ),
+        seconds=time.monotonic() - started,
+    )
+    rows = report.export_rows(summary)
+    title = f"Export: {target.name} on {dataset.name}, run {run}"
+    print_table(title, rows)
+    report.publish_table(title, rows, key=artifact_key("export", target.name, dataset.name, run))
+    return summary
+
+
+def _served(target: TargetConfig) -> ServedTarget:
+    """Return what engines must be told of the target: a hub id stays one, else its full path."""
+    folder = weights.locate(target)
+    model_config = read_model_config(target, folder)
+    is_package = target.model.startswith(weights.PACKAGE_SCHEME)
+    is_local = is_package or Path(target.model).expanduser().exists()
+    return ServedTarget.of(
+        model_config,
+        name_or_path=str(folder.resolve()) if is_local else target.model,
+        aux_layers=aux_layers(target, model_config.num_hidden_layers),
+    )
+
+
+def _held_out_length(figures: Mapping[str, Any], step: int) -> float | None:
+    """Return the acceptance length measured at this very step, if one was."""
+    return float(figures["held_out_length"]) if figures.get("held_out_step") == step else None
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,0 +1,19 @@
+"""What the `export` flow takes from a run, and how it writes it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from eagle_core.export import ExportConfig
+
+CheckpointChoice = Literal["best", "newest"]
+
+
+class RunExportConfig(ExportConfig):
+    """How the draft of a run is exported."""
+
+    checkpoint: CheckpointChoice = Field(
+        default="best",
+        description="best: the checkpoint with the longest held-out acceptance, or the newest "
+        "where nothing was held out; newest: the one that evaluate decodes with.",
+    )

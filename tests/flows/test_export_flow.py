@@ -1,0 +1,145 @@
+"""The export flow: from a run's checkpoints to folders that are the draft, bit for bit."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from prefect import flow
+
+from eagle_core import checkpoint
+from eagle_core.checkpoint import Checkpoint
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.draft import DraftModel
+from eagle_core.draft_import import read_draft
+from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.loader import LoaderState
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.training_config import TrainingConfig
+from flows import report
+from flows.draft_setup import set_up_draft
+from flows.export import export_flow
+from flows.export_config import RunExportConfig
+from flows.prepare import prepare
+from flows.summaries import ExportedLayout, ExportSummary
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+
+TRAINING = TrainingConfig(draft_vocab_size=200)
+EMBEDDING = "embed_tokens.weight"
+
+
+def perturbed(draft: DraftModel, seed: int) -> dict[str, torch.Tensor]:
+    """Return a state dict with other weights: as if `seed` steps had changed them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        if tensor.is_floating_point() and name != EMBEDDING
+        else tensor
+        for name, tensor in draft.state_dict().items()
+    }
+
+
+@flow
+def run_with_two_checkpoints(
+    target: TargetConfig, dataset: DatasetConfig, home: Path, *, is_measured: bool = True
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Write the checkpoints of a run that was better at step 1 than at step 2; return weights."""
+    space, tokens = prepare(target, dataset, str(home))
+    run_path = space.run_path("main")
+    setup = set_up_draft(target, TRAINING, TokenFile(tokens.train_path), run_path)
+    weights = {step: perturbed(setup.draft, step) for step in (1, 2)}
+    for step, state in weights.items():
+        record = Checkpoint(
+            step=step,
+            loader=LoaderState(source_id="s", seed=0),
+            identity={"draft": setup.draft.config.model_dump(mode="json")},
+            figures={"held_out_step": step if is_measured else 0, "held_out_length": 4.0 - step},
+        )
+        checkpoint.save(run_path, record, state, {}, keep_last=2)
+    return weights
+
+
+@pytest.mark.parametrize(("choice", "step"), [("best", 1), ("newest", 2)])
+def test_the_chosen_checkpoint_comes_out_bit_for_bit_in_every_layout(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, choice: str, step: int
+) -> None:
+    weights = run_with_two_checkpoints(target, dataset, tmp_path)
+    config = RunExportConfig(dtype="float32", checkpoint=choice)  # type: ignore[arg-type]
+    summary = export_flow(target, dataset, TRAINING, config, home=str(tmp_path))
+    assert (summary.checkpoint_step, summary.held_out_length) == (step, 4.0 - step)
+    folder = tmp_path / "runs" / "tiny-facts-main" / "export"
+    assert {exported.path for exported in summary.layouts} == {
+        folder / "serving",
+        folder / "speculators",
+    }
+    for exported in summary.layouts:
+        imported = read_draft(exported.path)
+        assert imported.aux_layers == (1, 3, 4)
+        for name, tensor in imported.tensors.items():
+            assert torch.equal(tensor, weights[step][name]), name
+        assert len(imported.tensors) >= len(weights[step]) - 1  # serving leaves the embedding out
+        sizes = [path.stat().st_size for path in exported.path.iterdir()]
+        assert exported.num_bytes == sum(sizes) > 100_000
+    document = json.loads((folder / "speculators" / "config.json").read_text())
+    verifier = document["speculators_config"]["verifier"]
+    assert verifier["name_or_path"] == summary.served_model == str(Path(target.model).resolve())
+
+
+def test_without_a_measurement_the_newest_is_the_best(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    run_with_two_checkpoints(target, dataset, tmp_path, is_measured=False)
+    summary = export_flow(target, dataset, TRAINING, home=str(tmp_path))
+    assert (summary.checkpoint_step, summary.held_out_length) == (2, None)
+
+
+def test_what_cannot_be_exported_is_named_and_leaves_nothing(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint yet; run the train flow first"):
+        export_flow(target, dataset, TRAINING, home=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    run_with_two_checkpoints(target, dataset, tmp_path)
+    other = TRAINING.model_copy(update={"fc_norm": True})
+    with pytest.raises(MismatchError, match="fc_norm: False there, True now"):
+        export_flow(target, dataset, other, home=str(tmp_path))
+    assert not list((tmp_path / "runs").glob("*/export"))
+
+
+def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None:
+    names = ("serving", "speculators")
+    summary = ExportSummary(
+        run_path=tmp_path,
+        checkpoint_step=7,
+        held_out_length=2.5,
+        served_model="meta-llama/Llama-3.1-8B-Instruct",
+        revision="main",
+        speculative_tokens=4,
+        layouts=tuple(
+            ExportedLayout(layout=name, path=tmp_path / "a b" / name, num_bytes=1500)
+            for name in names  # type: ignore[arg-type]
+        ),
+        seconds=1.0,
+    )
+    rows = dict(report.export_rows(summary))
+    folder = str(tmp_path / "a b" / "serving")
+    target = ["meta-llama/Llama-3.1-8B-Instruct", "--revision", "main"]
+    assert rows["folder: serving"] == f"{folder} (1.5 KB)"
+    assert shlex.split(rows["serve with SGLang"]) == [
+        *("python", "-m", "sglang.launch_server", "--model-path", *target),
+        *("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", folder),
+        *("--speculative-num-steps", "4", "--speculative-eagle-topk", "1"),
+        *("--speculative-num-draft-tokens", "5"),
+    ]
+    *words, options = shlex.split(rows["serve with vLLM"])
+    assert words == ["vllm", "serve", *target, "--speculative-config"]
+    assert json.loads(options) == {
+        "method": "eagle3",
+        "model": folder,
+        "num_speculative_tokens": 4,
+    }
+    speculators = str(tmp_path / "a b" / "speculators")
+    assert shlex.split(rows["serve with vLLM (speculators)"]) == ["vllm", "serve", speculators]
