@@ -58,6 +58,12 @@ FLOWS = (
         description="Measure acceptance by real speculative decoding on held-out prompts",
     ),
     FlowEntry(
+        name="estimate",
+        entrypoint="flows/estimate.py:estimate_flow",
+        sections=("target", "dataset", "store", "training", "evaluation"),
+        description="Estimate acceptance from stored states on held-out data, without the target",
+    ),
+    FlowEntry(
         name="export",
         entrypoint="flows/export.py:export_flow",
         sections=("target", "dataset", "training", "export"),

@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from eagle_core.acceptance import AcceptanceReport
 from flows.summaries import (
     DatasetSummary,
+    EstimateSummary,
     EvaluateSummary,
     ExportedLayout,
     ExportSummary,
@@ -118,6 +119,26 @@ def online_rows(summary: OnlineSummary) -> list[Row]:
     ]
 
 
+def estimate_rows(summary: EstimateSummary) -> list[Row]:
+    """Return estimated acceptance with its interval and its shares, one row a depth."""
+    found = summary.estimate
+    low, high = found.acceptance_interval
+    depths = [
+        (f"accepted at depth {depth}, if reached", _series([share], "{:.1%}"))
+        for depth, share in enumerate(found.acceptance_by_depth, start=1)
+    ]
+    return [
+        ("run", str(summary.run_path)),
+        ("checkpoint", f"step {summary.checkpoint_step:,}"),
+        ("held-out samples", f"{found.num_samples:,} of snapshot {summary.snapshot_id}"),
+        ("rounds replayed", f"{found.num_rounds:,}"),
+        ("acceptance length, estimated", _tokens(found.acceptance_length, low, high)),
+        *depths,
+        ("answer tokens that the target would choose", f"{found.on_policy:.1%}"),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
 def export_rows(summary: ExportSummary) -> list[Row]:
     """Return where an export is, how large it is, and the commands that serve it."""
     length = summary.held_out_length
@@ -177,10 +198,11 @@ def _series(values: Sequence[float], form: str) -> str:
 
 
 def _acceptance(report: AcceptanceReport) -> str:
-    low, high = report.acceptance_interval
-    return (
-        f"{report.acceptance_length:.2f} tokens per target forward (95 %: {low:.2f} to {high:.2f})"
-    )
+    return _tokens(report.acceptance_length, *report.acceptance_interval)
+
+
+def _tokens(length: float, low: float, high: float) -> str:
+    return f"{length:.2f} tokens per target forward (95 %: {low:.2f} to {high:.2f})"
 
 
 def _depths(report: AcceptanceReport) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.acceptance import AcceptanceReport
+from eagle_core.estimate import AcceptanceEstimate
 from eagle_core.export import ExportLayout
 from eagle_core.trainer import Figures
 
@@ -126,4 +127,16 @@ class ExportSummary:
     """Of a Hugging Face id, if one is pinned."""
     speculative_tokens: int
     layouts: tuple[ExportedLayout, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimateSummary:
+    """What serving would accept, by the stored states of the held-out split."""
+
+    run_path: Path
+    checkpoint_step: int
+    snapshot_id: str
+    """Of the held-out samples."""
+    estimate: AcceptanceEstimate
     seconds: float

@@ -1,0 +1,130 @@
+"""`estimate`: acceptance from stored states on held-out data, without running the target."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from prefect import flow
+from pydantic_core import to_json
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError
+from eagle_core.estimate import AcceptanceEstimate, estimate_acceptance
+from eagle_core.evaluation import EvaluationConfig
+from eagle_core.files import write_text
+from eagle_core.samples import HiddenStateSample
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.training_config import TrainingConfig
+from flows import report
+from flows.artifact_key import artifact_key
+from flows.config import StoreConfig
+from flows.draft_setup import DraftSetup, set_up_draft
+from flows.identity import store_identity
+from flows.prepare import prepare
+from flows.progress import StageProgress, stage_progress
+from flows.stored_source import StoredSource
+from flows.summaries import EstimateSummary, TokensSummary
+from flows.table import print_table
+from flows.trained_draft import choose_checkpoint, load_checkpoint
+from flows.workspace import DEFAULT_HOME, Workspace
+from storage.reader import SnapshotReader
+from storage.snapshot import Snapshot
+from storage.store import Store
+
+RESULT_NAME = "estimate.json"
+
+
+@flow(
+    name="estimate",
+    flow_run_name="estimate-{target.name}-{dataset.name}-{run}",
+    persist_result=False,
+)
+def estimate_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+    run: str = "main",
+) -> EstimateSummary:
+    """Replay held-out answers from the store with the draft of run `run`, greedily.
+
+    Takes the newest checkpoint, as `evaluate` does, and of `evaluation` only `draft_tokens` and
+    `num_prompts`, here the number of held-out samples. Of the target it reads embedding and head.
+
+    Raises:
+        ConfigError: there is no checkpoint, no store, or nothing held out in it.
+        MismatchError: the store or the checkpoint belongs to something else.
+
+    """
+    started = time.monotonic()
+    run_path = Workspace(home=Path(home), target=target.name, dataset=dataset.name).run_path(run)
+    folder = choose_checkpoint(run_path, "newest")
+    space, tokens = prepare(target, dataset, home)
+    reader = _held_out(target, store, tokens, store.root or str(space.store_root))
+    setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
+    found = load_checkpoint(setup, folder)
+    title = f"{target.name} on {dataset.name}, run {run}"
+    summary = EstimateSummary(
+        run_path=run_path,
+        checkpoint_step=found.step,
+        snapshot_id=reader.snapshot_id,
+        estimate=_measure(setup, reader, evaluation, title=title),
+        seconds=time.monotonic() - started,
+    )
+    document = to_json(summary, indent=2, inf_nan_mode="null").decode()
+    write_text(run_path / RESULT_NAME, document + "\n")
+    rows = report.estimate_rows(summary)
+    print_table(f"Estimated acceptance: {title}", rows)
+    report.publish_table(
+        f"Estimated acceptance: {title}",
+        rows,
+        key=artifact_key("estimate", target.name, dataset.name, run),
+    )
+    return summary
+
+
+def _held_out(
+    target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str
+) -> SnapshotReader:
+    """Return the held-out samples of the store, which must be of this target and tokenizer."""
+    Store.open(root)  # a clear error when there is none, rather than an empty new one
+    opened = Store.create(root, store_identity(target, config, tokens))
+    sample_ids = TokenFile(tokens.held_out_path).sample_ids
+    if not sample_ids:
+        raise ConfigError(
+            "nothing was held out, so there is nothing to estimate on; set "
+            "dataset.held_out_fraction above 0, then run the hidden-states flow"
+        )
+    return opened.reader(Snapshot.of(sample_ids, opened.commits()))
+
+
+def _measure(
+    setup: DraftSetup, reader: SnapshotReader, evaluation: EvaluationConfig, *, title: str
+) -> AcceptanceEstimate:
+    total = min(len(reader.lengths), evaluation.num_prompts)
+    key = artifact_key("estimate", title)
+    with stage_progress("estimate", key=key, total=total, unit="samples") as bar:
+        return estimate_acceptance(
+            setup.draft,
+            _CountedSource(reader, bar),
+            draft_tokens=evaluation.draft_tokens,
+            num_samples=total,
+        )
+
+
+class _CountedSource(StoredSource):
+    """Stored samples that move a bar as they are read, one after the other."""
+
+    def __init__(self, reader: SnapshotReader, bar: StageProgress) -> None:
+        super().__init__(reader)
+        self._bar = bar
+
+    def fetch(self, index: int) -> HiddenStateSample:
+        """Return sample `index`: all before it are done."""
+        self._bar.move_to(index)
+        stored = super().fetch(index)
+        # A view of the reader's memory, which torch does not take without a warning.
+        return dataclasses.replace(stored, aux_hidden_states=stored.aux_hidden_states.copy())
