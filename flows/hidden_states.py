@@ -164,11 +164,11 @@ def publish(
 ) -> HiddenStatesSummary:
     """Publish the snapshots of both splits, training last, and return the store's bill."""
     store = Store.open(root)
+    commits = store.commits()
     held_out = TokenFile(tokens.held_out_path).sample_ids
     if held_out:
-        store.publish(held_out)  # keeps its shards from being collected as garbage
-    snapshot = store.publish(TokenFile(tokens.train_path).sample_ids)
-    commits = store.commits()
+        store.publish(held_out, commits=commits)  # keeps its shards from being collected as garbage
+    snapshot = store.publish(TokenFile(tokens.train_path).sample_ids, commits=commits)
     return HiddenStatesSummary(
         store_root=root,
         snapshot_id=snapshot.snapshot_id,

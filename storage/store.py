@@ -61,7 +61,13 @@ class Store:
 
     def commits(self) -> Mapping[str, CommitRecord]:
         """Return every commit record by shard id; CorruptError if one is damaged."""
-        return {shard_id: self.commit(shard_id) for shard_id in self.shard_ids()}
+        keys = {f"commits/{shard_id}.json": shard_id for shard_id in self.shard_ids()}
+        return {
+            keys[key]: CommitRecord.from_json(
+                data, shard_id=keys[key], identity_id=self._identity_id
+            )
+            for key, data in self.root.read_many(list(keys)).items()
+        }
 
     def commit(self, shard_id: str) -> CommitRecord:
         """Return one commit record; ShardMissingError if there is none, CorruptError if damaged."""
@@ -160,9 +166,14 @@ class Store:
 
     # ---- snapshots
 
-    def publish(self, sample_ids: Collection[str]) -> Snapshot:
-        """Publish the snapshot of these samples as the latest; ConfigError if one is missing."""
-        snapshot = Snapshot.of(sample_ids, self.commits())
+    def publish(
+        self, sample_ids: Collection[str], *, commits: Mapping[str, CommitRecord] | None = None
+    ) -> Snapshot:
+        """Publish the snapshot of these samples as the latest; ConfigError if one is missing.
+
+        `commits` spares reading all records again, if the caller has them.
+        """
+        snapshot = Snapshot.of(sample_ids, self.commits() if commits is None else commits)
         self.root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
         latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
         self.root.publish(LATEST_KEY, seal(latest))

@@ -129,3 +129,16 @@ def test_collection_drops_only_what_no_kept_snapshot_needs(root: str) -> None:
     assert store.shard_sizes().keys() == set(kept.shard_ids)
     assert store.verify(deep=True) == []
     assert store.reader(store.snapshot()).fetch(0).sample_id == samples[0].sample_id
+
+
+def test_many_records_are_read_at_once(root: str) -> None:
+    store = Store.create(root, make_identity())
+    samples = make_samples(8)
+    fill(store, samples, shard_tokens=40)
+    records = store.commits()
+    assert len(records) > 3
+    assert records == {shard_id: store.commit(shard_id) for shard_id in store.shard_ids()}
+    keys = [f"commits/{shard_id}.json" for shard_id in records]
+    assert store.root.read_many(keys) == {key: store.root.read(key) for key in keys}
+    with pytest.raises(FileNotFoundError):
+        store.root.read_many([*keys, "commits/absent.json"])
