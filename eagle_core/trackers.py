@@ -15,6 +15,13 @@ class Tracker(Protocol):
         """Record `scalars` at `step`."""
 
 
+class NoTracker:
+    """Keeps nothing: of every process of a run but the first."""
+
+    def log(self, scalars: Mapping[str, float], *, step: int) -> None:
+        """Forget `scalars`."""
+
+
 class TensorBoardTracker:
     """Writes TensorBoard event files below one folder."""
 

@@ -114,9 +114,6 @@ class TrainingConfig(BaseModel):
         """Return the fields that a resumed run must share with its checkpoint."""
         free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
         free |= {"held_out_every", "held_out_tokens", "gradient_checkpointing"}
-        free |= {
-            "num_processes",
-            "sharding",
-            "batches_per_step",
-        }  # processes may come and go between two runs
+        # Processes may come and go between two runs.
+        free |= {"num_processes", "sharding", "batches_per_step"}
         return self.model_dump(mode="json", exclude=free)

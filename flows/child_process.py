@@ -1,14 +1,18 @@
-"""Work in a child process that loads the target: a kernel kill or a device fault costs it alone.
+"""Work in child processes: a kernel kill or a device fault costs them alone.
 
-A child is a module of ours. It reads one request (JSON) on standard input, answers with one line of
-JSON at a time on standard output, and reports an error raised on purpose as its last line.
+A child is a module of ours. It reads one request (JSON), answers with one line of JSON at a time on
+standard output, and reports an error raised on purpose as its last line. One child reads the
+request on standard input; ranks under torchrun, of which each may report an error, read it from a
+file.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +24,9 @@ from flows.errors import ChildKilledError, FlowError
 ANSWERED_FAILURE = 3
 """Exit status after a failure that was reported on standard output."""
 _STDERR_TAIL_CHARS = 2000
+_RANKS_TAIL_CHARS = 5000
+_RANKS_SUMMARY = " FAILED\n---"
+"""Where torchrun begins to say what became of each rank, after a traceback of its own."""
 
 
 class Failure(BaseModel):
@@ -38,13 +45,13 @@ def say(line: BaseModel) -> None:
     sys.stdout.flush()
 
 
-def answer(work: Callable[[], None]) -> int:
-    """In the child: do the work, report an error raised on purpose; return the exit status."""
+def answer(work: Callable[[], None], *, tell: Callable[[BaseModel], None] = say) -> int:
+    """In the child: do the work, `tell` an error raised on purpose; return the exit status."""
     try:
         work()
     except (eagle_core.errors.EagleCoreError, storage.errors.StorageError) as error:
         kind = f"{type(error).__module__}.{type(error).__qualname__}"
-        say(Failure(failure=kind, message=str(error)))
+        tell(Failure(failure=kind, message=str(error)))
         return ANSWERED_FAILURE
     return 0
 
@@ -62,18 +69,70 @@ def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
         EagleCoreError, StorageError: what the child reported, as it raised it.
 
     """
-    failure: Failure | None = None
     with tempfile.TemporaryFile("w+") as stderr, _start(module, request, stderr) as child:
-        for line in child.stdout or ():
-            if line.startswith('{"failure":'):
-                failure = Failure.model_validate_json(line)
-            else:
-                yield line
-        status = child.wait()
-        if failure is not None and status == ANSWERED_FAILURE:
-            raise _as_raised(failure)
-        if status != 0:
-            raise ChildKilledError(_epitaph(what, status, _tail(stderr)))
+        yield from _lines(child, stderr, what=what)
+
+
+def ask_ranks(
+    module: str, request: BaseModel, *, num_ranks: int, environment: Mapping[str, str], what: str
+) -> Iterator[str]:
+    """Run `module` in processes side by side on this machine and yield the lines of them all.
+
+    They form a session of their own: a signal to the terminal's or a worker's process group does
+    not reach them. Whoever stops early closes the iterator, which ends them with SIGTERM.
+
+    Args:
+        module: dotted name; its main reads the request from the file that its argument names.
+        request: what they are to do.
+        num_ranks: how many; torchrun tells each its place.
+        environment: what theirs differs in from this process's.
+        what: what they are, for the message when one of them dies.
+
+    Raises:
+        ChildKilledError: one died without an answer; torchrun has then ended the others.
+        EagleCoreError, StorageError: what a rank reported, as it raised it.
+
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="eyas-ranks-") as folder,
+        tempfile.TemporaryFile("w+") as stderr,
+    ):
+        path = Path(folder) / "request.json"
+        path.write_text(request.model_dump_json(), encoding="utf-8")
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
+            *("-m", module, str(path)),
+        ]
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        ) as child:
+            try:
+                yield from _lines(child, stderr, what=what)
+            finally:
+                if child.poll() is None:
+                    child.terminate()
+                    child.wait()
+
+
+def _lines(child: subprocess.Popen[str], stderr: IO[str], *, what: str) -> Iterator[str]:
+    failures: list[Failure] = []
+    for line in child.stdout or ():
+        if line.startswith('{"failure":'):
+            failures.append(Failure.model_validate_json(line))
+        else:
+            yield line
+    status = child.wait()
+    if failures:
+        raise _as_raised(failures)
+    if status != 0:
+        raise ChildKilledError(_epitaph(what, status, _tail(stderr)))
 
 
 def _start(module: str, request: BaseModel, stderr: IO[str]) -> subprocess.Popen[str]:
@@ -90,17 +149,25 @@ def _start(module: str, request: BaseModel, stderr: IO[str]) -> subprocess.Popen
     return child
 
 
-def _as_raised(failure: Failure) -> Exception:
-    module, _, name = failure.failure.rpartition(".")
+def _as_raised(failures: Sequence[Failure]) -> Exception:
+    """Return the first error that was reported, with what other processes say of the same kind."""
+    kind = failures[0].failure
+    messages = dict.fromkeys(failure.message for failure in failures if failure.failure == kind)
+    message = "; another process: ".join(messages)
+    module, _, name = kind.rpartition(".")
     if module not in {"eagle_core.errors", "storage.errors"}:
-        return FlowError(f"{failure.failure}: {failure.message}")
-    error: Exception = getattr(importlib.import_module(module), name)(failure.message)
+        return FlowError(f"{kind}: {message}")
+    error: Exception = getattr(importlib.import_module(module), name)(message)
     return error
 
 
 def _tail(stderr: IO[str]) -> str:
     stderr.seek(0)
-    return stderr.read()[-_STDERR_TAIL_CHARS:].strip()
+    text = stderr.read()
+    _, is_of_ranks, summary = text.rpartition(_RANKS_SUMMARY)
+    if is_of_ranks:
+        return summary.strip("-=\n")[-_RANKS_TAIL_CHARS:].strip()
+    return text[-_STDERR_TAIL_CHARS:].strip()
 
 
 def _epitaph(what: str, status: int, tail: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError
 from eagle_core.evaluation import EvaluationConfig
 from eagle_core.target import TargetModel, fingerprint, fingerprint_fields
 from eagle_core.target_config import TargetConfig
@@ -42,8 +43,19 @@ def online(
     """Train while the target computes the hidden states, then evaluate; nothing is stored.
 
     Only `store.shard_tokens` matters here: how many tokens the target computes at a time.
+
+    Raises:
+        ConfigError: several processes are asked for.
+        TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
+
     """
     started = time.monotonic()
+    if training.num_processes > 1:
+        raise ConfigError(
+            f"training.num_processes is {training.num_processes}, but online training has one "
+            "process: each would load the target for itself. Set training.num_processes=1, or run "
+            "the offline flow, where several processes read stored states"
+        )
     space, tokens = prepare(target, dataset, home)
     train_tokens = TokenFile(tokens.train_path)
     setup = set_up_draft(target, training, train_tokens, space.run_path(run))

@@ -1,30 +1,46 @@
 """`train`: a draft from the latest snapshot, resumed from the newest good checkpoint."""
 
+import logging
+import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
 
+import torch
 from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError
 from eagle_core.samples import SampleSource
+from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.trackers import TensorBoardTracker
-from eagle_core.trainer import Progress, train
+from eagle_core.trainer import Progress, TrainingResult, train
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
+from flows.child_process import ask_ranks
 from flows.config import StoreConfig
 from flows.draft_setup import DraftSetup, set_up_draft
-from flows.errors import TrainingStoppedError
+from flows.errors import ChildKilledError, TrainingStoppedError
 from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.semantic_probe import recompute_with, require_sound
-from flows.stored_source import StoredSource
 from flows.summaries import TrainSummary
+from flows.train_worker import RankLine, TrainJob, open_sources
 from flows.workspace import DEFAULT_HOME
-from storage.snapshot import Snapshot
 from storage.store import Store
+
+Attempt = Callable[[Callable[[Progress], None]], TrainingResult]
+"""Trains to the end or until it is asked to stop, and tells every step."""
+
+logger = logging.getLogger(__name__)
 
 
 @flow(
@@ -45,31 +61,43 @@ def train_flow(
     A retry goes on from the newest checkpoint and ends in the same bits as an undisturbed run.
 
     Raises:
-        ConfigError: there is no store or no snapshot yet.
+        ConfigError: there is no store or no snapshot yet, or fewer GPUs than processes.
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
         CorruptError: a shard does not hold what the target said.
+        ChildKilledError: one of several processes died; the last checkpoint is good.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
 
     """
+    _require_devices(target, training.num_processes)
     space, tokens = prepare(target, dataset, home)
     root = store.root or str(space.store_root)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
-    commits = opened.commits()
-    # Samples are shuffled inside a window of shards: with less memory than that, every sample would
-    # cost the decoding of its whole shard.
-    largest_shard = max((commit.raw_bytes for commit in commits.values()), default=0)
-    cache_bytes = training.shuffle_window * largest_shard
     snapshot = opened.snapshot()
-    source = StoredSource(opened.reader(snapshot, cache_bytes=cache_bytes))
-    held_out_ids = TokenFile(tokens.held_out_path).sample_ids
-    held_out = None
-    if held_out_ids:
-        held_out = StoredSource(opened.reader(Snapshot.of(held_out_ids, commits)))
-    setup = set_up_draft(target, training, TokenFile(tokens.train_path), space.run_path(run))
-    require_sound(opened, snapshot, recompute_with(setup.target_lm_head))
-    return run_training(
-        training, setup, source, held_out, title=f"{target.name}-{dataset.name}-{run}"
+    job = TrainJob(
+        target=target,
+        training=training,
+        store_root=root,
+        snapshot_id=snapshot.snapshot_id,
+        train_tokens=tokens.train_path,
+        held_out_tokens=tokens.held_out_path,
+        run_path=space.run_path(run),
+    )
+    title = f"{target.name}-{dataset.name}-{run}"
+    if training.num_processes == 1:
+        setup = _sound_setup(job, target, opened)
+        source, held_out = open_sources(job)
+        return run_training(training, setup, source, held_out, title=title)
+    # The ranks find the draft vocabulary written, and the first GPU empty.
+    here = target.model_copy(update={"device": "cpu"})
+    coverage = _sound_setup(job, here, opened).vocabulary_coverage
+    return _summarised(
+        lambda on_progress: _train_ranks(job, on_progress, title=title),
+        total=training.total_steps(int(snapshot.lengths.sum()), world_size=training.num_processes),
+        run_path=job.run_path,
+        source_id=snapshot.snapshot_id,
+        vocabulary_coverage=coverage,
+        title=title,
     )
 
 
@@ -81,28 +109,46 @@ def run_training(
     *,
     title: str,
 ) -> TrainSummary:
-    """Train from any source; the one piece of code behind the offline and the online flow."""
+    """Train in this process, from any source: what the offline and the online flow share."""
+
+    def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
+        with TensorBoardTracker(setup.run_path / "tensorboard") as tracker:
+            return train(
+                config=training,
+                draft=setup.draft,
+                target_lm_head=setup.target_lm_head,
+                source=source,
+                held_out=held_out,
+                run_path=setup.run_path,
+                tracker=tracker,
+                on_progress=on_progress,
+            )
+
+    return _summarised(
+        attempt,
+        total=training.total_steps(int(source.lengths.sum())),
+        run_path=setup.run_path,
+        source_id=source.source_id,
+        vocabulary_coverage=setup.vocabulary_coverage,
+        title=title,
+    )
+
+
+def _summarised(
+    attempt: Attempt,
+    *,
+    total: int,
+    run_path: Path,
+    source_id: str,
+    vocabulary_coverage: float,
+    title: str,
+) -> TrainSummary:
+    """Show the progress of `attempt` and report what came out."""
     started = time.monotonic()
-    total = training.total_steps(int(source.lengths.sum()))
-    with (
-        stage_progress(
-            "training", key=artifact_key("train", title), total=total, unit="steps"
-        ) as bar,
-        TensorBoardTracker(setup.run_path / "tensorboard") as tracker,
-    ):
-
-        def on_progress(progress: Progress) -> None:
-            bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
-
-        result = train(
-            config=training,
-            draft=setup.draft,
-            target_lm_head=setup.target_lm_head,
-            source=source,
-            held_out=held_out,
-            run_path=setup.run_path,
-            tracker=tracker,
-            on_progress=on_progress,
+    key = artifact_key("train", title)
+    with stage_progress("training", key=key, total=total, unit="steps") as bar:
+        result = attempt(
+            lambda progress: bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
         )
     if result.stopped:
         raise TrainingStoppedError(
@@ -111,11 +157,11 @@ def run_training(
             "or press Retry in the Prefect UI, to go on from there"
         )
     summary = TrainSummary(
-        run_path=setup.run_path,
-        source_id=source.source_id,
+        run_path=run_path,
+        source_id=source_id,
         num_steps=result.num_steps,
         figures=result.figures,
-        vocabulary_coverage=setup.vocabulary_coverage,
+        vocabulary_coverage=vocabulary_coverage,
         tokens_per_second=result.tokens_per_second,
         seconds=time.monotonic() - started,
     )
@@ -123,3 +169,103 @@ def run_training(
         f"Training: {title}", report.train_rows(summary), key=artifact_key("training", title)
     )
     return summary
+
+
+def _sound_setup(job: TrainJob, target: TargetConfig, store: Store) -> DraftSetup:
+    """Return the untrained draft on the device of `target`, if the states may be trained on."""
+    setup = set_up_draft(target, job.training, TokenFile(job.train_tokens), job.run_path)
+    require_sound(store, store.snapshot(job.snapshot_id), recompute_with(setup.target_lm_head))
+    return setup
+
+
+def _require_devices(target: TargetConfig, num_processes: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if resolve_device(target.device).type == "cuda" and num_processes > max(num_gpus, 1):
+        raise ConfigError(
+            f"training.num_processes is {num_processes}, but this machine shows {num_gpus} GPUs "
+            "(CUDA_VISIBLE_DEVICES counts): each process needs one of its own. Set it to "
+            f"{max(num_gpus, 1)} at most"
+        )
+
+
+class _FirstRank:
+    """The process that SIGTERM is passed on to, once, as soon as it has done a step."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+        self._stop_asked = False
+
+    def has_done_a_step(self, pid: int) -> None:
+        self._pid = pid
+        self._pass_on()
+
+    def has_ended(self) -> None:
+        self._pid = None
+
+    def stop(self) -> None:
+        self._stop_asked = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._stop_asked and self._pid is not None:
+            os.kill(self._pid, signal.SIGTERM)
+            self._stop_asked = False
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[_FirstRank]:
+    """Yield who gets the SIGTERM of this process; outside the main thread there is none to get."""
+    first_rank = _FirstRank()
+    if threading.current_thread() is not threading.main_thread():
+        yield first_rank
+        return
+    previous = signal.signal(signal.SIGTERM, lambda _signal, _frame: first_rank.stop())
+    try:
+        yield first_rank
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _train_ranks(
+    job: TrainJob, on_progress: Callable[[Progress], None], *, title: str
+) -> TrainingResult:
+    """Train in several processes; the result is the first one's."""
+    num_ranks = job.training.num_processes
+    lines = ask_ranks(
+        "flows.train_worker",
+        job,
+        num_ranks=num_ranks,
+        environment=_rank_environment(job.target, num_ranks),
+        what=f"training {title} in {num_ranks} processes (its last checkpoint is good: run the "
+        "same command again to go on)",
+    )
+    result: TrainingResult | None = None
+    try:
+        with closing(lines), _stopped_by_sigterm() as first_rank:  # type: ignore[type-var]  # a generator
+            for line in map(RankLine.model_validate_json, lines):
+                if line.progress is not None:
+                    first_rank.has_done_a_step(line.pid)
+                    on_progress(line.progress)
+                if line.warning:
+                    logger.warning("%s", line.warning)
+                if line.result is not None:
+                    first_rank.has_ended()
+                    result = line.result
+    except ChildKilledError:
+        if result is None:  # else all was done, and SIGTERM met processes that were ending
+            raise
+    assert result is not None  # noqa: S101 (the last thing that the first rank says)
+    return result
+
+
+def _rank_environment(target: TargetConfig, num_ranks: int) -> Mapping[str, str]:
+    """Return what the environment of the ranks adds: they share the processors and one machine."""
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    chosen = {
+        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    wanted = {name: value for name, value in chosen.items() if name not in os.environ}
+    if resolve_device(target.device).type == "cpu":
+        wanted["CUDA_VISIBLE_DEVICES"] = ""  # they would meet on GPUs that they do not use
+    return wanted

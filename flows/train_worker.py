@@ -1,0 +1,161 @@
+"""One of the processes that train a draft side by side, a rank under torchrun.
+
+Its argument names a file with one `TrainJob` (JSON). All ranks do the same work on their share of
+each step; the first one alone answers, with one `RankLine` (JSON) a line, but any may report an
+error.
+"""
+
+import fcntl
+import logging
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from eagle_core.stop_request import stop_request
+from eagle_core.target import resolve_device
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.trackers import NoTracker, TensorBoardTracker, Tracker
+from eagle_core.trainer import Progress, TrainingResult, train
+from eagle_core.training_config import TrainingConfig
+from flows.child_process import answer
+from flows.draft_setup import set_up_draft
+from flows.stored_source import StoredSource
+from storage.snapshot import Snapshot
+from storage.store import Store
+
+OWN_LOGGERS = ("eagle_core", "storage", "flows")
+
+
+class TrainJob(BaseModel):
+    """What is trained, and from what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: TargetConfig
+    training: TrainingConfig
+    store_root: str
+    snapshot_id: str
+    train_tokens: Path
+    held_out_tokens: Path
+    run_path: Path
+
+
+class RankLine(BaseModel):
+    """One line of the first rank's answer: one of a step, a warning and the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    pid: int
+    """The process that makes all ranks stop when it gets SIGTERM, from its first step on."""
+    progress: Progress | None = None
+    warning: str = ""
+    result: TrainingResult | None = None
+
+
+class Voice:
+    """Standard output shared by ranks and their threads: no line ends up inside another.
+
+    What libraries print goes to standard error instead.
+    """
+
+    def __init__(self, lock_path: Path) -> None:
+        """Take standard output over; all who share it name the same file."""
+        self._lock_path = lock_path
+        self._stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(self, line: BaseModel) -> None:
+        """Write one line."""
+        with self._lock_path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._stdout.write(line.model_dump_json(exclude_defaults=True) + "\n")
+            self._stdout.flush()
+
+
+class Warnings(logging.Handler):
+    """Passes our own warnings on to the parent, whose log is the one that people read."""
+
+    def __init__(self, voice: Voice) -> None:
+        super().__init__(logging.WARNING)
+        self._voice = voice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one."""
+        self._voice.say(RankLine(pid=os.getpid(), warning=record.getMessage()))
+
+
+def open_sources(job: TrainJob) -> tuple[StoredSource, StoredSource | None]:
+    """Return the samples to train on, and the held-out ones if there are any."""
+    store = Store.open(job.store_root)
+    commits = store.commits()
+    # Samples are shuffled inside a window of shards: with less memory than that, every sample would
+    # cost the decoding of its whole shard.
+    largest_shard = max((commit.raw_bytes for commit in commits.values()), default=0)
+    cache_bytes = job.training.shuffle_window * largest_shard
+    source = StoredSource(store.reader(store.snapshot(job.snapshot_id), cache_bytes=cache_bytes))
+    held_out_ids = TokenFile(job.held_out_tokens).sample_ids
+    if not held_out_ids:
+        return source, None
+    return source, StoredSource(store.reader(Snapshot.of(held_out_ids, commits)))
+
+
+@record  # torchrun's last words hold the traceback of an error that is none of ours
+def main() -> int:
+    """Be one rank of the job that the argument names; return the exit status."""
+    job_path = Path(sys.argv[1])
+    voice = Voice(job_path)
+    job = TrainJob.model_validate_json(job_path.read_text(encoding="utf-8"))
+    is_first = os.environ["RANK"] == "0"
+    if is_first:
+        for name in OWN_LOGGERS:
+            logging.getLogger(name).addHandler(Warnings(voice))
+    return answer(lambda: _train(job, voice, is_first=is_first), tell=voice.say)
+
+
+def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
+    source, held_out = open_sources(job)
+    target = job.target.model_copy(update={"device": _own_device(job.target)})
+    setup = set_up_draft(target, job.training, TokenFile(job.train_tokens), job.run_path)
+
+    def on_progress(progress: Progress) -> None:
+        if is_first:
+            voice.say(RankLine(pid=os.getpid(), progress=progress))
+
+    # A SIGTERM that comes when the last step is done must not keep the result from being said.
+    with _tracker(job.run_path, is_first=is_first) as tracker, stop_request():
+        result = train(
+            config=job.training,
+            draft=setup.draft,
+            target_lm_head=setup.target_lm_head,
+            source=source,
+            held_out=held_out,
+            run_path=job.run_path,
+            tracker=tracker,
+            on_progress=on_progress,
+        )
+        if is_first:
+            voice.say(RankLine(pid=os.getpid(), result=result))
+
+
+def _own_device(target: TargetConfig) -> str:
+    """Return the GPU of this rank, where GPUs are used."""
+    device = resolve_device(target.device)
+    if device.type != "cuda":
+        return str(device)
+    number = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def _tracker(run_path: Path, *, is_first: bool) -> AbstractContextManager[Tracker]:
+    return TensorBoardTracker(run_path / "tensorboard") if is_first else nullcontext(NoTracker())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
