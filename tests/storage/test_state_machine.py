@@ -1,0 +1,464 @@
+"""Whatever is done to a store, killed half-way and damaged, it never loses or misreads a shard.
+
+The model is the set of bytes that each shard must have, taken from a store that nothing ever
+happened to. A shard is absent (no record), whole (record and objects are those bytes) or damaged.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+)
+
+from storage.collection import collect, find_garbage
+from storage.directory import TEMPORARY_SUFFIX, Directory, Pieces
+from storage.errors import ConfigError, CorruptError
+from storage.plan import PlannedShard
+from storage.reader import read_shard
+from storage.repair import damaged_shards
+from storage.samples import StoredSample, last_needed
+from storage.store import LATEST_KEY, Store
+from tests.storage.synthetic import fill, make_identity, make_samples, planned
+
+SAMPLES = make_samples(5, tokens=(3, 8))
+BY_ID = {sample.sample_id: sample for sample in SAMPLES}
+RAM = Path("/dev/shm")  # a real file system on which fsync costs nothing, where there is one
+
+absent, whole, damaged = "absent", "whole", "damaged"
+
+
+class Killed(BaseException):
+    """What a kill is to the code that it ends: nothing catches it."""
+
+
+class Fuse:
+    """Kills at one of the operations to come, and at every later one: the process is gone."""
+
+    def __init__(self, operations: int | None) -> None:
+        self._left = operations
+
+    @property
+    def at_end(self) -> bool:
+        """Tell whether the next operation is the last."""
+        return self._left is not None and self._left <= 0
+
+    def burn(self) -> None:
+        if self.at_end:
+            raise Killed
+        if self._left is not None:
+            self._left -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class MortalDirectory(Directory):
+    """A directory whose process is killed before, within or after an operation that changes it."""
+
+    fuse: Fuse
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[Pieces]:
+        self.fuse.burn()
+        with Directory.open(self, key) as pieces:
+            yield TornPieces(pieces, self.fuse)
+        self.fuse.burn()
+
+    def publish(self, key: str, data: bytes, *, replace: bool = True) -> None:
+        self.fuse.burn()
+        if self.fuse.at_end and self.is_local:
+            path = Path(self.path(key) + TEMPORARY_SUFFIX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data[: len(data) // 2])
+        self.fuse.burn()
+        Directory.publish(self, key, data, replace=replace)
+        self.fuse.burn()
+
+    def delete(self, key: str) -> None:
+        self.fuse.burn()
+        Directory.delete(self, key)
+        self.fuse.burn()
+
+
+class TornPieces:
+    """An object of which a kill leaves the first half of a piece: on a disk it stays."""
+
+    def __init__(self, pieces: Pieces, fuse: Fuse) -> None:
+        self._pieces, self._fuse = pieces, fuse
+
+    @property
+    def tag(self) -> str | None:
+        return self._pieces.tag
+
+    def write(self, data: bytes) -> None:
+        if self._fuse.at_end:
+            self._pieces.write(data[: len(data) // 2])
+        self._fuse.burn()
+        self._pieces.write(data)
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    if not data:
+        return b"x"
+    return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
+
+
+SAME_SIZE: list[Callable[[bytes], bytes]] = [flip, lambda data: bytes(len(data))]
+OTHER_SIZE: list[Callable[[bytes], bytes]] = [
+    lambda data: data[:-1],
+    lambda _: b"",
+    lambda data: data + data,
+]
+fuses = st.one_of(st.none(), st.integers(0, 90))
+indices = st.integers(0, 2**16)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """All that may happen to a store of a few shards."""
+
+    @initialize(filled=st.sampled_from([True, True, False]))
+    def start(self, filled: bool) -> None:
+        self.url = self.make_root()
+        store = Store.create(self.url, make_identity())
+        self.root = store.root
+        plan = store.plan(planned(SAMPLES), shard_tokens=12)
+        self.shards = {shard.shard_id: shard for shard in plan.shards}
+        assert len(self.shards) >= 3
+        MemoryFileSystem.store.pop("/reference", None)
+        untouched = Store.create("memory://reference", make_identity())
+        fill(untouched, SAMPLES, shard_tokens=12)
+        self.reference = {
+            key: untouched.root.read(key)
+            for prefix in ("commits", "shards")
+            for key in (f"{prefix}/{name}" for name in untouched.root.sizes(prefix))
+        }
+        self.snapshots: dict[str, frozenset[str]] = {}
+        """Every snapshot that was ever published, whole or by a process that was killed."""
+        self.condition = dict.fromkeys(self.shards, absent)
+        self.last_read: dict[str, str] = {}
+        if filled:
+            for shard in plan.shards:
+                self.write_shard(shard, None)
+            self.publish(set(BY_ID), None)
+
+    def make_root(self) -> str:
+        raise NotImplementedError
+
+    # ---- looking, without the store's help
+
+    def raw(self) -> dict[str, bytes]:
+        return {key: self.root.read(key) for key in self.root.sizes("")}
+
+    def keys_of(self, shard_id: str) -> list[str]:
+        return [key for key in self.reference if key.startswith(f"shards/{shard_id}/")]
+
+    def bad_keys(self, shard_id: str, raw: dict[str, bytes]) -> set[str]:
+        """Return what a deep verification must report of a shard with a record."""
+        record = f"commits/{shard_id}.json"
+        if raw[record] != self.reference[record]:
+            return {record}
+        keys = self.keys_of(shard_id)
+        return {key for key in keys if raw.get(key) != self.reference[key]}
+
+    def conditions(self, raw: dict[str, bytes]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for shard_id in self.shards:
+            if f"commits/{shard_id}.json" not in raw:
+                found[shard_id] = absent
+            else:
+                found[shard_id] = damaged if self.bad_keys(shard_id, raw) else whole
+        return found
+
+    def seen_by_size(self, shard_id: str, raw: dict[str, bytes]) -> bool:
+        return any(
+            key.startswith("commits/")
+            or len(raw.get(key, b"")) != len(self.reference[key])
+            or key not in raw
+            for key in self.bad_keys(shard_id, raw)
+        )
+
+    def run(self, fuse: int | None, operation: Callable[[Store], object]) -> bool:
+        """Run an operation in a process that may be killed; tell whether it was not."""
+        root = MortalDirectory(self.root.file_system, self.root.root, Fuse(fuse))
+        try:
+            operation(Store(root, make_identity()))
+        except Killed:
+            return False
+        return True
+
+    # ---- what may happen
+
+    @rule(which=indices, fuse=fuses)
+    def write(self, which: int, fuse: int | None) -> None:
+        self.write_shard(self.pick_shard(which), fuse)
+
+    def write_shard(self, shard: PlannedShard, fuse: int | None) -> None:
+        raw = self.raw()
+        before = self.conditions(raw)
+        name = shard.shard_id
+        must_write = before[name] == absent or (
+            before[name] == damaged and self.seen_by_size(name, raw)
+        )
+        lived = self.run(
+            fuse, lambda store: store.write_shard(shard, [BY_ID[i] for i in shard.sample_ids])
+        )
+        after = self.conditions(self.raw())
+        if lived:
+            assert after[name] == (whole if must_write else before[name])
+        elif before[name] == damaged:
+            assert after[name] in (damaged, absent, whole)
+        else:
+            assert after[name] in (before[name], whole)
+        self.condition = {**before, name: after[name]}
+
+    @rule(
+        keys=st.lists(indices, min_size=1, max_size=2), how=st.sampled_from(SAME_SIZE + OTHER_SIZE)
+    )
+    def damage(self, keys: list[int], how: Callable[[bytes], bytes]) -> None:
+        for key in filter(None, map(self.pick_key, keys)):
+            self.root.write(key, how(self.root.read(key)))
+        self.condition = self.conditions(self.raw())
+
+    @rule(which=indices)
+    def delete(self, which: int) -> None:
+        key = self.pick_key(which)
+        if key:
+            self.root.delete(key)
+            self.condition = self.conditions(self.raw())
+
+    @rule(which=indices, records=st.booleans())
+    def swap(self, which: int, records: bool) -> None:
+        first, second = self.pick_shard(which).shard_id, self.pick_shard(which + 1).shard_id
+        key = self.keys_of(first)[which % len(self.keys_of(first))]
+        pair = (key, key.replace(first, second))
+        if records:
+            pair = (f"commits/{first}.json", f"commits/{second}.json")
+        raw = self.raw()
+        if all(key in raw for key in pair):
+            self.root.write(pair[0], raw[pair[1]])
+            self.root.write(pair[1], raw[pair[0]])
+            self.condition = self.conditions(self.raw())
+
+    @rule(which=indices)
+    def leave_stale_files(self, which: int) -> None:
+        name = self.pick_shard(which).shard_id
+        self.root.write(f"commits/{name}.json{TEMPORARY_SUFFIX}", b"half a rec")
+        if self.condition[name] == absent:
+            self.root.write(f"shards/{name}/left-behind", b"x")
+
+    @rule(fuse=fuses)
+    def repair(self, fuse: int | None) -> None:
+        store = Store.open(self.url)
+        try:
+            found = damaged_shards(store, store.verify(deep=True))
+        except CorruptError:
+            assert self.some_shard_is_forgotten(store)
+            return
+        for shard in found:
+            lived = self.run(fuse, lambda store, shard=shard: store.revoke(shard.shard_id))
+            self.condition = self.conditions(self.raw())
+            if not lived:
+                return
+            self.write_shard(shard, fuse)
+        if fuse is None:
+            assert damaged not in self.condition.values()
+            for snapshot_id in store.snapshot_ids():
+                reader = store.reader(store.snapshot(snapshot_id))
+                for index in range(len(reader)):
+                    self.require_equal(reader.fetch(index))
+
+    def some_shard_is_forgotten(self, store: Store) -> bool:
+        """Tell whether collection took the plan of a shard whose record was then damaged."""
+        raw = self.raw()
+        planned_ids = {shard.shard_id for plan in store.plans() for shard in plan.shards}
+        return any(
+            raw.get(f"commits/{name}.json") != self.reference[f"commits/{name}.json"]
+            and name not in planned_ids
+            for name in self.shards
+        )
+
+    @rule(of=st.sets(indices, min_size=1, max_size=3), fuse=st.none() | st.integers(0, 6))
+    def publish_some(self, of: set[int], fuse: int | None) -> None:
+        """Choose among the samples of committed shards, and now and then among all."""
+        names = [name for name in sorted(self.shards) if self.condition[name] != absent]
+        committed = [i for name in names for i in self.shards[name].sample_ids]
+        choice = sorted(BY_ID) if min(of) % 8 == 0 or not committed else committed
+        self.publish({choice[which % len(choice)] for which in of}, fuse)
+
+    def publish(self, members: set[str], fuse: int | None) -> None:
+        raw = self.raw()
+        records_bad = any(
+            self.bad_keys(name, raw) == {f"commits/{name}.json"}
+            for name, condition in self.condition.items()
+            if condition != absent
+        )
+        missing = any(
+            self.condition[name] == absent and members & set(shard.sample_ids)
+            for name, shard in self.shards.items()
+        )
+        before = set(Store.open(self.url).snapshot_ids())
+        try:
+            lived = self.run(fuse, lambda store: store.publish(members))
+        except CorruptError:
+            assert records_bad
+            return
+        except ConfigError:
+            assert missing
+            return
+        assert not lived or not (records_bad or missing)
+        store = Store.open(self.url)
+        for snapshot_id in set(store.snapshot_ids()) - before:
+            self.snapshots[snapshot_id] = frozenset(members)
+        if lived:
+            assert self.members(store, store.snapshot().snapshot_id) == members
+
+    @rule(others=st.sets(indices, max_size=2), fuse=fuses)
+    def collect_garbage(self, others: set[int], fuse: int | None) -> None:
+        store = Store.open(self.url)
+        present = store.snapshot_ids()
+        if not present or not self.root.exists(LATEST_KEY):
+            return
+        keep = {present[which % len(present)] for which in others}
+        keep.add(store.snapshot().snapshot_id)
+        needed = {shard for name in keep for shard in store.snapshot(name).shard_ids}
+        raw = self.raw()
+        before = self.condition
+        self.run(fuse, lambda store: collect(store, find_garbage(store, keep=keep)))
+        remaining = self.raw()
+        self.condition = self.conditions(remaining)
+        assert keep <= set(store.snapshot_ids())
+        for name in self.shards:
+            if name in needed:
+                assert {k: v for k, v in raw.items() if name in k} == {
+                    k: v for k, v in remaining.items() if name in k
+                }
+            else:
+                assert self.condition[name] in (before[name], absent)
+        if fuse is None:
+            assert set(store.snapshot_ids()) == keep
+
+    @rule(which=indices)
+    def read(self, which: int) -> None:
+        store = Store.open(self.url)
+        if not store.snapshot_ids():
+            return
+        snapshot = store.snapshot(store.snapshot_ids()[which % len(store.snapshot_ids())])
+        reader = store.reader(snapshot)
+        for index in range(len(reader)):
+            lies_in = snapshot.shard_ids[snapshot.groups[index]]
+            try:
+                found = reader.fetch(index)
+            except CorruptError:
+                assert self.condition[lies_in] != whole
+            else:
+                assert self.condition[lies_in] == whole
+                self.require_equal(found)
+
+    # ---- what must hold
+
+    @invariant()
+    def nothing_changed_unseen(self) -> None:
+        assert self.conditions(self.raw()) == self.condition
+
+    @invariant()
+    def verification_finds_every_damage_and_nothing_else(self) -> None:
+        store, raw = Store.open(self.url), self.raw()
+        expected: set[str] = set()
+        by_size: set[str] = set()
+        for name, condition in self.condition.items():
+            if condition == damaged:
+                expected |= self.bad_keys(name, raw)
+                by_size |= {name} if self.seen_by_size(name, raw) else set()
+        needed = {s for name in store.snapshot_ids() for s in store.snapshot(name).shard_ids}
+        missing = {f"commits/{s}.json" for s in needed if self.condition[s] == absent}
+        latest_missing = {LATEST_KEY} if store.snapshot_ids() and LATEST_KEY not in raw else set()
+        deep = {finding.object_key for finding in store.verify(deep=True)}
+        assert deep == expected | missing | latest_missing
+        quick = {finding.shard_id for finding in store.verify(deep=False)} - {None}
+        assert quick == by_size | {s for s in needed if self.condition[s] == absent}
+
+    @invariant()
+    def what_is_visible_is_whole_or_refused(self) -> None:
+        store = Store.open(self.url)
+        for name in store.snapshot_ids():
+            assert self.members(store, name) == self.snapshots[name]
+        assert store.shard_ids() == sorted(
+            name for name, condition in self.condition.items() if condition != absent
+        )
+        for name, condition in self.condition.items():
+            if condition == whole == self.last_read.get(name):
+                continue  # the very bytes that were read before
+            self.last_read[name] = condition
+            try:
+                shard = read_shard(self.root, name, identity=store.identity)
+            except CorruptError:
+                assert condition != whole
+            else:
+                assert condition == whole
+                for position in range(len(shard.sample_ids)):
+                    self.require_equal(shard.sample(position))
+
+    @staticmethod
+    def require_equal(found: StoredSample) -> None:
+        expected = BY_ID[found.sample_id]
+        for name in ("input_ids", "loss_mask", "aux_hidden_states", "target_logsumexp"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        kept = last_needed(expected.loss_mask)
+        np.testing.assert_array_equal(
+            found.last_hidden_state[kept], expected.last_hidden_state[kept]
+        )
+
+    @staticmethod
+    def members(store: Store, snapshot_id: str) -> set[str]:
+        snapshot = store.snapshot(snapshot_id)
+        return {snapshot.sample_id(index) for index in range(snapshot.num_samples)}
+
+    def pick_shard(self, which: int) -> PlannedShard:
+        return self.shards[sorted(self.shards)[which % len(self.shards)]]
+
+    def pick_key(self, which: int) -> str | None:
+        """Return an object of a committed shard, its record now and then, if there is one."""
+        names = sorted(name for name, state in self.condition.items() if state != absent)
+        if not names:
+            return None
+        name = names[which % len(names)]
+        keys = [*self.keys_of(name), *([f"commits/{name}.json"] * 5)]
+        key = keys[which // len(names) % len(keys)]
+        return key if self.root.exists(key) else None
+
+
+class OnDisk(StoreMachine):
+    def make_root(self) -> str:
+        self.folder = tempfile.mkdtemp(prefix="eyas-", dir=RAM if RAM.is_dir() else None)
+        return f"{self.folder}/store"
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class InMemory(StoreMachine):
+    def make_root(self) -> str:
+        MemoryFileSystem.store.clear()
+        return "memory://machine"
+
+
+TestOnDisk = OnDisk.TestCase
+TestInMemory = InMemory.TestCase
+TestOnDisk.settings = settings(
+    max_examples=20,
+    stateful_step_count=20,
+    deadline=None,
+    phases=set(Phase) - {Phase.explain},
+)
+TestInMemory.settings = TestOnDisk.settings
