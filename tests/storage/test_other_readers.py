@@ -65,5 +65,7 @@ def test_others_notice_a_flipped_byte(tmp_path: Path, read: Callable[[Path], np.
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(Exception, match=r"(?i)checksum|crc|digest"):  # each library has its own class
+    with pytest.raises(
+        Exception, match=r"(?i)checksum|crc|digest"
+    ):  # each library has its own class
         read(folder)
