@@ -102,7 +102,7 @@ def ask_ranks(
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
-            *("-m", module, str(path)),
+            *("--log-dir", folder, "-m", module, str(path)),
         ]
         with subprocess.Popen(
             command,

@@ -185,6 +185,12 @@ def test_stopped_killed_and_resumed_ranks_make_the_steps_of_one_process(
     assert len(list((two / "tensorboard").glob("events.*"))) == 3  # one an attempt
 
 
+def test_another_number_of_processes_may_go_on_with_a_run() -> None:
+    alone = RANKS.model_copy(update={"num_processes": 1, "batches_per_step": 2})
+    assert alone.identity() == RANKS.identity()
+    assert RANKS.model_copy(update={"seed": 1}).identity() != RANKS.identity()
+
+
 def test_a_damaged_shard_is_named_by_its_own_error(home: Path, train: Train) -> None:
     (root,) = (home / "stores").iterdir()
     opened = Store.open(str(root))
