@@ -48,7 +48,7 @@ FLOWS = (
     FlowEntry(
         name="train",
         entrypoint="flows/train.py:train_flow",
-        sections=("target", "dataset", "store", "training"),
+        sections=("target", "dataset", "store", "training", "tracking"),
         description="Train the draft from the latest snapshot, or go on where it stopped",
     ),
     FlowEntry(
@@ -72,13 +72,13 @@ FLOWS = (
     FlowEntry(
         name="offline",
         entrypoint="flows/offline.py:offline",
-        sections=("target", "dataset", "store", "training", "evaluation"),
+        sections=("target", "dataset", "store", "training", "tracking", "evaluation"),
         description="hidden-states, then train, then evaluate",
     ),
     FlowEntry(
         name="online",
         entrypoint="flows/online.py:online",
-        sections=("target", "dataset", "store", "training", "evaluation"),
+        sections=("target", "dataset", "store", "training", "tracking", "evaluation"),
         description="Train while the target computes the states, without a store; then evaluate",
     ),
     FlowEntry(

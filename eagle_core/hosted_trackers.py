@@ -186,7 +186,7 @@ class _HostedTracker(ABC):
 
 
 class WandbTracker(_HostedTracker):
-    """Weights & Biases: offline below `RUN/wandb`, to be sent by `wandb sync --append`."""
+    """Weights & Biases: offline below `RUN/wandb`, to be sent by `wandb sync`."""
 
     name = "wandb"
     quiet: ClassVar[Mapping[str, str]] = {"WANDB_ERROR_REPORTING": "false"}

@@ -7,6 +7,7 @@ from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.evaluation import EvaluationConfig
+from eagle_core.hosted_trackers import TrackingConfig, require_trackers
 from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows import report
@@ -30,6 +31,7 @@ def offline(
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
     run: str = "main",
@@ -38,10 +40,17 @@ def offline(
 
     Every stage looks at what exists: a retry repeats nothing that is done.
     """
+    require_trackers(tracking)  # not known only after hours of hidden states
     started = time.monotonic()
     states = hidden_states(target=target, dataset=dataset, store=store, home=home)
     trained = train_flow(
-        target=target, dataset=dataset, store=store, training=training, home=home, run=run
+        target=target,
+        dataset=dataset,
+        store=store,
+        training=training,
+        tracking=tracking,
+        home=home,
+        run=run,
     )
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run

@@ -8,6 +8,7 @@ from prefect import flow
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation import EvaluationConfig
+from eagle_core.hosted_trackers import TrackingConfig, require_trackers
 from eagle_core.target import TargetModel, fingerprint, fingerprint_fields
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
@@ -36,6 +37,7 @@ def online(
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
     run: str = "online",
@@ -45,7 +47,7 @@ def online(
     Only `store.shard_tokens` matters here: how many tokens the target computes at a time.
 
     Raises:
-        ConfigError: several processes are asked for.
+        ConfigError: several processes are asked for, or no package for a tracker is installed.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
 
     """
@@ -56,6 +58,7 @@ def online(
             "process: each would load the target for itself. Set training.num_processes=1, or run "
             "the offline flow, where several processes read stored states"
         )
+    require_trackers(tracking)
     space, tokens = prepare(target, dataset, home)
     train_tokens = TokenFile(tokens.train_path)
     setup = set_up_draft(target, training, train_tokens, space.run_path(run))
@@ -67,7 +70,7 @@ def online(
         target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
     )
     title = f"{target.name}-{dataset.name}-{run}"
-    trained = run_training(training, setup, source, None, title=title)
+    trained = run_training(training, tracking, setup, source, None, title=title)
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
     )

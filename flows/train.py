@@ -15,11 +15,11 @@ from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
+from eagle_core.hosted_trackers import TrackingConfig, open_trackers, require_trackers
 from eagle_core.samples import SampleSource
 from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
-from eagle_core.trackers import TensorBoardTracker
 from eagle_core.trainer import Progress, TrainingResult, train
 from eagle_core.training_config import TrainingConfig
 from flows import report
@@ -33,7 +33,7 @@ from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.semantic_probe import recompute_with, require_sound
 from flows.summaries import TrainSummary
-from flows.train_worker import RankLine, TrainJob, open_sources
+from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
 from flows.workspace import DEFAULT_HOME
 from storage.store import Store
 
@@ -53,6 +53,7 @@ def train_flow(
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
     run: str = "main",
 ) -> TrainSummary:
@@ -61,7 +62,8 @@ def train_flow(
     A retry goes on from the newest checkpoint and ends in the same bits as an undisturbed run.
 
     Raises:
-        ConfigError: there is no store or no snapshot yet, or fewer GPUs than processes.
+        ConfigError: there is no store or no snapshot yet, fewer GPUs than processes, or no
+            package for a tracker.
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
         CorruptError: a shard does not hold what the target said.
         ChildKilledError: one of several processes died; the last checkpoint is good.
@@ -69,25 +71,28 @@ def train_flow(
 
     """
     _require_devices(target, training.num_processes)
+    require_trackers(tracking)
     space, tokens = prepare(target, dataset, home)
     root = store.root or str(space.store_root)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
     snapshot = opened.snapshot()
+    title = f"{target.name}-{dataset.name}-{run}"
     job = TrainJob(
         target=target,
         training=training,
+        tracking=tracking,
+        title=title,
         store_root=root,
         snapshot_id=snapshot.snapshot_id,
         train_tokens=tokens.train_path,
         held_out_tokens=tokens.held_out_path,
         run_path=space.run_path(run),
     )
-    title = f"{target.name}-{dataset.name}-{run}"
     if training.num_processes == 1:
         setup = _sound_setup(job, target, opened)
         source, held_out = open_sources(job)
-        return run_training(training, setup, source, held_out, title=title)
+        return run_training(training, tracking, setup, source, held_out, title=title)
     # The ranks find the draft vocabulary written, and the first GPU empty.
     here = target.model_copy(update={"device": "cpu"})
     coverage = _sound_setup(job, here, opened).vocabulary_coverage
@@ -103,6 +108,7 @@ def train_flow(
 
 def run_training(
     training: TrainingConfig,
+    tracking: TrackingConfig,
     setup: DraftSetup,
     source: SampleSource,
     held_out: SampleSource | None,
@@ -112,7 +118,8 @@ def run_training(
     """Train in this process, from any source: what the offline and the online flow share."""
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
-        with TensorBoardTracker(setup.run_path / "tensorboard") as tracker:
+        run = tracked_run(title, setup.run_path, training, source.source_id)
+        with open_trackers(tracking, run) as tracker:
             return train(
                 config=training,
                 draft=setup.draft,

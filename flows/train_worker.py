@@ -13,14 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from eagle_core.hosted_trackers import TrackedRun, TrackingConfig, open_trackers
 from eagle_core.stop_request import stop_request
 from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
-from eagle_core.trackers import NoTracker, TensorBoardTracker, Tracker
+from eagle_core.trackers import NoTracker, Tracker
 from eagle_core.trainer import Progress, TrainingResult, train
 from eagle_core.training_config import TrainingConfig
 from flows.child_process import answer
@@ -39,6 +40,9 @@ class TrainJob(BaseModel):
 
     target: TargetConfig
     training: TrainingConfig
+    tracking: TrackingConfig
+    title: str
+    """Name of the run where runs of all targets and data sets lie together."""
     store_root: str
     snapshot_id: str
     train_tokens: Path
@@ -105,6 +109,15 @@ def open_sources(job: TrainJob) -> tuple[StoredSource, StoredSource | None]:
     return source, StoredSource(store.reader(Snapshot.of(held_out_ids, commits)))
 
 
+def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id: str) -> TrackedRun:
+    """Return what trackers are told of a run."""
+    settings: dict[str, JsonValue] = {
+        "training": training.model_dump(mode="json"),
+        "source_id": source_id,
+    }
+    return TrackedRun(name=title, path=run_path, settings=settings)
+
+
 @record  # torchrun's last words hold the traceback of an error that is none of ours
 def main() -> int:
     """Be one rank of the job that the argument names; return the exit status."""
@@ -128,7 +141,7 @@ def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
             voice.say(RankLine(pid=os.getpid(), progress=progress))
 
     # A SIGTERM that comes when the last step is done must not keep the result from being said.
-    with _tracker(job.run_path, is_first=is_first) as tracker, stop_request():
+    with _tracker(job, is_first=is_first) as tracker, stop_request():
         result = train(
             config=job.training,
             draft=setup.draft,
@@ -153,8 +166,11 @@ def _own_device(target: TargetConfig) -> str:
     return f"cuda:{number}"
 
 
-def _tracker(run_path: Path, *, is_first: bool) -> AbstractContextManager[Tracker]:
-    return TensorBoardTracker(run_path / "tensorboard") if is_first else nullcontext(NoTracker())
+def _tracker(job: TrainJob, *, is_first: bool) -> AbstractContextManager[Tracker]:
+    if not is_first:
+        return nullcontext(NoTracker())
+    run = tracked_run(job.title, job.run_path, job.training, job.snapshot_id)
+    return open_trackers(job.tracking, run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""The train flow keeps its figures where `tracking` says, whatever trains them."""
+
+from pathlib import Path
+
+import pytest
+
+from eagle_core import hosted_trackers
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError
+from eagle_core.hosted_trackers import TrackingConfig
+from eagle_core.target_config import TargetConfig
+from eagle_core.training_config import TrainingConfig
+from flows.config import StoreConfig
+from flows.hidden_states import hidden_states
+from flows.offline import offline
+from flows.train import train_flow
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+
+TRAINING = TrainingConfig(draft_vocab_size=200, max_steps=2, batch_tokens=256, log_every=1)
+
+
+def test_a_run_keeps_the_curves_that_were_asked_for(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    hidden_states(target, dataset, store, home=str(tmp_path))
+    for run, trackers in (("bright", ("tensorboard",)), ("dark", ())):
+        tracking = TrackingConfig(trackers=trackers)  # type: ignore[arg-type]
+        train_flow(target, dataset, store, TRAINING, tracking, home=str(tmp_path), run=run)
+        events = list((tmp_path / "runs" / f"tiny-facts-{run}").glob("tensorboard/events.*"))
+        assert len(events) == len(trackers)
+
+
+@pytest.mark.skipif(hosted_trackers._is_installed("swanlab"), reason="SwanLab is installed")
+def test_a_missing_package_is_known_before_any_state_is_computed(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    tracking = TrackingConfig(trackers=("swanlab",))
+    with pytest.raises(ConfigError, match="tracker swanlab needs a package"):
+        offline(target, dataset, store, TRAINING, tracking, home=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
