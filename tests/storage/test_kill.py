@@ -1,97 +1,114 @@
 """SIGKILL at any moment, then the same command again: the very bytes of an uninterrupted run."""
 
-import os
+import json
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from storage.store import Store
-from tests.storage.synthetic import fill, make_identity, make_samples, tree_digests
+import pytest
+
+from storage.errors import ConfigError
+from storage.store import LATEST_KEY, Store
+from tests.storage.synthetic import make_identity, tree_digests
 
 KILLS = 50
-FORKER = """
-import os, sys
+
+# Imports once, then forks a writer for each order; it has no threads that a fork would lose.
+NURSERY = """
+import json, os, signal, sys, time
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples
-samples = make_samples(60)
-for root in map(str.strip, sys.stdin):
-    child = os.fork()  # a fresh interpreter for each life would take most of the time
+samples = make_samples(40)
+for line in sys.stdin:
+    root, seconds = json.loads(line)
+    child = os.fork()
     if child == 0:
-        print(os.getpid(), flush=True)
         store = Store.create(root, make_identity())
         fill(store, samples, shard_tokens=60)
         store.publish([sample.sample_id for sample in samples])
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)  # it is not reaped yet, so the id is still its own
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-class Writers:
-    """Processes that fill a store, one after the other."""
+class Nursery:
+    """Starts writers that cost nothing to start."""
 
-    def __init__(self, forker: subprocess.Popen[str]) -> None:
-        self._forker = forker
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdin
+        assert process.stdout
+        self._orders, self._answers = process.stdin, process.stdout
 
-    def live(self, root: Path, seconds: float) -> int:
-        """Let one write into `root`, kill it after `seconds`; return its exit status."""
-        assert self._forker.stdin
-        assert self._forker.stdout
-        self._forker.stdin.write(f"{root}\n")
-        self._forker.stdin.flush()
-        child = int(self._forker.stdout.readline())
-        time.sleep(seconds)
-        with suppress(ProcessLookupError):  # it is done already
-            os.kill(child, signal.SIGKILL)
-        return int(self._forker.stdout.readline())
+    def write(self, root: Path, *, seconds: float | None = None) -> bool:
+        """Let one write to the end or for so long; tell whether it was killed."""
+        self._orders.write(json.dumps([str(root), seconds]) + "\n")
+        self._orders.flush()
+        exit_code = int(self._answers.readline())
+        assert exit_code in (0, -signal.SIGKILL)
+        return exit_code != 0
+
+
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    with started_nursery() as nursery:
+        yield nursery
 
 
 @contextmanager
-def writers() -> Iterator[Writers]:
+def started_nursery() -> Iterator[Nursery]:
     with subprocess.Popen(
-        [sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as forker:
-        yield Writers(forker)
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield Nursery(process)
+        finally:
+            process.kill()
 
 
-def test_fifty_kills_lose_nothing_committed(tmp_path: Path) -> None:
-    samples = make_samples(60)
-    whole = Store.create(str(tmp_path / "whole"), make_identity())
+def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, tmp_path: Path) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    nursery.write(undisturbed)
     began = time.monotonic()
-    fill(whole, samples, shard_tokens=60)
-    whole.publish([sample.sample_id for sample in samples])
-    longest_life = (time.monotonic() - began) / 12
-    expected = tree_digests(whole)
+    nursery.write(tmp_path / "timed")
+    whole_seconds = time.monotonic() - began
+    expected = tree_digests(Store.open(str(undisturbed)))
 
     rng = random.Random(4)  # noqa: S311
     kills = stores = 0
-    with writers() as processes:
-        while kills < KILLS:  # whenever a store gets full, the next one is begun
-            stores += 1
-            root = tmp_path / f"killed-{stores}"
-            kills += _kill_until_full(processes, root, rng, longest_life)
-            assert tree_digests(Store.open(str(root))) == expected
-    assert kills / stores >= 4, "the writers lived too long for the test to say much"
+    while kills < KILLS:
+        root = tmp_path / f"killed-{stores}"
+        committed: dict[str, bytes] = {}
+        # Of a store that is killed 25 times on average, so that kills fall on all of its life.
+        while nursery.write(root, seconds=rng.uniform(0, 2 * whole_seconds / 25)):
+            kills += 1
+            committed = require_sound(root, committed)
+            if kills == KILLS:
+                nursery.write(root)
+                break
+        assert tree_digests(Store.open(str(root))) == expected
+        stores += 1
+    assert kills == KILLS
 
 
-def _kill_until_full(
-    processes: Writers, root: Path, rng: random.Random, longest_life: float
-) -> int:
-    """Return how many writers were killed before one came to the end."""
-    committed: dict[str, str] = {}
-    kills = 0
-    while processes.live(root, rng.uniform(0, longest_life)) != 0:
-        kills += 1
-        if not (root / "store.json").exists():
-            continue  # killed before there was a store
+def require_sound(root: Path, committed: dict[str, bytes]) -> dict[str, bytes]:
+    """Raise unless all that was committed still is and all that is visible is whole."""
+    try:
         store = Store.open(str(root))
-        records = {key: record.to_json().hex() for key, record in store.commits().items()}
-        assert committed.items() <= records.items(), "a kill lost a committed shard"
-        assert store.verify(deep=True) == []
-        committed = records
-    return kills
+    except ConfigError:  # killed before it had made the store
+        assert not committed
+        return committed
+    records = {name: record.to_json() for name, record in store.commits().items()}
+    assert committed.items() <= records.items(), "a kill lost a committed shard"
+    findings = {finding.object_key for finding in store.verify(deep=True)}
+    assert findings <= {LATEST_KEY}, "a kill left something visible that is not whole"
+    assert store.identity == make_identity()
+    assert all(plan.shards for plan in store.plans())
+    return records
