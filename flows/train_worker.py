@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from eagle_core.hosted_trackers import TrackedRun, TrackingConfig, open_trackers
+from eagle_core.processes import join_processes
 from eagle_core.stop_request import stop_request
 from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
@@ -140,8 +141,11 @@ def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
         if is_first:
             voice.say(RankLine(pid=os.getpid(), progress=progress))
 
-    # A SIGTERM that comes when the last step is done must not keep the result from being said.
-    with _tracker(job, is_first=is_first) as tracker, stop_request():
+    with (
+        _tracker(job, is_first=is_first) as tracker,
+        join_processes(),  # until all are here, SIGTERM ends this one at once
+        stop_request(),  # one after the last step must not keep the result from being said
+    ):
         result = train(
             config=job.training,
             draft=setup.draft,
