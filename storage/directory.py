@@ -136,7 +136,9 @@ class Directory:
             return found
 
         found = self._attempted(prefix, find)
-        return {path[len(base) + 1 :]: entry for path, entry in sorted(found.items())}
+        return {  # a server may list the folder itself, as an empty object without a name
+            path[len(base) + 1 :]: entry for path, entry in sorted(found.items()) if path != base
+        }
 
     def write(self, key: str, data: bytes | memoryview) -> str | None:
         """Write an object; it is durable once `flush` was called on a prefix of its key.

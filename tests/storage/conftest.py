@@ -53,31 +53,48 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3_root(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return a fresh root on the S3 server, with the usual variables set."""
-    for name, value in s3_server.variables.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # it knows nothing of changed variables
-    return f"s3://{BUCKET}/{tmp_path.name}"  # one bucket: the server sets volumes aside for each
+    return s3_root_at(s3_server, tmp_path, monkeypatch)
 
 
 @pytest.fixture(params=PLACES)
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return a fresh root in each place."""
-    return root_at(request.param, request, tmp_path)
+    return root_at(request.param, request, tmp_path, monkeypatch)
 
 
 @pytest.fixture(params=REMOTE_PLACES)
-def remote_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def remote_root(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Return a fresh root in each place where nothing can be locked."""
-    return root_at(request.param, request, tmp_path)
+    return root_at(request.param, request, tmp_path, monkeypatch)
 
 
-def root_at(place: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(scope="module", params=PLACES)
+def lasting_root(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Yield a root in each place that lasts for all tests of a module."""
+    with pytest.MonkeyPatch.context() as environment:
+        yield root_at(request.param, request, tmp_path_factory.mktemp("lasting"), environment)
+
+
+def root_at(
+    place: str, request: pytest.FixtureRequest, folder: Path, environment: pytest.MonkeyPatch
+) -> str:
     """Return a fresh root in one place."""
     if place == "local":
-        return str(tmp_path / "store")
+        return str(folder / "store")
     if place == "memory":
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]
         return "memory://store"
-    root: str = request.getfixturevalue("s3_root")
-    return root
+    return s3_root_at(request.getfixturevalue("s3_server"), folder, environment)
+
+
+def s3_root_at(server: S3Server, folder: Path, environment: pytest.MonkeyPatch) -> str:
+    """Return a fresh root on an S3 server to which the usual variables lead."""
+    for name, value in server.variables.items():
+        environment.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # it knows nothing of changed variables
+    return f"s3://{BUCKET}/{folder.name}"  # one bucket: the server sets volumes aside for each

@@ -1,0 +1,235 @@
+"""Every kind of damage in every place, and who finds it.
+
+| damage                             | quick verification | deep verification | reader  |
+| ---------------------------------- | ------------------ | ----------------- | ------- |
+| bit flip, zeroed, record re-sealed | no                 | finds             | refuses |
+| truncated, emptied, grown, deleted | finds              | finds             | refuses |
+| record deleted                     | finds (1)          | finds (1)         | refuses |
+| two shards swapped                 | by size if it can  | finds             | refuses |
+| two records swapped                | finds              | finds             | refuses |
+| two samples of equal length swapped| no (2)             | finds             | refuses |
+| samples swapped, then digested     | no                 | no (3)            | refuses |
+| old record over new data           | no                 | finds             | refuses |
+| stale temporary                    | no damage          | no damage         | reads   |
+
+1: if a snapshot needs the shard; else the shard is planned again.
+2: unless the new order compresses to another size.
+3: the bytes are what was committed; the content id of each sample is checked when it is read.
+States swapped without their tokens are what the semantic probe is for (`test_probe.py`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+
+from storage.canonical import seal, unseal
+from storage.errors import CorruptError
+from storage.record import ObjectDigest
+from storage.samples import StoredSample
+from storage.shard import write_arrays
+from storage.store import Store
+from tests.storage.steps import SteppedDirectory
+from tests.storage.synthetic import ObjectsInMemory, fill, make_identity, make_samples, tree_digests
+
+STATES = "aux_hidden_states_mantissas/c/0/0/0"
+SMALL = "target_logsumexp/c/0"
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A published store of two shards of two samples each, all of 12 tokens."""
+
+    store: Store
+    samples: list[StoredSample]
+
+    @property
+    def first(self) -> str:
+        return self.store.shard_ids()[0]
+
+    @property
+    def second(self) -> str:
+        return self.store.shard_ids()[1]
+
+    @property
+    def first_samples(self) -> list[StoredSample]:
+        by_id = {sample.sample_id: sample for sample in self.samples}
+        return [by_id[sample_id] for sample_id in self.store.commit(self.first).sample_ids]
+
+    def change(self, key: str, how: Callable[[bytes], bytes]) -> None:
+        self.store.root.write(key, how(self.store.root.read(key)))
+
+    def swap(self, one: str, other: str) -> None:
+        root = self.store.root
+        kept, replacement = root.read(one), root.read(other)
+        root.write(one, replacement)
+        root.write(other, kept)
+
+    def read_all(self) -> None:
+        reader = self.store.reader(self.store.snapshot())
+        expected = {sample.sample_id: sample for sample in self.samples}
+        for index in range(len(reader)):
+            found = reader.fetch(index)
+            states = expected[found.sample_id].aux_hidden_states
+            assert found.aux_hidden_states.tobytes() == states.tobytes()
+
+
+@pytest.fixture(scope="module")
+def healthy(lasting_root: str) -> tuple[Victim, dict[str, bytes]]:
+    """Return a store in each place, and all that it holds."""
+    store = Store.create(lasting_root, make_identity())
+    samples = make_samples(4, tokens=(12, 13))
+    fill(store, samples, shard_tokens=24)
+    store.publish([sample.sample_id for sample in samples])
+    assert len(store.shard_ids()) == 2
+    assert store.verify(deep=True) == []
+    victim = Victim(store, samples)
+    victim.read_all()
+    return victim, {key: store.root.read(key) for key in store.root.sizes("")}
+
+
+@pytest.fixture
+def victim(healthy: tuple[Victim, dict[str, bytes]]) -> Iterator[Victim]:
+    """Yield a healthy store and heal it afterwards."""
+    found, whole = healthy
+    touched: set[str] = set()
+
+    @contextmanager
+    def step(operation: str) -> Iterator[None]:
+        kind, _, key = operation.partition(" ")
+        if kind in ("write", "delete"):
+            touched.add(key)
+        yield
+
+    root = SteppedDirectory.over(found.store.root, step)
+    yield Victim(Store(root, found.store.identity), found.samples)
+    for key in touched:
+        if key in whole:
+            found.store.root.write(key, whole[key])
+        else:
+            found.store.root.delete(key)
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
+
+
+def swap_shards(victim: Victim) -> None:
+    for key in victim.store.commit(victim.first).objects:
+        victim.swap(f"shards/{victim.first}/{key}", f"shards/{victim.second}/{key}")
+
+
+def swap_samples(victim: Victim, *, digest: bool) -> None:
+    """Store each sample of a shard under the other's id, and perhaps a record that fits that."""
+    one, two = victim.first_samples
+    mixed = [replace(two, sample_id=one.sample_id), replace(one, sample_id=two.sample_id)]
+    objects = ObjectsInMemory()
+    write_arrays(victim.first, mixed, victim.store.identity, objects.open)
+    for key, data in objects.written.items():
+        victim.store.root.write(f"shards/{victim.first}/{key}", data)
+    if digest:
+        record = victim.store.commit(victim.first)
+        digests = {key: ObjectDigest.of(data) for key, data in objects.written.items()}
+        data = replace(record, objects=digests).to_json()
+        victim.store.root.write(f"commits/{victim.first}.json", data)
+
+
+def put_old_record_over_new_data(victim: Victim) -> None:
+    key = f"commits/{victim.first}.json"
+    old = victim.store.root.read(key)
+    victim.store.revoke(victim.first)
+    new = [replace(s, target_logsumexp=s.target_logsumexp * 2) for s in victim.samples]
+    fill(victim.store, new, shard_tokens=24)
+    assert victim.store.verify(deep=True) == []
+    victim.store.root.write(key, old)
+
+
+def reseal_with_another_digest(victim: Victim) -> None:
+    """Damage a record as nothing but intent can: its seal fits."""
+
+    def change(data: bytes) -> bytes:
+        document = unseal(data, what="record")
+        num_bytes, digest = document["objects"][STATES]
+        document["objects"][STATES] = [num_bytes, flip(digest.encode()).hex()[:32]]
+        return seal(document)
+
+    victim.change(f"commits/{victim.first}.json", change)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that happens to a store, and who finds it: always deep verification or reader."""
+
+    apply: Callable[[Victim], None]
+    quick: bool | None
+    """None where it depends on sizes."""
+    deep: bool = True
+
+
+def to_object(key: str, how: Callable[[bytes], bytes], *, quick: bool) -> Damage:
+    return Damage(lambda victim: victim.change(f"shards/{victim.first}/{key}", how), quick)
+
+
+def to_record(how: Callable[[bytes], bytes]) -> Damage:
+    return Damage(lambda victim: victim.change(f"commits/{victim.first}.json", how), quick=True)
+
+
+MATRIX: dict[str, Damage] = {
+    "bit flip in states": to_object(STATES, flip, quick=False),
+    "bit flip in tokens": to_object(SMALL, flip, quick=False),
+    "bit flip in metadata": to_object("zarr.json", flip, quick=False),
+    "zeroed states": to_object(STATES, lambda data: bytes(len(data)), quick=False),
+    "truncated": to_object(STATES, lambda data: data[:-1], quick=True),
+    "emptied": to_object(STATES, lambda _: b"", quick=True),
+    "grown": to_object(STATES, lambda data: data + b"\0", quick=True),
+    "deleted": Damage(lambda v: v.store.root.delete(f"shards/{v.first}/{STATES}"), quick=True),
+    "all objects deleted": Damage(lambda v: v.store.root.delete_all(f"shards/{v.first}"), True),
+    "bit flip in record": to_record(flip),
+    "truncated record": to_record(lambda data: data[:-1]),
+    "emptied record": to_record(lambda _: b""),
+    "zeroed record": to_record(lambda data: bytes(len(data))),
+    "record deleted": Damage(lambda v: v.store.revoke(v.first), quick=True),
+    "record re-sealed": Damage(reseal_with_another_digest, quick=False),
+    "two shards swapped": Damage(swap_shards, quick=None),
+    "two records swapped": Damage(
+        lambda v: v.swap(f"commits/{v.first}.json", f"commits/{v.second}.json"), quick=True
+    ),
+    "two samples swapped": Damage(lambda v: swap_samples(v, digest=False), quick=None),
+    "two samples swapped, then digested": Damage(
+        lambda v: swap_samples(v, digest=True), quick=False, deep=False
+    ),
+    "old record over new data": Damage(put_old_record_over_new_data, quick=False),
+}
+
+
+@pytest.mark.parametrize("damage", MATRIX.values(), ids=list(MATRIX))
+def test_damage_is_found_and_never_read(victim: Victim, damage: Damage) -> None:
+    first = victim.first
+    damage.apply(victim)
+    quick = {finding.shard_id for finding in victim.store.verify(deep=False)}
+    deep = {finding.shard_id for finding in victim.store.verify(deep=True)}
+    if damage.quick is not None:
+        assert (first in quick) is damage.quick
+    assert (first in deep) is damage.deep
+    assert quick <= deep
+    with pytest.raises(CorruptError, match=f"{first}.*eyas repair"):
+        victim.read_all()
+
+
+def test_stale_temporaries_are_no_damage(victim: Victim) -> None:
+    whole = tree_digests(victim.store)
+    stale = {
+        f"commits/{victim.first}.json.tmp": b"half a rec",
+        f"snapshots/{victim.store.snapshot().snapshot_id}.parquet.tmp": b"PAR1",
+        "snapshots/latest.json.tmp": b"{",
+        "plans/0.json.tmp": b"",
+    }
+    for key, data in stale.items():
+        victim.store.root.write(key, data)
+    assert victim.store.verify(deep=True) == []
+    assert victim.store.pending_plan() is None
+    assert len(victim.store.snapshot_ids()) == 1
+    victim.read_all()
+    assert {k: v for k, v in tree_digests(victim.store).items() if k not in stale} == whole
