@@ -214,8 +214,11 @@ class Directory:
                 return
             path = Path(self.path(key))
             temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-            _write_file(temporary, data)
-            temporary.replace(path)
+            try:
+                _write_file(temporary, data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)  # gives its space back where the disk is full
             _sync_directory(path.parent)
             self._sync_parents(path.parent)
 
