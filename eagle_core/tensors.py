@@ -16,7 +16,10 @@ def to_bfloat16_bits(tensor: Tensor) -> NDArray[np.uint16]:
 
 def from_bfloat16_bits(bits: NDArray[np.uint16], *, dtype: torch.dtype) -> Tensor:
     """Return the values whose bfloat16 bit patterns are `bits`, as `dtype`; exact for float32."""
-    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16).to(dtype)
+    own = np.ascontiguousarray(bits)
+    if not own.flags.writeable:  # torch has no read-only tensors
+        own = own.copy()
+    return torch.from_numpy(own).view(torch.bfloat16).to(dtype)
 
 
 def widened(tensor: Tensor) -> Tensor:

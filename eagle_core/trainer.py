@@ -172,7 +172,8 @@ class _Run:
     ) -> TrainingResult:
         meter = Meter(self.draft.lm_head.weight.device)
         stream = steps(self.source, self.loader, self._step_shape())
-        while not self._is_done() and not self.processes.any(stop_asked()):
+        # Before the first step there is nothing to write: a stop is answered after it.
+        while not self._is_done() and not (self.figures and self.processes.any(stop_asked())):
             with meter.waiting():
                 loaded = next(stream)
             outcomes, rate = self._one_step(loaded)

@@ -23,6 +23,7 @@ from eagle_core.tokens import TokenFile, write_token_file
 from flows.artifact_key import artifact_key
 from flows.progress import StageProgress, stage_progress
 from flows.summaries import DatasetSummary, TokensSummary
+from flows.token_report import publish_token_report
 from flows.workspace import Workspace
 
 TOKENS_VERSION = 1
@@ -114,6 +115,14 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         progress.move_to(total)
     train = files["train"]
     log.info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
+    page = publish_token_report(
+        train,
+        tokenizer,
+        max_length=dataset.max_length,
+        title=f"Tokens: {dataset.name} for {target.name}",
+        key=artifact_key("tokens", space.target, space.dataset),
+    )
+    log.info("what they look like, supervised tokens marked: %s", page)
     return TokensSummary(
         train_path=train.path,
         held_out_path=files["held_out"].path,

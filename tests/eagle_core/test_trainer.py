@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -125,6 +125,18 @@ def test_sigterm_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path) -> None:
     assert checkpoint.read(stopped.checkpoint_path).step == 5
     found, _ = run(tmp_path / "stopped")
     assert_equal_bits(found, expected)
+
+
+def test_sigterm_before_the_first_step_is_answered_after_it(tmp_path: Path) -> None:
+    class Terminating(RandomSource):
+        def prefetch(self, indices: Iterable[int]) -> None:
+            super().prefetch(indices)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    _, stopped = run(tmp_path, source=Terminating())
+    assert stopped.stopped
+    assert stopped.num_steps == 1
+    assert checkpoint.read(stopped.checkpoint_path).step == 1
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
+from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states, plan_missing_shards
 from flows.prepare import prepare_dataset, tokenize
@@ -47,6 +48,21 @@ def test_makes_a_complete_store_and_then_has_nothing_left_to_do(
     assert second.shards_made == 0
     assert second.snapshot_id == first.snapshot_id
     assert digests(Path(first.store_root)) == before
+
+
+def test_a_person_sees_what_the_draft_will_learn(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    space = Workspace(home=tmp_path, target=target.name, dataset=dataset.name)
+    (page,) = space.tokens_path.glob("*.html")
+    assert page.read_text().count("<mark>") > 5
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts()
+    key = artifact_key("tokens", target.name, dataset.name)
+    (artifact,) = [a for a in found if a.key == key and str(page) in a.data]
+    assert "| supervised |" in artifact.data
+    assert "«" in artifact.data
 
 
 def test_new_conversations_alone_are_computed(
