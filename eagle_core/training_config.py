@@ -14,6 +14,11 @@ class TrainingConfig(BaseModel):
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
     )
+    start_from: str | None = Field(
+        default=None,
+        description="Folder of an EAGLE-3 draft to start from, in any layout that engines load; by "
+        "default the draft starts at random.",
+    )
     ttt_length: int = Field(
         default=7,
         ge=1,

@@ -1,5 +1,6 @@
 """The draft of one run: its vocabulary, and its weights before and after training."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,18 @@ from torch import Tensor
 from eagle_core import weights
 from eagle_core.checkpoint import load_draft
 from eagle_core.draft import DraftConfig, DraftModel
+from eagle_core.draft_import import read_draft, warm_start
 from eagle_core.draft_vocabulary import DraftVocabulary, count_supervised_tokens
-from eagle_core.target import read_model_config, resolve_device
+from eagle_core.errors import MismatchError
+from eagle_core.target import aux_layers, read_model_config, resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows.prepare import conversation_tokenizer
 
 VOCABULARY_NAME = "draft_vocabulary.safetensors"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,10 @@ def set_up_draft(
     draft.initialise(
         embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed
     )
+    if training.start_from is not None:
+        _start_from(
+            draft, Path(training.start_from), aux_layers(target, model_config.num_hidden_layers)
+        )
     return DraftSetup(
         run_path=run_path,
         draft=draft.to(device),
@@ -69,6 +78,22 @@ def load_trained(setup: DraftSetup) -> DraftModel:
     draft = DraftModel(setup.draft.config).to(setup.target_lm_head.device)
     load_draft(draft, setup.run_path)
     return draft
+
+
+def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> None:
+    imported = read_draft(folder)
+    if imported.aux_layers not in {None, layers}:
+        raise MismatchError(
+            f"the draft in {folder} reads the aux layers {imported.aux_layers}, the states of this "
+            f"target are of {layers}; set target.aux_layers, or start from another draft"
+        )
+    num_rows = warm_start(draft, imported)
+    logger.info(
+        "starts from %s, with the head rows of %d of %d draft tokens",
+        folder,
+        num_rows,
+        draft.config.draft_vocab_size,
+    )
 
 
 def _vocabulary(

@@ -88,6 +88,29 @@ def test_the_chosen_checkpoint_comes_out_bit_for_bit_in_every_layout(
     assert verifier["name_or_path"] == summary.served_model == str(Path(target.model).resolve())
 
 
+@flow
+def draft_that_starts_from(
+    folder: Path, target: TargetConfig, dataset: DatasetConfig, home: Path
+) -> DraftModel:
+    space, tokens = prepare(target, dataset, str(home))
+    training = TRAINING.model_copy(update={"start_from": str(folder), "draft_vocab_size": 150})
+    return set_up_draft(target, training, TokenFile(tokens.train_path), space.run_path("on")).draft
+
+
+def test_a_run_starts_from_an_exported_draft(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    weights = run_with_two_checkpoints(target, dataset, tmp_path)[1]
+    export = RunExportConfig(dtype="float32", layouts=("serving",))
+    (exported,) = export_flow(target, dataset, TRAINING, export, home=str(tmp_path)).layouts
+    draft = draft_that_starts_from(exported.path, target, dataset, tmp_path)
+    assert torch.equal(draft.fc.weight, weights["fc.weight"])
+    assert torch.equal(draft.midlayer.mlp.up_proj.weight, weights["midlayer.mlp.up_proj.weight"])
+    others = target.model_copy(update={"aux_layers": (0, 3, 4)})
+    with pytest.raises(MismatchError, match=r"reads the aux layers \(1, 3, 4\).*\(0, 3, 4\)"):
+        draft_that_starts_from(exported.path, others, dataset, tmp_path)
+
+
 def test_without_a_measurement_the_newest_is_the_best(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
 ) -> None:
