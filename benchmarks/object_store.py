@@ -54,6 +54,10 @@ def clients(server: S3Server) -> Mapping[str, tuple[Put, Get]]:
     return {
         "s3fs": (
             lambda key, data: file_system.pipe_file(f"{BUCKET}/{key}", data),
+            lambda key: file_system.cat_file(f"{BUCKET}/{key}", max_concurrency=1),
+        ),
+        "s3fs, in parts": (
+            lambda key, data: file_system.pipe_file(f"{BUCKET}/{key}", data),
             lambda key: file_system.cat_file(f"{BUCKET}/{key}"),
         ),
         "obstore": (

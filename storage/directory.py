@@ -74,8 +74,16 @@ class Directory:
 
     def read(self, key: str) -> bytes:
         """Return an object's bytes; FileNotFoundError if there is none."""
-        data: bytes = self._attempted(key, lambda: self.file_system.cat_file(self.path(key)))
+        options = self._whole_read
+        data: bytes = self._attempted(
+            key, lambda: self.file_system.cat_file(self.path(key), **options)
+        )
         return data
+
+    @property
+    def _whole_read(self) -> Mapping[str, int]:
+        """Return the options of one GET: s3fs would ask for the size, then for parts."""
+        return {"max_concurrency": 1} if "s3" in self.file_system.protocol else {}
 
     def read_many(self, keys: Sequence[str]) -> Mapping[str, bytes]:
         """Return the bytes of small objects by key, from a server many at a time.
@@ -87,7 +95,8 @@ class Directory:
         if self.is_local or len(keys) < 2:
             return {key: self.read(key) for key in keys}
         paths = {self.path(key): key for key in keys}
-        found = self._attempted(keys[0], lambda: self.file_system.cat(list(paths)))
+        options = self._whole_read
+        found = self._attempted(keys[0], lambda: self.file_system.cat(list(paths), **options))
         return {key: found[path] for path, key in paths.items()}
 
     def read_large(self, key: str) -> bytes | memoryview:

@@ -91,6 +91,17 @@ def test_what_fails_for_good_is_an_error_after_a_bounded_number_of_requests(
         assert len(proxy.seen) == 1 + len(PAUSES_SECONDS)
 
 
+def test_whole_objects_are_read_with_one_request_each(proxy: FaultyProxy, s3_root: str) -> None:
+    directory = Directory.at(s3_root)
+    for key in ("one", "two"):
+        directory.write(key, key.encode())
+    proxy.seen.clear()
+    assert directory.read("one") == b"one"
+    assert directory.read_many(["one", "two"]) == {"one": b"one", "two": b"two"}
+    path = s3_root.removeprefix("s3:/")
+    assert sorted(proxy.seen) == [f"GET {path}/{key}" for key in ("one", "one", "two")]
+
+
 def test_what_no_retry_helps_is_not_tried_again(proxy: FaultyProxy, s3_root: str) -> None:
     directory = Directory.at(s3_root)
     directory.exists("warm")
