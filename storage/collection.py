@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from storage.errors import ConfigError
+from storage.plan import Plan
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -104,7 +105,12 @@ def collect(store: Store, garbage: Garbage) -> None:
     """Remove garbage: first what refers, then what is referred to. No writer may be at work."""
     for snapshot_id in garbage.snapshot_ids:
         store.root.delete(f"snapshots/{snapshot_id}.parquet")
+    gone = set(garbage.shard_ids)
+    kept = set(store.shard_ids()) - gone
     for plan_id in garbage.plan_ids:
+        # What stays must still be planned: a repair may know a shard's samples from nowhere else.
+        plan = store.load_plan(plan_id)
+        store.save_plan(Plan.of(shard for shard in plan.shards if shard.shard_id in kept))
         store.root.delete(f"plans/{plan_id}.json")
     for shard_id in garbage.shard_ids:
         store.revoke(shard_id)

@@ -9,7 +9,7 @@ from storage.errors import ConfigError
 from storage.repair import damaged_shards
 from storage.samples import StoredSample
 from storage.store import Store
-from tests.storage.synthetic import make_samples, planned, tree_digests
+from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
 
 
 def test_drops_only_what_nothing_needs(filled: Store, samples: list[StoredSample]) -> None:
@@ -60,3 +60,18 @@ def test_repair_remakes_the_same_shard(
     by_id = {sample.sample_id: sample for sample in samples}
     filled.write_shard(shard, [by_id[i] for i in shard.sample_ids])
     assert tree_digests(filled) == whole
+
+
+def test_a_shard_that_stays_is_still_planned(tmp_path: Path) -> None:
+    """Though another shard of its plan went, and no whole snapshot of it is left."""
+    store = Store.create(str(tmp_path / "s"), make_identity())
+    samples = make_samples(6, tokens=(12, 13))
+    fill(store, samples, shard_tokens=24)
+    store.publish([sample.sample_id for sample in samples])
+    part = store.publish([samples[0].sample_id])
+    collect(store, find_garbage(store, keep=[part.snapshot_id]))
+    (shard_id,) = part.shard_ids
+    store.root.write(f"commits/{shard_id}.json", b"{}")
+    (shard,) = damaged_shards(store, store.verify(deep=True))
+    assert shard.shard_id == shard_id
+    assert find_garbage(store, keep=[part.snapshot_id]).plan_ids == ()

@@ -260,11 +260,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(fuse=fuses)
     def repair(self, fuse: int | None) -> None:
         store = Store.open(self.url)
-        try:
-            found = damaged_shards(store, store.verify(deep=True))
-        except CorruptError:
-            assert self.some_shard_is_forgotten(store)
-            return
+        found = damaged_shards(store, store.verify(deep=True))
         for shard in found:
             lived = self.run(fuse, lambda store, shard=shard: store.revoke(shard.shard_id))
             self.condition = self.conditions(self.raw())
@@ -277,16 +273,6 @@ class StoreMachine(RuleBasedStateMachine):
                 reader = store.reader(store.snapshot(snapshot_id))
                 for index in range(len(reader)):
                     self.require_equal(reader.fetch(index))
-
-    def some_shard_is_forgotten(self, store: Store) -> bool:
-        """Tell whether collection took the plan of a shard whose record was then damaged."""
-        raw = self.raw()
-        planned_ids = {shard.shard_id for plan in store.plans() for shard in plan.shards}
-        return any(
-            raw.get(f"commits/{name}.json") != self.reference[f"commits/{name}.json"]
-            and name not in planned_ids
-            for name in self.shards
-        )
 
     @rule(of=st.sets(indices, min_size=1, max_size=3), fuse=st.none() | st.integers(0, 6))
     def publish_some(self, of: set[int], fuse: int | None) -> None:
