@@ -33,6 +33,11 @@ class StoreConfig(BaseModel):
         description="Shards that one child process makes with one loading of the target; choose it "
         "for 50 to 300 tasks a run and at least 10 s each.",
     )
+    cache_bytes: ByteSize = Field(
+        default=ByteSize(50 * 10**9),
+        description="Most bytes of a store on S3 that training keeps on the local disk, such as "
+        "200GB; at least a window of shards, else every epoch fetches all of them again.",
+    )
     budget: ByteSize | None = Field(
         default=None,
         description="Most bytes that the store may take, such as 2TB; nothing is made that would "

@@ -77,6 +77,7 @@ def train_flow(
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
     snapshot = opened.snapshot()
+    opened.require_present(snapshot)
     title = f"{target.name}-{dataset.name}-{run}"
     job = TrainJob(
         target=target,
@@ -88,6 +89,8 @@ def train_flow(
         train_tokens=tokens.train_path,
         held_out_tokens=tokens.held_out_path,
         run_path=space.run_path(run),
+        object_cache=None if opened.is_local else space.object_cache_path,
+        object_cache_bytes=store.cache_bytes,
     )
     if training.num_processes == 1:
         setup = _sound_setup(job, target, opened)

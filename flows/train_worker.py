@@ -28,6 +28,7 @@ from eagle_core.training_config import TrainingConfig
 from flows.child_process import answer
 from flows.draft_setup import set_up_draft
 from flows.stored_source import StoredSource
+from storage.cache import ObjectCache
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -49,6 +50,9 @@ class TrainJob(BaseModel):
     train_tokens: Path
     held_out_tokens: Path
     run_path: Path
+    object_cache: Path | None
+    """Where objects of a remote store are kept; None if the store lies on a disk of its own."""
+    object_cache_bytes: int
 
 
 class RankLine(BaseModel):
@@ -103,11 +107,17 @@ def open_sources(job: TrainJob) -> tuple[StoredSource, StoredSource | None]:
     # cost the decoding of its whole shard.
     largest_shard = max((commit.raw_bytes for commit in commits.values()), default=0)
     cache_bytes = job.training.shuffle_window * largest_shard
-    source = StoredSource(store.reader(store.snapshot(job.snapshot_id), cache_bytes=cache_bytes))
+    objects = None
+    if job.object_cache is not None:
+        objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
+    snapshot = store.snapshot(job.snapshot_id)
+    reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects)
+    source = StoredSource(reader)
     held_out_ids = TokenFile(job.held_out_tokens).sample_ids
     if not held_out_ids:
         return source, None
-    return source, StoredSource(store.reader(Snapshot.of(held_out_ids, commits)))
+    held_out = Snapshot.of(held_out_ids, commits)
+    return source, StoredSource(store.reader(held_out, object_cache=objects))
 
 
 def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id: str) -> TrackedRun:

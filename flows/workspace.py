@@ -29,6 +29,11 @@ class Workspace:
         """Default root of the hidden-state store."""
         return self.home / "stores" / f"{self.target}-{self.dataset}"
 
+    @property
+    def object_cache_path(self) -> Path:
+        """Copies of a remote store's objects; may be deleted at any time."""
+        return self.home / "cache" / "objects"
+
     def run_path(self, run_name: str) -> Path:
         """Checkpoints, TensorBoard events and evaluation of one training run."""
         return self.home / "runs" / f"{self.target}-{self.dataset}-{run_name}"

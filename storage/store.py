@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
 from storage.directory import TEMPORARY_SUFFIX, Directory
-from storage.errors import ConfigError
+from storage.errors import ConfigError, ShardMissingError
 from storage.identity import FORMAT_VERSION, StoreIdentity
 from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
 from storage.probe import ProbePoint, Recompute
@@ -18,7 +18,7 @@ from storage.record import CommitRecord
 from storage.samples import StoredSample
 from storage.scrub import scrub
 from storage.snapshot import Snapshot
-from storage.verify import Finding, check_states
+from storage.verify import REPAIR, Finding, check_presence, check_states
 from storage.writer import ShardWriter
 
 IDENTITY_KEY = "store.json"
@@ -56,6 +56,11 @@ class Store:
                 "flow to make one, or correct the path"
             ) from error
         return cls(directory, StoreIdentity.from_json(data))
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the store lies on a disk of this machine."""
+        return self.root.is_local
 
     # ---- what exists
 
@@ -190,6 +195,26 @@ class Store:
                 f"{self.root.root} has no snapshot {wanted}; it has: {known}"
             ) from error
         return Snapshot.from_parquet(data, snapshot_id=wanted)
+
+    def require_present(self, snapshot: Snapshot) -> None:
+        """Raise ShardMissingError unless all objects of a snapshot are there with their sizes.
+
+        Takes one listing and the commit records; no shard is read.
+        """
+        commits = self.commits()
+        lost = [shard_id for shard_id in snapshot.shard_ids if shard_id not in commits]
+        if lost:
+            raise ShardMissingError(
+                f"{len(lost)} of {len(snapshot.shard_ids)} shards of snapshot "
+                f"{snapshot.snapshot_id} have no commit record, first {lost[0]}; {REPAIR}"
+            )
+        wanted = [commits[shard_id] for shard_id in snapshot.shard_ids]
+        findings = list(check_presence(self.root, wanted))
+        if findings:
+            raise ShardMissingError(
+                f"{len(findings)} objects of snapshot {snapshot.snapshot_id} are not what was "
+                f"committed, first {findings[0]}"
+            )
 
     def snapshot_ids(self) -> Sequence[str]:
         """Return the ids of all published snapshots, sorted."""

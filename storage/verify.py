@@ -1,6 +1,6 @@
 """Findings: what is wrong with a store, where, and what to run about it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from storage.directory import Directory
@@ -42,6 +42,19 @@ def check_sizes(root: Directory, record: CommitRecord) -> Iterator[Finding]:
             yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
         elif found != expected.num_bytes:
             yield shard_finding(record.shard_id, key, f"has {found} bytes, committed {expected}")
+
+
+def check_presence(root: Directory, records: Iterable[CommitRecord]) -> Iterator[Finding]:
+    """Yield what `check_sizes` would for many shards, after one listing of all of them."""
+    sizes = root.sizes("shards")
+    for record in records:
+        for key, expected in record.objects.items():
+            found = sizes.get(f"{record.shard_id}/{key}")
+            if found is None:
+                yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
+            elif found != expected.num_bytes:
+                problem = f"has {found} bytes, committed {expected}"
+                yield shard_finding(record.shard_id, key, problem)
 
 
 def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:

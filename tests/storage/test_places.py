@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from storage.collection import collect, find_garbage
-from storage.errors import ConfigError, CorruptError, MismatchError
+from storage.errors import ConfigError, CorruptError, MismatchError, ShardMissingError
 from storage.repair import damaged_shards
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
@@ -142,3 +142,22 @@ def test_many_records_are_read_at_once(root: str) -> None:
     assert store.root.read_many(keys) == {key: store.root.read(key) for key in keys}
     with pytest.raises(FileNotFoundError):
         store.root.read_many([*keys, "commits/absent.json"])
+
+
+def test_an_incomplete_snapshot_is_known_before_it_is_read(root: str) -> None:
+    store = Store.create(root, make_identity())
+    samples = make_samples(8)
+    fill(store, samples, shard_tokens=40)
+    snapshot = store.publish([sample.sample_id for sample in samples])
+    store.require_present(snapshot)
+    record = store.commit(snapshot.shard_ids[-1])
+    key = f"shards/{record.shard_id}/{max(record.objects)}"
+    store.root.write(key, store.root.read(key)[:-1])
+    with pytest.raises(ShardMissingError, match=rf"1 objects .*{key}: has \d+ bytes.*eyas repair"):
+        store.require_present(snapshot)
+    store.root.delete(key)
+    with pytest.raises(ShardMissingError, match=f"{key}: is missing"):
+        store.require_present(snapshot)
+    store.revoke(record.shard_id)
+    with pytest.raises(ShardMissingError, match=f"no commit record, first {record.shard_id}"):
+        store.require_present(snapshot)
