@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from storage.profile import bf16_to_float, decode_states, write_states
 from storage.samples import StoredSample, last_needed
 from storage.state_rows import StateRows
 from storage.store import Store
+from tests.storage.synthetic import ObjectsInMemory
 
 FORMAT_HEAD = (
     "| format | bytes/token | write MB/s CPU, wall | read MB/s CPU, wall | read samples/s | "
@@ -176,19 +176,6 @@ class ProfileFigures:
     """Mean nats over random supervised positions, full vocabulary."""
 
 
-class _Objects:
-    """Objects in memory."""
-
-    def __init__(self) -> None:
-        self.written: dict[str, bytes] = {}
-
-    @contextmanager
-    def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
-        pieces: list[bytes] = []
-        yield pieces.append
-        self.written[key] = b"".join(pieces)
-
-
 def _discard(_key: str) -> "_Nowhere":
     return _Nowhere()
 
@@ -208,7 +195,7 @@ def measure_profile(
     aux = StateRows([sample.aux_hidden_states for sample in samples])
     last = StateRows([s.last_hidden_state[last_needed(s.loss_mask)] for s in samples])
     raw_bytes = 2 * (np.prod(aux.shape) + np.prod(last.shape))
-    objects = _Objects()
+    objects = ObjectsInMemory()
     for name, rows in (("aux", aux), ("last", last)):
         write_states(profile, name, rows, objects.open)
     encode, decode = [], []
