@@ -36,25 +36,25 @@ class Finding:
 def check_sizes(root: Directory, record: CommitRecord) -> Iterator[Finding]:
     """Yield a finding for every object of the shard that is absent or has another size."""
     sizes = root.sizes(f"shards/{record.shard_id}")
-    for key, expected in record.objects.items():
-        found = sizes.get(key)
-        if found is None:
-            yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
-        elif found != expected.num_bytes:
-            yield shard_finding(record.shard_id, key, f"has {found} bytes, committed {expected}")
+    return _compare_sizes(record, sizes, prefix="")
 
 
 def check_presence(root: Directory, records: Iterable[CommitRecord]) -> Iterator[Finding]:
     """Yield what `check_sizes` would for many shards, after one listing of all of them."""
     sizes = root.sizes("shards")
     for record in records:
-        for key, expected in record.objects.items():
-            found = sizes.get(f"{record.shard_id}/{key}")
-            if found is None:
-                yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
-            elif found != expected.num_bytes:
-                problem = f"has {found} bytes, committed {expected}"
-                yield shard_finding(record.shard_id, key, problem)
+        yield from _compare_sizes(record, sizes, prefix=f"{record.shard_id}/")
+
+
+def _compare_sizes(
+    record: CommitRecord, sizes: Mapping[str, int], *, prefix: str
+) -> Iterator[Finding]:
+    for key, expected in record.objects.items():
+        found = sizes.get(prefix + key)
+        if found is None:
+            yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
+        elif found != expected.num_bytes:
+            yield shard_finding(record.shard_id, key, f"has {found} bytes, committed {expected}")
 
 
 def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
