@@ -6,26 +6,31 @@ Zarr's own; chunks are put into the shard and taken out of it here, because Zarr
 each of them several times (docs/adr/0007-own-shard-codec.md).
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
 from storage import zstd
+from storage.canonical import canonical_json
 from storage.errors import ShardCorruptError
 
 INNER_CHUNK_BYTES = 1 << 20
 CRC_BYTES = 4
 METADATA_KEY = "zarr.json"
+COMPRESSED = [BytesCodec, ZstdCodec, Crc32cCodec]
+PLAIN = [BytesCodec, Crc32cCodec]
 _INDEX_ENTRY = np.dtype([("offset", "<u8"), ("num_bytes", "<u8")])
 
 
@@ -54,7 +59,7 @@ class ArrayLayout:
     @property
     def shard_key(self) -> str:
         """Return the key of the one shard object, relative to the group."""
-        return "/".join([self.name, "c", *("0" for _ in self.shape)])
+        return f"{self.name}/{'.'.join(['c', *('0' for _ in self.shape)])}"
 
 
 Write = Callable[[bytes], object]
@@ -192,21 +197,13 @@ def load_arrays(
     The objects' presence, sizes and digests have been checked by the caller: Zarr itself would read
     an absent object as zeros.
     """
-    prototype = default_buffer_prototype()
-    metadata = MemoryStore(
-        {
-            key: prototype.buffer.from_bytes(bytes(data))
-            for key, data in objects.items()
-            if key.endswith(METADATA_KEY)
-        }
-    )
     arrays: dict[str, LoadedArray] = {}
     for key in sorted(objects):
         name, _, rest = key.partition("/")
         if rest == METADATA_KEY:
             with_problem = f"{what}: array {name} does not decode"
             try:
-                layout = _parse_layout(metadata, name)
+                layout = _parse_layout(name, objects[key])
                 arrays[name] = LoadedArray(layout, objects.get(layout.shard_key, b""))
             except (ValueError, RuntimeError, KeyError, TypeError) as error:
                 raise ShardCorruptError(
@@ -216,39 +213,50 @@ def load_arrays(
 
 
 def _metadata(layout: ArrayLayout) -> bytes:
-    objects: dict[str, zarr.core.buffer.Buffer] = {}
-    covering = tuple(
+    document = json.loads(_metadata_like(layout.dtype, len(layout.shape), layout.compressed))
+    covering = [
         max(1, count) * step for count, step in zip(layout.grid, layout.inner_chunk, strict=True)
-    )
-    compressors = (ZstdCodec(level=1), Crc32cCodec()) if layout.compressed else (Crc32cCodec(),)
+    ]
+    document["shape"] = layout.shape
+    document["chunk_grid"]["configuration"]["chunk_shape"] = covering
+    document["codecs"][0]["configuration"]["chunk_shape"] = layout.inner_chunk
+    document["dimension_names"] = layout.dimension_names
+    return canonical_json(document)
+
+
+@lru_cache
+def _metadata_like(dtype: np.dtype[np.generic], num_axes: int, compressed: bool) -> str:
+    """Return what Zarr writes of an array of this kind: it takes its time for each."""
+    objects: dict[str, zarr.core.buffer.Buffer] = {}
     zarr.create_array(
         store=MemoryStore(objects),
-        name=layout.name,
-        shape=layout.shape,
-        dtype=layout.dtype,
-        chunks=layout.inner_chunk,
-        shards=covering,
-        compressors=compressors,
+        shape=(1,) * num_axes,
+        dtype=dtype,
+        chunks=(1,) * num_axes,
+        shards=(1,) * num_axes,
+        compressors=(ZstdCodec(level=1), Crc32cCodec()) if compressed else (Crc32cCodec(),),
         fill_value=0,
-        dimension_names=layout.dimension_names,
+        chunk_key_encoding={"name": "default", "separator": "."},  # no folders to make durable
+        dimension_names=("",) * num_axes,
     )
-    return objects[layout.metadata_key].to_bytes()
+    return objects[METADATA_KEY].to_bytes().decode()
 
 
-def _parse_layout(metadata: MemoryStore, name: str) -> ArrayLayout:
-    node = zarr.open_array(store=metadata, path=name, mode="r")
-    codecs = [type(codec) for codec in node.compressors]
-    if codecs not in ([ZstdCodec, Crc32cCodec], [Crc32cCodec]) or node.shards is None:
+def _parse_layout(name: str, metadata: bytes | memoryview) -> ArrayLayout:
+    parsed = ArrayV3Metadata.from_dict(json.loads(bytes(metadata)))
+    (sharding,) = parsed.codecs
+    codecs = [type(codec) for codec in getattr(sharding, "codecs", ())]
+    if not isinstance(sharding, ShardingCodec) or codecs not in (COMPRESSED, PLAIN):
         raise ValueError(
-            f"it has the codecs {node.compressors}, expected zstd and crc32c in shards"
+            f"it has the codecs {parsed.codecs}, expected zstd and crc32c, or crc32c, in shards"
         )
     return ArrayLayout(
         name=name,
-        shape=node.shape,
-        dtype=node.dtype,
+        shape=parsed.shape,
+        dtype=parsed.data_type.to_native_dtype(),
         dimension_names=(),
-        inner_chunk=node.chunks,
-        compressed=ZstdCodec in codecs,
+        inner_chunk=sharding.chunk_shape,
+        compressed=codecs == COMPRESSED,
     )
 
 

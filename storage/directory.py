@@ -26,6 +26,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
+from storage.memory import Allocate
 from storage.retry import retried
 
 Result = TypeVar("Result")
@@ -99,12 +100,12 @@ class Directory:
         found = self._attempted(keys[0], lambda: self.file_system.cat(list(paths), **options))
         return {key: found[path] for path, key in paths.items()}
 
-    def read_large(self, key: str) -> bytes | memoryview:
+    def read_large(self, key: str, allocate: Allocate = np.empty) -> bytes | memoryview:
         """Return an object's bytes like `read`, on a disk in memory of larger pages: faster."""
         if not self.is_local:
             return self.read(key)
         with self._translated(key), Path(self.path(key)).open("rb", buffering=0) as file:
-            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            data = allocate((os.fstat(file.fileno()).st_size,), np.uint8)
             filled = 0
             while filled < len(data):  # a read may return less than it was asked for
                 num_bytes = file.readinto(data.data[filled:])

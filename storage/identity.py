@@ -12,7 +12,7 @@ from storage.canonical import digest_json, seal, unseal
 from storage.errors import ConfigError, CorruptError, MismatchError
 
 FORMAT = "eyas-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PROFILES = ("raw", "lossless", "int8", "int6")
 DEFAULT_PROFILE: Final = "lossless"
 NORM_CONVENTIONS = ("post_norm",)

@@ -4,9 +4,9 @@ Shapes: R rows, L layers (absent for the last hidden state), H hidden size, G gr
 states are bfloat16 bits in uint16. Every profile is a set of plain Zarr arrays whose inner chunks
 hold one layer each. A chunk is split, coded and forgotten while it is in the processor's cache.
 
-`lossless`: rotate each 16-bit pattern left by one; its high byte is then the exponent, its low byte
-mantissa and sign. From the exponents the channel's typical exponent is subtracted modulo 256, which
-leaves about 2.7 bits of entropy of 8.
+`lossless`: one byte is the exponent, the other sign and mantissa, like an integer of 8 bits:
+widening it puts the sign where it belongs. From the exponents the channel's typical exponent
+is subtracted modulo 256, which leaves about 2.7 bits of entropy of 8.
 
 `int8`, `int6`: `code * step[row, group] * scale[channel] + mean[channel]`. A scale per row alone
 would erase channels: one channel often carries most of a row's energy.
@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 
 from storage import zstd
 from storage.arrays import ArrayLayout, LoadedArray, OpenObject, write_array, write_small
+from storage.memory import Allocate
 from storage.state_rows import BLOCK_VALUES, Bits, StateRows
 
 CALIBRATION_ROWS = 256
 GROUP_CHANNELS = 64
+EXPONENT_UNIT = np.uint16(1 << 7)
+SIGN_AND_MANTISSA = np.uint16(0x807F)
 SCALE_POWER = 0.75  # 1 is equal relative error in all channels; between is a smaller teacher KL
 CHUNK_VALUES = 1 << 22  # large enough that whole samples, which may begin alike, share a chunk
 LARGEST_CODE = {"int8": 127, "int6": 31}
@@ -52,8 +55,12 @@ def write_states(profile: str, name: str, rows: StateRows, open_object: OpenObje
         _write_codes(name, rows, open_object, largest=LARGEST_CODE[profile])
 
 
-def decode_states(profile: str, name: str, arrays: Mapping[str, LoadedArray]) -> Bits:
+def decode_states(
+    profile: str, name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate = np.empty
+) -> Bits:
     """Return the bits [R, (L,) H] that were encoded; with int profiles, the nearest these can say.
+
+    Rows of one layer lie side by side in memory, not layers of one row.
 
     Raises:
         KeyError: an array is absent.
@@ -61,10 +68,10 @@ def decode_states(profile: str, name: str, arrays: Mapping[str, LoadedArray]) ->
 
     """
     if profile == "raw":
-        return arrays[name].whole().astype(np.uint16, copy=False)
+        return _decode_raw(arrays[name], allocate)
     if profile == "lossless":
-        return _decode_lossless(name, arrays)
-    return _decode_codes(name, arrays)
+        return _decode_lossless(name, arrays, allocate)
+    return _decode_codes(name, arrays, allocate)
 
 
 # ---- raw
@@ -81,6 +88,16 @@ def _write_raw(name: str, rows: StateRows, open_object: OpenObject) -> None:
             writer.append(bits.tobytes())
 
 
+def _decode_raw(coded: LoadedArray, allocate: Allocate) -> Bits:
+    bits = _empty_by_layer(coded.layout.shape, allocate)
+    scratch = coded.scratch()
+    for chunk in _chunks_of(coded):
+        values = coded.chunk(chunk.position, scratch).reshape(-1, bits.shape[-1])
+        rows = bits[chunk.first : chunk.stop][(slice(None), *chunk.layer)]
+        rows[...] = values[: len(rows)]
+    return bits
+
+
 # ---- lossless
 
 
@@ -88,7 +105,7 @@ def _write_lossless(name: str, rows: StateRows, open_object: OpenObject) -> None
     typical = _typical_exponents(rows)
     _write_calibration(f"{name}_typical_exponents", typical, open_object)
     entropy_only, repeated_rows = zstd.Frames(zstd.ENTROPY_ONLY), zstd.Frames(zstd.REPEATED_ROWS)
-    rotated, shifted = _temporaries(rows.shape[-1], np.uint16, 2)
+    values, others = _temporaries(rows.shape[-1], np.uint16, 2)
     exponents, mantissas = _padded_chunk(rows.shape, np.uint8), _padded_chunk(rows.shape, np.uint8)
     with (
         write_array(
@@ -102,39 +119,38 @@ def _write_lossless(name: str, rows: StateRows, open_object: OpenObject) -> None
             exponents[chunk.stop - chunk.first :] = 0
             mantissas[chunk.stop - chunk.first :] = 0
             for at, bits in rows.blocks(chunk.first, chunk.stop, chunk.layer):
-                a, b = rotated[: len(bits)], shifted[: len(bits)]
+                a, b = values[: len(bits)], others[: len(bits)]
                 a[...] = bits  # all else is faster on contiguous rows
-                np.right_shift(a, 15, out=b)
+                np.bitwise_and(a, SIGN_AND_MANTISSA, out=b)
+                mantissas[at] = b  # the cast keeps the low byte
                 a += a  # faster than a shift
-                a |= b
-                mantissas[at] = a  # the cast keeps the low byte
                 a >>= 8
                 exponents[at] = a
                 exponents[at] -= typical[chunk.layer]
+                b >>= 8
+                mantissas[at] |= b.astype(np.uint8)
             exponent_writer.append(entropy_only.compress(exponents))
             mantissa_writer.append(repeated_rows.compress(mantissas))
 
 
-def _decode_lossless(name: str, arrays: Mapping[str, LoadedArray]) -> Bits:
+def _decode_lossless(name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate) -> Bits:
     coded_exponents, coded_mantissas = arrays[f"{name}_exponents"], arrays[f"{name}_mantissas"]
     typical = arrays[f"{name}_typical_exponents"].whole().astype(np.uint8)
-    bits = np.empty(coded_exponents.layout.shape, np.uint16)
+    bits = _empty_by_layer(coded_exponents.layout.shape, allocate)
+    hidden = bits.shape[-1]
     exponent_plane, mantissa_plane = coded_exponents.scratch(), coded_mantissas.scratch()
-    rotated, shifted = _temporaries(bits.shape[-1], np.uint16, 2)
+    values, others = _temporaries(hidden, np.uint16, 2)
     for chunk in _chunks_of(coded_exponents, coded_mantissas):
-        exponents = coded_exponents.chunk(chunk.position, exponent_plane)
-        exponents = exponents.reshape(-1, bits.shape[-1])
-        mantissas = coded_mantissas.chunk(chunk.position, mantissa_plane)
-        mantissas = mantissas.reshape(-1, bits.shape[-1])
-        for at, row in _row_blocks(chunk, bits.shape[-1]):
-            a, b = rotated[: at.stop - at.start], shifted[: at.stop - at.start]
+        exponents = coded_exponents.chunk(chunk.position, exponent_plane).reshape(-1, hidden)
+        mantissas = coded_mantissas.chunk(chunk.position, mantissa_plane).reshape(-1, hidden)
+        signed = mantissas.view(np.int8)
+        for at, row in _row_blocks(chunk, hidden):
+            a, b = values[: at.stop - at.start], others[: at.stop - at.start]
             exponents[at] += typical[chunk.layer]
             a[...] = exponents[at]
-            a *= 256  # faster than a shift
-            b[...] = mantissas[at]
-            a |= b
-            np.right_shift(a, 1, out=b)
-            a *= 1 << 15
+            a *= EXPONENT_UNIT  # faster than a shift
+            b.view(np.int16)[...] = signed[at]
+            b &= SIGN_AND_MANTISSA
             np.bitwise_or(a, b, out=bits[row][(slice(None), *chunk.layer)])
     return bits
 
@@ -187,11 +203,11 @@ def _write_codes(name: str, rows: StateRows, open_object: OpenObject, *, largest
             step_writer.append(general.compress(steps))
 
 
-def _decode_codes(name: str, arrays: Mapping[str, LoadedArray]) -> Bits:
+def _decode_codes(name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate) -> Bits:
     coded_codes, coded_steps = arrays[f"{name}_codes"], arrays[f"{name}_steps"]
     mean = arrays[f"{name}_channel_mean"].whole().astype(np.float32)
     scale = arrays[f"{name}_channel_scale"].whole().astype(np.float32)
-    bits = np.empty(coded_codes.layout.shape, np.uint16)
+    bits = _empty_by_layer(coded_codes.layout.shape, allocate)
     hidden, groups = bits.shape[-1], _num_groups(bits.shape[-1])
     code_plane, step_plane = coded_codes.scratch(), coded_steps.scratch()
     (values,) = _temporaries(groups * GROUP_CHANNELS, np.float32, 1)
@@ -317,6 +333,11 @@ def _row_blocks(chunk: _Chunk, hidden: int) -> Iterator[tuple[slice, slice]]:
 def _padded_chunk(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     """Return memory for an inner chunk; the last one has fewer rows than that."""
     return np.empty((_chunk_rows(shape[0], shape[-1]), shape[-1]), dtype)
+
+
+def _empty_by_layer(shape: tuple[int, ...], allocate: Allocate) -> Bits:
+    """Return memory [R, (L,) H] whose layers lie side by side, as chunks fill them."""
+    return np.moveaxis(allocate((*shape[1:-1], shape[0], shape[-1]), np.uint16), -2, 0)
 
 
 def _temporaries(hidden: int, dtype: type[np.generic], count: int) -> list[NDArray[Any]]:

@@ -19,6 +19,7 @@ from storage.cache import ObjectCache
 from storage.directory import Directory
 from storage.errors import ShardCorruptError, ShardMissingError
 from storage.identity import StoreIdentity
+from storage.memory import Allocate, RecycledMemory
 from storage.record import CommitRecord, ObjectDigest
 from storage.samples import StoredSample
 from storage.shard import DecodedShard, decode_shard
@@ -27,6 +28,8 @@ from storage.verify import REPAIR
 
 CACHE_BYTES = 2 << 30
 READ_THREADS = 2
+MOST_FREE = 4 * READ_THREADS
+"""Pieces of memory kept for the next shards: a few for each that is being read."""
 
 
 class SnapshotReader:
@@ -49,6 +52,7 @@ class SnapshotReader:
         self._object_cache = object_cache
         self._shards: OrderedDict[str, Future[DecodedShard]] = OrderedDict()
         self._lock = threading.Lock()
+        self._memory = RecycledMemory(MOST_FREE)
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="shard-reader")
 
     @property
@@ -121,6 +125,7 @@ class SnapshotReader:
                     shard_id,
                     identity=self._identity,
                     cache=self._object_cache,
+                    allocate=self._memory.empty,
                 )
                 self._shards[shard_id] = reading
             self._shards.move_to_end(shard_id)
@@ -168,22 +173,36 @@ def read_record(root: Directory, shard_id: str, *, identity_id: str) -> CommitRe
 
 
 def read_shard(
-    root: Directory, shard_id: str, *, identity: StoreIdentity, cache: ObjectCache | None = None
+    root: Directory,
+    shard_id: str,
+    *,
+    identity: StoreIdentity,
+    cache: ObjectCache | None = None,
+    allocate: Allocate = np.empty,
 ) -> DecodedShard:
     """Return a shard whose every object has its committed size and digest; raise CorruptError."""
     record = read_record(root, shard_id, identity_id=identity.identity_id)
-    objects = {key: _read_object(root, record, key, cache) for key in record.objects}
-    return decode_shard(shard_id, objects, sample_ids=record.sample_ids, profile=identity.profile)
+    objects = {key: _read_object(root, record, key, cache, allocate) for key in record.objects}
+    return decode_shard(
+        shard_id,
+        objects,
+        sample_ids=record.sample_ids,
+        profile=identity.profile,
+        allocate=allocate,
+    )
 
 
 def _read_object(
-    root: Directory, record: CommitRecord, key: str, cache: ObjectCache | None
+    root: Directory, record: CommitRecord, key: str, cache: ObjectCache | None, allocate: Allocate
 ) -> bytes | memoryview:
     where = f"shard {record.shard_id}: {key}"
     expected = record.objects[key]
     try:
         path = f"shards/{record.shard_id}/{key}"
-        data = cache.fetch(expected, lambda: root.read(path)) if cache else root.read_large(path)
+        if cache is None:
+            data = root.read_large(path, allocate)
+        else:
+            data = cache.fetch(expected, lambda: root.read(path))
     except FileNotFoundError as error:
         raise ShardMissingError(f"{where} is missing, committed {expected}; {REPAIR}") from error
     found = ObjectDigest.of(data)

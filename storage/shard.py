@@ -14,6 +14,7 @@ from storage.arrays import OpenObject, load_arrays, write_small
 from storage.canonical import canonical_json
 from storage.errors import ShardCorruptError
 from storage.identity import FORMAT_VERSION, StoreIdentity
+from storage.memory import Allocate
 from storage.profile import decode_states, write_states
 from storage.samples import StoredSample, content_id, last_needed
 from storage.state_rows import StateRows
@@ -104,6 +105,7 @@ def decode_shard(
     *,
     sample_ids: Sequence[str],
     profile: str,
+    allocate: Allocate = np.empty,
 ) -> DecodedShard:
     """Decode objects whose digests were checked; raise ShardCorruptError if they do not fit."""
     stored = load_arrays(objects, what=f"shard {shard_id}")
@@ -111,7 +113,7 @@ def decode_shard(
         offsets = stored["offsets"].whole().astype(np.int64)
         arrays = {name: stored[name].whole().astype(kind) for name, kind in TOKEN_ARRAYS.items()}
         for name in STATES:
-            arrays[name] = decode_states(profile, name, stored)
+            arrays[name] = decode_states(profile, name, stored, allocate)
     except KeyError as error:
         raise ShardCorruptError(
             f"shard {shard_id} has no array {error}; regenerate the shard: eyas repair"

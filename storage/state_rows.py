@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Bits = NDArray[np.uint16]
 
-BLOCK_VALUES = 1 << 16  # a block and its temporaries fit the processor's second-level cache
+BLOCK_VALUES = 1 << 19  # NumPy's calls cost little, and what they pass on is still in a cache
 
 
 class StateRows:

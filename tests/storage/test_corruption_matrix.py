@@ -33,8 +33,8 @@ from storage.store import Store
 from tests.storage.steps import SteppedDirectory
 from tests.storage.synthetic import ObjectsInMemory, fill, make_identity, make_samples, tree_digests
 
-STATES = "aux_hidden_states_mantissas/c/0/0/0"
-SMALL = "target_logsumexp/c/0"
+STATES = "aux_hidden_states_mantissas/c.0.0.0"
+SMALL = "target_logsumexp/c.0"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_others_notice_a_flipped_byte(tmp_path: Path, read: Callable[[Path], np.
     (record,) = store.commits().values()
     name = "aux_hidden_states_mantissas"
     folder = tmp_path / "store" / "shards" / record.shard_id / name
-    shard = folder / "c" / "0" / "0" / "0"
+    shard = folder / "c.0.0.0"
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
     shard.write_bytes(data)

@@ -46,7 +46,7 @@ def test_damage_is_found_and_repaired(root: str, damage: str) -> None:
     snapshot = store.publish([sample.sample_id for sample in samples])
     whole = tree_digests(store)
     record = next(iter(store.commits().values()))
-    key = f"shards/{record.shard_id}/aux_hidden_states_mantissas/c/0/0/0"
+    key = f"shards/{record.shard_id}/aux_hidden_states_mantissas/c.0.0.0"
     data = store.root.read(key)
     if damage == "delete":
         store.root.delete(key)

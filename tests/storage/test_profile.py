@@ -57,7 +57,7 @@ def test_rows_that_repeat_take_no_room() -> None:
     for parts in ([prompt, answers[0]], [part for answer in answers for part in (prompt, answer)]):
         objects = ObjectsInMemory()
         write_states("lossless", "x", StateRows(parts), objects.open)
-        sizes.append(len(objects.written["x_mantissas/c/0/0/0"]))
+        sizes.append(len(objects.written["x_mantissas/c.0.0.0"]))
     assert sizes[1] < sizes[0] + 3 * answers[0].nbytes // 2 + 3 * 200 * 2  # not 3 prompts more
 
 
@@ -88,8 +88,9 @@ def test_stock_zarr_reads_lossless(store: Store, samples: list[StoredSample]) ->
     group = zarr.open_group(Path(store.root.root) / "shards" / record.shard_id, mode="r")
     typical = group["aux_hidden_states_typical_exponents"][:].astype(np.uint16)
     exponents = (group["aux_hidden_states_exponents"][:] + typical) & 0xFF
-    rotated = exponents << 8 | group["aux_hidden_states_mantissas"][:]
-    np.testing.assert_array_equal(rotated >> 1 | rotated << 15, samples[0].aux_hidden_states)
+    low = group["aux_hidden_states_mantissas"][:].astype(np.uint16)
+    expected = (low & 0x80) << 8 | exponents << 7 | low & 0x7F
+    np.testing.assert_array_equal(expected, samples[0].aux_hidden_states)
 
 
 def test_no_supervision_keeps_no_last_state(tmp_path: Path) -> None:
