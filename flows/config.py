@@ -16,6 +16,11 @@ class StoreConfig(BaseModel):
         default=None,
         description="Root of the store; by default stores/TARGET-DATASET below the home folder.",
     )
+    credentials: str | None = Field(
+        default=None,
+        description="Name of a Prefect Secret block with the AWS variables of a store on S3. Empty "
+        "means the usual variables and files where the flow runs.",
+    )
     profile: Literal["lossless", "int8", "int6", "raw"] = Field(
         default=DEFAULT_PROFILE,
         description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half "

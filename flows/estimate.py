@@ -22,6 +22,7 @@ from flows.draft_setup import DraftSetup, set_up_draft
 from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import StageProgress, stage_progress
+from flows.store_root import store_root
 from flows.stored_source import StoredSource
 from flows.summaries import EstimateSummary, TokensSummary
 from flows.table import print_table
@@ -62,7 +63,7 @@ def estimate_flow(
     run_path = Workspace(home=Path(home), target=target.name, dataset=dataset.name).run_path(run)
     folder = choose_checkpoint(run_path, "newest")
     space, tokens = prepare(target, dataset, home)
-    reader = _held_out(target, store, tokens, store.root or str(space.store_root))
+    reader = _held_out(target, store, tokens, store_root(store, space))
     setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
     found = load_checkpoint(setup, folder)
     title = f"{target.name} on {dataset.name}, run {run}"

@@ -9,6 +9,7 @@ from eagle_core.target_config import TargetConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
+from flows.store_root import store_root
 from flows.store_tables import garbage_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -40,7 +41,7 @@ def gc_flow(
 
     """
     space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
-    opened = Store.open(store.root or str(space.store_root))
+    opened = Store.open(store_root(store, space))
     kept = snapshots_to_keep(opened, named=keep)
     garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
     if delete:

@@ -24,6 +24,7 @@ from flows.preflight import preflight, wanted_samples
 from flows.prepare import prepare
 from flows.progress import StageProgress, stage_progress
 from flows.shard_worker import ShardJob, ShardReport
+from flows.store_root import store_root
 from flows.summaries import HiddenStatesSummary, TokensSummary
 from flows.workspace import DEFAULT_HOME
 from storage.plan import PlannedShard
@@ -53,7 +54,7 @@ def hidden_states(
     """
     started = time.monotonic()
     space, tokens = prepare(target, dataset, home)
-    root = store.root or str(space.store_root)
+    root = store_root(store, space)
     preflight(target, store, tokens, root)
     work = plan_missing_shards(target, store, tokens, root)
     make_shards(target, store, tokens, root, work)

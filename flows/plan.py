@@ -10,6 +10,7 @@ from flows.bill import Bill, require_fits
 from flows.config import StoreConfig
 from flows.preflight import draw_up
 from flows.prepare import prepare
+from flows.store_root import store_root
 from flows.store_tables import bill_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME
@@ -29,7 +30,7 @@ def plan(
 
     """
     space, tokens = prepare(target, dataset, home)
-    bill = draw_up(target, store, tokens, store.root or str(space.store_root))
+    bill = draw_up(target, store, tokens, store_root(store, space))
     rows = bill_rows(bill)
     title = f"Plan: {target.name} on {dataset.name}"
     print_table(title, rows)

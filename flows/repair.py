@@ -18,6 +18,7 @@ from flows.health import RepairSummary
 from flows.hidden_states import MissingShards, make_shards, publish
 from flows.identity import store_identity
 from flows.prepare import prepare
+from flows.store_root import store_root
 from flows.store_tables import repair_rows
 from flows.summaries import TokensSummary
 from flows.table import print_table
@@ -52,7 +53,7 @@ def repair_flow(
     """
     started = time.monotonic()
     space, tokens = prepare(target, dataset, home)
-    root = store.root or str(space.store_root)
+    root = store_root(store, space)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
     recompute = probe_recompute(target, opened)

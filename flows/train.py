@@ -32,6 +32,7 @@ from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.semantic_probe import recompute_with, require_sound
+from flows.store_root import store_root
 from flows.summaries import TrainSummary
 from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
 from flows.workspace import DEFAULT_HOME
@@ -73,7 +74,7 @@ def train_flow(
     _require_devices(target, training.num_processes)
     require_trackers(tracking)
     space, tokens = prepare(target, dataset, home)
-    root = store.root or str(space.store_root)
+    root = store_root(store, space)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
     snapshot = opened.snapshot()

@@ -14,6 +14,7 @@ from flows.damage import find_damage, probe_recompute
 from flows.errors import DamagedStoreError
 from flows.health import SIZES, VerifySummary
 from flows.prepare import prepare_weights
+from flows.store_root import store_root
 from flows.store_tables import verify_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -37,7 +38,7 @@ def verify_flow(
     """
     started = time.monotonic()
     space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
-    root = store.root or str(space.store_root)
+    root = store_root(store, space)
     opened = Store.open(root)
     recompute = None
     if deep:
