@@ -134,25 +134,39 @@ class TargetModel:
         last, aux = self._run(input_ids, past_key_values=cache, use_cache=True)
         return last, torch.cat(aux, dim=-1), cache
 
-    def capture(self, samples: Sequence[TokenizedSample]) -> Iterator[HiddenStateSample]:
+    def capture(
+        self, samples: Sequence[TokenizedSample], *, recomputable: bool = False
+    ) -> Iterator[HiddenStateSample]:
         """Yield the hidden states of `samples`, longest first, in batches of similar length.
 
         Batches are a pure function of the given samples: the same shard gives the same bytes.
+
+        With `recomputable`, in the given order and one sequence at a time, the layers behind the
+        last aux layer fed with its output as it is stored, in bfloat16: `PartialTarget` makes the
+        early and the last states again from what is stored, bit for bit.
 
         Raises:
             CorruptError: a state is not finite; names the sample and the layer.
 
         """
+        if recomputable:
+            for sample in samples:
+                yield from self._capture_batch([sample], round_late=True)
+            return
         for batch in batches_by_length(samples, batch_tokens=self.config.batch_tokens):
             yield from self._capture_batch(batch)
 
     @torch.inference_mode()
-    def _capture_batch(self, batch: Sequence[TokenizedSample]) -> Iterator[HiddenStateSample]:
+    def _capture_batch(
+        self, batch: Sequence[TokenizedSample], *, round_late: bool = False
+    ) -> Iterator[HiddenStateSample]:
         # Right padding needs no attention mask: under causal attention no real token sees it.
         ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
         for row, sample in enumerate(batch):
             ids[row, : len(sample)] = sample.input_ids
-        last, aux = self._run(torch.from_numpy(ids).to(self.device), use_cache=False)
+        last, aux = self._run(
+            torch.from_numpy(ids).to(self.device), use_cache=False, round_late=round_late
+        )
         stacked = torch.stack(aux, dim=2)
         for row, sample in enumerate(batch):
             sample_last = last[row, : len(sample)]
@@ -190,22 +204,37 @@ class TargetModel:
         return _joined(argmax), _joined(logsumexp), _joined(logprob)
 
     def _run(
-        self, input_ids: Tensor, *, past_key_values: DynamicCache | None = None, use_cache: bool
+        self,
+        input_ids: Tensor,
+        *,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool,
+        round_late: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        with self._captured() as aux:
+        with self._captured(round_late=round_late) as aux:
             outputs = self._decoder(
                 input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache
             )
         return outputs.last_hidden_state, [aux[layer] for layer in self.aux_layers]
 
     @contextmanager
-    def _captured(self) -> Iterator[dict[int, Tensor]]:
-        """Collect the outputs of the aux layers of the forwards made inside, and nothing else."""
+    def _captured(self, *, round_late: bool) -> Iterator[dict[int, Tensor]]:
+        """Collect the outputs of the aux layers of the forwards made inside, and nothing else.
+
+        With `round_late`, the last of these layers hands its output on as bfloat16 holds it.
+        """
         states: dict[int, Tensor] = {}
         layers: nn.ModuleList = self._decoder.layers  # type: ignore[assignment]
 
-        def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
-            states[layer] = output if isinstance(output, Tensor) else output[0]
+        def keep(
+            layer: int, output: Tensor | tuple[Tensor, ...]
+        ) -> Tensor | tuple[Tensor, ...] | None:
+            state = output if isinstance(output, Tensor) else output[0]
+            states[layer] = state
+            if not round_late or layer != self.aux_layers[-1]:
+                return None  # passes on as it is
+            states[layer] = state.to(torch.bfloat16).to(state.dtype)
+            return states[layer] if isinstance(output, Tensor) else (states[layer], *output[1:])
 
         hooks = [
             layers[layer].register_forward_hook(

@@ -141,15 +141,20 @@ def load_ends(folder: Path, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     All that offline training needs of the target. Tied models return the same tensor twice.
     """
-    names = _tensor_files(folder)
-    embedding_name = _only(names, "embed_tokens.weight", folder)
-    embedding = _load_tensor(names, embedding_name).to(dtype)
+    names = tensor_files(folder)
+    embedding_name = only_tensor(names, "embed_tokens.weight", folder)
+    embedding = load_tensor(names, embedding_name).to(dtype)
     if not any(name.endswith("lm_head.weight") for name in names):
         return embedding, embedding
-    return embedding, _load_tensor(names, _only(names, "lm_head.weight", folder)).to(dtype)
+    return embedding, load_tensor(names, only_tensor(names, "lm_head.weight", folder)).to(dtype)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a model folder; an index spares opening the files."""
+    index = folder / _INDEX
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
     found: dict[str, Path] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
@@ -157,14 +162,16 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _only(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
+def only_tensor(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
+    """Return the one tensor name that ends so; ConfigError if there are none or several."""
     matches = [name for name in names if name.endswith(suffix)]
     if len(matches) != 1:
         raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
     return matches[0]
 
 
-def _load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
+def load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
+    """Return one tensor in the type it is stored in, and read no other."""
     with safe_open(files[name], framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
