@@ -1,5 +1,6 @@
 """The whole way with the store on S3: generation in a child process, training through the cache."""
 
+import json
 import os
 from pathlib import Path
 from unittest import mock
@@ -79,3 +80,8 @@ def test_a_block_that_is_not_there_or_holds_something_else_is_refused(
     Secret(value={"PATH": "/elsewhere"}).save("path")  # type: ignore[unused-coroutine]
     assert "AWS_ACCESS_KEY_ID" in refused("path")
     assert "needs none" in refused("word", root=None)
+    Secret(value=json.dumps({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})).save("text")  # type: ignore[unused-coroutine]
+    with mock.patch.dict(os.environ):
+        config = StoreConfig(root="s3://eyas/states", credentials="text")
+        assert store_root(config, space) == "s3://eyas/states"
+        assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9"

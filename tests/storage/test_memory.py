@@ -30,6 +30,14 @@ def test_sizes_that_are_nearly_equal_share_memory() -> None:
     assert address(memory.empty((SIZE - 9000,), np.uint8)) == where
 
 
+def test_memory_of_another_size_is_not_taken() -> None:
+    memory = RecycledMemory(most_free=2)
+    small = address(memory.empty((SIZE,), np.uint8))
+    large = memory.empty((3 * SIZE,), np.uint8)
+    assert large.shape == (3 * SIZE,)
+    assert address(memory.empty((SIZE,), np.uint8)) == small
+
+
 def test_a_view_keeps_the_memory_of_its_array() -> None:
     memory = RecycledMemory(most_free=2)
     whole = memory.empty((4, SIZE), np.uint8)
