@@ -11,6 +11,7 @@ from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation import EvaluationConfig
 from eagle_core.hosted_trackers import TrackingConfig
+from eagle_core.regeneration_config import RegenerationConfig
 from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
@@ -26,6 +27,7 @@ class Recipe(BaseModel):
 
     target: TargetConfig
     dataset: DatasetConfig
+    regeneration: RegenerationConfig = Field(default_factory=RegenerationConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

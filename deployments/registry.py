@@ -34,6 +34,12 @@ FLOWS = (
         description="Read, normalise, deduplicate and split the conversations",
     ),
     FlowEntry(
+        name="regenerate",
+        entrypoint="flows/regenerate.py:regenerate_flow",
+        sections=("target", "dataset", "regeneration"),
+        description="Replace the assistant's turns by the target's own answers, as a new data set",
+    ),
+    FlowEntry(
         name="plan",
         entrypoint="flows/plan.py:plan",
         sections=("target", "dataset", "store"),

@@ -72,20 +72,22 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, object]],
         *,
         tools: Sequence[object] | None = None,
-        thinking: bool = False,
+        thinking: bool | None = False,
         add_generation_prompt: bool,
     ) -> Rendering:
         """Return the text; raise `TemplateRefusedError` if the template refuses the messages.
 
-        `thinking` reaches templates that ask for it, under whichever name they use.
+        `thinking` reaches templates that ask for it, under whichever name they use; None leaves
+        the choice to the template.
         """
+        chosen = {} if thinking is None else dict.fromkeys(self._thinking_names, thinking)
         try:
             text = self._template.render(
                 messages=list(messages),
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
-                **dict.fromkeys(self._thinking_names, thinking),
+                **chosen,
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error

@@ -6,19 +6,13 @@ reader checks size and digest of what it opens.
 """
 
 import hashlib
-import shutil
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import pyarrow.parquet as pq
 
-from eagle_core.conversation_table import CONVERSATION_SCHEMA, from_row, to_row
+from eagle_core.conversation_table import from_row, to_row
 from eagle_core.conversations import (
     Conversation,
     content_key,
@@ -26,26 +20,27 @@ from eagle_core.conversations import (
     normalise,
     piece_key,
 )
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest, load_manifest
+from eagle_core.dataset_config import REGENERATED, DatasetConfig
+from eagle_core.dataset_manifest import DatasetManifest, FileDigest, load_manifest
+from eagle_core.dataset_writer import (
+    DatasetWriters,
+    Split,
+    building,
+    digest,
+    digests,
+    open_writers,
+    publish,
+)
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.files import file_digest, sync
 from eagle_core.ledger import Reason, RejectedRecord
-from eagle_core.ledger_writer import LedgerWriter
-from eagle_core.row_writer import RowWriter
 from eagle_core.source_record import DamagedRecord, SourceRecord
 from eagle_core.sources import find_source, identify, read_records
 
-Split = Literal["train", "held_out"]
 Progress = Callable[[float, str], None]
 """Called now and then with the share of the source that has been read (0 to 1) and a sentence."""
 
 RULES_VERSION = 3
 """Raise it when cleaning or columns change: data sets made before are then built again."""
-LEDGER_NAME = "ledger.parquet"
-_SPLITS: tuple[Split, ...] = ("train", "held_out")
-_BUILDING = ".building-"
-_ABANDONED_SECONDS = 24 * 3600
 _RECORDS_PER_REPORT = 500
 _ROWS_PER_BATCH = 256
 
@@ -58,21 +53,23 @@ def build_dataset(
     Returns the manifest of what is there already if it was made from the same source by the same
     options and rules. Raises `ConfigError` or `CorruptError` for a source that is missing or
     damaged, and `MismatchError` if the source changed while it was read; nothing is left behind.
+    Answers of a target are neither made nor replaced here: those there are returned.
     """
+    if config.source == REGENERATED:
+        return _regenerated(out_dir, config)
+    _refuse_to_replace_answers(out_dir, config)
     source = identify(find_source(config))
     finished = _finished(out_dir, config, source)
     if finished is not None:
         progress(1.0, f"{finished.num_conversations} conversations are there already")
         return finished
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out_dir)
-    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=out_dir) as directory:
-        manifest = _write(config, source, Path(directory), progress)
+    with building(out_dir) as directory:
+        manifest = _write(config, source, directory, progress)
         if identify(find_source(config)) != source:
             raise MismatchError(
                 f"data set {config.name}: {config.source} changed while it was read; run again"
             )
-        _publish(manifest, Path(directory), out_dir)
+        publish(manifest, directory, out_dir)
     return manifest
 
 
@@ -87,7 +84,7 @@ def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
     if manifest.rules_version != RULES_VERSION:
         raise MismatchError(
             f"{directory} was built by rules {manifest.rules_version}, this version has "
-            f"{RULES_VERSION}; run the `dataset` flow to build it again"
+            f"{RULES_VERSION}; run the flow that made it (`dataset` or `regenerate`) again"
         )
     _check_file(directory / name, manifest.files[name])
     with pq.ParquetFile(directory / name) as table:
@@ -95,18 +92,10 @@ def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
             yield from map(from_row, batch.to_pylist())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Writers:
-    """The files of a data set while they are written."""
-
-    splits: Mapping[Split, RowWriter]
-    ledger: LedgerWriter
-
-
 class _Builder:
     """Takes records one by one and keeps the accounts."""
 
-    def __init__(self, config: DatasetConfig, writers: _Writers) -> None:
+    def __init__(self, config: DatasetConfig, writers: DatasetWriters) -> None:
         self._config = config
         self._writers = writers
         self._seen: set[bytes] = set()
@@ -161,7 +150,7 @@ def _write(
     directory: Path,
     progress: Progress,
 ) -> DatasetManifest:
-    with _open_writers(directory) as writers:
+    with open_writers(directory) as writers:
         builder = _Builder(config, writers)
         for index, record in enumerate(read_records(config)):
             builder.add(record)
@@ -178,7 +167,6 @@ def _write(
             f"{builder.kept['held_out']}); correct `source`"
         )
     progress(1.0, f"{builder.kept.total()} conversations kept")
-    names = [*(f"{split}.parquet" for split in _SPLITS), LEDGER_NAME]
     return DatasetManifest(
         name=config.name,
         fingerprint=builder.fingerprint,
@@ -190,22 +178,8 @@ def _write(
         num_held_out=builder.kept["held_out"],
         dropped=dropped,
         changed=dict(sorted(writers.ledger.changed.items())),
-        files={name: _digest(directory / name) for name in names},
+        files=digests(directory),
     )
-
-
-@contextmanager
-def _open_writers(directory: Path) -> Iterator[_Writers]:
-    with ExitStack() as stack:
-        yield _Writers(
-            splits={
-                split: stack.enter_context(
-                    RowWriter(directory / f"{split}.parquet", CONVERSATION_SCHEMA)
-                )
-                for split in _SPLITS
-            },
-            ledger=stack.enter_context(LedgerWriter(directory / LEDGER_NAME)),
-        )
 
 
 def _finished(
@@ -219,41 +193,46 @@ def _finished(
     made_from = (manifest.rules_version, manifest.config, manifest.source)
     if made_from != (RULES_VERSION, config.identity(), source):
         return None
-    for name, digest in manifest.files.items():
+    for name, expected in manifest.files.items():
         path = out_dir / name
-        if not path.is_file() or path.stat().st_size != digest.size_bytes:
+        if not path.is_file() or path.stat().st_size != expected.size_bytes:
             return None
     return manifest
 
 
-def _remove_abandoned(out_dir: Path) -> None:
-    """Remove what builds left that were killed long ago; a younger one may still be running."""
-    for path in out_dir.glob(f"{_BUILDING}*"):
-        if path.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
-            shutil.rmtree(path)
+def _regenerated(out_dir: Path, config: DatasetConfig) -> DatasetManifest:
+    try:
+        manifest = load_manifest(out_dir)
+    except ConfigError as error:
+        raise ConfigError(
+            f"data set {config.name}: no target has answered it yet ({out_dir} has no manifest); "
+            "run `eyas run regenerate RECIPE` with the recipe that names its questions, or correct "
+            "dataset.name"
+        ) from error
+    if not manifest.is_regenerated:
+        raise ConfigError(
+            f"data set {config.name} in {out_dir} was not made by the flow `regenerate`; name its "
+            "own source instead of `source: regenerated`"
+        )
+    return manifest
 
 
-def _publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:
-    (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
-    for name in (*manifest.files, MANIFEST_NAME):
-        sync(directory / name)
-    (out_dir / MANIFEST_NAME).unlink(missing_ok=True)  # from here on no data set is there
-    sync(out_dir)
-    for name in manifest.files:
-        (directory / name).replace(out_dir / name)
-    sync(out_dir)
-    (directory / MANIFEST_NAME).replace(out_dir / MANIFEST_NAME)
-    sync(out_dir)
-
-
-def _digest(path: Path) -> FileDigest:
-    return FileDigest(size_bytes=path.stat().st_size, xxh3_128=file_digest(path))
+def _refuse_to_replace_answers(out_dir: Path, config: DatasetConfig) -> None:
+    try:
+        manifest = load_manifest(out_dir)
+    except (ConfigError, CorruptError):
+        return
+    if manifest.is_regenerated:
+        raise ConfigError(
+            f"data set {config.name} in {out_dir} holds answers of a target; to use them set "
+            f"dataset.source={REGENERATED}, for data from {config.source} take another name"
+        )
 
 
 def _check_file(path: Path, expected: FileDigest) -> None:
     if not path.is_file():
         raise CorruptError(f"{path} is missing; run the `dataset` flow to build it again")
-    found = _digest(path)
+    found = digest(path)
     if found != expected:
         raise CorruptError(
             f"{path} has {found.size_bytes} bytes and digest {found.xxh3_128}, the manifest says "

@@ -33,9 +33,11 @@ class DatasetManifest(BaseModel):
     rules_version: int
     """Version of the cleaning rules that made it."""
     config: dict[str, Any]
-    """`DatasetConfig.identity()`: the options that decide what the data set holds."""
+    """`DatasetConfig.identity()`: the options that decide what the data set holds. Of answers of a
+    target: under `regeneration` who answered, by which settings."""
     source: tuple[dict[str, Any], ...]
-    """Every source file with size and digest, or the pinned hub commit."""
+    """Every source file with size and digest, or the pinned hub commit, or the data set whose
+    questions were answered."""
     num_records: int
     """Records read, damaged ones included: train + held out + dropped."""
     num_train: int
@@ -50,6 +52,11 @@ class DatasetManifest(BaseModel):
     def num_conversations(self) -> int:
         """Conversations kept in both splits."""
         return self.num_train + self.num_held_out
+
+    @property
+    def is_regenerated(self) -> bool:
+        """Tell whether the answers are a target's own, from the flow `regenerate`."""
+        return "regeneration" in self.config
 
     @property
     def num_dropped(self) -> int:

@@ -30,6 +30,13 @@ class Reason(StrEnum):
     TEMPLATE_REFUSED = "template_refused"
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # noqa: S105 - a reason, not a secret
     TOO_FEW_SUPERVISED_TOKENS = "too_few_supervised_tokens"
+    TEXT_NOT_OF_TEMPLATE = "text_not_of_template"
+    SERVER_ERROR = "server_error"
+    REQUEST_REFUSED = "request_refused"
+    EMPTY_ANSWER = "empty_answer"
+    ANSWER_CUT = "answer_cut"
+    CONTEXT_TOO_LONG = "context_too_long"
+    TOOLS_NEED_SERVER = "tools_need_server"
 
 
 class Change(StrEnum):
@@ -37,6 +44,10 @@ class Change(StrEnum):
 
     LEADING_ASSISTANT_TURNS_CUT = "leading_assistant_turns_cut"
     TRAILING_TURNS_CUT = "trailing_turns_cut"
+    ENDED_AT_TOOL_CALL = "ended_at_tool_call"
+    """What follows a tool call answers the one of the old answer, not the target's."""
+    ENDED_BEFORE_FAILED_ANSWER = "ended_before_failed_answer"
+    """The detail says the turn and the `Reason`."""
 
 
 class RejectedRecord(EagleCoreError):  # noqa: N818 - the outcome of one record, not a fault

@@ -41,7 +41,9 @@ class LedgerWriter:
         self.dropped[rejected.reason.value] += 1
         self._rows.add(asdict(LedgerEntry.of(rejected, conversation_id=conversation_id)))
 
-    def change(self, change: Change, *, location: str, conversation_id: str) -> None:
+    def change(
+        self, change: Change, *, location: str, conversation_id: str, detail: str = ""
+    ) -> None:
         """Enter that a record was kept with a change."""
         self.changed[change.value] += 1
         entry = LedgerEntry(
@@ -49,6 +51,6 @@ class LedgerWriter:
             conversation_id=conversation_id,
             action="changed",
             reason=change.value,
-            detail="",
+            detail=detail,
         )
         self._rows.add(asdict(entry))

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from eagle_core.template_config import TemplateConfig
+
 
 class TargetConfig(BaseModel):
     """The frozen model whose hidden states a draft learns from."""
@@ -39,6 +41,10 @@ class TargetConfig(BaseModel):
     )
     batch_tokens: int = Field(
         default=8192, gt=0, description="Tokens, padding included, of one capture forward."
+    )
+    template: TemplateConfig = Field(
+        default=TemplateConfig(),
+        description="How conversations are written for it, and which answers are learned from.",
     )
     trust_remote_code: bool = Field(
         default=False,

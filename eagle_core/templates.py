@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_core.assistant_turns import Closing, Row, common_end, find_turns, plan_rows
 from eagle_core.chat_template import PLAIN_TEMPLATE, ChatTemplate, TemplateRefusedError
-from eagle_core.conversations import Conversation
+from eagle_core.conversations import Conversation, Message
 from eagle_core.errors import ConfigError
 from eagle_core.ledger import Reason, RejectedRecord
 from eagle_core.samples import TokenizedSample, sample_id
@@ -50,6 +50,7 @@ class ConversationTokenizer:
         self.tokenizer_fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         added = self._backend.get_added_tokens_decoder()
         self._added_ids = np.array(sorted(added), dtype=np.int32)
+        self._special_ids = frozenset(number for number, one in added.items() if one.special)
         self._anchor = next((token.content for token in added.values() if token.special), "")
         self._tails: dict[str, NDArray[np.int32]] = {}
         self._closing = self._find_closing()
@@ -81,6 +82,37 @@ class ConversationTokenizer:
     def decode(self, ids: NDArray[np.int32]) -> str:
         """Return the text of `ids`, special tokens included."""
         return str(self._backend.decode(ids.tolist(), skip_special_tokens=False))
+
+    def prompt(
+        self, messages: Sequence[Message], *, tools: str = "", thinking: bool | None = None
+    ) -> NDArray[np.int32]:
+        """Return the ids that serving has in context when the next answer is due.
+
+        `thinking` None leaves it to the template. Raises `RejectedRecord`, without a location, for
+        what `tokenize` would refuse.
+        """
+        self._refuse_control_tokens(messages, location="")
+        try:
+            rendering = self._template.render(
+                [message.as_openai() for message in messages],
+                tools=json.loads(tools) if tools else None,
+                thinking=thinking,
+                add_generation_prompt=True,
+            )
+        except TemplateRefusedError as error:
+            raise RejectedRecord(Reason.TEMPLATE_REFUSED, "", str(error)) from error
+        return self._encode(rendering.text)
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, as a server sends it.
+
+        Raises `RejectedRecord`, without a location, if there are special tokens inside.
+        """
+        inside = [number for number in ids if number in self._special_ids]
+        if inside:
+            token = self._backend.id_to_token(inside[0])
+            raise RejectedRecord(Reason.SPECIAL_TOKEN_IN_TEXT, "", f"the answer has {token}")
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def tokenize(self, conversation: Conversation) -> tuple[TokenizedSample, ...]:
         """Return one sample, or more if the template rewrites history (see `assistant_turns`).
@@ -135,15 +167,16 @@ class ConversationTokenizer:
                         RejectedRecord(Reason.TOO_FEW_SUPERVISED_TOKENS, conversation_id, detail)
                     )
 
-    def _rows(self, conversation: Conversation) -> list[Row]:
-        for index, message in enumerate(conversation.messages):
+    def _refuse_control_tokens(self, messages: Sequence[Message], *, location: str) -> None:
+        for index, message in enumerate(messages):
             for text in (message.content, message.reasoning_content):
                 if found := self._control.search(text):
                     raise RejectedRecord(
-                        Reason.SPECIAL_TOKEN_IN_TEXT,
-                        conversation.conversation_id,
-                        f"turn {index} has {found[0]}",
+                        Reason.SPECIAL_TOKEN_IN_TEXT, location, f"turn {index} has {found[0]}"
                     )
+
+    def _rows(self, conversation: Conversation) -> list[Row]:
+        self._refuse_control_tokens(conversation.messages, location=conversation.conversation_id)
         if self._config.reasoning == "drop":
             answers = tuple(message.without_reasoning() for message in conversation.messages)
             conversation = replace(conversation, messages=answers)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from prefect.logging import get_run_logger
 from transformers import AutoTokenizer
 
 from eagle_core import weights
-from eagle_core.dataset import Split, build_dataset, load_conversations
+from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import load_manifest
+from eagle_core.dataset_writer import Split
 from eagle_core.ledger_writer import LedgerWriter
+from eagle_core.parallel_tokenization import tokenize_in_processes
 from eagle_core.samples import TokenizedSample
 from eagle_core.target_config import TargetConfig
 from eagle_core.templates import ConversationTokenizer
@@ -28,6 +31,7 @@ from flows.workspace import Workspace
 
 TOKENS_VERSION = 1
 """Raised whenever the same conversations could give other tokens or masks."""
+_CONVERSATIONS_PER_PROCESS = 4000
 
 
 def prepare(
@@ -78,10 +82,10 @@ def prepare_weights(target: TargetConfig) -> Path:
 
 
 def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
-    """Return the target's own tokenizer and chat template."""
+    """Return the target's own tokenizer, with its chat template or the one that was chosen."""
     folder = weights.locate(target)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=target.trust_remote_code)
-    return ConversationTokenizer(tokenizer)
+    return ConversationTokenizer(tokenizer, target.template)
 
 
 @task(task_run_name="tokenize {dataset.name}", cache_policy=NO_CACHE, persist_result=False)
@@ -98,13 +102,15 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     key = artifact_key("tokens-progress", space.target, space.dataset)
     total = sum(counts.values())
     with stage_progress("tokens", key=key, total=total, unit="conversations") as progress:
-        for split in counts:
+        for split, num_conversations in counts.items():
             path = space.tokens_path / f"{split}-{content}.arrow"
             if not path.exists():
                 ledger_path = path.with_suffix(".dropped.parquet")
                 with LedgerWriter(ledger_path) as ledger:
-                    samples = tokenizer.tokenize_all(
+                    samples = tokenize_in_processes(
+                        tokenizer,
                         load_conversations(space.dataset_path, split),
+                        num_processes=_num_processes(dataset, num_conversations),
                         max_length=dataset.max_length,
                         min_supervised_tokens=dataset.min_supervised_tokens,
                         on_rejected=ledger.drop,
@@ -133,6 +139,12 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         num_supervised_tokens=sum(file.num_supervised for file in files.values()),
         seconds=time.monotonic() - started,
     )
+
+
+def _num_processes(dataset: DatasetConfig, num_conversations: int) -> int:
+    """Return how many processes tokenise: another one costs seconds until it has started."""
+    worthwhile = -(-num_conversations // _CONVERSATIONS_PER_PROCESS)
+    return dataset.tokenize_processes or max(1, min(os.cpu_count() or 1, worthwhile))
 
 
 def _counted(

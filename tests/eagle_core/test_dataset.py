@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from eagle_core.conversations import content_key, is_held_out
-from eagle_core.dataset import Split, build_dataset, load_conversations
+from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import DatasetManifest, load_manifest
+from eagle_core.dataset_writer import Split
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.ledger import Reason
 

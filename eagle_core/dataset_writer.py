@@ -1,0 +1,90 @@
+"""Writes the files of a data set beside the old ones and moves them into place, manifest last.
+
+Invariant: nothing is visible before all of it is on disk, and a manifest stands for whole files.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from eagle_core.conversation_table import CONVERSATION_SCHEMA
+from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest
+from eagle_core.files import file_digest, sync
+from eagle_core.ledger_writer import LedgerWriter
+from eagle_core.row_writer import RowWriter
+
+Split = Literal["train", "held_out"]
+
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+LEDGER_NAME = "ledger.parquet"
+_FILE_NAMES = (*(f"{split}.parquet" for split in SPLITS), LEDGER_NAME)
+_BUILDING = ".building-"
+_ABANDONED_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetWriters:
+    """The files of a data set while they are written."""
+
+    splits: Mapping[Split, RowWriter]
+    ledger: LedgerWriter
+
+
+@contextmanager
+def building(out_dir: Path) -> Iterator[Path]:
+    """Yield a directory inside `out_dir` to write in; what is left in it is removed."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out_dir)
+    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=out_dir) as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def open_writers(directory: Path) -> Iterator[DatasetWriters]:
+    """Take conversations and ledger entries while the block runs; then the files are whole."""
+    with ExitStack() as stack:
+        yield DatasetWriters(
+            splits={
+                split: stack.enter_context(
+                    RowWriter(directory / f"{split}.parquet", CONVERSATION_SCHEMA)
+                )
+                for split in SPLITS
+            },
+            ledger=stack.enter_context(LedgerWriter(directory / LEDGER_NAME)),
+        )
+
+
+def digests(directory: Path) -> dict[str, FileDigest]:
+    """Return what the manifest says of the files in `directory`."""
+    return {name: digest(directory / name) for name in _FILE_NAMES}
+
+
+def digest(path: Path) -> FileDigest:
+    """Return size and digest of a file."""
+    return FileDigest(size_bytes=path.stat().st_size, xxh3_128=file_digest(path))
+
+
+def publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:
+    """Move the files into place and then the manifest; a kill leaves no data set, never half."""
+    (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+    for name in (*manifest.files, MANIFEST_NAME):
+        sync(directory / name)
+    (out_dir / MANIFEST_NAME).unlink(missing_ok=True)  # from here on no data set is there
+    sync(out_dir)
+    for name in manifest.files:
+        (directory / name).replace(out_dir / name)
+    sync(out_dir)
+    (directory / MANIFEST_NAME).replace(out_dir / MANIFEST_NAME)
+    sync(out_dir)
+
+
+def _remove_abandoned(out_dir: Path) -> None:
+    """Remove what builds left that were killed long ago; a younger one may still be running."""
+    for path in out_dir.glob(f"{_BUILDING}*"):
+        if path.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+            shutil.rmtree(path)

@@ -1,0 +1,187 @@
+"""`regenerate`: a data set's questions, answered by the target itself; the largest lever on
+acceptance, because the draft then learns what the target will say when serving.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.blocks.system import Secret
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
+
+from eagle_core.dataset_config import REGENERATED, DatasetConfig
+from eagle_core.dataset_manifest import DatasetManifest
+from eagle_core.errors import ConfigError
+from eagle_core.regeneration import Regenerated, Regeneration
+from eagle_core.regeneration_answer import AnswerSource
+from eagle_core.regeneration_config import RegenerationConfig
+from eagle_core.regeneration_journal import FinishedConversation
+from eagle_core.regeneration_local import LocalAnswers
+from eagle_core.regeneration_server import AnswerServer
+from eagle_core.target_config import TargetConfig
+from flows import report
+from flows.artifact_key import artifact_key
+from flows.prepare import prepare_dataset
+from flows.progress import stage_progress
+from flows.retry import is_transient
+from flows.summaries import DatasetSummary
+from flows.table import Row, print_table
+from flows.workspace import DEFAULT_HOME, Workspace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegenerateSummary:
+    """The new data set, and what making it took."""
+
+    name: str
+    path: Path
+    fingerprint: str
+    num_conversations: int
+    """Of the source: train + held out + dropped."""
+    num_train: int
+    num_held_out: int
+    dropped: Mapping[str, int]
+    """By reason."""
+    changed: Mapping[str, int]
+    """Kept, but ended early, by why."""
+    num_asked: int
+    """Conversations that this run asked about; the others had been answered before."""
+    num_tokens: int
+    """Of the answers of this run."""
+    seconds: float
+
+
+@flow(
+    name="regenerate",
+    flow_run_name="regenerate-{target.name}-{dataset.name}",
+    persist_result=False,
+)
+def regenerate_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    regeneration: RegenerationConfig = RegenerationConfig(),  # noqa: B008 (frozen)
+    home: str = DEFAULT_HOME,
+) -> RegenerateSummary:
+    """Answer the questions of `dataset` that the target has not answered yet; write a data set.
+
+    A retry, or a run over more questions, asks nothing twice. Questions that the server failed are
+    in the ledger, and are asked again by the next run.
+
+    Raises:
+        TransientError: the server is gone; what is answered is kept.
+        ConfigError: it refuses key or model, or the name is taken by another data set.
+
+    """
+    started = time.monotonic()
+    name = regeneration.name or f"{dataset.name}-by-{target.name}"
+    source = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    space = Workspace(home=Path(home), target=target.name, dataset=name)
+    questions = prepare_dataset(dataset, source)
+    done = answer_all(target, regeneration, questions, space)
+    summary = _summary(done, space, seconds=time.monotonic() - started)
+    title = f"Answers of {target.name} to {dataset.name}"
+    rows = summary_rows(summary)
+    print_table(title, rows)
+    report.publish_table(title, rows, key=artifact_key("regenerate", target.name, dataset.name))
+    return summary
+
+
+@task(
+    task_run_name="answers of {target.name}",
+    retries=2,
+    retry_delay_seconds=[30, 300],
+    retry_condition_fn=is_transient,  # a server that restarts; a wrong key is not retried
+    cache_policy=NO_CACHE,  # the journal is the only truth about what is answered
+    persist_result=False,
+)
+def answer_all(
+    target: TargetConfig,
+    config: RegenerationConfig,
+    questions: DatasetSummary,
+    space: Workspace,
+) -> Regenerated:
+    """Ask what the journal does not hold, then write the data set."""
+    log = get_run_logger()
+    regeneration = Regeneration(
+        config,
+        answer_source(target, config),
+        source=questions.path,
+        out_dir=space.dataset_path,
+    )
+    log.info("answers are kept in %s", regeneration.journal_path)
+    total = questions.num_train + questions.num_held_out
+    key = artifact_key("answers-progress", space.target, space.dataset)
+    with stage_progress("answers", key=key, total=total, unit="conversations") as progress:
+        done = regeneration.run(on_finished=lambda finished: progress.advance(note=_note(finished)))
+        progress.move_to(total)
+    if done.manifest.dropped:
+        log.info("dropped %s, see ledger.parquet", done.manifest.dropped)
+    return done
+
+
+def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSource:
+    """Return the server that the settings name, or the target itself.
+
+    Raises:
+        ConfigError: the Prefect block with the API key is not there.
+
+    """
+    if config.base_url is None:
+        return LocalAnswers(target, config)
+    return AnswerServer(config, model=config.model or target.model, api_key=_api_key(config))
+
+
+def summary_rows(summary: RegenerateSummary) -> list[Row]:
+    """Return the figures, and the command that goes on from here."""
+    use = f"--set dataset.name={summary.name} --set dataset.source={REGENERATED}"
+    return [
+        ("conversations", f"{summary.num_conversations:,} ({summary.num_asked:,} asked now)"),
+        ("conversations to train on", f"{summary.num_train:,}"),
+        ("held out", f"{summary.num_held_out:,}"),
+        *((f"dropped: {reason}", f"{count:,}") for reason, count in summary.dropped.items()),
+        *((f"changed: {change}", f"{count:,}") for change, count in summary.changed.items()),
+        ("answer tokens, now", f"{summary.num_tokens:,}"),
+        ("data set", str(summary.path)),
+        ("fingerprint", summary.fingerprint),
+        ("train on it", f"eyas run offline RECIPE {use}"),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
+def _summary(done: Regenerated, space: Workspace, *, seconds: float) -> RegenerateSummary:
+    manifest: DatasetManifest = done.manifest
+    return RegenerateSummary(
+        name=manifest.name,
+        path=space.dataset_path,
+        fingerprint=manifest.fingerprint,
+        num_conversations=manifest.num_records,
+        num_train=manifest.num_train,
+        num_held_out=manifest.num_held_out,
+        dropped=manifest.dropped,
+        changed=manifest.changed,
+        num_asked=done.num_asked,
+        num_tokens=done.num_tokens,
+        seconds=seconds,
+    )
+
+
+def _note(finished: FinishedConversation) -> str:
+    return str(finished.failure or "")
+
+
+def _api_key(config: RegenerationConfig) -> str | None:
+    if config.credentials is None:
+        return os.environ.get(config.api_key_variable)
+    try:
+        found = Secret.load(config.credentials).get()  # type: ignore[union-attr]  # a flow is not a coroutine
+    except ValueError as error:  # how Prefect says that there is none
+        raise ConfigError(
+            f"regeneration.credentials: the server at {PREFECT_API_URL.value() or 'this process'} "
+            f"has no Prefect block secret/{config.credentials}; docs/data.md says how to make it"
+        ) from error
+    return str(found)
