@@ -2,6 +2,7 @@
 
 The file is generated and committed; a test fails when it no longer matches the recipes. Parameters
 are written out in full, so that the Prefect UI shows what will run and lets a person change it.
+Each section of a recipe stands once, below `definitions`.
 """
 
 from typing import Any
@@ -18,27 +19,69 @@ HEADER = """\
 """
 
 
+class _Section(dict[str, Any]):
+    """A section of a recipe: written where it is defined, referred to by name elsewhere."""
+
+    def __init__(self, anchor: str, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.anchor = anchor.replace(".", "_")  # YAML's, not ours
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML whose anchors are the names of the sections."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 (PyYAML's own)
+        super().__init__(*args, **options)
+        self._names: dict[yaml.Node, str] = {}
+
+    def represent_section(self, section: _Section) -> yaml.Node:
+        node = self.represent_dict(section)
+        self._names[node] = section.anchor
+        return node
+
+    def generate_anchor(self, node: yaml.Node) -> str:
+        return self._names[node]
+
+
+_Dumper.add_representer(_Section, _Dumper.represent_section)
+
+
 def render() -> str:
     """Return the content of prefect.yaml."""
+    definitions: dict[str, dict[str, _Section]] = {}
     deployments: dict[tuple[str, str], dict[str, Any]] = {}
     for name in recipe_names():
+        recipe = load_recipe(name)
+        definitions[name] = _sections(recipe, name)
         for entry in FLOWS:
-            deployment = _deployment(entry, name, load_recipe(name))
+            deployment = _deployment(entry, name, recipe, definitions[name])
             key = (entry.name, deployment["name"])
             if deployments.setdefault(key, deployment)["parameters"] != deployment["parameters"]:
                 raise ConfigError(
                     f"recipe {name}: deployment {'/'.join(key)} is already taken by another recipe "
                     "with other parameters; give its data set another name"
                 )
-    document = {"name": "eyas", "deployments": list(deployments.values())}
-    return HEADER + yaml.safe_dump(document, sort_keys=False, width=100)
+    document = {
+        "name": "eyas",
+        "definitions": definitions,
+        "deployments": list(deployments.values()),
+    }
+    return HEADER + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=100)
 
 
-def _deployment(entry: FlowEntry, name: str, recipe: Recipe) -> dict[str, Any]:
+def _sections(recipe: Recipe, name: str) -> dict[str, _Section]:
+    """Return the sections that flows take as parameters."""
+    wanted = {section for entry in FLOWS for section in entry.sections}
+    values = recipe.model_dump(mode="json", include=wanted)
+    return {section: _Section(f"{name}-{section}", values[section]) for section in values}
+
+
+def _deployment(
+    entry: FlowEntry, name: str, recipe: Recipe, sections: dict[str, _Section]
+) -> dict[str, Any]:
     about = f"{recipe.target.name} on {recipe.dataset.name}"
     if "target" not in entry.sections:  # a data set serves every target
         name = about = recipe.dataset.name
-    sections = recipe.model_dump(mode="json", include=set(entry.sections))
     return {
         "name": name,
         "entrypoint": entry.entrypoint,

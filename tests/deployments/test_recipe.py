@@ -30,7 +30,7 @@ def test_prefect_yaml_has_the_names_that_users_type() -> None:
         for deployment in yaml.safe_load(prefect_yaml.render())["deployments"]
     }
     flows = ("hidden_states", "train_flow", "evaluate_flow", "offline", "online", "estimate_flow")
-    for target in ("smollm2", "llama3"):
+    for target in recipe_names():
         for flow in (*flows, "export_flow", "plan", "verify_flow", "repair_flow", "gc_flow"):
             assert (flow, target) in names
     assert ("dataset_flow", "sharegpt") in names
