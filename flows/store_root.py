@@ -4,7 +4,6 @@ They reach the object store's client and the child processes through the environ
 that a person sets, and stand in no parameter, record or log.
 """
 
-import json
 import os
 from collections.abc import Mapping
 
@@ -56,11 +55,6 @@ def _variables(name: str) -> Mapping[str, str]:
             f"{block}: the server at {PREFECT_API_URL.value() or 'this process'} has none of that "
             "name; the README says how to make it (A store on S3)"
         ) from error
-    if isinstance(found, str):
-        try:
-            found = json.loads(found)
-        except json.JSONDecodeError:  # its message would show the secret
-            found = None
     if not isinstance(found, dict) or not found.keys() <= VARIABLES:
         raise ConfigError(
             f"{block} must hold a JSON object of some of {', '.join(sorted(VARIABLES))}"

@@ -224,7 +224,8 @@ def test_every_kind_of_run_resumes_exactly(tmp_path: Path, change: dict[str, obj
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path: Path) -> None:
-    whole = CONFIG.model_copy(update={"max_steps": 1, "batch_tokens": 10**6})
+    changes = {"max_steps": 1, "batch_tokens": 10**6, "max_grad_norm": 1e9}
+    whole = CONFIG.model_copy(update=changes)
     source = RandomSource(num_samples=8)
     one, _ = run(tmp_path / "one", whole, source=source)
     parts = whole.model_copy(update={"batch_tokens": 40, "batches_per_step": 100})
@@ -275,7 +276,7 @@ with join_processes():
 @pytest.mark.parametrize("sharding", ["replicate", "shard"])
 def test_two_ranks_make_the_steps_of_one(tmp_path: Path, sharding: str) -> None:
     """The same global batches, an epoch that ends in the middle of a step, and a resumed run."""
-    changes = {"max_steps": 8, "checkpoint_every": 4, "schedule": "constant"}
+    changes = {"max_steps": 8, "checkpoint_every": 4, "schedule": "constant", "max_grad_norm": 1e9}
     config = CONFIG.model_copy(update=changes)
     one, result = run(tmp_path / "one", config.model_copy(update={"batches_per_step": 2}))
     script = tmp_path / "ranks.py"
