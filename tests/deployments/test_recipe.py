@@ -31,7 +31,15 @@ def test_prefect_yaml_has_the_names_that_users_type() -> None:
     }
     flows = ("hidden_states", "train_flow", "evaluate_flow", "offline", "online", "estimate_flow")
     for target in recipe_names():
-        for flow in (*flows, "export_flow", "plan", "verify_flow", "repair_flow", "gc_flow"):
+        for flow in (
+            *flows,
+            "export_flow",
+            "plan",
+            "verify_flow",
+            "repair_flow",
+            "gc_flow",
+            "regenerate_flow",
+        ):
             assert (flow, target) in names
     assert ("dataset_flow", "sharegpt") in names
 
