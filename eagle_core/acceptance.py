@@ -5,17 +5,23 @@ accepted drafted tokens and the target's own one. Plain decoding has 1; K + 1 is
 Intervals are bootstrapped over prompts, not over rounds: rounds of one text are not independent.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 
 from eagle_core.errors import ConfigError
 from eagle_core.speculative import GenerationTrace, VerificationRound
 
 _RESAMPLES = 2000
 _INTERVAL = (0.025, 0.975)
+
+FloatOrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A figure that may not exist; JSON has null for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +53,11 @@ class AcceptanceReport:
     """Tokens generated speculatively."""
     num_rounds: int
     """Verifying forwards of the target, prefills not counted."""
-    acceptance_length: float
+    acceptance_length: FloatOrNan
     """Mean tokens of one verifying forward, 1..K+1; NaN without a single round."""
-    acceptance_interval: tuple[float, float]
+    acceptance_interval: tuple[FloatOrNan, FloatOrNan]
     """95 % bootstrap interval over prompts."""
-    acceptance_by_depth: tuple[float, ...]
+    acceptance_by_depth: tuple[FloatOrNan, ...]
     """[K] P(drafted token i is accepted | the tokens before it were); NaN where never reached."""
     acceptance_to_depth: tuple[float, ...]
     """[K] P(drafted tokens 1..i are all accepted): the running product of the above, which

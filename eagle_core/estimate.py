@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eagle_core.acceptance import depth_counts
+from eagle_core.acceptance import FloatOrNan, depth_counts
 from eagle_core.drafting import ChainDrafter, DraftNetwork
 from eagle_core.errors import ConfigError
 from eagle_core.samples import HiddenStateSample, SampleSource
@@ -39,9 +39,9 @@ class AcceptanceEstimate:
     """Expected tokens of one verifying forward, 1..K+1, greedy."""
     acceptance_interval: tuple[float, float]
     """95 % bootstrap interval over samples."""
-    acceptance_by_depth: tuple[float, ...]
+    acceptance_by_depth: tuple[FloatOrNan, ...]
     """[K] P(drafted token i is accepted | the tokens before it were); NaN where never reached."""
-    on_policy: float
+    on_policy: FloatOrNan
     """Share of the answers' tokens that are the target's own choice: the nearer to 1, the more the
     estimate can be trusted."""
 

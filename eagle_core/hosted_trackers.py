@@ -25,7 +25,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from eagle_core.errors import ConfigError
-from eagle_core.trackers import TensorBoardTracker, Tracker
+from eagle_core.trackers import TENSORBOARD_FOLDER, TensorBoardTracker, Tracker
 
 TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow"]
 MLFLOW_STORE = "mlflow.db"
@@ -327,7 +327,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _tensorboard(_config: TrackingConfig, run: TrackedRun) -> TensorBoardTracker:
-    return TensorBoardTracker(run.path / "tensorboard")
+    return TensorBoardTracker(run.path / TENSORBOARD_FOLDER)
 
 
 _OPENERS: Mapping[

@@ -7,6 +7,9 @@ from typing import Protocol, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
+TENSORBOARD_FOLDER = "tensorboard"
+"""Below the folder of a run."""
+
 
 class Tracker(Protocol):
     """Takes scalars."""

@@ -4,13 +4,11 @@ import time
 from pathlib import Path
 
 from prefect import flow
-from pydantic_core import to_json
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.evaluation import EvaluationConfig
-from eagle_core.files import write_text
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
@@ -22,6 +20,8 @@ from flows.draft_setup import DraftSetup, set_up_draft
 from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import StageProgress, stage_progress
+from flows.run_page import write_run_page
+from flows.run_record import ESTIMATE_NAME, write_stage
 from flows.store_root import store_root
 from flows.stored_source import StoredSource
 from flows.summaries import EstimateSummary, TokensSummary
@@ -31,8 +31,6 @@ from flows.workspace import DEFAULT_HOME, Workspace
 from storage.reader import SnapshotReader
 from storage.snapshot import Snapshot
 from storage.store import Store
-
-RESULT_NAME = "estimate.json"
 
 
 @flow(
@@ -74,8 +72,8 @@ def estimate_flow(
         estimate=_measure(setup, reader, evaluation, title=title),
         seconds=time.monotonic() - started,
     )
-    document = to_json(summary, indent=2, inf_nan_mode="null").decode()
-    write_text(run_path / RESULT_NAME, document + "\n")
+    write_stage(run_path / ESTIMATE_NAME, summary)
+    write_run_page(run_path)
     rows = report.estimate_rows(summary)
     print_table(f"Estimated acceptance: {title}", rows)
     report.publish_table(

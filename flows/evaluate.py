@@ -1,8 +1,5 @@
 """`evaluate`: acceptance on held-out prompts by real decoding, before and after training."""
 
-import dataclasses
-import json
-import math
 import time
 
 from prefect import flow
@@ -11,7 +8,6 @@ from eagle_core.acceptance import AcceptanceReport
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.draft import DraftModel
 from eagle_core.evaluation import EvaluationConfig, evaluate
-from eagle_core.files import write_text
 from eagle_core.prompts import Prompt, sample_prompts
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
@@ -22,10 +18,10 @@ from flows.artifact_key import artifact_key
 from flows.draft_setup import load_trained, set_up_draft
 from flows.prepare import prepare
 from flows.progress import stage_progress
+from flows.run_page import acceptance_plot, write_run_page
+from flows.run_record import EVALUATION_NAME, write_stage
 from flows.summaries import EvaluateSummary
 from flows.workspace import DEFAULT_HOME
-
-RESULT_NAME = "evaluation.json"
 
 
 @flow(
@@ -63,26 +59,19 @@ def evaluate_flow(
         trained=_measure(model, trained, prompts, evaluation, title="trained draft"),
         seconds=time.monotonic() - started,
     )
-    write_text(run_path / RESULT_NAME, to_json(summary))
+    write_stage(run_path / EVALUATION_NAME, summary)
+    write_run_page(run_path)
     report.publish_table(
         f"Acceptance: {target.name} on {dataset.name}, run {run}",
         report.evaluate_rows(summary),
         key=artifact_key("acceptance", target.name, dataset.name, run),
     )
+    report.publish_plot(
+        f"Acceptance by depth: {target.name} on {dataset.name}, run {run}",
+        acceptance_plot(summary, None),
+        key=artifact_key("acceptance-by-depth", target.name, dataset.name, run),
+    )
     return summary
-
-
-def to_json(summary: EvaluateSummary) -> str:
-    """Return the summary as strict JSON: a depth that was never reached is null, not NaN."""
-    return json.dumps(_without_nan(dataclasses.asdict(summary)), indent=2, allow_nan=False)
-
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _measure(

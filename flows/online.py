@@ -21,6 +21,7 @@ from flows.draft_setup import set_up_draft
 from flows.evaluate import evaluate_flow
 from flows.online_source import OnlineSource
 from flows.prepare import prepare
+from flows.run_record import write_settings
 from flows.summaries import OnlineSummary
 from flows.table import print_table
 from flows.train import run_training
@@ -70,6 +71,14 @@ def online(
         target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
     )
     title = f"{target.name}-{dataset.name}-{run}"
+    write_settings(
+        setup.run_path,
+        tokens,
+        {"target": target, "dataset": dataset, "training": training, "tracking": tracking},
+        title=title,
+        source_id=source.source_id,
+        bill=None,
+    )
     trained = run_training(training, tracking, setup, source, None, title=title)
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run

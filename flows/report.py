@@ -1,14 +1,16 @@
 """Summaries as a person reads them: rows for the terminal, artifacts for the Prefect UI."""
 
+import base64
 import json
 import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from eagle_core.acceptance import AcceptanceReport
+from flows.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.summaries import (
     DatasetSummary,
     EstimateSummary,
@@ -29,6 +31,12 @@ def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:
     lines = [f"## {title}", "", "| | |", "| --- | --- |"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
     create_markdown_artifact("\n".join(lines), key=key, description=title)
+
+
+def publish_plot(title: str, svg: str, *, key: str) -> None:
+    """Show a plot as an image artifact of the current run."""
+    encoded = base64.b64encode(svg.encode()).decode()
+    create_image_artifact(f"data:image/svg+xml;base64,{encoded}", key=key, description=title)
 
 
 def _cell(text: str) -> str:
@@ -180,8 +188,9 @@ def where_to_look(run_path: Path, home: Path) -> list[Row]:
     """Return what a person would open next."""
     return [
         ("loss curves", f"tensorboard --logdir {home / 'runs'}"),
-        ("acceptance in full", str(run_path / "evaluation.json")),
+        ("acceptance in full", str(run_path / EVALUATION_NAME)),
         ("Prefect UI", "make server, then http://127.0.0.1:4200"),
+        ("report", str(run_path / REPORT_NAME)),
     ]
 
 

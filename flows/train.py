@@ -31,6 +31,8 @@ from flows.errors import ChildKilledError, TrainingStoppedError
 from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import stage_progress
+from flows.run_page import write_run_page
+from flows.run_record import TRAINING_NAME, StorageBill, write_settings, write_stage
 from flows.semantic_probe import recompute_with, require_sound
 from flows.store_root import store_root
 from flows.summaries import TrainSummary
@@ -92,6 +94,20 @@ def train_flow(
         run_path=space.run_path(run),
         object_cache=None if opened.is_local else space.object_cache_path,
         object_cache_bytes=store.cache_bytes,
+    )
+    write_settings(
+        job.run_path,
+        tokens,
+        {
+            "target": target,
+            "dataset": dataset,
+            "store": store,
+            "training": training,
+            "tracking": tracking,
+        },
+        title=title,
+        source_id=snapshot.snapshot_id,
+        bill=StorageBill.of(opened),
     )
     if training.num_processes == 1:
         setup = _sound_setup(job, target, opened)
@@ -176,6 +192,8 @@ def _summarised(
         tokens_per_second=result.tokens_per_second,
         seconds=time.monotonic() - started,
     )
+    write_stage(run_path / TRAINING_NAME, summary)
+    write_run_page(run_path)
     report.publish_table(
         f"Training: {title}", report.train_rows(summary), key=artifact_key("training", title)
     )

@@ -1,0 +1,169 @@
+"""What a run leaves behind for its report: its settings beforehand, and a result of every stage.
+
+All are JSON files in the run's folder. A stage that has not ended has no file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from eagle_core.errors import MismatchError
+from eagle_core.files import write_text
+from eagle_core.tokens import TokenFile
+from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
+from storage.store import Store
+
+SETTINGS_NAME = "settings.json"
+TRAINING_NAME = "training.json"
+EVALUATION_NAME = "evaluation.json"
+ESTIMATE_NAME = "estimate.json"
+REPORT_NAME = "report.html"
+_LENGTH_BINS = 24
+
+Stage = TypeVar("Stage")
+
+
+class SplitFigures(BaseModel):
+    """What one split of the data holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_samples: int
+    num_tokens: int
+    num_supervised: int
+    length_edges: tuple[int, ...]
+    """[B + 1] in tokens, from the shortest sample to the longest."""
+    length_counts: tuple[int, ...]
+    """[B] samples between two edges."""
+
+    @classmethod
+    def of(cls, tokens: TokenFile) -> "SplitFigures":
+        """Count the samples of a token file."""
+        lengths = tokens.lengths
+        last = int(lengths.max()) + 1 if len(lengths) else 1
+        first = int(lengths.min()) if len(lengths) else 0
+        num_bins = max(1, min(_LENGTH_BINS, last - first))
+        counts, edges = np.histogram(lengths, np.linspace(first, last, num_bins + 1).astype(int))
+        return cls(
+            num_samples=len(tokens),
+            num_tokens=int(lengths.sum()),
+            num_supervised=tokens.num_supervised if len(tokens) else 0,
+            length_edges=tuple(edges.tolist()),
+            length_counts=tuple(counts.tolist()),
+        )
+
+
+class StorageBill(BaseModel):
+    """What the states of a store take, and what they would take as bare arrays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: str
+    profile: str
+    num_shards: int
+    num_tokens: int
+    raw_bytes: int
+    stored_bytes: int
+
+    @classmethod
+    def of(cls, store: Store) -> "StorageBill":
+        """Add up the commit records of a store."""
+        commits = store.commits().values()
+        return cls(
+            root=store.root.root,
+            profile=store.identity.profile,
+            num_shards=len(commits),
+            num_tokens=sum(commit.num_tokens for commit in commits),
+            raw_bytes=sum(commit.raw_bytes for commit in commits),
+            stored_bytes=sum(commit.stored_bytes for commit in commits),
+        )
+
+
+class RunSettings(BaseModel):
+    """What a run is made with, written before its first step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    source_id: str
+    configuration: dict[str, dict[str, JsonValue]]
+    """Section to key to value, to be read by people."""
+    train: SplitFigures
+    held_out: SplitFigures
+    bill: StorageBill | None
+    """None for a run that stores nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """Everything a run's report is made from; None where a stage has not ended."""
+
+    run_path: Path
+    settings: RunSettings | None
+    training: TrainSummary | None
+    evaluation: EvaluateSummary | None
+    estimate: EstimateSummary | None
+
+    @classmethod
+    def read(cls, run_path: Path) -> "RunRecord":
+        """Read what is there; MismatchError for a file of another version."""
+        return cls(
+            run_path=run_path,
+            settings=_read(run_path / SETTINGS_NAME, RunSettings),
+            training=_read(run_path / TRAINING_NAME, TrainSummary),
+            evaluation=_read(run_path / EVALUATION_NAME, EvaluateSummary),
+            estimate=_read(run_path / ESTIMATE_NAME, EstimateSummary),
+        )
+
+
+def write_settings(
+    run_path: Path,
+    tokens: TokensSummary,
+    sections: Mapping[str, BaseModel],
+    *,
+    title: str,
+    source_id: str,
+    bill: StorageBill | None,
+) -> None:
+    """Write what the run is made with, `sections` being those of its recipe."""
+    settings = RunSettings(
+        title=title,
+        source_id=source_id,
+        configuration={name: section.model_dump(mode="json") for name, section in sections.items()},
+        train=SplitFigures.of(TokenFile(tokens.train_path)),
+        held_out=SplitFigures.of(TokenFile(tokens.held_out_path)),
+        bill=bill,
+    )
+    write_text(run_path / SETTINGS_NAME, settings.model_dump_json(indent=2) + "\n")
+
+
+def write_stage(path: Path, summary: TrainSummary | EvaluateSummary | EstimateSummary) -> None:
+    """Write a stage's result as strict JSON: a figure that does not exist is null, not NaN."""
+    document = to_json(summary, indent=2, inf_nan_mode="null").decode()
+    write_text(path, document + "\n")
+
+
+def _read(path: Path, kind: type[Stage]) -> Stage | None:
+    if not path.exists():
+        return None
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise MismatchError(
+            f"{path} does not hold what this version of Eyas writes there ({error.error_count()} "
+            "fields differ); run the flow that makes it again, or move it away"
+        ) from error
+
+
+def as_text(value: JsonValue) -> str:
+    """Return a setting as a recipe would have it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(as_text, value)) or "none"
+    return (
+        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -1,0 +1,134 @@
+"""A run's report: made by the flows from the run's own files, and complete in itself."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, Request, sync_playwright
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import MismatchError
+from eagle_core.evaluation import EvaluationConfig
+from eagle_core.target_config import TargetConfig
+from eagle_core.trackers import TensorBoardTracker
+from eagle_core.training_config import TrainingConfig
+from flows.config import StoreConfig
+from flows.estimate import estimate_flow
+from flows.evaluate import evaluate_flow
+from flows.hidden_states import hidden_states
+from flows.run_page import read_curves, write_run_page
+from flows.run_record import EVALUATION_NAME, REPORT_NAME
+from flows.train import train_flow
+
+CHROMIUM = shutil.which("chromium")
+TRAINING = TrainingConfig(
+    draft_vocab_size=300, max_steps=12, batch_tokens=512, warmup_steps=2, held_out_every=4
+)
+EVALUATION = EvaluationConfig(draft_tokens=3, num_prompts=4, max_new_tokens=12)
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page of a real browser."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
+        yield browser.new_page(viewport={"width": 1200, "height": 900})
+        browser.close()
+
+
+@pytest.mark.ui
+@pytest.mark.server
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@pytest.mark.usefixtures("prefect_server")
+def test_a_browser_shows_the_whole_run_and_asks_nobody_for_anything(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig, page: Page
+) -> None:
+    home = str(tmp_path)
+    states = hidden_states(target, dataset, store, home=home)
+    trained = train_flow(target, dataset, store, TRAINING, home=home)
+    path = trained.run_path / REPORT_NAME
+    assert "Not measured yet: run the evaluate flow." in path.read_text()
+    estimated = estimate_flow(target, dataset, store, TRAINING, EVALUATION, home=home).estimate
+    measured = evaluate_flow(target, dataset, TRAINING, EVALUATION, home=home).trained
+
+    requests: list[Request] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: requests.append(request))  # noqa: PLW0108 (it marks what it is given)
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto(path.as_uri(), wait_until="networkidle")
+    assert [request.url for request in requests] == [path.as_uri()]
+    assert complaints == []
+
+    page.locator("summary", has_text="training").click()
+    text = page.inner_text("body")
+    headline = f"{measured.acceptance_length:.2f} ({measured.acceptance_interval[0]:.2f} to"
+    share = f"{states.stored_bytes / states.raw_bytes:.1%}"
+    for expected in (
+        "tiny-facts-main",
+        headline,
+        f"{estimated.acceptance_length:.2f} tokens per target forward",
+        f"{trained.figures.first_loss:.2f} → {trained.figures.loss:.2f}",
+        share,
+        states.snapshot_id,
+        "learning_rate",
+    ):
+        assert expected in text
+    drawn = page.get_by_role("img")
+    assert drawn.evaluate_all("all => all.map(one => one.getAttribute('aria-label'))") == [
+        "Acceptance by depth",
+        "Loss",
+        "Loss by TTT step",
+        "Held-out acceptance length",
+        "Held-out accuracy by TTT step",
+        "Decoding speed",
+        "Lengths",
+        "Storage bill",
+    ]
+    assert all(
+        box["width"] > 300 and box["height"] > 80  # drawn, at a size that can be read
+        for box in (plot.bounding_box() or {"width": 0, "height": 0} for plot in drawn.all())
+    )
+    assert "estimated from the store" in (drawn.first.text_content() or "")
+    # Nothing is wider than the window.
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+
+
+def test_what_a_recipe_says_is_text_not_markup(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(
+        """{"title": "<b>run</b>", "source_id": "s", "bill": null,
+        "configuration": {"dataset": {"name": "<script>alert(1)</script>", "subsets": ["a", "b"]}},
+        "train": {"num_samples": 1, "num_tokens": 4, "num_supervised": 2, "length_edges": [4, 5],
+        "length_counts": [1]}, "held_out": {"num_samples": 0, "num_tokens": 0, "num_supervised": 0,
+        "length_edges": [0, 1], "length_counts": [0]}}"""
+    )
+    text = write_run_page(tmp_path).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<td>a, b</td>" in text
+    assert "Nothing is stored" in text
+    assert "1, with 4 tokens, 2 of them supervised (50.0%)" in text
+
+
+def test_a_step_that_was_done_twice_shows_what_came_of_the_last_time(tmp_path: Path) -> None:
+    for steps, loss in (((1, 2, 3), 9.0), ((2, 3, 4), 5.0)):
+        with TensorBoardTracker(tmp_path) as tracker:
+            for step in steps:
+                tracker.log({"loss": loss - step}, step=step)
+    curve = read_curves(tmp_path)["loss"]
+    assert (list(curve.x), list(curve.y)) == ([1, 2, 3, 4], [8.0, 3.0, 2.0, 1.0])
+
+
+def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / EVALUATION_NAME).write_text('{"trained": {}}')
+    with pytest.raises(MismatchError, match=r"evaluation\.json does not hold what this version"):
+        write_run_page(tmp_path)
+
+
+def test_a_run_that_has_only_begun_says_what_to_run(tmp_path: Path) -> None:
+    text = write_run_page(tmp_path).read_text()
+    assert "Not ended yet: run the train flow." in text
+    assert "Not measured yet: run the evaluate flow." in text
