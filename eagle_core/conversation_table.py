@@ -23,6 +23,7 @@ CONVERSATION_SCHEMA = pa.schema(
         ("content_key", pa.string()),
         ("messages", pa.list_(_MESSAGE)),
         ("tools", pa.string()),
+        ("rendered_text", pa.string()),
     ]
 )
 
@@ -34,6 +35,7 @@ def to_row(conversation: Conversation, content_key: str) -> dict[str, object]:
         "content_key": content_key,
         "messages": [asdict(message) for message in conversation.messages],
         "tools": conversation.tools,
+        "rendered_text": conversation.rendered_text,
     }
 
 
@@ -43,6 +45,7 @@ def from_row(row: dict[str, Any]) -> Conversation:
         conversation_id=row["conversation_id"],
         messages=tuple(map(_message, row["messages"])),
         tools=row["tools"],
+        rendered_text=row["rendered_text"],
     )
 
 

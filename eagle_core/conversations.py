@@ -90,12 +90,17 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns in order; the last one is the assistant's."""
+    """Turns in order, the last one the assistant's; or the text that a chat template made of them.
+
+    Such a text is read back into turns where the template is known: when it is tokenised.
+    """
 
     conversation_id: str
     messages: tuple[Message, ...]
     tools: str = ""
     """JSON text of the tools on offer; empty if there are none."""
+    rendered_text: str = ""
+    """Instead of messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,11 +111,18 @@ class Normalised:
     changes: tuple[Change, ...]
 
 
-def normalise(record: object, *, location: str, columns: Columns | None = None) -> Normalised:
-    """Return the conversation in a ShareGPT, OpenAI or question-and-answer record.
+def normalise(
+    record: object,
+    *,
+    location: str,
+    columns: Columns | None = None,
+    rendered_text: str | None = None,
+) -> Normalised:
+    """Return the conversation in a ShareGPT, OpenAI, question-and-answer or rendered record.
 
     ShareGPT turns have `from` and `value`, OpenAI's `role` and `content`. `columns` names question
-    and answer; without it the usual names count, where there is no list of turns.
+    and answer; without it the usual names count, where there is no list of turns. `rendered_text`
+    names the column of a text that a chat template made.
 
     Two things are changed, and said in `changes`. Assistant turns that come before any user turn
     are cut: they answer something that is not there. Turns after the last assistant turn are cut:
@@ -118,6 +130,13 @@ def normalise(record: object, *, location: str, columns: Columns | None = None) 
     """
     if not isinstance(record, Mapping):
         raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(record).__name__}")
+    if rendered_text is not None:
+        conversation = Conversation(
+            conversation_id=_named(record, location),
+            messages=(),
+            rendered_text=_rendered(record, rendered_text, location),
+        )
+        return Normalised(conversation=_with_id(conversation), changes=())
     messages = [
         _message(turn, location=f"{location}, turn {index}")
         for index, turn in enumerate(_turns(record, columns, location))
@@ -126,15 +145,12 @@ def normalise(record: object, *, location: str, columns: Columns | None = None) 
     if not any(message.role == "assistant" for message in kept):
         raise RejectedRecord(Reason.NO_ASSISTANT_TURN, location, f"{len(messages)} turns")
     _check_turns(kept, location)
-    named = next((record[key] for key in _ID_KEYS if record.get(key) not in (None, "")), None)
     conversation = Conversation(
-        conversation_id=_encodable(str(named), location) if named is not None else "",
+        conversation_id=_named(record, location),
         messages=tuple(kept),
         tools=parse_tools(record.get("tools"), location=location),
     )
-    if named is None:
-        conversation = replace(conversation, conversation_id=content_key(conversation))
-    return Normalised(conversation=conversation, changes=changes)
+    return Normalised(conversation=_with_id(conversation), changes=changes)
 
 
 def content_key(conversation: Conversation) -> str:
@@ -149,6 +165,8 @@ def content_key(conversation: Conversation) -> str:
             digest.update(b"\n" + json.dumps([message.reasoning_content, calls]).encode())
     if conversation.tools:
         digest.update(b"\ntools " + conversation.tools.encode())
+    if conversation.rendered_text:
+        digest.update(b"\ntext " + conversation.rendered_text.encode())
     return digest.hexdigest()
 
 
@@ -170,6 +188,30 @@ def is_held_out(key: str, fraction: float) -> bool:
     the held-out ones.
     """
     return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
+
+
+def _named(record: Mapping[str, object], location: str) -> str:
+    """Return the id that the record gives, empty if it gives none."""
+    named = next((record[key] for key in _ID_KEYS if record.get(key) not in (None, "")), None)
+    return _encodable(str(named), location) if named is not None else ""
+
+
+def _with_id(conversation: Conversation) -> Conversation:
+    if conversation.conversation_id:
+        return conversation
+    return replace(conversation, conversation_id=content_key(conversation))
+
+
+def _rendered(record: Mapping[str, object], column: str, location: str) -> str:
+    text = record.get(column)
+    if text is None:
+        found = ", ".join(sorted(map(str, record))[:8])
+        raise RejectedRecord(Reason.NO_MESSAGES, location, f"no column {column}: {found}")
+    if not isinstance(text, str):
+        raise RejectedRecord(Reason.NOT_TEXT, location, f"{column} is {type(text).__name__}")
+    if not text.strip():
+        raise RejectedRecord(Reason.EMPTY_TURN, location, f"{column} is empty")
+    return _encodable(text, location)
 
 
 def _turns(

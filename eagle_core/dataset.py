@@ -39,7 +39,7 @@ from eagle_core.sources import find_source, identify, read_records
 Progress = Callable[[float, str], None]
 """Called now and then with the share of the source that has been read (0 to 1) and a sentence."""
 
-RULES_VERSION = 3
+RULES_VERSION = 4
 """Raise it when cleaning or columns change: data sets made before are then built again."""
 _RECORDS_PER_REPORT = 500
 _ROWS_PER_BATCH = 256
@@ -118,7 +118,10 @@ class _Builder:
             return
         try:
             normalised = normalise(
-                record.value, location=record.location, columns=self._config.columns
+                record.value,
+                location=record.location,
+                columns=self._config.columns,
+                rendered_text=self._config.rendered_text,
             )
         except RejectedRecord as rejected:
             ledger.drop(rejected)

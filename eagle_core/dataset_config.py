@@ -52,6 +52,13 @@ class DatasetConfig(BaseModel):
     answer: tuple[str, ...] = Field(
         default=(), description="Columns that are the answer; given exactly if `question` is"
     )
+    rendered_text: str | None = Field(
+        default=None,
+        description=(
+            "Column whose text the target's chat template has written already, instead of turns; "
+            "a text that its turns, rendered again, do not give exactly is left out"
+        ),
+    )
     accept_truncated: bool = Field(
         default=False,
         description="Use the whole records of a file that was cut; the loss goes to the ledger",
@@ -114,6 +121,8 @@ class DatasetConfig(BaseModel):
     def _question_with_answer(self) -> Self:
         if bool(self.question) != bool(self.answer):
             raise ValueError("`question` and `answer` belong together: give both or neither")
+        if self.rendered_text and self.question:
+            raise ValueError("give `rendered_text`, or `question` and `answer`, not both")
         return self
 
     @property

@@ -178,6 +178,8 @@ class Regeneration:
         answers: list[Message] = []
         num_tokens = 0
         failure: NoAnswer | None = None
+        if conversation.rendered_text:
+            failure = NoAnswer(Reason.NO_MESSAGES, "rendered text has no questions to ask")
         for index, message in enumerate(conversation.messages):
             if message.role == "tool":
                 break  # the result of a call that the target did not make

@@ -23,6 +23,7 @@ from eagle_core.chat_template import PLAIN_TEMPLATE, ChatTemplate, TemplateRefus
 from eagle_core.conversations import Conversation, Message
 from eagle_core.errors import ConfigError
 from eagle_core.ledger import Reason, RejectedRecord
+from eagle_core.rendered_text import NotOfTemplateError, RenderedTextReader
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.template_config import TemplateConfig
 
@@ -62,6 +63,9 @@ class ConversationTokenizer:
             sorted(number for number, token in added.items() if token.content in control)
         )
         self._control = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
+        self._reader = RenderedTextReader(
+            self._template, control=control, begin=str(tokenizer.bos_token or "")
+        )
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle as what it was made from: compiled templates do not cross process borders."""
@@ -176,6 +180,8 @@ class ConversationTokenizer:
                     )
 
     def _rows(self, conversation: Conversation) -> list[Row]:
+        if conversation.rendered_text:
+            conversation = self._read_back(conversation)
         self._refuse_control_tokens(conversation.messages, location=conversation.conversation_id)
         if self._config.reasoning == "drop":
             answers = tuple(message.without_reasoning() for message in conversation.messages)
@@ -192,6 +198,15 @@ class ConversationTokenizer:
                 Reason.TEMPLATE_REFUSED, conversation.conversation_id, str(error)
             ) from error
         return plan_rows(turns, last_turn_only=self._config.last_turn_only)
+
+    def _read_back(self, conversation: Conversation) -> Conversation:
+        try:
+            messages = self._reader.read(conversation.rendered_text)
+        except NotOfTemplateError as error:
+            raise RejectedRecord(
+                Reason.TEXT_NOT_OF_TEMPLATE, conversation.conversation_id, str(error)
+            ) from error
+        return replace(conversation, messages=messages, rendered_text="")
 
     def _samples(self, row: Row, encoding: Encoding) -> Iterator[TokenizedSample]:
         """Yield the row with the spans that start at a clean token border; the others alone."""

@@ -171,3 +171,17 @@ def test_damaged_csv_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(data)
     with pytest.raises(CorruptError, match=r"a\.csv"):
         list(read_records(DatasetConfig(name="d", source=str(tmp_path / "a.csv"))))
+
+
+def test_rendered_text_is_kept_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    texts = [f"<|im_start|>user\n{number}<|im_end|>\n" for number in range(8)]
+    records = [{"id": str(number), "text": text} for number, text in enumerate(texts)]
+    bad: list[dict[str, object]] = [{"text": 3}, {"text": " "}, {"other": "x"}, records[0]]  # type: ignore[list-item]
+    path.write_text("".join(json.dumps(one) + "\n" for one in [*records, *bad]), encoding="utf-8")
+    config = DatasetConfig(name="d", source=str(path), rendered_text="text", held_out_fraction=0)
+    manifest = build_dataset(config, out_dir=tmp_path / "d")
+    assert manifest.dropped == {"duplicate": 1, "empty_turn": 1, "no_messages": 1, "not_text": 1}
+    assert [one.rendered_text for one in load_conversations(tmp_path / "d", "train")] == texts
+    with pytest.raises(ValueError, match="not both"):
+        DatasetConfig(name="d", source="x", rendered_text="text", question=("a",), answer=("b",))

@@ -355,3 +355,78 @@ def test_a_template_whose_answers_ignore_the_generation_prompt_is_refused(
     tokenizer = ConversationTokenizer(trained["phi4"], TemplateConfig(chat_template=template))
     with pytest.raises(RejectedRecord, match="does not begin with the generation prompt"):
         tokenizer.tokenize(PLAIN)
+
+
+def rendered(ours: ConversationTokenizer, conversation: Conversation) -> str:
+    """Return the text that the template makes of a conversation."""
+    messages = [message.as_openai() for message in conversation.messages]
+    return ours._template.render(messages, add_generation_prompt=False).text
+
+
+def as_text(text: str) -> Conversation:
+    return Conversation(conversation_id="c", messages=(), rendered_text=text)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_rendered_text_gives_the_samples_of_its_turns(
+    trained: dict[str, PreTrainedTokenizerFast], sharegpt: list[Conversation], name: str
+) -> None:
+    ours = ConversationTokenizer(trained[name])
+    told = 0
+    for conversation in [PLAIN, *sharegpt[:15]]:
+        try:
+            expected = ours.tokenize(conversation)
+        except RejectedRecord:
+            continue
+        text = rendered(ours, conversation)
+        for variant in (text, text.rstrip(), text.removeprefix(str(trained[name].bos_token))):
+            try:
+                found = ours.tokenize(as_text(variant))
+            except RejectedRecord as rejected:
+                assert rejected.reason == Reason.TEXT_NOT_OF_TEMPLATE  # noqa: PT017
+                continue
+            told += 1
+            assert [one.sample_id for one in found] == [one.sample_id for one in expected]
+    # Mistral's old template puts the system turn before the last question, DeepSeek-R1's leaves
+    # out reasoning that its answers must have
+    assert told == 0 if name in {"mistral_v3", "deepseek_r1"} else told > 40
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3", "phi4"])
+def test_a_text_that_is_not_the_templates_is_refused(
+    trained: dict[str, PreTrainedTokenizerFast], name: str
+) -> None:
+    ours = ConversationTokenizer(trained[name])
+    text = rendered(ours, PLAIN)
+    assert ours.tokenize(as_text(text))
+    strange = {
+        "Once upon a time, in a text of no template.": "does not begin and end",
+        text.replace("2+2?", ""): "",
+        text.replace("It is 4.", " It is 4.\n\n\n"): "",
+        text + text: "",
+        text[: len(text) // 2]: "",
+        "x" + text: "does not begin and end",
+        text.replace("assistant", "assistent"): "",
+        text.replace("user", "tool"): "",
+    }
+    for one, detail in strange.items():
+        try:
+            samples = ours.tokenize(as_text(one))
+        except RejectedRecord as rejected:
+            assert rejected.reason in {  # noqa: PT017
+                Reason.TEXT_NOT_OF_TEMPLATE,
+                Reason.SPECIAL_TOKEN_IN_TEXT,
+            }
+            assert detail in rejected.detail  # noqa: PT017
+            continue
+        # spaces at the ends of turns are the template's to keep or to trim
+        assert one == text.replace("It is 4.", " It is 4.\n\n\n")
+        assert "It is 4.\n\n\n" in ours.decode(samples[-1].input_ids)
+
+
+def test_a_template_without_control_tokens_between_turns_is_refused(
+    trained: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    ours = ConversationTokenizer(trained["llama3"], TemplateConfig(chat_template="plain"))
+    with pytest.raises(RejectedRecord, match="parted by control tokens"):
+        ours.tokenize(as_text(rendered(ours, PLAIN)))
