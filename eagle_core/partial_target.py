@@ -13,6 +13,7 @@ Shapes: T tokens, H hidden size, V vocabulary.
 """
 
 import copy
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,10 @@ def derived_layers(layers: tuple[int, ...], num_layers: int) -> tuple[range, ran
 
 
 class PartialTarget:
-    """The first and the last layers of a target, on one device, never trained."""
+    """The first and the last layers of a target, on one device, never trained.
+
+    Safe to call from several threads: one is served after the other.
+    """
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class PartialTarget:
         self.last_layers = last_layers
         self.load_seconds = load_seconds
         self._first, self._final = first, final
+        self._lock = threading.Lock()  # hooks are the module's, not the caller's
         for part in (first, final):
             part.train(mode=False).requires_grad_(requires_grad=False)
 
@@ -125,8 +130,9 @@ class PartialTarget:
         for row, kept in enumerate(sequences):
             ids[row, : len(kept.input_ids)] = kept.input_ids
             late[row, : len(kept.late)] = kept.late
-        early = self._early(torch.from_numpy(ids))
-        last = self._last(from_bfloat16_bits(late, dtype=self._final.dtype))
+        with self._lock:
+            early = self._early(torch.from_numpy(ids))
+            last = self._last(from_bfloat16_bits(late, dtype=self._final.dtype))
         return [
             DerivedStates(
                 early=to_bfloat16_bits(early[row, : len(kept.input_ids)]),

@@ -26,6 +26,11 @@ class StoreConfig(BaseModel):
         description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half "
         "with an error below bfloat16 noise, int6 in a third with a larger one, or uncompressed.",
     )
+    recompute: bool = Field(
+        default=False,
+        description="Store half of the states: the early and the last ones are made again while "
+        "training reads, by the target's first and last layers, bit for bit on one machine.",
+    )
     shard_tokens: int = Field(
         default=16384,
         gt=0,

@@ -12,15 +12,15 @@ from eagle_core.target import fingerprint, fingerprint_fields, resolve_device
 from eagle_core.target_config import TargetConfig
 from flows.artifact_key import artifact_key
 from flows.progress import stage_progress
-from flows.semantic_probe import recompute_with
-from storage.probe import Recompute
+from flows.recompute import TargetRecompute, partial_target
+from storage.recompute import Recompute
 from storage.scrub import scrub
 from storage.store import Store
 from storage.verify import Finding
 
 
 def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
-    """Return how the head of `target` reads states; MismatchError if the store is another's."""
+    """Return how `target` reads a store's states; MismatchError if the store is another's."""
     folder = weights.locate(target)
     fields = fingerprint_fields(target, folder)
     expected = dataclasses.replace(
@@ -28,7 +28,8 @@ def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
     )
     store.identity.require_equal(expected, where=f"the store at {store.root.root}")
     _, lm_head = weights.load_ends(folder, dtype=torch.float32)
-    return recompute_with(lm_head.to(resolve_device(target.device)))
+    device = resolve_device(target.device)
+    return TargetRecompute(lm_head.to(device), partial_target(target, store.identity))
 
 
 @task(task_run_name="look for damage", cache_policy=NO_CACHE, persist_result=False)

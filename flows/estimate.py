@@ -9,6 +9,7 @@ from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.evaluation import EvaluationConfig
+from eagle_core.partial_target import PartialTarget
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
@@ -20,6 +21,7 @@ from flows.draft_setup import DraftSetup, set_up_draft
 from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import StageProgress, stage_progress
+from flows.recompute import partial_target
 from flows.run_page import write_run_page
 from flows.run_record import ESTIMATE_NAME, write_stage
 from flows.store_root import store_root
@@ -69,7 +71,9 @@ def estimate_flow(
         run_path=run_path,
         checkpoint_step=found.step,
         snapshot_id=reader.snapshot_id,
-        estimate=_measure(setup, reader, evaluation, title=title),
+        estimate=_measure(
+            setup, reader, partial_target(target, reader.identity), evaluation, title=title
+        ),
         seconds=time.monotonic() - started,
     )
     write_stage(run_path / ESTIMATE_NAME, summary)
@@ -100,14 +104,19 @@ def _held_out(
 
 
 def _measure(
-    setup: DraftSetup, reader: SnapshotReader, evaluation: EvaluationConfig, *, title: str
+    setup: DraftSetup,
+    reader: SnapshotReader,
+    partial: PartialTarget | None,
+    evaluation: EvaluationConfig,
+    *,
+    title: str,
 ) -> AcceptanceEstimate:
     total = min(len(reader.lengths), evaluation.num_prompts)
     key = artifact_key("estimate", title)
     with stage_progress("estimate", key=key, total=total, unit="samples") as bar:
         return estimate_acceptance(
             setup.draft,
-            _CountedSource(reader, bar),
+            _CountedSource(reader, partial, bar),
             draft_tokens=evaluation.draft_tokens,
             num_samples=total,
         )
@@ -116,8 +125,10 @@ def _measure(
 class _CountedSource(StoredSource):
     """Stored samples that move a bar as they are read, one after the other."""
 
-    def __init__(self, reader: SnapshotReader, bar: StageProgress) -> None:
-        super().__init__(reader)
+    def __init__(
+        self, reader: SnapshotReader, partial: PartialTarget | None, bar: StageProgress
+    ) -> None:
+        super().__init__(reader, partial)
         self._bar = bar
 
     def fetch(self, index: int) -> HiddenStateSample:

@@ -1,6 +1,9 @@
 """What a store's states are made with, as `storage` wants to know it."""
 
+from transformers import PretrainedConfig
+
 from eagle_core import weights
+from eagle_core.partial_target import derived_layers, slice_config
 from eagle_core.target import (
     NORM_CONVENTION,
     aux_layers,
@@ -11,7 +14,7 @@ from eagle_core.target import (
 from eagle_core.target_config import TargetConfig
 from flows.config import StoreConfig
 from flows.summaries import TokensSummary
-from storage.identity import StoreIdentity
+from storage.identity import LeftOut, StoreIdentity
 
 
 def store_identity(
@@ -31,4 +34,19 @@ def store_identity(
         vocab_size=model_config.vocab_size,
         norm_convention=NORM_CONVENTION,
         profile=store.profile,
+        left_out=left_out(target, model_config) if store.recompute else None,
     )
+
+
+def left_out(target: TargetConfig, model_config: PretrainedConfig) -> LeftOut:
+    """Return which states a store of this target may leave out, and how they are made again.
+
+    Raises:
+        ConfigError: the layers of this architecture cannot be run alone.
+
+    """
+    num_layers = model_config.num_hidden_layers
+    early, last = derived_layers(aux_layers(target, num_layers), num_layers)
+    for layers in (early, last):
+        slice_config(model_config, layers)
+    return LeftOut(mode="one_sequence", early_layers=tuple(early), last_layers=tuple(last))

@@ -24,7 +24,7 @@ from flows.summaries import TokensSummary
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME
 from storage.plan import Plan, PlannedShard
-from storage.probe import Recompute
+from storage.recompute import Recompute
 from storage.repair import damaged_shards
 from storage.scrub import scrub
 from storage.store import Store

@@ -4,25 +4,22 @@ What the target itself said at a few supervised tokens of a shard goes into the 
 the shard is made. Stored states that do not say it again are never trained on.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 
 import numpy as np
-from torch import Tensor
 
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target import log_probabilities
 from storage.errors import ShardCorruptError
-from storage.probe import ProbePoint, Recompute, probe_positions
+from storage.probe import ProbePoint, left_out_channels, probe_positions
+from storage.recompute import Recompute
 from storage.snapshot import Snapshot
 from storage.store import Store
 
 SHARDS_AT_TRAIN_START = 4
 
 
-def recompute_with(lm_head: Tensor) -> Recompute:
-    """Return how the target's head [V, H] turns stored states into log-probabilities."""
-    return partial(log_probabilities, lm_head)
+logger = logging.getLogger(__name__)
 
 
 def probed(
@@ -31,10 +28,12 @@ def probed(
     *,
     shard_id: str,
     into: list[ProbePoint],
+    left_out: bool,
 ) -> Iterator[HiddenStateSample]:
     """Pass `states` of a shard's `samples` on, and leave its probe points in `into`.
 
     The list is complete once the iterator is exhausted: `Store.write_shard` reads it after that.
+    With `left_out`, for a store that leaves states out, points hold some channels of these.
     """
     wanted: dict[str, list[int]] = {}
     masks = {sample.sample_id: sample.loss_mask for sample in samples}
@@ -42,11 +41,13 @@ def probed(
         wanted.setdefault(sample_id, []).append(position)
     for state in states:
         if state.sample_id in wanted:
-            into.extend(_points(state, wanted[state.sample_id]))
+            into.extend(_points(state, wanted[state.sample_id], left_out=left_out))
         yield state
 
 
-def _points(state: HiddenStateSample, positions: Sequence[int]) -> Iterator[ProbePoint]:
+def _points(
+    state: HiddenStateSample, positions: Sequence[int], *, left_out: bool
+) -> Iterator[ProbePoint]:
     assert state.argmax_logprob is not None  # noqa: S101 (states of a capture have it)
     for position in positions:
         yield ProbePoint(
@@ -54,12 +55,19 @@ def _points(state: HiddenStateSample, positions: Sequence[int]) -> Iterator[Prob
             position=position,
             argmax=int(state.target_argmax[position]),
             logprob=float(state.argmax_logprob[position]),
+            left_out=left_out_channels(state.aux_hidden_states, state.last_hidden_state, position)
+            if left_out
+            else (),
         )
 
 
 def require_as_said(store: Store, shard_id: str, recompute: Recompute) -> None:
-    """Take a shard back and raise ShardCorruptError unless its bytes say what the target said."""
-    findings = store.verify_shard(shard_id, recompute=recompute)
+    """Take a shard back and raise ShardCorruptError unless its bytes say what the target said.
+
+    States that the store leaves out must be made again bit for bit: here is the machine that made
+    them.
+    """
+    findings = store.verify_shard(shard_id, recompute=recompute, exact=True)
     if not findings:
         return
     store.revoke(shard_id)
@@ -67,8 +75,9 @@ def require_as_said(store: Store, shard_id: str, recompute: Recompute) -> None:
     raise ShardCorruptError(
         f"shard {shard_id} was stored and does not read back as what the target said: "
         f"{first.object_key}: {first.problem}. It is taken back; run the same command again. If "
-        "that ends the same way, the states are captured wrongly (layer, norm, a head with a bias) "
-        "or this machine's memory or disk fails"
+        "that ends the same way, the states are captured wrongly (layer, norm, a head with a "
+        "bias), layers of this target cannot be run alone (set store.recompute to false), or this "
+        "machine's memory or disk fails"
     )
 
 
@@ -76,7 +85,7 @@ def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int
     """Raise ShardCorruptError unless a few shards of `snapshot` hold what the target said.
 
     Reads the first, the last and some between, the same ones every time; returns how many of them
-    carry a probe.
+    carry a probe. Warns where this machine makes states again that differ in their last bits.
     """
     num_shards = len(snapshot.shard_ids)
     places = np.linspace(0, num_shards - 1, min(num_shards, SHARDS_AT_TRAIN_START)).astype(int)
@@ -88,4 +97,11 @@ def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int
                 f"shard {shard_id} must not be trained on: {findings[0]}. `eyas verify --deep "
                 f"{store.root.root}` looks at every shard"
             )
+    if store.identity.left_out is not None and any(
+        store.verify_shard(shard_id, recompute=recompute, exact=True) for shard_id in chosen
+    ):
+        logger.warning(
+            "states made again here differ in their last bits from those of generation (other "
+            "hardware, threads or versions): training is sound, but not bit for bit the one there"
+        )
     return sum(bool(store.commit(shard_id).probe) for shard_id in chosen)

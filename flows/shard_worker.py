@@ -19,10 +19,12 @@ from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from flows.child_process import answer, say
-from flows.semantic_probe import probed, recompute_with, require_as_said
+from flows.recompute import TargetRecompute, partial_target
+from flows.semantic_probe import probed, require_as_said
 from flows.stored_source import to_stored
 from storage.plan import PlannedShard
-from storage.probe import ProbePoint, Recompute
+from storage.probe import ProbePoint
+from storage.recompute import Recompute
 from storage.store import Store
 
 
@@ -59,14 +61,17 @@ def _run(job: ShardJob) -> None:
     shards = {shard.shard_id: shard for shard in store.load_plan(job.plan_id).shards}
     files = [TokenFile(path) for path in job.token_files]
     target = TargetModel.load(job.target)
-    recompute = recompute_with(target.lm_head_weight)
+    recompute = TargetRecompute(target.lm_head_weight, partial_target(job.target, store.identity))
+    left_out = store.identity.left_out is not None
     with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
         storing: Future[str] | None = None
         for shard_id in job.shard_ids:
             samples = _samples_of(shards[shard_id], files)
             probe: list[ProbePoint] = []
-            counted = _counted(target.capture(samples))
-            states = list(probed(counted, samples, shard_id=shard_id, into=probe))
+            counted = _counted(target.capture(samples, recomputable=left_out))
+            states = list(
+                probed(counted, samples, shard_id=shard_id, into=probe, left_out=left_out)
+            )
             _report(storing)
             storing = writer.submit(_store, store, shards[shard_id], states, probe, recompute)
         _report(storing)

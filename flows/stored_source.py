@@ -5,16 +5,26 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from eagle_core.partial_target import PartialTarget
 from eagle_core.samples import HiddenStateSample
+from flows.recompute import completed, require_partial
 from storage.reader import SnapshotReader
 from storage.samples import StoredSample
 
 
 class StoredSource:
-    """The samples of one snapshot, in snapshot order."""
+    """The samples of one snapshot, in snapshot order, with all their states.
 
-    def __init__(self, reader: SnapshotReader) -> None:
+    States that the store leaves out are made again when a sample is fetched, which the loader does
+    ahead of the trainer, in its own thread.
+    """
+
+    def __init__(self, reader: SnapshotReader, partial: PartialTarget | None) -> None:
+        """Read through `reader`; `partial` is what `flows.recompute.partial_target` returns."""
         self._reader = reader
+        self._partial = partial
+        if reader.identity.left_out is not None:
+            require_partial(partial)
 
     @property
     def source_id(self) -> str:
@@ -42,6 +52,8 @@ class StoredSource:
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index` with its bytes verified."""
         stored = self._reader.fetch(index)
+        if self._reader.identity.left_out is not None:
+            stored = completed(stored, require_partial(self._partial))
         return HiddenStateSample(
             sample_id=stored.sample_id,
             input_ids=stored.input_ids,

@@ -31,9 +31,10 @@ from flows.errors import ChildKilledError, TrainingStoppedError
 from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import stage_progress
+from flows.recompute import TargetRecompute, partial_target
 from flows.run_page import write_run_page
 from flows.run_record import TRAINING_NAME, StorageBill, write_settings, write_stage
-from flows.semantic_probe import recompute_with, require_sound
+from flows.semantic_probe import require_sound
 from flows.store_root import store_root
 from flows.summaries import TrainSummary
 from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
@@ -203,7 +204,9 @@ def _summarised(
 def _sound_setup(job: TrainJob, target: TargetConfig, store: Store) -> DraftSetup:
     """Return the untrained draft on the device of `target`, if the states may be trained on."""
     setup = set_up_draft(target, job.training, TokenFile(job.train_tokens), job.run_path)
-    require_sound(store, store.snapshot(job.snapshot_id), recompute_with(setup.target_lm_head))
+    partial = partial_target(target, store.identity)
+    recompute = TargetRecompute(setup.target_lm_head, partial)
+    require_sound(store, store.snapshot(job.snapshot_id), recompute)
     return setup
 
 

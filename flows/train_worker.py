@@ -27,6 +27,7 @@ from eagle_core.trainer import Progress, TrainingResult, train
 from eagle_core.training_config import TrainingConfig
 from flows.child_process import answer
 from flows.draft_setup import set_up_draft
+from flows.recompute import partial_target
 from flows.stored_source import StoredSource
 from storage.cache import ObjectCache
 from storage.snapshot import Snapshot
@@ -112,12 +113,13 @@ def open_sources(job: TrainJob) -> tuple[StoredSource, StoredSource | None]:
         objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
     snapshot = store.snapshot(job.snapshot_id)
     reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects)
-    source = StoredSource(reader)
+    partial = partial_target(job.target, store.identity)
+    source = StoredSource(reader, partial)
     held_out_ids = TokenFile(job.held_out_tokens).sample_ids
     if not held_out_ids:
         return source, None
     held_out = Snapshot.of(held_out_ids, commits)
-    return source, StoredSource(store.reader(held_out, object_cache=objects))
+    return source, StoredSource(store.reader(held_out, object_cache=objects), partial)
 
 
 def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id: str) -> TrackedRun:
@@ -143,8 +145,8 @@ def main() -> int:
 
 
 def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
-    source, held_out = open_sources(job)
     target = job.target.model_copy(update={"device": _own_device(job.target)})
+    source, held_out = open_sources(job.model_copy(update={"target": target}))
     setup = set_up_draft(target, job.training, TokenFile(job.train_tokens), job.run_path)
 
     def on_progress(progress: Progress) -> None:

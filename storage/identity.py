@@ -16,6 +16,31 @@ FORMAT_VERSION = 2
 PROFILES = ("raw", "lossless", "int8", "int6")
 DEFAULT_PROFILE: Final = "lossless"
 NORM_CONVENTIONS = ("post_norm",)
+RECOMPUTE_MODES = ("one_sequence",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """The states that a store leaves out, because the target's ends make them again.
+
+    These are the first aux layer's output, which follows from the token ids, and the last hidden
+    state, which follows from the last aux layer's.
+    """
+
+    mode: str
+    """`one_sequence`: each sample is run alone, when its states are made and made again; the layers
+    behind the last aux layer are fed with its output in bfloat16."""
+    early_layers: tuple[int, ...]
+    """Decoder layers that lead from the token ids to the first aux layer's output."""
+    last_layers: tuple[int, ...]
+    """Decoder layers between the last aux layer's output and the final norm."""
+
+    def __str__(self) -> str:
+        """Return a form for error messages."""
+        return (
+            f"layers {list(self.early_layers)} and {list(self.last_layers)} are run again, "
+            f"mode {self.mode}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +59,8 @@ class StoreIdentity:
     """`post_norm`: the last hidden state is the state after the final norm."""
     profile: str
     """How states are encoded; see `docs/store-format.md`."""
+    left_out: LeftOut | None = None
+    """None if every state is stored."""
 
     def __post_init__(self) -> None:
         """Refuse values no store can have."""
@@ -47,6 +74,29 @@ class StoreIdentity:
                 f"impossible shape: hidden_size {self.hidden_size}, vocab_size {self.vocab_size}, "
                 f"aux_layers {self.aux_layers}"
             )
+        if self.left_out is not None:
+            self._require_makeable(self.left_out)
+
+    def _require_makeable(self, left_out: LeftOut) -> None:
+        if left_out.mode not in RECOMPUTE_MODES:
+            known = ", ".join(RECOMPUTE_MODES)
+            raise ConfigError(f"unknown mode {left_out.mode!r} of recomputation; known: {known}")
+        early, last = left_out.early_layers, left_out.last_layers
+        behind = self.aux_layers[-1] + 1
+        if (
+            len(self.aux_layers) < 2
+            or early != tuple(range(self.aux_layers[0] + 1))
+            or last != tuple(range(behind, behind + len(last)))
+        ):
+            raise ConfigError(
+                f"layers {early} and {last} do not make what aux layers {self.aux_layers} need: "
+                f"expected 0 to {self.aux_layers[0]}, and those from {behind} on"
+            )
+
+    @property
+    def stored_aux_layers(self) -> tuple[int, ...]:
+        """The aux layers whose output shards hold."""
+        return self.aux_layers if self.left_out is None else self.aux_layers[1:]
 
     @property
     def identity_id(self) -> str:
@@ -57,6 +107,13 @@ class StoreIdentity:
         document = {field.name: getattr(self, field.name) for field in fields(self)}
         document["target_fields"] = dict(self.target_fields)
         document["aux_layers"] = list(self.aux_layers)
+        del document["left_out"]
+        if self.left_out is not None:
+            document["left_out"] = {
+                "mode": self.left_out.mode,
+                "early_layers": list(self.left_out.early_layers),
+                "last_layers": list(self.left_out.last_layers),
+            }
         return document
 
     def to_json(self) -> bytes:
@@ -77,7 +134,15 @@ class StoreIdentity:
 
     @classmethod
     def _parse(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{**values, "aux_layers": tuple(values["aux_layers"])})
+        found = values.get("left_out")
+        left_out = found and LeftOut(
+            mode=found["mode"],
+            early_layers=tuple(found["early_layers"]),
+            last_layers=tuple(found["last_layers"]),
+        )
+        return cls(
+            **{**values, "aux_layers": tuple(values["aux_layers"]), "left_out": left_out or None}
+        )
 
     def require_equal(self, expected: Self, *, where: str) -> None:
         """Raise MismatchError naming every field in which this identity is not `expected`."""
@@ -93,6 +158,10 @@ class StoreIdentity:
         for field in fields(self):
             found, wanted = getattr(self, field.name), getattr(expected, field.name)
             if found == wanted:
+                continue
+            if field.name == "left_out":
+                stored = "every state is stored"
+                yield f"store.recompute: found {found or stored}, expected {wanted or stored}"
                 continue
             if field.name != "target_fields":
                 yield f"{field.name}: found {found!r}, expected {wanted!r}"

@@ -3,18 +3,24 @@
 Taken from the model's real output during generation, kept in the commit record, and recomputed from
 the stored bytes later: states of the wrong layer, norm or sample cannot reproduce it. How to get
 from a last hidden state to a log-probability is the caller's knowledge, handed in as `Recompute`.
+
+Where a store leaves states out, a point also holds some channels of these, as generation saw them.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.canonical import digest_json
 from storage.errors import SampleRefusedError
+from storage.identity import StoreIdentity
+from storage.profile import bf16_to_float
+from storage.recompute import Recompute
 from storage.samples import StoredSample, last_needed
 
 NUM_POINTS = 8
@@ -28,8 +34,17 @@ for int6. States before the norm, of another layer or of the next token were at 
 in one of 8 points.
 """
 
-Recompute = Callable[[NDArray[np.uint16], NDArray[np.int32]], NDArray[np.float32]]
-"""(last hidden states [K, H] as bfloat16 bits, token ids [K]) -> [K] log-probabilities in nats."""
+NUM_CHANNELS = 8
+"""Channels of a state made again that are compared: its first ones."""
+
+EARLY_TOLERANCE = 0.1
+"""Of the length of these channels of the early aux state, on hardware that rounds differently.
+
+A padded batch moves it by less than 0.01 (SmolLM2 in float32); the state of another layer or token
+is another vector.
+"""
+
+EXACT_PROFILES = ("raw", "lossless")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +58,23 @@ class ProbePoint:
     """Argmax of the target's logits at t over its full vocabulary."""
     logprob: float
     """Log-probability (nats) the target gave to `argmax` at t."""
+    left_out: tuple[int, ...] = ()
+    """bfloat16 bits of `NUM_CHANNELS` of the early aux state at t, then of the last state; empty
+    if the store leaves neither out."""
+
+    def to_document(self) -> dict[str, object]:
+        """Return the point as the commit record holds it."""
+        document = asdict(self)
+        if self.left_out:
+            document["left_out"] = list(self.left_out)
+        else:
+            del document["left_out"]
+        return document
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> Self:
+        """Return the point that a commit record holds."""
+        return cls(**{**document, "left_out": tuple(document.get("left_out", ()))})
 
     def __str__(self) -> str:
         """Return a form for error messages."""
@@ -73,7 +105,18 @@ def probe_positions(
     return points
 
 
-def require_probe(points: Sequence[ProbePoint], samples: Mapping[str, StoredSample]) -> None:
+def left_out_channels(
+    aux_hidden_states: NDArray[np.uint16], last_hidden_state: NDArray[np.uint16], position: int
+) -> tuple[int, ...]:
+    """Return what a point holds of the states [T, A, H] and [T, H] that a store leaves out."""
+    early = aux_hidden_states[position, 0, :NUM_CHANNELS].tolist()
+    last = last_hidden_state[position, :NUM_CHANNELS].tolist()
+    return (*early, *last)
+
+
+def require_probe(
+    points: Sequence[ProbePoint], samples: Mapping[str, StoredSample], identity: StoreIdentity
+) -> None:
     """Raise SampleRefusedError unless each point fits what the samples themselves say."""
     for point in points:
         sample = samples.get(point.sample_id)
@@ -88,24 +131,56 @@ def require_probe(points: Sequence[ProbePoint], samples: Mapping[str, StoredSamp
             )
         if not (math.isfinite(point.logprob) and point.logprob <= 0):
             raise SampleRefusedError(f"{point}: {point.logprob} is no log-probability")
+        if identity.left_out is not None and point.left_out != _channels_of(sample, point):
+            raise SampleRefusedError(
+                f"{point}: it holds other channels of the states left out than the sample does"
+            )
 
 
 def disagreements(
     points: Sequence[ProbePoint],
     samples: Mapping[str, StoredSample],
     recompute: Recompute,
+    identity: StoreIdentity,
     *,
-    tolerance_nats: float,
+    exact: bool = False,
 ) -> Iterator[str]:
-    """Yield one line for every point that the stored states do not reproduce."""
+    """Yield one line for every point that the states, of complete samples, do not reproduce.
+
+    With `exact`, states that were left out must have the very bits that generation gave them.
+    """
     if not points:
         return
+    tolerance_nats = TOLERANCE_NATS[identity.profile]
     states = np.stack([samples[p.sample_id].last_hidden_state[p.position] for p in points])
     tokens = np.array([point.argmax for point in points], dtype=np.int32)
-    found = recompute(states, tokens)
+    found = recompute.log_probabilities(states, tokens)
     for point, logprob in zip(points, found.tolist(), strict=True):
         if not abs(logprob - point.logprob) <= tolerance_nats:  # NaN disagrees too
             yield (
                 f"{point}: stored states give token {point.argmax} a log-probability of "
                 f"{logprob:.2f}, the target gave {point.logprob:.2f}"
             )
+        elif point.left_out:
+            yield from _differences(point, samples[point.sample_id], identity, exact=exact)
+
+
+def _differences(
+    point: ProbePoint, sample: StoredSample, identity: StoreIdentity, *, exact: bool
+) -> Iterator[str]:
+    found = _channels_of(sample, point)
+    if exact:
+        num = None if identity.profile in EXACT_PROFILES else NUM_CHANNELS  # codes change `last`
+        if found[:num] != point.left_out[:num]:
+            yield f"{point}: states made again have other bits than the target gave them"
+        return
+    early, expected = (
+        bf16_to_float(np.array(bits[:NUM_CHANNELS], np.uint16)) for bits in (found, point.left_out)
+    )
+    away = float(np.linalg.norm(early - expected))
+    if not away <= EARLY_TOLERANCE * float(np.linalg.norm(expected)):
+        yield f"{point}: the early aux state made again is another one than the target had"
+
+
+def _channels_of(sample: StoredSample, point: ProbePoint) -> tuple[int, ...]:
+    return left_out_channels(sample.aux_hidden_states, sample.last_hidden_state, point.position)

@@ -56,6 +56,11 @@ class SnapshotReader:
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="shard-reader")
 
     @property
+    def identity(self) -> StoreIdentity:
+        """Return what the store holds states of, and which of them it leaves out."""
+        return self._identity
+
+    @property
     def snapshot_id(self) -> str:
         """Return the digest of the samples and their order."""
         return self._snapshot.snapshot_id
@@ -91,7 +96,10 @@ class SnapshotReader:
             self._begin(self._snapshot.shard_ids[group])
 
     def fetch(self, index: int) -> StoredSample:
-        """Return sample `index`, read-only; raise CorruptError rather than substitute anything."""
+        """Return sample `index`, read-only; raise CorruptError rather than substitute anything.
+
+        States that the store leaves out are left out: `Recompute.complete` adds them.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a snapshot of {len(self)}")
         shard = self._shard(self._snapshot.shard_ids[self.groups[index]])
@@ -187,7 +195,7 @@ def read_shard(
         shard_id,
         objects,
         sample_ids=record.sample_ids,
-        profile=identity.profile,
+        identity=identity,
         allocate=allocate,
     )
 

@@ -5,7 +5,7 @@ identity of the store, so that a swapped, old or foreign record is an error.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import xxhash
@@ -99,7 +99,7 @@ class CommitRecord:
             "raw_bytes": self.raw_bytes,
             "stored_bytes": self.stored_bytes,
             "objects": {key: [d.num_bytes, d.xxh3_128] for key, d in self.objects.items()},
-            "probe": [asdict(point) for point in self.probe],
+            "probe": [point.to_document() for point in self.probe],
         }
         return seal(document)
 
@@ -144,5 +144,5 @@ class CommitRecord:
                 key: ObjectDigest(num_bytes=num_bytes, xxh3_128=xxh3_128)
                 for key, (num_bytes, xxh3_128) in document["objects"].items()
             },
-            probe=tuple(ProbePoint(**point) for point in document["probe"]),
+            probe=tuple(ProbePoint.of_document(point) for point in document["probe"]),
         )

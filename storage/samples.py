@@ -29,15 +29,17 @@ class StoredSample:
     loss_mask: NDArray[np.bool_]
     """[T], True where the token is the assistant's."""
     aux_hidden_states: NDArray[np.uint16]
-    """[T, A, H] bfloat16 bits, aux layers low to high."""
+    """[T, A, H] bfloat16 bits, aux layers low to high; without the first of them if the sample
+    comes from a store that leaves it out."""
     last_hidden_state: NDArray[np.uint16]
-    """[T, H] bfloat16 bits, after the final norm; zero where `last_present` does not hold."""
+    """[T, H] bfloat16 bits, after the final norm; zero where `last_present` does not hold. [0, H]
+    if the sample comes from a store that leaves it out."""
     target_argmax: NDArray[np.int32]
     """[T] argmax of the target's logits over its full vocabulary."""
     target_logsumexp: NDArray[np.float32]
     """[T] logsumexp of the target's logits over its full vocabulary."""
     last_present: NDArray[np.bool_] | None = None
-    """[T], True where the store keeps the last hidden state; None on a sample not yet stored."""
+    """[T], True where the last hidden state is kept, or made again; None if not yet stored."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from storage.canonical import unseal
 from storage.errors import CorruptError
-from storage.probe import Recompute
+from storage.recompute import Recompute
 from storage.verify import (
     PUBLISH,
     REPAIR,

@@ -27,7 +27,7 @@ TOKEN_ARRAYS: Mapping[str, type[np.generic]] = {
     "target_argmax": np.int32,
     "target_logsumexp": np.float32,
 }
-STATES = ("aux_hidden_states", "last_hidden_state")
+AUX_STATES, LAST_STATES = "aux_hidden_states", "last_hidden_state"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,8 @@ class DecodedShard:
     offsets: NDArray[np.int64]
     """[N + 1]"""
     arrays: Mapping[str, NDArray[np.generic]]
-    """[T, ...] by the name of the sample's field; `last_hidden_state` has present rows only."""
+    """[T, ...] by the name of the sample's field; `last_hidden_state` has present rows only, or is
+    absent where the store leaves it out."""
     last_offsets: NDArray[np.int64]
     """[T + 1] rows of `last_hidden_state` before each token."""
 
@@ -51,9 +52,9 @@ class DecodedShard:
     def sample(self, position: int) -> StoredSample:
         """Return the sample at `position`, as views; raise unless its content has its id."""
         rows = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
-        names = (*TOKEN_ARRAYS, "aux_hidden_states")
+        names = (*TOKEN_ARRAYS, AUX_STATES)
         fields = {name: self.arrays[name][rows] for name in names}
-        fields["last_hidden_state"] = self._last(rows, fields["last_present"])
+        fields[LAST_STATES] = self._last(rows, fields["last_present"])
         sample = StoredSample(sample_id=self.sample_ids[position], **fields)  # type: ignore[arg-type]
         found = content_id(sample.input_ids, sample.loss_mask)
         if found != sample.sample_id:
@@ -64,7 +65,10 @@ class DecodedShard:
         return sample
 
     def _last(self, rows: slice, present: NDArray[np.generic]) -> NDArray[np.generic]:
-        stored = self.arrays["last_hidden_state"]
+        stored = self.arrays.get(LAST_STATES)
+        if stored is None:
+            aux = self.arrays[AUX_STATES]
+            return np.empty((0, aux.shape[-1]), aux.dtype)
         kept = stored[self.last_offsets[rows.start] : self.last_offsets[rows.stop]]
         if len(kept) == len(present):
             return kept
@@ -75,8 +79,8 @@ class DecodedShard:
 
 def raw_bytes(samples: Sequence[StoredSample]) -> int:
     """Return the size of the arrays as handed in."""
-    names = (*(name for name in TOKEN_ARRAYS if name != "last_present"), *STATES)
-    return sum(getattr(sample, name).nbytes for sample in samples for name in names)
+    names = (name for name in (*TOKEN_ARRAYS, AUX_STATES, LAST_STATES) if name != "last_present")
+    return sum(getattr(sample, name).nbytes for name in names for sample in samples)
 
 
 def write_arrays(
@@ -93,10 +97,13 @@ def write_arrays(
     needed = [last_needed(sample.loss_mask) for sample in samples]
     for name, values in _token_arrays(samples, needed, identity).items():
         write_small(name, values, ("token",), open_object)
-    aux = StateRows([sample.aux_hidden_states for sample in samples])
-    write_states(identity.profile, "aux_hidden_states", aux, open_object)
+    first = len(identity.aux_layers) - len(identity.stored_aux_layers)
+    aux = StateRows([sample.aux_hidden_states[:, first:] for sample in samples])
+    write_states(identity.profile, AUX_STATES, aux, open_object)
+    if identity.left_out is not None:
+        return
     last = StateRows([part for pair in zip(samples, needed, strict=True) for part in _kept(*pair)])
-    write_states(identity.profile, "last_hidden_state", last, open_object)
+    write_states(identity.profile, LAST_STATES, last, open_object)
 
 
 def decode_shard(
@@ -104,7 +111,7 @@ def decode_shard(
     objects: Mapping[str, bytes | memoryview],
     *,
     sample_ids: Sequence[str],
-    profile: str,
+    identity: StoreIdentity,
     allocate: Allocate = np.empty,
 ) -> DecodedShard:
     """Decode objects whose digests were checked; raise ShardCorruptError if they do not fit."""
@@ -112,8 +119,8 @@ def decode_shard(
     try:
         offsets = stored["offsets"].whole().astype(np.int64)
         arrays = {name: stored[name].whole().astype(kind) for name, kind in TOKEN_ARRAYS.items()}
-        for name in STATES:
-            arrays[name] = decode_states(profile, name, stored, allocate)
+        for name in (AUX_STATES,) if identity.left_out else (AUX_STATES, LAST_STATES):
+            arrays[name] = decode_states(identity.profile, name, stored, allocate)
     except KeyError as error:
         raise ShardCorruptError(
             f"shard {shard_id} has no array {error}; regenerate the shard: eyas repair"
@@ -126,12 +133,13 @@ def decode_shard(
         array.setflags(write=False)  # samples are views: who writes to one would change the next
     last_offsets = np.cumsum([0, *arrays["last_present"].astype(np.int64)])
     lengths = {name: len(array) for name, array in arrays.items()}
-    last_rows = lengths.pop("last_hidden_state")
+    last_rows = lengths.pop(LAST_STATES, int(last_offsets[-1]))
     fits = len(offsets) == len(sample_ids) + 1 and set(lengths.values()) == {int(offsets[-1])}
-    if not fits or last_rows != last_offsets[-1]:
+    num_layers = arrays[AUX_STATES].shape[1]
+    if not fits or last_rows != last_offsets[-1] or num_layers != len(identity.stored_aux_layers):
         raise ShardCorruptError(
             f"shard {shard_id}: {len(sample_ids)} samples and offsets up to {offsets[-1]} do not "
-            f"fit arrays of {lengths} and {last_rows} "
+            f"fit arrays of {lengths}, {num_layers} aux layers and {last_rows} "
             "last hidden states; regenerate the shard: eyas repair"
         )
     return DecodedShard(

@@ -12,8 +12,9 @@ from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, ShardMissingError
 from storage.identity import FORMAT_VERSION, StoreIdentity
 from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
-from storage.probe import ProbePoint, Recompute
+from storage.probe import ProbePoint
 from storage.reader import CACHE_BYTES, SnapshotReader, read_record
+from storage.recompute import Recompute
 from storage.record import CommitRecord
 from storage.samples import StoredSample
 from storage.scrub import scrub
@@ -255,9 +256,15 @@ class Store:
         """
         return scrub(self, deep=deep, recompute=recompute)
 
-    def verify_shard(self, shard_id: str, *, recompute: Recompute) -> Sequence[Finding]:
-        """Return the damage of one shard, every byte and its semantic probe."""
-        return list(check_states(self.root, self.commit(shard_id), self.identity, recompute))
+    def verify_shard(
+        self, shard_id: str, *, recompute: Recompute, exact: bool = False
+    ) -> Sequence[Finding]:
+        """Return the damage of one shard, every byte and its semantic probe.
+
+        With `exact`, states that are left out must be made again bit for bit, not only closely.
+        """
+        record = self.commit(shard_id)
+        return list(check_states(self.root, record, self.identity, recompute, exact=exact))
 
     def shard_ids(self) -> Sequence[str]:
         """Return the ids of all shards that have a commit record, sorted."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from storage.directory import Directory
 from storage.errors import CorruptError
 from storage.identity import StoreIdentity
-from storage.probe import TOLERANCE_NATS, Recompute, disagreements
+from storage.probe import disagreements
+from storage.recompute import Recompute
 from storage.record import CommitRecord, ObjectDigest
 from storage.samples import StoredSample
 from storage.shard import decode_shard
@@ -70,9 +71,17 @@ def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
 
 
 def check_states(
-    root: Directory, record: CommitRecord, identity: StoreIdentity, recompute: Recompute
+    root: Directory,
+    record: CommitRecord,
+    identity: StoreIdentity,
+    recompute: Recompute,
+    *,
+    exact: bool = False,
 ) -> Iterator[Finding]:
-    """Yield findings on a shard's bytes or, if these are whole, on what they mean."""
+    """Yield findings on a shard's bytes or, if these are whole, on what they mean.
+
+    With `exact`, states that the store leaves out must have the bits that generation gave them.
+    """
     damaged = list(check_digests(root, record))
     yield from damaged
     if damaged or not record.probe:
@@ -82,18 +91,17 @@ def check_states(
     except CorruptError as error:  # its bytes are the committed ones, but they are no shard
         yield shard_finding(record.shard_id, "zarr.json", str(error))
         return
-    tolerance = TOLERANCE_NATS[identity.profile]
-    for problem in disagreements(record.probe, samples, recompute, tolerance_nats=tolerance):
-        yield shard_finding(record.shard_id, "last_hidden_state", problem)
+    states_array = "last_hidden_state" if identity.left_out is None else "aux_hidden_states"
+    completed = {sample_id: recompute.complete(sample) for sample_id, sample in samples.items()}
+    for problem in disagreements(record.probe, completed, recompute, identity, exact=exact):
+        yield shard_finding(record.shard_id, states_array, problem)
 
 
 def _probed_samples(
     root: Directory, record: CommitRecord, identity: StoreIdentity
 ) -> Mapping[str, StoredSample]:
     objects = {key: root.read(f"shards/{record.shard_id}/{key}") for key in record.objects}
-    shard = decode_shard(
-        record.shard_id, objects, sample_ids=record.sample_ids, profile=identity.profile
-    )
+    shard = decode_shard(record.shard_id, objects, sample_ids=record.sample_ids, identity=identity)
     probed = {point.sample_id for point in record.probe}
     return {
         sample_id: shard.sample(position)

@@ -61,7 +61,8 @@ class ShardWriter:
             if self.root.is_local:
                 self._sweep(shard.shard_id)
             ordered = self._checked(shard, samples)
-            require_probe(probe, {sample.sample_id: sample for sample in ordered})
+            by_id = {sample.sample_id: sample for sample in ordered}
+            require_probe(probe, by_id, self.identity)
             if self.root.is_local:
                 return self._write_alone(shard, ordered, probe)
             return self._write_among_rivals(shard, ordered, probe)

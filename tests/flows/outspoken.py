@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from tests import tiny
 
@@ -38,4 +45,26 @@ def write_biased_target(folder: Path) -> Path:
     with torch.no_grad():
         model.lm_head.bias.normal_(std=4)
     model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def write_scaling_target(folder: Path) -> Path:
+    """Write a tiny Granite, which multiplies what enters its first layer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.write_target(folder))
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        embedding_multiplier=2.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    GraniteForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder

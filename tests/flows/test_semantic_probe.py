@@ -17,7 +17,8 @@ from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
-from flows.semantic_probe import recompute_with, require_as_said
+from flows.recompute import TargetRecompute
+from flows.semantic_probe import require_as_said
 from flows.stored_source import to_stored
 from flows.train import train_flow
 from storage.errors import ShardCorruptError
@@ -114,7 +115,7 @@ def test_wrong_states_are_taken_back_when_they_are_stored(
     made: Store, tmp_path: Path, outspoken: TargetConfig, change: Change
 ) -> None:
     target = TargetModel.load(outspoken)
-    recompute = recompute_with(target.lm_head_weight)
+    recompute = TargetRecompute(target.lm_head_weight, None)
     shard_id = made.shard_ids()[1]
     _store_again(made, shard_id, tmp_path, target, lambda state, _target: state)
     require_as_said(made, shard_id, recompute)

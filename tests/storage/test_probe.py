@@ -15,16 +15,24 @@ from tests.storage.synthetic import HIDDEN, VOCAB, planned
 HEAD = np.random.default_rng(7).normal(0, 0.1, (VOCAB, HIDDEN)).astype(np.float32)
 
 
-def recompute(states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Log-probabilities under a linear head, as a target model has one."""
-    logits = np.tanh(bf16_to_float(states)) @ HEAD.T
-    return logits[np.arange(len(tokens)), tokens] - np.logaddexp.reduce(logits, axis=1)
+class LinearHead:
+    """A head as a target model has one, whose states are all stored."""
+
+    def log_probabilities(self, last: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+        logits = np.tanh(bf16_to_float(last)) @ HEAD.T
+        return logits[np.arange(len(token_ids)), token_ids] - np.logaddexp.reduce(logits, axis=1)
+
+    def complete(self, sample: StoredSample) -> StoredSample:
+        return sample
+
+
+recompute = LinearHead()
 
 
 def point_of(sample: StoredSample, position: int) -> ProbePoint:
     argmax = int(sample.target_argmax[position])
     states = sample.last_hidden_state[position : position + 1]
-    logprob = float(recompute(states, np.array([argmax]))[0])
+    logprob = float(recompute.log_probabilities(states, np.array([argmax]))[0])
     return ProbePoint(sample_id=sample.sample_id, position=position, argmax=argmax, logprob=logprob)
 
 

@@ -1,0 +1,145 @@
+"""Stores that leave states out: what shards hold, what readers get, and what the probe notices."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.canonical import unseal
+from storage.errors import ConfigError, MismatchError, SampleRefusedError
+from storage.identity import LeftOut, StoreIdentity
+from storage.probe import NUM_CHANNELS, ProbePoint, left_out_channels
+from storage.profile import bf16_to_float
+from storage.samples import StoredSample, last_needed
+from storage.store import Store
+from tests.storage.synthetic import HIDDEN, VOCAB, fill, make_identity, planned
+
+LEFT_OUT = LeftOut(mode="one_sequence", early_layers=(0, 1), last_layers=(9, 10, 11))
+HEAD = np.random.default_rng(7).normal(0, 0.1, (VOCAB, HIDDEN)).astype(np.float32)
+
+
+class Maker:
+    """Makes states again by having kept them, moved by `early_ulps` of their last bit."""
+
+    def __init__(self, samples: list[StoredSample], *, early_ulps: int = 0) -> None:
+        self._samples = {sample.sample_id: sample for sample in samples}
+        self._early_ulps = early_ulps
+
+    def log_probabilities(self, last: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+        logits = np.tanh(bf16_to_float(last)) @ HEAD.T
+        return logits[np.arange(len(token_ids)), token_ids] - np.logaddexp.reduce(logits, axis=1)
+
+    def complete(self, sample: StoredSample) -> StoredSample:
+        whole = self._samples[sample.sample_id]
+        early = whole.aux_hidden_states[:, :1] + np.uint16(self._early_ulps)
+        aux = np.concatenate([early, sample.aux_hidden_states], axis=1)
+        return replace(
+            sample, aux_hidden_states=aux, last_hidden_state=whole.last_hidden_state.copy()
+        )
+
+
+def point_of(sample: StoredSample, maker: Maker) -> ProbePoint:
+    position = len(sample) - 1
+    argmax = sample.target_argmax[position : position + 1]
+    last = sample.last_hidden_state
+    return ProbePoint(
+        sample_id=sample.sample_id,
+        position=position,
+        argmax=int(argmax[0]),
+        logprob=float(maker.log_probabilities(last[position : position + 1], argmax)[0]),
+        left_out=left_out_channels(sample.aux_hidden_states, last, position),
+    )
+
+
+@pytest.fixture(params=["raw", "lossless", "int8"])
+def profile(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_shards_lack_the_states_and_readers_get_the_others(
+    tmp_path: Path, samples: list[StoredSample], profile: str
+) -> None:
+    sizes: Mapping[bool, list[int]] = {False: [], True: []}
+    found = {}
+    for left_out in (False, True):
+        identity = make_identity(profile=profile, left_out=LEFT_OUT if left_out else None)
+        store = Store.create(str(tmp_path / str(left_out)), identity)
+        fill(store, samples, shard_tokens=10**6)
+        (record,) = store.commits().values()
+        assert any(key.startswith("last_hidden_state") for key in record.objects) is not left_out
+        sizes[left_out].append(record.stored_bytes)
+        reader = store.reader(store.publish([sample.sample_id for sample in samples]))
+        found[left_out] = {s.sample_id: s for s in map(reader.fetch, range(len(reader)))}
+    assert sizes[True][0] < 0.7 * sizes[False][0]
+    for sample_id, kept in found[True].items():
+        whole = found[False][sample_id]
+        assert kept.last_hidden_state.shape == (0, HIDDEN)
+        np.testing.assert_array_equal(kept.aux_hidden_states, whole.aux_hidden_states[:, 1:])
+        np.testing.assert_array_equal(kept.last_present, last_needed(kept.loss_mask))
+        np.testing.assert_array_equal(kept.target_logsumexp, whole.target_logsumexp)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store that leaves states out."""
+    return Store.create(str(tmp_path / "s"), make_identity(left_out=LEFT_OUT))
+
+
+def test_the_probe_covers_states_that_are_made_again(
+    store: Store, samples: list[StoredSample]
+) -> None:
+    maker = Maker(samples)
+    plan = store.plan(planned(samples), shard_tokens=10**6)
+    point = point_of(samples[2], maker)
+    shard_id = store.write_shard(plan.shards[0], samples, probe=[point]).shard_id
+    assert store.commit(shard_id).probe == (point,)
+    assert store.verify_shard(shard_id, recompute=maker, exact=True) == []
+    assert store.verify(deep=True, recompute=maker) == []
+
+    (rounded,) = store.verify_shard(shard_id, recompute=Maker(samples, early_ulps=1), exact=True)
+    assert "other bits" in rounded.problem
+    assert store.verify(deep=True, recompute=Maker(samples, early_ulps=1)) == []
+    (another,) = store.verify(deep=True, recompute=Maker(samples, early_ulps=1 << 7))
+    assert f"{point}: the early aux state made again is another one" in another.problem
+    elsewhere = [replace(s, last_hidden_state=s.last_hidden_state ^ 0x8000) for s in samples]
+    (wrong,) = store.verify(deep=True, recompute=Maker(elsewhere))
+    assert "log-probability" in wrong.problem
+
+
+def test_a_point_with_other_channels_than_the_sample_is_refused(
+    store: Store, samples: list[StoredSample]
+) -> None:
+    plan = store.plan(planned(samples), shard_tokens=10**6)
+    point = point_of(samples[2], Maker(samples))
+    assert len(point.left_out) == 2 * NUM_CHANNELS
+    for wrong in ((), (*point.left_out[:-1], point.left_out[-1] ^ 1)):
+        with pytest.raises(SampleRefusedError, match="other channels"):
+            store.write_shard(plan.shards[0], samples, probe=[replace(point, left_out=wrong)])
+
+
+def test_stores_that_leave_other_states_out_are_never_mixed(tmp_path: Path) -> None:
+    whole, partly = make_identity(), make_identity(left_out=LEFT_OUT)
+    assert "left_out" not in unseal(whole.to_json(), what="store.json")["identity"]  # type: ignore[operator]
+    assert StoreIdentity.from_json(partly.to_json()) == partly
+    assert whole.identity_id != partly.identity_id
+    Store.create(str(tmp_path / "s"), whole)
+    with pytest.raises(
+        MismatchError,
+        match=r"store\.recompute: found every state is stored, expected layers \[0, 1\] and \[9, ",
+    ):
+        Store.create(str(tmp_path / "s"), partly)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        (replace(LEFT_OUT, mode="padded"), "unknown mode 'padded'"),
+        (replace(LEFT_OUT, early_layers=(0,)), "expected 0 to 1, and those from 9 on"),
+        (replace(LEFT_OUT, last_layers=(8, 9)), "expected 0 to 1, and those from 9 on"),
+    ],
+)
+def test_layers_that_do_not_make_the_states_are_refused(left_out: LeftOut, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_identity(left_out=left_out)
