@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eagle_core import weights
-from eagle_core.checkpoint import load_draft
+from eagle_core.checkpoint import load_draft, newest
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.draft_import import read_draft, warm_start
 from eagle_core.draft_vocabulary import DraftVocabulary, count_supervised_tokens
@@ -50,7 +50,9 @@ def set_up_draft(
     device = resolve_device(target.device)
     embedding, lm_head = weights.load_ends(folder, dtype=torch.float32)
     counts = count_supervised_tokens(tokens, model_config.vocab_size)
-    vocabulary = _vocabulary(run_path, target, counts, training.draft_vocab_size)
+    vocabulary = _vocabulary(
+        run_path, target, counts, training.draft_vocab_size, source_id=tokens.path.stem
+    )
     config = DraftConfig.from_target(
         model_config,
         draft_vocab_size=len(vocabulary),
@@ -97,13 +99,27 @@ def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> Non
 
 
 def _vocabulary(
-    run_path: Path, target: TargetConfig, counts: NDArray[np.int64], size: int
+    run_path: Path,
+    target: TargetConfig,
+    counts: NDArray[np.int64],
+    size: int,
+    *,
+    source_id: str,
 ) -> DraftVocabulary:
+    """Return the run's vocabulary; one of other data counts only if a checkpoint depends on it.
+
+    Whether that checkpoint's data may be left is not decided here: it carries their snapshot id.
+    """
     path = run_path / VOCABULARY_NAME
     if path.exists():
-        return DraftVocabulary.load(path)
+        found = DraftVocabulary.load(path)
+        if found.source_id == source_id or newest(run_path) is not None:
+            return found
+        logger.info("no step was trained with the draft vocabulary of %s: chosen again", path)
     always = conversation_tokenizer(target).special_token_ids()
-    vocabulary = DraftVocabulary.build(counts, size=min(size, len(counts)), always=always)
+    vocabulary = DraftVocabulary.build(
+        counts, size=min(size, len(counts)), always=always, source_id=source_id
+    )
     run_path.mkdir(parents=True, exist_ok=True)
     vocabulary.save(path)
     return vocabulary

@@ -1,0 +1,48 @@
+"""The draft's vocabulary belongs to the data of its run."""
+
+from pathlib import Path
+
+import numpy as np
+
+from eagle_core import checkpoint
+from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.loader import LoaderState
+from eagle_core.samples import TokenizedSample, sample_id
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile, write_token_file
+from eagle_core.training_config import TrainingConfig
+from flows.draft_setup import VOCABULARY_NAME, set_up_draft
+
+TRAINING = TrainingConfig(draft_vocab_size=10)
+
+
+def token_file(path: Path, first: int) -> TokenFile:
+    """Write one sample of the ids from `first` on."""
+    ids = np.arange(first, first + 20, dtype=np.int32)
+    mask = np.ones(20, dtype=np.bool_)
+    sample = TokenizedSample(sample_id=sample_id(ids, mask), input_ids=ids, loss_mask=mask)
+    return write_token_file(path, [sample])
+
+
+def test_a_vocabulary_of_other_data_counts_only_if_a_checkpoint_depends_on_it(
+    tmp_path: Path, target: TargetConfig
+) -> None:
+    run_path = tmp_path / "run"
+    old, new = token_file(tmp_path / "train-old.arrow", 100), token_file(tmp_path / "n.arrow", 200)
+
+    def chosen(tokens: TokenFile) -> set[int]:
+        set_up_draft(target, TRAINING, tokens, run_path)
+        vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
+        return set(vocabulary.target_ids.tolist()) - {0, 1}  # control tokens are always in
+
+    assert chosen(old) == set(range(100, 108))
+    assert DraftVocabulary.load(run_path / VOCABULARY_NAME).source_id == "train-old"
+    assert chosen(new) == set(range(200, 208))  # killed before the first checkpoint, other data
+    record = checkpoint.Checkpoint(
+        step=1,
+        loader=LoaderState(source_id="s", seed=0, epoch=0, next_sample=0),
+        identity={},
+        figures={},
+    )
+    checkpoint.save(run_path, record, {}, {}, keep_last=1)
+    assert chosen(old) == set(range(200, 208))
