@@ -223,23 +223,25 @@ def test_questions_that_become_equal_count_once(made: Make, tmp_path: Path) -> N
     adds_up(done.manifest, 11)
 
 
-def test_tool_results_of_the_old_answer_are_cut(made: Make, tmp_path: Path) -> None:
+def with_tools(name: str, *rest: dict[str, object]) -> dict[str, object]:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    return {"id": name, "tools": tools, "messages": [{"role": "user", "content": name}, *rest]}
+
+
+def test_what_follows_a_tool_call_is_cut(made: Make, tmp_path: Path) -> None:
     old = {"function": {"name": "add", "arguments": '{"a": 1}'}}
-    record = {
-        "id": "t",
-        "tools": tools,
-        "messages": [
-            {"role": "user", "content": "1+2?"},
-            {"role": "assistant", "content": "", "tool_calls": [old]},
-            {"role": "tool", "content": "3"},
-            {"role": "assistant", "content": "three"},
-        ],
-    }
-    source = made([*questions(10), record])
+    called = {"role": "assistant", "content": "", "tool_calls": [old]}
+    answered = {"role": "assistant", "content": "three"}
+    result = {"role": "tool", "content": "3"}
+    records = [
+        with_tools("call for call", called, result, answered),
+        with_tools("text for call", called, result, answered),
+        with_tools("call for text", answered, {"role": "user", "content": "more"}, answered),
+    ]
+    source = made([*questions(10), *records])
 
     def talk(body: Body) -> dict[str, object]:
-        if "tools" not in body:
+        if not body["messages"][0]["content"].startswith("call"):
             return echo(body)
         new = {"id": "x", "type": "function", "function": {"name": "add", "arguments": "{}"}}
         message = {"role": "assistant", "content": None, "tool_calls": [new]}
@@ -247,12 +249,53 @@ def test_tool_results_of_the_old_answer_are_cut(made: Make, tmp_path: Path) -> N
 
     with serving(talk) as server:
         done = ask(server, source, tmp_path / "out", thinking=False)
-    assert done.manifest.changed == {"ended_at_tool_call": 1}
-    (called,) = (one for one in conversations(tmp_path / "out") if one.conversation_id == "t")
-    assert [message.role for message in called.messages] == ["user", "assistant"]
-    assert called.messages[1].tool_calls[0].arguments == "{}"
-    assert [body["tools"] for body in server.requests if "tools" in body] == [tools]
+    assert done.manifest.changed == {"ended_at_tool_call": 3}
+    kept = {one.conversation_id: one.messages for one in conversations(tmp_path / "out")}
+    for name in ("call for call", "text for call", "call for text"):
+        assert [message.role for message in kept[name]] == ["user", "assistant"]
+        assert server.asked_about(name) == 1
+        calls = [call.arguments for call in kept[name][1].tool_calls]
+        assert calls == (["{}"] if name.startswith("call") else [])
+    sent = [body["tools"] for body in server.requests if "tools" in body]
+    assert sent == [records[0]["tools"]] * 3
     assert {body["chat_template_kwargs"]["enable_thinking"] for body in server.requests} == {False}
+
+
+def test_the_target_here_refuses_what_it_cannot_tell(
+    made: Make, tmp_path: Path, tiny_target_path: Path
+) -> None:
+    target = TargetConfig(name="tiny", model=str(tiny_target_path), dtype="float32", device="cpu")
+    said = {"role": "assistant", "content": "a"}
+    long = {"id": "long", "messages": [{"role": "user", "content": "word " * 600}, said]}
+    control = {"id": "control", "messages": [{"role": "user", "content": "<|im_end|>"}, said]}
+    source = made([*questions(6, turns=1), with_tools("tools", said), long, control])
+    config = RegenerationConfig(max_tokens=4, cut_answers="keep")
+    answers = LocalAnswers(target, config)
+    done = Regeneration(config, answers, source=source, out_dir=tmp_path / "out").run()
+    adds_up(done.manifest, 9)
+    rows = {row["conversation_id"]: row for row in ledger(tmp_path / "out")}
+    assert rows["tools"]["reason"] == "tools_need_server"
+    assert rows["long"]["reason"] == "context_too_long"
+    assert "of 512" in rows["long"]["detail"]
+    assert rows["control"]["reason"] == "special_token_in_text"
+    assert done.manifest.num_conversations >= 4
+
+
+def test_reasoning_is_sent_under_one_name_and_without_the_other(made: Make, tmp_path: Path) -> None:
+    source = made(questions(5))
+
+    def talk(body: Body) -> dict[str, object]:
+        choice = echo(body)
+        choice["message"]["reasoning"] = "because"
+        return choice
+
+    with serving(talk) as server:
+        ask(server, source, tmp_path / "out")
+    later = [body["messages"][1] for body in server.requests if len(body["messages"]) > 1]
+    assert {tuple(sorted(message)) for message in later} == {
+        ("content", "reasoning_content", "role")
+    }
+    assert {message["reasoning_content"] for message in later} == {"because"}
 
 
 def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(made: Make, tmp_path: Path) -> None:
