@@ -22,15 +22,8 @@ from eagle_core.regeneration_answer import Answer, NoAnswer, Question, usable
 from eagle_core.regeneration_config import RegenerationConfig
 from eagle_core.tool_calls import parse_tool_calls
 
-_PASSING = {
-    HTTPStatus.REQUEST_TIMEOUT,
-    HTTPStatus.TOO_EARLY,
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.INTERNAL_SERVER_ERROR,
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-}
+_PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+"""Beside every status of 500 and more."""
 _NOBODY_MAY = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND}
 _TOO_LONG = re.compile(r"context.{0,9}length|too long|longer than|max_model_len", re.IGNORECASE)
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -143,7 +136,7 @@ class AnswerServer:
                 return response.json()
             except ValueError as error:
                 raise _PassedOver(f"no JSON: {text!a}") from error
-        if status in _PASSING:
+        if status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise _PassedOver(f"status {status}: {text}", pause_seconds=_retry_after(response))
         if status in _NOBODY_MAY:
             raise ConfigError(

@@ -123,7 +123,7 @@ def test_every_answer_is_the_targets_and_follows_its_own_earlier_ones(
     assert not any(b"k3y" in path.read_bytes() for path in files)
 
 
-@pytest.mark.parametrize("kind", ["500", "503", "429", "408", "cut", "half", "hollow"])
+@pytest.mark.parametrize("kind", ["500", "503", "529", "429", "408", "cut", "half", "hollow"])
 def test_what_passes_is_asked_again(made: Make, tmp_path: Path, kind: str) -> None:
     source = made(questions(6))
     with serving(fault=lambda times, _body: kind if times < 2 else None) as server:
