@@ -7,7 +7,7 @@ from eagle_core.target import TargetModel
 from eagle_core.tokens import TokenFile
 from flows.stored_source import to_stored
 from flows.workspace import Workspace
-from storage.identity import StoreIdentity
+from storage.identity import LeftOut, StoreIdentity
 from storage.samples import StoredSample
 
 
@@ -41,9 +41,12 @@ def capture(target: TargetModel, tokens: TokenFile, num_samples: int) -> list[St
     return [by_id[sample.sample_id] for sample in wanted]
 
 
-def identity(sample: StoredSample, *, vocab_size: int, profile: str) -> StoreIdentity:
-    """Return the identity of a benchmark's store."""
+def identity(
+    sample: StoredSample, *, vocab_size: int, profile: str, recompute: bool = False
+) -> StoreIdentity:
+    """Return the identity of a benchmark's store, with `recompute` one that leaves states out."""
     layers, hidden = sample.aux_hidden_states.shape[1:]
+    left_out = LeftOut(mode="one_sequence", early_layers=(0,), last_layers=(layers, layers + 1))
     return StoreIdentity(
         target_fingerprint="benchmark",
         target_fields={},
@@ -54,4 +57,5 @@ def identity(sample: StoredSample, *, vocab_size: int, profile: str) -> StoreIde
         vocab_size=vocab_size,
         norm_convention="post_norm",
         profile=profile,
+        left_out=left_out if recompute else None,
     )

@@ -28,6 +28,7 @@ from rich.console import Console
 from benchmarks.machine import describe
 from benchmarks.peer_formats import BATCH_SAMPLES, PEERS, padded_tokens, turn_ends
 from benchmarks.states import capture, identity, load_target, token_file
+from flows.bill import encoding_name
 from flows.config import StoreConfig
 from flows.workspace import DEFAULT_HOME
 from storage.arrays import load_arrays
@@ -57,7 +58,8 @@ REPORT = """\
 One row for each assistant turn makes {rows} rows of {row_tokens:,} tokens of the same text;
 padding to the longest of {batch} makes {padded_tokens:,}. MB are of the bfloat16 states of real
 tokens, the same for all formats. Figures of Eyas include health checks, digests, fsync and the
-snapshot; others have none of these.
+snapshot; others have none of these. "+ recompute" keeps half of the states; what making the others
+again costs is in recompute.md.
 
 {formats}
 
@@ -68,6 +70,8 @@ The states alone, coded in memory. Tokens without a supervised one near them hav
 """
 PACKAGES = ("zarr", "numcodecs", "zstandard", "numpy", "torch", "safetensors")
 KL_POSITIONS = 2000
+HALVED = ("lossless", "int8")
+"""Profiles that are also measured with states left out; making these again is not counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +116,11 @@ def take_turn(write: Callable[[Path], None], read: Callable[[Path], int], *, exp
     )
 
 
-def _write_store(profile: str, samples: Sequence[StoredSample], vocab: int, folder: Path) -> None:
-    store = Store.create(str(folder), identity(samples[0], vocab_size=vocab, profile=profile))
+def _write_store(
+    profile: str, samples: Sequence[StoredSample], vocab: int, folder: Path, *, recompute: bool
+) -> None:
+    about = identity(samples[0], vocab_size=vocab, profile=profile, recompute=recompute)
+    store = Store.create(str(folder), about)
     by_id = {sample.sample_id: sample for sample in samples}
     planned = [PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in samples]
     for shard in store.plan(planned, shard_tokens=StoreConfig().shard_tokens).shards:
@@ -134,12 +141,14 @@ def measure_formats(
 ) -> Mapping[str, Turn]:
     """Return the median turn of every format; formats take turns within each round."""
     formats: dict[str, Callable[[], Turn]] = {
-        f"Eyas {profile}": lambda profile=profile: take_turn(  # type: ignore[misc]
-            lambda folder: _write_store(profile, samples, vocab, folder),
+        encoding_name(
+            f"Eyas {profile}", recompute=recompute
+        ): lambda profile=profile, recompute=recompute: take_turn(  # type: ignore[misc]
+            lambda folder: _write_store(profile, samples, vocab, folder, recompute=recompute),
             _read_store,
             expected=len(samples),
         )
-        for profile in PROFILES
+        for profile, recompute in [*((p, False) for p in PROFILES), *((p, True) for p in HALVED)]
     }
     for peer in PEERS:
         formats[peer.name] = lambda peer=peer: take_turn(  # type: ignore[misc]
@@ -218,7 +227,7 @@ def measure_profile(
         encode=raw_bytes / 1e6 / statistics.median(encode),
         decode=raw_bytes / 1e6 / statistics.median(decode),
         error=_relative_error(aux.every(1), found["aux"]),
-        teacher_kl=_teacher_kl(last.every(1), found["last"], head),
+        teacher_kl=teacher_kl(last.every(1), found["last"], head),
     )
 
 
@@ -228,9 +237,10 @@ def _relative_error(expected: NDArray[np.uint16], found: NDArray[np.uint16]) -> 
     return float((error / np.maximum(true.std(axis=0), 1e-30)).mean())
 
 
-def _teacher_kl(
+def teacher_kl(
     expected: NDArray[np.uint16], found: NDArray[np.uint16], head: NDArray[np.float32]
 ) -> float:
+    """Return mean nats over random rows [R, H] of last states, full vocabulary."""
     rows = np.random.default_rng(0).choice(
         len(expected), min(KL_POSITIONS, len(expected)), replace=False
     )

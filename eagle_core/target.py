@@ -116,6 +116,11 @@ class TargetModel:
         return weight
 
     @property
+    def num_bytes(self) -> int:
+        """Return the memory that the weights take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters())
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a turn, by the model's generation config."""
         eos: int | list[int] | None = self._model.generation_config.eos_token_id  # type: ignore[union-attr, assignment]

@@ -10,12 +10,33 @@ HEADROOM = 1.02
 """Commit records, snapshots and the file system's own blocks come on top of the shards."""
 
 
+WITH_RECOMPUTE = " + recompute"
+
+
+def encoding_name(profile: str, *, recompute: bool) -> str:
+    """Return what a profile is called here, with or without states that are made again."""
+    return profile + WITH_RECOMPUTE * recompute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecomputeCost:
+    """What making states again costs while a draft is trained."""
+
+    weight_bytes: int
+    """Of the target's first and last layers, in memory beside the draft."""
+    load_seconds: float
+    tokens_per_second: float
+    share_of_capture: float
+    """Of the time that the whole target takes for the same tokens, one sequence at a time."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bill:
     """What a store holds, what it lacks, and what that would take."""
 
     store_root: str
     profile: str
+    """As `encoding_name` calls it, as do the keys of `bytes_per_token`."""
     num_samples: int
     num_tokens: int
     num_supervised_tokens: int
@@ -32,6 +53,8 @@ class Bill:
     free_bytes: int | None
     """None where free space has no meaning, as on S3."""
     budget_bytes: int | None
+    recompute: RecomputeCost | None = None
+    """None if nothing was measured, or the target's layers cannot be run alone."""
 
     @property
     def seconds(self) -> float:
@@ -90,4 +113,6 @@ def _remedies(bill: Bill, missing: int) -> Iterator[str]:
         return
     for profile in sorted(bill.bytes_per_token, key=bill.size, reverse=True):
         if not bill.missing_bytes(profile):
-            yield f"set store.profile={profile} ({human_bytes(bill.size(profile))})"
+            name = profile.removesuffix(WITH_RECOMPUTE)
+            also = " and store.recompute=true" if name != profile else ""
+            yield f"set store.profile={name}{also} ({human_bytes(bill.size(profile))})"

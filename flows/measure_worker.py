@@ -12,13 +12,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from eagle_core.errors import ConfigError
+from eagle_core.partial_target import KeptStates, PartialTarget
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import NORM_CONVENTION, TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from flows.child_process import answer, say
+from flows.identity import left_out
 from flows.stored_source import to_stored
-from storage.identity import PROFILES, StoreIdentity
+from storage.identity import PROFILES, LeftOut, StoreIdentity
 from storage.plan import PlannedSample, PlannedShard
 from storage.record import CommitRecord
 from storage.samples import last_needed
@@ -50,6 +53,20 @@ class ProfileCost(BaseModel):
     """To encode and write the samples measured."""
 
 
+class EndsCost(BaseModel):
+    """What states that are left out cost, when they are made and made again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capture_seconds: float
+    """Of the whole target, one sequence at a time."""
+    derive_seconds: float
+    """Of its first and last layers."""
+    load_seconds: float
+    weight_bytes: int
+    profiles: dict[str, ProfileCost]
+
+
 class Measurement(BaseModel):
     """What the samples measured cost on this machine."""
 
@@ -59,6 +76,9 @@ class Measurement(BaseModel):
     capture_seconds: float
     device: str
     profiles: dict[str, ProfileCost]
+    """Of all states."""
+    ends: EndsCost | None
+    """With states left out; None if layers of this target cannot be run alone."""
 
 
 def main() -> int:
@@ -79,16 +99,44 @@ def _measure(job: MeasureJob) -> Measurement:
         num_tokens=sum(len(sample) for sample in samples),
         capture_seconds=seconds,
         device=str(target.device),
-        profiles={profile: _cost(target, profile, states) for profile in PROFILES},
+        profiles={profile: _cost(_identity(target, profile, None), states) for profile in PROFILES},
+        ends=_ends_cost(job.target, target, samples),
     )
 
 
-def _cost(target: TargetModel, profile: str, states: Sequence[HiddenStateSample]) -> ProfileCost:
+def _ends_cost(
+    config: TargetConfig, target: TargetModel, samples: Sequence[TokenizedSample]
+) -> EndsCost | None:
+    try:
+        leave_out = left_out(config, target.model_config)
+    except ConfigError:
+        return None
+    partial = PartialTarget.load(config)
+    started = time.monotonic()
+    states = list(target.capture(samples, recomputable=True))
+    captured = time.monotonic()
+    kept = [KeptStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
+    partial.derive(kept[0])  # what is slow only once is not measured
+    begun = time.monotonic()
+    for sequence in kept:
+        partial.derive(sequence)
+    return EndsCost(
+        capture_seconds=captured - started,
+        derive_seconds=time.monotonic() - begun,
+        load_seconds=partial.load_seconds,
+        weight_bytes=partial.num_bytes,
+        profiles={
+            profile: _cost(_identity(target, profile, leave_out), states) for profile in PROFILES
+        },
+    )
+
+
+def _cost(identity: StoreIdentity, states: Sequence[HiddenStateSample]) -> ProfileCost:
     shard = PlannedShard.of(
         [PlannedSample(sample_id=state.sample_id, num_tokens=len(state)) for state in states]
     )
     with tempfile.TemporaryDirectory(prefix="eyas-measure-") as folder:
-        store = Store.create(folder, _identity(target, profile))
+        store = Store.create(folder, identity)
         started = time.monotonic()
         record = store.write_shard(shard, map(to_stored, states))
         seconds = time.monotonic() - started
@@ -110,7 +158,7 @@ def _last_bytes(record: CommitRecord) -> int:
     return sum(digest.num_bytes for key, digest in objects if key.startswith(LAST_STATES))
 
 
-def _identity(target: TargetModel, profile: str) -> StoreIdentity:
+def _identity(target: TargetModel, profile: str, leave_out: LeftOut | None) -> StoreIdentity:
     return StoreIdentity(
         target_fingerprint="",
         target_fields={},
@@ -121,6 +169,7 @@ def _identity(target: TargetModel, profile: str) -> StoreIdentity:
         vocab_size=target.model_config.vocab_size,
         norm_convention=NORM_CONVENTION,
         profile=profile,
+        left_out=leave_out,
     )
 
 

@@ -1,6 +1,6 @@
 """Before the first shard: what is missing, what it costs, and whether there is room for it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from prefect import task
@@ -12,10 +12,17 @@ from eagle_core.samples import TokenizedSample
 from eagle_core.target import aux_layers, read_model_config
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
-from flows.bill import Bill, require_fits
+from flows.bill import Bill, RecomputeCost, encoding_name, require_fits
 from flows.child_process import ask
 from flows.config import StoreConfig
-from flows.measure_worker import MeasureJob, Measurement, num_last_states
+from flows.identity import left_out
+from flows.measure_worker import (
+    EndsCost,
+    MeasureJob,
+    Measurement,
+    ProfileCost,
+    num_last_states,
+)
 from flows.summaries import TokensSummary
 from flows.units import human_bytes
 from storage.directory import Directory
@@ -45,7 +52,8 @@ def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, 
     """
     place = Directory.at(root)
     free = place.free_bytes()
-    worst = int(tokens.num_tokens * _bare_bytes_per_token(target) * WORST_CASE)
+    bare = _bare_bytes_per_token(target, recompute=config.recompute)
+    worst = int(tokens.num_tokens * bare * WORST_CASE)
     if (free is None or worst <= free) and _within_budget(config.budget, root, worst):
         room = "" if free is None else f", {human_bytes(free)} are free"
         get_run_logger().info("states take at most %s%s", human_bytes(worst), room)
@@ -61,9 +69,11 @@ def _within_budget(budget: int | None, root: str, more: int) -> bool:
     return stored + more <= budget
 
 
-def _bare_bytes_per_token(target: TargetConfig) -> int:
+def _bare_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
     model = read_model_config(target, weights.locate(target))
-    states = len(aux_layers(target, model.num_hidden_layers)) + 1
+    if recompute:
+        left_out(target, model)  # a clear error where that cannot be done
+    states = len(aux_layers(target, model.num_hidden_layers)) + (-1 if recompute else 1)
     return states * 2 * int(model.hidden_size) + 16
 
 
@@ -80,19 +90,26 @@ def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, ro
     to_make = sum(shard.num_tokens for shard in plan.shards)
     costs: dict[str, float] = {}
     tokens_per_second, device = 0.0, ""
+    recompute: RecomputeCost | None = None
+    chosen = encoding_name(config.profile, recompute=config.recompute)
     if to_make:
         get_run_logger().info("measuring the target on about %s tokens", f"{MEASURED_TOKENS:,}")
         found = measure(target, TokenFile(tokens.train_path))
         share = _last_share(TokenFile(tokens.train_path))
+        encodings = _encodings(found)
         costs = {
-            profile: cost.bytes_per_token + share * cost.bytes_per_last_state
-            for profile, cost in found.profiles.items()
+            name: cost.bytes_per_token + share * cost.bytes_per_last_state
+            for name, cost in encodings.items()
         }
-        seconds = found.capture_seconds + found.profiles[config.profile].write_seconds
+        capture = found.capture_seconds
+        if found.ends is not None:
+            recompute = _recompute_cost(found.ends, found.num_tokens)
+            capture = found.ends.capture_seconds if config.recompute else capture
+        seconds = capture + encodings[chosen].write_seconds
         tokens_per_second, device = found.num_tokens / max(seconds, 1e-9), found.device
     return Bill(
         store_root=root,
-        profile=config.profile,
+        profile=chosen,
         num_samples=tokens.num_samples,
         num_tokens=tokens.num_tokens,
         num_supervised_tokens=tokens.num_supervised_tokens,
@@ -105,6 +122,25 @@ def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, ro
         device=device,
         free_bytes=place.free_bytes(),
         budget_bytes=config.budget,
+        recompute=recompute,
+    )
+
+
+def _encodings(found: Measurement) -> Mapping[str, ProfileCost]:
+    """Return what all states cost by profile, then what they cost if some are left out."""
+    every = {encoding_name(p, recompute=False): cost for p, cost in found.profiles.items()}
+    if found.ends is None:
+        return every
+    half = {encoding_name(p, recompute=True): cost for p, cost in found.ends.profiles.items()}
+    return {**every, **half}
+
+
+def _recompute_cost(ends: EndsCost, num_tokens: int) -> RecomputeCost:
+    return RecomputeCost(
+        weight_bytes=ends.weight_bytes,
+        load_seconds=ends.load_seconds,
+        tokens_per_second=num_tokens / max(ends.derive_seconds, 1e-9),
+        share_of_capture=ends.derive_seconds / max(ends.capture_seconds, 1e-9),
     )
 
 

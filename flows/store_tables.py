@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 
-from flows.bill import Bill
+from flows.bill import Bill, RecomputeCost
 from flows.health import RepairSummary, VerifySummary
 from flows.inspection import SnapshotFigures, StoreFigures
 from flows.table import Row
@@ -35,6 +35,8 @@ def bill_rows(bill: Bill) -> list[Row]:
         rows.append(("free there", human_bytes(bill.free_bytes)))
     if bill.budget_bytes is not None:
         rows.append(("budget", human_bytes(bill.budget_bytes)))
+    if bill.recompute is not None:
+        rows.append(("recompute, in training", _recompute(bill, bill.recompute)))
     speed = f"{bill.tokens_per_second:,.0f} tokens/s on {bill.device}"
     missing = bill.missing_bytes(bill.profile)
     return [
@@ -42,6 +44,16 @@ def bill_rows(bill: Bill) -> list[Row]:
         ("time", f"about {human_seconds(bill.seconds)} ({speed})"),
         ("fits", f"no, {human_bytes(missing)} are missing" if missing else "yes"),
     ]
+
+
+def _recompute(bill: Bill, cost: RecomputeCost) -> str:
+    """Return what an epoch pays for a store of half the size."""
+    epoch = human_seconds(bill.num_tokens / max(cost.tokens_per_second, 1e-9))
+    return (
+        f"about {epoch} an epoch ({cost.tokens_per_second:,.0f} tokens/s, "
+        f"{cost.share_of_capture:.0%} of the whole target's time), "
+        f"{human_bytes(cost.weight_bytes)} of weights, loaded in {cost.load_seconds:.1f} s"
+    )
 
 
 def store_rows(figures: StoreFigures) -> list[Row]:
@@ -92,6 +104,8 @@ def _identity_rows(identity: StoreIdentity) -> Iterator[Row]:
     yield "tokenizer", identity.tokenizer_fingerprint[:12]
     yield "chat template", identity.template_fingerprint[:12]
     yield "profile", identity.profile
+    if identity.left_out is not None:
+        yield "left out", f"the early and the last states: {identity.left_out}"
 
 
 def _snapshot(snapshot: SnapshotFigures) -> str:

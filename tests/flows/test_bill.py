@@ -68,6 +68,13 @@ def test_what_fits_passes(changes: dict[str, object]) -> None:
         ),
         ({"free_bytes": 5 * GB, "budget_bytes": 100 * GB}, r"5\.0 GB are free.*15\.4 GB are"),
         ({"free_bytes": 100 * GB, "budget_bytes": 5 * GB}, r"budget is 5\.0 GB.*15\.4 GB are"),
+        (
+            {
+                "free_bytes": 9 * GB,
+                "bytes_per_token": {"lossless": 20_000.0, "int8 + recompute": 5_000.0},
+            },
+            r"set store\.profile=int8 and store\.recompute=true \(5\.1 GB\)$",
+        ),
         ({"free_bytes": 1}, r"20\.4 GB are missing.*\(store\.root\)$"),  # no remedy would help
     ],
 )

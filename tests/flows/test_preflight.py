@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
+from flows.bill import encoding_name
 from flows.config import StoreConfig
 from flows.errors import DoesNotFitError
 from flows.hidden_states import hidden_states
@@ -24,7 +25,15 @@ def test_the_bill_is_what_generation_then_takes(
     bill = plan(target=target, dataset=dataset, store=store, home=str(tmp_path))
     printed = capsys.readouterr().out
     assert not (tmp_path / "stores").exists()
-    assert set(bill.bytes_per_token) == set(PROFILES)
+    half = {encoding_name(profile, recompute=True) for profile in PROFILES}
+    assert set(bill.bytes_per_token) == {*PROFILES, *half}
+    for profile in PROFILES:
+        with_recompute = bill.bytes_per_token[encoding_name(profile, recompute=True)]
+        assert with_recompute < 0.75 * bill.bytes_per_token[profile]
+    assert bill.recompute is not None
+    assert 0 < bill.recompute.share_of_capture < 2
+    assert "recompute, in training" in printed
+    assert f"{bill.recompute.tokens_per_second:,.0f} tokens/s" in printed
     assert f"{bill.tokens_to_make:,} tokens, {bill.num_shards} shards" in printed
     assert bill.tokens_per_second > 0
     assert bill.free_bytes is not None
