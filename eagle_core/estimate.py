@@ -102,12 +102,13 @@ def replay(
     choices: list[int] = sample.target_argmax.tolist()
     drafter = ChainDrafter(draft)
     rounds: list[VerificationRound] = []
+    known = 0
     for start, end in _answers(sample):
         newest = start  # the first token of an answer is the prefill's, never a draft's
         while newest < end - 1:
-            known = slice(drafter.length, newest)
-            drafter.observe(ids[drafter.length + 1 : newest + 1], aux[known])
-            chain = drafter.propose(draft_tokens).tokens
+            drafter.observe([ids[known + 1 : newest + 1]], [aux[known:newest]])
+            known = newest
+            chain = drafter.propose(draft_tokens)[0].tokens
             verdict = judge(chain, choices[newest : end - 1], ids[newest + 1 : end])
             rounds.append(verdict)
             newest += verdict.gained

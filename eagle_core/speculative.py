@@ -7,17 +7,22 @@ are those of plain decoding. Under greedy decoding they are equal token for toke
 floating point (a forward over K+1 tokens may round differently from one over a single token, which
 shows only where two logits nearly tie); at a temperature they follow the same distribution.
 
-Shapes: B batch (1), T tokens, H target hidden, V target vocabulary.
+Prompts of any lengths are decoded side by side, each with its own positions and, at a temperature,
+its own stream of random numbers: a text does not depend on the ones beside it. Rejected entries are
+cropped where all rows reject them and hidden where some do; texts that have ended leave the batch.
+
+Shapes: B batch, T tokens, S entries of a cache, H target hidden, V target vocabulary.
 """
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from eagle_core.drafting import ChainDrafter, DraftNetwork, Proposal
 from eagle_core.errors import ConfigError
@@ -32,6 +37,9 @@ class CroppableCache(Protocol):
     def crop(self, tokens_to_remove: int, /) -> None:
         """Forget `-tokens_to_remove` tokens; a negative number or 0."""
 
+    def batch_select_indices(self, indices: Tensor, /) -> None:
+        """Forget all sequences but those at `indices`."""
+
 
 CacheT = TypeVar("CacheT", bound=CroppableCache)
 
@@ -41,10 +49,24 @@ class CachedTarget(Protocol[CacheT]):
 
     device: torch.device
 
+    @property
+    def decodes_batches(self) -> bool:
+        """Whether texts of different lengths can share a cache."""
+
     def forward_cached(
-        self, input_ids: Tensor, past: CacheT | None, /
+        self,
+        input_ids: Tensor,
+        past: CacheT | None,
+        /,
+        *,
+        is_true: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, CacheT]:
-        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache)."""
+        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
+
+        `is_true` [B, S + T] is False for entries that no token may see, `positions` [B, T] are the
+        tokens' places in their texts; without them all S + T are tokens of texts of one length.
+        """
 
     def logits(self, last: Tensor, /) -> Tensor:
         """Return the target's logits [..., V] for post-norm states [..., H]."""
@@ -92,7 +114,7 @@ class GenerationTrace:
     """One for each verifying forward; empty when decoded plainly. The last one counts in full even
     where `max_new_tokens` cut its tokens, so that short texts do not look worse than long ones."""
     seconds: float
-    """Wall time, prefill included."""
+    """Wall time, prefill included; of texts decoded side by side, an equal share of it."""
     prefill_seconds: float
     """Of it, until the first token."""
 
@@ -102,7 +124,6 @@ class GenerationTrace:
         return tuple(verification.accepted for verification in self.rounds)
 
 
-@torch.inference_mode()
 def generate_speculative(
     target: CachedTarget[CacheT],
     draft: DraftNetwork,
@@ -111,33 +132,42 @@ def generate_speculative(
     stop_ids: Collection[int] = (),
 ) -> GenerationTrace:
     """Decode with drafted chains until a stop token or `max_new_tokens`."""
-    started = time.perf_counter()
-    chunks = _speculative_chunks(target, draft, prompt_ids, config)
-    tokens = [next(chunks).tokens[0]]
-    prefill_seconds = time.perf_counter() - started
-    rounds: list[VerificationRound] = []
-    while tokens[-1] not in stop_ids and len(tokens) < config.max_new_tokens:
-        chunk = next(chunks)
-        kept = _until_stop(chunk.tokens, stop_ids)
-        accepted = min(chunk.accepted, len(kept))
-        ended_early = kept[-1] in stop_ids and len(kept) <= chunk.accepted
-        rounds.append(
-            VerificationRound(
-                verified=accepted if ended_early else config.draft_tokens,
-                accepted=accepted,
-                gained=len(kept),
-            )
-        )
-        tokens.extend(kept)
-    return GenerationTrace(
-        tokens=tuple(tokens[: config.max_new_tokens]),
-        rounds=tuple(rounds),
-        seconds=time.perf_counter() - started,
-        prefill_seconds=prefill_seconds,
-    )
+    return generate_speculative_batch(target, draft, [prompt_ids], config, stop_ids)[0]
 
 
 @torch.inference_mode()
+def generate_speculative_batch(
+    target: CachedTarget[CacheT],
+    draft: DraftNetwork,
+    prompts: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    stop_ids: Collection[int] = (),
+) -> list[GenerationTrace]:
+    """Decode several prompts side by side, each with its own chains.
+
+    Raises:
+        ConfigError: a prompt is empty, or the target cannot decode several prompts at once.
+
+    """
+    batch = _Batch(target, prompts, config, stop_ids)
+    drafter = ChainDrafter(
+        draft,
+        temperature=config.temperature,
+        generators=[text.generator for text in batch.active] if config.temperature else (),
+    )
+    aux = batch.prefill()
+    next_ids = [
+        (*prompt[1:], text.tokens[-1]) for prompt, text in zip(prompts, batch.active, strict=True)
+    ]
+    while rows := batch.drop_ended():
+        drafter.keep(rows)
+        drafter.observe(
+            [next_ids[row] for row in rows], [aux[row, : len(next_ids[row])] for row in rows]
+        )
+        next_ids, aux = batch.verify(drafter.propose(config.draft_tokens))
+    return batch.traces()
+
+
 def generate_plain(
     target: CachedTarget[CacheT],
     prompt_ids: Sequence[int],
@@ -145,56 +175,192 @@ def generate_plain(
     stop_ids: Collection[int] = (),
 ) -> GenerationTrace:
     """Decode one token per target forward, as the target does on its own."""
-    started = time.perf_counter()
-    generator = torch.Generator().manual_seed(config.seed)
-    ids = _as_batch(prompt_ids, target.device)
-    past: CacheT | None = None
-    tokens: list[int] = []
-    prefill_seconds = 0.0
-    while not tokens or (tokens[-1] not in stop_ids and len(tokens) < config.max_new_tokens):
-        last, _, past = target.forward_cached(ids, past)
-        tokens.append(_pick(target.logits(last[0, -1]), config.temperature, generator))
-        ids = _as_batch(tokens[-1:], target.device)
-        prefill_seconds = prefill_seconds or time.perf_counter() - started
-    return GenerationTrace(
-        tokens=tuple(tokens),
-        seconds=time.perf_counter() - started,
-        prefill_seconds=prefill_seconds,
-    )
+    return generate_plain_batch(target, [prompt_ids], config, stop_ids)[0]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Chunk:
-    tokens: tuple[int, ...]
-    accepted: int
-
-
-def _speculative_chunks(
+@torch.inference_mode()
+def generate_plain_batch(
     target: CachedTarget[CacheT],
-    draft: DraftNetwork,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     config: DecodingConfig,
-) -> Iterator[_Chunk]:
-    """Yield the first token, then the tokens of one round after another, without end."""
-    generator = torch.Generator().manual_seed(config.seed)
-    drafter = ChainDrafter(draft, temperature=config.temperature, generator=generator)
-    last, aux, past = target.forward_cached(_as_batch(prompt_ids, target.device), None)
-    if hasattr(past, _RECORD_PAST):  # else a full sliding window could not be cropped
-        getattr(past, _RECORD_PAST)()
-    newest = _pick(target.logits(last[0, -1]), config.temperature, generator)
-    drafter.observe([*prompt_ids[1:], newest], aux[0])
-    yield _Chunk(tokens=(newest,), accepted=0)
-    while True:
-        proposal = drafter.propose(config.draft_tokens)
-        last, aux, past = target.forward_cached(
-            _as_batch([newest, *proposal.tokens], target.device), past
+    stop_ids: Collection[int] = (),
+) -> list[GenerationTrace]:
+    """Decode several prompts side by side, one token of each per target forward.
+
+    Raises:
+        ConfigError: a prompt is empty, or the target cannot decode several prompts at once.
+
+    """
+    batch = _Batch(target, prompts, config, stop_ids)
+    batch.prefill()
+    while batch.drop_ended():
+        batch.extend()
+    return batch.traces()
+
+
+class _Text:
+    """One text as it grows."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens: list[int] = []
+        self.rounds: list[VerificationRound] = []
+
+
+class _Batch(Generic[CacheT]):
+    """Texts that are decoded side by side; `active` are those that have not ended."""
+
+    def __init__(
+        self,
+        target: CachedTarget[CacheT],
+        prompts: Sequence[Sequence[int]],
+        config: DecodingConfig,
+        stop_ids: Collection[int],
+    ) -> None:
+        if not all(prompts):
+            raise ConfigError("cannot decode from an empty prompt: give at least one token")
+        if len(prompts) > 1 and not target.decodes_batches:
+            raise ConfigError(
+                "this target cannot decode several prompts at once: it has layers with a sliding "
+                "window, which would see other tokens; set evaluation.batch_prompts to 1"
+            )
+        self._started = time.perf_counter()
+        self._prefill_seconds = 0.0
+        self._prompts, self._config, self._stop_ids = prompts, config, stop_ids
+        self._target = target
+        self._cache = _TargetCache(target)
+        self._texts = [_Text(config.seed) for _ in prompts]
+        self.active = list(self._texts)
+
+    def prefill(self) -> Tensor:
+        """Choose the first token of every text; return the prompts' aux states [B, T, 3H]."""
+        last, aux = self._cache.run(self._prompts)
+        ends = torch.tensor([len(prompt) - 1 for prompt in self._prompts], device=last.device)
+        logits = self._target.logits(last[torch.arange(len(ends), device=last.device), ends])
+        self._add_own(logits)
+        self._prefill_seconds = time.perf_counter() - self._started
+        return aux
+
+    def drop_ended(self) -> list[int]:
+        """Forget the texts that have ended; return the places that the others had."""
+        rows = [row for row, text in enumerate(self.active) if not self._has_ended(text)]
+        if rows and len(rows) < len(self.active):
+            self._cache.keep(rows)
+        self.active = [self.active[row] for row in rows]
+        return rows
+
+    def extend(self) -> None:
+        """Add the target's own next token to every text."""
+        last, _ = self._cache.run([text.tokens[-1:] for text in self.active])
+        self._add_own(self._target.logits(last[:, -1]))
+
+    def verify(self, proposals: Sequence[Proposal]) -> tuple[list[tuple[int, ...]], Tensor]:
+        """Add what stands of every chain and the target's token behind it.
+
+        Returns that, for each text, and the aux states [B, K + 1, 3H] of the tokens before each.
+        """
+        drafted = [
+            [text.tokens[-1], *proposal.tokens]
+            for text, proposal in zip(self.active, proposals, strict=True)
+        ]
+        last, aux = self._cache.run(drafted)
+        logits = self._target.logits(last)
+        verdicts = [
+            _verify(proposal, row, self._config.temperature, text.generator)
+            for proposal, row, text in zip(proposals, logits, self.active, strict=True)
+        ]
+        self._cache.forget([self._config.draft_tokens - each.accepted for each in verdicts])
+        chunks = []
+        for text, proposal, verdict in zip(self.active, proposals, verdicts, strict=True):
+            chunks.append((*proposal.tokens[: verdict.accepted], verdict.next_token))
+            self._add_round(text, chunks[-1])
+        return chunks, aux
+
+    def traces(self) -> list[GenerationTrace]:
+        """Return what became of every prompt, in the order they were given."""
+        seconds = time.perf_counter() - self._started
+        return [
+            GenerationTrace(
+                tokens=tuple(text.tokens[: self._config.max_new_tokens]),
+                rounds=tuple(text.rounds),
+                seconds=seconds / len(self._texts),
+                prefill_seconds=self._prefill_seconds / len(self._texts),
+            )
+            for text in self._texts
+        ]
+
+    def _add_own(self, logits: Tensor) -> None:
+        for text, row in zip(self.active, logits, strict=True):
+            text.tokens.append(_pick(row, self._config.temperature, text.generator))
+
+    def _add_round(self, text: _Text, chunk: Sequence[int]) -> None:
+        """Add a chain's accepted tokens and the target's own, up to a stop token."""
+        kept, num_accepted = _until_stop(chunk, self._stop_ids), len(chunk) - 1
+        accepted = min(num_accepted, len(kept))
+        ended_early = kept[-1] in self._stop_ids and len(kept) <= num_accepted
+        text.rounds.append(
+            VerificationRound(
+                verified=accepted if ended_early else self._config.draft_tokens,
+                accepted=accepted,
+                gained=len(kept),
+            )
         )
-        verdict = _verify(proposal, target.logits(last[0]), config.temperature, generator)
-        past.crop(verdict.accepted - config.draft_tokens)
-        tokens = (*proposal.tokens[: verdict.accepted], verdict.next_token)
-        yield _Chunk(tokens=tokens, accepted=verdict.accepted)
-        drafter.observe(tokens, aux[0, : len(tokens)])
-        newest = verdict.next_token
+        text.tokens.extend(kept)
+
+    def _has_ended(self, text: _Text) -> bool:
+        is_full = len(text.tokens) >= self._config.max_new_tokens
+        return is_full or text.tokens[-1] in self._stop_ids
+
+
+class _TargetCache(Generic[CacheT]):
+    """The target's cache of a batch, and which of its entries are tokens of their texts."""
+
+    def __init__(self, target: CachedTarget[CacheT]) -> None:
+        self._target = target
+        self._past: CacheT | None = None
+        self._is_true = torch.ones(0, 0, dtype=torch.bool, device=target.device)
+        self._lengths = torch.zeros(0, dtype=torch.int64, device=target.device)
+
+    def run(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Append tokens to every text; return (last [B, T, H], aux [B, T, 3H]), padded behind."""
+        device = self._target.device
+        input_ids = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+        counts = torch.tensor([len(row) for row in ids], device=device)
+        if self._past is None:
+            # Behind a text there is nothing that it could see: padding needs no mask.
+            self._is_true = torch.ones(len(ids), 0, dtype=torch.bool, device=device)
+            self._lengths = torch.zeros_like(counts)
+        steps = torch.arange(input_ids.shape[1], device=device)
+        is_true = torch.cat([self._is_true, steps < counts.unsqueeze(1)], dim=1)
+        if self._past is None or is_true.all():
+            last, aux, self._past = self._target.forward_cached(input_ids, self._past)
+        else:
+            positions = self._lengths.unsqueeze(1) + steps
+            last, aux, self._past = self._target.forward_cached(
+                input_ids, self._past, is_true=is_true, positions=positions
+            )
+        if hasattr(self._past, _RECORD_PAST):  # else a full sliding window could not be cropped
+            getattr(self._past, _RECORD_PAST)()
+        self._is_true, self._lengths = is_true, self._lengths + counts
+        return last, aux
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Forget the newest tokens of every text, so many of each."""
+        assert self._past is not None  # noqa: S101 (something ran)
+        common = min(counts)
+        self._past.crop(-common)
+        self._is_true = self._is_true[:, : self._is_true.shape[1] - common]
+        left = torch.tensor(counts, device=self._target.device)
+        behind = torch.arange(self._is_true.shape[1], 0, -1, device=self._target.device)
+        self._is_true = self._is_true & (behind > (left - common).unsqueeze(1))
+        self._lengths = self._lengths - left
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the texts at `rows` alone."""
+        assert self._past is not None  # noqa: S101 (something ran)
+        kept = torch.tensor(rows, device=self._target.device)
+        self._past.batch_select_indices(kept)
+        self._is_true, self._lengths = self._is_true[kept], self._lengths[kept]
 
 
 def _verify(
@@ -218,9 +384,3 @@ def _until_stop(tokens: Sequence[int], stop_ids: Collection[int]) -> Sequence[in
         if token in stop_ids:
             return tokens[: index + 1]
     return tokens
-
-
-def _as_batch(ids: Sequence[int], device: torch.device) -> Tensor:
-    if not ids:
-        raise ConfigError("cannot decode from an empty prompt: give at least one token")
-    return torch.tensor([list(ids)], device=device)

@@ -130,13 +130,36 @@ class TargetModel:
         """Return the target's logits [..., V] for post-norm states [..., H]."""
         return self._lm_head(last)  # type: ignore[no-any-return]
 
+    @property
+    def decodes_batches(self) -> bool:
+        """Whether texts of different lengths can share a cache: not where a window slides."""
+        return not any(
+            getattr(layer, "is_sliding", False)
+            for layer in DynamicCache(config=self.model_config).layers
+        )
+
     @torch.inference_mode()
     def forward_cached(
-        self, input_ids: Tensor, past: DynamicCache | None
+        self,
+        input_ids: Tensor,
+        past: DynamicCache | None,
+        *,
+        is_true: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache)."""
+        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
+
+        `is_true` [B, S + T] is False for entries that no token may see, `positions` [B, T] are the
+        tokens' places in their texts; without them all S + T are tokens of texts of one length.
+        """
         cache = DynamicCache(config=self.model_config) if past is None else past
-        last, aux = self._run(input_ids, past_key_values=cache, use_cache=True)
+        last, aux = self._run(
+            input_ids,
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=is_true,
+            position_ids=positions,
+        )
         return last, torch.cat(aux, dim=-1), cache
 
     def capture(
@@ -214,11 +237,17 @@ class TargetModel:
         *,
         past_key_values: DynamicCache | None = None,
         use_cache: bool,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         round_late: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         with self._captured(round_late=round_late) as aux:
             outputs = self._decoder(
-                input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache
+                input_ids=input_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
             )
         return outputs.last_hidden_state, [aux[layer] for layer in self.aux_layers]
 

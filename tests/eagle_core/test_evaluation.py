@@ -7,6 +7,8 @@ import pytest
 
 from eagle_core.acceptance import summarise_by_category
 from eagle_core.conversations import Conversation, Message
+from eagle_core.draft import DraftConfig, DraftModel
+from eagle_core.draft_vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation import (
     EvaluationConfig,
@@ -50,6 +52,26 @@ def test_a_report_counts_both_decodings(target: TargetModel, oracle: OracleDraft
     assert 3 < report.acceptance_length < 4
     assert report.tokens_per_second > 0
     assert report.speedup is not None
+
+
+def test_batches_of_prompts_give_the_same_report(target: TargetModel) -> None:
+    counts = np.arange(target.model_config.vocab_size)
+    vocabulary = DraftVocabulary.build(counts, size=100)
+    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=100)).double()
+    head = target.lm_head_weight
+    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=1)
+    prompts = [Prompt(input_ids=tuple(range(9, 12 + 3 * n))) for n in range(5)]
+    config = EvaluationConfig(num_plain_prompts=3, max_new_tokens=8, draft_tokens=3)
+    told: list[EvaluationProgress] = []
+    alone = list(decode_prompts(target, draft, prompts, config))
+    batched = config.model_copy(update={"batch_prompts": 2})
+    found = list(decode_prompts(target, draft, prompts, batched, on_progress=told.append))
+    assert [progress.num_done for progress in told] == [1, 2, 3, 4, 5]
+    for one, other in zip(alone, found, strict=True):
+        assert one.speculative.tokens == other.speculative.tokens
+        assert one.speculative.rounds == other.speculative.rounds
+        assert (one.plain is None) == (other.plain is None)
+        assert one.matches_plain == other.matches_plain
 
 
 def test_without_plain_decoding_there_is_no_speedup(

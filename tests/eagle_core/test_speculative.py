@@ -11,13 +11,20 @@ from eagle_core import weights
 from eagle_core.draft import DraftCache, DraftConfig, DraftModel
 from eagle_core.draft_vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
-from eagle_core.speculative import DecodingConfig, generate_plain, generate_speculative
+from eagle_core.speculative import (
+    DecodingConfig,
+    generate_plain,
+    generate_plain_batch,
+    generate_speculative,
+    generate_speculative_batch,
+)
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from tests.eagle_core.float64_target import load_float64_target
 from tests.eagle_core.oracle_draft import OracleDraft
 
 PROMPT = [5, 17, 90, 33, 8, 120]
+PROMPTS = [PROMPT, [7], list(range(60, 83)), [44, 45, 46, 47, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +207,8 @@ def test_a_target_with_a_sliding_window_is_cropped_correctly() -> None:
     trace = generate_speculative(windowed, oracle, PROMPT, decoding)
     assert list(trace.tokens) == text[len(PROMPT) : len(PROMPT) + 40]
     assert {0, 3} <= set(trace.accepted)
+    with pytest.raises(ConfigError, match=r"sliding window.*batch_prompts to 1"):
+        generate_plain_batch(windowed, PROMPTS, decoding)
 
 
 class _Unchecked(OracleDraft):
@@ -207,6 +216,57 @@ class _Unchecked(OracleDraft):
 
     def __init__(self, oracle: OracleDraft) -> None:
         super().__init__(oracle._text, oracle._vocab_size, wrong_at=range(1000))
+
+
+@pytest.fixture(scope="module")
+def changeable_draft(target: TargetModel) -> DraftModel:
+    """A draft over the few tokens that the target likes, often right and often wrong."""
+    config = DecodingConfig(max_new_tokens=60)
+    counts = torch.zeros(target.model_config.vocab_size, dtype=torch.int64)
+    for prompt in PROMPTS:
+        for token in generate_plain(target, prompt, config).tokens:
+            counts[token] += 1
+    vocabulary = DraftVocabulary.build(counts.numpy(), size=2)
+    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=2)).double()
+    head = target.lm_head_weight
+    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=2)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.ndim > 1 and parameter.requires_grad:
+                parameter.mul_(10)
+    return draft
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.03])
+def test_a_batch_gives_every_prompt_its_own_text(
+    target: TargetModel, changeable_draft: DraftModel, temperature: float
+) -> None:
+    """Ragged prompts, ragged acceptance, texts that end at different times: nothing leaks."""
+    config = DecodingConfig(max_new_tokens=30, draft_tokens=4, temperature=temperature, seed=3)
+    alone = [generate_speculative(target, changeable_draft, ids, config) for ids in PROMPTS]
+    stop_ids = {alone[1].tokens[4], alone[3].tokens[17]}
+    alone = [
+        generate_speculative(target, changeable_draft, ids, config, stop_ids) for ids in PROMPTS
+    ]
+    assert len({len(trace.tokens) for trace in alone}) > 1
+    assert len({accepted for trace in alone for accepted in trace.accepted}) > 2
+    together = generate_speculative_batch(target, changeable_draft, PROMPTS, config, stop_ids)
+    assert [trace.tokens for trace in together] == [trace.tokens for trace in alone]
+    assert [trace.rounds for trace in together] == [trace.rounds for trace in alone]
+
+    plain = [generate_plain(target, ids, config, stop_ids).tokens for ids in PROMPTS]
+    batch = generate_plain_batch(target, PROMPTS, config, stop_ids)
+    assert [trace.tokens for trace in batch] == plain
+    if not temperature:
+        assert [trace.tokens for trace in together] == plain
+
+
+def test_texts_decoded_side_by_side_share_the_time(
+    target: TargetModel, changeable_draft: DraftModel
+) -> None:
+    traces = generate_speculative_batch(target, changeable_draft, PROMPTS, DecodingConfig())
+    assert len({trace.seconds for trace in traces}) == 1
+    assert 0 < traces[0].prefill_seconds < traces[0].seconds
 
 
 def test_an_empty_prompt_is_refused(target: TargetModel, random_draft: DraftModel) -> None:

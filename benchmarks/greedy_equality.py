@@ -1,0 +1,147 @@
+"""Speculative decoding against plain decoding: `python -m benchmarks.greedy_equality`.
+
+Greedy texts of held-out prompts must be equal token for token, one by one and in batches, with
+SmolLM2 in float32. Where two logits nearly tie, rounding may choose: the margin is reported.
+Prompts are the user's side of held-out ShareGPT conversations; the draft is the newest checkpoint
+of a run below `--home`, or an untrained one.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.machine import describe
+from deployments.recipe import Recipe, load_recipe
+from eagle_core.checkpoint import newest
+from eagle_core.drafting import DraftNetwork
+from eagle_core.evaluation import mismatch_margin
+from eagle_core.prompts import sample_prompts
+from eagle_core.speculative import (
+    DecodingConfig,
+    GenerationTrace,
+    generate_plain_batch,
+    generate_speculative_batch,
+)
+from eagle_core.target import TargetModel
+from eagle_core.tokens import TokenFile
+from flows.draft_setup import load_trained, set_up_draft
+from flows.workspace import Workspace
+
+REPORT = """\
+# Speculative decoding says what plain decoding says
+
+`python -m benchmarks.greedy_equality`: {machine}, {threads} thread(s).
+
+{prompts} held-out prompts of at most {max_tokens} tokens, {new_tokens} new tokens each,
+SmolLM2-135M in float32, greedy, {draft_tokens} drafted tokens a round, {draft} draft.
+Reference: plain decoding, one by one.
+
+| decoded | equal texts | largest logit margin where texts differ | tokens/s |
+|---|---|---|---|
+{rows}
+"""
+
+
+def main() -> None:
+    """Print the table, and write it where `--results` says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="smollm2")
+    parser.add_argument("--home", type=Path, default=Path("eyas-data"))
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--max-prompt-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe)
+    space = Workspace(home=arguments.home, target=recipe.target.name, dataset=recipe.dataset.name)
+    prompts = _prompts(space, arguments.prompts, arguments.max_prompt_tokens)
+    target = TargetModel.load(recipe.target)
+    draft, kind = _draft(recipe, space)
+    config = DecodingConfig(max_new_tokens=arguments.max_new_tokens)
+    batch = arguments.batch
+
+    def plainly(some: Sequence[Sequence[int]]) -> list[GenerationTrace]:
+        return generate_plain_batch(target, some, config, target.stop_ids)
+
+    def speculatively(some: Sequence[Sequence[int]]) -> list[GenerationTrace]:
+        return generate_speculative_batch(target, draft, some, config, target.stop_ids)
+
+    plainly(prompts[:1])  # warm
+    expected, seconds = _decoded(plainly, prompts, 1)
+    rows = [f"| plainly, one by one | | | {_rate(expected, seconds)} |"]
+    for name, decode, size in (
+        (f"plainly, {batch} at a time", plainly, batch),
+        ("speculatively, one by one", speculatively, 1),
+        (f"speculatively, {batch} at a time", speculatively, batch),
+    ):
+        found, seconds = _decoded(decode, prompts, size)
+        margins = [
+            mismatch_margin(target, prompt, left, right)
+            for prompt, left, right in zip(prompts, expected, found, strict=True)
+            if left != right
+        ]
+        largest = f"{max(margins):.1e}" if margins else ""
+        equal = f"{len(prompts) - len(margins)} of {len(prompts)}"
+        rows.append(f"| {name} | {equal} | {largest} | {_rate(found, seconds)} |")
+    report = REPORT.format(
+        machine=describe(["torch", "transformers"]),
+        threads=torch.get_num_threads(),
+        prompts=len(prompts),
+        max_tokens=arguments.max_prompt_tokens,
+        new_tokens=config.max_new_tokens,
+        draft_tokens=config.draft_tokens,
+        draft=kind,
+        rows="\n".join(rows),
+    )
+    Console().print(report, markup=False)
+    if arguments.results:
+        arguments.results.write_text(report, encoding="utf-8")
+
+
+def _prompts(space: Workspace, num_prompts: int, max_tokens: int) -> list[tuple[int, ...]]:
+    """Return prompts of the held-out split, all turns; those of the training split fill up."""
+    found: list[tuple[int, ...]] = []
+    for split in ("held_out", "train"):
+        (path,) = space.tokens_path.glob(f"{split}-*.arrow")
+        prompts = sample_prompts(
+            TokenFile(path), num_prompts=num_prompts, max_tokens=max_tokens, max_turns=20
+        )
+        found += [prompt.input_ids for prompt in prompts]
+    return found[:num_prompts]
+
+
+def _draft(recipe: Recipe, space: Workspace) -> tuple[DraftNetwork, str]:
+    (path,) = space.tokens_path.glob("train-*.arrow")
+    run_path = space.run_path("main")
+    setup = set_up_draft(recipe.target, recipe.training, TokenFile(path), run_path)
+    if newest(run_path) is None:
+        return setup.draft, "an untrained"
+    return load_trained(setup), "a trained"
+
+
+def _decoded(
+    decode: Callable[[Sequence[Sequence[int]]], list[GenerationTrace]],
+    prompts: Sequence[Sequence[int]],
+    size: int,
+) -> tuple[list[tuple[int, ...]], float]:
+    """Return the texts of all prompts, decoded `size` at a time, and the seconds it took."""
+    begun = time.perf_counter()
+    texts = [
+        trace.tokens
+        for first in range(0, len(prompts), size)
+        for trace in decode(prompts[first : first + size])
+    ]
+    return texts, time.perf_counter() - begun
+
+
+def _rate(texts: Sequence[Sequence[int]], seconds: float) -> str:
+    return f"{sum(map(len, texts)) / seconds:.1f}"
+
+
+if __name__ == "__main__":
+    main()
