@@ -60,6 +60,8 @@ server: install ## Prefect server and UI on http://127.0.0.1:4200
 
 worker: install ## register every deployment, then run what is scheduled here
 	@$(BIN)/prefect work-pool inspect local >/dev/null 2>&1 || $(BIN)/prefect work-pool create local --type process
+	@$(BIN)/prefect automation inspect crash-lost-runs >/dev/null 2>&1 || \
+	  $(BIN)/prefect automation create --from-file deployments/automations/lost-runs.yaml
 	@$(BIN)/prefect --no-prompt deploy --all
 	@$(BIN)/prefect worker start --pool local
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from deployments.automation import schedules, triggers
 from deployments.recipe import Recipe, load_recipe, recipe_names
 from deployments.registry import FLOWS, FlowEntry
 from eagle_core.errors import ConfigError
@@ -56,11 +57,13 @@ def render() -> str:
         for entry in FLOWS:
             deployment = _deployment(entry, name, recipe, definitions[name])
             key = (entry.name, deployment["name"])
-            if deployments.setdefault(key, deployment)["parameters"] != deployment["parameters"]:
+            first = deployments.setdefault(key, deployment)
+            if first["parameters"] != deployment["parameters"]:
                 raise ConfigError(
                     f"recipe {name}: deployment {'/'.join(key)} is already taken by another recipe "
                     "with other parameters; give its data set another name"
                 )
+            _add_schedules(first, schedules(entry.name, recipe.automation))
     document = {
         "name": "eyas",
         "definitions": definitions,
@@ -82,7 +85,7 @@ def _deployment(
     about = f"{recipe.target.name} on {recipe.dataset.name}"
     if "target" not in entry.sections:  # a data set serves every target
         name = about = recipe.dataset.name
-    return {
+    deployment: dict[str, Any] = {
         "name": name,
         "entrypoint": entry.entrypoint,
         "description": f"{entry.description} ({about}).",
@@ -90,3 +93,18 @@ def _deployment(
         "parameters": {section: sections[section] for section in entry.sections},
         "work_pool": {"name": "local"},
     }
+    if entry.is_exclusive:
+        deployment["concurrency_limit"] = {"limit": 1, "collision_strategy": "ENQUEUE"}
+    starts = triggers(
+        entry.name, recipe.automation, target=recipe.target.name, dataset=recipe.dataset.name
+    )
+    if starts:
+        deployment["triggers"] = starts
+    return deployment
+
+
+def _add_schedules(deployment: dict[str, Any], wanted: list[dict[str, Any]]) -> None:
+    """Add schedules that are not there; without any there is no key, and those of the UI stay."""
+    for schedule in wanted:
+        if schedule not in deployment.setdefault("schedules", []):
+            deployment["schedules"].append(schedule)

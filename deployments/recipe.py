@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deployments.automation import AutomationConfig
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation import EvaluationConfig
@@ -33,6 +34,7 @@ class Recipe(BaseModel):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     export: RunExportConfig = Field(default_factory=RunExportConfig)
+    automation: AutomationConfig = Field(default_factory=AutomationConfig)
 
 
 def recipe_names() -> list[str]:

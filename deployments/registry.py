@@ -17,6 +17,8 @@ class FlowEntry:
     """`path.py:function`, relative to the repository root, as Prefect wants it."""
     sections: tuple[str, ...]
     description: str
+    is_exclusive: bool = False
+    """Whether a second run of a deployment waits for the first, rather than doing the same work."""
 
     def load(self) -> Callable[..., Any]:
         """Import the flow. Prefect's environment must be settled before the first call."""
@@ -32,6 +34,12 @@ FLOWS = (
         entrypoint="flows/dataset.py:dataset_flow",
         sections=("dataset",),
         description="Read, normalise, deduplicate and split the conversations",
+    ),
+    FlowEntry(
+        name="watch",
+        entrypoint="flows/watch.py:watch",
+        sections=("dataset",),
+        description="Look whether the source still holds what the data set was built from",
     ),
     FlowEntry(
         name="regenerate",
@@ -50,6 +58,7 @@ FLOWS = (
         entrypoint="flows/hidden_states.py:hidden_states",
         sections=("target", "dataset", "store"),
         description="Compute the hidden states that the store does not hold yet",
+        is_exclusive=True,
     ),
     FlowEntry(
         name="train",

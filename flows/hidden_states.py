@@ -18,6 +18,8 @@ from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.errors import MissingShardsError
+from flows.event_names import SNAPSHOT_PUBLISHED, store_resource
+from flows.events import send
 from flows.generate import ShardBatch, generate_shards
 from flows.identity import store_identity
 from flows.preflight import preflight, wanted_samples
@@ -59,6 +61,11 @@ def hidden_states(
     work = plan_missing_shards(target, store, tokens, root)
     make_shards(target, store, tokens, root, work)
     summary = publish(tokens, root, shards_made=len(work.shards), started=started)
+    send(
+        SNAPSHOT_PUBLISHED,
+        resource=store_resource(target.name, dataset.name),
+        payload={"snapshot_id": summary.snapshot_id, "shards_made": summary.shards_made},
+    )
     report.publish_table(
         f"Hidden states: {target.name} on {dataset.name}",
         report.hidden_states_rows(summary),

@@ -1,173 +1,32 @@
-"""A real Prefect server and worker, started as a person would: deploy, schedule, run, retry.
+"""A real Prefect server and worker, started as a person would: deploy, schedule, run, retry, watch.
 
 A server that merely answers its health check can still have a dead scheduler (ADR 0002), so a
-schedule has to make a run here.
+schedule has to make a run here. The server asks for a password, and is given secrets to keep.
 """
 
 import json
 import os
-import shutil
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 import yaml
 
+from flows.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED
 from storage.store import Store
 from tests import tiny
-
-ROOT = Path(__file__).parents[2]
-SHIPPED = ("smollm2", "llama3")
-PREFECT = (sys.executable, "-m", "prefect")
+from tests.deployments.server import NUM_CONVERSATIONS, SECRET, Server, running_server, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """A running server with a worker, and the project folder they work in."""
-
-    api_url: str
-    project: Path
-    environment: Mapping[str, str]
-
-    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a prefect command in the project folder."""
-        return subprocess.run(
-            [*PREFECT, "--no-prompt", *arguments],
-            cwd=self.project,
-            env=dict(self.environment),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-
-    def post(self, path: str, body: Mapping[str, object]) -> object:
-        """Call the REST API."""
-        request = Request(  # noqa: S310 (loopback http)
-            f"{self.api_url}/{path}",
-            data=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
-        with urlopen(request, timeout=30) as answer:  # noqa: S310
-            text = answer.read()
-        return json.loads(text) if text else None
-
-    def flow_runs(self, flow_name: str) -> list[dict[str, object]]:
-        """Return the runs of a flow, newest first."""
-        found = self.post(
-            "flow_runs/filter",
-            {"flows": {"name": {"any_": [flow_name]}}, "sort": "START_TIME_DESC"},
-        )
-        assert isinstance(found, list)
-        return found
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
-    """Poll until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.5)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def _process(arguments: tuple[str, ...], server: Server, log: Path) -> Iterator[None]:
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*PREFECT, *arguments],
-            cwd=server.project,
-            env=dict(server.environment),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _is_healthy(api_url: str) -> bool:
-    try:
-        with urlopen(f"{api_url}/health", timeout=2) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-    except (URLError, OSError):
-        return False
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_target_path: Path) -> Iterator[Server]:
-    """A server, a process worker, and a project with a tiny recipe beside the shipped ones."""
-    folder = tmp_path_factory.mktemp("server")
-    project = folder / "project"
-    shutil.copytree(
-        ROOT,
-        project,
-        ignore=shutil.ignore_patterns(".*", "eyas-data", "tests", "docs", "*.egg-info"),
-    )
-    port = _free_port()
-    api_url = f"http://127.0.0.1:{port}/api"
-    environment = {
-        **os.environ,
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_API_URL": api_url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "PYTHONPATH": str(project),
-    }
-    started = Server(api_url=api_url, project=project, environment=environment)
-    _add_tiny_recipe(project, tiny_target_path)
-    command = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
-    with _process(command, started, folder / "server.log"):
-        wait_for(lambda: _is_healthy(api_url), seconds=120, what="the server")
-        created = started.prefect("work-pool", "create", "local", "--type", "process")
-        assert created.returncode == 0, created.stderr
-        with _process(("worker", "start", "--pool", "local"), started, folder / "worker.log"):
-            yield started
-
-
-def _add_tiny_recipe(project: Path, target: Path) -> None:
-    """Put the tiny recipe beside two that ship; registering all of them takes a minute more."""
-    for path in (project / "deployments").glob("*.yaml"):
-        if path.stem not in SHIPPED:
-            path.unlink()
-    source = tiny.write_conversations(project / "tiny.json", 40)
-    recipe = {
-        "target": {"name": "tiny", "model": str(target), "dtype": "float32", "device": "cpu"},
-        "dataset": {"name": "facts", "source": str(source), "max_length": 256},
-        "store": {"shard_tokens": 600, "shards_per_task": 3},
-    }
-    (project / "deployments" / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    rendered = subprocess.run(
-        [sys.executable, "-m", "deployments", "render-deployments"],
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert rendered.returncode == 0, rendered.stderr
+    with running_server(tmp_path_factory.mktemp("server"), tiny_target_path) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +37,22 @@ def deployed(server: Server) -> Server:
     return server
 
 
+@pytest.fixture(scope="module")
+def store(deployed: Server) -> Store:
+    """The hidden states of the tiny target, by a run from the command line."""
+    ended = deployed.prefect("deployment", "run", "hidden-states/tiny", "--watch")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return Store.open(str(deployed.project / "eyas-data" / "stores" / "tiny-facts"))
+
+
 def test_one_command_registers_every_deployment(deployed: Server) -> None:
     listed = deployed.post("deployments/filter", {})
-    assert isinstance(listed, list)
-    names = {deployment["name"] for deployment in listed}
-    assert {"smollm2", "llama3", "tiny", "sharegpt", "sharegpt-sample"} <= names
+    assert {deployment["name"] for deployment in listed} == {"tiny", "facts"}
     assert len(listed) == len(
         yaml.safe_load((deployed.project / "prefect.yaml").read_text())["deployments"]
     )
+    (watch,) = (one for one in listed if one["schedules"])
+    assert watch["schedules"][0]["schedule"]["cron"] == "0 3 1 1 *"
 
 
 def test_a_schedule_makes_a_run(deployed: Server) -> None:
@@ -201,10 +68,32 @@ def test_a_schedule_makes_a_run(deployed: Server) -> None:
     deployed.prefect("deployment", "schedule", "clear", "-y", "dataset/facts")
 
 
-def test_run_from_the_command_line_then_retry_only_what_is_missing(deployed: Server) -> None:
-    ended = deployed.prefect("deployment", "run", "hidden-states/tiny", "--watch")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    store = Store.open(str(deployed.project / "eyas-data" / "stores" / "tiny-facts"))
+def test_without_the_password_the_server_says_nothing(deployed: Server, tmp_path: Path) -> None:
+    bare = Request(  # noqa: S310 (loopback http)
+        f"{deployed.api_url}/deployments/filter",
+        data=b"{}",
+        headers={"content-type": "application/json"},
+    )
+    with pytest.raises(HTTPError) as refused:
+        urlopen(bare, timeout=30)  # noqa: S310
+    with refused.value:
+        assert refused.value.code == 401
+    environment = {**deployed.environment, "PREFECT_HOME": str(tmp_path)}
+    del environment["PREFECT_API_AUTH_STRING"]
+    ended = subprocess.run(
+        ["prefect", "deployment", "ls"],
+        cwd=tmp_path,
+        env={**environment, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode != 0
+    assert "tiny" not in ended.stdout
+
+
+def test_retry_makes_only_what_is_missing(deployed: Server, store: Store) -> None:
     before = store.commits()
     assert len(before) > 3
     lost = sorted(before)[1]
@@ -227,9 +116,44 @@ def test_run_from_the_command_line_then_retry_only_what_is_missing(deployed: Ser
         "task_runs/filter",
         {"flow_runs": {"id": {"any_": [run["id"]]}}, "task_runs": {"name": {"like_": "shards "}}},
     )
-    assert isinstance(made, list)
     names = [task["name"] for task in made if task["state_name"] == "Completed"]
     assert names.count("shards 00000-00000") == 1, names
+
+
+def test_new_data_is_seen_and_only_its_states_are_computed(deployed: Server, store: Store) -> None:
+    before = store.commits()
+    runs = len(deployed.flow_runs("hidden-states"))
+    tiny.write_conversations(deployed.project / "tiny.json", NUM_CONVERSATIONS * 101 // 100)
+    ended = deployed.prefect("deployment", "run", "watch/facts")
+    assert ended.returncode == 0, ended.stderr
+
+    def computed() -> bool:
+        found = deployed.flow_runs("hidden-states")
+        return len(found) == runs + 1 and found[0]["state_name"] == "Completed"
+
+    wait_for(computed, seconds=180, what="the run that the changed data started")
+    new = {key: record for key, record in store.commits().items() if key not in before}
+    assert sum(len(record.sample_ids) for record in new.values()) == NUM_CONVERSATIONS // 100
+    assert before.items() <= store.commits().items()
+
+    def told(event: str) -> list[dict[str, object]]:
+        found = deployed.post("events/filter", {"filter": {"event": {"name": [event]}}})
+        return [one["payload"] for one in found["events"]]
+
+    assert len(told(DATASET_CHANGED)) == 1
+    published = {"snapshot_id": store.snapshot().snapshot_id, "shards_made": len(new)}
+    wait_for(lambda: published in told(SNAPSHOT_PUBLISHED), seconds=30, what="the snapshot's event")
+
+
+def test_lost_runs_are_marked_by_the_automation_that_ships(deployed: Server) -> None:
+    path = "deployments/automations/lost-runs.yaml"
+    ended = deployed.prefect("automation", "create", "--from-file", path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = deployed.post("automations/filter", {})
+    (made,) = (one for one in found if one["name"] == "crash-lost-runs")
+    assert made["enabled"]
+    assert made["trigger"]["posture"] == "Proactive"
+    assert made["actions"][0]["state"] == "CRASHED"
 
 
 def test_a_wrong_parameter_is_refused_before_a_run_exists(deployed: Server) -> None:
@@ -240,3 +164,15 @@ def test_a_wrong_parameter_is_refused_before_a_run_exists(deployed: Server) -> N
     assert ended.returncode != 0
     assert "shard_tokens" in ended.stdout + ended.stderr
     assert len(deployed.flow_runs("hidden-states")) == count
+
+
+def test_no_secret_is_written_anywhere(deployed: Server, store: Store) -> None:
+    del store  # a flow has run with the secrets in its environment
+    database = deployed.folder / "prefect" / "prefect.db"
+    assert "hidden-states-tiny-facts" in json.dumps(deployed.post("flow_runs/filter", {}))
+    files = [path for path in deployed.folder.rglob("*") if path.is_file()]
+    assert database in files
+    holding = [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert not holding
+    found = b"".join(path.read_bytes() for path in files if path.name.startswith("prefect.db"))
+    assert b"hidden-states-tiny-facts" in found  # what is looked for would be found like this

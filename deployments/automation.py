@@ -1,0 +1,60 @@
+"""What starts by itself: looking for new data, computing its states, training on them."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED, dataset_resource, store_resource
+
+
+class AutomationConfig(BaseModel):
+    """Section of a recipe; all of it is off unless the recipe turns it on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    watch_cron: str | None = Field(
+        default=None,
+        pattern=r"^\S+( \S+){4}$",
+        description="When `watch` looks for new data, as five cron fields in UTC: `0 * * * *`.",
+    )
+    on_new_data: bool = Field(
+        default=False, description="Start hidden-states when `watch` has seen new data."
+    )
+    train_on_snapshot: bool = Field(
+        default=False,
+        description="Start train when hidden-states has published a snapshot, as a run of its own "
+        "for each snapshot.",
+    )
+
+
+def schedules(flow: str, config: AutomationConfig) -> list[dict[str, Any]]:
+    """Return the schedules of a flow's deployment, as prefect.yaml writes them."""
+    if flow != "watch" or config.watch_cron is None:
+        return []
+    return [{"cron": config.watch_cron, "timezone": "UTC"}]
+
+
+def triggers(
+    flow: str, config: AutomationConfig, *, target: str, dataset: str
+) -> list[dict[str, Any]]:
+    """Return the triggers of a flow's deployment, as prefect.yaml writes them."""
+    if flow == "hidden-states" and config.on_new_data:
+        return [
+            {
+                "name": f"hidden states of {target}: {dataset} has changed",
+                "type": "event",
+                "expect": [DATASET_CHANGED],
+                "match": {"prefect.resource.id": dataset_resource(dataset)},
+            }
+        ]
+    if flow == "train" and config.train_on_snapshot:
+        return [
+            {
+                "name": f"train {target}: a snapshot of {dataset} is published",
+                "type": "event",
+                "expect": [SNAPSHOT_PUBLISHED],
+                "match": {"prefect.resource.id": store_resource(target, dataset)},
+                "parameters": {"run": "{{ event.payload.snapshot_id }}"},
+            }
+        ]
+    return []

@@ -1,0 +1,14 @@
+"""What flows tell the Prefect server about, by the names that automations wait for. No Prefect."""
+
+DATASET_CHANGED = "eyas.dataset.changed"
+SNAPSHOT_PUBLISHED = "eyas.snapshot.published"
+
+
+def dataset_resource(dataset: str) -> str:
+    """Return the resource id of a data set."""
+    return f"eyas.dataset.{dataset}"
+
+
+def store_resource(target: str, dataset: str) -> str:
+    """Return the resource id of a target's store of a data set."""
+    return f"eyas.store.{target}-{dataset}"

@@ -1,0 +1,87 @@
+"""`watch`: does the source still hold what the data set was built from? If not, an event says so.
+
+It compares with the data set that is there, not with what it said before: a change is reported by
+every look until a flow has built the data set anew, so that a lost event costs one interval.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from eagle_core.dataset_config import REGENERATED, DatasetConfig
+from eagle_core.dataset_manifest import MANIFEST_NAME, load_manifest
+from eagle_core.errors import ConfigError
+from eagle_core.sources import find_source, identify
+from flows.event_names import DATASET_CHANGED, dataset_resource
+from flows.events import send
+from flows.retry import is_transient
+from flows.workspace import DEFAULT_HOME, Workspace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceChange:
+    """What a data set was built from, and what its source holds now."""
+
+    built_from: tuple[str, ...]
+    """A line for each file (name and content) or the hub's commit; empty if never built."""
+    found: tuple[str, ...]
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """What is there now and was not when the data set was built."""
+        return tuple(line for line in self.found if line not in set(self.built_from))
+
+
+@flow(name="watch", flow_run_name="watch-{dataset.name}", persist_result=False)
+def watch(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> SourceChange | None:
+    """Send the event that the data set's source has changed, if it has; return what changed.
+
+    Raises:
+        ConfigError: there is no source (any more), or the hub may not be asked.
+        TransientError: the source could not be reached, three times.
+
+    """
+    change = look(dataset, Workspace(home=Path(home), target="", dataset=dataset.name))
+    log = get_run_logger()
+    if change is None:
+        log.info("%s is what the data set was built from", dataset.source)
+        return None
+    log.info("%s has changed: %s", dataset.source, "; ".join(change.new) or "less than before")
+    send(
+        DATASET_CHANGED,
+        resource=dataset_resource(dataset.name),
+        payload={"built_from": change.built_from, "found": change.found},
+    )
+    return change
+
+
+@task(
+    task_run_name="source of {dataset.name}",
+    retries=2,
+    retry_delay_seconds=[10, 60],
+    retry_condition_fn=is_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def look(dataset: DatasetConfig, space: Workspace) -> SourceChange | None:
+    """Compare the source with what the data set was built from: content, not dates."""
+    if dataset.source == REGENERATED:
+        raise ConfigError(
+            f"data set {dataset.name} holds answers of a target and has no source; watch the "
+            "data set of its questions"
+        )
+    found = identify(find_source(dataset))
+    is_built = (space.dataset_path / MANIFEST_NAME).is_file()
+    built_from = load_manifest(space.dataset_path).source if is_built else ()
+    if found == built_from:
+        return None
+    return SourceChange(built_from=_lines(built_from), found=_lines(found))
+
+
+def _lines(source: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(" ".join(str(value) for value in item.values()) for item in source)
