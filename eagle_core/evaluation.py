@@ -11,7 +11,7 @@ from itertools import zip_longest
 import torch
 from pydantic import Field
 
-from eagle_core.acceptance import AcceptanceReport, PromptResult, summarise
+from eagle_core.acceptance import PromptResult
 from eagle_core.drafting import DraftNetwork
 from eagle_core.errors import ConfigError
 from eagle_core.prompts import Prompt
@@ -31,8 +31,20 @@ _WARM_UP_TOKENS = 2
 class EvaluationConfig(DecodingConfig):
     """How a draft is evaluated."""
 
+    prompts: str | None = Field(
+        default=None,
+        description="Questions to ask instead of the held-out conversations: JSON, JSON lines, "
+        "Parquet or CSV at a path or URL, or hf:ORG/NAME, with turns, messages or a column such as "
+        "prompt or question; the report groups by their category.",
+    )
+    max_turns: int = Field(
+        default=1,
+        gt=0,
+        description="First assistant turns of each held-out conversation that are asked for; later "
+        "ones keep the data's own earlier answers. The report groups by turn.",
+    )
     num_prompts: int = Field(
-        default=16, gt=0, description="Held-out prompts that are decoded speculatively."
+        default=16, gt=0, description="Prompts that are decoded speculatively."
     )
     num_plain_prompts: int | None = Field(
         default=None,
@@ -59,22 +71,6 @@ class EvaluationProgress:
     num_done: int
     num_prompts: int
     result: PromptResult
-
-
-def evaluate(
-    target: CachedTarget[CacheT],
-    draft: DraftNetwork,
-    prompts: Sequence[Prompt],
-    config: EvaluationConfig,
-    *,
-    stop_ids: Collection[int] = (),
-    on_progress: Callable[[EvaluationProgress], None] | None = None,
-) -> AcceptanceReport:
-    """Return how well `draft` does on the first `num_prompts` of `prompts`."""
-    results = list(
-        decode_prompts(target, draft, prompts, config, stop_ids=stop_ids, on_progress=on_progress)
-    )
-    return summarise(results, draft_tokens=config.draft_tokens)
 
 
 def decode_prompts(

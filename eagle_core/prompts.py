@@ -1,16 +1,14 @@
-"""Prompts for evaluation: the held-out conversations, cut where the assistant is about to speak.
+"""Prompts for evaluation: the held-out samples, cut where the assistant is about to speak.
 
 A prompt that is too long is left out, never cut: the target would answer another question.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
 
-from eagle_core.conversations import Conversation
 from eagle_core.samples import TokenizedSample
 
 
@@ -22,57 +20,6 @@ class Prompt:
     """Ends with the template's generation prompt."""
     category: str = ""
     """What reports group by; empty for none."""
-
-
-class ChatTokenizer(Protocol):
-    """The part of a transformers tokenizer that renders prompts."""
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, str]],
-        /,
-        *,
-        add_generation_prompt: bool,
-        tokenize: bool,
-        return_dict: bool,
-    ) -> Sequence[int]:
-        """Return the token ids of the conversation."""
-
-
-def held_out_prompts(
-    conversations: Iterable[Conversation],
-    tokenizer: ChatTokenizer,
-    *,
-    num_prompts: int,
-    max_tokens: int,
-    categories: Mapping[str, str] | None = None,
-) -> list[Prompt]:
-    """Return the first `num_prompts` prompts of at most `max_tokens` tokens, in order.
-
-    A prompt is everything before the first assistant turn, then the generation prompt.
-    `categories` maps conversation ids to the groups of the report.
-    """
-    prompts = (
-        Prompt(
-            input_ids=opening_ids(conversation, tokenizer),
-            category=(categories or {}).get(conversation.conversation_id, ""),
-        )
-        for conversation in conversations
-    )
-    return list(islice(_short_enough(prompts, max_tokens), num_prompts))
-
-
-def opening_ids(conversation: Conversation, tokenizer: ChatTokenizer) -> tuple[int, ...]:
-    """Return the ids before the first assistant turn, generation prompt included."""
-    opening: list[dict[str, str]] = []
-    for message in conversation.messages:
-        if message.role == "assistant":
-            break
-        opening.append({"role": message.role, "content": message.content})
-    ids = tokenizer.apply_chat_template(
-        opening, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return tuple(ids)
 
 
 def sample_prompts(
@@ -88,7 +35,7 @@ def sample_prompts(
         for sample in samples
         for turn, start in enumerate(turn_starts(sample)[:max_turns], start=1)
     )
-    return list(islice(_short_enough(prompts, max_tokens), num_prompts))
+    return first_prompts(prompts, num_prompts=num_prompts, max_tokens=max_tokens)
 
 
 def turn_starts(sample: TokenizedSample) -> list[int]:
@@ -98,5 +45,7 @@ def turn_starts(sample: TokenizedSample) -> list[int]:
     return [start for start in starts if start > 0]
 
 
-def _short_enough(prompts: Iterable[Prompt], max_tokens: int) -> Iterator[Prompt]:
-    return (prompt for prompt in prompts if 0 < len(prompt.input_ids) <= max_tokens)
+def first_prompts(prompts: Iterable[Prompt], *, num_prompts: int, max_tokens: int) -> list[Prompt]:
+    """Return the first `num_prompts` of those with at most `max_tokens` tokens, in order."""
+    short = (prompt for prompt in prompts if 0 < len(prompt.input_ids) <= max_tokens)
+    return list(islice(short, num_prompts))

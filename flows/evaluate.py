@@ -1,26 +1,30 @@
 """`evaluate`: acceptance on held-out prompts by real decoding, before and after training."""
 
 import time
+from pathlib import Path
 
 from prefect import flow
 
-from eagle_core.acceptance import AcceptanceReport
+from eagle_core.acceptance import PromptResult, summarise, summarise_by_category
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.draft import DraftModel
-from eagle_core.evaluation import EvaluationConfig, evaluate
-from eagle_core.prompts import Prompt, sample_prompts
+from eagle_core.estimate import AcceptanceEstimate
+from eagle_core.evaluation import EvaluationConfig, decode_prompts
+from eagle_core.prompt_file import read_prompts
+from eagle_core.prompts import Prompt, first_prompts, sample_prompts
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
-from flows.draft_setup import load_trained, set_up_draft
-from flows.prepare import prepare
+from flows.draft_setup import set_up_draft
+from flows.prepare import conversation_tokenizer, prepare
 from flows.progress import stage_progress
 from flows.run_page import acceptance_plot, write_run_page
-from flows.run_record import EVALUATION_NAME, write_stage
+from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
+from flows.trained_draft import choose_checkpoint, load_checkpoint
 from flows.workspace import DEFAULT_HOME
 
 
@@ -37,26 +41,31 @@ def evaluate_flow(
     home: str = DEFAULT_HOME,
     run: str = "main",
 ) -> EvaluateSummary:
-    """Decode held-out prompts with the untrained and the trained draft of run `run`.
+    """Decode prompts with the untrained draft of run `run` and with its newest checkpoint.
 
     Raises:
-        ConfigError: the run has no checkpoint yet, or no held-out prompt is short enough.
+        ConfigError: the run has no checkpoint yet, no prompt is short enough, or a prompt file
+            does not hold questions.
 
     """
     started = time.monotonic()
     space, tokens = prepare(target, dataset, home)
-    prompts = sample_prompts(
-        TokenFile(tokens.held_out_path),
-        num_prompts=evaluation.num_prompts,
-        max_tokens=evaluation.max_prompt_tokens,
-    )
     run_path = space.run_path(run)
+    folder = choose_checkpoint(run_path, "newest")
+    prompts = _prompts(target, evaluation, tokens.held_out_path)
     setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
-    trained = load_trained(setup)
     model = TargetModel.load(target)
+    before = _decoded(model, setup.draft, prompts, evaluation, title="untrained draft")
+    step = load_checkpoint(setup, folder).step
+    after = _decoded(model, setup.draft, prompts, evaluation, title="trained draft")
+    by_group = summarise_by_category(after, draft_tokens=evaluation.draft_tokens)
     summary = EvaluateSummary(
-        untrained=_measure(model, setup.draft, prompts, evaluation, title="untrained draft"),
-        trained=_measure(model, trained, prompts, evaluation, title="trained draft"),
+        evaluation=evaluation,
+        checkpoint_step=step,
+        untrained=summarise(before, draft_tokens=evaluation.draft_tokens),
+        trained=summarise(after, draft_tokens=evaluation.draft_tokens),
+        trained_by_group=by_group if len(by_group) > 1 else {},
+        estimate=_estimate(run_path, step),
         seconds=time.monotonic() - started,
     )
     write_stage(run_path / EVALUATION_NAME, summary)
@@ -68,27 +77,50 @@ def evaluate_flow(
     )
     report.publish_plot(
         f"Acceptance by depth: {target.name} on {dataset.name}, run {run}",
-        acceptance_plot(summary, None),
+        acceptance_plot(summary),
         key=artifact_key("acceptance-by-depth", target.name, dataset.name, run),
     )
     return summary
 
 
-def _measure(
+def _prompts(target: TargetConfig, evaluation: EvaluationConfig, held_out: Path) -> list[Prompt]:
+    if evaluation.prompts is None:
+        return sample_prompts(
+            TokenFile(held_out),
+            num_prompts=evaluation.num_prompts,
+            max_tokens=evaluation.max_prompt_tokens,
+            max_turns=evaluation.max_turns,
+        )
+    return first_prompts(
+        read_prompts(evaluation.prompts, conversation_tokenizer(target)),
+        num_prompts=evaluation.num_prompts,
+        max_tokens=evaluation.max_prompt_tokens,
+    )
+
+
+def _decoded(
     model: TargetModel,
     draft: DraftModel,
     prompts: list[Prompt],
     evaluation: EvaluationConfig,
     *,
     title: str,
-) -> AcceptanceReport:
+) -> list[PromptResult]:
     total = min(len(prompts), evaluation.num_prompts)
     with stage_progress(title, key=artifact_key(title), total=total, unit="prompts") as bar:
-        return evaluate(
-            model,
-            draft,
-            prompts,
-            evaluation,
-            stop_ids=model.stop_ids,
-            on_progress=lambda progress: bar.move_to(progress.num_done),
+        return list(
+            decode_prompts(
+                model,
+                draft,
+                prompts,
+                evaluation,
+                stop_ids=model.stop_ids,
+                on_progress=lambda progress: bar.move_to(progress.num_done),
+            )
         )
+
+
+def _estimate(run_path: Path, step: int) -> AcceptanceEstimate | None:
+    """Return what the stored states said of the checkpoint of `step`, if they were asked."""
+    found = RunRecord.read(run_path).estimate
+    return found.estimate if found is not None and found.checkpoint_step == step else None

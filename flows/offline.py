@@ -1,4 +1,4 @@
-"""`offline`: hidden states, then training, then evaluation; one button for the whole way."""
+"""`offline`: hidden states, training, estimate, evaluation; one button for the whole way."""
 
 import time
 from pathlib import Path
@@ -13,6 +13,7 @@ from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
+from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
 from flows.summaries import OfflineSummary
@@ -52,6 +53,16 @@ def offline(
         home=home,
         run=run,
     )
+    if trained.figures.held_out_step:  # something is held out
+        estimate_flow(
+            target=target,
+            dataset=dataset,
+            store=store,
+            training=training,
+            evaluation=evaluation,
+            home=home,
+            run=run,
+        )
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
     )

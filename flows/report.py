@@ -7,9 +7,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from eagle_core.acceptance import AcceptanceReport
+from eagle_core.estimate import expected_length
+from eagle_core.trainer import Figures
 from flows.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.summaries import (
     DatasetSummary,
@@ -81,6 +84,7 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("loss, first and last step", f"{figures.first_loss:.3f} -> {figures.loss:.3f}"),
         ("loss by TTT step", _series(figures.step_losses, "{:.2f}")),
         ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
+        *_held_out_lengths(figures),
         ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
         ("tokens per second", f"{summary.tokens_per_second:,.0f}"),
         ("run", str(summary.run_path)),
@@ -88,17 +92,59 @@ def train_rows(summary: TrainSummary) -> list[Row]:
     ]
 
 
-def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
-    """Return acceptance before and after training."""
-    trained = summary.trained
+def _held_out_lengths(figures: Figures) -> list[Row]:
+    """Return what every held-out position of the store would accept, greedily and sampled."""
+    if not figures.held_out_step:
+        return []
+    sampled = float(expected_length(np.array(figures.held_out_acceptances)))
     return [
-        ("held-out prompts", f"{trained.num_prompts:,}"),
+        ("held-out length, joint prefix", f"{figures.held_out_length:.2f}"),
+        ("held-out length, total variation", f"{sampled:.2f}"),
+    ]
+
+
+def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
+    """Return acceptance before and after training, the estimate beside it, and the speed."""
+    trained, found = summary.trained, summary.estimate
+    asked = summary.evaluation.prompts or "held-out"
+    rows = [
+        ("prompts", f"{trained.num_prompts:,} ({asked})"),
         ("acceptance length, untrained", _acceptance(summary.untrained)),
         ("acceptance length, trained", _acceptance(trained)),
+    ]
+    rows += [
+        (f"acceptance length, {group}", f"{_acceptance(part)}, {part.num_prompts:,} prompts")
+        for group, part in summary.trained_by_group.items()
+    ]
+    if found is not None:
+        length = _tokens(found.acceptance_length, *found.acceptance_interval)
+        own = f"{found.on_policy:.0%} of the stored answers are the target's own"
+        rows.append(("acceptance length, estimated", f"{length}; {own}"))
+    rows += [
         ("acceptance by depth, untrained", _depths(summary.untrained)),
         ("acceptance by depth, trained", _depths(trained)),
-        ("seconds", f"{summary.seconds:.1f}"),
     ]
+    if found is not None:
+        shares = _series(found.acceptance_by_depth, "{:.0%}")
+        rows.append(("acceptance by depth, estimated", shares))
+    return [*rows, *_speed_rows(summary), ("seconds", f"{summary.seconds:.1f}")]
+
+
+def _speed_rows(summary: EvaluateSummary) -> list[Row]:
+    trained = summary.trained
+    together = summary.evaluation.batch_prompts
+    how = "one prompt at a time" if together == 1 else f"{together} prompts at a time"
+    rows = [("decoding, tokens per second", f"{trained.tokens_per_second:,.1f} ({how})")]
+    if trained.plain_tokens_per_second is not None:
+        plain = f"{trained.plain_tokens_per_second:,.1f}, so {trained.speedup:.2f}x"
+        rows.append(("plain decoding of the same prompts", plain))
+    if trained.num_compared:
+        same = f"{trained.num_matching:,} of {trained.num_compared:,}"
+        margin = trained.largest_mismatch_margin
+        if margin is not None:
+            same += f" (where they differ the target's logits are within {margin:.1e})"
+        rows.append(("texts equal to plain decoding", same))
+    return rows
 
 
 def offline_rows(summary: OfflineSummary) -> list[Row]:

@@ -24,7 +24,7 @@ from flows.run_record import (
     StorageBill,
     as_text,
 )
-from flows.summaries import EstimateSummary, EvaluateSummary
+from flows.summaries import EvaluateSummary
 from flows.table import Row
 from flows.units import human_bytes
 
@@ -47,12 +47,7 @@ class Section:
 
 
 def write_run_page(run_path: Path) -> Path:
-    """Write the report of the run in `run_path` from what lies there, and return its path.
-
-    Raises:
-        MismatchError: a file was written by another version.
-
-    """
+    """Write the report of the run in `run_path` from what lies there, and return its path."""
     record = RunRecord.read(run_path)
     curves = read_curves(run_path / TENSORBOARD_FOLDER)
     settings = record.settings
@@ -61,6 +56,7 @@ def write_run_page(run_path: Path) -> Path:
     )
     page = environment.get_template("run.html").render(
         title=settings.title if settings else run_path.name,
+        outdated=record.outdated,
         headlines=_headlines(record),
         sections=[
             _acceptance(record),
@@ -69,7 +65,7 @@ def write_run_page(run_path: Path) -> Path:
             _data(settings),
             _storage(settings),
         ],
-        configuration={} if settings is None else _configuration(settings),
+        configuration=_configuration(record),
     )
     path = run_path / REPORT_NAME
     write_text(path, page)
@@ -113,14 +109,14 @@ def _headlines(record: RunRecord) -> list[Row]:
     return found
 
 
-def acceptance_plot(found: EvaluateSummary | None, estimate: EstimateSummary | None) -> str:
-    """Return bars of acceptance by depth: measured, estimated, or both side by side."""
-    shares: dict[str, Sequence[float]] = {}
-    if found is not None:
-        shares["untrained"] = found.untrained.acceptance_by_depth
-        shares["trained"] = found.trained.acceptance_by_depth
-    if estimate is not None:
-        shares["estimated from the store"] = estimate.estimate.acceptance_by_depth
+def acceptance_plot(found: EvaluateSummary) -> str:
+    """Return bars of acceptance by depth: measured, and what the store's states said before."""
+    shares: dict[str, Sequence[float]] = {
+        "untrained": found.untrained.acceptance_by_depth,
+        "trained": found.trained.acceptance_by_depth,
+    }
+    if found.estimate is not None:
+        shares["estimated from the store"] = found.estimate.acceptance_by_depth
     return plots.bars(
         [Series(label=label, x=_counted(each), y=each) for label, each in shares.items()],
         name="Acceptance by depth",
@@ -131,20 +127,22 @@ def acceptance_plot(found: EvaluateSummary | None, estimate: EstimateSummary | N
 
 
 def _acceptance(record: RunRecord) -> Section:
-    title = "Acceptance"
-    found, estimate = record.evaluation, record.estimate
-    if found is None and estimate is None:
-        return Section(title=title, note="Not measured yet: run the evaluate flow.")
-    rows = [] if found is None else _without_seconds(report.evaluate_rows(found))
-    if estimate is not None:
-        rows += _without_seconds(report.estimate_rows(estimate))[1:]
-    svg = acceptance_plot(found, estimate)
+    title, found, estimate = "Acceptance", record.evaluation, record.estimate
+    if found is not None:
+        caption = "Share of drafted tokens accepted at each depth, once reached"
+        return Section(
+            title=title,
+            note="Real speculative decoding; intervals are 95 %, by bootstrap over prompts.",
+            rows=_without_seconds(report.evaluate_rows(found)),
+            plots=[(caption, Markup(acceptance_plot(found)))],  # noqa: S704 (ours)
+        )
+    note = "Not measured yet: run the evaluate flow."
+    if estimate is None:
+        return Section(title=title, note=note)
     return Section(
         title=title,
-        note="Real speculative decoding of held-out prompts; intervals are 95 %, by bootstrap over "
-        "prompts.",
-        rows=rows,
-        plots=[("Share of drafted tokens accepted at each depth, once reached", Markup(svg))],  # noqa: S704 (ours)
+        note=f"{note} The stored states say:",
+        rows=_without_seconds(report.estimate_rows(estimate))[1:],
     )
 
 
@@ -287,10 +285,13 @@ def _bill_rows(bill: StorageBill) -> list[Row]:
     ]
 
 
-def _configuration(settings: RunSettings) -> Mapping[str, Sequence[Row]]:
+def _configuration(record: RunRecord) -> Mapping[str, Sequence[Row]]:
+    sections = dict(record.settings.configuration) if record.settings else {}
+    if record.evaluation is not None:
+        sections["evaluation"] = record.evaluation.evaluation.model_dump(mode="json")
     return {
         section: [(key, as_text(value)) for key, value in values.items()]
-        for section, values in settings.configuration.items()
+        for section, values in sections.items()
     }
 
 

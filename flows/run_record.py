@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from eagle_core.errors import MismatchError
 from eagle_core.files import write_text
 from eagle_core.tokens import TokenFile
 from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
@@ -103,21 +102,33 @@ class RunSettings(BaseModel):
 class RunRecord:
     """Everything a run's report is made from; None where a stage has not ended."""
 
-    run_path: Path
     settings: RunSettings | None
     training: TrainSummary | None
     evaluation: EvaluateSummary | None
     estimate: EstimateSummary | None
+    outdated: tuple[str, ...]
+    """Names of files that another version of Eyas wrote: they count as absent."""
 
     @classmethod
     def read(cls, run_path: Path) -> "RunRecord":
-        """Read what is there; MismatchError for a file of another version."""
+        """Read what is there."""
+        outdated: list[str] = []
+
+        def read(name: str, kind: type[Stage]) -> Stage | None:
+            try:
+                return TypeAdapter(kind).validate_json((run_path / name).read_bytes())
+            except FileNotFoundError:
+                return None
+            except ValidationError:
+                outdated.append(name)
+                return None
+
         return cls(
-            run_path=run_path,
-            settings=_read(run_path / SETTINGS_NAME, RunSettings),
-            training=_read(run_path / TRAINING_NAME, TrainSummary),
-            evaluation=_read(run_path / EVALUATION_NAME, EvaluateSummary),
-            estimate=_read(run_path / ESTIMATE_NAME, EstimateSummary),
+            settings=read(SETTINGS_NAME, RunSettings),
+            training=read(TRAINING_NAME, TrainSummary),
+            evaluation=read(EVALUATION_NAME, EvaluateSummary),
+            estimate=read(ESTIMATE_NAME, EstimateSummary),
+            outdated=tuple(outdated),
         )
 
 
@@ -146,18 +157,6 @@ def write_stage(path: Path, summary: TrainSummary | EvaluateSummary | EstimateSu
     """Write a stage's result as strict JSON: a figure that does not exist is null, not NaN."""
     document = to_json(summary, indent=2, inf_nan_mode="null").decode()
     write_text(path, document + "\n")
-
-
-def _read(path: Path, kind: type[Stage]) -> Stage | None:
-    if not path.exists():
-        return None
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise MismatchError(
-            f"{path} does not hold what this version of Eyas writes there ({error.error_count()} "
-            "fields differ); run the flow that makes it again, or move it away"
-        ) from error
 
 
 def as_text(value: JsonValue) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from eagle_core.acceptance import AcceptanceReport
 from eagle_core.estimate import AcceptanceEstimate
+from eagle_core.evaluation import EvaluationConfig
 from eagle_core.export import ExportLayout
 from eagle_core.trainer import Figures
 
@@ -80,8 +81,14 @@ class TrainSummary:
 class EvaluateSummary:
     """Acceptance by real speculative decoding, before and after training."""
 
+    evaluation: EvaluationConfig
+    checkpoint_step: int
     untrained: AcceptanceReport
     trained: AcceptanceReport
+    trained_by_group: dict[str, AcceptanceReport]
+    """By turn or by category; empty where all prompts are of one."""
+    estimate: AcceptanceEstimate | None
+    """What the stored states said of the same checkpoint; None if they were not asked."""
     seconds: float
 
 

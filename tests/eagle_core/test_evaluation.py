@@ -1,12 +1,12 @@
 """Evaluation decodes each prompt both ways and says where they differ."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eagle_core.acceptance import summarise_by_category
-from eagle_core.conversations import Conversation, Message
+from eagle_core.acceptance import AcceptanceReport, summarise, summarise_by_category
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.draft_vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
@@ -14,10 +14,9 @@ from eagle_core.evaluation import (
     EvaluationConfig,
     EvaluationProgress,
     decode_prompts,
-    evaluate,
     mismatch_margin,
 )
-from eagle_core.prompts import Prompt, held_out_prompts, sample_prompts
+from eagle_core.prompts import Prompt, sample_prompts
 from eagle_core.samples import TokenizedSample
 from eagle_core.speculative import generate_plain
 from eagle_core.target import TargetModel
@@ -38,6 +37,18 @@ def oracle(target: TargetModel) -> OracleDraft:
     config = EvaluationConfig(max_new_tokens=40)
     text = [*PROMPT.input_ids, *generate_plain(target, PROMPT.input_ids, config).tokens]
     return OracleDraft(text, target.model_config.vocab_size, wrong_at={9})
+
+
+def evaluate(
+    target: TargetModel,
+    draft: OracleDraft,
+    prompts: Sequence[Prompt],
+    config: EvaluationConfig,
+    on_progress: Callable[[EvaluationProgress], None] | None = None,
+) -> AcceptanceReport:
+    """Decode and sum up, as the flow does."""
+    results = list(decode_prompts(target, draft, prompts, config, on_progress=on_progress))
+    return summarise(results, draft_tokens=config.draft_tokens)
 
 
 def test_a_report_counts_both_decodings(target: TargetModel, oracle: OracleDraft) -> None:
@@ -128,24 +139,3 @@ def test_prompts_are_cut_where_each_answer_starts() -> None:
     assert sample_prompts([sample], num_prompts=9, max_tokens=6, max_turns=2) == [first]
     headless = TokenizedSample(sample_id="b", input_ids=ids, loss_mask=np.ones(8, dtype=np.bool_))
     assert sample_prompts([headless], num_prompts=9, max_tokens=9) == []
-
-
-def test_prompts_of_conversations_end_with_the_generation_prompt(tiny_target_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_target_path)
-    conversation = Conversation(
-        conversation_id="c",
-        messages=(
-            Message(role="user", content="Tell me about rivers."),
-            Message(role="assistant", content="They flow."),
-        ),
-    )
-    (prompt,) = held_out_prompts(
-        [conversation], tokenizer, num_prompts=1, max_tokens=99, categories={"c": "water"}
-    )
-    assert prompt.category == "water"
-    assert tokenizer.decode(list(prompt.input_ids)) == (
-        "<|im_start|>user\nTell me about rivers.<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert held_out_prompts([conversation], tokenizer, num_prompts=1, max_tokens=5) == []

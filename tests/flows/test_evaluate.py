@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from eagle_core.acceptance import PromptResult, summarise
+from eagle_core.evaluation import EvaluationConfig
 from eagle_core.speculative import GenerationTrace, VerificationRound
 from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
@@ -14,7 +15,15 @@ def test_the_result_is_strict_json_where_a_depth_was_never_reached(tmp_path: Pat
     missed = VerificationRound(verified=3, accepted=0, gained=1)
     trace = GenerationTrace(tokens=(1, 2), rounds=(missed,), seconds=1.0, prefill_seconds=0.1)
     report = summarise([PromptResult(speculative=trace)], draft_tokens=3)
-    summary = EvaluateSummary(untrained=report, trained=report, seconds=1.0)
+    summary = EvaluateSummary(
+        evaluation=EvaluationConfig(),
+        checkpoint_step=3,
+        untrained=report,
+        trained=report,
+        trained_by_group={"turn 1": report},
+        estimate=None,
+        seconds=1.0,
+    )
     write_stage(tmp_path / EVALUATION_NAME, summary)
     text = (tmp_path / EVALUATION_NAME).read_text()
     assert "NaN" not in text
