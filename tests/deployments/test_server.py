@@ -18,7 +18,14 @@ import yaml
 from flows.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED
 from storage.store import Store
 from tests import tiny
-from tests.deployments.server import NUM_CONVERSATIONS, SECRET, Server, running_server, wait_for
+from tests.deployments.server import (
+    NUM_CONVERSATIONS,
+    PREFECT,
+    SECRET,
+    Server,
+    running_server,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -81,7 +88,7 @@ def test_without_the_password_the_server_says_nothing(deployed: Server, tmp_path
     environment = {**deployed.environment, "PREFECT_HOME": str(tmp_path)}
     del environment["PREFECT_API_AUTH_STRING"]
     ended = subprocess.run(
-        ["prefect", "deployment", "ls"],
+        [*PREFECT, "deployment", "ls"],
         cwd=tmp_path,
         env={**environment, "PATH": os.environ["PATH"]},
         capture_output=True,

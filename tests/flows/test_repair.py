@@ -82,7 +82,7 @@ def _flip(path: Path) -> None:
 
 def _flip_one_bit(root: Path) -> set[str]:
     shard = _shard(root, 0)
-    _flip(root / "shards" / shard / "input_ids" / "c" / "0")
+    _flip(root / "shards" / shard / "input_ids" / "c.0")
     return {shard}
 
 
@@ -253,7 +253,7 @@ def test_a_shard_of_other_data_is_named_and_not_taken_back(
     known = set(Store.open(str(root)).shard_ids())
     hidden_states(target=outspoken, dataset=other, store=shared, home=str(home))
     (foreign,) = set(Store.open(str(root)).shard_ids()) - known
-    _flip(root / "shards" / foreign / "input_ids" / "c" / "0")
+    _flip(root / "shards" / foreign / "input_ids" / "c.0")
     ours = _flip_one_bit(root) if _shard(root, 0) != foreign else {_shard(root, 1)}
 
     with pytest.raises(DamagedStoreError, match=f"{foreign}.*recipe that made"):
