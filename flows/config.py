@@ -31,6 +31,11 @@ class StoreConfig(BaseModel):
         description="Store half of the states: the early and the last ones are made again while "
         "training reads, by the target's first and last layers, bit for bit on one machine.",
     )
+    keep: bool = Field(
+        default=False,
+        description="The online flow alone: write the states into the store as they are computed, "
+        "so that its second epoch and every later run read them.",
+    )
     shard_tokens: int = Field(
         default=16384,
         gt=0,

@@ -1,9 +1,11 @@
-"""`online`: the same training with the target as the source of the states; no storage stage."""
+"""`online`: the same training with the target as the source of the states; stored only if kept."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from prefect import flow
+from prefect.logging import get_run_logger
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
@@ -17,15 +19,21 @@ from eagle_core.weights import locate
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
-from flows.draft_setup import set_up_draft
+from flows.draft_setup import DraftSetup, set_up_draft
 from flows.evaluate import evaluate_flow
+from flows.identity import store_identity
 from flows.online_source import OnlineSource
+from flows.preflight import preflight
 from flows.prepare import prepare
-from flows.run_record import write_settings
+from flows.recompute import TargetRecompute, partial_target
+from flows.run_record import StorageBill, write_settings
+from flows.state_keeper import StateKeeper
+from flows.store_root import store_root
 from flows.summaries import OnlineSummary
 from flows.table import print_table
 from flows.train import run_training
 from flows.workspace import DEFAULT_HOME
+from storage.store import Store
 
 
 @flow(
@@ -43,12 +51,16 @@ def online(
     home: str = DEFAULT_HOME,
     run: str = "online",
 ) -> OnlineSummary:
-    """Train while the target computes the hidden states, then evaluate; nothing is stored.
+    """Train while the target computes the hidden states, then evaluate.
 
-    Only `store.shard_tokens` matters here: how many tokens the target computes at a time.
+    Nothing is stored, and of `store` only `shard_tokens` matters: how many tokens the target
+    computes at a time. With `store.keep` the states go into the store as they are computed: the
+    second epoch reads them, and so does every later run.
 
     Raises:
         ConfigError: several processes are asked for, or no package for a tracker is installed.
+        DoesNotFitError: with `store.keep`, there is no room for the states.
+        MismatchError: with `store.keep`, the store was made with something else.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
 
     """
@@ -63,23 +75,44 @@ def online(
     space, tokens = prepare(target, dataset, home)
     train_tokens = TokenFile(tokens.train_path)
     setup = set_up_draft(target, training, train_tokens, space.run_path(run))
-    source = OnlineSource(
-        TargetModel.load(target),
-        train_tokens,
-        group_tokens=store.shard_tokens,
-        groups_kept=training.shuffle_window,
-        target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
-    )
     title = f"{target.name}-{dataset.name}-{run}"
-    write_settings(
-        setup.run_path,
-        tokens,
-        {"target": target, "dataset": dataset, "training": training, "tracking": tracking},
-        title=title,
-        source_id=source.source_id,
-        bill=None,
-    )
-    trained = run_training(training, tracking, setup, source, None, title=title)
+    with ExitStack() as stack:
+        keeper = None
+        if store.keep:
+            root = store_root(store, space)
+            preflight(target, store, tokens, root)
+            opened = Store.create(root, store_identity(target, store, tokens))
+            keeper = stack.enter_context(_keeper(opened, target, training, setup, train_tokens))
+        source = OnlineSource(
+            lambda: TargetModel.load(target),
+            train_tokens,
+            group_tokens=store.shard_tokens,
+            groups_kept=training.shuffle_window,
+            target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
+            keeper=keeper,
+        )
+
+        def describe_run() -> None:
+            write_settings(
+                setup.run_path,
+                tokens,
+                {
+                    "target": target,
+                    "dataset": dataset,
+                    "store": store,
+                    "training": training,
+                    "tracking": tracking,
+                },
+                title=title,
+                source_id=source.source_id,
+                bill=None if keeper is None else StorageBill.of(keeper.store),
+            )
+
+        describe_run()
+        trained = run_training(training, tracking, setup, source, None, title=title)
+        if keeper is not None:
+            _publish(keeper)
+            describe_run()  # with what the states take now
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
     )
@@ -91,3 +124,33 @@ def online(
     print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
     report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary
+
+
+def _keeper(
+    store: Store,
+    target: TargetConfig,
+    training: TrainingConfig,
+    setup: DraftSetup,
+    tokens: TokenFile,
+) -> StateKeeper:
+    ends = partial_target(target, store.identity)
+    keeper = StateKeeper(
+        store,
+        tokens.sample_ids,
+        TargetRecompute(setup.target_lm_head, ends),
+        ends,
+        shards_in_memory=training.shuffle_window,
+    )
+    get_run_logger().info(
+        "states are kept in %s: %d samples to compute", store.root.root, keeper.num_missing
+    )
+    return keeper
+
+
+def _publish(keeper: StateKeeper) -> None:
+    snapshot = keeper.publish()
+    log = get_run_logger()
+    if snapshot is None:
+        log.info("%d samples were not reached and have no states yet", keeper.num_missing)
+    else:
+        log.info("all states are kept: snapshot %s", snapshot.snapshot_id)

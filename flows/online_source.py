@@ -1,13 +1,15 @@
 """The target model itself as the trainer's `SampleSource`: states are computed, used and forgotten.
 
 Samples are grouped and batched exactly as the store's shards would be: training sees the same
-bits online and offline.
+bits online and offline. With a keeper, what is computed is kept in a store and read from there the
+next time; order and grouping do not depend on what is there already.
 """
 
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target import TargetModel
 from eagle_core.tokens import TokenFile
+from flows.state_keeper import StateKeeper
 from storage.plan import PlannedSample, plan_shards
 
 
@@ -29,22 +32,24 @@ class OnlineSource:
 
     def __init__(
         self,
-        target: TargetModel,
+        load_target: Callable[[], TargetModel],
         tokens: TokenFile,
         *,
         group_tokens: int,
         groups_kept: int,
         target_fingerprint: str,
+        keeper: StateKeeper | None = None,
     ) -> None:
         """Plan the groups; nothing is computed yet.
 
         Args:
-            target: the loaded target model.
+            load_target: returns the target model; called once, when something is to be computed.
             tokens: samples to serve.
             group_tokens: tokens that the target computes at a time.
             groups_kept: groups in memory. Fewer than the loader's shuffle window would have every
                 group computed many times over.
             target_fingerprint: of the target's states.
+            keeper: keeps what is computed; by default it is forgotten.
 
         """
         planned = [
@@ -52,7 +57,9 @@ class OnlineSource:
             for sample_id, length in zip(tokens.sample_ids, tokens.lengths, strict=True)
         ]
         plan = plan_shards(planned, committed=frozenset(), shard_tokens=group_tokens)
-        self._target = target
+        self._load_target = load_target
+        self._target: TargetModel | None = None
+        self._keeper = keeper
         self._tokens = tokens
         self._groups_kept = groups_kept
         self._members = [shard.sample_ids for shard in plan.shards]
@@ -63,24 +70,44 @@ class OnlineSource:
         self.lengths: NDArray[np.int64] = np.array([lengths[sid] for sid in self._sample_ids])
         sizes = [len(members) for members in self._members]
         self.groups: NDArray[np.int64] = np.repeat(np.arange(len(sizes)), sizes)
+        if keeper is not None:
+            by_id = {sample.sample_id: sample for sample in planned}
+            keeper.plan([by_id[name] for name in members] for members in self._members)
 
     def origin(self, sample_id: str) -> str:  # noqa: ARG002 (of the protocol)
         """Return where the states come from."""
-        return f"computed by target {self._target.config.name}"
+        return "computed by the target"
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Do nothing: the target and the draft share the device, side by side is no faster."""
+        """Begin to read what is kept.
+
+        Nothing is computed ahead: target and draft share the device, side by side is no faster.
+        """
+        if self._keeper is not None:
+            self._keeper.prefetch(self._sample_ids[index] for index in indices)
 
     def fetch(self, index: int) -> HiddenStateSample:
-        """Return sample `index`, computing its whole group if it is not at hand."""
-        return self._group(int(self.groups[index]))[self._sample_ids[index]]
+        """Return sample `index`, computing its whole group if it is neither at hand nor kept."""
+        sample_id, group = self._sample_ids[index], int(self.groups[index])
+        if sample_id in self._computed.get(group, {}):
+            self._computed.move_to_end(group)
+        elif self._keeper is not None and self._keeper.holds(sample_id):
+            return self._keeper.fetch(sample_id)
+        else:
+            self._computed[group] = self._compute(self._members[group])
+            while len(self._computed) > self._groups_kept:
+                self._computed.popitem(last=False)
+        return self._computed[group][sample_id]
 
-    def _group(self, group: int) -> dict[str, HiddenStateSample]:
-        if group not in self._computed:
-            samples = self._tokens.by_id(self._members[group])
-            states = {sample.sample_id: sample for sample in self._target.capture(samples)}
-            self._computed[group] = states
-        self._computed.move_to_end(group)
-        while len(self._computed) > self._groups_kept:
-            self._computed.popitem(last=False)
-        return self._computed[group]
+    def _compute(self, members: Sequence[str]) -> dict[str, HiddenStateSample]:
+        """Return the states of a group, save those that are kept already."""
+        if self._target is None:
+            self._target = self._load_target()
+        if self._keeper is None:
+            states = self._target.capture(self._tokens.by_id(members))
+        else:
+            missing = [name for name in members if not self._keeper.holds(name)]
+            recomputable = self._keeper.store.identity.left_out is not None
+            capture = partial(self._target.capture, recomputable=recomputable)
+            states = iter(self._keeper.compute(self._tokens.by_id(missing), capture))
+        return {sample.sample_id: sample for sample in states}

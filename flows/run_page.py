@@ -104,7 +104,7 @@ def _headlines(record: RunRecord) -> list[Row]:
         found.append(("steps", f"{record.training.num_steps:,}"))
         found.append(("loss", f"{figures.first_loss:.2f} → {figures.loss:.2f}"))
     bill = record.settings.bill if record.settings else None
-    if bill is not None:
+    if bill is not None and bill.raw_bytes:
         found.append(("of the raw size stored", f"{bill.stored_bytes / bill.raw_bytes:.1%}"))
     return found
 

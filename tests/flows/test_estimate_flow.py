@@ -39,7 +39,7 @@ def by_the_target(target: TargetConfig, dataset: DatasetConfig, home: str) -> Ac
     setup = set_up_draft(target, TRAINING, TokenFile(tokens.train_path), run_path)
     draft: DraftModel = load_trained(setup)
     source = OnlineSource(
-        TargetModel.load(target),
+        lambda: TargetModel.load(target),
         TokenFile(tokens.held_out_path),
         group_tokens=600,
         groups_kept=100,

@@ -34,7 +34,7 @@ def test_an_epoch_computes_every_sample_once(tmp_path: Path, target: TargetConfi
     tokens: TokenFile = write_token_file(tmp_path / "train.arrow", tokenized([20] * 40))
     counting = CountingTarget(TargetModel.load(target))
     source = OnlineSource(
-        counting,  # type: ignore[arg-type]
+        lambda: counting,  # type: ignore[arg-type,return-value]
         tokens,
         group_tokens=80,
         groups_kept=WINDOW,

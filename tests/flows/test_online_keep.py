@@ -1,0 +1,100 @@
+"""Online training that keeps its states: computed once, and the losses of one that forgets them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.evaluation import EvaluationConfig
+from eagle_core.files import file_digest
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target import TargetModel
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.trackers import TENSORBOARD_FOLDER
+from eagle_core.training_config import TrainingConfig
+from flows.config import StoreConfig
+from flows.online import online
+from flows.run_page import read_curves
+from flows.run_record import RunRecord
+from flows.workspace import Workspace
+from storage.store import Store
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+
+TRAINING = TrainingConfig(
+    draft_vocab_size=300, epochs=2, batch_tokens=512, warmup_steps=2, log_every=1, shuffle_window=2
+)
+SHORT = EvaluationConfig(num_prompts=1, num_plain_prompts=0, max_new_tokens=2, draft_tokens=2)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the samples that the target computed, in order."""
+    found: list[str] = []
+    capture = TargetModel.capture
+
+    def counted(
+        self: TargetModel, samples: list[TokenizedSample], *, recomputable: bool = False
+    ) -> Iterator[HiddenStateSample]:
+        found.extend(sample.sample_id for sample in samples)
+        return capture(self, samples, recomputable=recomputable)
+
+    monkeypatch.setattr(TargetModel, "capture", counted)
+    return found
+
+
+def test_states_are_computed_once_and_the_losses_are_those_of_forgetting(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig,
+    computed: list[str],
+) -> None:
+    space = Workspace(home=tmp_path, target=target.name, dataset=dataset.name)
+
+    def losses(run: str, *, keep: bool) -> tuple[list[float], str]:
+        summary = online(
+            target,
+            dataset,
+            store.model_copy(update={"keep": keep}),
+            TRAINING,
+            evaluation=SHORT,
+            home=str(tmp_path),
+            run=run,
+        ).training
+        curve = read_curves(summary.run_path / TENSORBOARD_FOLDER)["loss"]
+        newest = max(summary.run_path.glob("checkpoints/step-*"))
+        return list(curve.y), file_digest(newest / "draft.safetensors")
+
+    forgetting = losses("forgets", keep=False)
+    assert not space.store_root.exists()
+    assert len(forgetting[0]) > 8
+    (train_path,) = space.tokens_path.glob("train-*.arrow")
+    wanted = sorted(TokenFile(train_path).sample_ids)
+    assert len(computed) > len(wanted)
+    computed.clear()
+
+    assert losses("keeps", keep=True) == forgetting
+    assert sorted(computed) == wanted
+    computed.clear()
+    kept = Store.open(str(space.store_root))
+    assert kept.verify(deep=True) == []
+    assert sorted(map(kept.snapshot().sample_id, range(len(wanted)))) == wanted
+    assert all(commit.probe for commit in kept.commits().values())
+    assert kept.pending_plan() is None
+    settings = RunRecord.read(space.run_path("keeps")).settings
+    assert settings is not None
+    assert settings.bill is not None
+    assert 0 < settings.bill.stored_bytes < settings.bill.raw_bytes
+
+    first = min(kept.commits())
+    num_lost = len(kept.commit(first).sample_ids)
+    kept.revoke(first)  # as if the run had been killed before this one
+    assert losses("goes on", keep=True) == forgetting
+    assert len(computed) == num_lost
+    computed.clear()
+
+    assert losses("reads", keep=True) == forgetting
+    assert computed == []
