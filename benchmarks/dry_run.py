@@ -1,0 +1,108 @@
+"""The hidden-states flow with a dry-run target: random states from this process, no model.
+
+Started by `benchmarks.orchestration` in a process of its own. With `--bare` the same shards are
+planned and made without Prefect, which is what the flow is compared with.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+import flows.generate
+from deployments.recipe import load_recipe
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.tokens import TokenFile
+from flows.hidden_states import hidden_states
+from flows.shard_worker import ShardJob, ShardReport
+from flows.stored_source import to_stored
+from storage.identity import StoreIdentity
+from storage.plan import PlannedSample
+from storage.store import Store
+
+
+def dry_run(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
+    """Make the shards of a job of random states; answers as the child process that it replaces."""
+    del module, what
+    job = ShardJob.model_validate(request)
+    store = Store.open(job.store_root)
+    shards = {shard.shard_id: shard for shard in store.load_plan(job.plan_id).shards}
+    files = [TokenFile(path) for path in job.token_files]
+    for shard_id in job.shard_ids:
+        names = shards[shard_id].sample_ids
+        samples = [one for file in files for one in file.by_id([n for n in names if n in file])]
+        for sample in samples:
+            yield ShardReport(kind="tokens", tokens=len(sample)).model_dump_json()
+        states = [_random_states(sample, store.identity) for sample in samples]
+        store.write_shard(shards[shard_id], map(to_stored, states), probe=())
+        yield ShardReport(kind="shard", shard_id=shard_id).model_dump_json()
+
+
+def _random_states(sample: TokenizedSample, identity: StoreIdentity) -> HiddenStateSample:
+    rng = np.random.default_rng(int(sample.sample_id[:8], 16))
+    length, hidden_size = len(sample), identity.hidden_size
+
+    def bits(*shape: int) -> np.ndarray:
+        return rng.integers(0x3F00, 0x4000, shape, dtype=np.uint16)  # from 0.5 to 2
+
+    return HiddenStateSample(
+        sample_id=sample.sample_id,
+        input_ids=sample.input_ids,
+        loss_mask=sample.loss_mask,
+        aux_hidden_states=bits(length, 3, hidden_size),
+        last_hidden_state=bits(length, hidden_size),
+        target_argmax=rng.integers(0, identity.vocab_size, length, dtype=np.int32),
+        target_logsumexp=rng.random(length, dtype=np.float32),
+    )
+
+
+def make_bare(made: Store, root: str, token_files: Sequence[Path], *, each: int) -> None:
+    """Make every shard of `made` again in a new store at `root`, in batches of `each`."""
+    store = Store.create(root, made.identity)
+    wanted = [
+        PlannedSample(sample_id=name, num_tokens=length)
+        for file in map(TokenFile, token_files)
+        for name, length in zip(file.sample_ids, file.lengths.tolist(), strict=True)
+    ]
+    plan = store.plan(wanted, shard_tokens=1)
+    names = [shard.shard_id for shard in plan.shards]
+    target = load_recipe("smollm2").target  # not asked
+    for first in range(0, len(names), each):
+        job = ShardJob(
+            target=target,
+            store_root=root,
+            plan_id=plan.plan_id,
+            shard_ids=tuple(names[first : first + each]),
+            token_files=tuple(token_files),
+        )
+        for _ in dry_run("", job, what=""):
+            pass
+    commits = store.commits()
+    store.publish([sample.sample_id for sample in wanted], commits=commits)
+
+
+def main() -> None:
+    """Make the shards, and print as JSON the seconds of wall and processor that it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--home", required=True)
+    parser.add_argument("--bare", help="Root of a new store to fill without Prefect.")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe)
+    begun, begun_cpu = time.monotonic(), time.process_time()
+    if arguments.bare:
+        files = sorted((Path(arguments.home) / "tokens").glob("*/*-*.arrow"), reverse=True)
+        made = Store.open(str(recipe.store.root))
+        make_bare(made, arguments.bare, files, each=recipe.store.shards_per_task)
+    else:
+        flows.generate.ask = dry_run  # type: ignore[attr-defined]  # in its child's place
+        hidden_states(recipe.target, recipe.dataset, recipe.store, home=arguments.home)
+    print(json.dumps([time.monotonic() - begun, time.process_time() - begun_cpu]))
+
+
+if __name__ == "__main__":
+    main()
