@@ -71,6 +71,7 @@ def main() -> None:
     def speculatively(some: Sequence[Sequence[int]]) -> list[GenerationTrace]:
         return generate_speculative_batch(target, draft, some, config, target.stop_ids)
 
+    console = Console(width=200)
     plainly(prompts[:1])  # warm
     expected, seconds = _decoded(plainly, prompts, 1)
     rows = [f"| plainly, one by one | | | {_rate(expected, seconds)} |"]
@@ -88,6 +89,7 @@ def main() -> None:
         largest = f"{max(margins):.1e}" if margins else ""
         equal = f"{len(prompts) - len(margins)} of {len(prompts)}"
         rows.append(f"| {name} | {equal} | {largest} | {_rate(found, seconds)} |")
+        console.print(rows[-1], markup=False)
     report = REPORT.format(
         machine=describe(["torch", "transformers"]),
         threads=torch.get_num_threads(),
@@ -98,7 +100,7 @@ def main() -> None:
         draft=kind,
         rows="\n".join(rows),
     )
-    Console().print(report, markup=False)
+    console.print(report, markup=False)
     if arguments.results:
         arguments.results.write_text(report, encoding="utf-8")
 
