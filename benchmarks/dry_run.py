@@ -7,13 +7,13 @@ planned and made without Prefect, which is what the flow is compared with.
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel
 
-import flows.generate
+import flows.shard_processes
 from deployments.recipe import load_recipe
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.tokens import TokenFile
@@ -25,10 +25,25 @@ from storage.plan import PlannedSample
 from storage.store import Store
 
 
-def dry_run(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
-    """Make the shards of a job of random states; answers as the child process that it replaces."""
-    del module, what
-    job = ShardJob.model_validate(request)
+class DryChild:
+    """Answers in the place of the child process that makes shards."""
+
+    def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
+        """Start nothing."""
+        del module, environment
+        self.is_idle = True
+
+    def ask(self, request: BaseModel, *, what: str) -> Iterator[str]:
+        """Make the shards of a job of random states."""
+        del what
+        return dry_run(ShardJob.model_validate(request))
+
+    def close(self) -> None:
+        """Have nothing to end."""
+
+
+def dry_run(job: ShardJob) -> Iterator[str]:
+    """Make the shards of a job of random states; yield what a child would say."""
     store = Store.open(job.store_root)
     shards = {shard.shard_id: shard for shard in store.load_plan(job.plan_id).shards}
     files = [TokenFile(path) for path in job.token_files]
@@ -79,7 +94,7 @@ def make_bare(made: Store, root: str, token_files: Sequence[Path], *, each: int)
             shard_ids=tuple(names[first : first + each]),
             token_files=tuple(token_files),
         )
-        for _ in dry_run("", job, what=""):
+        for _ in dry_run(job):
             pass
     commits = store.commits()
     store.publish([sample.sample_id for sample in wanted], commits=commits)
@@ -99,7 +114,7 @@ def main() -> None:
         made = Store.open(str(recipe.store.root))
         make_bare(made, arguments.bare, files, each=recipe.store.shards_per_task)
     else:
-        flows.generate.ask = dry_run  # type: ignore[attr-defined]  # in its child's place
+        flows.shard_processes.Child = DryChild  # type: ignore[assignment,attr-defined]  # in its place
         hidden_states(recipe.target, recipe.dataset, recipe.store, home=arguments.home)
     print(json.dumps([time.monotonic() - begun, time.process_time() - begun_cpu]))
 

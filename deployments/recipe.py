@@ -17,6 +17,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.export_config import RunExportConfig
+from flows.runner_config import RunnerConfig
 
 FOLDER = Path(__file__).parent
 
@@ -30,6 +31,7 @@ class Recipe(BaseModel):
     dataset: DatasetConfig
     regeneration: RegenerationConfig = Field(default_factory=RegenerationConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
+    runner: RunnerConfig = Field(default_factory=RunnerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -56,7 +56,7 @@ FLOWS = (
     FlowEntry(
         name="hidden-states",
         entrypoint="flows/hidden_states.py:hidden_states",
-        sections=("target", "dataset", "store"),
+        sections=("target", "dataset", "store", "runner"),
         description="Compute the hidden states that the store does not hold yet",
         is_exclusive=True,
     ),
@@ -87,7 +87,7 @@ FLOWS = (
     FlowEntry(
         name="offline",
         entrypoint="flows/offline.py:offline",
-        sections=("target", "dataset", "store", "training", "tracking", "evaluation"),
+        sections=("target", "dataset", "store", "runner", "training", "tracking", "evaluation"),
         description="hidden-states, then train, then evaluate",
     ),
     FlowEntry(
@@ -105,7 +105,7 @@ FLOWS = (
     FlowEntry(
         name="repair",
         entrypoint="flows/repair.py:repair_flow",
-        sections=("target", "dataset", "store"),
+        sections=("target", "dataset", "store", "runner"),
         description="Make exactly the damaged shards of the store again",
     ),
     FlowEntry(

@@ -3,7 +3,7 @@
 A child is a module of ours. It reads one request (JSON), answers with one line of JSON at a time on
 standard output, and reports an error raised on purpose as its last line. One child reads the
 request on standard input; ranks under torchrun, of which each may report an error, read it from a
-file.
+file. A `Child` that lives on reads one request a line, and says after each that it has ended.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ from flows.errors import ChildKilledError, FlowError
 
 ANSWERED_FAILURE = 3
 """Exit status after a failure that was reported on standard output."""
+_ENDED = '{"ended":true}'
 _STDERR_TAIL_CHARS = 2000
 _RANKS_TAIL_CHARS = 5000
 _RANKS_SUMMARY = " FAILED\n---"
@@ -54,6 +56,65 @@ def answer(work: Callable[[], None], *, tell: Callable[[BaseModel], None] = say)
         tell(Failure(failure=kind, message=str(error)))
         return ANSWERED_FAILURE
     return 0
+
+
+def say_ended() -> None:
+    """In a child that lives on: the request has been answered, or its error reported."""
+    sys.stdout.write(_ENDED + "\n")
+    sys.stdout.flush()
+
+
+class Child:
+    """A process of `module` that answers one request after the other."""
+
+    def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
+        """Start it; `environment` is what its own differs in from this process's."""
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.is_idle = True
+        """Whether it waits for a request; False for ever if one was not read to its end."""
+
+    def ask(self, request: BaseModel, *, what: str) -> Iterator[str]:
+        """Yield the lines that answer a request.
+
+        Raises:
+            ChildKilledError: the child died.
+            EagleCoreError, StorageError: what it reported, as it raised it; it lives on.
+
+        """
+        self.is_idle = False
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None  # noqa: S101 (PIPE was asked for)
+        assert stdout is not None  # noqa: S101
+        with suppress(BrokenPipeError):  # it is dead: there will be no answer
+            stdin.write(request.model_dump_json() + "\n")
+            stdin.flush()
+        failures: list[Failure] = []
+        for line in stdout:
+            if line.startswith('{"failure":'):
+                failures.append(Failure.model_validate_json(line))
+            elif line.rstrip() == _ENDED:
+                self.is_idle = True
+                if failures:
+                    raise _as_raised(failures)
+                return
+            else:
+                yield line
+        raise ChildKilledError(_epitaph(what, self._process.wait(), _tail(self._stderr)))
+
+    def close(self) -> None:
+        """End it; what it was working on is lost."""
+        self._process.terminate()
+        with suppress(BrokenPipeError), self._process:  # waits, and closes its pipes
+            pass
+        self._stderr.close()
 
 
 def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:

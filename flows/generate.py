@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.runtime import task_run
 
-from flows.child_process import ask
 from flows.retry import is_transient
+from flows.shard_processes import ShardProcesses, kept_processes
 from flows.shard_worker import ShardJob, ShardReport
+from flows.store_root import use_credentials
+from flows.summaries import MadeShard
+from storage.store import Store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +26,16 @@ class ShardBatch:
     first: int
     last: int
     job: ShardJob
+    credentials: str | None = None
+    """The block that opens the store, where a task runs on another machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Here:
+    """What a task uses in the flow's own process, and nowhere else: nothing of it can travel."""
+
+    processes: ShardProcesses
+    on_report: Callable[[ShardReport], None]
 
 
 @task(
@@ -31,18 +46,41 @@ class ShardBatch:
     cache_policy=NO_CACHE,  # the commit record is the only truth about what exists
     persist_result=False,
 )
-def generate_shards(batch: ShardBatch, on_report: Callable[[ShardReport], None]) -> int:
-    """Make the shards of `batch` in a child process; return how many were committed.
+def generate_shards(batch: ShardBatch, here: Here | None = None) -> tuple[MadeShard, ...]:
+    """Make the shards of `batch` in a child process; return those that were committed.
+
+    Without `here`, the task runs on a cluster's worker, which keeps a child of its own.
 
     Raises:
         ChildKilledError: the child died without an answer (retried).
         EagleCoreError, StorageError: what the child reported, as it raised it.
 
     """
-    committed = 0
+    if here is None:
+        use_credentials(batch.credentials)
+    processes = kept_processes() if here is None else here.processes
+    attempt = task_run.run_count or 1
+    job = batch.job if attempt == 1 else _rest(batch.job)
+    made: list[MadeShard] = []
     what = f"the process of shards {batch.first}-{batch.last}"
-    for line in ask("flows.shard_worker", batch.job, what=what):
-        report = ShardReport.model_validate_json(line)
-        committed += report.kind == "shard"
-        on_report(report)
-    return committed
+    for report in processes.make(job, what=what):
+        if here is not None:
+            here.on_report(report)
+        if report.kind == "shard":
+            made.append(
+                MadeShard(
+                    shard_id=report.shard_id,
+                    seconds=report.seconds,
+                    attempt=attempt,
+                    made_by=report.made_by,
+                )
+            )
+    get_run_logger().info("%d shards are committed", len(made))
+    return tuple(made)
+
+
+def _rest(job: ShardJob) -> ShardJob:
+    """Return the part of a job that an attempt before did not commit."""
+    committed = set(Store.open(job.store_root).shard_ids())
+    rest = tuple(shard_id for shard_id in job.shard_ids if shard_id not in committed)
+    return job.model_copy(update={"shard_ids": rest})

@@ -1,15 +1,10 @@
 """`hidden-states`: conversations in, a snapshot of the store out; only what is missing is made."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, wait
 from prefect.logging import get_run_logger
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
@@ -17,32 +12,29 @@ from eagle_core.tokens import TokenFile
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
-from flows.errors import MissingShardsError
 from flows.event_names import SNAPSHOT_PUBLISHED, store_resource
 from flows.events import send
-from flows.generate import ShardBatch, generate_shards
 from flows.identity import store_identity
+from flows.make_shards import MissingShards, make_shards
 from flows.preflight import preflight, wanted_samples
 from flows.prepare import prepare
-from flows.progress import StageProgress, stage_progress
-from flows.shard_worker import ShardJob, ShardReport
+from flows.runner_config import RunnerConfig
 from flows.store_root import store_root
 from flows.summaries import HiddenStatesSummary, TokensSummary
 from flows.workspace import DEFAULT_HOME
-from storage.plan import PlannedShard
 from storage.store import Store
 
 
 @flow(
     name="hidden-states",
     flow_run_name="hidden-states-{target.name}-{dataset.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # generic in its future
     persist_result=False,
 )
 def hidden_states(
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    runner: RunnerConfig = RunnerConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
 ) -> HiddenStatesSummary:
     """Compute, store and publish the hidden states that the store does not hold yet.
@@ -59,7 +51,7 @@ def hidden_states(
     root = store_root(store, space)
     preflight(target, store, tokens, root)
     work = plan_missing_shards(target, store, tokens, root)
-    make_shards(target, store, tokens, root, work)
+    make_shards(target, store, runner, tokens, root, work)
     summary = publish(tokens, root, shards_made=len(work.shards), started=started)
     send(
         SNAPSHOT_PUBLISHED,
@@ -72,14 +64,6 @@ def hidden_states(
         key=artifact_key("hidden-states", target.name, dataset.name),
     )
     return summary
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MissingShards:
-    """The shards of a plan that have no commit record."""
-
-    plan_id: str
-    shards: tuple[PlannedShard, ...]
 
 
 @task(task_run_name="plan", cache_policy=NO_CACHE, persist_result=False)
@@ -100,70 +84,6 @@ def plan_missing_shards(
         "%d samples wanted, %d shards to make (%s)", len(wanted), len(missing), root
     )
     return MissingShards(plan_id=plan.plan_id, shards=missing)
-
-
-def make_shards(
-    target: TargetConfig,
-    config: StoreConfig,
-    tokens: TokensSummary,
-    root: str,
-    work: MissingShards,
-) -> None:
-    """Run one task per batch of shards, wait for all of them, then name what is missing.
-
-    Raises:
-        MissingShardsError: some batches failed; everything else is committed and stays.
-
-    """
-    total = sum(shard.num_tokens for shard in work.shards)
-    key = artifact_key("hidden-states-progress", target.name)
-    with stage_progress("hidden states", key=key, total=total, unit="tokens") as progress:
-        futures = [
-            generate_shards.submit(batch, on_report=_advance(progress))
-            for batch in _batches(target, config, tokens, root, work)
-        ]
-        wait(futures)
-    _require_all(futures, work, Store.open(root))
-
-
-def _advance(progress: StageProgress) -> Any:  # noqa: ANN401 (a closure Prefect passes through)
-    def on_report(shard_report: ShardReport) -> None:
-        progress.advance(shard_report.tokens, note=shard_report.shard_id[:8])
-
-    return on_report
-
-
-def _batches(
-    target: TargetConfig,
-    config: StoreConfig,
-    tokens: TokensSummary,
-    root: str,
-    work: MissingShards,
-) -> Iterator[ShardBatch]:
-    for first in range(0, len(work.shards), config.shards_per_task):
-        members = work.shards[first : first + config.shards_per_task]
-        job = ShardJob(
-            target=target,
-            store_root=root,
-            plan_id=work.plan_id,
-            shard_ids=tuple(shard.shard_id for shard in members),
-            token_files=(tokens.train_path, tokens.held_out_path),
-        )
-        yield ShardBatch(first=first, last=first + len(members) - 1, job=job)
-
-
-def _require_all(futures: Sequence[PrefectFuture[int]], work: MissingShards, store: Store) -> None:
-    committed = set(store.shard_ids())
-    missing = [shard.shard_id for shard in work.shards if shard.shard_id not in committed]
-    for future in futures:
-        if future.state.is_failed() and missing:
-            future.result()  # one cause, with its own type and message: usually the same for all
-    if missing:
-        raise MissingShardsError(
-            f"{len(missing)} of {len(work.shards)} shards are missing: {', '.join(missing[:5])}; "
-            "the others are committed. Press Retry in the Prefect UI, or run the flow again, to "
-            "make only these"
-        )
 
 
 @task(task_run_name="publish snapshot", cache_policy=NO_CACHE, persist_result=False)

@@ -16,6 +16,7 @@ from flows.config import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
+from flows.runner_config import RunnerConfig
 from flows.summaries import OfflineSummary
 from flows.table import print_table
 from flows.train import train_flow
@@ -27,10 +28,11 @@ from flows.workspace import DEFAULT_HOME
     flow_run_name="offline-{target.name}-{dataset.name}-{run}",
     persist_result=False,
 )
-def offline(
+def offline(  # noqa: PLR0917 (one for each section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    runner: RunnerConfig = RunnerConfig(),  # noqa: B008 (frozen)
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
@@ -43,7 +45,7 @@ def offline(
     """
     require_trackers(tracking)  # not known only after hours of hidden states
     started = time.monotonic()
-    states = hidden_states(target=target, dataset=dataset, store=store, home=home)
+    states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
     trained = train_flow(
         target=target,
         dataset=dataset,

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
@@ -15,9 +14,11 @@ from flows.config import StoreConfig
 from flows.damage import find_damage, probe_recompute
 from flows.errors import DamagedStoreError
 from flows.health import RepairSummary
-from flows.hidden_states import MissingShards, make_shards, publish
+from flows.hidden_states import publish
 from flows.identity import store_identity
+from flows.make_shards import MissingShards, make_shards
 from flows.prepare import prepare
+from flows.runner_config import RunnerConfig
 from flows.store_root import store_root
 from flows.store_tables import repair_rows
 from flows.summaries import TokensSummary
@@ -34,13 +35,13 @@ from storage.verify import Finding
 @flow(
     name="repair",
     flow_run_name="repair-{target.name}-{dataset.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # generic in its future
     persist_result=False,
 )
 def repair_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    runner: RunnerConfig = RunnerConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
     deep: bool = True,
 ) -> RepairSummary:
@@ -64,7 +65,7 @@ def repair_flow(
             opened.root.delete(finding.object_key)  # what it lacks is planned again
     remade, foreign = _split(damaged_shards(opened, findings), tokens)
     if remade:
-        _make_again(opened, remade, target, store, tokens)
+        _make_again(opened, remade, target, store, runner, tokens)
     if any(finding.object_key.startswith("snapshots/") for finding in findings):
         publish(tokens, root, shards_made=len(remade), started=started)
     summary = RepairSummary(
@@ -107,6 +108,7 @@ def _make_again(
     shards: Sequence[PlannedShard],
     target: TargetConfig,
     store: StoreConfig,
+    runner: RunnerConfig,
     tokens: TokensSummary,
 ) -> None:
     """Make the shards; a kill in between leaves a plan that this flow or `hidden-states` ends."""
@@ -116,7 +118,7 @@ def _make_again(
     for shard in shards:
         opened.revoke(shard.shard_id)
     work = MissingShards(plan_id=plan.plan_id, shards=plan.shards)
-    make_shards(target, store, tokens, opened.root.root, work)
+    make_shards(target, store, runner, tokens, opened.root.root, work)
     if is_new:
         opened.root.delete(f"plans/{plan.plan_id}.json")
 

@@ -1,11 +1,14 @@
-"""The child process that loads the target once and makes a batch of shards.
+"""The child process that loads the target once and makes one batch of shards after the other.
 
-Reads one `ShardJob` (JSON) on standard input and answers with one `ShardReport` (JSON) a line on
-standard output. One shard is written while the target computes the next, so that neither waits for
-the other; a kill costs these two and nothing else: only what is committed shows.
+Reads one `ShardJob` (JSON) a line on standard input and answers with one `ShardReport` (JSON) a
+line on standard output. One shard is written while the target computes the next, so that neither
+waits for the other; a kill costs these two and nothing else: only what is committed shows.
 """
 
+import os
+import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,13 +21,12 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
-from flows.child_process import answer, say
+from flows.child_process import answer, say, say_ended
 from flows.recompute import TargetRecompute, partial_target
 from flows.semantic_probe import probed, require_as_said
 from flows.stored_source import to_stored
-from storage.plan import PlannedShard
+from storage.plan import Plan, PlannedShard
 from storage.probe import ProbePoint
-from storage.recompute import Recompute
 from storage.store import Store
 
 
@@ -48,51 +50,85 @@ class ShardReport(BaseModel):
     kind: Literal["tokens", "shard"]
     tokens: int = 0
     shard_id: str = ""
+    seconds: float = 0.0
+    """From the first token of a shard to its commit."""
+    made_by: str = ""
+    """Host and process."""
+
+
+class ShardMaker:
+    """The target, loaded, and the store that it writes into."""
+
+    def __init__(self, target: TargetConfig, store_root: str) -> None:
+        """Load the target for the store at `store_root`."""
+        self.made_for = (target, store_root)
+        self._store = Store.open(store_root)
+        self._target = TargetModel.load(target)
+        self._recompute = TargetRecompute(
+            self._target.lm_head_weight, partial_target(target, self._store.identity)
+        )
+        self._plan: Plan | None = None
+
+    def make(self, job: ShardJob) -> None:
+        """Make the shards of a job, and say so."""
+        shards = {shard.shard_id: shard for shard in self._planned(job.plan_id).shards}
+        files = [TokenFile(path) for path in job.token_files]
+        left_out = self._store.identity.left_out is not None
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+            storing: Future[ShardReport] | None = None
+            for shard_id in job.shard_ids:
+                began = time.monotonic()
+                samples = _samples_of(shards[shard_id], files)
+                probe: list[ProbePoint] = []
+                counted = _counted(self._target.capture(samples, recomputable=left_out))
+                states = list(
+                    probed(counted, samples, shard_id=shard_id, into=probe, left_out=left_out)
+                )
+                _report(storing)
+                storing = writer.submit(self._store_shard, shards[shard_id], states, probe, began)
+            _report(storing)
+
+    def _planned(self, plan_id: str) -> Plan:
+        if self._plan is None or self._plan.plan_id != plan_id:
+            self._plan = self._store.load_plan(plan_id)
+        return self._plan
+
+    def _store_shard(
+        self,
+        shard: PlannedShard,
+        states: Sequence[HiddenStateSample],
+        probe: Sequence[ProbePoint],
+        began: float,
+    ) -> ShardReport:
+        """Write a shard and read it back, in a thread: the target goes on with the next one."""
+        self._store.write_shard(shard, map(to_stored, states), probe=probe)
+        require_as_said(self._store, shard.shard_id, self._recompute)
+        seconds = time.monotonic() - began
+        made_by = f"{socket.gethostname()}:{os.getpid()}"
+        return ShardReport(kind="shard", shard_id=shard.shard_id, seconds=seconds, made_by=made_by)
 
 
 def main() -> int:
-    """Make the shards of the job on standard input; return the exit status."""
-    job = ShardJob.model_validate_json(sys.stdin.read())
-    return answer(lambda: _run(job))
+    """Make the shards of every job on standard input; return the exit status."""
+    maker: ShardMaker | None = None
+    for line in sys.stdin:
+        job = ShardJob.model_validate_json(line)
+
+        def work(job: ShardJob = job) -> None:
+            nonlocal maker
+            if maker is None or maker.made_for != (job.target, job.store_root):
+                maker = None  # before the next target is loaded
+                maker = ShardMaker(job.target, job.store_root)
+            maker.make(job)
+
+        answer(work)
+        say_ended()
+    return 0
 
 
-def _run(job: ShardJob) -> None:
-    store = Store.open(job.store_root)
-    shards = {shard.shard_id: shard for shard in store.load_plan(job.plan_id).shards}
-    files = [TokenFile(path) for path in job.token_files]
-    target = TargetModel.load(job.target)
-    recompute = TargetRecompute(target.lm_head_weight, partial_target(job.target, store.identity))
-    left_out = store.identity.left_out is not None
-    with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-        storing: Future[str] | None = None
-        for shard_id in job.shard_ids:
-            samples = _samples_of(shards[shard_id], files)
-            probe: list[ProbePoint] = []
-            counted = _counted(target.capture(samples, recomputable=left_out))
-            states = list(
-                probed(counted, samples, shard_id=shard_id, into=probe, left_out=left_out)
-            )
-            _report(storing)
-            storing = writer.submit(_store, store, shards[shard_id], states, probe, recompute)
-        _report(storing)
-
-
-def _store(
-    store: Store,
-    shard: PlannedShard,
-    states: Sequence[HiddenStateSample],
-    probe: Sequence[ProbePoint],
-    recompute: Recompute,
-) -> str:
-    """Write a shard and read it back, in a thread: the target goes on with the next one."""
-    store.write_shard(shard, map(to_stored, states), probe=probe)
-    require_as_said(store, shard.shard_id, recompute)
-    return shard.shard_id
-
-
-def _report(storing: Future[str] | None) -> None:
+def _report(storing: Future[ShardReport] | None) -> None:
     if storing is not None:
-        say(ShardReport(kind="shard", shard_id=storing.result()))
+        say(storing.result())
 
 
 def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:

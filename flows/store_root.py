@@ -41,9 +41,15 @@ def store_root(store: StoreConfig, space: Workspace) -> str:
                 f"store.credentials is {store.credentials!r}, but the store at {root} needs none; "
                 "set store.root to an s3:// URL, or leave store.credentials out"
             )
-        os.environ.update(_variables(store.credentials))
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients keep what they found
+        use_credentials(store.credentials)
     return root
+
+
+def use_credentials(name: str | None) -> None:
+    """Put what a block holds into the environment of this process; do nothing without a name."""
+    if name is not None:
+        os.environ.update(_variables(name))
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients keep what they found
 
 
 def _variables(name: str) -> Mapping[str, str]:

@@ -1,18 +1,22 @@
 """Stores as people read about them: rows of `plan`, `inspect`, `verify`, `repair` and `gc`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from flows.bill import Bill, RecomputeCost
 from flows.health import RepairSummary, VerifySummary
 from flows.inspection import SnapshotFigures, StoreFigures
+from flows.summaries import MadeShard
 from flows.table import Row
 from flows.units import human_bytes, human_seconds
 from storage.collection import Garbage
 from storage.identity import StoreIdentity
+from storage.store import Store
 from storage.verify import Finding
 
 MOST_LISTED = 20
+MOST_IN_TABLE = 1000
 
 
 def bill_rows(bill: Bill) -> list[Row]:
@@ -54,6 +58,28 @@ def _recompute(bill: Bill, cost: RecomputeCost) -> str:
         f"{cost.share_of_capture:.0%} of the whole target's time), "
         f"{human_bytes(cost.weight_bytes)} of weights, loaded in {cost.load_seconds:.1f} s"
     )
+
+
+def shard_table(
+    shard_ids: Sequence[str], made: Mapping[str, MadeShard], store: Store
+) -> list[dict[str, Any]]:
+    """Return a row for each committed shard: its size, and how it was made if that is known."""
+    rows = []
+    for shard_id in shard_ids[:MOST_IN_TABLE]:
+        record, how = store.commit(shard_id), made.get(shard_id)
+        rows.append(
+            {
+                "shard": shard_id[:12],
+                "samples": len(record.sample_ids),
+                "tokens": record.num_tokens,
+                "bytes": record.stored_bytes,
+                "of raw": f"{record.stored_bytes / record.raw_bytes:.1%}",
+                "seconds": round(how.seconds, 1) if how else None,
+                "attempt": how.attempt if how else None,
+                "made by": how.made_by if how else None,
+            }
+        )
+    return rows
 
 
 def store_rows(figures: StoreFigures) -> list[Row]:

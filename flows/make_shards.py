@@ -1,0 +1,123 @@
+"""Makes the shards that a store lacks: in batches, on the runner that the recipe names."""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from prefect.artifacts import create_table_artifact
+from prefect.futures import PrefectFuture
+
+from eagle_core.target_config import TargetConfig
+from flows.artifact_key import artifact_key
+from flows.config import StoreConfig
+from flows.errors import MissingShardsError
+from flows.generate import ShardBatch
+from flows.progress import stage_progress
+from flows.runner import running
+from flows.runner_config import RunnerConfig
+from flows.shard_worker import ShardJob, ShardReport
+from flows.store_tables import shard_table
+from flows.summaries import MadeShard, TokensSummary
+from storage.plan import PlannedShard
+from storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MissingShards:
+    """The shards of a plan that have no commit record."""
+
+    plan_id: str
+    shards: tuple[PlannedShard, ...]
+
+
+def make_shards(
+    target: TargetConfig,
+    config: StoreConfig,
+    runner: RunnerConfig,
+    tokens: TokensSummary,
+    root: str,
+    work: MissingShards,
+) -> None:
+    """Run one task per batch of shards, wait for all of them, then name what is missing.
+
+    Raises:
+        MissingShardsError: some batches failed; everything else is committed and stays.
+        FlowError: the runner's package is not installed.
+
+    """
+    total = sum(shard.num_tokens for shard in work.shards)
+    sizes = {shard.shard_id: shard.num_tokens for shard in work.shards}
+    key = artifact_key("hidden-states-progress", target.name)
+    made: list[MadeShard] = []
+    with stage_progress("hidden states", key=key, total=total, unit="tokens") as progress:
+
+        def on_report(report: ShardReport) -> None:
+            progress.advance(report.tokens, note=report.shard_id[:8])
+
+        with running(runner, target, on_report=on_report) as submit:
+            futures = [submit(batch) for batch in _batches(target, config, tokens, root, work)]
+            for future in futures:
+                future.wait()
+                if future.state.is_completed():
+                    shards = future.result()
+                    made += shards
+                    if runner.kind != "processes":  # a cluster says nothing in between
+                        progress.advance(sum(sizes[shard.shard_id] for shard in shards))
+    store = Store.open(root)
+    committed = set(store.shard_ids())
+    done = [shard.shard_id for shard in work.shards if shard.shard_id in committed]
+    _publish_table(done, made, store, target)
+    if len(done) < len(work.shards):
+        _say_what_is_missing(futures, work, committed)
+
+
+def _batches(
+    target: TargetConfig,
+    config: StoreConfig,
+    tokens: TokensSummary,
+    root: str,
+    work: MissingShards,
+) -> Iterator[ShardBatch]:
+    for first in range(0, len(work.shards), config.shards_per_task):
+        members = work.shards[first : first + config.shards_per_task]
+        job = ShardJob(
+            target=target,
+            store_root=root,
+            plan_id=work.plan_id,
+            shard_ids=tuple(shard.shard_id for shard in members),
+            token_files=(tokens.train_path, tokens.held_out_path),
+        )
+        yield ShardBatch(
+            first=first,
+            last=first + len(members) - 1,
+            job=job,
+            credentials=config.credentials,
+        )
+
+
+def _publish_table(
+    done: Sequence[str], made: Sequence[MadeShard], store: Store, target: TargetConfig
+) -> None:
+    """Show the shards of this run as a table in the Prefect UI."""
+    if done:
+        create_table_artifact(
+            shard_table(done, {shard.shard_id: shard for shard in made}, store),
+            key=artifact_key("hidden-states-shards", target.name),
+            description=f"Shards of {target.name} made by this run: {len(done):,}",
+        )
+
+
+def _say_what_is_missing(
+    futures: Sequence[PrefectFuture[tuple[MadeShard, ...]]],
+    work: MissingShards,
+    committed: Container[str],
+) -> NoReturn:
+    for future in futures:
+        if future.state.is_failed():
+            future.result()  # one cause, with its own type and message: usually the same for all
+    missing = [shard.shard_id for shard in work.shards if shard.shard_id not in committed]
+    raise MissingShardsError(
+        f"{len(missing)} of {len(work.shards)} shards are missing: {', '.join(missing[:5])}; "
+        "the others are committed. Press Retry in the Prefect UI, or run the flow again, to "
+        "make only these"
+    )

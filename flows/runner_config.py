@@ -1,0 +1,28 @@
+"""Where shards are made: in child processes here, or on the workers of a cluster."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RunnerConfig(BaseModel):
+    """How many processes make shards at once, and what starts them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["processes", "dask", "ray"] = Field(
+        default="processes",
+        description="Child processes on this machine, each with a GPU of its own, or the workers "
+        "of a Dask or Ray cluster (pip install 'eyas[dask]' or 'eyas[ray]').",
+    )
+    num_workers: int = Field(
+        default=1,
+        gt=0,
+        description="Processes that make shards at the same time, each with the target loaded. A "
+        "cluster with an address decides by itself.",
+    )
+    address: str | None = Field(
+        default=None,
+        description="A Dask or Ray cluster that is running, such as tcp://HOST:8786 or "
+        "ray://HOST:10001. Empty starts one on this machine for the time of the run.",
+    )

@@ -1,0 +1,122 @@
+"""Shards made by several processes, here or on a cluster: the same bytes, one writer each."""
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import ConfigError
+from eagle_core.target_config import TargetConfig
+from flows import runner as runner_module
+from flows.config import StoreConfig
+from flows.errors import FlowError
+from flows.hidden_states import hidden_states
+from flows.runner_config import RunnerConfig
+from flows.shard_processes import gpus_in_turn
+from storage.store import Store
+from tests.flows.trees import digests
+from tests.storage.seaweed import BUCKET, seaweed
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+
+STORE = StoreConfig(shard_tokens=400, shards_per_task=1)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the home of the store lies that one process made."""
+    return tmp_path_factory.mktemp("alone")
+
+
+def _shard_table(target_name: str) -> list[dict[str, object]]:
+    """Return the latest table of shards that the UI shows."""
+    key = ArtifactFilter(key=ArtifactFilterKey(any_=[f"hidden-states-shards-{target_name}"]))
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts(artifact_filter=key)
+    newest = max(artifacts, key=lambda artifact: artifact.created)
+    return json.loads(newest.data) if isinstance(newest.data, str) else newest.data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["processes", "dask", "ray"])
+def test_two_workers_make_the_bytes_that_one_makes(
+    tmp_path: Path, alone: Path, target: TargetConfig, dataset: DatasetConfig, kind: str
+) -> None:
+    one = hidden_states(target=target, dataset=dataset, store=STORE, home=str(alone))
+    assert one.num_shards > 6
+    runner = RunnerConfig.model_validate({"kind": kind, "num_workers": 2})
+
+    with mock.patch.dict(os.environ, {"RAY_USAGE_STATS_ENABLED": "0"}):
+        two = hidden_states(
+            target=target, dataset=dataset, store=STORE, runner=runner, home=str(tmp_path)
+        )
+
+    assert two.shards_made == one.num_shards
+    assert digests(Path(two.store_root)) == digests(Path(one.store_root))
+    table = _shard_table(target.name)
+    assert len(table) == two.num_shards
+    assert {row["attempt"] for row in table} == {1}
+    assert sum(row["tokens"] for row in table) == two.num_tokens  # type: ignore[misc]
+    assert len({row["made by"] for row in table}) == 2, "each loaded the target once"
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["processes", "dask"])
+def test_two_workers_share_a_store_on_s3(
+    tmp_path: Path, alone: Path, target: TargetConfig, dataset: DatasetConfig, kind: str
+) -> None:
+    one = hidden_states(target=target, dataset=dataset, store=STORE, home=str(alone))
+    runner = RunnerConfig.model_validate({"kind": kind, "num_workers": 2})
+    (tmp_path / "weed").mkdir()
+    with seaweed(tmp_path / "weed") as server, mock.patch.dict(os.environ):
+        Secret(value=server.variables).save("lake", overwrite=True)  # type: ignore[unused-coroutine]
+        remote = STORE.model_copy(update={"root": f"s3://{BUCKET}/states", "credentials": "lake"})
+        two = hidden_states(
+            target=target, dataset=dataset, store=remote, runner=runner, home=str(tmp_path)
+        )
+        stored = Store.open(two.store_root)
+        assert stored.verify(deep=True) == []
+        assert stored.commits() == Store.open(one.store_root).commits()
+    assert len({row["made by"] for row in _shard_table(target.name)}) == 2
+
+
+def test_an_error_of_a_worker_keeps_its_type_and_its_words(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    bare = target.model_copy(update={"aux_layers": (1, 2, 99)})
+    with pytest.raises(ConfigError, match="99"):
+        hidden_states(
+            target=bare,
+            dataset=dataset,
+            store=STORE,
+            runner=RunnerConfig(num_workers=2),
+            home=str(tmp_path),
+        )
+
+
+def test_a_runner_whose_package_is_missing_says_what_to_install(
+    target: TargetConfig,
+) -> None:
+    with (
+        mock.patch.dict("sys.modules", {"prefect_dask": None}),
+        pytest.raises(FlowError, match=r"pip install 'eyas\[dask\]'"),
+        runner_module.running(RunnerConfig(kind="dask"), target, on_report=print),
+    ):
+        pass
+
+
+def test_each_child_has_a_gpu_of_those_that_are_visible() -> None:
+    def names(visible: str | None, num_gpus: int, num_workers: int) -> list[str]:
+        places = gpus_in_turn(visible, num_gpus, num_workers)
+        return [place["CUDA_VISIBLE_DEVICES"] for place in places]
+
+    assert names(None, 4, 4) == ["0", "1", "2", "3"]
+    assert names("5,GPU-7f", 2, 2) == ["5", "GPU-7f"]
+    assert names("5,7", 2, 3) == ["5", "7", "5"]
