@@ -21,10 +21,11 @@ class StoreConfig(BaseModel):
         description="Name of a Prefect Secret block with the AWS variables of a store on S3. Empty "
         "means the usual variables and files where the flow runs.",
     )
-    profile: Literal["lossless", "int8", "int6", "raw"] = Field(
+    profile: Literal["lossless", "int8", "int6", "int4", "raw"] = Field(
         default=DEFAULT_PROFILE,
         description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half "
-        "with an error below bfloat16 noise, int6 in a third with a larger one, or uncompressed.",
+        "with an error below bfloat16 noise, int6 in a third and int4 in a fifth with larger ones, "
+        "or uncompressed.",
     )
     recompute: bool = Field(
         default=False,

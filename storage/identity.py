@@ -13,7 +13,7 @@ from storage.errors import ConfigError, CorruptError, MismatchError
 
 FORMAT = "eyas-store"
 FORMAT_VERSION = 2
-PROFILES = ("raw", "lossless", "int8", "int6")
+PROFILES = ("raw", "lossless", "int8", "int6", "int4")
 DEFAULT_PROFILE: Final = "lossless"
 NORM_CONVENTIONS = ("post_norm",)
 RECOMPUTE_MODES = ("one_sequence",)

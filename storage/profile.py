@@ -1,4 +1,4 @@
-"""How hidden states become arrays: `raw`, `lossless`, `int8` or `int6`.
+"""How hidden states become arrays: `raw`, `lossless`, `int8`, `int6` or `int4`.
 
 Shapes: R rows, L layers (absent for the last hidden state), H hidden size, G groups of 64 channels;
 states are bfloat16 bits in uint16. Every profile is a set of plain Zarr arrays whose inner chunks
@@ -8,8 +8,8 @@ hold one layer each. A chunk is split, coded and forgotten while it is in the pr
 widening it puts the sign where it belongs. From the exponents the channel's typical exponent
 is subtracted modulo 256, which leaves about 2.7 bits of entropy of 8.
 
-`int8`, `int6`: `code * step[row, group] * scale[channel] + mean[channel]`. A scale per row alone
-would erase channels: one channel often carries most of a row's energy.
+`int8`, `int6`, `int4`: `code * step[row, group] * scale[channel] + mean[channel]`. A scale per row
+alone would erase channels: one channel often carries most of a row's energy.
 """
 
 import math
@@ -31,7 +31,7 @@ EXPONENT_UNIT = np.uint16(1 << 7)
 SIGN_AND_MANTISSA = np.uint16(0x807F)
 SCALE_POWER = 0.75  # 1 is equal relative error in all channels; between is a smaller teacher KL
 CHUNK_VALUES = 1 << 22  # large enough that whole samples, which may begin alike, share a chunk
-LARGEST_CODE = {"int8": 127, "int6": 31}
+LARGEST_CODE = {"int8": 127, "int6": 31, "int4": 7}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +166,7 @@ def _typical_exponents(rows: StateRows) -> NDArray[np.uint8]:
     return typical.reshape(rows.shape[1:])
 
 
-# ---- int8, int6
+# ---- int8, int6, int4
 
 
 def _write_codes(name: str, rows: StateRows, open_object: OpenObject, *, largest: int) -> None:

@@ -61,7 +61,7 @@ def test_rows_that_repeat_take_no_room() -> None:
     assert sizes[1] < sizes[0] + 3 * answers[0].nbytes // 2 + 3 * 200 * 2  # not 3 prompts more
 
 
-@pytest.mark.parametrize(("profile", "steps"), [("int8", 254), ("int6", 62)])
+@pytest.mark.parametrize(("profile", "steps"), [("int8", 254), ("int6", 62), ("int4", 14)])
 def test_codes_are_close_in_every_channel(profile: str, steps: int) -> None:
     rng = np.random.default_rng(0)
     scale = np.exp2(np.linspace(-8, 8, 100))  # 100 channels: the last group is a short one
