@@ -72,7 +72,7 @@ def shard_table(
                 "shard": shard_id[:12],
                 "samples": len(record.sample_ids),
                 "tokens": record.num_tokens,
-                "bytes": record.stored_bytes,
+                "size": human_bytes(record.stored_bytes),
                 "of raw": f"{record.stored_bytes / record.raw_bytes:.1%}",
                 "seconds": round(how.seconds, 1) if how else None,
                 "attempt": how.attempt if how else None,
