@@ -33,9 +33,9 @@ class DryChild:
         del module, environment
         self.is_idle = True
 
-    def ask(self, request: BaseModel, *, what: str) -> Iterator[str]:
+    def ask(self, request: BaseModel, *, what: str, silence_seconds: float) -> Iterator[str]:
         """Make the shards of a job of random states."""
-        del what
+        del what, silence_seconds
         return dry_run(ShardJob.model_validate(request))
 
     def close(self) -> None:

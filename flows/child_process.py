@@ -7,14 +7,17 @@ file. A `Child` that lives on reads one request a line, and says after each that
 """
 
 import importlib
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -81,11 +84,13 @@ class Child:
         self.is_idle = True
         """Whether it waits for a request; False for ever if one was not read to its end."""
 
-    def ask(self, request: BaseModel, *, what: str) -> Iterator[str]:
-        """Yield the lines that answer a request.
+    def ask(
+        self, request: BaseModel, *, what: str, silence_seconds: float = math.inf
+    ) -> Iterator[str]:
+        """Yield the lines that answer a request; kill a child that says none for too long.
 
         Raises:
-            ChildKilledError: the child died.
+            ChildKilledError: the child died, or hung and was killed.
             EagleCoreError, StorageError: what it reported, as it raised it; it lives on.
 
         """
@@ -97,17 +102,25 @@ class Child:
             stdin.write(request.model_dump_json() + "\n")
             stdin.flush()
         failures: list[Failure] = []
-        for line in stdout:
-            if line.startswith('{"failure":'):
-                failures.append(Failure.model_validate_json(line))
-            elif line.rstrip() == _ENDED:
-                self.is_idle = True
-                if failures:
-                    raise _as_raised(failures)
-                return
-            else:
-                yield line
-        raise ChildKilledError(_epitaph(what, self._process.wait(), _tail(self._stderr)))
+        with _Watch(self._process, silence_seconds) as watch:
+            for line in stdout:
+                watch.heard()
+                if line.startswith('{"failure":'):
+                    failures.append(Failure.model_validate_json(line))
+                elif line.rstrip() == _ENDED:
+                    self.is_idle = True
+                    if failures:
+                        raise _as_raised(failures)
+                    return
+                else:
+                    yield line
+        status, tail = self._process.wait(), _tail(self._stderr)
+        if watch.has_killed:
+            raise ChildKilledError(
+                f"{what} said nothing for {silence_seconds:g} s and was killed; if it was at "
+                f"work, raise runner.silence_seconds{_last_words(tail)}"
+            )
+        raise ChildKilledError(_epitaph(what, status, tail))
 
     def close(self) -> None:
         """End it; what it was working on is lost."""
@@ -115,6 +128,41 @@ class Child:
         with suppress(BrokenPipeError), self._process:  # waits, and closes its pipes
             pass
         self._stderr.close()
+
+
+class _Watch:
+    """Kills a process that nothing was heard of for some time."""
+
+    def __init__(self, process: subprocess.Popen[str], silence_seconds: float) -> None:
+        self._process = process
+        self._silence_seconds = silence_seconds
+        self._heard = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.has_killed = False
+
+    def __enter__(self) -> Self:
+        if math.isfinite(self._silence_seconds):
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def heard(self) -> None:
+        self._heard = time.monotonic()
+
+    def _look(self) -> None:
+        while not self._stopped.wait(max(0.0, self._left())):
+            if self._left() <= 0:
+                self.has_killed = True
+                self._process.kill()
+                return
+
+    def _left(self) -> float:
+        return self._heard + self._silence_seconds - time.monotonic()
 
 
 def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
@@ -234,5 +282,8 @@ def _tail(stderr: IO[str]) -> str:
 def _epitaph(what: str, status: int, tail: str) -> str:
     cause = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     hint = " (out of memory? lower target.batch_tokens)" if status == -9 else ""
-    last_words = f"; its last words: {tail}" if tail else ""
-    return f"{what} {cause}{hint}{last_words}"
+    return f"{what} {cause}{hint}{_last_words(tail)}"
+
+
+def _last_words(tail: str) -> str:
+    return f"; its last words: {tail}" if tail else ""

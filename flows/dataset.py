@@ -8,11 +8,12 @@ from eagle_core.dataset_config import DatasetConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.prepare import prepare_dataset
+from flows.run_name import run_name
 from flows.summaries import DatasetSummary
 from flows.workspace import DEFAULT_HOME, Workspace
 
 
-@flow(name="dataset", flow_run_name="dataset-{dataset.name}", persist_result=False)
+@flow(name="dataset", flow_run_name=run_name("dataset-{dataset.name}"), persist_result=False)
 def dataset_flow(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> DatasetSummary:
     """Build the data set unless the same source by the same options is there already."""
     space = Workspace(home=Path(home), target="", dataset=dataset.name)

@@ -22,6 +22,7 @@ from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import StageProgress, stage_progress
 from flows.recompute import partial_target
+from flows.run_name import run_name
 from flows.run_page import write_run_page
 from flows.run_record import ESTIMATE_NAME, write_stage
 from flows.store_root import store_root
@@ -37,7 +38,7 @@ from storage.store import Store
 
 @flow(
     name="estimate",
-    flow_run_name="estimate-{target.name}-{dataset.name}-{run}",
+    flow_run_name=run_name("estimate-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
 def estimate_flow(

@@ -21,6 +21,7 @@ from flows.artifact_key import artifact_key
 from flows.draft_setup import set_up_draft
 from flows.prepare import conversation_tokenizer, prepare
 from flows.progress import stage_progress
+from flows.run_name import run_name
 from flows.run_page import acceptance_plot, write_run_page
 from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
@@ -30,7 +31,7 @@ from flows.workspace import DEFAULT_HOME
 
 @flow(
     name="evaluate",
-    flow_run_name="evaluate-{target.name}-{dataset.name}-{run}",
+    flow_run_name=run_name("evaluate-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
 def evaluate_flow(

@@ -20,6 +20,7 @@ from flows.artifact_key import artifact_key
 from flows.draft_setup import set_up_draft
 from flows.export_config import RunExportConfig
 from flows.prepare import prepare
+from flows.run_name import run_name
 from flows.summaries import ExportedLayout, ExportSummary
 from flows.table import print_table
 from flows.trained_draft import choose_checkpoint, load_checkpoint
@@ -30,7 +31,7 @@ FOLDER_NAME = "export"
 
 @flow(
     name="export",
-    flow_run_name="export-{target.name}-{dataset.name}-{run}",
+    flow_run_name=run_name("export-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
 def export_flow(

@@ -9,6 +9,7 @@ from eagle_core.target_config import TargetConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
+from flows.run_name import run_name
 from flows.store_root import store_root
 from flows.store_tables import garbage_rows
 from flows.table import print_table
@@ -17,7 +18,7 @@ from storage.collection import Garbage, collect, find_garbage, snapshots_to_keep
 from storage.store import Store
 
 
-@flow(name="gc", flow_run_name="gc-{target.name}-{dataset.name}", persist_result=False)
+@flow(name="gc", flow_run_name=run_name("gc-{target.name}-{dataset.name}"), persist_result=False)
 def gc_flow(
     target: TargetConfig,
     dataset: DatasetConfig,

@@ -26,6 +26,8 @@ class ShardBatch:
     first: int
     last: int
     job: ShardJob
+    silence_seconds: float
+    """A process that says nothing for so long is killed."""
     credentials: str | None = None
     """The block that opens the store, where a task runs on another machine."""
 
@@ -52,7 +54,7 @@ def generate_shards(batch: ShardBatch, here: Here | None = None) -> tuple[MadeSh
     Without `here`, the task runs on a cluster's worker, which keeps a child of its own.
 
     Raises:
-        ChildKilledError: the child died without an answer (retried).
+        ChildKilledError: the child died without an answer, or hung and was killed (retried).
         EagleCoreError, StorageError: what the child reported, as it raised it.
 
     """
@@ -63,7 +65,7 @@ def generate_shards(batch: ShardBatch, here: Here | None = None) -> tuple[MadeSh
     job = batch.job if attempt == 1 else _rest(batch.job)
     made: list[MadeShard] = []
     what = f"the process of shards {batch.first}-{batch.last}"
-    for report in processes.make(job, what=what):
+    for report in processes.make(job, what=what, silence_seconds=batch.silence_seconds):
         if here is not None:
             here.on_report(report)
         if report.kind == "shard":

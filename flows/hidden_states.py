@@ -18,6 +18,7 @@ from flows.identity import store_identity
 from flows.make_shards import MissingShards, make_shards
 from flows.preflight import preflight, wanted_samples
 from flows.prepare import prepare
+from flows.run_name import run_name
 from flows.runner_config import RunnerConfig
 from flows.store_root import store_root
 from flows.summaries import HiddenStatesSummary, TokensSummary
@@ -27,7 +28,7 @@ from storage.store import Store
 
 @flow(
     name="hidden-states",
-    flow_run_name="hidden-states-{target.name}-{dataset.name}",
+    flow_run_name=run_name("hidden-states-{target.name}-{dataset.name}"),
     persist_result=False,
 )
 def hidden_states(

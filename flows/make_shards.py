@@ -55,7 +55,9 @@ def make_shards(
             progress.advance(report.tokens, note=report.shard_id[:8])
 
         with running(runner, target, on_report=on_report) as submit:
-            futures = [submit(batch) for batch in _batches(target, config, tokens, root, work)]
+            futures = [
+                submit(batch) for batch in _batches(target, config, runner, tokens, root, work)
+            ]
             for future in futures:
                 future.wait()
                 if future.state.is_completed():
@@ -74,6 +76,7 @@ def make_shards(
 def _batches(
     target: TargetConfig,
     config: StoreConfig,
+    runner: RunnerConfig,
     tokens: TokensSummary,
     root: str,
     work: MissingShards,
@@ -91,6 +94,7 @@ def _batches(
             first=first,
             last=first + len(members) - 1,
             job=job,
+            silence_seconds=runner.silence_seconds,
             credentials=config.credentials,
         )
 

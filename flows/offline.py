@@ -16,6 +16,7 @@ from flows.config import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
+from flows.run_name import run_name
 from flows.runner_config import RunnerConfig
 from flows.summaries import OfflineSummary
 from flows.table import print_table
@@ -25,7 +26,7 @@ from flows.workspace import DEFAULT_HOME
 
 @flow(
     name="offline",
-    flow_run_name="offline-{target.name}-{dataset.name}-{run}",
+    flow_run_name=run_name("offline-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
 def offline(  # noqa: PLR0917 (one for each section of a recipe)

@@ -26,6 +26,7 @@ from flows.online_source import OnlineSource
 from flows.preflight import preflight
 from flows.prepare import prepare
 from flows.recompute import TargetRecompute, partial_target
+from flows.run_name import run_name
 from flows.run_record import StorageBill, write_settings
 from flows.state_keeper import StateKeeper
 from flows.store_root import store_root
@@ -38,7 +39,7 @@ from storage.store import Store
 
 @flow(
     name="online",
-    flow_run_name="online-{target.name}-{dataset.name}-{run}",
+    flow_run_name=run_name("online-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
 def online(

@@ -10,13 +10,16 @@ from flows.bill import Bill, require_fits
 from flows.config import StoreConfig
 from flows.preflight import draw_up
 from flows.prepare import prepare
+from flows.run_name import run_name
 from flows.store_root import store_root
 from flows.store_tables import bill_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME
 
 
-@flow(name="plan", flow_run_name="plan-{target.name}-{dataset.name}", persist_result=False)
+@flow(
+    name="plan", flow_run_name=run_name("plan-{target.name}-{dataset.name}"), persist_result=False
+)
 def plan(
     target: TargetConfig,
     dataset: DatasetConfig,

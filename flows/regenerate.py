@@ -29,6 +29,7 @@ from flows.artifact_key import artifact_key
 from flows.prepare import prepare_dataset
 from flows.progress import stage_progress
 from flows.retry import is_transient
+from flows.run_name import run_name
 from flows.summaries import DatasetSummary
 from flows.table import Row, print_table
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -58,7 +59,7 @@ class RegenerateSummary:
 
 @flow(
     name="regenerate",
-    flow_run_name="regenerate-{target.name}-{dataset.name}",
+    flow_run_name=run_name("regenerate-{target.name}-{dataset.name}"),
     persist_result=False,
 )
 def regenerate_flow(

@@ -18,6 +18,7 @@ from flows.hidden_states import publish
 from flows.identity import store_identity
 from flows.make_shards import MissingShards, make_shards
 from flows.prepare import prepare
+from flows.run_name import run_name
 from flows.runner_config import RunnerConfig
 from flows.store_root import store_root
 from flows.store_tables import repair_rows
@@ -34,7 +35,7 @@ from storage.verify import Finding
 
 @flow(
     name="repair",
-    flow_run_name="repair-{target.name}-{dataset.name}",
+    flow_run_name=run_name("repair-{target.name}-{dataset.name}"),
     persist_result=False,
 )
 def repair_flow(

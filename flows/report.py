@@ -230,6 +230,14 @@ def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[
     return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
 
 
+def where_a_run_is(run_path: Path) -> list[Row]:
+    """Return how to see the curves of a run, and its report."""
+    return [
+        ("curves", f"tensorboard --logdir {run_path.parent}"),
+        ("report", str(run_path / REPORT_NAME)),
+    ]
+
+
 def where_to_look(run_path: Path, home: Path) -> list[Row]:
     """Return what a person would open next."""
     return [

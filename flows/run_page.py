@@ -109,6 +109,13 @@ def _headlines(record: RunRecord) -> list[Row]:
     return found
 
 
+def loss_plot(run_path: Path) -> str | None:
+    """Return the loss over the steps, or None if TensorBoard did not record this run."""
+    curves = read_curves(run_path / TENSORBOARD_FOLDER)
+    drawn = _curves(curves, {"loss": "loss"}, "Loss", "nats, weighted over TTT steps")
+    return None if drawn is None else str(drawn[1])
+
+
 def acceptance_plot(found: EvaluateSummary) -> str:
     """Return bars of acceptance by depth: measured, and what the store's states said before."""
     shares: dict[str, Sequence[float]] = {

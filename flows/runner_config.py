@@ -21,6 +21,12 @@ class RunnerConfig(BaseModel):
         description="Processes that make shards at the same time, each with the target loaded. A "
         "cluster with an address decides by itself.",
     )
+    silence_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        description="A process that has finished no sample for so long is taken for hung: it is "
+        "killed, and its batch tried again. The first sample includes loading the target.",
+    )
     address: str | None = Field(
         default=None,
         description="A Dask or Ray cluster that is running, such as tcp://HOST:8786 or "

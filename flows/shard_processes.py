@@ -39,16 +39,16 @@ class ShardProcesses:
         for place in range(len(self._places)):
             self._free.put(place)
 
-    def make(self, job: ShardJob, *, what: str) -> Iterator[ShardReport]:
+    def make(self, job: ShardJob, *, what: str, silence_seconds: float) -> Iterator[ShardReport]:
         """Yield what a child says while it makes the shards of `job`.
 
         Raises:
-            ChildKilledError: the child died without an answer.
+            ChildKilledError: the child died without an answer, or hung and was killed.
             EagleCoreError, StorageError: what it reported, as it raised it.
 
         """
         with self._child() as child:
-            for line in child.ask(job, what=what):
+            for line in child.ask(job, what=what, silence_seconds=silence_seconds):
                 yield ShardReport.model_validate_json(line)
 
     @contextmanager

@@ -13,6 +13,7 @@ from eagle_core.sample_page import sample_as_text, statistics_page
 from eagle_core.templates import ConversationTokenizer
 from eagle_core.token_statistics import gather_statistics
 from eagle_core.tokens import TokenFile
+from flows import plots, report
 
 _VOCABULARIES = (4_000, 8_000, 16_000, 32_000, 64_000)
 _SAMPLES_SHOWN = 5
@@ -37,6 +38,14 @@ def publish_token_report(
         key=key,
         description=title,
     )
+    lengths = plots.histogram(
+        statistics.bin_edges.tolist(),
+        statistics.bin_counts.tolist(),
+        name="Lengths",
+        x_label="tokens of a sample",
+        y_label="samples",
+    )
+    report.publish_plot(f"Lengths: {title}", lengths, key=f"{key}-lengths")
     write_text(page, statistics_page(title, statistics, shown, tokenizer, sizes=sizes))
     return page
 

@@ -32,7 +32,8 @@ from flows.identity import store_identity
 from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.recompute import TargetRecompute, partial_target
-from flows.run_page import write_run_page
+from flows.run_name import run_name
+from flows.run_page import loss_plot, write_run_page
 from flows.run_record import TRAINING_NAME, StorageBill, write_settings, write_stage
 from flows.semantic_probe import require_sound
 from flows.store_root import store_root
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @flow(
     name="train",
-    flow_run_name="train-{target.name}-{dataset.name}-{run}",
+    flow_run_name=run_name("train-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
 def train_flow(
@@ -196,8 +197,13 @@ def _summarised(
     write_stage(run_path / TRAINING_NAME, summary)
     write_run_page(run_path)
     report.publish_table(
-        f"Training: {title}", report.train_rows(summary), key=artifact_key("training", title)
+        f"Training: {title}",
+        [*report.train_rows(summary), *report.where_a_run_is(run_path)],
+        key=artifact_key("training", title),
     )
+    curve = loss_plot(run_path)
+    if curve is not None:
+        report.publish_plot(f"Loss: {title}", curve, key=artifact_key("loss", title))
     return summary
 
 

@@ -14,6 +14,7 @@ from flows.damage import find_damage, probe_recompute
 from flows.errors import DamagedStoreError
 from flows.health import SIZES, VerifySummary
 from flows.prepare import prepare_weights
+from flows.run_name import run_name
 from flows.store_root import store_root
 from flows.store_tables import verify_rows
 from flows.table import print_table
@@ -21,7 +22,11 @@ from flows.workspace import DEFAULT_HOME, Workspace
 from storage.store import Store
 
 
-@flow(name="verify", flow_run_name="verify-{target.name}-{dataset.name}", persist_result=False)
+@flow(
+    name="verify",
+    flow_run_name=run_name("verify-{target.name}-{dataset.name}"),
+    persist_result=False,
+)
 def verify_flow(
     target: TargetConfig,
     dataset: DatasetConfig,

@@ -20,6 +20,7 @@ from eagle_core.sources import find_source, identify
 from flows.event_names import DATASET_CHANGED, dataset_resource
 from flows.events import send
 from flows.retry import is_transient
+from flows.run_name import run_name
 from flows.workspace import DEFAULT_HOME, Workspace
 
 
@@ -37,7 +38,7 @@ class SourceChange:
         return tuple(line for line in self.found if line not in set(self.built_from))
 
 
-@flow(name="watch", flow_run_name="watch-{dataset.name}", persist_result=False)
+@flow(name="watch", flow_run_name=run_name("watch-{dataset.name}"), persist_result=False)
 def watch(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> SourceChange | None:
     """Send the event that the data set's source has changed, if it has; return what changed.
 

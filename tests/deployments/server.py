@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Server:
     folder: Path
     """Everything that server, worker and flows write is below it."""
     environment: Mapping[str, str]
+    restart: Callable[[], None]
+    """End the server, not the worker, and start it again."""
 
     @property
     def project(self) -> Path:
@@ -85,6 +87,7 @@ def running_server(folder: Path, target: Path) -> Iterator[Server]:
     server = Server(
         api_url=f"http://127.0.0.1:{port}/api",
         folder=folder,
+        restart=lambda: restart(),  # noqa: PLW0108 (it is defined below)
         environment={
             **os.environ,
             "PREFECT_HOME": str(folder / "prefect"),
@@ -100,8 +103,17 @@ def running_server(folder: Path, target: Path) -> Iterator[Server]:
     )
     _set_up_project(server.project, target)
     command = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
-    with _process(command, server, folder / "server.log"):
-        wait_for(lambda: _is_healthy(server.api_url), seconds=120, what="the server")
+    with ExitStack() as serving:
+
+        def serve() -> None:
+            serving.enter_context(_process(command, server, folder / "server.log"))
+            wait_for(lambda: _is_healthy(server.api_url), seconds=120, what="the server")
+
+        def restart() -> None:
+            serving.close()
+            serve()
+
+        serve()
         created = server.prefect("work-pool", "create", "local", "--type", "process")
         assert created.returncode == 0, created.stderr
         with _process(("worker", "start", "--pool", "local"), server, folder / "worker.log"):
@@ -146,7 +158,7 @@ def _set_up_project(project: Path, target: Path) -> None:
 
 @contextmanager
 def _process(arguments: tuple[str, ...], server: Server, log: Path) -> Iterator[None]:
-    with log.open("w") as output:
+    with log.open("a") as output:
         process = subprocess.Popen(
             [*PREFECT, *arguments],
             cwd=server.project,

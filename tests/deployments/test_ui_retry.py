@@ -93,6 +93,7 @@ def test_retry_makes_the_two_shards_that_failed(
 
     wait_for(lambda: _run(server, run)["run_count"] == 2, seconds=120, what="the second attempt")
     assert _ended(server, run)["state_name"] == "Completed"
+    assert _run(server, run)["name"] == "hidden-states-tiny-facts-attempt-2"
     assert len(_shard_tasks(server, run)) == len(names) + len(obstacles)
     after = _commit_times(root)
     assert before.items() <= after.items(), "nothing that was there was written again"
@@ -126,6 +127,20 @@ def test_a_run_that_a_person_cancelled_goes_on_by_retry(
     with suppress(ProcessLookupError):
         os.kill(worker, signal.SIGCONT)
     _goes_on(server, run, root, undisturbed, page)
+
+
+def test_a_run_outlives_a_restart_of_the_server(server: Server, undisturbed: Store) -> None:
+    root = _root(server, "restarted")
+    run = _start(server, "restarted")
+    wait_for(lambda: _num_commits(root) >= 3, seconds=120, what="the first shards")
+    worker = _shard_process(server)
+    os.kill(worker, signal.SIGSTOP)
+    assert _num_commits(root) < len(undisturbed.commits())
+    server.restart()
+    os.kill(worker, signal.SIGCONT)
+    ended = _ended(server, run)
+    assert (ended["state_name"], ended["run_count"]) == ("Completed", 1)
+    assert digests(root) == digests(Path(undisturbed.root.root))
 
 
 def _goes_on(server: Server, run: str, root: Path, undisturbed: Store, page: Page) -> None:

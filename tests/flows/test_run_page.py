@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, Request, sync_playwright
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.evaluation import EvaluationConfig
@@ -28,6 +30,13 @@ TRAINING = TrainingConfig(
 EVALUATION = EvaluationConfig(
     draft_tokens=3, num_prompts=6, max_new_tokens=12, max_turns=2, batch_prompts=3
 )
+
+
+def _image_keys() -> set[str | None]:
+    """Return the keys of all images that the Prefect UI shows."""
+    images = ArtifactFilter(type=ArtifactFilterType(any_=["image"]))
+    with get_client(sync_client=True) as client:
+        return {artifact.key for artifact in client.read_artifacts(artifact_filter=images)}
 
 
 @pytest.fixture
@@ -55,6 +64,7 @@ def test_a_browser_shows_the_whole_run_and_asks_nobody_for_anything(
     assert "Not measured yet: run the evaluate flow." in path.read_text()
     estimated = estimate_flow(target, dataset, store, TRAINING, EVALUATION, home=home).estimate
     found = evaluate_flow(target, dataset, TRAINING, EVALUATION, home=home)
+    assert {"loss-tiny-facts-main", "tokens-tiny-facts-lengths"} <= _image_keys()
     assert found.estimate is not None
     assert found.estimate.acceptance_interval == estimated.acceptance_interval
     assert list(found.trained_by_group) == ["turn 1", "turn 2"]

@@ -14,12 +14,14 @@ from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target_config import TargetConfig
 from flows import runner as runner_module
+from flows.child_process import Child
 from flows.config import StoreConfig
-from flows.errors import FlowError
+from flows.errors import ChildKilledError, FlowError
 from flows.hidden_states import hidden_states
 from flows.runner_config import RunnerConfig
 from flows.shard_processes import gpus_in_turn
 from storage.store import Store
+from tests.flows.talking_child import Talk
 from tests.flows.trees import digests
 from tests.storage.seaweed import BUCKET, seaweed
 
@@ -120,3 +122,19 @@ def test_each_child_has_a_gpu_of_those_that_are_visible() -> None:
     assert names(None, 4, 4) == ["0", "1", "2", "3"]
     assert names("5,GPU-7f", 2, 2) == ["5", "GPU-7f"]
     assert names("5,7", 2, 3) == ["5", "7", "5"]
+
+
+def test_a_child_that_hangs_is_killed_and_one_that_talks_is_not() -> None:
+    child = Child("tests.flows.talking_child", environment={})
+    slow = Talk(pauses=(0.4,) * 6)
+    first = child.ask(Talk(pauses=(0.0,)), what="the child")  # its imports take long
+    assert len(list(first)) == 1
+    assert len(list(child.ask(slow, what="the child", silence_seconds=1.5))) == 6
+    assert child.is_idle
+    hanging = Talk(pauses=(0.1,), is_ending=False)
+    lines = child.ask(hanging, what="the child", silence_seconds=1.5)
+    assert Talk.model_validate_json(next(lines)).pauses == (0.1,)
+    with pytest.raises(ChildKilledError, match=r"said nothing for 1.5 s.*raise runner"):
+        next(lines)
+    assert not child.is_idle
+    child.close()
