@@ -37,5 +37,5 @@ def test_a_missing_package_is_known_before_any_state_is_computed(
 ) -> None:
     tracking = TrackingConfig(trackers=("swanlab",))
     with pytest.raises(ConfigError, match="tracker swanlab needs a package"):
-        offline(target, dataset, store, TRAINING, tracking, home=str(tmp_path))
+        offline(target, dataset, store, training=TRAINING, tracking=tracking, home=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
