@@ -82,10 +82,3 @@ evaluation: {{num_prompts: 3, max_new_tokens: 12}}
         "tensorboard --logdir",
     ):
         assert expected in ended.stdout
-    again = eyas("run", "offline", str(recipe), "--home", str(tmp_path / "home"))
-    assert again.returncode == 0, again.stderr
-    assert "(0 made now)" in again.stdout
-
-    online = eyas("run", "online", str(recipe), "--home", str(tmp_path / "home"), "--run", "online")
-    assert online.returncode == 0, online.stderr
-    assert "seconds: target and training" in online.stdout

@@ -1,15 +1,43 @@
 """One small pipeline: a tiny target, a small data set, and the settings that go with them."""
 
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
 from flows.config import StoreConfig
+from flows.shard_processes import ShardProcesses
 from tests import tiny
 
 NUM_CONVERSATIONS = 40
+
+
+class _LivingOn(ShardProcesses):
+    """Is not closed by the flow that used it."""
+
+    def close(self) -> None:
+        """Leave the process to the next flow."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shard_process() -> Iterator[None]:
+    """Make the shards of all flows in one process, as within one flow: its imports take seconds.
+
+    Flows with several processes, or with an object store in the environment, have their own.
+    """
+    shared = _LivingOn([{}])
+
+    def processes(places: Sequence[Mapping[str, str]]) -> ShardProcesses:
+        is_alone = len(places) == 1 and not any(name.startswith("AWS_") for name in os.environ)
+        return shared if is_alone else ShardProcesses(places)
+
+    with mock.patch("flows.runner.ShardProcesses", processes):
+        yield
+    ShardProcesses.close(shared)
 
 
 @pytest.fixture
