@@ -1,5 +1,6 @@
 """What every command prints to, and how an error becomes one message."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ import storage.errors
 OUT = Console()
 ERRORS = Console(stderr=True)
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C or SIGTERM, as shells have it for the first."""
 EXPECTED_ERRORS = (
     eagle_core.errors.EagleCoreError,
     storage.errors.StorageError,
@@ -23,7 +26,11 @@ EXPECTED_ERRORS = (
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Turn an error raised on purpose into its one message and exit status 1."""
+    """Turn an error raised on purpose, or a request to stop, into its one message.
+
+    SIGTERM is taken like Ctrl-C: what was started here ends too. Training has its own answer.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except EXPECTED_ERRORS as error:
@@ -31,3 +38,6 @@ def one_message() -> Iterator[None]:
             f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}", soft_wrap=True
         )
         raise typer.Exit(code=1) from None
+    except KeyboardInterrupt:
+        ERRORS.print("stopped; the same command goes on with what is missing")
+        raise typer.Exit(code=INTERRUPTED) from None

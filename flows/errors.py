@@ -9,6 +9,10 @@ class ChildKilledError(FlowError):
     """A child process died without an answer: out of memory, a device fault, a reboot."""
 
 
+class RunStoppedError(FlowError):
+    """The run ends before its work does, because somebody asked it to."""
+
+
 class MissingShardsError(FlowError):
     """Some shards have no commit record after every batch has ended."""
 

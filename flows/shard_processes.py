@@ -16,6 +16,7 @@ import torch
 from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from flows.child_process import Child
+from flows.errors import ChildKilledError, RunStoppedError
 from flows.shard_worker import ShardJob, ShardReport
 
 IDLE_SECONDS = 60.0
@@ -36,6 +37,7 @@ class ShardProcesses:
         self._idle_seconds = idle_seconds
         self._free: SimpleQueue[int] = SimpleQueue()
         self._lock = threading.Lock()
+        self._is_closed = False
         for place in range(len(self._places)):
             self._free.put(place)
 
@@ -45,17 +47,25 @@ class ShardProcesses:
         Raises:
             ChildKilledError: the child died without an answer, or hung and was killed.
             EagleCoreError, StorageError: what it reported, as it raised it.
+            RunStoppedError: `close` was called.
 
         """
-        with self._child() as child:
-            for line in child.ask(job, what=what, silence_seconds=silence_seconds):
-                yield ShardReport.model_validate_json(line)
+        try:
+            with self._child() as child:
+                for line in child.ask(job, what=what, silence_seconds=silence_seconds):
+                    yield ShardReport.model_validate_json(line)
+        except ChildKilledError as error:
+            if self._is_closed:  # not to be tried again
+                raise RunStoppedError(f"{what} was ended, because the run was") from error
+            raise
 
     @contextmanager
     def _child(self) -> Iterator[Child]:
         place = self._free.get()
         try:
             with self._lock:
+                if self._is_closed:
+                    raise RunStoppedError("the run has ended")
                 self._stop_timer(place)
                 child = self._children[place]
                 if child is None:
@@ -68,8 +78,9 @@ class ShardProcesses:
             self._free.put(place)
 
     def close(self) -> None:
-        """End all children."""
+        """End all children, whatever they are at, and start no other."""
         with self._lock:
+            self._is_closed = True
             for place in range(len(self._places)):
                 self._stop_timer(place)
                 self._end(place)

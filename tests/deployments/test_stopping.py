@@ -1,5 +1,6 @@
 """What SIGTERM does to a run: training writes a checkpoint, and nothing that follows runs."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.store import Store
 from tests import tiny
 from tests.deployments.test_cli import ROOT, eyas
 
@@ -60,3 +62,46 @@ def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
     ended = eyas("run", "offline", shorter, "--home", str(home))
     assert ended.returncode == 0, ended.stderr
     assert list(home.rglob("evaluation.json"))
+
+
+@pytest.mark.parametrize(("to_all", "wanted"), [(False, signal.SIGTERM), (True, signal.SIGINT)])
+def test_a_stopped_generation_leaves_no_process_and_whole_shards(
+    tmp_path: Path, tiny_target_path: Path, *, to_all: bool, wanted: signal.Signals
+) -> None:
+    """A scheduler sends SIGTERM to the command, a terminal SIGINT to all of its processes."""
+    source = tiny.write_conversations(tmp_path / "tiny.json", 300)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"""
+target: {{name: tiny, model: {tiny_target_path}, dtype: float32, device: cpu}}
+dataset: {{name: facts, source: {source}, held_out_fraction: 0.2, max_length: 256}}
+store: {{shard_tokens: 400, shards_per_task: 3}}
+"""
+    )
+    home = tmp_path / "home"
+    command = ("run", "hidden-states", str(recipe), "--home", str(home))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "deployments", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(home.glob("stores/*/commits/*.json"))) < 3:
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (os.killpg if to_all else os.kill)(child.pid, wanted)
+    _, stderr = child.communicate(timeout=60)  # whoever lived on would hold the pipes open
+    assert child.returncode == 130
+    assert stderr.strip().endswith("stopped; the same command goes on with what is missing")
+    assert "Traceback" not in stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+    (root,) = (home / "stores").iterdir()
+    store = Store.open(str(root))
+    made = len(store.commits())
+    assert 3 <= made < 90
+    assert store.verify(deep=True) == []
