@@ -16,25 +16,33 @@ from tests.deployments.test_cli import ROOT, eyas
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-def _recipe(tmp_path: Path, target: Path, *, max_steps: int) -> str:
-    source = tiny.write_conversations(tmp_path / "tiny.json", 40)
+def _recipe(
+    tmp_path: Path, target: Path, *, num_conversations: int = 40, sections: str = ""
+) -> str:
+    source = tiny.write_conversations(tmp_path / "tiny.json", num_conversations)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         f"""
 target: {{name: tiny, model: {target}, dtype: float32, device: cpu}}
 dataset: {{name: facts, source: {source}, held_out_fraction: 0.2, max_length: 256}}
-training: {{draft_vocab_size: 300, max_steps: {max_steps}, batch_tokens: 512, checkpoint_every: 5}}
-evaluation: {{num_prompts: 2, max_new_tokens: 4}}
+{sections}
 """
     )
     return str(recipe)
+
+
+def _training(max_steps: int) -> str:
+    return f"""
+training: {{draft_vocab_size: 300, max_steps: {max_steps}, batch_tokens: 512, checkpoint_every: 5}}
+evaluation: {{num_prompts: 2, max_new_tokens: 4}}
+"""
 
 
 def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
     tmp_path: Path, tiny_target_path: Path
 ) -> None:
     home = tmp_path / "home"
-    recipe = _recipe(tmp_path, tiny_target_path, max_steps=100_000)
+    recipe = _recipe(tmp_path, tiny_target_path, sections=_training(100_000))
     child = subprocess.Popen(
         [sys.executable, "-m", "deployments", "run", "offline", recipe, "--home", str(home)],
         stdout=subprocess.PIPE,
@@ -58,7 +66,7 @@ def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
 
     # The same run, shortened to where it stopped, is complete: evaluation goes on from there.
     step = int(last.partition("at step ")[2].split()[0])
-    shorter = _recipe(tmp_path, tiny_target_path, max_steps=step)
+    shorter = _recipe(tmp_path, tiny_target_path, sections=_training(step))
     ended = eyas("run", "offline", shorter, "--home", str(home))
     assert ended.returncode == 0, ended.stderr
     assert list(home.rglob("evaluation.json"))
@@ -69,17 +77,14 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
     tmp_path: Path, tiny_target_path: Path, *, to_all: bool, wanted: signal.Signals
 ) -> None:
     """A scheduler sends SIGTERM to the command, a terminal SIGINT to all of its processes."""
-    source = tiny.write_conversations(tmp_path / "tiny.json", 300)
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
-        f"""
-target: {{name: tiny, model: {tiny_target_path}, dtype: float32, device: cpu}}
-dataset: {{name: facts, source: {source}, held_out_fraction: 0.2, max_length: 256}}
-store: {{shard_tokens: 400, shards_per_task: 3}}
-"""
+    recipe = _recipe(
+        tmp_path,
+        tiny_target_path,
+        num_conversations=300,
+        sections="store: {shard_tokens: 400, shards_per_task: 3}",
     )
     home = tmp_path / "home"
-    command = ("run", "hidden-states", str(recipe), "--home", str(home))
+    command = ("run", "hidden-states", recipe, "--home", str(home))
     child = subprocess.Popen(
         [sys.executable, "-m", "deployments", *command],
         stdout=subprocess.PIPE,
