@@ -11,11 +11,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
+from flows.made_shard import MadeShard
 from flows.retry import is_transient
 from flows.shard_processes import ShardProcesses, kept_processes
 from flows.shard_worker import ShardJob, ShardReport
 from flows.store_root import use_credentials
-from flows.summaries import MadeShard
 from storage.store import Store
 
 

@@ -12,12 +12,13 @@ from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.errors import MissingShardsError
 from flows.generate import ShardBatch
+from flows.made_shard import MadeShard
 from flows.progress import stage_progress
 from flows.runner import running
 from flows.runner_config import RunnerConfig
 from flows.shard_worker import ShardJob, ShardReport
 from flows.store_tables import shard_table
-from flows.summaries import MadeShard, TokensSummary
+from flows.summaries import TokensSummary
 from storage.plan import PlannedShard
 from storage.store import Store
 

@@ -11,10 +11,10 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from eagle_core.target_config import TargetConfig
 from flows.errors import FlowError
 from flows.generate import Here, ShardBatch, generate_shards
+from flows.made_shard import MadeShard
 from flows.runner_config import RunnerConfig
 from flows.shard_processes import ShardProcesses, places_here
 from flows.shard_worker import ShardReport
-from flows.summaries import MadeShard
 
 Submit = Callable[[ShardBatch], PrefectFuture[tuple[MadeShard, ...]]]
 

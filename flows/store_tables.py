@@ -7,7 +7,7 @@ from typing import Any
 from flows.bill import Bill, RecomputeCost
 from flows.health import RepairSummary, VerifySummary
 from flows.inspection import SnapshotFigures, StoreFigures
-from flows.summaries import MadeShard
+from flows.made_shard import MadeShard
 from flows.table import Row
 from flows.units import human_bytes, human_seconds
 from storage.collection import Garbage

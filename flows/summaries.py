@@ -38,17 +38,6 @@ class TokensSummary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MadeShard:
-    """A shard that one task run committed."""
-
-    shard_id: str
-    seconds: float
-    attempt: int
-    made_by: str
-    """Host and process that wrote it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class HiddenStatesSummary:
     """What `hidden-states` added to the store, and what the store now holds."""
 
