@@ -150,7 +150,8 @@ class Snapshot:
         """Parse a snapshot; raise CorruptError unless its rows have this id."""
         what = f"snapshot {snapshot_id}"
         try:
-            table = pq.read_table(io.BytesIO(data), read_dictionary=["shard_id"])
+            # Not from BytesIO: Arrow's threads would wait for the GIL, and Python abort at its end.
+            table = pq.read_table(pa.BufferReader(data), read_dictionary=["shard_id"])
             snapshot = cls._of_table(table.combine_chunks())
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CorruptError(f"{what} does not parse: {error}; publish it again") from error
