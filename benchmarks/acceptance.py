@@ -58,6 +58,7 @@ STATES = [
     "int4",
     LOSSLESS + RECOMPUTE,
     "int8" + RECOMPUTE,
+    "int4" + RECOMPUTE,
     ONLINE,
 ]
 REPORT = """\
