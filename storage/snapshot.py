@@ -150,8 +150,9 @@ class Snapshot:
         """Parse a snapshot; raise CorruptError unless its rows have this id."""
         what = f"snapshot {snapshot_id}"
         try:
-            # Not from BytesIO: Arrow's threads would wait for the GIL, and Python abort at its end.
-            table = pq.read_table(pa.BufferReader(data), read_dictionary=["shard_id"])
+            # In this thread alone: one of Arrow's at work when Python ends aborts the process.
+            file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["shard_id"])
+            table = file.read(use_threads=False)
             snapshot = cls._of_table(table.combine_chunks())
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CorruptError(f"{what} does not parse: {error}; publish it again") from error
