@@ -90,11 +90,12 @@ def test_sigkill_in_the_middle_of_a_shard_costs_that_shard_and_no_bit(
     home = tmp_path / "killed"
     job = _plan_only(target, dataset, store, Workspace(home=home, target="tiny", dataset="facts"))
     _kill_in_second_shard(job)
-    assert len(Store.open(job.store_root).commits()) == 1
+    done = len(Store.open(job.store_root).commits())
+    assert 1 <= done < len(job.shard_ids)  # the signal may come when a second one is just ended
 
     resumed = hidden_states(target=target, dataset=dataset, store=store, home=str(home))
 
-    assert resumed.shards_made == len(job.shard_ids) - 1
+    assert resumed.shards_made == len(job.shard_ids) - done
     assert digests(Path(resumed.store_root)) == digests(Path(undisturbed.store_root))
 
 

@@ -78,8 +78,8 @@ def test_two_workers_share_a_store_on_s3(
     runner = RunnerConfig.model_validate({"kind": kind, "num_workers": 2})
     (tmp_path / "weed").mkdir()
     with seaweed(tmp_path / "weed") as server, mock.patch.dict(os.environ):
-        Secret(value=server.variables).save("lake", overwrite=True)  # type: ignore[unused-coroutine]
-        remote = STORE.model_copy(update={"root": f"s3://{BUCKET}/states", "credentials": "lake"})
+        Secret(value=server.variables).save("pond", overwrite=True)  # type: ignore[unused-coroutine]
+        remote = STORE.model_copy(update={"root": f"s3://{BUCKET}/states", "credentials": "pond"})
         two = hidden_states(
             target=target, dataset=dataset, store=remote, runner=runner, home=str(tmp_path)
         )
