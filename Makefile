@@ -34,7 +34,7 @@ install: $(VENV)/installed ## set up .venv with everything pinned
 demo: install ## conversations -> hidden states -> trained draft -> measured acceptance, offline
 	@$(BIN)/eyas run offline smollm2
 
-test: install ## run the tests (about 15 minutes on 2 cores)
+test: install ## run the tests (about 11 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test-newest: ## the store's tests with the newest zarr on the newest Python found here
