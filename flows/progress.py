@@ -1,5 +1,6 @@
 """Progress a person sees: a bar in a terminal, log lines elsewhere, a moving artifact in the UI."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +34,13 @@ class StageProgress:
         self._artifact = artifact
         self._row = bar.add_task(stage, total=total, unit=unit, note="")
         self._started = self._logged = self._published = time.monotonic()
+        self._lock = threading.Lock()
         self.done = 0
 
     def advance(self, amount: int = 1, *, note: str = "") -> None:
-        """Count `amount` more units as done and show `note` behind them."""
-        self.move_to(self.done + amount, note=note)
+        """Count `amount` more units as done and show `note` behind them; from any thread."""
+        with self._lock:
+            self.move_to(self.done + amount, note=note)
 
     def move_to(self, done: int, *, note: str = "") -> None:
         """Set the units done."""
