@@ -2,9 +2,12 @@
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
@@ -87,6 +90,33 @@ def test_two_workers_share_a_store_on_s3(
         assert stored.verify(deep=True) == []
         assert stored.commits() == Store.open(one.store_root).commits()
     assert len({row["made by"] for row in _shard_table(target.name)}) == 2
+
+
+def test_a_batch_that_is_tried_again_makes_only_the_rest(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    together = STORE.model_copy(update={"shards_per_task": 100})
+    seen: list[int] = []
+
+    def kill_after_two(root: Path) -> None:
+        while len(seen) < 2:
+            time.sleep(0.002)
+            seen[:] = range(len(list(root.glob("commits/*.json"))))
+        for child in psutil.Process().children():
+            if "flows.shard_worker" in child.cmdline():
+                child.kill()
+
+    root = tmp_path / "stores" / "tiny-facts"
+    killer = threading.Thread(target=kill_after_two, args=(root,))
+    killer.start()
+    made = hidden_states(target=target, dataset=dataset, store=together, home=str(tmp_path))
+    killer.join()
+
+    attempts = [row["attempt"] for row in _shard_table(target.name)]
+    assert len(attempts) == made.num_shards
+    # How those before the kill were made is not known: their attempt never answered.
+    assert 2 <= attempts.count(None) < made.num_shards
+    assert attempts.count(2) == made.num_shards - attempts.count(None)
 
 
 def test_an_error_of_a_worker_keeps_its_type_and_its_words(
