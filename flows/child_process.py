@@ -1,9 +1,9 @@
 """Work in child processes: a kernel kill or a device fault costs them alone.
 
 A child is a module of ours. It reads one request (JSON), answers with one line of JSON at a time on
-standard output, and reports an error raised on purpose as its last line. One child reads the
-request on standard input; ranks under torchrun, of which each may report an error, read it from a
-file. A `Child` that lives on reads one request a line, and says after each that it has ended.
+standard output, and reports an error raised on purpose as its last line. A `Child` reads a request
+a line on standard input, and says after each that it has ended; ranks under torchrun, of which each
+may report an error, read theirs from a file.
 """
 
 import importlib
@@ -62,7 +62,7 @@ def answer(work: Callable[[], None], *, tell: Callable[[BaseModel], None] = say)
 
 
 def say_ended() -> None:
-    """In a child that lives on: the request has been answered, or its error reported."""
+    """In a `Child`: the request has been answered, or its error reported."""
     sys.stdout.write(_ENDED + "\n")
     sys.stdout.flush()
 
@@ -169,7 +169,7 @@ def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
     """Run `module` in a child process with this request and yield its lines.
 
     Args:
-        module: dotted name; its main reads the request and calls `say` and `answer`.
+        module: dotted name; its main reads a line and calls `say`, `answer` and `say_ended`.
         request: what it is to do.
         what: what the child is, for the message when it dies.
 
@@ -178,8 +178,11 @@ def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
         EagleCoreError, StorageError: what the child reported, as it raised it.
 
     """
-    with tempfile.TemporaryFile("w+") as stderr, _start(module, request, stderr) as child:
-        yield from _lines(child, stderr, what=what)
+    child = Child(module, environment={})
+    try:
+        yield from child.ask(request, what=what)
+    finally:
+        child.close()
 
 
 def ask_ranks(
@@ -242,20 +245,6 @@ def _lines(child: subprocess.Popen[str], stderr: IO[str], *, what: str) -> Itera
         raise _as_raised(failures)
     if status != 0:
         raise ChildKilledError(_epitaph(what, status, _tail(stderr)))
-
-
-def _start(module: str, request: BaseModel, stderr: IO[str]) -> subprocess.Popen[str]:
-    child = subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
-    assert child.stdin is not None  # noqa: S101 (PIPE was asked for)
-    child.stdin.write(request.model_dump_json())
-    child.stdin.close()
-    return child
 
 
 def _as_raised(failures: Sequence[Failure]) -> Exception:

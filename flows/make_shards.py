@@ -46,8 +46,8 @@ def make_shards(
         FlowError: the runner's package is not installed.
 
     """
-    total = sum(shard.num_tokens for shard in work.shards)
     sizes = {shard.shard_id: shard.num_tokens for shard in work.shards}
+    total = sum(sizes.values())
     key = artifact_key("hidden-states-progress", target.name)
     made: list[MadeShard] = []
     with stage_progress("hidden states", key=key, total=total, unit="tokens") as progress:

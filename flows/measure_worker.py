@@ -18,7 +18,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import NORM_CONVENTION, TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
-from flows.child_process import answer, say
+from flows.child_process import answer, say, say_ended
 from flows.identity import left_out
 from flows.stored_source import to_stored
 from storage.identity import PROFILES, LeftOut, StoreIdentity
@@ -83,8 +83,10 @@ class Measurement(BaseModel):
 
 def main() -> int:
     """Measure what standard input asks for; return the exit status."""
-    job = MeasureJob.model_validate_json(sys.stdin.read())
-    return answer(lambda: say(_measure(job)))
+    job = MeasureJob.model_validate_json(sys.stdin.readline())
+    status = answer(lambda: say(_measure(job)))
+    say_ended()
+    return status
 
 
 def _measure(job: MeasureJob) -> Measurement:

@@ -1,7 +1,6 @@
 """`offline`: hidden states, training, estimate, evaluation; one button for the whole way."""
 
 import time
-from pathlib import Path
 
 from prefect import flow
 
@@ -74,6 +73,6 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
     )
     rows = report.offline_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, offline"
-    print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
+    print_table(title, [*rows, *report.where_to_look(trained.run_path)])
     report.publish_table(title, rows, key=artifact_key("offline", target.name, dataset.name, run))
     return summary

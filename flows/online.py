@@ -2,7 +2,6 @@
 
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -122,7 +121,7 @@ def online(
     )
     rows = report.online_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, online"
-    print_table(title, [*rows, *report.where_to_look(trained.run_path, Path(home))])
+    print_table(title, [*rows, *report.where_to_look(trained.run_path)])
     report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary
 

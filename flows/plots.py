@@ -104,12 +104,11 @@ def named_bars(
         return _svg(figure, name)
 
 
-def histogram(
-    edges: Sequence[float], counts: Sequence[int], *, name: str, x_label: str, y_label: str
-) -> str:
-    """Return bars of `counts` [B] between `edges` [B + 1]."""
+def lengths(edges: Sequence[float], counts: Sequence[int]) -> str:
+    """Return how many samples, `counts` [B], have a number of tokens between `edges` [B + 1]."""
+    name = "Lengths"
     with _style(name):
-        figure, axes = _axes(x_label, y_label)
+        figure, axes = _axes("tokens of a sample", "samples")
         axes.stairs(counts, edges, fill=True, color=_COLOURS[0])
         axes.grid(visible=False, axis="x")
         return _svg(figure, name)

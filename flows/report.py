@@ -233,18 +233,19 @@ def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[
 def where_a_run_is(run_path: Path) -> list[Row]:
     """Return how to see the curves of a run, and its report."""
     return [
-        ("curves", f"tensorboard --logdir {run_path.parent}"),
+        ("loss curves", f"tensorboard --logdir {run_path.parent}"),
         ("report", str(run_path / REPORT_NAME)),
     ]
 
 
-def where_to_look(run_path: Path, home: Path) -> list[Row]:
+def where_to_look(run_path: Path) -> list[Row]:
     """Return what a person would open next."""
+    curves, page = where_a_run_is(run_path)
     return [
-        ("loss curves", f"tensorboard --logdir {home / 'runs'}"),
+        curves,
         ("acceptance in full", str(run_path / EVALUATION_NAME)),
         ("Prefect UI", "make server, then http://127.0.0.1:4200"),
-        ("report", str(run_path / REPORT_NAME)),
+        page,
     ]
 
 

@@ -46,10 +46,11 @@ class Section:
     """Caption and SVG."""
 
 
-def write_run_page(run_path: Path) -> Path:
+def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
     """Write the report of the run in `run_path` from what lies there, and return its path."""
     record = RunRecord.read(run_path)
-    curves = read_curves(run_path / TENSORBOARD_FOLDER)
+    if curves is None:
+        curves = read_curves(run_path / TENSORBOARD_FOLDER)
     settings = record.settings
     environment = Environment(
         loader=PackageLoader("flows", "pages"), autoescape=True, undefined=StrictUndefined
@@ -109,11 +110,9 @@ def _headlines(record: RunRecord) -> list[Row]:
     return found
 
 
-def loss_plot(run_path: Path) -> str | None:
-    """Return the loss over the steps, or None if TensorBoard did not record this run."""
-    curves = read_curves(run_path / TENSORBOARD_FOLDER)
-    drawn = _curves(curves, {"loss": "loss"}, "Loss", "nats, weighted over TTT steps")
-    return None if drawn is None else str(drawn[1])
+def loss_plot(curves: Curves) -> tuple[str, Markup] | None:
+    """Return "Loss" and its plot over the steps, or None if TensorBoard did not record the run."""
+    return _curves(curves, {"loss": "loss"}, "Loss", "nats, weighted over TTT steps")
 
 
 def acceptance_plot(found: EvaluateSummary) -> str:
@@ -161,7 +160,7 @@ def _training(record: RunRecord, curves: Curves) -> Section:
     if record.training is None and not curves:
         return Section(title="Training", note="Not ended yet: run the train flow.")
     drawn = [
-        _curves(curves, {"loss": "loss"}, "Loss", "nats, weighted over TTT steps"),
+        loss_plot(curves),
         _curves(curves, _stepped(curves, "loss/step_"), "Loss by TTT step", "nats"),
         _curves(
             curves,
@@ -233,13 +232,7 @@ def _data(settings: RunSettings | None) -> Section:
     if settings is None:
         return Section(title="Data", note="Not recorded: run the train flow.")
     train = settings.train
-    svg = plots.histogram(
-        train.length_edges,
-        train.length_counts,
-        name="Lengths",
-        x_label="tokens of a sample",
-        y_label="samples",
-    )
+    svg = plots.lengths(train.length_edges, train.length_counts)
     return Section(
         title="Data",
         rows=[

@@ -38,13 +38,7 @@ def publish_token_report(
         key=key,
         description=title,
     )
-    lengths = plots.histogram(
-        statistics.bin_edges.tolist(),
-        statistics.bin_counts.tolist(),
-        name="Lengths",
-        x_label="tokens of a sample",
-        y_label="samples",
-    )
+    lengths = plots.lengths(statistics.bin_edges.tolist(), statistics.bin_counts.tolist())
     report.publish_plot(f"Lengths: {title}", lengths, key=f"{key}-lengths")
     write_text(page, statistics_page(title, statistics, shown, tokenizer, sizes=sizes))
     return page

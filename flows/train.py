@@ -20,6 +20,7 @@ from eagle_core.samples import SampleSource
 from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
+from eagle_core.trackers import TENSORBOARD_FOLDER
 from eagle_core.trainer import Progress, TrainingResult, train
 from eagle_core.training_config import TrainingConfig
 from flows import report
@@ -33,7 +34,7 @@ from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.recompute import TargetRecompute, partial_target
 from flows.run_name import run_name
-from flows.run_page import loss_plot, write_run_page
+from flows.run_page import loss_plot, read_curves, write_run_page
 from flows.run_record import TRAINING_NAME, StorageBill, write_settings, write_stage
 from flows.semantic_probe import require_sound
 from flows.store_root import store_root
@@ -195,15 +196,16 @@ def _summarised(
         seconds=time.monotonic() - started,
     )
     write_stage(run_path / TRAINING_NAME, summary)
-    write_run_page(run_path)
+    curves = read_curves(run_path / TENSORBOARD_FOLDER)
+    write_run_page(run_path, curves)
     report.publish_table(
         f"Training: {title}",
         [*report.train_rows(summary), *report.where_a_run_is(run_path)],
         key=artifact_key("training", title),
     )
-    curve = loss_plot(run_path)
-    if curve is not None:
-        report.publish_plot(f"Loss: {title}", curve, key=artifact_key("loss", title))
+    drawn = loss_plot(curves)
+    if drawn is not None:
+        report.publish_plot(f"Loss: {title}", drawn[1], key=artifact_key("loss", title))
     return summary
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from storage.store import Store
+from tests.browser import CHROMIUM, browser_page
 from tests.deployments.server import AUTH, Server, running_server, wait_for
 from tests.flows.trees import digests
 
 pytestmark = [pytest.mark.server, pytest.mark.ui, pytest.mark.slow]
 
-CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs Debian's chromium", allow_module_level=True)
 
@@ -52,18 +51,13 @@ def undisturbed(server: Server) -> Store:
 @pytest.fixture(scope="module")
 def page(server: Server) -> Iterator[Page]:
     """A page of a browser in which a person has logged in."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else []
-        )
-        opened = browser.new_page(viewport={"width": 1400, "height": 900})
+    with browser_page(width=1400, height=900) as opened:
         opened.set_default_timeout(60_000)
         opened.goto(f"{server.api_url.removesuffix('/api')}/v2/login")
         opened.locator("input").first.fill(AUTH)
         opened.get_by_role("button", name="Login").click()
         opened.get_by_role("link", name="Deployments").wait_for()
         yield opened
-        browser.close()
 
 
 def test_retry_makes_the_two_shards_that_failed(

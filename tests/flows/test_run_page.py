@@ -1,12 +1,10 @@
 """A run's report: made by the flows from the run's own files, and complete in itself."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Request, sync_playwright
+from playwright.sync_api import Page, Request
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
 
@@ -22,8 +20,8 @@ from flows.hidden_states import hidden_states
 from flows.run_page import read_curves, write_run_page
 from flows.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.train import train_flow
+from tests.browser import CHROMIUM, browser_page
 
-CHROMIUM = shutil.which("chromium")
 TRAINING = TrainingConfig(
     draft_vocab_size=300, max_steps=12, batch_tokens=512, warmup_steps=2, held_out_every=4
 )
@@ -42,12 +40,8 @@ def _image_keys() -> set[str | None]:
 @pytest.fixture
 def page() -> Iterator[Page]:
     """A page of a real browser."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else []
-        )
-        yield browser.new_page(viewport={"width": 1200, "height": 900})
-        browser.close()
+    with browser_page(width=1200, height=900) as opened:
+        yield opened
 
 
 @pytest.mark.ui
