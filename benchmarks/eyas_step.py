@@ -68,19 +68,21 @@ def packed_batch(case: StepCase) -> PackedBatch:
     )
 
 
-def options(case: StepCase) -> TttOptions:
+def options(case: StepCase, *, compiled: bool = False) -> TttOptions:
     """Return the trainer's defaults with the case's length."""
-    return TttOptions(ttt_length=case.ttt_length, step_decay=STEP_DECAY)
+    return TttOptions(ttt_length=case.ttt_length, step_decay=STEP_DECAY, compile=compiled)
 
 
-def load(case: StepCase, _variant: str) -> Peer:
-    """Return our step as a peer."""
-    draft = new_draft(case.shape)
-    head = draft_rows_of_target_head(case.shape).to(DTYPES[case.dtype])
+def load(case: StepCase, variant: str) -> Peer:
+    """Return our step as a peer; `variant` may be "compile"."""
+    device = torch.device(case.device)
+    draft = new_draft(case.shape).to(device)
+    head = draft_rows_of_target_head(case.shape).to(device, DTYPES[case.dtype])
 
     def prepare(wanted: StepCase) -> Callable[[], Tensor]:
-        batch = packed_batch(wanted)
-        return lambda: ttt_step(draft, batch, head, options(wanted)).loss
+        batch = packed_batch(wanted).to(device)
+        settings = options(wanted, compiled=variant == "compile")
+        return lambda: ttt_step(draft, batch, head, settings).loss
 
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     return Peer(

@@ -1,10 +1,12 @@
 """The published EAGLE-3 training step in eager PyTorch, to be measured against `eagle_core.ttt`.
 
-As the authors' code and SpecForge's plain path do it: every position computes queries, keys,
-values, MLP and logits in every step, hidden states and embeddings are projected together, the
-teacher's logits cover the whole target vocabulary, and each step moves them one place, takes their
-argmax and softmaxes the draft's columns again. Packed like ours instead of padded, with a mask that
-keeps sequences apart; positions and reduction of the loss are ours, so that gradients are the same.
+As SpecForge does it: every position computes queries, keys, values, MLP and logits in every step,
+hidden states and embeddings are projected together, the teacher's logits cover the whole target
+vocabulary. Where its versions and the authors' code differ, the faster way is taken: the teacher is
+softmaxed once, not in every step, and the loss keeps logits in the dtype of computation and turns
+them into their gradient in the backward pass (a Triton kernel there, whole-tensor operations here).
+Packed like ours instead of padded, with a mask that keeps sequences apart; positions and reduction
+of the loss are ours, so that gradients are the same.
 
 Attention: "columns" is what both do, a dense T x T product with the step-0 keys and one more column
 for each later step; "dense" multiplies with the keys of all steps under a T x (steps T) mask.
@@ -13,7 +15,7 @@ Shapes: N packed tokens, V target vocabulary, D draft vocabulary, H hidden, E he
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,21 +51,57 @@ def plain_loss(
     sequence, position = _places(batch)
     layer = _Layer(draft, sequence, position, attention)
     hidden = draft.fc(batch.aux_hidden_states)
-    ids, target = batch.input_ids, functional.linear(batch.last_hidden_state, target_lm_head)
+    probability, choice, known = _taught(draft, batch, target_lm_head, settings.ttt_length)
+    ids = batch.input_ids
     total, correct = hidden.new_zeros(()), []
     for step in range(settings.ttt_length):
-        ids, target = _moved(ids), _moved(target)
+        ids, now = _moved(ids), slice(step + 1, step + 1 + batch.num_tokens)
         hidden = layer(ids, hidden, step)
-        supervised = _ahead(batch.loss_mask, sequence, step + 2)
-        with torch.no_grad():
-            counted = supervised & draft.t2d[target.argmax(dim=-1)]
-            p = target[:, draft.t2d].float().softmax(dim=-1)
-        log_q = draft.logits(hidden).float().log_softmax(dim=-1)
-        cross_entropy = -(p * log_q).sum(dim=-1)
+        counted = _ahead(batch.loss_mask, sequence, step + 2) & known[now]
+        logits = draft.logits(hidden)
+        correct.append(((logits.argmax(dim=-1) == choice[now]) & counted).sum())
+        cross_entropy = _CrossEntropy.apply(logits, probability[now])  # type: ignore[no-untyped-call]  # torch
         loss = (cross_entropy * counted).sum() / counted.sum().clamp(min=1)
         total = total + settings.step_decay**step * loss
-        correct.append(((log_q.argmax(dim=-1) == p.argmax(dim=-1)) & counted).sum())
     return total, torch.stack(correct)
+
+
+@torch.no_grad()
+def _taught(
+    draft: DraftModel, batch: PackedBatch, target_lm_head: Tensor, ttt_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the target says behind each token, and nothing behind the last ones.
+
+    [N + L, D] probabilities, [N + L] the likeliest draft id, [N + L] whether that is the target's.
+    """
+    logits = functional.linear(batch.last_hidden_state, target_lm_head)
+    known = draft.t2d[logits.argmax(dim=-1)]
+    probability = logits[:, draft.t2d].float().softmax(dim=-1)
+    choice = probability.argmax(dim=-1)
+    return (
+        functional.pad(probability, (0, 0, 0, ttt_length)),
+        functional.pad(choice, (0, ttt_length)),
+        functional.pad(known, (0, ttt_length)),
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy [N] of logits [N, D] under probabilities [N, D]; the logits are used up."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, probability: Tensor) -> Tensor:  # noqa: ANN401
+        wide = logits.float()
+        logsumexp = wide.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, probability, logsumexp)
+        cross_entropy: Tensor = logsumexp - torch.linalg.vecdot(probability, wide)
+        return cross_entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        logits, probability, logsumexp = ctx.saved_tensors
+        slope = logits.float().sub_(logsumexp.unsqueeze(-1)).exp_().sub_(probability)
+        logits.copy_(slope.mul_(grads[0].unsqueeze(-1)))
+        return logits, None
 
 
 class _Layer:
@@ -113,7 +151,7 @@ class _Layer:
         return mixed
 
     def _dense(self, query: Tensor) -> Tensor:
-        own = torch.eye(query.shape[1], dtype=torch.bool)
+        own = torch.eye(query.shape[1], dtype=torch.bool, device=query.device)
         visible = torch.cat([self._visible, *([own] * (len(self._keys) - 1))], dim=1)
         scores = query @ torch.cat(self._keys, dim=1).transpose(1, 2)
         weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -122,8 +160,8 @@ class _Layer:
 
 def _places(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Return [N] number of each token's sequence, and its index there."""
-    starts = torch.tensor(batch.starts)
-    every = torch.arange(batch.num_tokens)
+    starts = torch.tensor(batch.starts, device=batch.input_ids.device)
+    every = torch.arange(batch.num_tokens, device=starts.device)
     sequence = torch.searchsorted(starts, every, right=True) - 1
     return sequence, every - starts[sequence]
 
@@ -144,12 +182,13 @@ def _ahead(mask: Tensor, sequence: Tensor, by: int) -> Tensor:
 
 def load(case: StepCase, variant: str) -> Peer:
     """Return the plain step as a peer; `variant` is the kind of attention."""
-    draft = new_draft(case.shape)
-    head = whole_target_head(case.shape)
+    device = torch.device(case.device)
+    draft = new_draft(case.shape).to(device)
+    head = whole_target_head(case.shape).to(device)
     attention: Attention = "dense" if variant == "dense" else "columns"
 
     def prepare(wanted: StepCase) -> Callable[[], Tensor]:
-        batch = packed_batch(wanted)
+        batch = packed_batch(wanted).to(device)
         return lambda: plain_loss(draft, batch, head, options(wanted), attention)[0]
 
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]

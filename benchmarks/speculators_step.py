@@ -110,12 +110,13 @@ def row_of(case: StepCase, tensors: StepTensors) -> Mapping[str, Tensor]:
 def load(case: StepCase, variant: str) -> Peer:
     """Return the package's step as a peer."""
     attention, _, head = variant.partition("+")
-    model = new_model(case.shape, attention)
+    model = new_model(case.shape, attention).to(case.device)
     model.lm_head.weight.requires_grad_(bool(head))
     model.train()
 
     def prepare(wanted: StepCase) -> Callable[[], Tensor]:
-        arguments = row_of(wanted, step_tensors(wanted, model.verifier_lm_head.weight.detach()))
+        row = row_of(wanted, step_tensors(wanted, model.verifier_lm_head.weight.detach().cpu()))
+        arguments = {name: tensor.to(wanted.device) for name, tensor in row.items()}
         settings, _ = model.get_trainer_kwargs(
             loss_fn="kl_div",
             loss_implementation="eager",

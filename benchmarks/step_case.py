@@ -79,6 +79,8 @@ class StepCase:
     ttt_length: int
     dtype: str
     """float32, or bfloat16: autocast over float32 weights."""
+    device: str = "cpu"
+    """Where the step runs: cpu or cuda."""
     lengths: tuple[int, ...]
     """Tokens of each sequence."""
     loss_mask: tuple[bool, ...]

@@ -94,22 +94,29 @@ def _relative_difference(found: Sequence[float], expected: Sequence[float]) -> f
     return float((torch.tensor(found) - wanted).norm() / wanted.norm())
 
 
-def bound_table(results: Sequence[CaseResult]) -> Iterator[str]:
-    """Yield the lines of the table of our step against the machine's matrix products."""
-    yield _BOUND_HEAD
-    yield "|---" * 7 + "|"
+def bound_table(results: Sequence[CaseResult], *, peak: float = 0.0) -> Iterator[str]:
+    """Yield the lines of the table of our step against the machine's matrix products.
+
+    Args:
+        results: of all cases.
+        peak: floating-point operations a second that the device's maker promises, if known.
+
+    """
+    utilisation = " model-FLOPs utilisation |" if peak else ""
+    yield _BOUND_HEAD + utilisation
+    yield "|---" * (8 if peak else 7) + "|"
     for result in results:
         if OURS in result.peers:
-            yield _bound_row(result)
+            yield _bound_row(result, peak)
 
 
-def _bound_row(result: CaseResult) -> str:
+def _bound_row(result: CaseResult, peak: float) -> str:
     case, rate, ours = result.case, result.rate, result.peers[OURS]
     parts = needed_operations(case, options(case))
     total = sum(parts.values())
     cpu, wall = total / rate.cpu, total / rate.wall
     supervised = sum(case.loss_mask) / case.num_tokens
-    cells = (
+    cells = [
         _label(case),
         f"{len(case.lengths)}, {supervised:.0%}",
         f"{total / 1e9:,.0f} GFLOP",
@@ -117,7 +124,9 @@ def _bound_row(result: CaseResult) -> str:
         f"{rate.cpu / 1e9:.0f}, {rate.wall / 1e9:.0f} GFLOP/s",
         _pair(case.num_tokens / cpu, case.num_tokens / wall),
         f"{cpu / ours.cpu_seconds:.0%}, {wall / ours.wall_seconds:.0%}" if ours.turns else "",
-    )
+    ]
+    if peak:
+        cells.append(f"{total / ours.wall_seconds / peak:.0%}" if ours.turns else "")
     return f"| {' | '.join(cells)} |"
 
 

@@ -3,7 +3,8 @@
 Each peer lives in a process of its own, so that its memory can be told apart and its turn ended.
 It loads, takes one small step at learning rate 0 (which makes the optimizer's state), says `Ready`,
 and then answers each line with a `Turn`. Imports nothing of Eyas. Linux only: memory is what
-`/proc` says, because `ru_maxrss` begins at the size of the process that started this one.
+`/proc` says, because `ru_maxrss` begins at the size of the process that started this one; on a GPU
+it is what torch has allocated there.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Turn:
     gradients: tuple[float, ...]
     """Some entries of the fusion weight's gradient before clipping, evenly spaced."""
     step_bytes: int
-    """Peak of the process above what was loaded."""
+    """Peak of the process, or on its GPU, above what was loaded."""
 
 
 class PeerFailedError(Exception):
@@ -77,39 +78,38 @@ def serve(load: Callable[[StepCase, str], Peer]) -> None:
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print must not end up among the answers
-    limit = int(arguments.memory_gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    case = StepCase.read(arguments.case)
     torch.set_num_threads(arguments.threads)
     try:
-        _answer(load, arguments, answers.write)
+        memory = _memory(case.device, limit=int(arguments.memory_gib * 2**30))
+        _answer(lambda: load(case, arguments.variant), case, memory, answers.write)
     except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
         answers.write(json.dumps({"failed": _reason(error)}) + "\n")
 
 
 def _answer(
-    load: Callable[[StepCase, str], Peer],
-    arguments: argparse.Namespace,
-    write: Callable[[str], object],
+    load: Callable[[], Peer], case: StepCase, memory: "_Memory", write: Callable[[str], object]
 ) -> None:
-    case = StepCase.read(arguments.case)
-    imported = _memory_bytes("VmRSS")
-    peer = load(case, arguments.variant)
+    imported = memory.now()
+    peer = load()
     _set_learning_rate(peer, 0.0)
-    _step(peer, peer.prepare(case.warm_up()), case.dtype)
-    _set_learning_rate(peer, LEARNING_RATE)
+    _step(peer, peer.prepare(case.warm_up()), case)
     loss_of_batch = peer.prepare(case)
-    _forget_peak()
-    loaded = _memory_bytes("VmRSS")
+    if case.device != "cpu":  # there, kernels are chosen or compiled for the sizes of the case
+        _step(peer, loss_of_batch, case)
+    _set_learning_rate(peer, LEARNING_RATE)
+    memory.forget_peak()
+    loaded = memory.now()
     write(json.dumps(asdict(Ready(loaded_bytes=loaded - imported))) + "\n")
     while _asked():
         started = time.perf_counter(), time.process_time()
-        loss, gradient = _step(peer, loss_of_batch, case.dtype)
+        loss, gradient = _step(peer, loss_of_batch, case)
         turn = Turn(
             wall_seconds=time.perf_counter() - started[0],
             cpu_seconds=time.process_time() - started[1],
             loss=loss,
             gradients=tuple(gradient.tolist()),
-            step_bytes=_memory_bytes("VmHWM") - loaded,
+            step_bytes=memory.peak() - loaded,
         )
         write(json.dumps(asdict(turn)) + "\n")
 
@@ -121,8 +121,8 @@ def _asked() -> bool:
         return False
 
 
-def _step(peer: Peer, loss_of_batch: Callable[[], Tensor], dtype: str) -> tuple[float, Tensor]:
-    with _precision(dtype):
+def _step(peer: Peer, loss_of_batch: Callable[[], Tensor], case: StepCase) -> tuple[float, Tensor]:
+    with _precision(case):
         loss = loss_of_batch()
     loss.backward()  # type: ignore[no-untyped-call]  # torch
     assert peer.fusion.grad is not None
@@ -131,13 +131,16 @@ def _step(peer: Peer, loss_of_batch: Callable[[], Tensor], dtype: str) -> tuple[
     torch.nn.utils.clip_grad_norm_(peer.trained, MAX_GRAD_NORM)
     peer.optimizer.step()
     peer.optimizer.zero_grad(set_to_none=True)
+    gradient = gradient.cpu()
+    if case.device != "cpu":
+        torch.cuda.synchronize()
     return loss.item(), gradient
 
 
-def _precision(dtype: str) -> contextlib.AbstractContextManager[object]:
-    if dtype == "float32":
+def _precision(case: StepCase) -> contextlib.AbstractContextManager[object]:
+    if case.dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=getattr(torch, dtype))
+    return torch.autocast(case.device, dtype=getattr(torch, case.dtype))
 
 
 def _set_learning_rate(peer: Peer, rate: float) -> None:
@@ -146,20 +149,40 @@ def _set_learning_rate(peer: Peer, rate: float) -> None:
         group["weight_decay"] = 0.0
 
 
-def _memory_bytes(field: str) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Memory:
+    """How much is in use; loading must not count as the step's."""
+
+    now: Callable[[], int]
+    peak: Callable[[], int]
+    forget_peak: Callable[[], object]
+
+
+def _memory(device: str, *, limit: int) -> _Memory:
+    """Return the gauge of a device; on a CPU the process is held to `limit` bytes."""
+    if device != "cpu":
+        return _Memory(
+            now=torch.cuda.memory_allocated,
+            peak=torch.cuda.max_memory_allocated,
+            forget_peak=torch.cuda.reset_peak_memory_stats,
+        )
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    return _Memory(
+        now=lambda: _resident_bytes("VmRSS"),
+        peak=lambda: _resident_bytes("VmHWM"),
+        forget_peak=lambda: Path("/proc/self/clear_refs").write_text("5", encoding="utf-8"),
+    )
+
+
+def _resident_bytes(field: str) -> int:
     """Return VmRSS (resident now) or VmHWM (its peak) of this process."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _forget_peak() -> None:
-    """Let VmHWM begin again at VmRSS; loading must not count as the step's."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
 def _reason(error: Exception) -> str:
     text = str(error)
-    if "can't allocate memory" in text or isinstance(error, MemoryError):
+    if "can't allocate memory" in text or "out of memory" in text or isinstance(error, MemoryError):
         return "does not fit into memory"
     return text.splitlines()[0] if text else type(error).__name__
 

@@ -17,6 +17,10 @@ is the peak of resident memory above what was loaded (weights, optimizer state, 
 is late, or does not fit into memory, has the reason in its row. The second table compares our step
 with the time that its needed matrix products would take (`benchmarks/step_arithmetic.py`).
 
+With `--device cuda` the steps run on a GPU: memory is what torch allocates there, the columns of
+processor time mean little, and `--peak-tflops` (what its maker promises for the dtype) gives the
+model-FLOPs utilisation. `--compile` lets steps use torch.compile, ours with FlexAttention.
+
 Rounds adapt to `--minutes`: each case does at least one.
 """
 
@@ -68,7 +72,7 @@ def commands(arguments: argparse.Namespace) -> Mapping[str, Sequence[str]]:
     package = str(Path(arguments.speculators_venv or "") / "bin" / "python")
     attention = arguments.speculators_attention
     ways = {
-        "eyas": (sys.executable, "eyas_step", ""),
+        "eyas": (sys.executable, "eyas_step", "compile" if arguments.compile else ""),
         "plain": (sys.executable, "plain_step", arguments.plain_attention),
         "speculators": (package, "speculators_step", attention),
         "speculators+head": (package, "speculators_step", f"{attention}+head"),
@@ -98,7 +102,7 @@ def measure_case(case: StepCase, arguments: argparse.Namespace, *, seconds: floa
             for name in (name for name in names if name not in failures):
                 with _noting(failures, name):
                     turns[name].append(workers[name].turn(arguments.turn_seconds))
-            rate = rate.faster(product_rate(case.shape, getattr(torch, case.dtype)))
+            rate = rate.faster(product_rate(case.shape, getattr(torch, case.dtype), case.device))
             now = time.monotonic()
             if done < arguments.rounds and now + (now - begun) > started + seconds:
                 break
@@ -114,7 +118,9 @@ def measure_case(case: StepCase, arguments: argparse.Namespace, *, seconds: floa
 @contextlib.contextmanager
 def _workers(case: StepCase, arguments: argparse.Namespace) -> Iterator[Mapping[str, Worker]]:
     """Start all peers at once; they load side by side."""
-    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # eager, as on any CPU
+    environment = dict(os.environ)
+    if not arguments.compile:
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # eager, as on any CPU
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         case.write(folder / "case.json")
@@ -144,7 +150,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> list[CaseResult]
     samples = sharegpt_samples(NUM_CONVERSATIONS)
     packs = {num_tokens: typical_pack(samples, num_tokens) for num_tokens in arguments.tokens}
     cases = [
-        _case(shape, packs[num_tokens], ttt_length, arguments.dtype)
+        _case(shape, packs[num_tokens], ttt_length, arguments)
         for num_tokens, ttt_length, shape in product(
             sorted(arguments.tokens), sorted(arguments.ttt), arguments.shape
         )
@@ -159,11 +165,12 @@ def measure(arguments: argparse.Namespace, console: Console) -> list[CaseResult]
     return results
 
 
-def _case(shape: str, pack: PackedMask, ttt_length: int, dtype: str) -> StepCase:
+def _case(shape: str, pack: PackedMask, ttt_length: int, arguments: argparse.Namespace) -> StepCase:
     return StepCase(
         shape=SHAPES[shape],
         ttt_length=ttt_length,
-        dtype=dtype,
+        dtype=arguments.dtype,
+        device=arguments.device,
         lengths=pack.lengths,
         loss_mask=pack.loss_mask,
     )
@@ -178,14 +185,19 @@ def report(arguments: argparse.Namespace, results: Sequence[CaseResult]) -> str:
     """Return everything in Markdown."""
     return REPORT.format(
         command=_command(arguments),
-        machine=describe(PACKAGES),
+        machine=_machine(arguments.device),
         speculators_attention=arguments.speculators_attention,
         plain_attention=arguments.plain_attention,
         dtype=arguments.dtype,
         threads=arguments.threads,
         steps="\n".join(step_table(results)),
-        bounds="\n".join(bound_table(results)),
+        bounds="\n".join(bound_table(results, peak=arguments.peak_tflops * 1e12)),
     )
+
+
+def _machine(device: str) -> str:
+    gpu = "" if device == "cpu" else f"{torch.cuda.get_device_name()}, "
+    return gpu + describe(PACKAGES)
 
 
 def _command(arguments: argparse.Namespace) -> str:
@@ -193,6 +205,11 @@ def _command(arguments: argparse.Namespace) -> str:
     words = ["python", "-m", "benchmarks.train_step"]
     for name in ("shape", "tokens", "ttt", "peers"):
         words += [f"--{name}", *map(str, getattr(arguments, name))]
+    words += ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
+    if arguments.device != "cpu":
+        words += ["--device", arguments.device, "--peak-tflops", f"{arguments.peak_tflops:g}"]
+    if arguments.compile:
+        words += ["--compile"]
     words += ["--rounds", str(arguments.rounds), "--minutes", f"{arguments.minutes:g}"]
     return shlex.join(words)
 
@@ -208,6 +225,9 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
     add("--ttt", nargs="+", type=int, default=[3, 7], help="training-time-test steps")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--threads", type=int, default=2)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--compile", action="store_true", help="let steps use torch.compile")
+    add("--peak-tflops", type=float, default=0.0, help="of the GPU, for its utilisation")
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS[:3]))
     add("--plain-attention", choices=("columns", "dense"), default="columns")
     add("--speculators-attention", choices=("sdpa", "eager"), default="sdpa")
@@ -222,6 +242,8 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
         arguments.peers = [name for name in arguments.peers if "speculators" not in name]
     elif not (arguments.speculators_venv / "bin" / "python").exists():
         parser.error(f"no bin/python in {arguments.speculators_venv}; see docs/training-step.md")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
     return arguments
 
 

@@ -5,10 +5,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED, dataset_resource, store_resource
+from flows.workspace import DEFAULT_HOME
 
 
 class AutomationConfig(BaseModel):
-    """Section of a recipe; all of it is off unless the recipe turns it on."""
+    """Section of a recipe; nothing starts by itself unless the recipe turns it on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,6 +20,11 @@ class AutomationConfig(BaseModel):
     )
     on_new_data: bool = Field(
         default=False, description="Start hidden-states when `watch` has seen new data."
+    )
+    home: str = Field(
+        default=DEFAULT_HOME,
+        description="Folder for data, stores and runs of everything that a server starts, as its "
+        "workers see it; `eyas run` has --home.",
     )
     train_on_snapshot: bool = Field(
         default=False,

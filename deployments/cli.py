@@ -11,6 +11,7 @@ from deployments.console import ERRORS, OUT, one_message
 from deployments.environment import settle_environment
 from deployments.registry import FLOWS, find_flow
 from deployments.store_commands import gc, inspect, verify
+from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
 
 # Recipes bring torch with them: only the commands that need one import them.
@@ -98,7 +99,7 @@ def _run_flow(
 
     from deployments.recipe import load_recipe  # noqa: PLC0415 (see above)
 
-    with one_message():
+    with one_message(stopped="stopped; the same command goes on with what is missing"):
         entry = find_flow(flow)
         loaded = load_recipe(recipe, overrides)
         settle_environment()
@@ -107,7 +108,9 @@ def _run_flow(
 
         ERRORS.print(f"[bold]eyas[/bold] {entry.name}/{loaded.target.name}")
         parameters = {section: getattr(loaded, section) for section in entry.sections}
-        if run_name is not None and "training" in entry.sections:
+        if run_name is not None and "training" not in entry.sections:
+            raise ConfigError(f"{entry.name} belongs to no run; leave out --run {run_name}")
+        if run_name is not None:
             parameters["run"] = run_name
         if not sys.stderr.isatty():  # no progress bars there
             print_own_lines()

@@ -25,7 +25,7 @@ EXPECTED_ERRORS = (
 
 
 @contextmanager
-def one_message() -> Iterator[None]:
+def one_message(*, stopped: str = "stopped") -> Iterator[None]:
     """Turn an error raised on purpose, or a request to stop, into its one message.
 
     SIGTERM is taken like Ctrl-C: what was started here ends too. Training has its own answer.
@@ -39,5 +39,5 @@ def one_message() -> Iterator[None]:
         )
         raise typer.Exit(code=1) from None
     except KeyboardInterrupt:
-        ERRORS.print("stopped; the same command goes on with what is missing")
+        ERRORS.print(stopped)
         raise typer.Exit(code=INTERRUPTED) from None

@@ -13,6 +13,7 @@ from deployments.automation import schedules, triggers
 from deployments.recipe import Recipe, load_recipe, recipe_names
 from deployments.registry import FLOWS, FlowEntry
 from eagle_core.errors import ConfigError
+from flows.workspace import DEFAULT_HOME
 
 HEADER = """\
 # Generated from deployments/*.yaml by `eyas render-deployments`; change those, not this file.
@@ -93,6 +94,8 @@ def _deployment(
         "parameters": {section: sections[section] for section in entry.sections},
         "work_pool": {"name": "local"},
     }
+    if recipe.automation.home != DEFAULT_HOME:
+        deployment["parameters"]["home"] = recipe.automation.home
     if entry.is_exclusive:
         deployment["concurrency_limit"] = {"limit": 1, "collision_strategy": "ENQUEUE"}
     starts = triggers(

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def save(
         sync(parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    kept = {best(run_path), *list(_folders(run_path))[:keep_last]}
+    sound = [found for found in _folders(run_path) if found == folder or _damage(found) is None]
+    kept = {folder, _best(sound), *sound[:keep_last]}
     for old in _folders(run_path):
         if old not in kept:
             shutil.rmtree(old)
@@ -98,12 +99,16 @@ def best(run_path: Path) -> Path | None:
 
     Only checkpoints that were written right after a measurement count; of equals, the newest.
     """
+    return _best([folder for folder in _folders(run_path) if _damage(folder) is None])
+
+
+def _best(sound: Sequence[Path]) -> Path | None:
+    """Return the best of these undamaged folders, the newest first."""
     measured: list[tuple[float, Path]] = []
-    for folder in _folders(run_path):
-        if _damage(folder) is None:
-            found = read(folder)
-            if found.figures.get("held_out_step") == found.step:
-                measured.append((found.figures["held_out_length"], folder))
+    for folder in sound:
+        found = read(folder)
+        if found.figures.get("held_out_step") == found.step:
+            measured.append((found.figures["held_out_length"], folder))
     return max(measured, default=(0.0, None), key=lambda pair: pair[0])[1]
 
 

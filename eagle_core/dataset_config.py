@@ -115,7 +115,14 @@ class DatasetConfig(BaseModel):
         if name not in PRESETS:
             known = ", ".join(sorted(PRESETS))
             raise ValueError(f"there is no data set preset {name}; known are {known}")
-        return {**PRESETS[name], **fields, "source": PRESETS[name]["source"]}
+        preset = PRESETS[name]
+        # A form writes every field out: what is as if nobody had chosen it is the preset's.
+        chosen = {
+            key: value
+            for key, value in fields.items()
+            if key not in preset or value not in (None, [], (), cls.model_fields[key].default)
+        }
+        return {**preset, **chosen, "source": preset["source"]}
 
     @model_validator(mode="after")
     def _question_with_answer(self) -> Self:

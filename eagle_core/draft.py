@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, H draft hidden, Ht target hidden, D draft vocabulary,
 vocabulary, N heads, K key-value heads, E head size.
 """
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -183,10 +184,18 @@ class Mlp(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [..., H] for [..., H]."""
-        output: Tensor = self.down_proj(
-            functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
-        )
-        return output
+        return gated(hidden, gate=self.gate_proj, up=self.up_proj, down=self.down_proj)
+
+
+def gated(
+    hidden: Tensor,
+    *,
+    gate: Callable[[Tensor], Tensor],
+    up: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return [..., H] for [..., H]: what the feed-forward block does with its three maps."""
+    return down(functional.silu(gate(hidden)) * up(hidden))
 
 
 class DraftLayer(nn.Module):

@@ -103,9 +103,6 @@ def export(
         if layout == "speculators":
             document = speculators_config(draft.config, target, config)
             tensors = {to_speculators(name): tensor for name, tensor in tensors.items()}
-            if draft.config.draft_vocab_size == draft.config.vocab_size:
-                # speculators has no mapping at all where both vocabularies are the same.
-                tensors = {name: t for name, t in tensors.items() if name not in VOCABULARY}
         else:
             document = serving_config(draft.config, target, config)
         _write(folder / layout, document, tensors)
@@ -217,10 +214,15 @@ def _layer_config(draft: DraftConfig, target: ServedTarget) -> dict[str, object]
 
 def _tensors(draft: DraftModel, config: ExportConfig, *, with_embedding: bool) -> dict[str, Tensor]:
     dtype = DTYPES[config.dtype]
+    left_out = set() if with_embedding else {EMBEDDING}
+    if draft.config.draft_vocab_size == draft.config.vocab_size:
+        # vLLM and speculators have no mapping at all where both vocabularies are the same: vLLM
+        # refuses one that it has no place for.
+        left_out |= set(VOCABULARY)
     return {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in draft.state_dict().items()
-        if with_embedding or name != EMBEDDING
+        if name not in left_out
     }
 
 

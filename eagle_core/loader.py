@@ -90,6 +90,29 @@ def batch_end(
     return first + max(1, int(np.searchsorted(totals, batch_tokens, side="right")))
 
 
+def count_steps(
+    lengths: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    shape: StepShape,
+    *,
+    seed: int,
+    epochs: int,
+) -> int:
+    """Return the exact number of steps of `epochs` whole epochs: batches are seldom full."""
+    total = 0
+    for epoch in range(epochs):
+        order = epoch_order(groups, seed=seed, epoch=epoch, window=shape.window)
+        totals = np.cumsum(lengths[order])
+        num_batches, first, before = 0, 0, 0
+        while first < len(order):
+            end = int(np.searchsorted(totals, before + shape.batch_tokens, side="right"))
+            first = max(first + 1, end)
+            before = int(totals[first - 1])
+            num_batches += 1
+        total += -(-num_batches // (shape.batches_per_step * shape.world_size))
+    return total
+
+
 def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterator[LoadedStep]:
     """Yield steps from `state` on, without end; the caller decides when to stop.
 

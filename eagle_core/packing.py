@@ -26,9 +26,9 @@ class PackedBatch:
     loss_mask: Tensor
     """[N] bool"""
     aux_hidden_states: Tensor
-    """[N, A * Ht]"""
+    """[N, A * Ht], of any dtype: the step widens them"""
     last_hidden_state: Tensor
-    """[N, Ht] after the final norm"""
+    """[N, Ht] after the final norm, of any dtype"""
     target_argmax: Tensor
     """[N] int64, over the target vocabulary"""
     target_logsumexp: Tensor
@@ -54,7 +54,7 @@ class PackedBatch:
 
 
 def pack(samples: Sequence[HiddenStateSample]) -> PackedBatch:
-    """Return `samples` as one batch, states in float32."""
+    """Return `samples` as one batch, states in bfloat16 as they are stored: few bytes to move."""
     aux = np.concatenate([sample.aux_hidden_states for sample in samples])
     last = np.concatenate([sample.last_hidden_state for sample in samples])
     argmax = np.concatenate([sample.target_argmax for sample in samples])
@@ -66,8 +66,8 @@ def pack(samples: Sequence[HiddenStateSample]) -> PackedBatch:
         starts=(0, *np.cumsum([len(sample) for sample in samples]).tolist()),
         input_ids=torch.from_numpy(ids.astype(np.int64)),
         loss_mask=torch.from_numpy(mask.astype(np.bool_)),
-        aux_hidden_states=from_bfloat16_bits(aux, dtype=torch.float32).flatten(1),
-        last_hidden_state=from_bfloat16_bits(last, dtype=torch.float32),
+        aux_hidden_states=from_bfloat16_bits(aux, dtype=torch.bfloat16).flatten(1),
+        last_hidden_state=from_bfloat16_bits(last, dtype=torch.bfloat16),
         target_argmax=torch.from_numpy(argmax.astype(np.int64)),
         target_logsumexp=torch.from_numpy(logsumexp.astype(np.float32)),
     )

@@ -18,18 +18,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig
 
 from eagle_core import weights
 from eagle_core.errors import ConfigError
 from eagle_core.target import aux_layers, read_model_config, resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tensors import DTYPES, from_bfloat16_bits, to_bfloat16_bits
+
+if TYPE_CHECKING:  # it takes 2 of 8 seconds until a flow starts, and only running a model needs it
+    from transformers import PreTrainedModel
 
 _NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 
@@ -68,8 +72,8 @@ class PartialTarget:
     def __init__(
         self,
         *,
-        first: PreTrainedModel,
-        final: PreTrainedModel,
+        first: "PreTrainedModel",
+        final: "PreTrainedModel",
         early_layers: range,
         last_layers: range,
         load_seconds: float = 0.0,
@@ -210,7 +214,7 @@ def _load_slice(
     files: Mapping[str, Path],
     folder: Path,
     layers: range,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     part = slice_config(whole, layers)
     tensors = dict(_slice_tensors(files, folder, layers))
     if layers.start:  # it is handed states, never ids

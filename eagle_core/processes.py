@@ -4,6 +4,7 @@ Ranks split the packed batches of a step between them; weights and gradients are
 process had worked through all of them, up to the rounding of float32 sums.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -68,7 +70,10 @@ class Processes:
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Yield this process's place; under torchrun, connect it to the others while the block runs."""
+    """Yield this process's place; under torchrun, connect it to the others while the block runs.
+
+    Modules that became `parallel` should not outlive the block: they hold the connections.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or distributed.is_initialized():
         rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -79,6 +84,20 @@ def join_processes() -> Iterator[Processes]:
         yield Processes(rank=distributed.get_rank(), world_size=world_size)
     finally:
         distributed.destroy_process_group()
+        _end_threads()
+
+
+def _end_threads() -> None:
+    """Let go of the last references to process groups: their threads end with them.
+
+    One that still holds a tensor when Python ends aborts the process ("terminate called without an
+    active exception"; https://github.com/pytorch/pytorch/pull/179291), and torchrun then stops all
+    others. DTensor's caches keep device meshes for ever, and these their groups.
+    """
+    for found in gc.get_objects():
+        if type(found) is DeviceMesh:
+            vars(found).get("_pg_registry", {}).clear()
+    gc.collect()
 
 
 def without_sync(module: nn.Module) -> AbstractContextManager[None]:

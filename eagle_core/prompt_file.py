@@ -49,7 +49,8 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
 def _question(record: object, *, location: str) -> list[Message]:
     """Return what stands before the first answer."""
     if isinstance(record, Mapping):
-        record = {**record, "messages": [*_turns(record), _UNANSWERED]}
+        others = {key: value for key, value in record.items() if key not in _MESSAGE_KEYS}
+        record = {**others, "messages": [*_turns(record), _UNANSWERED]}
     conversation = normalise(record, location=location).conversation
     return list(takewhile(lambda message: message.role != "assistant", conversation.messages))
 

@@ -141,8 +141,8 @@ class AnswerServer:
         if status in _NOBODY_MAY:
             raise ConfigError(
                 f"the server at {self._url} refuses model {self._model} with status {status}: "
-                f"{text}; correct regeneration.base_url or regeneration.model, or put its API key "
-                f"into {self._config.api_key_variable}"
+                f"{text}; correct regeneration.base_url (which usually ends in /v1) or "
+                f"regeneration.model, or put its API key into {self._config.api_key_variable}"
             )
         reason = Reason.CONTEXT_TOO_LONG if _TOO_LONG.search(text) else Reason.REQUEST_REFUSED
         raise NoAnswer(reason, f"status {status}: {text}")

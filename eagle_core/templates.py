@@ -92,15 +92,15 @@ class ConversationTokenizer:
     ) -> NDArray[np.int32]:
         """Return the ids that serving has in context when the next answer is due.
 
-        `thinking` None leaves it to the template. Raises `RejectedRecord`, without a location, for
-        what `tokenize` would refuse.
+        `thinking` None takes `enable_thinking` of the configuration, which may leave it to the
+        template. Raises `RejectedRecord`, without a location, for what `tokenize` would refuse.
         """
         self._refuse_control_tokens(messages, location="")
         try:
             rendering = self._template.render(
                 [message.as_openai() for message in messages],
                 tools=json.loads(tools) if tools else None,
-                thinking=thinking,
+                thinking=self._config.enable_thinking if thinking is None else thinking,
                 add_generation_prompt=True,
             )
         except TemplateRefusedError as error:

@@ -6,7 +6,7 @@ template, length limit), so a stale one is never read.
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +78,19 @@ class TokenFile:
         return (self.fetch(row) for row in range(len(self)))
 
 
-def write_token_file(path: Path, samples: Iterable[TokenizedSample]) -> TokenFile:
-    """Write `samples`, each sample id once, and return the opened file. Constant memory."""
+def write_token_file(
+    path: Path, samples: Iterable[TokenizedSample], *, without: Collection[str] = ()
+) -> TokenFile:
+    """Write `samples`, each sample id once, and return the opened file. Constant memory.
+
+    Samples with an id in `without` are left out: what is held out must not be trained on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             with pa.ipc.new_file(file, _SCHEMA) as writer:
-                for rows in _batched(_unique(samples)):
+                for rows in _batched(_unique(samples, without)):
                     writer.write_batch(_record_batch(rows))
             file.flush()
             os.fsync(file.fileno())
@@ -95,9 +100,11 @@ def write_token_file(path: Path, samples: Iterable[TokenizedSample]) -> TokenFil
     return TokenFile(path)
 
 
-def _unique(samples: Iterable[TokenizedSample]) -> Iterator[TokenizedSample]:
+def _unique(
+    samples: Iterable[TokenizedSample], without: Collection[str]
+) -> Iterator[TokenizedSample]:
     """Drop samples with the same tokens and mask: different texts can be equal once cut."""
-    seen: set[str] = set()
+    seen = set(without)
     for sample in samples:
         if sample.sample_id not in seen:
             seen.add(sample.sample_id)

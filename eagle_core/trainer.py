@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from eagle_core import checkpoint
 from eagle_core.checkpoint import Checkpoint
 from eagle_core.draft import DraftModel
 from eagle_core.errors import CorruptError
+from eagle_core.flex_ttt_attention import require_agreement
 from eagle_core.held_out import measure_held_out
-from eagle_core.loader import LoadedStep, LoaderState, StepShape, steps
+from eagle_core.loader import LoadedStep, LoaderState, steps
 from eagle_core.meter import Meter
 from eagle_core.optimizers import (
     make_optimizers,
@@ -30,59 +30,15 @@ from eagle_core.optimizers import (
     state_tensors,
 )
 from eagle_core.packing import PackedBatch, pack
+from eagle_core.precision import dtype_name, multiplying_dtype
 from eagle_core.processes import Processes, join_processes, whole, without_sync
 from eagle_core.samples import SampleSource
-from eagle_core.schedule import learning_rate
+from eagle_core.schedule import learning_rate, step_shape, total_steps
 from eagle_core.stop_request import stop_request
-from eagle_core.tensors import DTYPES
 from eagle_core.trackers import Tracker
 from eagle_core.training_config import TrainingConfig
-from eagle_core.ttt import TttModule, TttOptions, TttOutcome, loss_totals
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figures:
-    """What the last step, and the last measurement on the held-out split, gave."""
-
-    loss: float
-    first_loss: float
-    """Of the very first step of the run."""
-    step_losses: tuple[float, ...] = ()
-    """[L] nats of cross-entropy, by training-time-test step, on the last step's batches."""
-    step_accuracies: tuple[float, ...] = ()
-    """[L] on the last step's batches."""
-    held_out_step: int = 0
-    """Step after which the figures below were measured; 0 without a held-out split."""
-    held_out_length: float = 0.0
-    """Tokens of one verifying forward, by joint prefixes: the best checkpoint has the most."""
-    held_out_accuracies: tuple[float, ...] = ()
-    """[L]; empty without a held-out split."""
-    held_out_acceptances: tuple[float, ...] = ()
-    """[L] chance that a sampled draft token is accepted."""
-    held_out_prefixes: tuple[float, ...] = ()
-    """[L] share of positions where the draft is right up to this step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """Told after every step."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingResult:
-    """Where training ended."""
-
-    num_steps: int
-    """Steps of the run so far, earlier attempts included."""
-    figures: Figures
-    tokens_per_second: float
-    """Of this attempt, data and checkpoints included; 0 when nothing was left to do."""
-    checkpoint_path: Path
-    stopped: bool
-    """SIGTERM ended this attempt before the last step."""
+from eagle_core.training_result import Figures, Progress, TrainingResult
+from eagle_core.ttt import TttModule, TttOptions, TttOutcome, fuses_attention, loss_totals
 
 
 def train(
@@ -112,13 +68,16 @@ def train(
         on_progress: called after every step.
 
     Raises:
+        ConfigError: FlexAttention, where `compile` asks for it, is not right on this GPU.
         MismatchError: the checkpoint belongs to other data or settings; names the fields.
         CorruptError: the loss is not finite; names the samples of the batch.
 
     """
     with join_processes() as processes, stop_request() as stop_asked:
-        run = _Run(config, draft, target_lm_head, source, held_out, run_path, processes)
-        return run.until_done(tracker, on_progress, stop_asked.is_set)
+        # No name for it: what holds a process group must be gone when the block ends.
+        return _Run(
+            config, draft, target_lm_head, source, held_out, run_path, processes
+        ).until_done(tracker, on_progress, stop_asked.is_set)
 
 
 class _Run:
@@ -136,11 +95,11 @@ class _Run:
     ) -> None:
         self.config, self.draft, self.source, self.held_out = config, draft, source, held_out
         self.run_path, self.processes = run_path, processes
-        self.dtype = DTYPES[config.dtype]
+        self.dtype = multiplying_dtype(config.dtype, draft.lm_head.weight.device)
         self.target_head = target_lm_head[draft.t2d].to(self.dtype)
-        self.identity = _identity(config, draft, source)
-        self.total_steps = config.total_steps(
-            int(source.lengths.sum()), world_size=processes.world_size
+        self.identity = _identity(config, draft, source, self.dtype)
+        self.total_steps = total_steps(
+            config, source.lengths, source.groups, world_size=processes.world_size
         )
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
@@ -148,6 +107,14 @@ class _Run:
         self.saved: Path | None = None
         self._resume_weights()
         self.module_options = _options(config)
+        if fuses_attention(self.module_options, self._device):
+            require_agreement(
+                num_heads=draft.config.num_attention_heads,
+                num_kv_heads=draft.config.num_key_value_heads,
+                head_dim=draft.config.head_dim,
+                dtype=self.dtype,
+                device=self._device,
+            )
         self.module = processes.parallel(TttModule(draft, self.module_options), config.sharding)
         self.trained = [p for p in draft.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(draft, config)
@@ -171,7 +138,11 @@ class _Run:
         stop_asked: Callable[[], bool],
     ) -> TrainingResult:
         meter = Meter(self.draft.lm_head.weight.device)
-        stream = steps(self.source, self.loader, self._step_shape())
+        stream = steps(
+            self.source,
+            self.loader,
+            step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
+        )
         # Before the first step there is nothing to write: a stop is answered after it.
         while not self._is_done() and not (self.figures and self.processes.any(stop_asked())):
             with meter.waiting():
@@ -195,6 +166,7 @@ class _Run:
             num_steps=self.step,
             figures=self._figures,
             tokens_per_second=meter.tokens_per_second * self.processes.world_size,
+            dtype=dtype_name(self.dtype),
             checkpoint_path=self.saved,
             stopped=not self._is_done(),
         )
@@ -203,15 +175,6 @@ class _Run:
     def _figures(self) -> Figures:
         assert self.figures is not None  # noqa: S101 (at least one step is done)
         return self.figures
-
-    def _step_shape(self) -> StepShape:
-        return StepShape(
-            window=self.config.shuffle_window,
-            batch_tokens=self.config.batch_tokens,
-            batches_per_step=self.config.batches_per_step,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-        )
 
     def _is_done(self) -> bool:
         if self.config.max_steps is not None:
@@ -352,11 +315,14 @@ def _options(config: TrainingConfig) -> TttOptions:
     )
 
 
-def _identity(config: TrainingConfig, draft: DraftModel, source: SampleSource) -> Mapping[str, Any]:
+def _identity(
+    config: TrainingConfig, draft: DraftModel, source: SampleSource, dtype: torch.dtype
+) -> Mapping[str, Any]:
     vocabulary = draft.t2d.cpu().numpy().tobytes()
     return {
         "source_id": source.source_id,
-        "training": config.identity(),
+        # What "auto" was on this machine: a run does not change its dtype on another one.
+        "training": {**config.identity(), "dtype": dtype_name(dtype)},
         "draft": draft.config.model_dump(mode="json"),
         "draft_vocabulary": hashlib.sha256(vocabulary).hexdigest(),
     }

@@ -1,9 +1,10 @@
 """How a draft is trained."""
 
-import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from eagle_core.precision import TrainingDtype
 
 
 class TrainingConfig(BaseModel):
@@ -71,15 +72,17 @@ class TrainingConfig(BaseModel):
     batches_per_step: int = Field(
         default=1, gt=0, description="Packed batches of each process whose gradients make one step."
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Of matrix products; weights, norms, sums and losses are float32. Processors "
-        "without bfloat16 units are a hundred times slower with it.",
+    dtype: TrainingDtype = Field(
+        default="auto",
+        description="Of matrix products; weights, norms, sums and losses are float32. auto: "
+        "bfloat16 on GPUs and processors that multiply it themselves, float32 on others, where "
+        "bfloat16 would be a hundred times slower.",
     )
     compile: bool = Field(
         default=False,
-        description="Fuse the loss's element-wise work with torch.compile: for GPUs. It needs a "
-        "compiler, and up to half a minute before the first step; a CPU gains nothing.",
+        description="Fuse the loss's element-wise work with torch.compile and, on a GPU, attention "
+        "(FlexAttention). It needs a compiler, and up to half a minute before the first step; a "
+        "CPU gains nothing.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Less memory for about a tenth more time."
@@ -108,12 +111,6 @@ class TrainingConfig(BaseModel):
         default=65536, gt=0, description="Held-out tokens that a measurement reads at most."
     )
     log_every: int = Field(default=5, gt=0, description="Steps between lines in the trackers.")
-
-    def total_steps(self, num_tokens: int, *, world_size: int = 1) -> int:
-        """Return about how many steps a run over `num_tokens` tokens takes."""
-        step_tokens = self.batch_tokens * self.batches_per_step * world_size
-        by_data = max(1, math.ceil(self.epochs * num_tokens / step_tokens))
-        return by_data if self.max_steps is None else self.max_steps
 
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""

@@ -9,8 +9,9 @@ exist for one chunk of rows at a time.
 Shapes: N packed tokens, A_i indices of step i, H draft hidden, L steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from eagle_core.active import ActivePositions, LossPositions, LossReduction, active_positions
 from eagle_core.distillation_loss import Objective, RowOutcome, Teacher, distillation_loss
-from eagle_core.draft import DraftLayer, DraftModel, rotary, rotate
+from eagle_core.draft import DraftLayer, DraftModel, gated, rotary, rotate
+from eagle_core.flex_ttt_attention import flex_ttt_attention
 from eagle_core.packing import PackedBatch
+from eagle_core.repeated_linear import RepeatedLinear
 from eagle_core.tensors import widened
-from eagle_core.ttt_attention import ttt_attention
+from eagle_core.ttt_attention import packed_ttt_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +40,7 @@ class TttOptions:
     lk_eta: float = 3.0
     """How fast `lk_hybrid` turns from divergence to acceptance as acceptance grows."""
     compile: bool = False
-    """Fuse the loss's element-wise work with torch.compile."""
+    """Fuse the loss's element-wise work and, on a GPU, attention with torch.compile."""
     gradient_checkpointing: bool = False
     """Compute the feed-forward block again in the backward pass instead of keeping its insides."""
 
@@ -55,7 +58,7 @@ class TttOutcome:
     step_supervised: Tensor
     """[L] supervised positions; targets outside the draft vocabulary are misses"""
     step_acceptance: Tensor
-    """[L] sum over counted positions of sum(min(p, q))"""
+    """[L] sum over counted positions of sum(min(p, q)); NaN where `RowOutcome` has it so"""
     step_counted: Tensor
     """[L] counted positions"""
     step_prefix: Tensor
@@ -75,6 +78,11 @@ class TttModule(nn.Module):
     ) -> TttOutcome:
         """Return `ttt_step`."""
         return ttt_step(self.draft, batch, target_head, self.options, totals=totals)
+
+
+def fuses_attention(options: TttOptions, device: torch.device) -> bool:
+    """Tell whether FlexAttention mixes the values: it needs a compiler, and has no CPU backward."""
+    return options.compile and device.type == "cuda"
 
 
 def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttOptions) -> Tensor:
@@ -122,12 +130,12 @@ def ttt_step(
         indices = active.indices[step]
         counted = active.counted[step, indices]
         rows.append(indices[counted])
-        hidden.append(state[counted])
+        hidden.append(draft.norm(state[counted]).to(target_head.dtype))
     decay = options.step_decay ** torch.arange(options.ttt_length, device=share_of_step.device)
     weights = share_of_step * decay.unsqueeze(1)
     order = _RowOrder.of(rows, step_of_row=torch.arange(len(rows)))
     loss, outcome = distillation_loss(
-        draft.norm(torch.cat(hidden))[order.rows].to(target_head.dtype),
+        torch.cat(hidden)[order.rows],
         draft.lm_head.weight,
         weights[order.step, order.index],
         _teacher(draft, batch, target_head, order),
@@ -168,66 +176,83 @@ def _states(
 ) -> Iterator[Tensor]:
     """Yield the pre-norm states [A_i, H] of each step."""
     layer, config = draft.midlayer, draft.config
-    inputs = _InputHalves(draft, batch)
-    fused = widened(draft.fuse(batch.aux_hidden_states))  # the residual stream stays wide
+    fused = draft.fuse(widened(batch.aux_hidden_states))
+    dtype = fused.dtype  # of products; autocast would round what two of them read twice
+    inputs = _InputHalves(draft, batch, dtype)
+    output = RepeatedLinear(layer.self_attn.o_proj.weight, dtype)
+    feed_forward = _feed_forward(layer, dtype, checkpointed=options.gradient_checkpointing)
+    state = widened(fused)  # the residual stream stays wide
+    normed = layer.hidden_norm(state).to(dtype)
     position = _positions(batch)
-    keys, values = inputs.keys_values(fused, torch.arange(batch.num_tokens - 1), step=0)
+    every = torch.arange(batch.num_tokens, device=state.device)
+    keys, values = inputs.keys_values(normed[:-1], every[:-1], step=0)
     cos, sin = (angle.to(keys.dtype).unsqueeze(1) for angle in rotary(position, config))
     keys = rotate(keys, cos[:-1], sin[:-1])
-    own_keys: Tensor | None = None
-    own_values: Tensor | None = None
-    state, before = fused, torch.arange(batch.num_tokens, device=fused.device)
+    own_keys = own_values = keys.new_zeros(batch.num_tokens, 0, *keys.shape[1:])
+    before, is_fused = every, fuses_attention(options, state.device)
     for step, indices in enumerate(active.indices):
         kept = torch.searchsorted(before, indices)
         state, before = state[kept], indices
+        normed = layer.hidden_norm(state).to(dtype) if step else normed[kept]
         angles = rotary(position[indices] + step, config)
         cos, sin = (angle.to(keys.dtype).unsqueeze(1) for angle in angles)
-        query = rotate(inputs.queries(state, indices, step=step), cos, sin)
+        query = rotate(inputs.queries(normed, indices, step=step), cos, sin)
+        own_keys, own_values = own_keys[kept], own_values[kept]
         if step:
-            key, value = inputs.keys_values(state, indices, step=step)
+            key, value = inputs.keys_values(normed, indices, step=step)
             key, value = rotate(key, cos, sin).unsqueeze(1), value.unsqueeze(1)
-            own_keys = key if own_keys is None else torch.cat([own_keys[kept], key], dim=1)
-            own_values = (
-                value if own_values is None else torch.cat([own_values[kept], value], dim=1)
-            )
-        mixed = _attend(batch.starts, indices, query, keys, values, own_keys, own_values)
-        state = state + layer.self_attn.o_proj(mixed.flatten(1))
-        if options.gradient_checkpointing:
-            state = state + checkpoint(_feed_forward, layer, state, use_reentrant=False)
-        else:
-            state = state + _feed_forward(layer, state)
+            own_keys = torch.cat([own_keys, key], dim=1)
+            own_values = torch.cat([own_values, value], dim=1)
+        attend = flex_ttt_attention if is_fused else packed_ttt_attention
+        first = indices - position[indices]
+        mixed = attend(query, keys, values, own_keys, own_values, indices, first)
+        state = state + output(mixed.flatten(1))
+        state = state + feed_forward(state)
         yield state
         state = draft.recurrent(state)
 
 
-def _feed_forward(layer: DraftLayer, state: Tensor) -> Tensor:
-    output: Tensor = layer.mlp(layer.post_attention_layernorm(state))
-    return output
+def _feed_forward(
+    layer: DraftLayer, dtype: torch.dtype, *, checkpointed: bool
+) -> Callable[[Tensor], Tensor]:
+    """Return the feed-forward block of all steps, which takes and returns [A, H]."""
+    block = layer.mlp
+
+    def normed(state: Tensor) -> Tensor:
+        output: Tensor = layer.post_attention_layernorm(state)
+        return output.to(dtype)
+
+    if checkpointed:  # what is computed again must not be kept until all steps are differentiated
+        return partial(checkpoint, lambda state: block(normed(state)), use_reentrant=False)
+    gate, up, down = (
+        RepeatedLinear(part.weight, dtype)
+        for part in (block.gate_proj, block.up_proj, block.down_proj)
+    )
+    return lambda state: gated(normed(state), gate=gate, up=up, down=down)
 
 
 class _InputHalves:
     """The two halves of the query, key and value projections: embeddings once, hidden each step."""
 
-    def __init__(self, draft: DraftModel, batch: PackedBatch) -> None:
+    def __init__(self, draft: DraftModel, batch: PackedBatch, dtype: torch.dtype) -> None:
         layer, size = draft.midlayer, draft.config.hidden_size
         attention = layer.self_attn
-        self._norm = layer.hidden_norm
         self._head_dim = draft.config.head_dim
         embedding = layer.input_layernorm(draft.embed_tokens(batch.input_ids))
         key_value = torch.cat([attention.k_proj.weight, attention.v_proj.weight])
-        self._query_hidden = attention.q_proj.weight[:, size:]
-        self._key_value_hidden = key_value[:, size:]
+        self._query_hidden = RepeatedLinear(attention.q_proj.weight[:, size:], dtype)
+        self._key_value_hidden = RepeatedLinear(key_value[:, size:], dtype)
         self._query_embedding = functional.linear(embedding, attention.q_proj.weight[:, :size])
         self._key_value_embedding = functional.linear(embedding, key_value[:, :size])
 
-    def queries(self, state: Tensor, indices: Tensor, *, step: int) -> Tensor:
-        """Return [A, N, E] for states [A, H] at `indices`."""
-        hidden = functional.linear(self._norm(state), self._query_hidden)
+    def queries(self, normed: Tensor, indices: Tensor, *, step: int) -> Tensor:
+        """Return [A, N, E] for normed states [A, H] at `indices`."""
+        hidden = self._query_hidden(normed)
         return self._split(hidden + self._query_embedding[indices + 1 + step])
 
-    def keys_values(self, state: Tensor, indices: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values [A, K, E] for states at `indices`."""
-        hidden = functional.linear(self._norm(state[: len(indices)]), self._key_value_hidden)
+    def keys_values(self, normed: Tensor, indices: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values [A, K, E] for normed states at `indices`."""
+        hidden = self._key_value_hidden(normed)
         both = hidden + self._key_value_embedding[indices + 1 + step]
         key, value = both.chunk(2, dim=-1)
         return self._split(key), self._split(value)
@@ -241,38 +266,6 @@ def _positions(batch: PackedBatch) -> Tensor:
     starts = torch.tensor(batch.starts, device=batch.input_ids.device)
     every = torch.arange(batch.num_tokens, device=starts.device)
     return every - starts[torch.searchsorted(starts, every, right=True) - 1]
-
-
-def _attend(
-    starts: tuple[int, ...],
-    indices: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    own_keys: Tensor | None,
-    own_values: Tensor | None,
-) -> Tensor:
-    """Return [A, N, E], a sequence at a time; keys behind its last query are left out."""
-    if own_keys is None or own_values is None:
-        own_keys = own_values = keys.new_zeros(len(query), 0, *keys.shape[1:])
-    borders = torch.searchsorted(indices, torch.tensor(starts, device=indices.device)).tolist()
-    mixed = [query.new_zeros(0, *query.shape[1:])]
-    for start, first, end in zip(starts, borders, borders[1:], strict=False):
-        if first == end:
-            continue
-        members = slice(first, end)
-        visible = slice(start, int(indices[end - 1]) + 1)
-        mixed.append(
-            ttt_attention(
-                query[members],
-                keys[visible],
-                values[visible],
-                own_keys[members],
-                own_values[members],
-                indices[members] - start,
-            )
-        )
-    return torch.cat(mixed)
 
 
 def _teacher(

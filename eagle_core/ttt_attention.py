@@ -2,8 +2,8 @@
 
 No T x T x steps matrix: a query at step i sees the step-0 keys at or before its index in its own
 sequence, and the i keys that its own index made in steps 1..i. Scores exist for one block of
-queries at a time, against the keys that the block can see; the backward pass makes them again from
-the kept log-sum-exp (FlashAttention-2, arXiv 2307.08691, with the own keys as further columns).
+queries at a time, against all keys that the block can see; the backward pass makes them again (as
+FlashAttention does, arXiv 2205.14135, with the own keys as further columns).
 
 Shapes: Q queries, B queries of a block, S step-0 keys of one sequence, s keys that a block sees, I
 own keys a query, N heads, K key-value heads, G = N / K, E head size.
@@ -38,6 +38,57 @@ def ttt_attention(
     with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
         mixed: Tensor = _TttAttention.apply(query, keys, values, own_keys, own_values, index)  # type: ignore[no-untyped-call]  # torch
     return mixed
+
+
+def packed_ttt_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    indices: Tensor,
+    first: Tensor,
+) -> Tensor:
+    """Return mixed values [A, N, E] for the A queries of a packed batch, a sequence at a time.
+
+    Args:
+        query: [A, N, E]
+        keys: [S, K, E], step 0, of all sequences behind one another.
+        values: [S, K, E]
+        own_keys: [A, I, K, E], steps 1..i, oldest first.
+        own_values: [A, I, K, E]
+        indices: [A] place of each query in the batch, ascending.
+        first: [A] place of the first token of its sequence.
+
+    """
+    if not len(query):
+        return no_queries(query, keys, values)
+    starts, counts = torch.unique_consecutive(first, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    mixed = []
+    for start, begin, end in zip(starts.tolist(), [0, *ends], ends, strict=False):
+        members = slice(begin, end)
+        visible = slice(start, int(indices[end - 1]) + 1)  # keys behind the last query are left out
+        mixed.append(
+            ttt_attention(
+                query[members],
+                keys[visible],
+                values[visible],
+                own_keys[members],
+                own_values[members],
+                indices[members] - start,
+            )
+        )
+    return torch.cat(mixed)
+
+
+def no_queries(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return [0, N, E] that still depends on all three.
+
+    Ranks that share gradients wait for each other's, zero or not: a batch without a position that
+    counts must have a gradient for every parameter too.
+    """
+    return query + (keys.sum() + values.sum()) * 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,17 +130,12 @@ class _TttAttention(torch.autograd.Function):
         grouped, by_head = _grouped(query, keys.shape[1]), keys.transpose(0, 1).contiguous()
         values_by_head = values.transpose(0, 1).contiguous()
         mixed = torch.empty_like(grouped)
-        logsumexp = widened(query[:1]).new_empty(grouped.shape[:3])
         for block in _blocks(index):
             own = own_keys[block.rows].permute(2, 0, 1, 3)
-            scores = _scores(grouped[:, block.rows], by_head, own, block)
-            highest = scores.amax(dim=-1)
-            weights = scores.softmax(dim=-1)
-            logsumexp[:, block.rows] = highest - weights.amax(dim=-1).log()
-            weights = weights.to(query.dtype)
+            weights = _weights(grouped[:, block.rows], by_head, own, block).to(query.dtype)
             mixed[:, block.rows] = _mix(weights, values_by_head, own_values[block.rows], block)
         ctx.save_for_backward(grouped, by_head, values_by_head, own_keys, own_values, index)
-        ctx.mixed, ctx.logsumexp = mixed, logsumexp
+        ctx.mixed = mixed
         return _ungrouped(mixed)
 
     @staticmethod
@@ -107,8 +153,7 @@ class _TttAttention(torch.autograd.Function):
             query, grad = grouped[:, rows], grad_mixed[:, rows]
             own_key = own_keys[rows].permute(2, 0, 1, 3)  # [K, B, I, E]
             own_value = own_values[rows].permute(2, 0, 1, 3)
-            scores = _scores(query, keys, own_key, block)
-            weights = scores.sub_(ctx.logsumexp[:, rows].unsqueeze(-1)).exp_()
+            weights = _weights(query, keys, own_key, block)
             slope = _scores_of(grad, values[:, seen], own_value)
             slope.sub_(offset[:, rows]).mul_(weights).mul_(scale)
             weights, slope = weights.to(query.dtype), slope.to(query.dtype)
@@ -132,11 +177,11 @@ class _TttAttention(torch.autograd.Function):
         )
 
 
-def _scores(query: Tensor, keys: Tensor, own_keys: Tensor, block: _Block) -> Tensor:
-    """Return scaled scores [K, B, G, s + I] in float32, minus infinity where a key is hidden."""
+def _weights(query: Tensor, keys: Tensor, own_keys: Tensor, block: _Block) -> Tensor:
+    """Return attention weights [K, B, G, s + I] in float32, 0 where a key is hidden."""
     scores = _scores_of(query, keys[:, : block.num_keys], own_keys).mul_(query.shape[-1] ** -0.5)
     block.hide(scores)
-    return scores
+    return scores.softmax(dim=-1)
 
 
 def _scores_of(left: Tensor, shared: Tensor, own: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """`dataset`: download or read conversations, clean, deduplicate and split them."""
 
-from pathlib import Path
-
 from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
@@ -16,7 +14,7 @@ from flows.workspace import DEFAULT_HOME, Workspace
 @flow(name="dataset", flow_run_name=run_name("dataset-{dataset.name}"), persist_result=False)
 def dataset_flow(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> DatasetSummary:
     """Build the data set unless the same source by the same options is there already."""
-    space = Workspace(home=Path(home), target="", dataset=dataset.name)
+    space = Workspace.at(home, target="", dataset=dataset.name)
     summary = prepare_dataset(dataset, space)
     report.publish_table(
         f"Data set {dataset.name}",

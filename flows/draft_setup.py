@@ -106,14 +106,15 @@ def _vocabulary(
     *,
     source_id: str,
 ) -> DraftVocabulary:
-    """Return the run's vocabulary; one of other data counts only if a checkpoint depends on it.
+    """Return the run's vocabulary; one of other data or size counts only with a checkpoint of it.
 
     Whether that checkpoint's data may be left is not decided here: it carries their snapshot id.
     """
     path = run_path / VOCABULARY_NAME
     if path.exists():
         found = DraftVocabulary.load(path)
-        if found.source_id == source_id or newest(run_path) is not None:
+        is_wanted = found.source_id == source_id and len(found) == min(size, len(counts))
+        if is_wanted or newest(run_path) is not None:
             return found
         logger.info("no step was trained with the draft vocabulary of %s: chosen again", path)
     always = conversation_tokenizer(target).special_token_ids()

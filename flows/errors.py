@@ -17,6 +17,10 @@ class MissingShardsError(FlowError):
     """Some shards have no commit record after every batch has ended."""
 
 
+class RunBusyError(FlowError):
+    """Another process trains the same run."""
+
+
 class TrainingStoppedError(FlowError):
     """Training was asked to stop, wrote a checkpoint and did; what comes after it must not run."""
 

@@ -61,7 +61,9 @@ def estimate_flow(
 
     """
     started = time.monotonic()
-    run_path = Workspace(home=Path(home), target=target.name, dataset=dataset.name).run_path(run)
+    run_path = Workspace(
+        home=Path(home).expanduser(), target=target.name, dataset=dataset.name
+    ).run_path(run)
     folder = choose_checkpoint(run_path, "newest")
     space, tokens = prepare(target, dataset, home)
     reader = _held_out(target, store, tokens, store_root(store, space))

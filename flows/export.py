@@ -52,7 +52,9 @@ def export_flow(
 
     """
     started = time.monotonic()
-    run_path = Workspace(home=Path(home), target=target.name, dataset=dataset.name).run_path(run)
+    run_path = Workspace(
+        home=Path(home).expanduser(), target=target.name, dataset=dataset.name
+    ).run_path(run)
     folder = choose_checkpoint(run_path, export.checkpoint)
     _, tokens = prepare(target, dataset, home)
     setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)

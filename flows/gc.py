@@ -1,7 +1,5 @@
 """`gc`: what a store holds that no kept snapshot needs; deleted only when told so."""
 
-from pathlib import Path
-
 from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
@@ -41,7 +39,7 @@ def gc_flow(
         delete: remove it, rather than only saying what would go.
 
     """
-    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
     opened = Store.open(store_root(store, space))
     kept = snapshots_to_keep(opened, named=keep)
     garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)

@@ -77,7 +77,7 @@ def generate_shards(batch: ShardBatch, here: Here | None = None) -> tuple[MadeSh
                     made_by=report.made_by,
                 )
             )
-    get_run_logger().info("%d shards are committed", len(made))
+    get_run_logger().info("shards %d-%d: %d committed", batch.first, batch.last, len(made))
     return tuple(made)
 
 

@@ -91,12 +91,13 @@ def plan_missing_shards(
 def publish(
     tokens: TokensSummary, root: str, *, shards_made: int, started: float
 ) -> HiddenStatesSummary:
-    """Publish the snapshots of both splits, training last, and return the store's bill."""
+    """Publish the snapshots of both splits, training as the latest; return the store's bill."""
     store = Store.open(root)
     commits = store.commits()
     held_out = TokenFile(tokens.held_out_path).sample_ids
     if held_out:
-        store.publish(held_out, commits=commits)  # keeps its shards from being collected as garbage
+        # It keeps its shards from being collected as garbage.
+        store.publish(held_out, commits=commits, as_latest=False)
     snapshot = store.publish(TokenFile(tokens.train_path).sample_ids, commits=commits)
     return HiddenStatesSummary(
         store_root=root,

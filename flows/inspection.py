@@ -1,6 +1,7 @@
 """What is in a store, as plain figures. Knows no target and no torch: it works on any machine."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from storage.collection import Garbage, find_garbage, snapshots_to_keep
@@ -80,6 +81,8 @@ def look(root: str) -> StoreFigures:
 
 
 def _commits(store: Store, damaged: list[str]) -> Mapping[str, CommitRecord]:
+    with suppress(CorruptError):  # which of them is damaged is found one by one
+        return store.commits()
     found: dict[str, CommitRecord] = {}
     for shard_id in store.shard_ids():
         try:

@@ -7,10 +7,12 @@ from typing import NoReturn
 from prefect.artifacts import create_table_artifact
 from prefect.futures import PrefectFuture
 
+import eagle_core.errors
+import storage.errors
 from eagle_core.target_config import TargetConfig
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
-from flows.errors import MissingShardsError
+from flows.errors import ChildKilledError, MissingShardsError
 from flows.generate import ShardBatch
 from flows.made_shard import MadeShard
 from flows.progress import stage_progress
@@ -21,6 +23,18 @@ from flows.store_tables import shard_table
 from flows.summaries import TokensSummary
 from storage.plan import PlannedShard
 from storage.store import Store
+
+EVERY_BATCH_MEETS = (
+    ChildKilledError,
+    eagle_core.errors.ConfigError,
+    eagle_core.errors.TransientError,
+    storage.errors.ConfigError,
+    storage.errors.OutOfSpaceError,
+    storage.errors.TransientError,
+)
+"""What lies in the machine, its settings or the store; bad samples are the matter of one batch."""
+FAILURES_AT_FIRST = 3
+"""So many of these before any batch has succeeded end the run: the others would fail too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +57,7 @@ def make_shards(
 
     Raises:
         MissingShardsError: some batches failed; everything else is committed and stays.
+        EagleCoreError, StorageError, ChildKilledError: the first batches failed, all of them.
         FlowError: the runner's package is not installed.
 
     """
@@ -59,6 +74,7 @@ def make_shards(
             futures = [
                 submit(batch) for batch in _batches(target, config, runner, tokens, root, work)
             ]
+            num_failed = 0
             for future in futures:
                 future.wait()
                 if future.state.is_completed():
@@ -66,12 +82,21 @@ def make_shards(
                     made += shards
                     if runner.kind != "processes":  # a cluster says nothing in between
                         progress.advance(sum(sizes[shard.shard_id] for shard in shards))
+                elif not made and isinstance(_error_of(future), EVERY_BATCH_MEETS):
+                    num_failed += 1
+                    if num_failed == FAILURES_AT_FIRST:
+                        future.result()
     store = Store.open(root)
     committed = set(store.shard_ids())
     done = [shard.shard_id for shard in work.shards if shard.shard_id in committed]
     _publish_table(done, made, store, target)
     if len(done) < len(work.shards):
         _say_what_is_missing(futures, work, committed)
+
+
+def _error_of(future: PrefectFuture[tuple[MadeShard, ...]]) -> BaseException | None:
+    found: object = future.result(raise_on_failure=False)
+    return found if isinstance(found, BaseException) else None
 
 
 def _batches(

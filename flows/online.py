@@ -108,8 +108,10 @@ def online(
                 bill=None if keeper is None else StorageBill.of(keeper.store),
             )
 
-        describe_run()
-        trained = run_training(training, tracking, setup, source, None, title=title)
+        trained = run_training(
+            training, tracking, setup, source, None, title=title, describe_run=describe_run
+        )
+        source.release_target()  # evaluation loads it again: two may not fit
         if keeper is not None:
             _publish(keeper)
             describe_run()  # with what the states take now

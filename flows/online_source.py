@@ -99,6 +99,11 @@ class OnlineSource:
                 self._computed.popitem(last=False)
         return self._computed[group][sample_id]
 
+    def release_target(self) -> None:
+        """Let go of the target and of the states at hand; the next sample loads it again."""
+        self._target = None
+        self._computed.clear()
+
     def _compute(self, members: Sequence[str]) -> dict[str, HiddenStateSample]:
         """Return the states of a group, save those that are kept already."""
         if self._target is None:

@@ -29,7 +29,7 @@ from flows.summaries import DatasetSummary, TokensSummary
 from flows.token_report import publish_token_report
 from flows.workspace import Workspace
 
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 """Raised whenever the same conversations could give other tokens or masks."""
 _CONVERSATIONS_PER_PROCESS = 4000
 
@@ -38,7 +38,7 @@ def prepare(
     target: TargetConfig, dataset: DatasetConfig, home: str
 ) -> tuple[Workspace, TokensSummary]:
     """Bring weights, conversations and tokens to where every later stage expects them."""
-    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
     prepare_weights(target)
     prepare_dataset(dataset, space)
     return space, tokenize(target, dataset, space)
@@ -96,7 +96,8 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     manifest = load_manifest(space.dataset_path)
     tokenizer = conversation_tokenizer(target)
     content = _content_name(dataset, manifest.fingerprint, tokenizer)
-    counts: dict[Split, int] = {"train": manifest.num_train, "held_out": manifest.num_held_out}
+    # Held out first: of a sample that both splits have, cut to one length, training must not know.
+    counts: dict[Split, int] = {"held_out": manifest.num_held_out, "train": manifest.num_train}
     files: dict[Split, TokenFile] = {}
     space.tokens_path.mkdir(parents=True, exist_ok=True)
     key = artifact_key("tokens-progress", space.target, space.dataset)
@@ -115,7 +116,8 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
                         min_supervised_tokens=dataset.min_supervised_tokens,
                         on_rejected=ledger.drop,
                     )
-                    write_token_file(path, _counted(samples, progress))
+                    held_out = files["held_out"].sample_ids if split == "train" else ()
+                    write_token_file(path, _counted(samples, progress), without=held_out)
                 log.info("tokens of %s: dropped %s", split, dict(ledger.dropped) or "none")
             files[split] = TokenFile(path)
         progress.move_to(total)

@@ -1,5 +1,7 @@
 """Progress a person sees: a bar in a terminal, log lines elsewhere, a moving artifact in the UI."""
 
+import contextvars
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -18,22 +20,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+logger = logging.getLogger(__name__)
+
 ARTIFACT_SECONDS = 5.0
-"""An update is one blocking API call: never more often than this."""
+"""An update is one API call: never more often than this."""
+LAST_UPDATE_SECONDS = 10.0
+"""How long the end of a stage waits for its last update."""
 LOG_SECONDS = 15.0
 
 
 class StageProgress:
     """Progress of one stage in its own unit; `advance` is cheap and may be called per item."""
 
-    def __init__(self, bar: Progress, *, stage: str, total: int, unit: str, artifact: UUID) -> None:
+    def __init__(self, bar: Progress, *, stage: str, total: int, unit: str) -> None:
         self._bar = bar
         self._stage = stage
         self._total = total
         self._unit = unit
-        self._artifact = artifact
         self._row = bar.add_task(stage, total=total, unit=unit, note="")
-        self._started = self._logged = self._published = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._lock = threading.Lock()
         self.done = 0
 
@@ -47,19 +52,16 @@ class StageProgress:
         self.done = done
         self._bar.update(self._row, completed=done, note=note)
         now = time.monotonic()
-        if now - self._published >= ARTIFACT_SECONDS:
-            self._published = now
-            self.publish()
         if not self._bar.console.is_terminal and now - self._logged >= LOG_SECONDS:
             self._logged = now
             rate = f"{_rate(done / (now - self._started))} {self._unit}/s"
             done_of_total = f"{done:,} of {self._total:,} {self._unit}"
             get_run_logger().info("%s: %s, %s %s", self._stage, done_of_total, rate, note)
 
-    def publish(self) -> None:
-        """Move the artifact in the Prefect UI."""
-        percent = min(100.0, 100.0 * self.done / max(self._total, 1))
-        update_progress_artifact(self._artifact, progress=percent)
+    @property
+    def percent(self) -> float:
+        """How much is done."""
+        return min(100.0, 100.0 * self.done / max(self._total, 1))
 
 
 def _rate(per_second: float) -> str:
@@ -90,6 +92,32 @@ def stage_progress(stage: str, *, key: str, total: int, unit: str) -> Iterator[S
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        progress = StageProgress(bar, stage=stage, total=total, unit=unit, artifact=artifact)
-        yield progress
-        progress.publish()
+        progress = StageProgress(bar, stage=stage, total=total, unit=unit)
+        with _shown_in_ui(progress, artifact):
+            yield progress
+
+
+@contextmanager
+def _shown_in_ui(progress: StageProgress, artifact: UUID) -> Iterator[None]:
+    """Move the artifact from a thread of its own: work never waits for a server that is away."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        shown, is_last = 0.0, False
+        while not is_last:
+            is_last = ended.wait(ARTIFACT_SECONDS)
+            if progress.percent != shown:
+                shown = progress.percent
+                try:
+                    update_progress_artifact(artifact, progress=shown)
+                except Exception as error:  # noqa: BLE001 (whatever it is, only a picture is old)
+                    logger.debug("progress is not shown: %s", error)
+
+    context = contextvars.copy_context()  # knows the flow run and its server
+    follower = threading.Thread(target=context.run, args=(follow,), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join(LAST_UPDATE_SECONDS)

@@ -80,8 +80,8 @@ def regenerate_flow(
     """
     started = time.monotonic()
     name = regeneration.name or f"{dataset.name}-by-{target.name}"
-    source = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
-    space = Workspace(home=Path(home), target=target.name, dataset=name)
+    source = Workspace.at(home, target=target.name, dataset=dataset.name)
+    space = Workspace.at(home, target=target.name, dataset=name)
     questions = prepare_dataset(dataset, source)
     done = answer_all(target, regeneration, questions, space)
     summary = _summary(done, space, seconds=time.monotonic() - started)

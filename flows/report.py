@@ -12,7 +12,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from eagle_core.acceptance import AcceptanceReport
 from eagle_core.estimate import expected_length
-from eagle_core.trainer import Figures
+from eagle_core.training_result import Figures
 from flows.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.summaries import (
     DatasetSummary,
@@ -86,7 +86,7 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
         *_held_out_lengths(figures),
         ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
-        ("tokens per second", f"{summary.tokens_per_second:,.0f}"),
+        ("tokens per second", f"{summary.tokens_per_second:,.0f} (products in {summary.dtype})"),
         ("run", str(summary.run_path)),
         ("seconds", f"{summary.seconds:.1f}"),
     ]

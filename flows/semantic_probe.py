@@ -13,6 +13,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from storage.errors import ShardCorruptError
 from storage.probe import ProbePoint, left_out_channels, probe_positions
 from storage.recompute import Recompute
+from storage.record import CommitRecord
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -61,13 +62,18 @@ def _points(
         )
 
 
-def require_as_said(store: Store, shard_id: str, recompute: Recompute) -> None:
+def require_as_said(
+    store: Store, record: CommitRecord, recompute: Recompute, probe: Sequence[ProbePoint]
+) -> None:
     """Take a shard back and raise ShardCorruptError unless its bytes say what the target said.
 
-    States that the store leaves out must be made again bit for bit: here is the machine that made
-    them.
+    States that the store leaves out must be made again bit for bit if `probe`, what the target said
+    here, is what the shard was committed with. A rival's may come from other hardware: its last
+    bits may differ from those made here.
     """
-    findings = store.verify_shard(shard_id, recompute=recompute, exact=True)
+    shard_id = record.shard_id
+    is_from_here = set(record.probe) == set(probe)
+    findings = store.verify_shard(shard_id, recompute=recompute, exact=is_from_here)
     if not findings:
         return
     store.revoke(shard_id)

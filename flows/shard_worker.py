@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
-from eagle_core.errors import MismatchError
+from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
@@ -101,8 +102,8 @@ class ShardMaker:
         began: float,
     ) -> ShardReport:
         """Write a shard and read it back, in a thread: the target goes on with the next one."""
-        self._store.write_shard(shard, map(to_stored, states), probe=probe)
-        require_as_said(self._store, shard.shard_id, self._recompute)
+        record = self._store.write_shard(shard, map(to_stored, states), probe=probe)
+        require_as_said(self._store, record, self._recompute, probe)
         seconds = time.monotonic() - began
         made_by = f"{socket.gethostname()}:{os.getpid()}"
         return ShardReport(kind="shard", shard_id=shard.shard_id, seconds=seconds, made_by=made_by)
@@ -118,8 +119,15 @@ def main() -> int:
             nonlocal maker
             if maker is None or maker.made_for != (job.target, job.store_root):
                 maker = None  # before the next target is loaded
-                maker = ShardMaker(job.target, job.store_root)
-            maker.make(job)
+            try:
+                maker = maker or ShardMaker(job.target, job.store_root)
+                maker.make(job)
+            except torch.OutOfMemoryError as error:
+                maker = None
+                raise ConfigError(
+                    f"{error}; lower target.batch_tokens ({job.target.batch_tokens:,}), or use a "
+                    "GPU with more memory"
+                ) from error
 
         answer(work)
         say_ended()
@@ -132,15 +140,17 @@ def _report(storing: Future[ShardReport] | None) -> None:
 
 
 def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:
-    samples = [
-        sample
-        for file in files
-        for sample in file.by_id([name for name in shard.sample_ids if name in file])
-    ]
-    if len(samples) != len(shard.sample_ids):
+    """Return a shard's samples; one that both splits have comes once."""
+    samples: list[TokenizedSample] = []
+    missing = list(shard.sample_ids)
+    for file in files:
+        samples += file.by_id([name for name in missing if name in file])
+        missing = [name for name in missing if name not in file]
+    if missing:
         raise MismatchError(
-            f"shard {shard.shard_id} needs {len(shard.sample_ids)} samples, the token files have "
-            f"{len(samples)} of them; run the hidden-states flow again to plan anew"
+            f"shard {shard.shard_id} needs {len(shard.sample_ids)} samples, and {len(missing)} of "
+            f"them are in no token file, first {missing[0]}; run the hidden-states flow again to "
+            "plan anew"
         )
     return samples
 

@@ -130,8 +130,8 @@ class StateKeeper:
     def _write(
         self, shard: PlannedShard, states: Sequence[HiddenStateSample], probe: Sequence[ProbePoint]
     ) -> None:
-        self.store.write_shard(shard, map(to_stored, states), probe=probe)
-        require_as_said(self.store, shard.shard_id, self._recompute)
+        record = self.store.write_shard(shard, map(to_stored, states), probe=probe)
+        require_as_said(self.store, record, self._recompute, probe)
 
     def _finish_writing(self) -> None:
         writing, self._writing = self._writing, None

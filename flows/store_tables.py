@@ -65,8 +65,8 @@ def shard_table(
 ) -> list[dict[str, Any]]:
     """Return a row for each committed shard: its size, and how it was made if that is known."""
     rows = []
-    for shard_id in shard_ids[:MOST_IN_TABLE]:
-        record, how = store.commit(shard_id), made.get(shard_id)
+    for shard_id, record in store.commits(shard_ids[:MOST_IN_TABLE]).items():
+        how = made.get(shard_id)
         rows.append(
             {
                 "shard": shard_id[:12],

@@ -7,7 +7,7 @@ from eagle_core.acceptance import AcceptanceReport
 from eagle_core.estimate import AcceptanceEstimate
 from eagle_core.evaluation import EvaluationConfig
 from eagle_core.export import ExportLayout
-from eagle_core.trainer import Figures
+from eagle_core.training_result import Figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,8 @@ class TrainSummary:
     figures: Figures
     vocabulary_coverage: float
     tokens_per_second: float
+    dtype: str
+    """Of matrix products."""
     seconds: float
 
 

@@ -1,4 +1,4 @@
-"""`train`: a draft from the latest snapshot, resumed from the newest good checkpoint."""
+"""`train`: a draft from the snapshot of its data, resumed from the newest good checkpoint."""
 
 import logging
 import os
@@ -7,22 +7,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from prefect import flow
 
+import storage.errors
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.hosted_trackers import TrackingConfig, open_trackers, require_trackers
 from eagle_core.samples import SampleSource
+from eagle_core.schedule import total_steps
 from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.trackers import TENSORBOARD_FOLDER
-from eagle_core.trainer import Progress, TrainingResult, train
+from eagle_core.trainer import train
 from eagle_core.training_config import TrainingConfig
+from eagle_core.training_result import Progress, TrainingResult
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.child_process import ask_ranks
@@ -37,10 +40,12 @@ from flows.run_name import run_name
 from flows.run_page import loss_plot, read_curves, write_run_page
 from flows.run_record import TRAINING_NAME, StorageBill, write_settings, write_stage
 from flows.semantic_probe import require_sound
+from flows.sole_training import sole_training
 from flows.store_root import store_root
 from flows.summaries import TrainSummary
 from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
 from flows.workspace import DEFAULT_HOME
+from storage.snapshot import Snapshot
 from storage.store import Store
 
 Attempt = Callable[[Callable[[Progress], None]], TrainingResult]
@@ -63,7 +68,7 @@ def train_flow(
     home: str = DEFAULT_HOME,
     run: str = "main",
 ) -> TrainSummary:
-    """Train the draft of run `run` from the store's latest snapshot.
+    """Train the draft of run `run` from the snapshot of its data set, or the latest version of it.
 
     A retry goes on from the newest checkpoint and ends in the same bits as an undisturbed run.
 
@@ -73,6 +78,7 @@ def train_flow(
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
         CorruptError: a shard does not hold what the target said.
         ChildKilledError: one of several processes died; the last checkpoint is good.
+        RunBusyError: another process of this machine trains the same run.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
 
     """
@@ -82,7 +88,7 @@ def train_flow(
     root = store_root(store, space)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
-    snapshot = opened.snapshot()
+    snapshot = _snapshot_of(opened, TokenFile(tokens.train_path), dataset.name)
     opened.require_present(snapshot)
     title = f"{target.name}-{dataset.name}-{run}"
     job = TrainJob(
@@ -98,35 +104,74 @@ def train_flow(
         object_cache=None if opened.is_local else space.object_cache_path,
         object_cache_bytes=store.cache_bytes,
     )
-    write_settings(
-        job.run_path,
-        tokens,
-        {
-            "target": target,
-            "dataset": dataset,
-            "store": store,
-            "training": training,
-            "tracking": tracking,
-        },
-        title=title,
-        source_id=snapshot.snapshot_id,
-        bill=StorageBill.of(opened),
-    )
+
+    def describe_run() -> None:
+        write_settings(
+            job.run_path,
+            tokens,
+            {
+                "target": target,
+                "dataset": dataset,
+                "store": store,
+                "training": training,
+                "tracking": tracking,
+            },
+            title=title,
+            source_id=snapshot.snapshot_id,
+            bill=StorageBill.of(opened),
+        )
+
     if training.num_processes == 1:
         setup = _sound_setup(job, target, opened)
         source, held_out = open_sources(job)
-        return run_training(training, tracking, setup, source, held_out, title=title)
+        return run_training(
+            training, tracking, setup, source, held_out, title=title, describe_run=describe_run
+        )
     # The ranks find the draft vocabulary written, and the first GPU empty.
     here = target.model_copy(update={"device": "cpu"})
     coverage = _sound_setup(job, here, opened).vocabulary_coverage
     return _summarised(
         lambda on_progress: _train_ranks(job, on_progress, title=title),
-        total=training.total_steps(int(snapshot.lengths.sum()), world_size=training.num_processes),
+        total=total_steps(
+            training, snapshot.lengths, snapshot.groups, world_size=training.num_processes
+        ),
         run_path=job.run_path,
         source_id=snapshot.snapshot_id,
         vocabulary_coverage=coverage,
         title=title,
+        describe_run=describe_run,
     )
+
+
+def _snapshot_of(store: Store, tokens: TokenFile, dataset: str) -> Snapshot:
+    """Return the snapshot of these samples; without one the latest, if most of it is of them.
+
+    Raises:
+        ConfigError: there is no snapshot yet.
+        MismatchError: there are only those of other data, or of the held-out split.
+
+    """
+    latest, ours = store.snapshot(), {bytes.fromhex(name) for name in tokens.sample_ids}
+    members = set(latest.sample_ids.tolist())
+    if members == ours:
+        return latest
+    with suppress(storage.errors.ConfigError):  # some samples have no states yet
+        snapshot_id = Snapshot.of(tokens.sample_ids, store.commits()).snapshot_id
+        if snapshot_id in store.snapshot_ids():
+            return store.snapshot(snapshot_id)
+    num_shared = len(members & ours)
+    if num_shared <= len(members) / 2:
+        raise storage.errors.MismatchError(
+            f"of the {len(members):,} samples in the latest snapshot of {store.root.root}, "
+            f"{num_shared:,} are of data set {dataset}, and no other snapshot holds that as it is "
+            "now; run hidden-states with this recipe first"
+        )
+    logger.warning(
+        "the latest snapshot has %s samples, %s of them of data set %s, which has %s as it is now: "
+        "hidden-states makes the rest",
+        *(f"{len(members):,}", f"{num_shared:,}", dataset, f"{len(ours):,}"),
+    )
+    return latest
 
 
 def run_training(
@@ -137,8 +182,12 @@ def run_training(
     held_out: SampleSource | None,
     *,
     title: str,
+    describe_run: Callable[[], None],
 ) -> TrainSummary:
-    """Train in this process, from any source: what the offline and the online flow share."""
+    """Train in this process, from any source: what the offline and the online flow share.
+
+    `describe_run` writes the settings down, once a step shows that the run takes them.
+    """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
         run = tracked_run(title, setup.run_path, training, source.source_id)
@@ -156,11 +205,12 @@ def run_training(
 
     return _summarised(
         attempt,
-        total=training.total_steps(int(source.lengths.sum())),
+        total=total_steps(training, source.lengths, source.groups),
         run_path=setup.run_path,
         source_id=source.source_id,
         vocabulary_coverage=setup.vocabulary_coverage,
         title=title,
+        describe_run=describe_run,
     )
 
 
@@ -172,14 +222,27 @@ def _summarised(
     source_id: str,
     vocabulary_coverage: float,
     title: str,
+    describe_run: Callable[[], None],
 ) -> TrainSummary:
     """Show the progress of `attempt` and report what came out."""
     started = time.monotonic()
     key = artifact_key("train", title)
-    with stage_progress("training", key=key, total=total, unit="steps") as bar:
-        result = attempt(
-            lambda progress: bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
-        )
+    with (
+        sole_training(run_path),
+        stage_progress("training", key=key, total=total, unit="steps") as bar,
+    ):
+        is_described = False
+
+        def show(progress: Progress) -> None:
+            nonlocal is_described
+            if not is_described:
+                describe_run()
+                is_described = True
+            bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
+
+        result = attempt(show)
+        if not is_described:  # there was no step left to do
+            describe_run()
     if result.stopped:
         raise TrainingStoppedError(
             f"training {title} was stopped at step {result.num_steps} of about {total} by SIGTERM; "
@@ -193,6 +256,7 @@ def _summarised(
         figures=result.figures,
         vocabulary_coverage=vocabulary_coverage,
         tokens_per_second=result.tokens_per_second,
+        dtype=result.dtype,
         seconds=time.monotonic() - started,
     )
     write_stage(run_path / TRAINING_NAME, summary)

@@ -23,8 +23,9 @@ from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.trackers import NoTracker, Tracker
-from eagle_core.trainer import Progress, TrainingResult, train
+from eagle_core.trainer import train
 from eagle_core.training_config import TrainingConfig
+from eagle_core.training_result import Progress, TrainingResult
 from flows.child_process import answer
 from flows.draft_setup import set_up_draft
 from flows.recompute import partial_target
@@ -141,13 +142,18 @@ def main() -> int:
     if is_first:
         for name in OWN_LOGGERS:
             logging.getLogger(name).addHandler(Warnings(voice))
-    return answer(lambda: _train(job, voice, is_first=is_first), tell=voice.say)
+    return answer(lambda: _train_joined(job, voice, is_first=is_first), tell=voice.say)
+
+
+def _train_joined(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
+    target = job.target.model_copy(update={"device": _own_device(job.target)})
+    with join_processes():  # in a function of its own: the draft must be gone when the block ends
+        _train(job.model_copy(update={"target": target}), voice, is_first=is_first)
 
 
 def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
-    target = job.target.model_copy(update={"device": _own_device(job.target)})
-    source, held_out = open_sources(job.model_copy(update={"target": target}))
-    setup = set_up_draft(target, job.training, TokenFile(job.train_tokens), job.run_path)
+    source, held_out = open_sources(job)
+    setup = set_up_draft(job.target, job.training, TokenFile(job.train_tokens), job.run_path)
 
     def on_progress(progress: Progress) -> None:
         if is_first:
@@ -155,7 +161,6 @@ def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
 
     with (
         _tracker(job, is_first=is_first) as tracker,
-        join_processes(),  # until all are here, SIGTERM ends this one at once
         stop_request(),  # one after the last step must not keep the result from being said
     ):
         result = train(

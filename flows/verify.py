@@ -1,7 +1,6 @@
 """`verify`: is a store what was committed, and does it say what the target said?"""
 
 import time
-from pathlib import Path
 
 from prefect import flow
 
@@ -42,7 +41,7 @@ def verify_flow(
 
     """
     started = time.monotonic()
-    space = Workspace(home=Path(home), target=target.name, dataset=dataset.name)
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
     root = store_root(store, space)
     opened = Store.open(root)
     recompute = None

@@ -6,7 +6,6 @@ every look until a flow has built the data set anew, so that a lost event costs 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -47,7 +46,7 @@ def watch(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> SourceChange | No
         TransientError: the source could not be reached, three times.
 
     """
-    change = look(dataset, Workspace(home=Path(home), target="", dataset=dataset.name))
+    change = look(dataset, Workspace.at(home, target="", dataset=dataset.name))
     log = get_run_logger()
     if change is None:
         log.info("%s is what the data set was built from", dataset.source)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 DEFAULT_HOME = "eyas-data"
 
@@ -13,6 +14,11 @@ class Workspace:
     home: Path
     target: str
     dataset: str
+
+    @classmethod
+    def at(cls, home: str, *, target: str, dataset: str) -> Self:
+        """Return the folders below `home`, in which `~` is the user's own as it is in a shell."""
+        return cls(home=Path(home).expanduser(), target=target, dataset=dataset)
 
     @property
     def dataset_path(self) -> Path:

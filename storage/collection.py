@@ -1,15 +1,16 @@
 """Garbage collection: drop what no kept snapshot needs, records before data.
 
-What an unfinished plan has made so far is kept, since its snapshot is still to come, unless the
-caller gives the plan up. A kill in the
-middle leaves data without a record, which is no shard; the next collection removes it.
+What a plan has made is kept until a snapshot has its samples, complete or not, unless the caller
+gives the plan up. A damaged snapshot is dropped, and what it alone held counts as not published. A
+kill in the middle leaves what nothing plans or names; the next collection removes it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from storage.errors import ConfigError
-from storage.plan import Plan
+from storage.errors import ConfigError, CorruptError
+from storage.plan import Plan, PlannedShard
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -33,7 +34,8 @@ def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Sequence[
 
     Otherwise the latest one is kept, and every other that is no earlier version of one kept:
     neither are more than half of its samples in the latest, nor all of them in another one. So the
-    held-out split beside a training split stays, and so do other data sets in the same store.
+    held-out split beside a training split stays, and so do other data sets in the same store. One
+    that is damaged is not kept.
     """
     present = store.snapshot_ids()
     if not present:
@@ -43,11 +45,10 @@ def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Sequence[
         return [latest.snapshot_id, *sorted(set(named) - {latest.snapshot_id})]
     newest = _members(latest)
     others: list[tuple[str, frozenset[bytes]]] = []
-    for snapshot_id in present:
-        if snapshot_id != latest.snapshot_id:
-            members = _members(store.snapshot(snapshot_id))
-            if len(members & newest) <= len(members) / 2:
-                others.append((snapshot_id, members))
+    for snapshot in _readable(store, present):
+        members = _members(snapshot)
+        if len(members & newest) <= len(members) / 2:
+            others.append((snapshot.snapshot_id, members))
     kept: list[tuple[str, frozenset[bytes]]] = []
     for snapshot_id, members in sorted(others, key=lambda other: -len(other[1])):
         if not any(members <= larger for _, larger in kept):
@@ -59,8 +60,14 @@ def _members(snapshot: Snapshot) -> frozenset[bytes]:
     return frozenset(snapshot.sample_ids.tolist())
 
 
+def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]:
+    for snapshot_id in snapshot_ids:
+        with suppress(CorruptError):
+            yield store.snapshot(snapshot_id)
+
+
 def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool = True) -> Garbage:
-    """Return what no snapshot of `keep`, and no unfinished plan, needs.
+    """Return what no snapshot of `keep`, and no plan that is still to be published, needs.
 
     Raises:
         ConfigError: `keep` names a snapshot that is not there, or lacks the latest one.
@@ -78,11 +85,7 @@ def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool =
         raise ConfigError(f"{latest} is the latest snapshot; keep it, or publish another first")
     needed = {shard for snapshot_id in kept for shard in store.snapshot(snapshot_id).shard_ids}
     plans, committed = store.plans(), set(store.shard_ids())
-    unfinished = {
-        plan.plan_id
-        for plan in plans
-        if any(shard.shard_id not in committed for shard in plan.shards)
-    }
+    unfinished = _unfinished(store, plans, committed, present)
     if keep_unfinished:
         needed |= {s.shard_id for plan in plans if plan.plan_id in unfinished for s in plan.shards}
     found = store.shard_sizes()
@@ -101,10 +104,30 @@ def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool =
     )
 
 
+def _unfinished(
+    store: Store, plans: Sequence[Plan], committed: Collection[str], snapshot_ids: Collection[str]
+) -> set[str]:
+    """Return the plans of which a shard is missing, or has samples that are in no snapshot yet."""
+    snapshots = list(_readable(store, snapshot_ids))
+    published = {shard_id for snapshot in snapshots for shard_id in snapshot.shard_ids}
+    members: set[bytes] = set()
+    if any(shard.shard_id not in published for plan in plans for shard in plan.shards):
+        members.update(*(snapshot.sample_ids.tolist() for snapshot in snapshots))
+
+    def is_published(shard: PlannedShard) -> bool:
+        return shard.shard_id in published or all(
+            bytes.fromhex(name) in members for name in shard.sample_ids
+        )
+
+    return {
+        plan.plan_id
+        for plan in plans
+        if not all(shard.shard_id in committed and is_published(shard) for shard in plan.shards)
+    }
+
+
 def collect(store: Store, garbage: Garbage) -> None:
     """Remove garbage: first what refers, then what is referred to. No writer may be at work."""
-    for snapshot_id in garbage.snapshot_ids:
-        store.root.delete(f"snapshots/{snapshot_id}.parquet")
     gone = set(garbage.shard_ids)
     kept = set(store.shard_ids()) - gone
     for plan_id in garbage.plan_ids:
@@ -112,6 +135,8 @@ def collect(store: Store, garbage: Garbage) -> None:
         plan = store.load_plan(plan_id)
         store.save_plan(Plan.of(shard for shard in plan.shards if shard.shard_id in kept))
         store.root.delete(f"plans/{plan_id}.json")
+    for snapshot_id in garbage.snapshot_ids:  # no plan names its shards any more
+        store.root.delete(f"snapshots/{snapshot_id}.parquet")
     for shard_id in garbage.shard_ids:
         store.revoke(shard_id)
         store.root.delete_all(f"shards/{shard_id}")

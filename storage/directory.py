@@ -49,9 +49,15 @@ class Directory:
         """Return the directory at a local path or an fsspec URL; it need not exist.
 
         Credentials come from where the file system's own client looks for them, for S3 the usual
-        AWS variables and files. In the URL they would end in logs and records: ConfigError.
+        AWS variables and files. In the URL they would end in logs and records: ConfigError. So are
+        characters that fsspec reads as a chain of file systems or, on a server, as a pattern.
         """
         scheme, separator, rest = url.partition("://")
+        if "::" in url or (separator and set("*?[") & set(rest)):
+            raise ConfigError(
+                f"a store cannot be at {url}: `::` anywhere, and `*`, `?` or `[` in a URL, have a "
+                "meaning of their own there; choose another name"
+            )
         if separator and "@" in rest.partition("/")[0]:
             raise ConfigError(
                 f"the {scheme} URL carries credentials; take out what stands before the @ and set "
@@ -95,10 +101,20 @@ class Directory:
         """
         if self.is_local or len(keys) < 2:
             return {key: self.read(key) for key in keys}
-        paths = {self.path(key): key for key in keys}
-        options = self._whole_read
-        found = self._attempted(keys[0], lambda: self.file_system.cat(list(paths), **options))
-        return {key: found[path] for path, key in paths.items()}
+        keys_left = {self.path(key): key for key in keys}
+        found: dict[str, bytes] = {}
+
+        def read_those_left() -> None:  # of many requests some fail, and all would be tried again
+            got = self.file_system.cat(list(keys_left), on_error="return", **self._whole_read)
+            failed = [value for value in got.values() if isinstance(value, BaseException)]
+            for path, value in got.items():
+                if isinstance(value, bytes):
+                    found[keys_left.pop(path)] = value
+            for error in sorted(failed, key=lambda one: not isinstance(one, FileNotFoundError)):
+                raise error
+
+        self._attempted(keys[0], read_those_left)
+        return {key: found[key] for key in keys}
 
     def read_large(self, key: str, allocate: Allocate = np.empty) -> bytes | memoryview:
         """Return an object's bytes like `read`, on a disk in memory of larger pages: faster."""

@@ -176,8 +176,7 @@ def _write_codes(name: str, rows: StateRows, open_object: OpenObject, *, largest
     reciprocal = 1 / scale
     hidden, groups = rows.shape[-1], _num_groups(rows.shape[-1])
     entropy_only, general = zstd.Frames(zstd.ENTROPY_ONLY), zstd.Frames()
-    (values,) = _temporaries(groups * GROUP_CHANNELS, np.float32, 1)
-    values[:, hidden:] = 0
+    values = _grouped_values(hidden, groups)
     codes = _padded_chunk(rows.shape, np.int8)
     steps = np.empty((len(codes), groups), np.uint16)
     steps_layout = _layout(f"{name}_steps", (*rows.shape[:-1], groups), np.uint16, hidden=hidden)
@@ -210,8 +209,7 @@ def _decode_codes(name: str, arrays: Mapping[str, LoadedArray], allocate: Alloca
     bits = _empty_by_layer(coded_codes.layout.shape, allocate)
     hidden, groups = bits.shape[-1], _num_groups(bits.shape[-1])
     code_plane, step_plane = coded_codes.scratch(), coded_steps.scratch()
-    (values,) = _temporaries(groups * GROUP_CHANNELS, np.float32, 1)
-    values[:, hidden:] = 0
+    values = _grouped_values(hidden, groups)
     for chunk in _chunks_of(coded_codes, coded_steps):
         codes = coded_codes.chunk(chunk.position, code_plane).reshape(-1, hidden)
         steps = coded_steps.chunk(chunk.position, step_plane).reshape(-1, groups)
@@ -338,6 +336,13 @@ def _padded_chunk(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[An
 def _empty_by_layer(shape: tuple[int, ...], allocate: Allocate) -> Bits:
     """Return memory [R, (L,) H] whose layers lie side by side, as chunks fill them."""
     return np.moveaxis(allocate((*shape[1:-1], shape[0], shape[-1]), np.uint16), -2, 0)
+
+
+def _grouped_values(hidden: int, groups: int) -> NDArray[np.float32]:
+    """Return room for the rows of a block, [r, 64 * groups], with zeros behind the channels."""
+    values = np.empty((max(1, BLOCK_VALUES // hidden), groups * GROUP_CHANNELS), np.float32)
+    values[:, hidden:] = 0
+    return values
 
 
 def _temporaries(hidden: int, dtype: type[np.generic], count: int) -> list[NDArray[Any]]:

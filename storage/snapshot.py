@@ -154,7 +154,7 @@ class Snapshot:
             file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["shard_id"])
             table = file.read(use_threads=False)
             snapshot = cls._of_table(table.combine_chunks())
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
             raise CorruptError(f"{what} does not parse: {error}; publish it again") from error
         if snapshot.snapshot_id != snapshot_id:
             raise CorruptError(

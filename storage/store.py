@@ -65,14 +65,26 @@ class Store:
 
     # ---- what exists
 
-    def commits(self) -> Mapping[str, CommitRecord]:
-        """Return every commit record by shard id; CorruptError if one is damaged."""
-        keys = {f"commits/{shard_id}.json": shard_id for shard_id in self.shard_ids()}
+    def commits(self, shard_ids: Iterable[str] | None = None) -> Mapping[str, CommitRecord]:
+        """Return commit records by shard id, those of `shard_ids` or all.
+
+        Raises:
+            ShardMissingError: one of `shard_ids` has none.
+            CorruptError: one is damaged.
+
+        """
+        wanted = self.shard_ids() if shard_ids is None else shard_ids
+        keys = {f"commits/{shard_id}.json": shard_id for shard_id in wanted}
+        try:
+            found = self.root.read_many(list(keys))
+        except FileNotFoundError as error:
+            lost = ", ".join(sorted(set(keys.values()) - set(self.shard_ids())))
+            raise ShardMissingError(f"shard {lost} has no commit record; {REPAIR}") from error
         return {
             keys[key]: CommitRecord.from_json(
                 data, shard_id=keys[key], identity_id=self._identity_id
             )
-            for key, data in self.root.read_many(list(keys)).items()
+            for key, data in found.items()
         }
 
     def commit(self, shard_id: str) -> CommitRecord:
@@ -173,16 +185,22 @@ class Store:
     # ---- snapshots
 
     def publish(
-        self, sample_ids: Collection[str], *, commits: Mapping[str, CommitRecord] | None = None
+        self,
+        sample_ids: Collection[str],
+        *,
+        commits: Mapping[str, CommitRecord] | None = None,
+        as_latest: bool = True,
     ) -> Snapshot:
-        """Publish the snapshot of these samples as the latest; ConfigError if one is missing.
+        """Publish the snapshot of these samples; ConfigError if one is missing.
 
-        `commits` spares reading all records again, if the caller has them.
+        `commits` spares reading all records again, if the caller has them. Not `as_latest`, it is
+        one more beside the latest.
         """
         snapshot = Snapshot.of(sample_ids, self.commits() if commits is None else commits)
         self.root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
-        latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
-        self.root.publish(LATEST_KEY, seal(latest))
+        if as_latest:
+            latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
+            self.root.publish(LATEST_KEY, seal(latest))
         return snapshot
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:

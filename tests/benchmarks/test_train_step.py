@@ -25,6 +25,7 @@ from benchmarks.step_case import (
 from benchmarks.step_worker import PeerFailedError, Worker
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.ttt import ttt_step
+from tests.eagle_core.pretend_device import pretend_device
 
 PROMPT, ANSWER = (False,) * 9, (True,) * 14
 CASE = StepCase(
@@ -55,6 +56,17 @@ def test_plain_step_has_our_loss_and_gradients(attention: Attention) -> None:
     for name, parameter in draft.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("attention", ["columns", "dense"])
+def test_plain_step_takes_all_tensors_along(attention: Attention) -> None:
+    draft, batch, head = new_draft(CASE.shape), packed_batch(CASE), whole_target_head(CASE.shape)
+    expected, _ = plain_loss(draft, batch, head, options(CASE), attention)
+    with pretend_device() as device:
+        draft.to(device)
+        found, _ = plain_loss(draft, batch.to(device), head.to(device), options(CASE), attention)
+        found.backward()
+        assert found.item() == expected.item()
 
 
 def test_every_choice_of_the_target_is_in_the_draft_vocabulary() -> None:

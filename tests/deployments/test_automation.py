@@ -55,7 +55,7 @@ def test_recipes_of_one_data_set_share_its_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, cron in (("one", None), ("two", "0 * * * *"), ("three", "0 * * * *")):
-        document = {
+        document: dict[str, Any] = {
             "target": {"name": name, "model": name},
             "dataset": {"name": "chats", "source": "chats.jsonl"},
             "automation": {"watch_cron": cron},
@@ -67,3 +67,19 @@ def test_recipes_of_one_data_set_share_its_watch(
     assert [one["name"] for one in watches] == ["chats"]
     assert watches[0]["schedules"] == [{"cron": "0 * * * *", "timezone": "UTC"}]
     assert all("schedules" not in one for one in rendered if one is not watches[0])
+
+
+def test_what_a_server_starts_lies_where_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An automation's action passes the run on, and no home."""
+    document = {
+        "target": {"name": "big", "model": "big"},
+        "dataset": {"name": "chats", "source": "chats.jsonl"},
+        "automation": {"home": "/mnt/big/eyas", "train_on_snapshot": True},
+    }
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump(document))
+    monkeypatch.setattr(recipe, "FOLDER", tmp_path)
+    rendered = yaml.safe_load(prefect_yaml.render())["deployments"]
+    assert {one["parameters"]["home"] for one in rendered} == {"/mnt/big/eyas"}
+    assert len(rendered) > 10

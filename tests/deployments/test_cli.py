@@ -40,6 +40,12 @@ def test_a_wrong_key_is_one_message_without_traceback() -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_a_run_name_where_there_is_no_run_is_refused() -> None:
+    ended = eyas("run", "hidden-states", "smollm2", "--run", "wide")
+    assert ended.returncode == 1
+    assert "hidden-states belongs to no run; leave out --run wide" in ended.stderr
+
+
 def test_missing_weights_are_one_message_with_the_next_command(tmp_path: Path) -> None:
     source = tiny.write_conversations(tmp_path / "tiny.json", 6)
     ended = eyas(

@@ -86,7 +86,8 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
     home = tmp_path / "home"
     command = ("run", "hidden-states", recipe, "--home", str(home))
     child = subprocess.Popen(
-        [sys.executable, "-m", "deployments", *command],
+        # A shell that runs the tests in its background has them, and their children, ignore SIGINT.
+        ["env", "--default-signal=INT", sys.executable, "-m", "deployments", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -100,7 +101,7 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
         time.sleep(0.1)
     (os.killpg if to_all else os.kill)(child.pid, wanted)
     _, stderr = child.communicate(timeout=60)  # whoever lived on would hold the pipes open
-    assert child.returncode == 130
+    assert child.returncode == 130, stderr
     assert stderr.strip().endswith("stopped; the same command goes on with what is missing")
     assert "Traceback" not in stderr
     with pytest.raises(ProcessLookupError):

@@ -39,12 +39,13 @@ def eyas(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """A store with everything that can be shown: two snapshots, a plan not ended, garbage."""
+    """A store with everything that can be shown: three snapshots, a plan not ended, garbage."""
     made = Store.create(str(tmp_path / "store"), make_identity())
     fill(made, SAMPLES)
     ids = [sample.sample_id for sample in SAMPLES]
+    made.publish(ids)  # an earlier version, and the only one with the samples that go
     made.publish(ids[:3])
-    made.publish(ids[3:9])
+    made.publish(ids[3:10])
     made.plan(planned(make_samples(4, seed=5)), shard_tokens=60)
     return made
 

@@ -156,9 +156,15 @@ def _choose(page: Page, server: Server, run: str, action: str) -> None:
     page.goto(_address(server, run))
     page.get_by_role("button", name="Open menu").click()
     page.get_by_role("menuitem", name=action).click()
-    page.get_by_role("alertdialog").or_(page.get_by_role("dialog")).get_by_role(
-        "button", name=re.compile(f"^{action}")
-    ).last.click()  # the one before it dismisses the question whether to cancel
+    yes = (
+        page.get_by_role("alertdialog")
+        .or_(page.get_by_role("dialog"))
+        .get_by_role("button", name=re.compile(f"^{action}"))
+        .last  # the one before it dismisses the question whether to cancel
+    )
+    with page.expect_response(lambda answer: answer.url.endswith("/set_state")):
+        yes.click()
+    page.goto("about:blank")  # drawing a page that moves takes half of a core
 
 
 def _address(server: Server, run: str) -> str:

@@ -51,6 +51,8 @@ class RandomSource:
     source_id: str = "random"
     poisoned: frozenset[int] = frozenset()
     """Samples whose aux states are not finite."""
+    silent: frozenset[int] = frozenset()
+    """Samples in which no position counts."""
     lengths: NDArray[np.int64] = field(init=False)
     groups: NDArray[np.int64] = field(init=False)
 
@@ -70,7 +72,7 @@ class RandomSource:
         generator = torch.Generator().manual_seed(1000 * self.seed + index)
         length = int(self.lengths[index])
         ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator).numpy().astype(np.int32)
-        mask = np.arange(length) >= 2
+        mask = np.arange(length) >= (length if index in self.silent else 2)
         aux = torch.randn(length, 3, HIDDEN_SIZE, generator=generator)
         if index in self.poisoned:
             aux[0, 0, 0] = float("nan")

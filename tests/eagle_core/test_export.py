@@ -137,7 +137,8 @@ def test_a_draft_over_the_whole_vocabulary_comes_back(
     vocab_size = AutoConfig.from_pretrained(tiny_target_path).vocab_size
     whole = make_draft(tiny_target_path, draft_vocab_size=vocab_size)
     folder = export(whole, served, tmp_path, FLOAT32)[layout]
-    assert ("d2t" in load_file(folder / "model.safetensors")) == (layout == "serving")
+    found = load_file(folder / "model.safetensors")
+    assert not {"d2t", "t2d"} & found.keys()  # vLLM refuses an export with a map it has no use for
     expected = whole.state_dict() if layout == "speculators" else trained_tensors(whole)
     require_equal(dict(read_draft(folder).tensors), expected)
 

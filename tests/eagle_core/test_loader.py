@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_core.loader import LoaderState, StepShape, batch_end, epoch_order, steps
+from eagle_core.loader import LoaderState, StepShape, batch_end, count_steps, epoch_order, steps
 from tests.eagle_core.random_source import RandomSource
 
 
@@ -63,6 +63,26 @@ def test_resuming_loses_and_repeats_nothing_even_with_another_batch_size(
     first, after = _until(source, start, stop, budget=40)
     rest = _ids(source, after, 60, budget=other_budget)
     assert (first + rest)[:60] == whole[:60]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    budget=st.integers(5, 90),
+    epochs=st.integers(1, 3),
+    ranks=st.integers(1, 3),
+    batches=st.integers(1, 3),
+)
+def test_steps_are_counted_before_they_are_made(
+    budget: int, epochs: int, ranks: int, batches: int
+) -> None:
+    source = RandomSource()
+    shape = StepShape(window=2, batch_tokens=budget, batches_per_step=batches, world_size=ranks)
+    counted = count_steps(source.lengths, source.groups, shape, seed=7, epochs=epochs)
+    state = LoaderState(source_id=source.source_id, seed=7)
+    made = itertools.takewhile(
+        lambda state: state.epoch < epochs, (loaded.after for loaded in steps(source, state, shape))
+    )
+    assert sum(1 for _ in made) + 1 == counted
 
 
 def _until(

@@ -9,8 +9,10 @@ from transformers import AutoTokenizer
 
 from eagle_core.errors import ConfigError
 from eagle_core.prompt_file import read_prompts
+from eagle_core.template_config import TemplateConfig
 from eagle_core.templates import ConversationTokenizer
 
+QWEN3 = Path(__file__).with_name("chat_templates") / "qwen3.jinja"
 ASKED = "<|im_start|>user\nTell me about rivers.<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -25,6 +27,7 @@ def tokenizer(tiny_target_path: Path) -> ConversationTokenizer:
         {"prompt": "Tell me about rivers."},
         {"turns": ["Tell me about rivers.", "And lakes?"], "question_id": 81},
         {"messages": [{"role": "user", "content": "Tell me about rivers."}]},
+        {"conversations": [{"from": "human", "value": "Tell me about rivers."}]},
         {
             "conversations": [
                 {"from": "human", "value": "Tell me about rivers."},
@@ -33,7 +36,7 @@ def tokenizer(tiny_target_path: Path) -> ConversationTokenizer:
             ]
         },
     ],
-    ids=["column", "turns", "messages", "answered"],
+    ids=["column", "turns", "messages", "conversations", "answered"],
 )
 def test_a_prompt_ends_where_the_answer_is_due(
     tmp_path: Path, tokenizer: ConversationTokenizer, record: dict[str, object]
@@ -43,6 +46,23 @@ def test_a_prompt_ends_where_the_answer_is_due(
     (prompt,) = read_prompts(str(path), tokenizer)
     assert prompt.category == "water"
     assert tokenizer.decode(np.array(prompt.input_ids)) == ASKED
+
+
+@pytest.mark.parametrize(
+    ("enable_thinking", "ending"), [(None, "\n"), (True, "\n"), (False, "<think>\n\n</think>\n\n")]
+)
+def test_thinking_is_what_the_draft_was_trained_with(
+    tmp_path: Path, tiny_target_path: Path, enable_thinking: bool | None, ending: str
+) -> None:
+    plain = AutoTokenizer.from_pretrained(tiny_target_path)
+    plain.chat_template = QWEN3.read_text()
+    config = TemplateConfig(enable_thinking=enable_thinking)
+    tokenizer = ConversationTokenizer(plain, config)
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "Well?"}\n')
+    (prompt,) = read_prompts(str(path), tokenizer)
+    text = tokenizer.decode(np.array(prompt.input_ids))
+    assert text.partition("<|im_start|>assistant\n")[2] == ending.lstrip("\n")
 
 
 def test_what_is_no_question_is_named(tmp_path: Path, tokenizer: ConversationTokenizer) -> None:

@@ -135,6 +135,13 @@ def test_what_was_thought_and_called_is_part_of_the_content() -> None:
     assert len(keys) == 3
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_form_that_writes_every_field_out_gets_the_preset_too(name: str) -> None:
+    written = DatasetConfig(name="m", source="data.json").model_dump(mode="json")
+    form = DatasetConfig.model_validate({**written, "source": f"preset:{name}"})
+    assert form == DatasetConfig(name="m", source=f"preset:{name}")
+
+
 def test_presets_fill_in_and_the_user_wins() -> None:
     config = DatasetConfig(name="m", source="preset:math_qa", split="test")
     assert config.source == "hf:allenai/math_qa"

@@ -46,9 +46,10 @@ def test_golden_tool_fails_on_a_changed_vector(tmp_path: Path) -> None:
     assert golden.main([str(GOLDEN[0])]) == 0
 
 
-def _random_case(
+def random_case(
     seed: int, lengths: list[int], *, norms: bool = False
 ) -> tuple[DraftModel, PackedBatch, torch.Tensor]:
+    """Return a draft, a batch of sequences of `lengths`, and the target's head, in float64."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     heads, kv_heads = [(4, 4), (4, 2), (2, 1)][seed % 3]
@@ -123,13 +124,14 @@ def test_equals_the_plain_formulation(
         patch.setattr("eagle_core.ttt_attention.BLOCK_QUERIES", block)
         patch.setattr("eagle_core.distillation_loss.CHUNK_ROWS", 4 * block)
         patch.setattr("eagle_core.distillation_loss.TILE_BYTES", 400 * block)
-        _require_equal_to_plain(seed, lengths, options, norms=norms)
+        require_equal_to_plain(seed, lengths, options, norms=norms)
 
 
-def _require_equal_to_plain(
+def require_equal_to_plain(
     seed: int, lengths: list[int], options: TttOptions, *, norms: bool
 ) -> None:
-    draft, batch, target_lm_head = _random_case(seed, lengths, norms=norms)
+    """Compare loss and gradients of a random case with those of the plain formulation."""
+    draft, batch, target_lm_head = random_case(seed, lengths, norms=norms)
     expected = plain_loss(draft, batch, target_lm_head, options)
     expected.backward()
     gradients = {name: p.grad for name, p in draft.named_parameters() if p.requires_grad}
@@ -147,15 +149,20 @@ def _require_equal_to_plain(
 
 
 def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan() -> None:
-    draft, batch, target_lm_head = _random_case(3, [9, 5])
+    draft, batch, target_lm_head = random_case(3, [9, 5])
     batch.loss_mask.fill_(value=False)
     outcome = ttt_step(draft, batch, target_lm_head[draft.t2d], TttOptions())
     assert outcome.loss.item() == 0
     assert torch.isfinite(outcome.step_losses).all()
+    outcome.loss.backward()
+    for name, parameter in draft.named_parameters():  # other ranks would wait for a missing one
+        assert not parameter.requires_grad or torch.count_nonzero(parameter.grad) == 0, name
 
 
-def test_bfloat16_comes_near_float32() -> None:
-    draft, batch, head = _random_case(5, [20, 13])
+@pytest.mark.parametrize("added_rows", [7, 500])
+def test_bfloat16_comes_near_float32(added_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eagle_core.distillation_loss._ADDED_ROWS", added_rows)
+    draft, batch, head = random_case(5, [20, 13])
     draft, head = draft.float(), head.float()
     for parameter in draft.parameters():
         parameter.data *= 0.3  # nearer to a model's: no state explodes over the steps
@@ -181,8 +188,39 @@ def test_bfloat16_comes_near_float32() -> None:
             assert deviation < 0.05, name
 
 
+def test_of_equal_logits_only_the_first_is_a_hit_where_accuracy_is_measured() -> None:
+    """Decoding takes the first; in bfloat16 equals are common."""
+    draft, batch, head = random_case(4, [21, 9])
+    with torch.no_grad():
+        draft.lm_head.weight.zero_()
+        measured = ttt_step(draft, batch, head[draft.t2d], TttOptions())
+    first = int(draft.d2t[0])
+    active = measured.step_counted[0]
+    hits = measured.step_correct[0]
+    supervised = batch.loss_mask & (batch.target_argmax == first)
+    assert hits <= supervised.sum() < active
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "lk_alpha", "lk_hybrid"])
+def test_acceptance_is_measured_where_no_gradient_is_made(objective: str) -> None:
+    draft, batch, head = random_case(4, [21, 9])
+    options = TttOptions(objective=objective)  # type: ignore[arg-type]
+    training = ttt_step(draft, batch, head[draft.t2d], options)
+    with torch.no_grad():
+        measured = ttt_step(draft, batch, head[draft.t2d], options)
+    assert not measured.loss.requires_grad
+    assert measured.loss == training.loss
+    counted = measured.step_counted > 0
+    share = (measured.step_acceptance / measured.step_counted)[counted]
+    assert ((share > 0) & (share < 1)).all()
+    if objective == "cross_entropy":
+        assert training.step_acceptance[counted].isnan().all()
+    else:
+        assert torch.equal(training.step_acceptance, measured.step_acceptance)
+
+
 def test_joint_prefixes_never_grow() -> None:
-    draft, batch, head = _random_case(11, [24, 24, 20])
+    draft, batch, head = random_case(11, [24, 24, 20])
     batch.loss_mask.fill_(value=True)
     for parameter in draft.parameters():
         parameter.data *= 0  # then every logit is equal, and the draft is right by chance
@@ -197,7 +235,7 @@ def test_joint_prefixes_never_grow() -> None:
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
 @pytest.mark.parametrize("objective", ["cross_entropy", "lk_alpha", "lk_hybrid"])
 def test_the_compiled_loss_is_the_eager_one(objective: str) -> None:
-    draft, batch, head = _random_case(5, [20, 13])
+    draft, batch, head = random_case(5, [20, 13])
     batch.loss_mask.fill_(value=True)
     losses, gradients = [], []
     for compiled in (False, True):

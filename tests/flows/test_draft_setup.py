@@ -24,19 +24,21 @@ def token_file(path: Path, first: int) -> TokenFile:
     return write_token_file(path, [sample])
 
 
-def test_a_vocabulary_of_other_data_counts_only_if_a_checkpoint_depends_on_it(
+def test_a_vocabulary_of_other_data_or_size_counts_only_if_a_checkpoint_depends_on_it(
     tmp_path: Path, target: TargetConfig
 ) -> None:
     run_path = tmp_path / "run"
     old, new = token_file(tmp_path / "train-old.arrow", 100), token_file(tmp_path / "n.arrow", 200)
 
-    def chosen(tokens: TokenFile) -> set[int]:
-        set_up_draft(target, TRAINING, tokens, run_path)
+    def chosen(tokens: TokenFile, size: int = 10) -> set[int]:
+        training = TRAINING.model_copy(update={"draft_vocab_size": size})
+        set_up_draft(target, training, tokens, run_path)
         vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
         return set(vocabulary.target_ids.tolist()) - {0, 1}  # control tokens are always in
 
     assert chosen(old) == set(range(100, 108))
     assert DraftVocabulary.load(run_path / VOCABULARY_NAME).source_id == "train-old"
+    assert chosen(old, size=6) == set(range(100, 104))  # too large for the GPU, made smaller
     assert chosen(new) == set(range(200, 208))  # killed before the first checkpoint, other data
     record = checkpoint.Checkpoint(
         step=1,

@@ -27,7 +27,9 @@ from flows.train import train_flow
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
-TRAINING = TrainingConfig(draft_vocab_size=300, max_steps=30, batch_tokens=512, warmup_steps=2)
+TRAINING = TrainingConfig(
+    dtype="float32", draft_vocab_size=300, max_steps=30, batch_tokens=512, warmup_steps=2
+)
 EVALUATION = EvaluationConfig(draft_tokens=3, num_prompts=100)
 
 

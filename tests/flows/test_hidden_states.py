@@ -1,26 +1,34 @@
 """The hidden-states flow with a real target, a real store and a real Prefect server."""
 
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
+import eagle_core.errors
+import storage.errors
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
+from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile, write_token_file
 from eagle_core.training_config import TrainingConfig
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states, plan_missing_shards
 from flows.prepare import prepare_dataset, tokenize
-from flows.shard_worker import ShardJob, ShardReport
+from flows.shard_worker import ShardJob, ShardReport, _samples_of
+from flows.train import train_flow
 from flows.workspace import Workspace
 from storage.errors import MismatchError
+from storage.plan import PlannedSample, PlannedShard, plan_shards
 from storage.samples import TTT_LENGTH
 from storage.store import Store
 from tests import tiny
@@ -63,6 +71,93 @@ def test_a_person_sees_what_the_draft_will_learn(
     (artifact,) = [a for a in found if a.key == key and str(page) in a.data]
     assert "| supervised |" in artifact.data
     assert "«" in artifact.data
+
+
+def test_a_sample_that_both_splits_would_have_is_held_out(
+    tmp_path: Path, target: TargetConfig, store: StoreConfig
+) -> None:
+    """Different conversations that are cut where they are still the same."""
+    lasting = "Tell me of rivers and of tides. " * 40
+    turns = [{"from": "human", "value": "Please."}, {"from": "gpt", "value": lasting}]
+    alike = [
+        {"id": str(n), "conversations": [*turns, {"from": "human", "value": f"{n}?"}, turns[1]]}
+        for n in range(12)
+    ]
+    source = tiny.write_conversations(tmp_path / "alike.json", 20)
+    source.write_text(json.dumps([*alike, *json.loads(source.read_text())]))
+    dataset = DatasetConfig(name="alike", source=str(source), held_out_fraction=0.4, max_length=128)
+    made = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    space = Workspace(home=tmp_path, target=target.name, dataset=dataset.name)
+    (held_out,) = space.tokens_path.glob("held_out-*.arrow")
+    (train,) = space.tokens_path.glob("train-*.arrow")
+    splits = [set(TokenFile(path).sample_ids) for path in (held_out, train)]
+    assert made.num_samples == len(splits[0] | splits[1]) == len(splits[0]) + len(splits[1]) == 21
+
+
+def test_a_shard_of_token_files_with_one_sample_in_both_is_made(tmp_path: Path) -> None:
+    """As files of another version may have it."""
+    ids, mask = np.arange(9, dtype=np.int32), np.ones(9, dtype=np.bool_)
+    sample = TokenizedSample(sample_id=sample_id(ids, mask), input_ids=ids, loss_mask=mask)
+    files = [write_token_file(tmp_path / f"{n}.arrow", [sample]) for n in range(2)]
+    (shard,) = plan_shards(
+        [PlannedSample(sample_id=sample.sample_id, num_tokens=9)], committed=(), shard_tokens=99
+    ).shards
+    assert [one.sample_id for one in _samples_of(shard, files)] == [sample.sample_id]
+    other = PlannedShard(shard_id=shard.shard_id, sample_ids=("00" * 16,), num_tokens=9)
+    with pytest.raises(eagle_core.errors.MismatchError, match="1 of them are in no token file"):
+        _samples_of(other, files)
+
+
+def test_training_takes_the_states_of_its_own_data_set(
+    tmp_path: Path, target: TargetConfig, store: StoreConfig
+) -> None:
+    """Whatever was published last in the store that it shares with others."""
+    shared = store.model_copy(update={"root": str(tmp_path / "shared")})
+    made = {}
+    for name, first in (("ours", 0), ("theirs", 40)):
+        source = tiny.write_conversations(tmp_path / f"{name}.json", 30, first=first)
+        dataset = DatasetConfig(name=name, source=str(source), held_out_fraction=0.2)
+        made[name] = (
+            hidden_states(target=target, dataset=dataset, store=shared, home=str(tmp_path)),
+            dataset,
+        )
+    training = TrainingConfig(dtype="float32", draft_vocab_size=300, max_steps=1)
+    for summary, dataset in made.values():
+        trained = train_flow(
+            target=target, dataset=dataset, store=shared, training=training, home=str(tmp_path)
+        )
+        settings = (trained.run_path / "settings.json").read_text()
+        assert summary.snapshot_id in settings
+    other = training.model_copy(update={"learning_rate": 0.5})
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"learning_rate"):
+        train_flow(target=target, dataset=dataset, store=shared, training=other, home=str(tmp_path))
+    assert (trained.run_path / "settings.json").read_text() == settings  # the refused are nobody's
+    source = tiny.write_conversations(tmp_path / "new.json", 30, first=80)
+    new = DatasetConfig(name="new", source=str(source), held_out_fraction=0.2)
+    with pytest.raises(MismatchError, match=r"0 are of data set new.*run hidden-states"):
+        train_flow(target=target, dataset=new, store=shared, training=training, home=str(tmp_path))
+
+
+def test_what_every_batch_meets_is_met_three_times(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred loads of the target onto a GPU that is too small for it help nobody; a batch that
+    fails for its samples' sake stops no other."""
+    root = tmp_path / "store"
+    store = StoreConfig(root=str(root), shard_tokens=400, shards_per_task=1)
+    root.mkdir()
+    (root / "shards").write_text("a file where the folder of all shards belongs")
+    computed: list[int] = []
+    monkeypatch.setattr(
+        "flows.progress.StageProgress.advance",
+        lambda _self, amount=1, **_note: computed.append(amount),
+    )
+    with pytest.raises(storage.errors.ConfigError, match="cannot use"):
+        hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    (plan,) = Store.open(str(root)).plans()
+    assert len(plan.shards) > 8
+    first = sum(shard.num_tokens for shard in plan.shards[:3])
+    assert first <= sum(computed) < first + sum(s.num_tokens for s in plan.shards[3:6])
 
 
 def test_new_conversations_alone_are_computed(

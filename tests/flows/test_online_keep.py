@@ -24,7 +24,13 @@ from storage.store import Store
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
 TRAINING = TrainingConfig(
-    draft_vocab_size=300, epochs=2, batch_tokens=512, warmup_steps=2, log_every=1, shuffle_window=2
+    dtype="float32",
+    draft_vocab_size=300,
+    epochs=2,
+    batch_tokens=512,
+    warmup_steps=2,
+    log_every=1,
+    shuffle_window=2,
 )
 SHORT = EvaluationConfig(num_prompts=1, num_plain_prompts=0, max_new_tokens=2, draft_tokens=2)
 

@@ -1,5 +1,7 @@
 """The target as a source: the store's own samples and bits, each group computed once an epoch."""
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -53,3 +55,28 @@ def test_an_epoch_computes_every_sample_once(tmp_path: Path, target: TargetConfi
     assert len(seen) == len(set(seen)) >= 36
     # The loader reads a few batches ahead into the next epoch: at most another window.
     assert counting.num_computed <= 40 + WINDOW * 4
+
+
+def test_a_released_target_is_gone_and_loaded_again_when_it_is_needed(
+    tmp_path: Path, target: TargetConfig
+) -> None:
+    loaded: list[weakref.ref[CountingTarget]] = []
+
+    def load() -> CountingTarget:
+        one = CountingTarget(TargetModel.load(target))
+        loaded.append(weakref.ref(one))
+        return one
+
+    source = OnlineSource(
+        load,  # type: ignore[arg-type]
+        write_token_file(tmp_path / "train.arrow", tokenized([20] * 4)),
+        group_tokens=80,
+        groups_kept=WINDOW,
+        target_fingerprint="f",
+    )
+    before = source.fetch(0)
+    source.release_target()
+    gc.collect()
+    assert [one() for one in loaded] == [None]
+    assert np.array_equal(source.fetch(0).last_hidden_state, before.last_hidden_state)
+    assert len(loaded) == 2

@@ -30,7 +30,9 @@ from tests.flows.trees import digests
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
 RECOMPUTE = StoreConfig(shard_tokens=2000, recompute=True)
-TRAINING = TrainingConfig(draft_vocab_size=200, ttt_length=2, max_steps=4, batch_tokens=512)
+TRAINING = TrainingConfig(
+    dtype="float32", draft_vocab_size=200, ttt_length=2, max_steps=4, batch_tokens=512
+)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,12 @@ from flows.train import train_flow
 from tests.browser import CHROMIUM, browser_page
 
 TRAINING = TrainingConfig(
-    draft_vocab_size=300, max_steps=12, batch_tokens=512, warmup_steps=2, held_out_every=4
+    dtype="float32",
+    draft_vocab_size=300,
+    max_steps=12,
+    batch_tokens=512,
+    warmup_steps=2,
+    held_out_every=4,
 )
 EVALUATION = EvaluationConfig(
     draft_tokens=3, num_prompts=6, max_new_tokens=12, max_turns=2, batch_prompts=3
@@ -126,10 +131,13 @@ def test_what_a_recipe_says_is_text_not_markup(tmp_path: Path) -> None:
 
 
 def test_a_step_that_was_done_twice_shows_what_came_of_the_last_time(tmp_path: Path) -> None:
-    for steps, loss in (((1, 2, 3), 9.0), ((2, 3, 4), 5.0)):
+    for steps, loss, name in (((1, 2, 3), 9.0, "10"), ((2, 3, 4), 5.0, "1")):
+        before = set(tmp_path.iterdir())
         with TensorBoardTracker(tmp_path) as tracker:
             for step in steps:
                 tracker.log({"loss": loss - step}, step=step)
+        (written,) = set(tmp_path.iterdir()) - before
+        written.rename(tmp_path / f"events.out.tfevents.{name}")
     curve = read_curves(tmp_path)["loss"]
     assert (list(curve.x), list(curve.y)) == ([1, 2, 3, 4], [8.0, 3.0, 2.0, 1.0])
 

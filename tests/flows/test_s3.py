@@ -27,7 +27,9 @@ pytestmark = [pytest.mark.server, pytest.mark.s3, pytest.mark.usefixtures("prefe
 def test_a_store_on_s3_holds_and_teaches_the_same(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    training = TrainingConfig(draft_vocab_size=200, ttt_length=2, max_steps=4, batch_tokens=512)
+    training = TrainingConfig(
+        dtype="float32", draft_vocab_size=200, ttt_length=2, max_steps=4, batch_tokens=512
+    )
     local = StoreConfig(shard_tokens=2000)
     here = hidden_states(target=target, dataset=dataset, store=local, home=str(tmp_path))
     (tmp_path / "weed").mkdir()

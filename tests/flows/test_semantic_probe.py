@@ -1,8 +1,9 @@
 """What the target said goes into the record; states that do not say it again go nowhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +23,13 @@ from flows.semantic_probe import require_as_said
 from flows.stored_source import to_stored
 from flows.train import train_flow
 from storage.errors import ShardCorruptError
+from storage.identity import LeftOut
 from storage.plan import PlannedShard
-from storage.probe import NUM_POINTS
+from storage.probe import NUM_POINTS, ProbePoint, left_out_channels
+from storage.samples import StoredSample
 from storage.store import Store
 from tests.flows.outspoken import write_biased_target, write_outspoken_target
+from tests.storage.synthetic import make_identity, make_samples, planned
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -118,12 +122,13 @@ def test_wrong_states_are_taken_back_when_they_are_stored(
     recompute = TargetRecompute(target.lm_head_weight, None)
     shard_id = made.shard_ids()[1]
     _store_again(made, shard_id, tmp_path, target, lambda state, _target: state)
-    require_as_said(made, shard_id, recompute)
+    record = made.commit(shard_id)
+    require_as_said(made, record, recompute, record.probe)
 
     _store_again(made, shard_id, tmp_path, target, change)
     assert made.verify(deep=True) == []  # every byte is as committed
     with pytest.raises(ShardCorruptError, match=f"{shard_id}.*log-probability.*taken back"):
-        require_as_said(made, shard_id, recompute)
+        require_as_said(made, record, recompute, record.probe)
     assert shard_id not in made.shard_ids()
 
 
@@ -136,7 +141,7 @@ def test_training_refuses_a_store_that_does_not_say_what_the_target_said(
         train_flow(
             target=outspoken,
             dataset=dataset,
-            training=TrainingConfig(draft_vocab_size=300, max_steps=1),
+            training=TrainingConfig(dtype="float32", draft_vocab_size=300, max_steps=1),
             home=str(tmp_path),
         )
     assert not list((tmp_path / "runs").rglob("*checkpoint*"))
@@ -151,3 +156,61 @@ def test_a_head_with_a_bias_costs_one_shard_and_is_named(
         hidden_states(target=biased, dataset=dataset, store=store, home=str(tmp_path))
     (root,) = (tmp_path / "stores").iterdir()
     assert not Store.open(str(root)).shard_ids()
+
+
+class _RemadeAs:
+    """A target that makes left out states again as these samples have them."""
+
+    def __init__(self, samples: Sequence[StoredSample]) -> None:
+        self._samples = {sample.sample_id: sample for sample in samples}
+
+    def log_probabilities(self, _last: Any, ids: Any) -> Any:
+        return np.full(len(ids), -1.0, np.float32)
+
+    def complete(self, sample: StoredSample) -> StoredSample:
+        remade = self._samples[sample.sample_id]
+        return replace(
+            sample,
+            aux_hidden_states=remade.aux_hidden_states,
+            last_hidden_state=remade.last_hidden_state,
+        )
+
+
+def test_a_rivals_shard_from_other_hardware_stays(tmp_path: Path) -> None:
+    """Its last bits differ from those made again here, and it is as good as one made here."""
+    left_out = LeftOut(mode="one_sequence", early_layers=(0, 1), last_layers=(9,))
+    store = Store.create(str(tmp_path), make_identity(left_out=left_out))
+    theirs = make_samples(3)
+    ours = [_with_other_last_bits(sample) for sample in theirs]
+    shard = PlannedShard.of(planned(theirs))
+    store.write_shard(shard, theirs, probe=_probe(theirs))
+
+    record = store.write_shard(shard, ours, probe=_probe(ours))
+    require_as_said(store, record, _RemadeAs(ours), _probe(ours))
+    assert store.shard_ids() == [shard.shard_id]
+
+    store.revoke(shard.shard_id)
+    record = store.write_shard(shard, ours, probe=_probe(ours))
+    with pytest.raises(ShardCorruptError):  # made here, and this machine makes other bits now
+        require_as_said(store, record, _RemadeAs(theirs), _probe(ours))
+
+
+def _with_other_last_bits(sample: StoredSample) -> StoredSample:
+    aux = sample.aux_hidden_states.copy()
+    aux[:, 0] ^= 1
+    return replace(sample, aux_hidden_states=aux)
+
+
+def _probe(samples: Sequence[StoredSample]) -> list[ProbePoint]:
+    return [
+        ProbePoint(
+            sample_id=sample.sample_id,
+            position=len(sample) - 1,
+            argmax=int(sample.target_argmax[-1]),
+            logprob=-1.0,
+            left_out=left_out_channels(
+                sample.aux_hidden_states, sample.last_hidden_state, len(sample) - 1
+            ),
+        )
+        for sample in samples
+    ]

@@ -17,7 +17,9 @@ from flows.train import train_flow
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
-TRAINING = TrainingConfig(draft_vocab_size=200, max_steps=2, batch_tokens=256, log_every=1)
+TRAINING = TrainingConfig(
+    dtype="float32", draft_vocab_size=200, max_steps=2, batch_tokens=256, log_every=1
+)
 
 
 def test_a_run_keeps_the_curves_that_were_asked_for(

@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.usefixtures("pre
 
 ENDLESS = 100_000
 RANKS = TrainingConfig(
+    dtype="float32",
     draft_vocab_size=300,
     ttt_length=2,
     batch_tokens=256,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.collection import collect, find_garbage
+from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.errors import ConfigError
 from storage.repair import damaged_shards
 from storage.samples import StoredSample
@@ -38,6 +38,38 @@ def test_keeps_what_an_unfinished_plan_has_made(filled: Store) -> None:
     by_id = {sample.sample_id: sample for sample in more}
     filled.write_shard(plan.shards[0], [by_id[i] for i in plan.shards[0].sample_ids])
     assert find_garbage(filled, keep=filled.snapshot_ids()).shard_ids == ()
+
+
+def test_keeps_a_finished_plan_until_it_is_published(tmp_path: Path) -> None:
+    """Between the last shard and the snapshot nothing else says that it is needed."""
+    store = Store.create(str(tmp_path / "s"), make_identity())
+    first, more = make_samples(6, seed=1), make_samples(6, seed=8)
+    fill(store, first, shard_tokens=60)
+    assert not find_garbage(store, keep=[])
+    old = store.publish([sample.sample_id for sample in first])
+    fill(store, more, shard_tokens=60)
+    assert not find_garbage(store, keep=[old.snapshot_id])
+    given_up = find_garbage(store, keep=[old.snapshot_id], keep_unfinished=False)
+    assert set(given_up.shard_ids) == set(store.shard_ids()) - set(old.shard_ids)
+
+    new = store.publish([sample.sample_id for sample in more])
+    assert set(find_garbage(store, keep=[new.snapshot_id]).shard_ids) == set(old.shard_ids)
+
+
+def test_a_damaged_snapshot_goes_and_its_shards_stay(filled: Store) -> None:
+    more = make_samples(6, seed=8)
+    fill(filled, more, shard_tokens=60)
+    old = filled.snapshot()
+    latest = filled.publish([sample.sample_id for sample in more])
+    path = Path(filled.root.root) / "snapshots" / f"{old.snapshot_id}.parquet"
+    path.write_bytes(path.read_bytes()[:-40])
+    kept = snapshots_to_keep(filled)
+    assert kept == [latest.snapshot_id]
+    garbage = find_garbage(filled, keep=kept)
+    assert (garbage.snapshot_ids, garbage.shard_ids) == ((old.snapshot_id,), ())
+    collect(filled, garbage)
+    assert filled.verify(deep=True) == []
+    assert not find_garbage(filled, keep=kept)  # to be published again by its own recipe
 
 
 @pytest.mark.parametrize("source", ["record", "plan", "snapshot"])

@@ -75,6 +75,14 @@ def test_codes_are_close_in_every_channel(profile: str, steps: int) -> None:
     np.testing.assert_array_equal(through(profile, bits[:0]), bits[:0])
 
 
+@pytest.mark.parametrize(("hidden", "num_tokens"), [(720, 900), (4000, 140), (63, 9000)])
+def test_channels_need_not_fill_their_groups(hidden: int, num_tokens: int) -> None:
+    """A block has as many rows as fit without the filling."""
+    bits = bf16_bits(np.random.default_rng(0).normal(0, 1, (num_tokens, hidden)))
+    found = bf16_to_float(through("int8", bits))
+    np.testing.assert_allclose(found, bf16_to_float(bits), atol=0.1)
+
+
 def test_float_to_bf16_rounds_to_nearest_even() -> None:
     wide = np.array([0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0xBF80_7FFF, 0x8000_0000], np.uint32)
     nearest = np.array([0x3F80, 0x3F82, 0x3F81, 0xBF80, 0x8000], np.uint16)

@@ -1,0 +1,73 @@
+"""A linear map that one step applies several times, with one product for its weight's gradient.
+
+Autograd would make that gradient once for each use and add them up: in bfloat16 each sum is rounded
+again, the products are small, and each addition goes through memory as large as the weight.
+
+Shapes: R rows of one use, I inputs, O outputs.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RepeatedLinear:
+    """Applies one weight to several inputs; good for one backward pass.
+
+    Inputs and the gradients of outputs are kept until the last use has been differentiated.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """Take a weight [O, I]; products are made in `dtype`."""
+        self._uses = _Uses(weight=weight.detach().to(dtype))
+        self._token: Tensor = _Weight.apply(weight, self._uses)  # type: ignore[no-untyped-call]  # torch
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return [R, O] for states [R, I] in the dtype of products."""
+        output: Tensor = _Use.apply(states, self._token, self._uses)  # type: ignore[no-untyped-call]  # torch
+        return output
+
+
+@dataclass(kw_only=True, slots=True)
+class _Uses:
+    weight: Tensor
+    """[O, I] in the dtype of products"""
+    inputs: list[Tensor] = field(default_factory=list)
+    """[R, I] each, in the order of the backward pass"""
+    gradients: list[Tensor] = field(default_factory=list)
+    """[R, O] each"""
+
+
+class _Weight(torch.autograd.Function):
+    """Stands for the weight in the graph: differentiated behind all of its uses."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, uses: _Uses) -> Tensor:  # noqa: ANN401
+        ctx.uses, ctx.dtype = uses, weight.dtype
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        uses: _Uses = ctx.uses
+        gradient = torch.cat(uses.gradients).T @ torch.cat(uses.inputs)
+        uses.gradients.clear()
+        uses.inputs.clear()
+        return gradient.to(ctx.dtype), None
+
+
+class _Use(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, token: Tensor, uses: _Uses) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(states, token)
+        ctx.uses = uses
+        return states @ uses.weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        states, token = ctx.saved_tensors
+        uses: _Uses = ctx.uses
+        uses.inputs.append(states)
+        uses.gradients.append(grads[0])
+        return grads[0] @ uses.weight, torch.zeros_like(token), None

@@ -1,0 +1,71 @@
+"""Run by a Python that has vLLM: decodes greedily with an export and writes what was drafted."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the drafter must be in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+from vllm import LLM, SamplingParams, TokensPrompt
+
+
+def main(request_path: Path, answer_path: Path) -> None:
+    """Write {"tokens": [prompts][..], "drafted": [prompts][rounds][K]}."""
+    request = json.loads(request_path.read_text())
+    speculation = {
+        "method": "eagle3",
+        "model": request["draft"],
+        "num_speculative_tokens": request["draft_tokens"],
+    }
+    llm = LLM(
+        model=request["target"],
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        max_num_seqs=2,
+        distributed_executor_backend="uni",
+        enable_prefix_caching=False,
+        **({"speculative_config": speculation} if request["layout"] == "serving" else {}),
+    )
+    drafted: list[list[int]] = []
+    _listen(_drafter(llm), drafted)
+    settings = SamplingParams(
+        temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False
+    )
+    answer: dict[str, list[Any]] = {"tokens": [], "drafted": []}
+    for prompt in request["prompts"]:
+        drafted.clear()
+        (output,) = llm.generate(TokensPrompt(prompt_token_ids=prompt), settings, use_tqdm=False)
+        answer["tokens"].append(list(output.outputs[0].token_ids))
+        answer["drafted"].append(list(drafted))
+    answer_path.write_text(json.dumps(answer))
+
+
+def _drafter(llm: LLM) -> Any:
+    core: Any = llm.llm_engine.engine_core
+    worker = core.engine_core.model_executor.driver_worker.worker
+    return worker.model_runner.drafter
+
+
+def _listen(drafter: Any, drafted: list[list[int]]) -> None:
+    propose = drafter.propose
+
+    def heard(*arguments: Any, **more: Any) -> Any:
+        tokens = propose(*arguments, **more)
+        drafted.extend(tokens.tolist())
+        return tokens
+
+    drafter.propose = heard
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
