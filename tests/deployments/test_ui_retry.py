@@ -1,10 +1,9 @@
-"""Retry clicked in the real Prefect UI, in a real browser: only what is missing is made again."""
+"""Cancel and Retry clicked in the real Prefect UI, in a real browser."""
 
 import os
 import re
 import signal
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,19 @@ import pytest
 from playwright.sync_api import Page
 
 from storage.store import Store
-from tests.browser import CHROMIUM, browser_page
+from tests import needs
+from tests.browser import browser_page
 from tests.deployments.server import AUTH, Server, running_server, wait_for
 from tests.flows.trees import digests
 
-pytestmark = [pytest.mark.server, pytest.mark.ui, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.ui, pytest.mark.slow, needs.CHROMIUM.mark()]
 
-if CHROMIUM is None:
-    pytest.skip("needs Debian's chromium", allow_module_level=True)
-
-STORE = '{"shard_tokens": 660, "shards_per_task": 1}'
-WORKER_SECONDS = 20
-"""A worker learns of a death some ten seconds after the run's own supervisor has reported it, and
-says so again if the run is not over: a run that is retried before that crashes (Prefect 3.8.8)."""
+STORE = {"shard_tokens": 300, "shards_per_task": 1}
+WORKER_KNOWS = (
+    "prefect.flow_runs.worker - Check whether the flow run exceeded its memory allocation"
+)
+"""What a worker logs when it learns of a death, ten to twenty seconds after the supervisor of the
+run has reported it. It reports it again: a run that is retried before crashes (Prefect 3.9.1)."""
 TERMINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -39,16 +38,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_target_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: Server) -> Store:
-    """Twenty shards, or so, that nothing happened to."""
-    run = _start(server, "undisturbed")
-    assert _ended(server, run)["state_name"] == "Completed"
-    store = _store(server, "undisturbed")
-    assert 15 <= len(store.commits()) <= 25
-    return store
-
-
-@pytest.fixture(scope="module")
 def page(server: Server) -> Iterator[Page]:
     """A page of a browser in which a person has logged in."""
     with browser_page(width=1400, height=900) as opened:
@@ -57,98 +46,120 @@ def page(server: Server) -> Iterator[Page]:
         opened.locator("input").first.fill(AUTH)
         opened.get_by_role("button", name="Login").click()
         opened.get_by_role("link", name="Deployments").wait_for()
+        opened.goto("about:blank")
         yield opened
 
 
-def test_retry_makes_the_two_shards_that_failed(
-    server: Server, undisturbed: Store, page: Page
+def test_one_run_is_cancelled_killed_and_obstructed_and_goes_on_by_retry(
+    server: Server, page: Page
 ) -> None:
-    """Two shards cannot be written, and the process that makes shards is killed in a third."""
-    root = _root(server, "obstructed")
-    names = sorted(undisturbed.commits())
-    obstacles = [root / "shards" / name for name in (names[3], names[11])]
-    (root / "shards").mkdir(parents=True)
+    """Each attempt makes only what the ones before did not commit; no bit differs in the end."""
+    whole = _outlives_a_restart_of_the_server(server)
+    root = _root(server, "disturbed")
+    run = _start(server, "disturbed")
+    before = _cancel(page, server, run, root)
+
+    _retry(page, server, run, attempt=2)
+    before = _kill_the_flow(server, run, root, before)
+
+    missing = sorted(whole.commits().keys() - before.keys())
+    obstacles = [
+        root / "shards" / name for name in missing if not (root / "shards" / name).exists()
+    ][-2:]
     for obstacle in obstacles:
         obstacle.write_text("a file where the shard's folder belongs")
-    run = _start(server, "obstructed")
-    wait_for(lambda: _num_commits(root) >= 4, seconds=120, what="the first shards")
-    os.kill(_shard_process(server), signal.SIGKILL)
-
+    _retry(page, server, run, attempt=3)
+    _kill_the_shard_process(server, root, before)
     assert _ended(server, run)["state_name"] == "Failed"
-    assert _num_commits(root) == len(names) - len(obstacles)
-    first = _shard_tasks(server, run)
-    assert len(first) == len(names)
-    assert sum(task["state_type"] == "FAILED" for task in first) == len(obstacles)
-    assert max(task["run_count"] for task in first) == 2, "the killed batch was tried again"
+    third = _shard_tasks(server, run, attempt=3, count=len(missing))
+    assert sum(task["state_type"] == "FAILED" for task in third) == len(obstacles) == 2
+    assert max(task["run_count"] for task in third) == 2, "the killed batch was tried again"
+    before = _still_there(root, before)
+    assert len(before) == len(whole.commits()) - len(obstacles)
+
     for obstacle in obstacles:
         obstacle.unlink()
-    before = _commit_times(root)
-    _choose(page, server, run, "Retry")
-
-    wait_for(lambda: _run(server, run)["run_count"] == 2, seconds=120, what="the second attempt")
+    _retry(page, server, run, attempt=4)
     assert _ended(server, run)["state_name"] == "Completed"
-    assert _run(server, run)["name"] == "hidden-states-tiny-facts-attempt-2"
-    assert len(_shard_tasks(server, run)) == len(names) + len(obstacles)
-    after = _commit_times(root)
-    assert before.items() <= after.items(), "nothing that was there was written again"
-    assert digests(root) == digests(Path(undisturbed.root.root))
+    assert _run(server, run)["name"] == "hidden-states-tiny-facts-attempt-4"
+    _shard_tasks(server, run, attempt=4, count=len(obstacles))
+    _still_there(root, before)
+    assert digests(root) == digests(Path(whole.root.root))
     page.goto(f"{_address(server, run)}?tab=Artifacts")
     page.get_by_text("Shards of tiny made by this run: 2", exact=True).wait_for()
 
 
-def test_a_killed_run_goes_on_by_retry(server: Server, undisturbed: Store, page: Page) -> None:
-    root = _root(server, "killed")
-    run = _start(server, "killed")
-    wait_for(lambda: _num_commits(root) >= 3, seconds=120, what="the first shards")
-    status = (Path("/proc") / str(_shard_process(server)) / "status").read_text()
-    flow_process = int(re.findall(r"PPid:\s*(\d+)", status)[0])
-    os.kill(flow_process, signal.SIGKILL)
-    assert _ended(server, run)["state_name"] == "Crashed"
-    time.sleep(WORKER_SECONDS)
-    _goes_on(server, run, root, undisturbed, page)
-
-
-def test_a_run_that_a_person_cancelled_goes_on_by_retry(
-    server: Server, undisturbed: Store, page: Page
-) -> None:
-    root = _root(server, "cancelled")
-    run = _start(server, "cancelled")
-    wait_for(lambda: _num_commits(root) >= 3, seconds=120, what="the first shards")
-    worker = _shard_process(server)
-    os.kill(worker, signal.SIGSTOP)  # it hangs, and the run would never end
-    _choose(page, server, run, "Cancel")
-    assert _ended(server, run)["state_name"] == "Cancelled"
-    with suppress(ProcessLookupError):
-        os.kill(worker, signal.SIGCONT)
-    _goes_on(server, run, root, undisturbed, page)
-
-
-def test_a_run_outlives_a_restart_of_the_server(server: Server, undisturbed: Store) -> None:
-    root = _root(server, "restarted")
-    run = _start(server, "restarted")
-    wait_for(lambda: _num_commits(root) >= 3, seconds=120, what="the first shards")
-    worker = _shard_process(server)
-    os.kill(worker, signal.SIGSTOP)
-    assert _num_commits(root) < len(undisturbed.commits())
+def _outlives_a_restart_of_the_server(server: Server) -> Store:
+    """Return the store of a run in whose middle the server was away."""
+    root = _root(server, "whole")
+    run = _start(server, "whole")
+    worker, before = _stop_in_the_middle(server, root, {})
     server.restart()
     os.kill(worker, signal.SIGCONT)
     ended = _ended(server, run)
     assert (ended["state_name"], ended["run_count"]) == ("Completed", 1)
-    assert digests(root) == digests(Path(undisturbed.root.root))
+    assert 30 <= len(_still_there(root, before)) <= 50
+    assert len(before) < 20, "it was stopped in the middle"
+    return Store.open(str(root))
 
 
-def _goes_on(server: Server, run: str, root: Path, undisturbed: Store, page: Page) -> None:
-    """Click Retry; see that only missing shards are made, and that no bit differs."""
-    before = _commit_times(root)
-    wanted = len(undisturbed.commits())
-    assert 3 <= len(before) < wanted, "it was stopped in the middle"
-    tasks = len(_shard_tasks(server, run))
+def _cancel(page: Page, server: Server, run: str, root: Path) -> Mapping[str, int]:
+    worker, before = _stop_in_the_middle(server, root, {})  # it hangs, and the run would never end
+    _choose(page, server, run, "Cancel")
+    assert _ended(server, run)["state_name"] == "Cancelled"
+    with suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGCONT)
+    return _still_there(root, before)
+
+
+def _kill_the_flow(
+    server: Server, run: str, root: Path, before: Mapping[str, int]
+) -> Mapping[str, int]:
+    worker, _ = _stop_in_the_middle(server, root, before)
+    log = server.folder / "worker.log"
+    known = log.read_text().count(WORKER_KNOWS)
+    status = (Path("/proc") / str(worker) / "status").read_text()
+    os.kill(int(re.findall(r"PPid:\s*(\d+)", status)[0]), signal.SIGKILL)
+    os.kill(worker, signal.SIGCONT)
+    assert _ended(server, run)["state_name"] == "Crashed"
+    wait_for(
+        lambda: log.read_text().count(WORKER_KNOWS) > known, seconds=120, what="the worker to know"
+    )
+    return _still_there(root, before)
+
+
+def _kill_the_shard_process(server: Server, root: Path, before: Mapping[str, int]) -> None:
+    worker, _ = _stop_in_the_middle(server, root, before)
+    os.kill(worker, signal.SIGKILL)
+
+
+def _stop_in_the_middle(
+    server: Server, root: Path, before: Collection[str]
+) -> tuple[int, Mapping[str, int]]:
+    """Stop the process that makes shards after it has made two more; return its id and what is."""
+    wait_for(
+        lambda: len(_commit_times(root)) >= len(before) + 2,
+        seconds=240,
+        what="the first shards",
+        every_seconds=0.02,
+    )
+    worker = _shard_process(server)
+    os.kill(worker, signal.SIGSTOP)
+    return worker, _commit_times(root)
+
+
+def _still_there(root: Path, before: Mapping[str, int]) -> Mapping[str, int]:
+    """Return when each shard was committed; none that was has been written again."""
+    now = _commit_times(root)
+    assert before.items() <= now.items(), "what was there was written again"
+    return now
+
+
+def _retry(page: Page, server: Server, run: str, *, attempt: int) -> None:
     _choose(page, server, run, "Retry")
-    wait_for(lambda: _run(server, run)["run_count"] == 2, seconds=120, what="the second attempt")
-    assert _ended(server, run)["state_name"] == "Completed"
-    assert before.items() <= _commit_times(root).items()
-    assert len(_shard_tasks(server, run)) - tasks == wanted - len(before)
-    assert digests(root) == digests(Path(undisturbed.root.root))
+    wait_for(
+        lambda: _run(server, run)["run_count"] == attempt, seconds=240, what=f"attempt {attempt}"
+    )
 
 
 def _choose(page: Page, server: Server, run: str, action: str) -> None:
@@ -173,14 +184,12 @@ def _address(server: Server, run: str) -> str:
 
 def _start(server: Server, home: str) -> str:
     """Run the deployment with a home of its own; return the run's id."""
-    ended = server.prefect(
-        *("deployment", "run", "hidden-states/tiny"),
-        *("--param", f"store={STORE}", "--param", f'home="{home}"'),
+    (deployment,) = server.post("deployments/filter", {})
+    parameters = {"store": STORE, "home": home}
+    created = server.post(
+        f"deployments/{deployment['id']}/create_flow_run", {"parameters": parameters}
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    found = re.search(r"UUID: ([0-9a-f-]{36})", ended.stdout)
-    assert found is not None, ended.stdout
-    return found[1]
+    return str(created["id"])
 
 
 def _run(server: Server, run: str) -> dict[str, Any]:
@@ -195,29 +204,33 @@ def _ended(server: Server, run: str) -> dict[str, Any]:
     return _run(server, run)
 
 
-def _shard_tasks(server: Server, run: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = server.post(
-        "task_runs/filter",
-        {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"name": {"like_": "shards "}}},
-    )
-    return found
+def _shard_tasks(server: Server, run: str, *, attempt: int, count: int) -> list[dict[str, Any]]:
+    """Return the task runs of an attempt that make shards: `count`, once all are recorded."""
+
+    def of_attempt() -> list[dict[str, Any]]:
+        found = server.post(
+            "task_runs/filter",
+            {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"name": {"like_": "shards "}}},
+        )
+        return [task for task in found if task["flow_run_run_count"] == attempt]
+
+    def are_recorded() -> bool:
+        tasks = of_attempt()
+        return len(tasks) >= count and all(task["state_type"] in TERMINAL for task in tasks)
+
+    wait_for(are_recorded, seconds=60, what=f"{count} task runs")
+    tasks = of_attempt()
+    assert len(tasks) == count
+    return tasks
 
 
 def _root(server: Server, home: str) -> Path:
     return server.project / home / "stores" / "tiny-facts"
 
 
-def _store(server: Server, home: str) -> Store:
-    return Store.open(str(_root(server, home)))
-
-
 def _commit_times(root: Path) -> Mapping[str, int]:
     """Return when each commit record was written."""
-    return {path.name: path.stat().st_mtime_ns for path in root.glob("commits/*.json")}
-
-
-def _num_commits(root: Path) -> int:
-    return len(_commit_times(root))
+    return {path.stem: path.stat().st_mtime_ns for path in root.glob("commits/*.json")}
 
 
 def _shard_process(server: Server) -> int:

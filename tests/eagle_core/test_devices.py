@@ -61,6 +61,7 @@ def test_the_step_takes_all_tensors_along(change: dict[str, Any]) -> None:
                 assert torch.equal(parameter.grad.here, gradient), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_resumes_there_too(tmp_path: Path, optimizer: str) -> None:
@@ -102,6 +103,7 @@ def test_a_target_gives_its_states_there(tiny_target_path: Path) -> None:
         np.testing.assert_array_equal(one.target_logsumexp, other.target_logsumexp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_texts_are_those_of_the_cpu(tiny_target_path: Path, temperature: float) -> None:
     target = load_float64_target(tiny_target_path)

@@ -3,8 +3,6 @@
 import json
 import os
 import subprocess
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from eagle_core.draft_layout import expected_shapes
 from eagle_core.draft_vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.export import ExportConfig, ExportLayout, ServedTarget, export
+from tests.side_environment import side_environment
 
 LAYOUTS: tuple[ExportLayout, ...] = ("serving", "speculators")
 AUX_LAYERS = (1, 3, 4)
@@ -230,22 +229,12 @@ def test_warm_start_refuses_another_width(
 
 
 @pytest.fixture(scope="module")
-def speculators_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Interpreter of a fresh environment with speculators beside this one's packages."""
-    folder = tmp_path_factory.mktemp("speculators")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    (site / "host.pth").write_text(sysconfig.get_path("purelib"))
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+def speculators_python() -> Path:
+    """Interpreter of an environment with speculators beside this one's packages."""
     # Pinned packages without dependencies: they would replace torch and transformers.
     pinned = ["--no-deps", "speculators==0.9.0", "hs-connectors==0.9.0"]
-    needs = ["loguru", "openai", "aiohttp", "httpx", "rich", "typer", "pydantic-settings"]
-    for line in (pinned, needs):
-        done = subprocess.run([*pip, *line], check=False, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"speculators cannot be installed here: {done.stderr.strip()[-200:]}")
-    return python
+    needed = ["loguru", "openai", "aiohttp", "httpx", "rich", "typer", "pydantic-settings"]
+    return side_environment("speculators", pinned, needed)
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import json
 import os
 import subprocess
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,16 @@ from eagle_core.hosted_trackers import (
     hosted_run_id,
     open_trackers,
 )
+from tests.side_environment import side_environment
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("hosted_trackers_probe.py")
 
 
 @pytest.fixture(scope="module")
-def trackers_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Interpreter of a fresh environment with the three packages beside this one's."""
-    folder = tmp_path_factory.mktemp("trackers")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    (site / "host.pth").write_text(sysconfig.get_path("purelib"))
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    packages = ["-c", str(ROOT / "constraints.txt"), "wandb", "swanlab", "mlflow-skinny"]
-    done = subprocess.run([*pip, *packages], check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the trackers cannot be installed here: {done.stderr.strip()[-200:]}")
-    return python
+def trackers_python() -> Path:
+    """Interpreter of an environment with the three packages beside this one's."""
+    return side_environment("trackers", ["wandb", "swanlab", "mlflow-skinny"])
 
 
 def probe(python: Path, action: str, tracker: str, folder: Path) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def build(hub: str, home: Path, out: str, *, offline: object = False, **fields: 
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_hub_data_set_is_pinned_cached_and_read_offline(hub: str, tmp_path: Path) -> None:
     manifest = json.loads(build(hub, tmp_path, "one", subsets=["main", "extra"]))
     assert manifest["num_records"] == 40

@@ -29,6 +29,7 @@ def tokenizer(smollm2_tokenizer: PreTrainedTokenizerBase) -> ConversationTokeniz
     return ConversationTokenizer(smollm2_tokenizer)
 
 
+@pytest.mark.slow
 def test_samples_and_rejections_come_in_the_same_order(tokenizer: ConversationTokenizer) -> None:
     def run(num_processes: int) -> tuple[list[str], list[str]]:
         rejected: list[RejectedRecord] = []
@@ -45,6 +46,7 @@ def test_samples_and_rejections_come_in_the_same_order(tokenizer: ConversationTo
     assert len(run(1)[1]) == 10
 
 
+@pytest.mark.slow
 def test_input_is_taken_as_it_is_needed(tokenizer: ConversationTokenizer) -> None:
     taken: list[int] = []
     samples = tokenize_in_processes(

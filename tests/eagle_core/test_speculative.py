@@ -45,6 +45,7 @@ def random_draft(target: TargetModel) -> DraftModel:
     return draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_tokens", [1, 3, 7])
 def test_text_equals_plain_decoding_with_a_random_draft(
     target: TargetModel, random_draft: DraftModel, draft_tokens: int
@@ -95,6 +96,7 @@ def test_a_stop_token_ends_both_texts_at_the_same_place(
             assert generate_speculative(target, draft, PROMPT, config, {stop}).tokens == expected
 
 
+@pytest.mark.slow
 def test_sampled_text_follows_the_targets_distribution(target: TargetModel) -> None:
     """Over many seeds the second token is distributed as plain sampling has it (chi-square)."""
     vocab_size = target.model_config.vocab_size
@@ -237,6 +239,7 @@ def changeable_draft(target: TargetModel) -> DraftModel:
     return draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.03])
 def test_a_batch_gives_every_prompt_its_own_text(
     target: TargetModel, changeable_draft: DraftModel, temperature: float

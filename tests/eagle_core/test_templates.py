@@ -67,6 +67,7 @@ def chatml_by_hand(
     return ids, mask
 
 
+@pytest.mark.slow
 def test_masks_of_real_conversations_are_those_written_by_hand(
     smollm2: ConversationTokenizer,
     smollm2_tokenizer: PreTrainedTokenizerBase,

@@ -1,5 +1,6 @@
 """Interrupted equals uninterrupted, bit for bit, however it was interrupted."""
 
+import json
 import os
 import signal
 import subprocess
@@ -113,6 +114,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, step: int)
     assert resumed.figures == result.figures
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_equals_uninterrupted(tmp_path: Path) -> None:
     expected, _ = run(tmp_path / "whole")
     script = (
@@ -302,48 +304,49 @@ def test_a_checkpoint_says_what_was_measured_at_its_step(tmp_path: Path) -> None
 HALF_SILENT = RandomSource(silent=frozenset(range(0, 20, 2)))
 """Sample 0 stands in where a rank has no batch left; ranks must agree though it has no gradient."""
 _RANKS = """
-import sys
+import json, sys
 from pathlib import Path
 from eagle_core.processes import join_processes
 from tests.eagle_core import test_trainer
 with join_processes():
-    config = test_trainer.CONFIG.model_validate_json(sys.argv[2])
-    test_trainer.run(Path(sys.argv[1]), config, source=test_trainer.HALF_SILENT)
+    for folder, config in json.loads(sys.argv[1]):
+        config = test_trainer.CONFIG.model_validate(config)
+        test_trainer.run(Path(folder), config, source=test_trainer.HALF_SILENT)
 threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 assert not [name for name in threads if "gloo" in name], threads  # may abort Python's end
 """
 
 
-@pytest.mark.parametrize("sharding", ["replicate", "shard"])
-def test_two_ranks_make_the_steps_of_one(tmp_path: Path, sharding: str) -> None:
+@pytest.mark.slow
+def test_two_ranks_make_the_steps_of_one(tmp_path: Path) -> None:
     """The same global batches, an epoch that ends in the middle of a step, and a resumed run."""
     changes = {"max_steps": 8, "checkpoint_every": 4, "schedule": "constant", "max_grad_norm": 1e9}
     config = CONFIG.model_copy(update=changes)
     in_turns = config.model_copy(update={"batches_per_step": 2})
     one, result = run(tmp_path / "one", in_turns, source=HALF_SILENT)
+    runs = [
+        (str(tmp_path / sharding), config.model_copy(update=changes).model_dump(mode="json"))
+        for sharding in ("replicate", "shard")
+        for changes in ({"sharding": sharding, "max_steps": steps} for steps in (4, 8))
+    ]  # each second run goes on from the checkpoint of the first
     script = tmp_path / "ranks.py"
     script.write_text(_RANKS)
-    for max_steps in (4, 8):  # the second run goes on from the first one's checkpoint
-        ranks = config.model_copy(update={"sharding": sharding, "max_steps": max_steps})
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", "2", str(script)),
-                *(str(tmp_path / "two"), ranks.model_dump_json()),
-            ],
-            check=True,
-            timeout=300,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-    draft, _ = random_draft()
-    folder = checkpoint.newest(tmp_path / "two")
-    assert folder is not None
-    checkpoint.load_weights(draft, folder)
-    assert_close(draft.state_dict(), one)
-    assert_close(moments(tmp_path / "two"), moments(tmp_path / "one"))
-    found = checkpoint.read(folder)
-    assert found.figures["loss"] == pytest.approx(result.figures.loss, rel=1e-4)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(script), json.dumps(runs)),
+        ],
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+    for sharding in ("replicate", "shard"):
+        draft, _ = random_draft()
+        folder = checkpoint.newest(tmp_path / sharding)
+        assert folder is not None
+        checkpoint.load_weights(draft, folder)
+        assert_close(draft.state_dict(), one)
+        assert_close(moments(tmp_path / sharding), moments(tmp_path / "one"))
+        found = checkpoint.read(folder)
+        assert found.step == 8
+        assert found.figures["loss"] == pytest.approx(result.figures.loss, rel=1e-4)

@@ -1,7 +1,6 @@
 """The training step against golden vectors and against the plain formulation."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from benchmarks import golden
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.packing import PackedBatch
 from eagle_core.ttt import TttOptions, ttt_step
+from tests import needs
 from tests.eagle_core.plain_ttt import plain_loss
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
@@ -232,7 +232,7 @@ def test_joint_prefixes_never_grow() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+@needs.CXX.mark()
 @pytest.mark.parametrize("objective", ["cross_entropy", "lk_alpha", "lk_hybrid"])
 def test_the_compiled_loss_is_the_eager_one(objective: str) -> None:
     draft, batch, head = random_case(5, [20, 13])

@@ -64,7 +64,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="EYAS_VLLM_PYTHON names no Python with vLLM"),
+    pytest.mark.skipif(PYTHON is None, reason="needs vLLM; see CONTRIBUTING.md: make test-vllm"),
 ]
 
 

@@ -1,12 +1,18 @@
 """Progress is shown, and work never waits for it."""
 
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from uuid import uuid4
 
 import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.objects import Artifact
 
 from flows import progress
-from flows.progress import stage_progress
+from flows.progress import moving, stage_progress
 
 
 @pytest.fixture
@@ -14,9 +20,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the artifact was moved to."""
     seen: list[float] = []
     monkeypatch.setattr(progress, "create_progress_artifact", lambda **_about: uuid4())
-    monkeypatch.setattr(
-        progress, "update_progress_artifact", lambda _artifact, progress: seen.append(progress)
-    )
+    monkeypatch.setattr(progress, "moving", lambda _artifact: nullcontext(seen.append))
     return seen
 
 
@@ -31,31 +35,57 @@ def test_work_goes_on_while_the_server_is_away(
 ) -> None:
     asked, back = threading.Event(), threading.Event()
 
-    def hang(_artifact: object, progress: float) -> None:
+    def hang(percent: float) -> None:
         asked.set()
         back.wait()
-        shown.append(progress)
+        shown.append(percent)
 
-    monkeypatch.setattr(progress, "update_progress_artifact", hang)
+    monkeypatch.setattr(progress, "moving", lambda _artifact: nullcontext(hang))
     monkeypatch.setattr(progress, "ARTIFACT_SECONDS", 0.01)
     monkeypatch.setattr(progress, "LAST_UPDATE_SECONDS", 0.01)
     with stage_progress("training", key="k", total=10, unit="steps") as stage:
         stage.advance()
         assert asked.wait(60)
+        (follower,) = (one for one in threading.enumerate() if one.name == "progress of training")
         for _ in range(9):
             stage.advance()
     assert (stage.done, shown) == (10, [])
     back.set()
+    follower.join(60)
+    assert shown == [10.0, 100.0], "a server that is back is told how it ended"
 
 
 def test_an_update_that_fails_costs_a_picture(
     shown: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_artifact: object, progress: float) -> None:
-        shown.append(progress)
+    def fail(percent: float) -> None:
+        shown.append(percent)
         raise ConnectionError
 
-    monkeypatch.setattr(progress, "update_progress_artifact", fail)
+    monkeypatch.setattr(progress, "moving", lambda _artifact: nullcontext(fail))
     with stage_progress("training", key="k", total=2, unit="steps") as stage:
         stage.advance(2)
     assert shown == [100.0]
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("prefect_server")
+def test_an_update_under_way_when_the_flow_ends_still_arrives() -> None:
+    def artifact() -> Artifact:
+        with get_client(sync_client=True) as client:
+            key = ArtifactFilter(key=ArtifactFilterKey(any_=["outliving"]))
+            (found,) = client.read_artifacts(artifact_filter=key)
+        return found
+
+    with ExitStack() as outlives:
+
+        @flow
+        def work() -> Callable[[float], object]:
+            with stage_progress("shards", key="outliving", total=4, unit="shards") as stage:
+                stage.advance(3)
+            assert artifact().data == 75.0
+            return outlives.enter_context(moving(artifact().id))
+
+        move = work()
+        move(80.0)
+        assert artifact().data == 80.0

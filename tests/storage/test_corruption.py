@@ -46,6 +46,7 @@ def read_all(store: Store) -> None:
         reader.fetch(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage_is_found_read_and_repaired(
     filled: Store, samples: list[StoredSample], damage: Callable[[Path], None]

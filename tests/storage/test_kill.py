@@ -73,6 +73,7 @@ def started_nursery() -> Iterator[Nursery]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(nursery: Nursery, tmp_path: Path) -> None:
     undisturbed = tmp_path / "undisturbed"
     nursery.write(undisturbed)

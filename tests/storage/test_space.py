@@ -57,6 +57,7 @@ SIZES = [f"size={kilobytes}k" for kilobytes in (4, 8, *range(24, 1000, 72))]
 FILES = [f"size=64m,nr_inodes={count}" for count in (2, 4, 6, *range(12, 420, 51))]
 
 
+@pytest.mark.slow
 def test_full_disks_lose_nothing_and_show_nothing_half(tmp_path: Path) -> None:
     require_mounts(tmp_path)
     whole = Store.create(str(tmp_path / "whole"), make_identity())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -448,3 +449,4 @@ TestOnDisk.settings = settings(
     phases=set(Phase) - {Phase.explain},
 )
 TestInMemory.settings = TestOnDisk.settings
+TestOnDisk.pytestmark = [pytest.mark.slow]

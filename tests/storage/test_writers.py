@@ -41,6 +41,7 @@ def run_writers(root: str, versions: Sequence[int]) -> None:
     assert [writer.wait() for writer in writers] == [0] * len(versions)
 
 
+@pytest.mark.slow
 def test_processes_on_one_disk_end_in_one_valid_store(tmp_path: Path) -> None:
     root = str(tmp_path / "shared")
     run_writers(root, [0, 0, 0])
