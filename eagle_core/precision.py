@@ -26,8 +26,6 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         has_units: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return has_units
     if device.type == "cpu":
-        if not hasattr(torch.cpu, "get_capabilities"):  # as in older releases
-            return False
         able = torch.cpu.get_capabilities()
         return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return False

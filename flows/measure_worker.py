@@ -1,7 +1,7 @@
 """The child process that measures what states cost: runs the target on a few samples, stores them.
 
-Reads one `MeasureJob` (JSON) on standard input and answers with one `Measurement` (JSON). Bytes are
-those of real shards of a temporary store, one for each profile.
+Reads `MeasureJob`s on standard input, a line of JSON each, and answers each with one `Measurement`.
+Bytes are those of real shards of a temporary store, one for each profile.
 """
 
 import sys
@@ -82,11 +82,16 @@ class Measurement(BaseModel):
 
 
 def main() -> int:
-    """Measure what standard input asks for; return the exit status."""
-    job = MeasureJob.model_validate_json(sys.stdin.readline())
-    status = answer(lambda: say(_measure(job)))
-    say_ended()
-    return status
+    """Measure what each line of standard input asks for; return the exit status."""
+    for line in sys.stdin:
+        job = MeasureJob.model_validate_json(line)
+
+        def work(job: MeasureJob = job) -> None:
+            say(_measure(job))
+
+        answer(work)
+        say_ended()
+    return 0
 
 
 def _measure(job: MeasureJob) -> Measurement:

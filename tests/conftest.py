@@ -27,9 +27,10 @@ def tiny_target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """Serve a real Prefect API from a temporary database."""
+def prefect_server() -> Iterator[str]:
+    """Serve a real Prefect API from a temporary database; return its URL."""
+    from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+    with prefect_test_harness(server_startup_timeout=300):
+        yield PREFECT_API_URL.value()

@@ -10,6 +10,7 @@ import pytest
 
 from tests import needs
 from tests.closing import not_run
+from tests.waiting import LIMIT_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def run(folder: Path, *arguments: str, tests: str) -> subprocess.CompletedProces
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=LIMIT_SECONDS,
     )
 
 

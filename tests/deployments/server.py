@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 import yaml
 
 from tests import tiny
+from tests.waiting import LIMIT_SECONDS, wait_for
 
 ROOT = Path(__file__).parents[2]
 PREFECT = (sys.executable, "-m", "prefect")
@@ -58,7 +59,7 @@ class Server:
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=LIMIT_SECONDS,
         )
 
     def post(self, path: str, body: Mapping[str, object]) -> Any:
@@ -66,10 +67,10 @@ class Server:
         request = Request(  # noqa: S310 (loopback http)
             f"{self.api_url}/{path}", data=json.dumps(body).encode(), headers=_HEADERS
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LIMIT_SECONDS
         while True:
             try:
-                with urlopen(request, timeout=60) as answer:  # noqa: S310
+                with urlopen(request, timeout=LIMIT_SECONDS) as answer:  # noqa: S310
                     text = answer.read()
                 return json.loads(text) if text else None
             except HTTPError as error:
@@ -117,7 +118,7 @@ def running_server(folder: Path, target: Path) -> Iterator[Server]:
 
         def serve() -> None:
             serving.enter_context(_process(command, server, folder / "server.log"))
-            wait_for(lambda: _is_healthy(server.api_url), seconds=120, what="the server")
+            wait_for(lambda: _is_healthy(server.api_url), what="the server")
 
         def restart() -> None:
             serving.close()
@@ -126,18 +127,8 @@ def running_server(folder: Path, target: Path) -> Iterator[Server]:
         serve()
         worker = ("worker", "start", "--pool", "local", "--type", "process")  # it makes the pool
         with _process(worker, server, folder / "worker.log"):
-            wait_for(lambda: bool(server.post("work_pools/filter", {})), seconds=120, what="a pool")
+            wait_for(lambda: bool(server.post("work_pools/filter", {})), what="a pool")
             yield server
-
-
-def wait_for(
-    condition: Callable[[], bool], *, seconds: float, what: str, every_seconds: float = 0.3
-) -> None:
-    """Poll until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(every_seconds)
 
 
 def _set_up_project(project: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from deployments.cli import app
+from tests.waiting import LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +31,7 @@ def eyas(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=300,
+        timeout=LIMIT_SECONDS,
     )
 
 

@@ -24,8 +24,8 @@ from tests.deployments.server import (
     SECRET,
     Server,
     running_server,
-    wait_for,
 )
+from tests.waiting import LIMIT_SECONDS, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -71,7 +71,7 @@ def test_a_schedule_makes_a_run(deployed: Server) -> None:
     def scheduled() -> bool:
         return any(run["auto_scheduled"] for run in deployed.flow_runs("dataset"))
 
-    wait_for(scheduled, seconds=120, what="a scheduled run")
+    wait_for(scheduled, what="a scheduled run")
     deployed.prefect("deployment", "schedule", "clear", "-y", "dataset/facts")
 
 
@@ -82,7 +82,7 @@ def test_without_the_password_the_server_says_nothing(deployed: Server, tmp_path
         headers={"content-type": "application/json"},
     )
     with pytest.raises(HTTPError) as refused:
-        urlopen(bare, timeout=30)  # noqa: S310
+        urlopen(bare, timeout=LIMIT_SECONDS)  # noqa: S310
     with refused.value:
         assert refused.value.code == 401
     environment = {**deployed.environment, "PREFECT_HOME": str(tmp_path)}
@@ -94,41 +94,20 @@ def test_without_the_password_the_server_says_nothing(deployed: Server, tmp_path
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=LIMIT_SECONDS,
     )
     assert ended.returncode != 0
     assert "tiny" not in ended.stdout
 
 
-def test_retry_makes_only_what_is_missing(deployed: Server, store: Store) -> None:
+def test_new_data_is_seen_and_only_missing_states_are_computed(
+    deployed: Server, store: Store
+) -> None:
+    """What is missing is what the new data needs, and a shard that was lost meanwhile."""
     before = store.commits()
     assert len(before) > 3
     lost = sorted(before)[1]
     store.revoke(lost)
-    run = deployed.flow_runs("hidden-states")[0]
-
-    # What the Retry button of the UI posts (ADR 0003).
-    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
-    deployed.post(f"flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-
-    def retried() -> bool:
-        newest = deployed.flow_runs("hidden-states")[0]
-        return newest["run_count"] == 2 and newest["state_name"] == "Completed"
-
-    wait_for(retried, seconds=120, what="the retried run")
-    assert {key: value.objects for key, value in store.commits().items()} == {
-        key: value.objects for key, value in before.items()
-    }
-    made = deployed.post(
-        "task_runs/filter",
-        {"flow_runs": {"id": {"any_": [run["id"]]}}, "task_runs": {"name": {"like_": "shards "}}},
-    )
-    names = [task["name"] for task in made if task["state_name"] == "Completed"]
-    assert names.count("shards 00000-00000") == 1, names
-
-
-def test_new_data_is_seen_and_only_its_states_are_computed(deployed: Server, store: Store) -> None:
-    before = store.commits()
     runs = len(deployed.flow_runs("hidden-states"))
     tiny.write_conversations(deployed.project / "tiny.json", NUM_CONVERSATIONS * 101 // 100)
     ended = deployed.prefect("deployment", "run", "watch/facts")
@@ -138,18 +117,21 @@ def test_new_data_is_seen_and_only_its_states_are_computed(deployed: Server, sto
         found = deployed.flow_runs("hidden-states")
         return len(found) == runs + 1 and found[0]["state_name"] == "Completed"
 
-    wait_for(computed, seconds=180, what="the run that the changed data started")
-    new = {key: record for key, record in store.commits().items() if key not in before}
+    wait_for(computed, what="the run that the changed data started")
+    after = store.commits()
+    new = {key: record for key, record in after.items() if key not in before}
     assert sum(len(record.sample_ids) for record in new.values()) == NUM_CONVERSATIONS // 100
-    assert before.items() <= store.commits().items()
+    kept = before.keys() - {lost}
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    assert after[lost].objects == before[lost].objects, "the very bytes that were lost"
 
     def told(event: str) -> list[dict[str, object]]:
         found = deployed.post("events/filter", {"filter": {"event": {"name": [event]}}})
         return [one["payload"] for one in found["events"]]
 
     assert len(told(DATASET_CHANGED)) == 1
-    published = {"snapshot_id": store.snapshot().snapshot_id, "shards_made": len(new)}
-    wait_for(lambda: published in told(SNAPSHOT_PUBLISHED), seconds=30, what="the snapshot's event")
+    made = {"snapshot_id": store.snapshot().snapshot_id, "shards_made": len(new) + 1}
+    wait_for(lambda: made in told(SNAPSHOT_PUBLISHED), what="the snapshot's event")
 
 
 def test_lost_runs_are_marked_by_the_automation_that_ships(deployed: Server) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from storage.store import Store
 from tests import tiny
 from tests.deployments.terminal import ROOT, eyas
+from tests.waiting import LIMIT_SECONDS, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -29,6 +30,12 @@ dataset: {{name: facts, source: {source}, held_out_fraction: 0.2, max_length: 25
 """
     )
     return str(recipe)
+
+
+def _wait_for(child: "subprocess.Popen[str]", condition: Callable[[], bool], *, what: str) -> None:
+    """Poll until the condition holds or the child has ended, which is an error."""
+    wait_for(lambda: condition() or child.poll() is not None, what=what, every_seconds=0.05)
+    assert child.poll() is None, child.communicate()
 
 
 def _training(max_steps: int) -> str:
@@ -50,13 +57,9 @@ def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
         text=True,
         cwd=ROOT,
     )
-    deadline = time.monotonic() + 240
-    while not list(home.rglob("step-*")):  # the first checkpoint: training is under way
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    _wait_for(child, lambda: bool(list(home.rglob("step-*"))), what="the first checkpoint")
     child.send_signal(signal.SIGTERM)
-    stdout, stderr = child.communicate(timeout=120)
+    stdout, stderr = child.communicate(timeout=LIMIT_SECONDS)
     assert child.returncode == 1, stderr
     last = stderr.strip().splitlines()[-1]
     assert last.startswith("TrainingStoppedError: training tiny-facts-main was stopped at step ")
@@ -80,9 +83,18 @@ def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
 
 @pytest.mark.parametrize(("to_all", "wanted"), [(False, signal.SIGTERM), (True, signal.SIGINT)])
 def test_a_stopped_generation_leaves_no_process_and_whole_shards(
-    tmp_path: Path, tiny_target_path: Path, *, to_all: bool, wanted: signal.Signals
+    tmp_path: Path,
+    tiny_target_path: Path,
+    prefect_server: str,
+    *,
+    to_all: bool,
+    wanted: signal.Signals,
 ) -> None:
-    """A scheduler sends SIGTERM to the command, a terminal SIGINT to all of its processes."""
+    """A scheduler sends SIGTERM to the command, a terminal SIGINT to all of its processes.
+
+    The first run has a temporary server to end, the second reports to one that was there before.
+    """
+    server = {"PREFECT_API_URL": prefect_server} if to_all else {}
     recipe = _recipe(
         tmp_path,
         tiny_target_path,
@@ -98,15 +110,14 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        env={**os.environ, **server},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while len(list(home.glob("stores/*/commits/*.json"))) < 3:
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    commits = home / "stores"
+    _wait_for(child, lambda: len(list(commits.glob("*/commits/*.json"))) >= 3, what="three shards")
     (os.killpg if to_all else os.kill)(child.pid, wanted)
-    _, stderr = child.communicate(timeout=60)  # whoever lived on would hold the pipes open
+    # Whoever lived on would hold the pipes open.
+    _, stderr = child.communicate(timeout=LIMIT_SECONDS)
     assert child.returncode == 130, stderr
     assert stderr.strip().endswith("stopped; the same command goes on with what is missing")
     assert "Traceback" not in stderr

@@ -11,6 +11,7 @@ import pytest
 from storage.store import Store
 from tests.deployments.terminal import ROOT, eyas_here
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
+from tests.waiting import LIMIT_SECONDS
 
 SAMPLES = make_samples(12)
 WITHOUT_TORCH = """
@@ -32,7 +33,7 @@ def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=60,
+        timeout=LIMIT_SECONDS,
         env={**os.environ, "COLUMNS": "80"},
     )
 

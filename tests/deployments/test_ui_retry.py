@@ -14,8 +14,9 @@ from playwright.sync_api import Page
 from storage.store import Store
 from tests import needs
 from tests.browser import browser_page
-from tests.deployments.server import AUTH, Server, running_server, wait_for
+from tests.deployments.server import AUTH, Server, running_server
 from tests.flows.trees import digests
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.ui, pytest.mark.slow, needs.CHROMIUM.mark()]
 
@@ -122,9 +123,7 @@ def _kill_the_flow(
     os.kill(int(re.findall(r"PPid:\s*(\d+)", status)[0]), signal.SIGKILL)
     os.kill(worker, signal.SIGCONT)
     assert _ended(server, run)["state_name"] == "Crashed"
-    wait_for(
-        lambda: log.read_text().count(WORKER_KNOWS) > known, seconds=120, what="the worker to know"
-    )
+    wait_for(lambda: log.read_text().count(WORKER_KNOWS) > known, what="the worker to know")
     return _still_there(root, before)
 
 
@@ -139,7 +138,6 @@ def _stop_in_the_middle(
     """Stop the process that makes shards after it has made two more; return its id and what is."""
     wait_for(
         lambda: len(_commit_times(root)) >= len(before) + 2,
-        seconds=240,
         what="the first shards",
         every_seconds=0.02,
     )
@@ -157,9 +155,7 @@ def _still_there(root: Path, before: Mapping[str, int]) -> Mapping[str, int]:
 
 def _retry(page: Page, server: Server, run: str, *, attempt: int) -> None:
     _choose(page, server, run, "Retry")
-    wait_for(
-        lambda: _run(server, run)["run_count"] == attempt, seconds=240, what=f"attempt {attempt}"
-    )
+    wait_for(lambda: _run(server, run)["run_count"] == attempt, what=f"attempt {attempt}")
 
 
 def _choose(page: Page, server: Server, run: str, action: str) -> None:
@@ -198,9 +194,7 @@ def _run(server: Server, run: str) -> dict[str, Any]:
 
 
 def _ended(server: Server, run: str) -> dict[str, Any]:
-    wait_for(
-        lambda: _run(server, run)["state_type"] in TERMINAL, seconds=180, what="the end of the run"
-    )
+    wait_for(lambda: _run(server, run)["state_type"] in TERMINAL, what="the end of the run")
     return _run(server, run)
 
 
@@ -218,7 +212,7 @@ def _shard_tasks(server: Server, run: str, *, attempt: int, count: int) -> list[
         tasks = of_attempt()
         return len(tasks) >= count and all(task["state_type"] in TERMINAL for task in tasks)
 
-    wait_for(are_recorded, seconds=60, what=f"{count} task runs")
+    wait_for(are_recorded, what=f"{count} task runs")
     tasks = of_attempt()
     assert len(tasks) == count
     return tasks

@@ -1,6 +1,6 @@
 """Track with the real packages and read back what they wrote; run in an environment that has them.
 
-`python hosted_trackers_probe.py ACTION TRACKER FOLDER`; the answer is one JSON document in
+`python hosted_trackers_probe.py ACTION TRACKER[,...] FOLDER`; the answer is one JSON document in
 FOLDER/answer.json. No action may open a connection to another machine.
 """
 
@@ -75,11 +75,10 @@ def wandb_helper() -> int:
     raise LookupError
 
 
-def read(tracker: str, folder: Path) -> list[Any]:
+def read(trackers: tuple[str, ...], folder: Path) -> dict[str, list[Any]]:
     """Return [hosted run, project, {step: {name: value}}, settings seen] of every file or run."""
-    return list(
-        {"wandb": read_wandb, "swanlab": read_swanlab, "mlflow": read_mlflow}[tracker](folder)
-    )
+    readers = {"wandb": read_wandb, "swanlab": read_swanlab, "mlflow": read_mlflow}
+    return {tracker: list(readers[tracker](folder)) for tracker in trackers}
 
 
 def read_wandb(folder: Path) -> Iterator[Any]:
@@ -146,15 +145,15 @@ def read_mlflow(folder: Path) -> Iterator[Any]:
 
 def main() -> None:
     """Do one action and write the answer."""
-    action, tracker, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    action, trackers, folder = sys.argv[1], tuple(sys.argv[2].split(",")), Path(sys.argv[3])
     logging.getLogger("eagle_core").addHandler(Warnings())
     sys.addaudithook(watch)
-    config = TrackingConfig(trackers=(tracker,), project="drafts")  # type: ignore[arg-type]
+    config = TrackingConfig(trackers=trackers, project="drafts")  # type: ignore[arg-type]
     answer: Any = None
     if action == "break":
         track_until_it_breaks(config, folder)
     elif action == "read":
-        answer = read(tracker, folder)
+        answer = read(trackers, folder)
     else:
         track(config, folder, {"first": FIRST, "second": SECOND}[action])
     document = {"id": hosted_run_id(NAME), "answer": answer, "warnings": warnings}

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from eagle_core.hosted_trackers import (
     open_trackers,
 )
 from tests.side_environment import side_environment
+from tests.waiting import LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("hosted_trackers_probe.py")
@@ -29,21 +31,21 @@ def trackers_python() -> Path:
     return side_environment("trackers", ["wandb", "swanlab", "mlflow-skinny"])
 
 
-def probe(python: Path, action: str, tracker: str, folder: Path) -> dict[str, Any]:
+def probe(python: Path, action: str, trackers: str, folder: Path) -> dict[str, Any]:
     """Run one action of the probe in a process of its own and return its answer."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     hidden = ("WANDB_", "SWANLAB_", "MLFLOW_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     done = subprocess.run(
-        [python, PROBE, action, tracker, folder],
+        [python, PROBE, action, trackers, folder],
         env={**kept, "PYTHONPATH": str(ROOT), "HOME": str(home)},
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
@@ -55,15 +57,27 @@ def merged(answer: list[Any]) -> dict[int, dict[str, float]]:
     return {int(step): values for part in answer for step, values in part[2].items()}
 
 
+@pytest.fixture(scope="module")
+def resumed(
+    trackers_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, dict[str, Any]]:
+    """What three processes told: two that track a run one after the other, and one that reads."""
+    folder = tmp_path_factory.mktemp("resumed")
+    return {
+        action: probe(trackers_python, action, "wandb,swanlab,mlflow", folder)
+        for action in ("first", "second", "read")
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tracker", "num_parts"), [("wandb", 2), ("swanlab", 2), ("mlflow", 1)])
 def test_a_resumed_run_goes_on_in_the_same_hosted_run_without_a_network(
-    trackers_python: Path, tmp_path: Path, tracker: str, num_parts: int
+    resumed: Mapping[str, dict[str, Any]], tracker: str, num_parts: int
 ) -> None:
     for action in ("first", "second"):
-        told = probe(trackers_python, action, tracker, tmp_path)
+        told = resumed[action]
         assert told["connections"] == told["warnings"] == []
-    found = probe(trackers_python, "read", tracker, tmp_path)["answer"]
+    found = resumed["read"]["answer"][tracker]
     assert [part[:2] for part in found] == [[told["id"], "drafts"]] * num_parts
     expected = {
         step: {

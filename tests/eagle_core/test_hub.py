@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.waiting import LIMIT_SECONDS
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(40)]
 FILES = {
@@ -126,7 +128,7 @@ def build(hub: str, home: Path, out: str, *, offline: object = False, **fields: 
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=120,
+        timeout=LIMIT_SECONDS,
     )
     return done.stdout.strip().splitlines()[-1]
 

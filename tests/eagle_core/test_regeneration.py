@@ -27,6 +27,7 @@ from eagle_core.regeneration_local import LocalAnswers
 from eagle_core.regeneration_server import AnswerServer
 from eagle_core.target_config import TargetConfig
 from tests.eagle_core.answer_server import Body, Fault, Server, echo, say, serving
+from tests.waiting import LIMIT_SECONDS, wait_for
 
 Make = Callable[..., Path]
 
@@ -371,8 +372,8 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(
         with AnswerJournal(path) as journal:
             finished = {one.conversation_id for one in conversations_finished(journal, source)}
         assert num_requests // 2 - 4 <= len(finished) < 40
-        time.sleep(0.2)  # what was under way when the client died
-        subprocess.run(command, check=True, timeout=120)
+        wait_for(lambda: server.num_open == 0, what="requests of the client that died")
+        subprocess.run(command, check=True, timeout=LIMIT_SECONDS)
         counts = {f"c{number}": server.asked_about(f"question {number}.0") for number in range(40)}
     assert {counts[one] for one in finished} == {1}
     assert sum(counts.values()) <= 40 + 4

@@ -20,6 +20,7 @@ from eagle_core.trainer import train
 from eagle_core.training_config import TrainingConfig
 from eagle_core.training_result import Progress, TrainingResult
 from tests.eagle_core.random_source import RandomSource, random_draft
+from tests.waiting import LIMIT_SECONDS
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(
@@ -337,7 +338,7 @@ def test_two_ranks_make_the_steps_of_one(tmp_path: Path) -> None:
             *("--nproc-per-node", "2", str(script), json.dumps(runs)),
         ],
         check=True,
-        timeout=300,
+        timeout=LIMIT_SECONDS,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
     )
     for sharding in ("replicate", "shard"):

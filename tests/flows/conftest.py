@@ -6,9 +6,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from pydantic import BaseModel
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
+from flows.child_process import Child
 from flows.config import StoreConfig
 from flows.shard_processes import ShardProcesses
 from tests import tiny
@@ -42,6 +44,22 @@ def shard_process() -> Iterator[None]:
     with mock.patch("flows.runner.ShardProcesses", processes):
         yield
     ShardProcesses.close(shared)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measuring_process() -> Iterator[None]:
+    """Measure what states cost, for all flows, in one process."""
+    children: list[Child] = []
+
+    def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
+        if not children or not children[-1].is_idle:
+            children.append(Child(module, environment={}))
+        yield from children[-1].ask(request, what=what)
+
+    with mock.patch("flows.preflight.ask", ask):
+        yield
+    for child in children:
+        child.close()
 
 
 @pytest.fixture

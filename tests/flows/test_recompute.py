@@ -62,7 +62,7 @@ def made(
     home: Path,
     target: TargetConfig,
     dataset: DatasetConfig,
-    prefect_server: None,  # noqa: ARG001 (a flow needs one)
+    prefect_server: str,  # noqa: ARG001 (a flow needs one)
 ) -> Store:
     """A store with half of its states, made by the flow."""
     summary = hidden_states(target=target, dataset=dataset, store=RECOMPUTE, home=str(home))

@@ -52,7 +52,7 @@ def whole(
     tmp_path_factory: pytest.TempPathFactory,
     outspoken: TargetConfig,
     facts: DatasetConfig,
-    prefect_server: None,  # noqa: ARG001 (the flow needs it)
+    prefect_server: str,  # noqa: ARG001 (the flow needs it)
 ) -> Path:
     """A home folder with a sound store; not to be changed."""
     home = tmp_path_factory.mktemp("whole")

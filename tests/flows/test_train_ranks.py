@@ -66,7 +66,7 @@ def home(
     tmp_path_factory: pytest.TempPathFactory,
     target: TargetConfig,
     dataset: DatasetConfig,
-    prefect_server: None,  # noqa: ARG001 (a flow needs one)
+    prefect_server: str,  # noqa: ARG001 (a flow needs one)
 ) -> Path:
     """A home folder with a store that the flow has made."""
     home = tmp_path_factory.mktemp("home")
