@@ -105,7 +105,7 @@ class Child:
             stdin.flush()
         failures: list[Failure] = []
         with _Watch(self._process, silence_seconds) as watch:
-            for line in stdout:
+            for line in _until_closed(stdout):
                 watch.heard()
                 if line.startswith('{"failure":'):
                     failures.append(Failure.model_validate_json(line))
@@ -125,7 +125,7 @@ class Child:
         raise ChildKilledError(_epitaph(what, status, tail))
 
     def close(self) -> None:
-        """End it; what it was working on is lost."""
+        """End it, from any thread; what it was working on is lost."""
         self._process.terminate()
         try:
             self._process.wait(END_SECONDS)
@@ -265,9 +265,24 @@ def _as_raised(failures: Sequence[Failure]) -> Exception:
     return error
 
 
+def _until_closed(stdout: IO[str]) -> Iterator[str]:
+    """Yield lines until the end, or until another thread closes the pipe."""
+    while True:
+        try:
+            line = stdout.readline()
+        except ValueError:
+            return
+        if not line:
+            return
+        yield line
+
+
 def _tail(stderr: IO[str]) -> str:
-    stderr.seek(0)
-    text = stderr.read()
+    try:
+        stderr.seek(0)
+        text = stderr.read()
+    except ValueError:  # closed by another thread: it was ended on purpose
+        return ""
     _, is_of_ranks, summary = text.rpartition(_RANKS_SUMMARY)
     if is_of_ranks:
         return summary.strip("-=\n")[-_RANKS_TAIL_CHARS:].strip()

@@ -1,10 +1,12 @@
 """The `eyas` command: in a process of its own as a person meets it, or in this one, faster."""
 
+import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from typer.testing import CliRunner
 
@@ -39,7 +41,8 @@ def eyas_here(*arguments: str) -> Ended:
     """Run the command in this process; an error that it does not expect is raised."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        with mock.patch.dict(os.environ):
+            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     finally:
         signal.signal(signal.SIGTERM, handler)
     return Ended(returncode=result.exit_code, stdout=result.stdout, stderr=result.stderr)

@@ -30,6 +30,7 @@ from storage.store import Store
 from tests.flows.talking_child import Talk
 from tests.flows.trees import digests
 from tests.storage.seaweed import BUCKET, seaweed
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -186,5 +187,17 @@ def test_a_child_that_does_not_end_when_it_is_told_to_is_killed(
     child = Child("tests.flows.talking_child", environment={})
     assert len(list(child.ask(Talk(pauses=(0.0,)), what="the child"))) == 1
     os.kill(child._process.pid, signal.SIGSTOP)  # SIGTERM waits then, as for a driver that hangs
+    status = psutil.Process(child._process.pid).status
+    wait_for(lambda: status() == psutil.STATUS_STOPPED, what="the child to stop")
     child.close()
     assert child._process.returncode == -signal.SIGKILL
+
+
+def test_a_child_that_is_ended_under_a_request_is_a_killed_one_to_who_asked() -> None:
+    """As when a run is cancelled: one thread ends what another still reads from."""
+    child = Child("tests.flows.talking_child", environment={})
+    lines = child.ask(Talk(pauses=(0.0,), is_ending=False), what="the child")
+    next(lines)
+    child.close()
+    with pytest.raises(ChildKilledError, match="the child was killed by signal 15"):
+        next(lines)
