@@ -19,7 +19,7 @@ from eagle_core.target import aux_layers, read_model_config, resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
-from flows.prepare import conversation_tokenizer
+from flows.target_tokenizer import conversation_tokenizer
 
 VOCABULARY_NAME = "draft_vocabulary.safetensors"
 

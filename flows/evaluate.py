@@ -19,12 +19,13 @@ from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.draft_setup import set_up_draft
-from flows.prepare import conversation_tokenizer, prepare
+from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.run_name import run_name
 from flows.run_page import acceptance_plot, write_run_page
 from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
+from flows.target_tokenizer import conversation_tokenizer
 from flows.trained_draft import choose_checkpoint, load_checkpoint
 from flows.workspace import DEFAULT_HOME
 

@@ -1,6 +1,7 @@
 """Plots as SVG that stands inside an HTML page: no file beside it, no script, no font to fetch.
 
-Text stays text. Axes are of a grey that reads on white and on black.
+Text stays text. Axes are of a grey that reads on white and on black. Matplotlib is imported when
+something is drawn: it would take half a second of the start of every flow.
 """
 
 import io
@@ -8,21 +9,20 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-from matplotlib.typing import RcKeyType
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 _GREY = "#808080"
 _COLOURS = ("#2f7ea8", "#d9822b", "#3f9b5c", "#a0529c")
 _INCHES = (6.4, 3.0)
 _MOST_MARKERS = 12
-_STYLE: dict[RcKeyType, Any] = {
+_STYLE: "dict[RcKeyType, Any]" = {
     "svg.fonttype": "none",
     "font.size": 9,
     "font.family": "sans-serif",
@@ -115,13 +115,18 @@ def lengths(edges: Sequence[float], counts: Sequence[int]) -> str:
 
 
 def _style(name: str) -> AbstractContextManager[None]:
+    import matplotlib as mpl  # noqa: PLC0415 (see above)
+
     # Marks and clips are named by digests: salted, no two plots of a page share one.
     return mpl.rc_context({**_STYLE, "svg.hashsalt": name})
 
 
 def _axes(
     x_label: str, y_label: str, *, share: bool = False, inches: tuple[float, float] = _INCHES
-) -> tuple[Figure, Axes]:
+) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure  # noqa: PLC0415 (see above)
+    from matplotlib.ticker import PercentFormatter  # noqa: PLC0415 (see above)
+
     figure = Figure(figsize=inches, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x_label)
@@ -131,7 +136,7 @@ def _axes(
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def _svg(figure: "Figure", name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     text = buffer.getvalue()
@@ -142,7 +147,7 @@ def _svg(figure: Figure, name: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 
 
-def _legend(figure: Figure, series: Sequence[Series]) -> None:
+def _legend(figure: "Figure", series: Sequence[Series]) -> None:
     if len(series) > 1:
         figure.legend(loc="outside upper right", ncols=len(series), columnspacing=1.2)
 
@@ -151,5 +156,8 @@ def _colours(count: int) -> list[str]:
     """Return different colours for a few things, and graded ones for many: steps, then."""
     if count <= len(_COLOURS):
         return list(_COLOURS[:count])
+    import matplotlib as mpl  # noqa: PLC0415 (see above)
+    from matplotlib.colors import to_hex  # noqa: PLC0415 (see above)
+
     graded = mpl.colormaps["viridis"](np.linspace(0.15, 0.95, count))
     return [to_hex(colour) for colour in graded]

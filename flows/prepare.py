@@ -10,7 +10,6 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from transformers import AutoTokenizer
 
 from eagle_core import weights
 from eagle_core.dataset import build_dataset, load_conversations
@@ -26,6 +25,7 @@ from eagle_core.tokens import TokenFile, write_token_file
 from flows.artifact_key import artifact_key
 from flows.progress import StageProgress, stage_progress
 from flows.summaries import DatasetSummary, TokensSummary
+from flows.target_tokenizer import conversation_tokenizer
 from flows.token_report import publish_token_report
 from flows.workspace import Workspace
 
@@ -79,13 +79,6 @@ def prepare_weights(target: TargetConfig) -> Path:
         folder = weights.locate(target)
         progress.advance()
     return folder
-
-
-def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
-    """Return the target's own tokenizer, with its chat template or the one that was chosen."""
-    folder = weights.locate(target)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=target.trust_remote_code)
-    return ConversationTokenizer(tokenizer, target.template)
 
 
 @task(task_run_name="tokenize {dataset.name}", cache_policy=NO_CACHE, persist_result=False)

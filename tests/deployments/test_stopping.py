@@ -104,8 +104,7 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
     home = tmp_path / "home"
     command = ("run", "hidden-states", recipe, "--home", str(home))
     child = subprocess.Popen(
-        # A shell that runs the tests in its background has them, and their children, ignore SIGINT.
-        ["env", "--default-signal=INT", sys.executable, "-m", "deployments", *command],
+        [sys.executable, "-m", "deployments", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,7 @@ from eagle_core.conversations import Conversation, Message
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.target import aux_layers, read_model_config
 from flows.preflight import _bare_bytes_per_token
-from flows.prepare import conversation_tokenizer
+from flows.target_tokenizer import conversation_tokenizer
 from tests.deployments.architectures import ARCHITECTURES, Architecture
 from tests.eagle_core.test_template_families import train
 

@@ -15,8 +15,9 @@ from eagle_core.template_config import TemplateConfig
 from eagle_core.tokens import TokenFile
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
-from flows.prepare import conversation_tokenizer, prepare_dataset, tokenize
+from flows.prepare import prepare_dataset, tokenize
 from flows.regenerate import answer_source, regenerate_flow, summary_rows
+from flows.target_tokenizer import conversation_tokenizer
 from flows.workspace import Workspace
 from tests.eagle_core.answer_server import serving
 
