@@ -26,7 +26,7 @@ def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
     expected = dataclasses.replace(
         store.identity, target_fields=fields, target_fingerprint=fingerprint(fields)
     )
-    store.identity.require_equal(expected, where=f"the store at {store.root.root}")
+    store.identity.require_equal(expected, where=f"the store at {store.root.url}")
     _, lm_head = weights.load_ends(folder, dtype=torch.float32)
     device = resolve_device(target.device)
     return TargetRecompute(lm_head.to(device), partial_target(target, store.identity))

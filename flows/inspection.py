@@ -63,7 +63,7 @@ def look(root: str) -> StoreFigures:
     snapshots = tuple(_snapshots(store, damaged))
     garbage = _garbage(store)
     return StoreFigures(
-        root=store.root.root,
+        root=store.root.url,
         identity=store.identity,
         num_shards=len(store.shard_ids()),
         num_probed=sum(bool(record.probe) for record in commits.values()),

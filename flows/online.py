@@ -144,7 +144,7 @@ def _keeper(
         shards_in_memory=training.shuffle_window,
     )
     get_run_logger().info(
-        "states are kept in %s: %d samples to compute", store.root.root, keeper.num_missing
+        "states are kept in %s: %d samples to compute", store.root.url, keeper.num_missing
     )
     return keeper
 

@@ -119,7 +119,7 @@ def _make_again(
     for shard in shards:
         opened.revoke(shard.shard_id)
     work = MissingShards(plan_id=plan.plan_id, shards=plan.shards)
-    make_shards(target, store, runner, tokens, opened.root.root, work)
+    make_shards(target, store, runner, tokens, opened.root.url, work)
     if is_new:
         opened.root.delete(f"plans/{plan.plan_id}.json")
 

@@ -74,7 +74,7 @@ class StorageBill(BaseModel):
         """Add up the commit records of a store."""
         commits = store.commits().values()
         return cls(
-            root=store.root.root,
+            root=store.root.url,
             profile=store.identity.profile,
             num_shards=len(commits),
             num_tokens=sum(commit.num_tokens for commit in commits),

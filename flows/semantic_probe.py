@@ -13,7 +13,6 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from storage.errors import ShardCorruptError
 from storage.probe import ProbePoint, left_out_channels, probe_positions
 from storage.recompute import Recompute
-from storage.record import CommitRecord
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -62,31 +61,6 @@ def _points(
         )
 
 
-def require_as_said(
-    store: Store, record: CommitRecord, recompute: Recompute, probe: Sequence[ProbePoint]
-) -> None:
-    """Take a shard back and raise ShardCorruptError unless its bytes say what the target said.
-
-    States that the store leaves out must be made again bit for bit if `probe`, what the target said
-    here, is what the shard was committed with. A rival's may come from other hardware: its last
-    bits may differ from those made here.
-    """
-    shard_id = record.shard_id
-    is_from_here = set(record.probe) == set(probe)
-    findings = store.verify_shard(shard_id, recompute=recompute, exact=is_from_here)
-    if not findings:
-        return
-    store.revoke(shard_id)
-    first = findings[0]
-    raise ShardCorruptError(
-        f"shard {shard_id} was stored and does not read back as what the target said: "
-        f"{first.object_key}: {first.problem}. It is taken back; run the same command again. If "
-        "that ends the same way, the states are captured wrongly (layer, norm, a head with a "
-        "bias), layers of this target cannot be run alone (set store.recompute to false), or this "
-        "machine's memory or disk fails"
-    )
-
-
 def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int:
     """Raise ShardCorruptError unless a few shards of `snapshot` hold what the target said.
 
@@ -101,7 +75,7 @@ def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int
         if findings:
             raise ShardCorruptError(
                 f"shard {shard_id} must not be trained on: {findings[0]}. `eyas verify --deep "
-                f"{store.root.root}` looks at every shard"
+                f"{store.root.url}` looks at every shard"
             )
     if store.identity.left_out is not None and any(
         store.verify_shard(shard_id, recompute=recompute, exact=True) for shard_id in chosen

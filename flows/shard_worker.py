@@ -24,7 +24,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from flows.child_process import answer, say, say_ended
 from flows.recompute import TargetRecompute, partial_target
-from flows.semantic_probe import probed, require_as_said
+from flows.semantic_probe import probed
 from flows.stored_source import to_stored
 from storage.plan import Plan, PlannedShard
 from storage.probe import ProbePoint
@@ -101,9 +101,10 @@ class ShardMaker:
         probe: Sequence[ProbePoint],
         began: float,
     ) -> ShardReport:
-        """Write a shard and read it back, in a thread: the target goes on with the next one."""
-        record = self._store.write_shard(shard, map(to_stored, states), probe=probe)
-        require_as_said(self._store, record, self._recompute, probe)
+        """Write a shard, which reads it back, in a thread: the target goes on with the next one."""
+        self._store.write_shard(
+            shard, map(to_stored, states), probe=probe, recompute=self._recompute
+        )
         seconds = time.monotonic() - began
         made_by = f"{socket.gethostname()}:{os.getpid()}"
         return ShardReport(kind="shard", shard_id=shard.shard_id, seconds=seconds, made_by=made_by)

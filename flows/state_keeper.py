@@ -12,7 +12,7 @@ from typing import Self
 from eagle_core.partial_target import PartialTarget
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from flows.recompute import TargetRecompute
-from flows.semantic_probe import probed, require_as_said
+from flows.semantic_probe import probed
 from flows.stored_source import StoredSource, to_stored
 from storage.plan import Plan, PlannedSample, PlannedShard
 from storage.probe import ProbePoint
@@ -130,8 +130,9 @@ class StateKeeper:
     def _write(
         self, shard: PlannedShard, states: Sequence[HiddenStateSample], probe: Sequence[ProbePoint]
     ) -> None:
-        record = self.store.write_shard(shard, map(to_stored, states), probe=probe)
-        require_as_said(self.store, record, self._recompute, probe)
+        self.store.write_shard(
+            shard, map(to_stored, states), probe=probe, recompute=self._recompute
+        )
 
     def _finish_writing(self) -> None:
         writing, self._writing = self._writing, None

@@ -162,7 +162,7 @@ def _snapshot_of(store: Store, tokens: TokenFile, dataset: str) -> Snapshot:
     num_shared = len(members & ours)
     if num_shared <= len(members) / 2:
         raise storage.errors.MismatchError(
-            f"of the {len(members):,} samples in the latest snapshot of {store.root.root}, "
+            f"of the {len(members):,} samples in the latest snapshot of {store.root.url}, "
             f"{num_shared:,} are of data set {dataset}, and no other snapshot holds that as it is "
             "now; run hidden-states with this recipe first"
         )

@@ -77,7 +77,7 @@ def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool =
     kept = set(keep)
     if not kept <= set(present):
         raise ConfigError(
-            f"{store.root.root} has no snapshot {min(kept - set(present))}; it has: "
+            f"{store.root.url} has no snapshot {min(kept - set(present))}; it has: "
             f"{', '.join(present) or 'none'}"
         )
     latest = store.snapshot().snapshot_id if present else None

@@ -26,6 +26,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
+from storage.listing import list_objects
 from storage.memory import Allocate
 from storage.retry import retried
 
@@ -68,7 +69,12 @@ class Directory:
 
     def __reduce__(self) -> tuple[Callable[[str], "Directory"], tuple[str]]:
         """Travel as a URL: the file system's options, credentials among them, stay behind."""
-        return Directory.at, (str(self.file_system.unstrip_protocol(self.root)),)
+        return Directory.at, (self.url,)
+
+    @property
+    def url(self) -> str:
+        """The root as `Directory.at` takes it: a path on a disk, elsewhere a URL with its scheme."""
+        return self.root if self.is_local else str(self.file_system.unstrip_protocol(self.root))
 
     @property
     def is_local(self) -> bool:
@@ -76,8 +82,12 @@ class Directory:
         return isinstance(self.file_system, LocalFileSystem)
 
     def path(self, key: str) -> str:
-        """Return where an object lies."""
+        """Return where an object lies, as the file system names it."""
         return f"{self.root}/{key}" if key else self.root
+
+    def where(self, key: str) -> str:
+        """Return where an object lies, as a person names it: with the scheme of a URL."""
+        return f"{self.url}/{key}" if key else self.url
 
     def read(self, key: str) -> bytes:
         """Return an object's bytes; FileNotFoundError if there is none."""
@@ -126,7 +136,7 @@ class Directory:
             while filled < len(data):  # a read may return less than it was asked for
                 num_bytes = file.readinto(data.data[filled:])
                 if not num_bytes:
-                    raise FileNotFoundError(f"{self.path(key)} ended early: it is being rewritten")
+                    raise FileNotFoundError(f"{self.where(key)} ended early: it is being rewritten")
                 filled += num_bytes
             return data.data
 
@@ -155,13 +165,14 @@ class Directory:
 
         def find() -> Mapping[str, Mapping[str, Any]]:
             self.file_system.invalidate_cache()
-            try:
-                found: Mapping[str, Mapping[str, Any]] = self.file_system.find(base, detail=True)
-            except FileNotFoundError:
-                return {}
-            return found
+            return list_objects(self.file_system, base)
 
-        found = self._attempted(prefix, find)
+        try:
+            found = self._attempted(prefix, find)
+        except FileNotFoundError as error:  # S3 lists a prefix without objects, but no lost bucket
+            raise ConfigError(
+                f"cannot list {self.where(prefix)}: {error}; make the bucket, or correct the path"
+            ) from error
         return {  # a server may list the folder itself, as an empty object without a name
             path[len(base) + 1 :]: entry for path, entry in sorted(found.items()) if path != base
         }
@@ -202,7 +213,7 @@ class Directory:
             )
         except FileNotFoundError as error:
             raise ConfigError(
-                f"cannot write {self.path(key)}: {error}; make the bucket, or correct the path"
+                f"cannot write {self.where(key)}: {error}; make the bucket, or correct the path"
             ) from error
         return answer.get("ETag") if isinstance(answer, Mapping) else None
 
@@ -219,7 +230,8 @@ class Directory:
         if not self.is_local:
             return
         with self._translated(prefix):
-            for directory, _, _ in os.walk(self.path(prefix), topdown=False):
+            walked = os.walk(self.path(prefix), topdown=False, onerror=_raise)
+            for directory, _, _ in walked:
                 _sync_directory(Path(directory))
             self._sync_parents(Path(self.path(prefix)))
 
@@ -313,13 +325,13 @@ class Directory:
             raise
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise ConfigError(
-                f"cannot use {self.path(key)}: {error}; set AWS_ACCESS_KEY_ID and "
+                f"cannot use {self.where(key)}: {error}; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, or a profile, where this runs"
             ) from error
         except (BotoCoreError, ClientError, aiohttp.ClientError) as error:
-            raise TransientError(f"{self.path(key)}: {type(error).__name__}: {error}") from error
+            raise TransientError(f"{self.where(key)}: {type(error).__name__}: {error}") from error
         except OSError as error:
-            path = self.path(key)
+            path = self.where(key)
             if _precondition_failed(error):
                 raise FileExistsError(error.errno, str(error), path) from error
             if isinstance(error, FileExistsError) and not self.is_local:
@@ -384,6 +396,10 @@ class _PiecesOfFile:
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> None:

@@ -25,7 +25,7 @@ def damaged_shards(store: Store, findings: Iterable[Finding]) -> Sequence[Planne
     if lost:
         raise CorruptError(
             f"nothing says what {len(lost)} damaged shards held, first {lost[0]}: delete "
-            f"commits/{lost[0]}.json (and the others') below {store.root.root}, then run the "
+            f"commits/{lost[0]}.json (and the others') below {store.root.url}, then run the "
             "hidden-states flow, which plans their samples again"
         )
     return [known[shard] for shard in wanted]

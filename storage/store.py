@@ -42,7 +42,7 @@ class Store:
         directory = Directory.at(root)
         directory.publish(IDENTITY_KEY, identity.to_json(), replace=False)
         store = cls.open(root)
-        store.identity.require_equal(identity, where=f"the store at {directory.root}")
+        store.identity.require_equal(identity, where=f"the store at {directory.url}")
         return store
 
     @classmethod
@@ -53,7 +53,7 @@ class Store:
             data = directory.read(IDENTITY_KEY)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"there is no store at {directory.root} (no {IDENTITY_KEY}); run a hidden-states "
+                f"there is no store at {directory.url} (no {IDENTITY_KEY}); run a hidden-states "
                 "flow to make one, or correct the path"
             ) from error
         return cls(directory, StoreIdentity.from_json(data))
@@ -158,7 +158,7 @@ class Store:
         try:
             data = self.root.read(f"plans/{plan_id}.json")
         except FileNotFoundError as error:
-            raise ConfigError(f"{self.root.root} has no plan {plan_id}") from error
+            raise ConfigError(f"{self.root.url} has no plan {plan_id}") from error
         return Plan.from_json(data, plan_id=plan_id)
 
     # ---- writing
@@ -169,14 +169,20 @@ class Store:
         samples: Iterable[StoredSample],
         *,
         probe: Sequence[ProbePoint] | None = None,
+        recompute: Recompute | None = None,
     ) -> CommitRecord:
         """Write a shard and commit it; return the record of one that is validly committed already.
 
         `samples` may come in any order and is consumed only if the shard has to be written; `probe`
-        is read after that. A failure leaves no commit record. Several may write the same shard at
-        the same time.
+        is read after that. With `recompute`, the stored bytes must say what the probe holds before
+        the shard is committed: a kill in between leaves no shard. Neither does a failure. Several
+        may write the same shard at the same time.
+
+        Raises:
+            ShardCorruptError: the stored bytes do not say what the target said.
+
         """
-        return self._writer.write(shard, samples, () if probe is None else probe)
+        return self._writer.write(shard, samples, () if probe is None else probe, recompute)
 
     def revoke(self, shard_id: str) -> None:
         """Take back a shard's commit record: it counts as missing until it is written again."""
@@ -211,7 +217,7 @@ class Store:
         except FileNotFoundError as error:
             known = ", ".join(self.snapshot_ids()) or "none"
             raise ConfigError(
-                f"{self.root.root} has no snapshot {wanted}; it has: {known}"
+                f"{self.root.url} has no snapshot {wanted}; it has: {known}"
             ) from error
         return Snapshot.from_parquet(data, snapshot_id=wanted)
 
@@ -260,7 +266,7 @@ class Store:
             data = self.root.read(LATEST_KEY)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"{self.root.root} has no snapshot yet; run a hidden-states flow to the end"
+                f"{self.root.url} has no snapshot yet; run a hidden-states flow to the end"
             ) from error
         latest: str = unseal(data, what=LATEST_KEY)["snapshot_id"]
         return latest

@@ -18,18 +18,19 @@ from storage.directory import Directory
 from storage.errors import (
     CorruptError,
     SampleRefusedError,
+    ShardCorruptError,
     ShardMissingError,
-    StorageError,
     TransientError,
 )
 from storage.identity import StoreIdentity
 from storage.plan import PlannedShard
 from storage.probe import ProbePoint, require_probe
 from storage.reader import read_record
+from storage.recompute import Recompute
 from storage.record import CommitRecord, ObjectDigest, RunningDigest
 from storage.samples import StoredSample, require_storable
 from storage.shard import raw_bytes, write_arrays
-from storage.verify import check_sizes
+from storage.verify import check_digests, check_sizes, check_states
 
 ROUNDS = 5
 
@@ -51,12 +52,17 @@ class ShardWriter:
     identity: StoreIdentity
 
     def write(
-        self, shard: PlannedShard, samples: Iterable[StoredSample], probe: Sequence[ProbePoint]
+        self,
+        shard: PlannedShard,
+        samples: Iterable[StoredSample],
+        probe: Sequence[ProbePoint],
+        recompute: Recompute | None,
     ) -> CommitRecord:
         """Write a shard and commit it; see `Store.write_shard`."""
         with self.root.exclusive(f"shards/{shard.shard_id}"):
             committed = self._committed(shard.shard_id)
             if committed is not None:
+                self._require_reproduced(committed, probe, recompute)
                 return committed
             if self.root.is_local:
                 self._sweep(shard.shard_id)
@@ -64,39 +70,57 @@ class ShardWriter:
             by_id = {sample.sample_id: sample for sample in ordered}
             require_probe(probe, by_id, self.identity)
             if self.root.is_local:
-                return self._write_alone(shard, ordered, probe)
-            return self._write_among_rivals(shard, ordered, probe)
+                return self._write_alone(shard, ordered, probe, recompute)
+            return self._write_among_rivals(shard, ordered, probe, recompute)
 
     def revoke(self, shard_id: str) -> None:
         """Take back a shard's commit record."""
         self.root.delete(f"commits/{shard_id}.json")
 
     def _write_alone(
-        self, shard: PlannedShard, samples: Sequence[StoredSample], probe: Sequence[ProbePoint]
+        self,
+        shard: PlannedShard,
+        samples: Sequence[StoredSample],
+        probe: Sequence[ProbePoint],
+        recompute: Recompute | None,
     ) -> CommitRecord:
         try:
-            return self._commit(shard, samples, probe, self._write_objects(shard, samples))
-        except StorageError:
+            record = self._record_of(shard, samples, probe, self._write_objects(shard, samples))
+            self._require_reproduced(record, probe, recompute)
+            self._commit(record)
+        except Exception:  # whatever the target raised while it read the states again, too
             self.revoke(shard.shard_id)
             self._sweep(shard.shard_id)  # gives back the space; without a record it is no shard
             raise
+        return record
 
     def _write_among_rivals(
-        self, shard: PlannedShard, samples: Sequence[StoredSample], probe: Sequence[ProbePoint]
+        self,
+        shard: PlannedShard,
+        samples: Sequence[StoredSample],
+        probe: Sequence[ProbePoint],
+        recompute: Recompute | None,
     ) -> CommitRecord:
         committed = self._committed(shard.shard_id)  # perhaps while the samples were computed
         if committed is not None:
+            self._require_reproduced(committed, probe, recompute)
             return committed
         for attempt in range(ROUNDS):
             began = time.monotonic()
             written = self._write_objects(shard, samples)
             self._sweep(shard.shard_id, keep=written)
-            self._commit(shard, samples, probe, written)
+            record = self._record_of(shard, samples, probe, written)
+            if recompute is not None and any(check_digests(self.root, record)):
+                continue  # a rival has changed an object already: nothing to check, or to commit
+            self._require_reproduced(record, probe, recompute)
+            self._commit(record)
             longest_pause = (time.monotonic() - began) * 2**attempt
             for pause in (0.0, random.uniform(0, longest_pause)):  # noqa: S311 - no secret
                 time.sleep(pause)  # leave the field to one rival, or else write at the same time
                 standing = self._standing(shard.shard_id, written)
                 if standing is not None:
+                    if standing != record:
+                        self._require_reproduced(standing, probe, recompute)
                     return standing
         raise TransientError(
             f"shard {shard.shard_id} was changed by other writers {ROUNDS} times while it was "
@@ -125,14 +149,14 @@ class ShardWriter:
         self.root.flush(prefix)
         return written
 
-    def _commit(
+    def _record_of(
         self,
         shard: PlannedShard,
         samples: Sequence[StoredSample],
         probe: Sequence[ProbePoint],
         written: Mapping[str, WrittenObject],
     ) -> CommitRecord:
-        record = CommitRecord(
+        return CommitRecord(
             shard_id=shard.shard_id,
             identity_id=self.identity.identity_id,
             sample_ids=shard.sample_ids,
@@ -142,8 +166,34 @@ class ShardWriter:
             objects={key: found.digest for key, found in written.items()},
             probe=tuple(probe),
         )
-        self.root.publish(f"commits/{shard.shard_id}.json", record.to_json())
-        return record
+
+    def _commit(self, record: CommitRecord) -> None:
+        self.root.publish(f"commits/{record.shard_id}.json", record.to_json())
+
+    def _require_reproduced(
+        self, record: CommitRecord, probe: Sequence[ProbePoint], recompute: Recompute | None
+    ) -> None:
+        """Raise ShardCorruptError, and leave no record, unless the stored bytes say the probe.
+
+        States that the store leaves out must be recomputed bit for bit if `probe`, what the target
+        said here, is that of the record. A rival's may come from other hardware: its last bits may
+        differ from those computed here.
+        """
+        if recompute is None:
+            return
+        is_from_here = set(record.probe) == set(probe)
+        found = check_states(self.root, record, self.identity, recompute, exact=is_from_here)
+        first = next(iter(found), None)
+        if first is None:
+            return
+        self.revoke(record.shard_id)
+        raise ShardCorruptError(
+            f"shard {record.shard_id} was stored and does not read back as what the target said: "
+            f"{first.object_key}: {first.problem}. It is not committed; run the same command "
+            "again. If that ends the same way, the states are captured wrongly (layer, norm, a "
+            "head with a bias), layers of this target cannot be run alone (set store.recompute to "
+            "false), or this machine's memory or disk fails"
+        )
 
     def _committed(self, shard_id: str) -> CommitRecord | None:
         """Return the record if all its objects have their sizes; take back one that is damaged.

@@ -19,7 +19,6 @@ from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.recompute import TargetRecompute
-from flows.semantic_probe import require_as_said
 from flows.stored_source import to_stored
 from flows.train import train_flow
 from storage.errors import ShardCorruptError
@@ -98,7 +97,15 @@ def _of_the_next_token(state: HiddenStateSample, _target: TargetModel) -> Hidden
     return replace(state, last_hidden_state=np.roll(state.last_hidden_state, -1, axis=0))
 
 
-def _store_again(store: Store, shard_id: str, home: Path, target: TargetModel, to: Change) -> None:
+def _store_again(
+    store: Store,
+    shard_id: str,
+    home: Path,
+    target: TargetModel,
+    to: Change,
+    *,
+    recompute: TargetRecompute | None = None,
+) -> None:
     """Commit other states under the probe that the right ones were committed with."""
     record = store.commit(shard_id)
     shard = PlannedShard(
@@ -111,24 +118,39 @@ def _store_again(store: Store, shard_id: str, home: Path, target: TargetModel, t
     ]
     states = [to(state, target) for state in target.capture(wanted)]
     store.revoke(shard_id)
-    store.write_shard(shard, [to_stored(state) for state in states], probe=record.probe)
+    stored = [to_stored(state) for state in states]
+    store.write_shard(shard, stored, probe=record.probe, recompute=recompute)
 
 
 @pytest.mark.parametrize("change", [_before_the_norm, _of_another_layer, _of_the_next_token])
-def test_wrong_states_are_taken_back_when_they_are_stored(
+def test_wrong_states_are_never_committed(
     made: Store, tmp_path: Path, outspoken: TargetConfig, change: Change
 ) -> None:
     target = TargetModel.load(outspoken)
     recompute = TargetRecompute(target.lm_head_weight, None)
     shard_id = made.shard_ids()[1]
-    _store_again(made, shard_id, tmp_path, target, lambda state, _target: state)
-    record = made.commit(shard_id)
-    require_as_said(made, record, recompute, record.probe)
+    right: Change = lambda state, _target: state  # noqa: E731
+    _store_again(made, shard_id, tmp_path, target, right, recompute=recompute)
+    with pytest.raises(ShardCorruptError, match=f"{shard_id}.*log-probability.*not committed"):
+        _store_again(made, shard_id, tmp_path, target, change, recompute=recompute)
+    assert shard_id not in made.shard_ids()
 
-    _store_again(made, shard_id, tmp_path, target, change)
+
+def test_wrong_states_that_were_committed_unchecked_are_taken_back(
+    made: Store, tmp_path: Path, outspoken: TargetConfig
+) -> None:
+    """By a version that committed first and was killed before it checked."""
+    target = TargetModel.load(outspoken)
+    recompute = TargetRecompute(target.lm_head_weight, None)
+    shard_id = made.shard_ids()[1]
+    _store_again(made, shard_id, tmp_path, target, _of_another_layer)
     assert made.verify(deep=True) == []  # every byte is as committed
-    with pytest.raises(ShardCorruptError, match=f"{shard_id}.*log-probability.*taken back"):
-        require_as_said(made, record, recompute, record.probe)
+    record = made.commit(shard_id)
+    shard = PlannedShard(
+        shard_id=shard_id, sample_ids=record.sample_ids, num_tokens=record.num_tokens
+    )
+    with pytest.raises(ShardCorruptError, match="not committed"):
+        made.write_shard(shard, (), probe=record.probe, recompute=recompute)
     assert shard_id not in made.shard_ids()
 
 
@@ -185,14 +207,35 @@ def test_a_rivals_shard_from_other_hardware_stays(tmp_path: Path) -> None:
     shard = PlannedShard.of(planned(theirs))
     store.write_shard(shard, theirs, probe=_probe(theirs))
 
-    record = store.write_shard(shard, ours, probe=_probe(ours))
-    require_as_said(store, record, _RemadeAs(ours), _probe(ours))
+    store.write_shard(shard, ours, probe=_probe(ours), recompute=_RemadeAs(ours))
     assert store.shard_ids() == [shard.shard_id]
 
     store.revoke(shard.shard_id)
-    record = store.write_shard(shard, ours, probe=_probe(ours))
     with pytest.raises(ShardCorruptError):  # made here, and this machine makes other bits now
-        require_as_said(store, record, _RemadeAs(theirs), _probe(ours))
+        store.write_shard(shard, ours, probe=_probe(ours), recompute=_RemadeAs(theirs))
+
+
+class _Breaks(_RemadeAs):
+    """A target of which some layer cannot be run alone."""
+
+    def complete(self, _sample: StoredSample) -> StoredSample:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_check_that_breaks_commits_nothing_however_often(tmp_path: Path, place: str) -> None:
+    """It used to be committed first: the next attempt found it, and published it unverified."""
+    left_out = LeftOut(mode="one_sequence", early_layers=(0, 1), last_layers=(9,))
+    root = str(tmp_path) if place == "local" else f"memory:/{tmp_path}"
+    store = Store.create(root, make_identity(left_out=left_out))
+    samples = make_samples(3)
+    shard = PlannedShard.of(planned(samples))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            store.write_shard(shard, samples, probe=_probe(samples), recompute=_Breaks(samples))
+        assert store.shard_ids() == []
+    if place == "local":
+        assert store.shard_sizes() == {}, "what cannot be used takes no space"
 
 
 def _with_other_last_bits(sample: StoredSample) -> StoredSample:

@@ -1,0 +1,61 @@
+"""Everything below a place, in one listing. What cannot be listed is an error, never an empty place.
+
+fsspec's own `find` leaves out every folder that fails: a store on a disk with a fault would read as
+one without shards, and all of it as garbage.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+Entry = Mapping[str, Any]
+
+
+def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[str, Entry]:
+    """Return the objects below `base` by path: `size` of each, and what else the place tells.
+
+    Nothing is below a folder that is not there, and what vanishes meanwhile is left out.
+
+    Raises:
+        OSError: any other failure.
+
+    """
+    if isinstance(file_system, LocalFileSystem):
+        return dict(_on_disk(base))
+    if "s3" in file_system.protocol:  # one listing for the whole tree, a thousand objects a page
+        found: Mapping[str, Entry] = file_system.find(base, detail=True)
+        return found
+    return dict(_by_folder(file_system, base))
+
+
+def _on_disk(folder: str) -> Iterator[tuple[str, Entry]]:
+    try:
+        with os.scandir(folder) as listed:
+            entries = list(listed)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _on_disk(entry.path)
+            continue
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            continue
+        yield entry.path, {"size": status.st_size}
+
+
+def _by_folder(file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[tuple[str, Entry]]:
+    try:
+        entries = file_system.ls(folder, detail=True)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        path = entry["name"].rstrip("/")
+        if entry["type"] != "directory":
+            yield path, entry
+        elif path != folder.rstrip("/"):  # a server may list the folder itself
+            yield from _by_folder(file_system, path)
