@@ -20,6 +20,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
 from eagle_core.csv_records import read_csv
 from eagle_core.dataset_config import DatasetConfig
@@ -228,20 +229,46 @@ def _package_file(name: str) -> SourceFile:
     )
 
 
+class _StrictDisk(LocalFileSystem):
+    """The disk, on which a folder that cannot be listed is an error: fsspec leaves it out."""
+
+    def walk(self, path: str, *arguments: object, **options: object) -> Iterator[Any]:
+        """Walk as ever, but raise what goes wrong at any depth."""
+        yield from super().walk(path, *arguments, **{**options, "on_error": _raise_unless_gone})
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 def _files(source: str) -> list[SourceFile]:
     filesystem, path = fsspec.core.url_to_fs(source)
-    paths = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
+    if isinstance(filesystem, LocalFileSystem):
+        filesystem = _StrictDisk()
+    is_pattern = glob.has_magic(path) and not filesystem.exists(path)
+    try:
+        paths = sorted(filesystem.glob(path)) if is_pattern else [path]
+    except OSError as error:
+        raise ConfigError(f"cannot list what {source} names: {error}") from error
     files = []
     for found in paths:
-        if not filesystem.exists(found):
-            break
+        try:
+            entry = filesystem.info(found)
+        except FileNotFoundError as error:
+            if not is_pattern:
+                break
+            raise ConfigError(
+                f"{found}, which {source} names, is not there: a dangling link? Restore or remove "
+                "it, or correct `source`"
+            ) from error
         if filesystem.isdir(found):
-            if paths == [path]:
+            if not is_pattern:
                 raise ConfigError(
                     f"{source} is a directory; name its files with a glob such as {source}/*.jsonl"
                 )
             continue
-        files.append(SourceFile(filesystem=filesystem, path=found, size=filesystem.size(found)))
+        files.append(SourceFile(filesystem=filesystem, path=found, size=entry["size"]))
     if not files:
         raise ConfigError(
             f"no file at {source}: expected JSON, JSON lines or Parquet; correct `source`, or use "

@@ -188,6 +188,8 @@ def repair_rows(summary: RepairSummary) -> list[Row]:
 def garbage_rows(garbage: Garbage, kept: Sequence[str], *, deleted: bool) -> list[Row]:
     """Return what nothing needs."""
     rows = [("snapshots kept", _listed(kept) or "none")]
+    if not kept:
+        return [*rows, ("garbage", "nothing, while no snapshot tells what is needed")]
     if not garbage:
         return [*rows, ("garbage", "nothing")]
     done = "deleted" if deleted else "to delete"

@@ -69,6 +69,8 @@ def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]
 def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool = True) -> Garbage:
     """Return what no snapshot of `keep`, and no plan that is still to be published, needs.
 
+    Where there is no snapshot at all, that is nothing: it may be the snapshots that were lost.
+
     Raises:
         ConfigError: `keep` names a snapshot that is not there, or lacks the latest one.
 
@@ -80,8 +82,10 @@ def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool =
             f"{store.root.url} has no snapshot {min(kept - set(present))}; it has: "
             f"{', '.join(present) or 'none'}"
         )
-    latest = store.snapshot().snapshot_id if present else None
-    if latest is not None and latest not in kept:
+    if not present:
+        return Garbage(snapshot_ids=(), plan_ids=(), shard_ids=(), num_bytes=0)
+    latest = store.snapshot().snapshot_id
+    if latest not in kept:
         raise ConfigError(f"{latest} is the latest snapshot; keep it, or publish another first")
     needed = {shard for snapshot_id in kept for shard in store.snapshot(snapshot_id).shard_ids}
     plans, committed = store.plans(), set(store.shard_ids())

@@ -73,7 +73,7 @@ class Directory:
 
     @property
     def url(self) -> str:
-        """The root as `Directory.at` takes it: a path on a disk, elsewhere a URL with its scheme."""
+        """The root as `Directory.at` takes it: a path on a disk, else a URL with its scheme."""
         return self.root if self.is_local else str(self.file_system.unstrip_protocol(self.root))
 
     @property

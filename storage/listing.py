@@ -1,4 +1,4 @@
-"""Everything below a place, in one listing. What cannot be listed is an error, never an empty place.
+"""Everything below a place, in one listing: what cannot be listed is an error, no empty place.
 
 fsspec's own `find` leaves out every folder that fails: a store on a disk with a fault would read as
 one without shards, and all of it as garbage.

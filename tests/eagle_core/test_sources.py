@@ -1,8 +1,12 @@
 """Where records come from, and what is said when they do not."""
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import fsspec
 import pyarrow as pa
@@ -114,6 +118,48 @@ def test_the_packaged_sharegpt_file_is_cut_and_says_so() -> None:
 def test_a_missing_source_is_named(source: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         values(source, **options)
+
+
+def test_a_dangling_link_loses_none_of_the_files_behind_it(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "c.jsonl"):
+        (tmp_path / name).write_bytes(lines())
+    (tmp_path / "b.jsonl").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"b\.jsonl.*\*\.jsonl.*dangling"):
+        values(tmp_path / "*.jsonl")
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    assert values(tmp_path / "*.jsonl") == [*RECORDS, *RECORDS, *RECORDS]
+
+
+@pytest.mark.parametrize("pattern", ["*/*.jsonl", "**/*.jsonl", "one/*.jsonl"])
+def test_a_folder_that_cannot_be_listed_loses_no_file(tmp_path: Path, pattern: str) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_bytes(lines())
+    scandir = os.scandir
+
+    def listed(path: str) -> Any:
+        if path.endswith("/one"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    with mock.patch("os.scandir", listed), pytest.raises(ConfigError, match=r"denied.*/one"):
+        values(tmp_path / pattern)
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "data2.jsonl").write_bytes(b"no record")
+    (tmp_path / "data[2].jsonl").write_bytes(lines())
+    assert values(tmp_path / "data[2].jsonl") == RECORDS
+
+
+def test_a_home_directory_may_be_written_as_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    assert values("~/a.jsonl") == RECORDS
+    assert values("~/*.jsonl") == RECORDS
 
 
 def test_a_directory_asks_for_a_glob(tmp_path: Path) -> None:

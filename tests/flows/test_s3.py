@@ -13,6 +13,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
+from flows.repair import repair_flow
 from flows.store_root import store_root
 from flows.train import train_flow
 from flows.workspace import Workspace
@@ -62,6 +63,12 @@ def test_a_store_on_s3_holds_and_teaches_the_same(
         assert len(cached) > 20
         used = sum(path.stat().st_size for path in (tmp_path / "cache" / "objects").iterdir())
         assert 0 < used <= remote.cache_bytes
+        damaged = stored.shard_ids()[0]
+        stored.root.write(f"shards/{damaged}/input_ids/c.0", b"damaged")
+        repaired = repair_flow(target=target, dataset=dataset, store=remote, home=str(tmp_path))
+        assert repaired.remade == (damaged,)
+        assert stored.commits() == Store.open(here.store_root).commits()
+        assert stored.verify(deep=True) == []
         assert str(remote.root) in caplog.text, "the log was listened to"
         assert server.secret_key not in caplog.text
 
