@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-XXXXXXXX` with `draft.safetensors`,
 `optimizer.safetensors` and `state.json`. It is written under a temporary name, synced and renamed;
 `state.json` binds the other two to size and digest, and a checkpoint that does not match is passed
-over with a warning.
+over with a warning. A folder of checkpoints that cannot be listed is an error: it would read as a
+run that has not begun.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +31,7 @@ _FOLDER = "checkpoints"
 _WEIGHTS = "draft.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+_PARTIAL = ".partial-"
 _FROZEN = "embed_tokens.weight"
 """The target's own tensor: never stored again with every checkpoint."""
 
@@ -47,6 +50,20 @@ class Checkpoint:
     """The last measured figures, so that a finished run can still report them."""
 
 
+class _State(BaseModel):
+    """What `state.json` holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int
+    step: int
+    loader: LoaderState
+    identity: dict[str, Any]
+    figures: dict[str, Any]
+    files: dict[str, tuple[int, str]]
+    """Size and digest of the two others, by name."""
+
+
 def save(
     run_path: Path,
     checkpoint: Checkpoint,
@@ -56,6 +73,9 @@ def save(
     keep_last: int,
 ) -> Path:
     """Write a checkpoint, then drop all but the newest `keep_last` and the best; return its folder.
+
+    What a kill left of an earlier one goes first: gigabytes, perhaps. One training at a time may
+    save into a run.
 
     Args:
         run_path: folder of the run.
@@ -68,7 +88,9 @@ def save(
     parent = run_path / _FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"step-{checkpoint.step:08d}"
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    for left in _listed(parent, _PARTIAL):
+        shutil.rmtree(left)
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
     try:
         trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != _FROZEN}
         save_file(trained, partial / _WEIGHTS)
@@ -126,12 +148,9 @@ def newest(run_path: Path) -> Path | None:
 
 def read(folder: Path) -> Checkpoint:
     """Return the record of a good checkpoint."""
-    document = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    state = _read_state(folder)
     return Checkpoint(
-        step=document["step"],
-        loader=LoaderState(**document["loader"]),
-        identity=document["identity"],
-        figures=document["figures"],
+        step=state.step, loader=state.loader, identity=state.identity, figures=state.figures
     )
 
 
@@ -177,22 +196,40 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _folders(run_path: Path) -> Iterator[Path]:
-    """Yield checkpoint folders, newest first."""
-    yield from sorted((run_path / _FOLDER).glob("step-*"), reverse=True)
+def _folders(run_path: Path) -> Sequence[Path]:
+    """Return checkpoint folders, newest first."""
+    return sorted(_listed(run_path / _FOLDER, "step-"), reverse=True)
+
+
+def _listed(folder: Path, prefix: str) -> Sequence[Path]:
+    """Return what lies in a folder under such names; nothing where there is no folder."""
+    try:
+        return [path for path in folder.iterdir() if path.name.startswith(prefix)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot list the checkpoints of the run: {error}") from error
+
+
+def _read_state(folder: Path) -> _State:
+    """Return what `state.json` holds; OSError or ValueError if that cannot be told."""
+    return _State.model_validate(json.loads((folder / _STATE).read_text(encoding="utf-8")))
 
 
 def _damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
-        document = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = _read_state(folder)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{_STATE}: {'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
     except (OSError, ValueError) as error:
         return f"{_STATE}: {error}"
-    if document.get("format_version") != FORMAT_VERSION:
-        return f"format version {document.get('format_version')}, expected {FORMAT_VERSION}"
-    for name, expected in document["files"].items():
+    if state.format_version != FORMAT_VERSION:
+        return f"format version {state.format_version}, expected {FORMAT_VERSION}"
+    for name in (_WEIGHTS, _OPTIMIZER):
         path = folder / name
-        if not path.is_file() or _size_and_digest(path) != expected:
+        if not path.is_file() or _size_and_digest(path) != state.files.get(name):
             return f"{name} is missing or not what {_STATE} says"
     return None
 
@@ -205,5 +242,5 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _size_and_digest(path: Path) -> list[int | str]:
-    return [path.stat().st_size, file_digest(path)]
+def _size_and_digest(path: Path) -> tuple[int, str]:
+    return path.stat().st_size, file_digest(path)

@@ -229,7 +229,7 @@ def _package_file(name: str) -> SourceFile:
     )
 
 
-class _StrictDisk(LocalFileSystem):
+class _StrictDisk(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
     """The disk, on which a folder that cannot be listed is an error: fsspec leaves it out."""
 
     def walk(self, path: str, *arguments: object, **options: object) -> Iterator[Any]:

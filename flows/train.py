@@ -14,6 +14,7 @@ import torch
 from prefect import flow
 
 import storage.errors
+from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.hosted_trackers import TrackingConfig, open_trackers, require_trackers
@@ -38,11 +39,11 @@ from flows.progress import stage_progress
 from flows.recompute import TargetRecompute, partial_target
 from flows.run_name import run_name
 from flows.run_page import loss_plot, read_curves, write_run_page
-from flows.run_record import TRAINING_NAME, StorageBill, write_settings, write_stage
+from flows.run_record import TRAINING_NAME, RunRecord, StorageBill, write_settings, write_stage
 from flows.semantic_probe import require_sound
 from flows.sole_training import sole_training
 from flows.store_root import store_root
-from flows.summaries import TrainSummary
+from flows.summaries import TokensSummary, TrainSummary
 from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
 from flows.workspace import DEFAULT_HOME
 from storage.snapshot import Snapshot
@@ -70,7 +71,8 @@ def train_flow(
 ) -> TrainSummary:
     """Train the draft of run `run` from the snapshot of its data set, or the latest version of it.
 
-    A retry goes on from the newest checkpoint and ends in the same bits as an undisturbed run.
+    A retry goes on from the newest checkpoint and ends in the same bits as an undisturbed run, also
+    when other data was published meanwhile: it keeps its snapshot.
 
     Raises:
         ConfigError: there is no store or no snapshot yet, fewer GPUs than processes, or no
@@ -88,7 +90,7 @@ def train_flow(
     root = store_root(store, space)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
-    snapshot = _snapshot_of(opened, TokenFile(tokens.train_path), dataset.name)
+    snapshot = _snapshot_of(opened, tokens, dataset.name, space.run_path(run))
     opened.require_present(snapshot)
     title = f"{target.name}-{dataset.name}-{run}"
     job = TrainJob(
@@ -143,20 +145,47 @@ def train_flow(
     )
 
 
-def _snapshot_of(store: Store, tokens: TokenFile, dataset: str) -> Snapshot:
-    """Return the snapshot of these samples; without one the latest, if most of it is of them.
+def _snapshot_of(store: Store, tokens: TokensSummary, dataset: str, run_path: Path) -> Snapshot:
+    """Return the snapshot to train on, which has no held-out sample.
+
+    A run that was interrupted goes on with its own. Others take that of the data set as it is now
+    or, without one, the latest, if most of it is of the data set.
 
     Raises:
         ConfigError: there is no snapshot yet.
         MismatchError: there are only those of other data, or of the held-out split.
 
     """
-    latest, ours = store.snapshot(), {bytes.fromhex(name) for name in tokens.sample_ids}
+    snapshot = _interrupted(store, run_path) or _newest_of(store, tokens, dataset)
+    held_out = {bytes.fromhex(name) for name in TokenFile(tokens.held_out_path).sample_ids}
+    num_held_out = len(held_out.intersection(snapshot.sample_ids.tolist()))
+    if num_held_out:
+        raise storage.errors.MismatchError(
+            f"snapshot {snapshot.snapshot_id} of {store.root.url} has {num_held_out:,} of the "
+            f"{len(held_out):,} samples that data set {dataset} holds out as it is now: its split "
+            "has changed since. Restore dataset.held_out_fraction, or run "
+            "hidden-states with this recipe and train under another run name"
+        )
+    return snapshot
+
+
+def _interrupted(store: Store, run_path: Path) -> Snapshot | None:
+    """Return the snapshot of a run that has a checkpoint and never ended, if it is still there."""
+    folder = checkpoint.newest(run_path)
+    if folder is None or RunRecord.read(run_path).training is not None:
+        return None
+    snapshot_id = checkpoint.read(folder).loader.source_id
+    return store.snapshot(snapshot_id) if snapshot_id in store.snapshot_ids() else None
+
+
+def _newest_of(store: Store, tokens: TokensSummary, dataset: str) -> Snapshot:
+    train = TokenFile(tokens.train_path)
+    latest, ours = store.snapshot(), {bytes.fromhex(name) for name in train.sample_ids}
     members = set(latest.sample_ids.tolist())
     if members == ours:
         return latest
     with suppress(storage.errors.ConfigError):  # some samples have no states yet
-        snapshot_id = Snapshot.of(tokens.sample_ids, store.commits()).snapshot_id
+        snapshot_id = Snapshot.of(train.sample_ids, store.commits()).snapshot_id
         if snapshot_id in store.snapshot_ids():
             return store.snapshot(snapshot_id)
     num_shared = len(members & ours)
@@ -249,15 +278,17 @@ def _summarised(
             f"nothing is lost ({result.checkpoint_path} is written): run the same command again, "
             "or press Retry in the Prefect UI, to go on from there"
         )
+    # A run that was done already keeps what it took.
+    earlier = None if result.tokens_per_second else RunRecord.read(run_path).training
     summary = TrainSummary(
         run_path=run_path,
         source_id=source_id,
         num_steps=result.num_steps,
         figures=result.figures,
         vocabulary_coverage=vocabulary_coverage,
-        tokens_per_second=result.tokens_per_second,
+        tokens_per_second=earlier.tokens_per_second if earlier else result.tokens_per_second,
         dtype=result.dtype,
-        seconds=time.monotonic() - started,
+        seconds=earlier.seconds if earlier else time.monotonic() - started,
     )
     write_stage(run_path / TRAINING_NAME, summary)
     curves = read_curves(run_path / TENSORBOARD_FOLDER)

@@ -1,6 +1,7 @@
 """From damage to the shards that must be made again, each with exactly the samples it had."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from storage.errors import CorruptError
 from storage.plan import PlannedShard, shard_id
@@ -44,7 +45,8 @@ def _candidates(store: Store, wanted: Sequence[str]) -> Iterator[PlannedShard]:
     for plan in store.plans():
         yield from plan.shards
     for snapshot_id in store.snapshot_ids():
-        yield from _snapshot_shards(store.snapshot(snapshot_id), wanted)
+        with suppress(CorruptError):  # a finding of its own, and another one may tell
+            yield from _snapshot_shards(store.snapshot(snapshot_id), wanted)
 
 
 def _snapshot_shards(snapshot: Snapshot, wanted: Sequence[str]) -> Iterator[PlannedShard]:

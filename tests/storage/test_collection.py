@@ -94,6 +94,22 @@ def test_repair_remakes_the_same_shard(
     assert tree_digests(filled) == whole
 
 
+def test_a_damaged_snapshot_stops_no_repair(filled: Store, samples: list[StoredSample]) -> None:
+    """Another snapshot tells what a shard held that neither a record nor a plan does any more."""
+    root = Path(filled.root.root)
+    whole = filled.snapshot().snapshot_id
+    parts = [filled.publish([s.sample_id], as_latest=False).snapshot_id for s in samples]
+    first = min(parts)
+    assert first < whole, "it is looked at before"
+    (root / "snapshots" / f"{first}.parquet").write_bytes(b"damaged")
+    for path in (root / "plans").iterdir():
+        path.unlink()
+    shard_id = filled.shard_ids()[0]
+    (root / "commits" / f"{shard_id}.json").write_bytes(b"{}")
+    (shard,) = damaged_shards(filled, filled.verify(deep=False))
+    assert shard.shard_id == shard_id
+
+
 def test_a_shard_that_stays_is_still_planned(tmp_path: Path) -> None:
     """Though another shard of its plan went, and no whole snapshot of it is left."""
     store = Store.create(str(tmp_path / "s"), make_identity())

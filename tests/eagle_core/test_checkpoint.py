@@ -1,0 +1,86 @@
+"""Checkpoints that are not as they were written, and what a kill leaves of one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from eagle_core import checkpoint
+from eagle_core.errors import ConfigError
+from eagle_core.loader import LoaderState
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path: Path) -> tuple[Path, Path]:
+    """Steps 1 and 2 of a run."""
+    tensors = {"weight": torch.zeros(3)}
+    loader = LoaderState(source_id="s", seed=0)
+    first, second = (
+        checkpoint.save(
+            tmp_path,
+            checkpoint.Checkpoint(step=step, loader=loader, identity={}, figures={}),
+            tensors,
+            tensors,
+            keep_last=2,
+        )
+        for step in (1, 2)
+    )
+    return first, second
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("files"),
+        lambda state: state["files"].clear(),
+        lambda state: state.pop("loader"),
+        lambda state: state.update(loader=[]),
+        lambda state: state.update(step="two"),
+        lambda state: state.update(format_version=99),
+        lambda state: state.update(identity=None),
+    ],
+    ids=["no files", "empty files", "no loader", "list", "step", "version", "identity"],
+)
+def test_an_odd_record_is_damage_and_the_one_before_is_used(
+    two_checkpoints: tuple[Path, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, Any]], None],
+) -> None:
+    first, second = two_checkpoints
+    state = json.loads((second / "state.json").read_text())
+    change(state)
+    (second / "state.json").write_text(json.dumps(state))
+    assert checkpoint.newest(tmp_path) == first
+    assert f"{second.name} is damaged" in caplog.text
+    (second / "state.json").write_text("[]")
+    assert checkpoint.newest(tmp_path) == first
+
+
+def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(
+    two_checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = two_checkpoints
+    left = first.parent / ".partial-killed"
+    left.mkdir()
+    (left / "draft.safetensors").write_bytes(b"gigabytes")
+    loader = LoaderState(source_id="s", seed=0)
+    record = checkpoint.Checkpoint(step=3, loader=loader, identity={}, figures={})
+    third = checkpoint.save(tmp_path, record, {}, {}, keep_last=3)
+    assert sorted(first.parent.iterdir()) == [first, second, third]
+
+
+def test_checkpoints_that_cannot_be_listed_are_no_run_that_has_not_begun(
+    two_checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    denied = PermissionError(13, "Permission denied", str(two_checkpoints[0].parent))
+    with (
+        mock.patch("os.listdir", side_effect=denied),
+        mock.patch("os.scandir", side_effect=denied),
+        pytest.raises(ConfigError, match=r"Permission denied.*checkpoints"),
+    ):
+        checkpoint.newest(tmp_path)
