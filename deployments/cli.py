@@ -98,6 +98,7 @@ def _run_flow(
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 (see above)
 
     from deployments.recipe import load_recipe  # noqa: PLC0415 (see above)
+    from flows.workspace import require_run_name  # noqa: PLC0415 (see above)
 
     with one_message(stopped="stopped; the same command goes on with what is missing"):
         entry = find_flow(flow)
@@ -111,7 +112,7 @@ def _run_flow(
         if run_name is not None and "training" not in entry.sections:
             raise ConfigError(f"{entry.name} belongs to no run; leave out --run {run_name}")
         if run_name is not None:
-            parameters["run"] = run_name
+            parameters["run"] = require_run_name(run_name)
         if not sys.stderr.isatty():  # no progress bars there
             print_own_lines()
         with prefect_api() as api_url:

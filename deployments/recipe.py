@@ -101,6 +101,8 @@ def _explain(error: ValidationError, where: str) -> str:
         if problem["type"] == "extra_forbidden":
             known = ", ".join(_known_keys(problem["loc"]))
             lines.append(f"  {dotted}: there is no such key; there are: {known}")
+        elif problem["type"] == "secret":  # not to be shown
+            lines.append(f"  {dotted}: {problem['msg']}")
         else:
             lines.append(f"  {dotted}: {problem['msg']} (found {problem['input']!r})")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from eagle_core.address import Address
 from eagle_core.dataset_presets import PRESETS
 from eagle_core.question_answer import Columns
 
@@ -15,13 +16,13 @@ REGENERATED = "regenerated"
 class DatasetConfig(BaseModel):
     """A data set: where its conversations come from and what is kept of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: str = Field(
         description="Short name; names the output and appears in reports",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
     )
-    source: str = Field(
+    source: Address = Field(
         description=(
             "Where the records are: a path, a glob, any fsspec URL (s3://, https://, ...), "
             "`package:NAME` for the data file of an installed Python package (`package:NAME/PATH` "

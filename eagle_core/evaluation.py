@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from eagle_core.acceptance import PromptResult
+from eagle_core.address import Address
 from eagle_core.drafting import DraftNetwork
 from eagle_core.errors import ConfigError
 from eagle_core.prompts import Prompt
@@ -31,7 +32,7 @@ _WARM_UP_TOKENS = 2
 class EvaluationConfig(DecodingConfig):
     """How a draft is evaluated."""
 
-    prompts: str | None = Field(
+    prompts: Address | None = Field(
         default=None,
         description="Questions to ask instead of the held-out conversations: JSON, JSON lines, "
         "Parquet or CSV at a path or URL, or hf:ORG/NAME, with turns, messages or a column such as "

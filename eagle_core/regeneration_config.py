@@ -4,18 +4,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from eagle_core.address import Address
+
 
 class RegenerationConfig(BaseModel):
     """Who answers, how, and what the data set of the answers is called."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: str | None = Field(
         default=None,
         description="Name of the new data set; empty means DATASET-by-TARGET.",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
     )
-    base_url: str | None = Field(
+    base_url: Address | None = Field(
         default=None,
         description="An OpenAI-compatible server (vLLM, SGLang) that serves the target, such as "
         "http://127.0.0.1:8000/v1; empty runs the target here, one answer at a time.",

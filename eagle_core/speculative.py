@@ -75,7 +75,7 @@ class CachedTarget(Protocol[CacheT]):
 class DecodingConfig(BaseModel):
     """How text is decoded, plainly or speculatively."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     max_new_tokens: int = Field(
         default=64, gt=0, description="Most tokens generated for one prompt."

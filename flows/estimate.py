@@ -30,7 +30,7 @@ from flows.stored_source import StoredSource
 from flows.summaries import EstimateSummary, TokensSummary
 from flows.table import print_table
 from flows.trained_draft import choose_checkpoint, load_checkpoint
-from flows.workspace import DEFAULT_HOME, Workspace
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.reader import SnapshotReader
 from storage.snapshot import Snapshot
 from storage.store import Store
@@ -48,7 +48,7 @@ def estimate_flow(
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
-    run: str = "main",
+    run: RunName = "main",
 ) -> EstimateSummary:
     """Replay held-out answers from the store with the draft of run `run`, greedily.
 

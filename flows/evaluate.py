@@ -27,7 +27,7 @@ from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
 from flows.target_tokenizer import conversation_tokenizer
 from flows.trained_draft import choose_checkpoint, load_checkpoint
-from flows.workspace import DEFAULT_HOME
+from flows.workspace import DEFAULT_HOME, RunName
 
 
 @flow(
@@ -41,7 +41,7 @@ def evaluate_flow(
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
-    run: str = "main",
+    run: RunName = "main",
 ) -> EvaluateSummary:
     """Decode prompts with the untrained draft of run `run` and with its newest checkpoint.
 

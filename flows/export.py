@@ -24,7 +24,7 @@ from flows.run_name import run_name
 from flows.summaries import ExportedLayout, ExportSummary
 from flows.table import print_table
 from flows.trained_draft import choose_checkpoint, load_checkpoint
-from flows.workspace import DEFAULT_HOME, Workspace
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
 
 FOLDER_NAME = "export"
 
@@ -40,7 +40,7 @@ def export_flow(
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     export: RunExportConfig = RunExportConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
-    run: str = "main",
+    run: RunName = "main",
 ) -> ExportSummary:
     """Write the draft of run `run` as SGLang, vLLM and speculators load it, below the run's folder.
 

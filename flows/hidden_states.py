@@ -53,12 +53,14 @@ def hidden_states(
     preflight(target, store, tokens, root)
     work = plan_missing_shards(target, store, tokens, root)
     make_shards(target, store, runner, tokens, root, work)
+    known = Store.open(root).snapshot_ids()
     summary = publish(tokens, root, shards_made=len(work.shards), started=started)
-    send(
-        SNAPSHOT_PUBLISHED,
-        resource=store_resource(target.name, dataset.name),
-        payload={"snapshot_id": summary.snapshot_id, "shards_made": summary.shards_made},
-    )
+    if summary.snapshot_id not in known:  # an automation would train the same once more
+        send(
+            SNAPSHOT_PUBLISHED,
+            resource=store_resource(target.name, dataset.name),
+            payload={"snapshot_id": summary.snapshot_id, "shards_made": summary.shards_made},
+        )
     report.publish_table(
         f"Hidden states: {target.name} on {dataset.name}",
         report.hidden_states_rows(summary),

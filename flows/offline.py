@@ -20,7 +20,7 @@ from flows.runner_config import RunnerConfig
 from flows.summaries import OfflineSummary
 from flows.table import print_table
 from flows.train import train_flow
-from flows.workspace import DEFAULT_HOME
+from flows.workspace import DEFAULT_HOME, RunName
 
 
 @flow(
@@ -37,7 +37,7 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
     tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
-    run: str = "main",
+    run: RunName = "main",
 ) -> OfflineSummary:
     """Go from conversations to a trained draft with its measured acceptance length.
 

@@ -32,7 +32,7 @@ from flows.store_root import store_root
 from flows.summaries import OnlineSummary
 from flows.table import print_table
 from flows.train import run_training
-from flows.workspace import DEFAULT_HOME
+from flows.workspace import DEFAULT_HOME, RunName
 from storage.store import Store
 
 
@@ -49,7 +49,7 @@ def online(
     tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
-    run: str = "online",
+    run: RunName = "online",
 ) -> OnlineSummary:
     """Train while the target computes the hidden states, then evaluate.
 

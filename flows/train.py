@@ -45,7 +45,7 @@ from flows.sole_training import sole_training
 from flows.store_root import store_root
 from flows.summaries import TokensSummary, TrainSummary
 from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
-from flows.workspace import DEFAULT_HOME
+from flows.workspace import DEFAULT_HOME, RunName
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -67,7 +67,7 @@ def train_flow(
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
-    run: str = "main",
+    run: RunName = "main",
 ) -> TrainSummary:
     """Train the draft of run `run` from the snapshot of its data set, or the latest version of it.
 

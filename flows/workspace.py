@@ -2,9 +2,32 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from eagle_core.errors import ConfigError
 
 DEFAULT_HOME = "eyas-data"
+
+RunName = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the training run: its folder is runs/TARGET-DATASET-RUN.",
+    ),
+]
+
+
+def require_run_name(name: str) -> str:
+    """Return a run's name as it was typed; ConfigError unless it can be that of a folder."""
+    try:
+        return TypeAdapter[str](RunName).validate_python(name)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{name!r} cannot be the name of a run: use letters, digits, `.`, `_` and `-`, a "
+            "letter or digit first"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,3 +47,11 @@ def test_missing_weights_are_one_message_with_the_next_command(tmp_path: Path) -
     assert last.startswith("ConfigError: target llama3: no model folder at")
     assert "hf download" in last
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["../../x", "", ".hidden", "a/b", "two words"])
+def test_a_run_name_that_leaves_the_home_is_refused(tmp_path: Path, name: str) -> None:
+    ended = eyas_here("run", "train", "smollm2", "--run", name, "--home", str(tmp_path / "home"))
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1].startswith(f"ConfigError: {name!r} cannot be")
+    assert not list(tmp_path.iterdir())

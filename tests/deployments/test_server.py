@@ -152,6 +152,12 @@ def test_a_wrong_parameter_is_refused_before_a_run_exists(deployed: Server) -> N
     )
     assert ended.returncode != 0
     assert "shard_tokens" in ended.stdout + ended.stderr
+    signed = f"https://me:{SECRET}-url@127.0.0.1/a.json"
+    ended = deployed.prefect(
+        *("deployment", "run", "hidden-states/tiny"),
+        *("--param", f'dataset={{"name": "facts", "source": "{signed}"}}'),
+    )
+    assert ended.returncode != 0
     assert len(deployed.flow_runs("hidden-states")) == count
 
 

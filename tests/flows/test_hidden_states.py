@@ -43,8 +43,16 @@ def _task_run_names() -> list[str]:
 
 
 def test_makes_a_complete_store_and_then_has_nothing_left_to_do(
-    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    sent: list[object] = []
+    monkeypatch.setattr(
+        "flows.hidden_states.send", lambda _event, *, payload, **_: sent.append(payload)
+    )
     first = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
     assert first.shards_made == first.num_shards > 2
     opened = Store.open(first.store_root)
@@ -56,6 +64,8 @@ def test_makes_a_complete_store_and_then_has_nothing_left_to_do(
     assert second.shards_made == 0
     assert second.snapshot_id == first.snapshot_id
     assert digests(Path(first.store_root)) == before
+    news = {"snapshot_id": first.snapshot_id, "shards_made": first.shards_made}
+    assert sent == [news], "nothing new is no event: an automation would train once more"
 
 
 def test_a_person_sees_what_the_draft_will_learn(
