@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,8 @@ from eagle_core.draft import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.files import file_digest, sync
 from eagle_core.loader import LoaderState
+
+CheckpointChoice = Literal["best", "newest"]
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"

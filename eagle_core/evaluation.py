@@ -13,6 +13,7 @@ from pydantic import Field
 
 from eagle_core.acceptance import PromptResult
 from eagle_core.address import Address
+from eagle_core.checkpoint import CheckpointChoice
 from eagle_core.drafting import DraftNetwork
 from eagle_core.errors import ConfigError
 from eagle_core.prompts import Prompt
@@ -32,6 +33,11 @@ _WARM_UP_TOKENS = 2
 class EvaluationConfig(DecodingConfig):
     """How a draft is evaluated."""
 
+    checkpoint: CheckpointChoice = Field(
+        default="best",
+        description="best: the checkpoint with the longest held-out acceptance, which is the one "
+        "that export serves, or the newest where nothing was held out.",
+    )
     prompts: Address | None = Field(
         default=None,
         description="Questions to ask instead of the held-out conversations: JSON, JSON lines, "

@@ -105,6 +105,8 @@ class _Run:
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
         self.figures: Figures | None = None
         self.saved: Path | None = None
+        self.best_length = 0.0
+        """On the held-out split, of the checkpoints that are there."""
         self._resume_weights()
         self.module_options = _options(config)
         if fuses_attention(self.module_options, self._device):
@@ -130,6 +132,9 @@ class _Run:
         checkpoint.load_weights(self.draft, folder)
         self.step, self.loader, self.saved = found.step, found.loader, folder
         self.figures = Figures(**{name: _as_tuple(value) for name, value in found.figures.items()})
+        best = checkpoint.best(self.run_path)
+        if best is not None:
+            self.best_length = checkpoint.read(best).figures["held_out_length"]
 
     def until_done(
         self,
@@ -154,9 +159,10 @@ class _Run:
             if self.step % self.config.log_every == 0 or self._is_done():
                 tracker.log({**_scalars(self._figures), "learning_rate": rate}, step=self.step)
                 tracker.log(meter.scalars(), step=self.step)
+            is_best = False
             if self.step % self.config.held_out_every == 0 or self._is_done():
-                self._measure(tracker)
-            if self.step % self.config.checkpoint_every == 0 or self._is_done():
+                is_best = self._measure(tracker)
+            if is_best or self.step % self.config.checkpoint_every == 0 or self._is_done():
                 self._save()
         stream.close()  # type: ignore[attr-defined]  # a generator
         if self.saved is None or checkpoint.read(self.saved).step != self.step:
@@ -256,9 +262,10 @@ class _Run:
         """Return [L] the sum over this process's batches, and over all processes."""
         return self.processes.total(sum(values, self._blank))
 
-    def _measure(self, tracker: Tracker) -> None:
+    def _measure(self, tracker: Tracker) -> bool:
+        """Measure on the held-out split; tell whether the draft was never as good before."""
         if self.held_out is None:
-            return
+            return False
         found = measure_held_out(
             self._forward,
             self.held_out,
@@ -285,6 +292,9 @@ class _Run:
             for step, value in enumerate(values)
         }
         tracker.log({**scalars, "held_out/acceptance_length": found.length}, step=self.step)
+        is_best = self.processes.any(found.length > self.best_length)  # all save, or none
+        self.best_length = max(self.best_length, found.length)
+        return is_best
 
     def _save(self) -> None:
         weights = {name: whole(tensor) for name, tensor in self.draft.state_dict().items()}

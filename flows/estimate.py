@@ -52,8 +52,9 @@ def estimate_flow(
 ) -> EstimateSummary:
     """Replay held-out answers from the store with the draft of run `run`, greedily.
 
-    Takes the newest checkpoint, as `evaluate` does, and of `evaluation` only `draft_tokens` and
-    `num_prompts`, here the number of held-out samples. Of the target it reads embedding and head.
+    Takes the same checkpoint as `evaluate` and `export`, and of `evaluation` only `checkpoint`,
+    `draft_tokens` and `num_prompts`, here the number of held-out samples. Of the target it reads
+    embedding and head.
 
     Raises:
         ConfigError: there is no checkpoint, no store, or nothing held out in it.
@@ -64,7 +65,7 @@ def estimate_flow(
     run_path = Workspace(
         home=Path(home).expanduser(), target=target.name, dataset=dataset.name
     ).run_path(run)
-    folder = choose_checkpoint(run_path, "newest")
+    folder = choose_checkpoint(run_path, evaluation.checkpoint)
     space, tokens = prepare(target, dataset, home)
     reader = _held_out(target, store, tokens, store_root(store, space))
     setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)

@@ -43,7 +43,7 @@ def evaluate_flow(
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> EvaluateSummary:
-    """Decode prompts with the untrained draft of run `run` and with its newest checkpoint.
+    """Decode prompts with the untrained draft of run `run` and with its best checkpoint.
 
     Raises:
         ConfigError: the run has no checkpoint yet, no prompt is short enough, or a prompt file
@@ -53,7 +53,7 @@ def evaluate_flow(
     started = time.monotonic()
     space, tokens = prepare(target, dataset, home)
     run_path = space.run_path(run)
-    folder = choose_checkpoint(run_path, "newest")
+    folder = choose_checkpoint(run_path, evaluation.checkpoint)
     prompts = _prompts(target, evaluation, tokens.held_out_path)
     setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
     model = TargetModel.load(target)

@@ -1,12 +1,9 @@
 """What the `export` flow takes from a run, and how it writes it."""
 
-from typing import Literal
-
 from pydantic import Field
 
+from eagle_core.checkpoint import CheckpointChoice
 from eagle_core.export import ExportConfig
-
-CheckpointChoice = Literal["best", "newest"]
 
 
 class RunExportConfig(ExportConfig):
@@ -15,5 +12,5 @@ class RunExportConfig(ExportConfig):
     checkpoint: CheckpointChoice = Field(
         default="best",
         description="best: the checkpoint with the longest held-out acceptance, or the newest "
-        "where nothing was held out; newest: the one that evaluate decodes with.",
+        "where nothing was held out.",
     )

@@ -6,10 +6,9 @@ A checkpoint is never loaded into a draft of another shape: the fields that diff
 from pathlib import Path
 
 from eagle_core import checkpoint
-from eagle_core.checkpoint import Checkpoint
+from eagle_core.checkpoint import Checkpoint, CheckpointChoice
 from eagle_core.errors import ConfigError
 from flows.draft_setup import DraftSetup
-from flows.export_config import CheckpointChoice
 
 
 def choose_checkpoint(run_path: Path, choice: CheckpointChoice) -> Path:

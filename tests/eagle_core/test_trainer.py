@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eagle_core import checkpoint
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.held_out import HeldOutFigures
 from eagle_core.loader import LoaderState
 from eagle_core.trackers import TensorBoardTracker
 from eagle_core.trainer import train
@@ -300,6 +301,27 @@ def test_a_checkpoint_says_what_was_measured_at_its_step(tmp_path: Path) -> None
     figures = checkpoint.read(best).figures
     assert figures["held_out_step"] == 4
     assert figures["held_out_length"] == 1 + sum(figures["held_out_prefixes"])
+
+
+def test_the_best_measurement_has_a_checkpoint_wherever_it_falls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only where the intervals of measurements and of checkpoints coincide."""
+    found = iter((0.1, 0.3, 0.2, 0.5, 0.4, 0.1, 0.45, 0.2))
+
+    def measured(*_: object, **__: object) -> HeldOutFigures:
+        share = next(found)
+        return HeldOutFigures(accuracies=(share,), acceptances=(share,), prefixes=(share,))
+
+    monkeypatch.setattr("eagle_core.trainer.measure_held_out", measured)
+    every = {"held_out_every": 1, "checkpoint_every": 100, "max_steps": 6, "keep_last": 1}
+    run(tmp_path, CONFIG.model_copy(update=every))
+    run(tmp_path, CONFIG.model_copy(update={**every, "max_steps": 8}))  # goes on: 0.5 is known
+    best = checkpoint.best(tmp_path)
+    assert best is not None
+    assert best.name == "step-00000004"
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {best.name, "step-00000008"}
 
 
 HALF_SILENT = RandomSource(silent=frozenset(range(0, 20, 2)))

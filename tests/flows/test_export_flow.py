@@ -166,3 +166,7 @@ def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None
     }
     speculators = str(tmp_path / "a b" / "speculators")
     assert shlex.split(rows["serve with vLLM (speculators)"]) == ["vllm", "serve", speculators]
+
+
+def test_what_is_evaluated_is_what_is_served() -> None:
+    assert EvaluationConfig().checkpoint == RunExportConfig().checkpoint == "best"
