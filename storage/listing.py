@@ -17,7 +17,8 @@ Entry = Mapping[str, Any]
 def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[str, Entry]:
     """Return the objects below `base` by path: `size` of each, and what else the place tells.
 
-    Nothing is below a folder that is not there, and what vanishes meanwhile is left out.
+    Nothing is below a folder that is not there, nor below a file. What vanishes meanwhile is left
+    out, and so is a link that leads nowhere.
 
     Raises:
         OSError: any other failure.
@@ -35,7 +36,7 @@ def _on_disk(folder: str) -> Iterator[tuple[str, Entry]]:
     try:
         with os.scandir(folder) as listed:
             entries = list(listed)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
@@ -43,8 +44,10 @@ def _on_disk(folder: str) -> Iterator[tuple[str, Entry]]:
             continue
         try:
             status = entry.stat()
-        except FileNotFoundError:
-            continue
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or entry.is_symlink():
+                continue
+            raise
         yield entry.path, {"size": status.st_size}
 
 

@@ -1,6 +1,6 @@
 """Findings: what is wrong with a store, where, and what to run about it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.directory import Directory
@@ -70,6 +70,26 @@ def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
             yield shard_finding(record.shard_id, key, f"has {found}, committed {expected}")
 
 
+def read_objects(
+    root: Directory, record: CommitRecord
+) -> tuple[Mapping[str, bytes], Sequence[Finding]]:
+    """Return a shard's objects, and what is wrong with their bytes: one reading for both."""
+    objects: dict[str, bytes] = {}
+    findings: list[Finding] = []
+    for key, expected in record.objects.items():
+        try:
+            objects[key] = root.read(f"shards/{record.shard_id}/{key}")
+        except FileNotFoundError:
+            problem = f"is missing, committed {expected}"
+            findings.append(shard_finding(record.shard_id, key, problem))
+            continue
+        found = ObjectDigest.of(objects[key])
+        if found != expected:
+            problem = f"has {found}, committed {expected}"
+            findings.append(shard_finding(record.shard_id, key, problem))
+    return objects, findings
+
+
 def check_states(
     root: Directory,
     record: CommitRecord,
@@ -82,12 +102,26 @@ def check_states(
 
     With `exact`, states that the store leaves out must have the bits that generation gave them.
     """
-    damaged = list(check_digests(root, record))
-    yield from damaged
-    if damaged or not record.probe:
+    if not record.probe:
+        yield from check_digests(root, record)
+        return
+    objects, damaged = read_objects(root, record)
+    yield from damaged or check_meaning(record, objects, identity, recompute, exact=exact)
+
+
+def check_meaning(
+    record: CommitRecord,
+    objects: Mapping[str, bytes],
+    identity: StoreIdentity,
+    recompute: Recompute,
+    *,
+    exact: bool = False,
+) -> Iterator[Finding]:
+    """Yield findings on what a shard's whole bytes mean; see `check_states`."""
+    if not record.probe:
         return
     try:
-        samples = _probed_samples(root, record, identity)
+        samples = _probed_samples(record, objects, identity)
     except CorruptError as error:  # its bytes are the committed ones, but they are no shard
         yield shard_finding(record.shard_id, "zarr.json", str(error))
         return
@@ -98,9 +132,8 @@ def check_states(
 
 
 def _probed_samples(
-    root: Directory, record: CommitRecord, identity: StoreIdentity
+    record: CommitRecord, objects: Mapping[str, bytes], identity: StoreIdentity
 ) -> Mapping[str, StoredSample]:
-    objects = {key: root.read(f"shards/{record.shard_id}/{key}") for key in record.objects}
     shard = decode_shard(record.shard_id, objects, sample_ids=record.sample_ids, identity=identity)
     probed = {point.sample_id for point in record.probe}
     return {

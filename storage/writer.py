@@ -30,7 +30,7 @@ from storage.recompute import Recompute
 from storage.record import CommitRecord, ObjectDigest, RunningDigest
 from storage.samples import StoredSample, require_storable
 from storage.shard import raw_bytes, write_arrays
-from storage.verify import check_digests, check_sizes, check_states
+from storage.verify import check_meaning, check_sizes, read_objects
 
 ROUNDS = 5
 
@@ -61,10 +61,10 @@ class ShardWriter:
         """Write a shard and commit it; see `Store.write_shard`."""
         with self.root.exclusive(f"shards/{shard.shard_id}"):
             committed = self._committed(shard.shard_id)
-            if committed is not None:
-                self._require_reproduced(committed, probe, recompute)
+            if committed is not None and self._reproduces(committed, probe, recompute):
                 return committed
             if self.root.is_local:
+                self.revoke(shard.shard_id)
                 self._sweep(shard.shard_id)
             ordered = self._checked(shard, samples)
             by_id = {sample.sample_id: sample for sample in ordered}
@@ -86,7 +86,11 @@ class ShardWriter:
     ) -> CommitRecord:
         try:
             record = self._record_of(shard, samples, probe, self._write_objects(shard, samples))
-            self._require_reproduced(record, probe, recompute)
+            if not self._reproduces(record, probe, recompute):
+                raise ShardCorruptError(
+                    f"shard {shard.shard_id} does not read back as it was written; it is not "
+                    "committed. This machine's memory or disk fails, perhaps"
+                )
             self._commit(record)
         except Exception:  # whatever the target raised while it read the states again, too
             self.revoke(shard.shard_id)
@@ -102,25 +106,23 @@ class ShardWriter:
         recompute: Recompute | None,
     ) -> CommitRecord:
         committed = self._committed(shard.shard_id)  # perhaps while the samples were computed
-        if committed is not None:
-            self._require_reproduced(committed, probe, recompute)
+        if committed is not None and self._reproduces(committed, probe, recompute):
             return committed
         for attempt in range(ROUNDS):
             began = time.monotonic()
             written = self._write_objects(shard, samples)
             self._sweep(shard.shard_id, keep=written)
             record = self._record_of(shard, samples, probe, written)
-            if recompute is not None and any(check_digests(self.root, record)):
-                continue  # a rival has changed an object already: nothing to check, or to commit
-            self._require_reproduced(record, probe, recompute)
-            self._commit(record)
+            # Else a rival has written already: there is nothing to commit, or to take back.
+            if self._reproduces(record, probe, recompute):
+                self._commit(record)
             longest_pause = (time.monotonic() - began) * 2**attempt
             for pause in (0.0, random.uniform(0, longest_pause)):  # noqa: S311 - no secret
                 time.sleep(pause)  # leave the field to one rival, or else write at the same time
                 standing = self._standing(shard.shard_id, written)
-                if standing is not None:
-                    if standing != record:
-                        self._require_reproduced(standing, probe, recompute)
+                if standing is not None and (
+                    standing == record or self._reproduces(standing, probe, recompute)
+                ):
                     return standing
         raise TransientError(
             f"shard {shard.shard_id} was changed by other writers {ROUNDS} times while it was "
@@ -170,23 +172,33 @@ class ShardWriter:
     def _commit(self, record: CommitRecord) -> None:
         self.root.publish(f"commits/{record.shard_id}.json", record.to_json())
 
-    def _require_reproduced(
+    def _reproduces(
         self, record: CommitRecord, probe: Sequence[ProbePoint], recompute: Recompute | None
-    ) -> None:
-        """Raise ShardCorruptError, and leave no record, unless the stored bytes say the probe.
+    ) -> bool:
+        """Tell whether the stored bytes are those of the record and say what its probe holds.
 
-        States that the store leaves out must be recomputed bit for bit if `probe`, what the target
-        said here, is that of the record. A rival's may come from other hardware: its last bits may
-        differ from those computed here.
+        False where they are other bytes: damage on a disk, a rival's elsewhere. States that the
+        store leaves out must be recomputed bit for bit if `probe`, what the target said here, is
+        that of the record. A rival's may come from other hardware: its last bits may differ from
+        those computed here.
+
+        Raises:
+            ShardCorruptError: they are the record's bytes and say something else. No record of them
+                is left.
+
         """
         if recompute is None:
-            return
+            return True
+        objects, damaged = read_objects(self.root, record)
+        if damaged:
+            return False
         is_from_here = set(record.probe) == set(probe)
-        found = check_states(self.root, record, self.identity, recompute, exact=is_from_here)
+        found = check_meaning(record, objects, self.identity, recompute, exact=is_from_here)
         first = next(iter(found), None)
         if first is None:
-            return
-        self.revoke(record.shard_id)
+            return True
+        if self._is_committed(record):
+            self.revoke(record.shard_id)
         raise ShardCorruptError(
             f"shard {record.shard_id} was stored and does not read back as what the target said: "
             f"{first.object_key}: {first.problem}. It is not committed; run the same command "
@@ -194,6 +206,12 @@ class ShardWriter:
             "head with a bias), layers of this target cannot be run alone (set store.recompute to "
             "false), or this machine's memory or disk fails"
         )
+
+    def _is_committed(self, record: CommitRecord) -> bool:
+        try:
+            return self._record(record.shard_id) == record
+        except (ShardMissingError, CorruptError):
+            return False
 
     def _committed(self, shard_id: str) -> CommitRecord | None:
         """Return the record if all its objects have their sizes; take back one that is damaged.

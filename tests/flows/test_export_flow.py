@@ -14,6 +14,7 @@ from eagle_core.dataset_config import DatasetConfig
 from eagle_core.draft import DraftModel
 from eagle_core.draft_import import read_draft
 from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.evaluation import EvaluationConfig
 from eagle_core.loader import LoaderState
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
