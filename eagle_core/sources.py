@@ -6,11 +6,13 @@ names it, never a shorter stream.
 """
 
 import codecs
+import fnmatch
 import glob
 import gzip
 import io
+import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -229,49 +231,87 @@ def _package_file(name: str) -> SourceFile:
     )
 
 
-class _StrictDisk(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """The disk, on which a folder that cannot be listed is an error: fsspec leaves it out."""
-
-    def walk(self, path: str, *arguments: object, **options: object) -> Iterator[Any]:
-        """Walk as ever, but raise what goes wrong at any depth."""
-        yield from super().walk(path, *arguments, **{**options, "on_error": _raise_unless_gone})
-
-
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
 def _files(source: str) -> list[SourceFile]:
     filesystem, path = fsspec.core.url_to_fs(source)
-    if isinstance(filesystem, LocalFileSystem):
-        filesystem = _StrictDisk()
-    is_pattern = glob.has_magic(path) and not filesystem.exists(path)
     try:
-        paths = sorted(filesystem.glob(path)) if is_pattern else [path]
+        is_pattern = glob.has_magic(path) and not filesystem.exists(path)
+        if not is_pattern:
+            paths = [path]
+        elif isinstance(filesystem, LocalFileSystem):
+            paths = sorted(set(_matching("/", path.strip("/").split("/"))))
+        else:
+            paths = sorted(filesystem.glob(path))
+        files = [_file(filesystem, found, source, is_pattern=is_pattern) for found in paths]
     except OSError as error:
-        raise ConfigError(f"cannot list what {source} names: {error}") from error
-    files = []
-    for found in paths:
-        try:
-            entry = filesystem.info(found)
-        except FileNotFoundError as error:
-            if not is_pattern:
-                break
-            raise ConfigError(
-                f"{found}, which {source} names, is not there: a dangling link? Restore or remove "
-                "it, or correct `source`"
-            ) from error
-        if filesystem.isdir(found):
-            if not is_pattern:
-                raise ConfigError(
-                    f"{source} is a directory; name its files with a glob such as {source}/*.jsonl"
-                )
-            continue
-        files.append(SourceFile(filesystem=filesystem, path=found, size=entry["size"]))
-    if not files:
+        raise ConfigError(f"cannot read what {source} names: {error}") from error
+    found_files = [file for file in files if file is not None]
+    if not found_files:
         raise ConfigError(
             f"no file at {source}: expected JSON, JSON lines or Parquet; correct `source`, or use "
             "`package:NAME` or `hf:ORG/NAME`"
         )
-    return files
+    return found_files
+
+
+def _file(
+    filesystem: fsspec.AbstractFileSystem, path: str, source: str, *, is_pattern: bool
+) -> SourceFile | None:
+    """Return one file; None where a path leads nowhere, or a pattern to a folder."""
+    try:
+        entry = filesystem.info(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not is_pattern:
+            return None
+        raise ConfigError(
+            f"{path}, which {source} names, is not there: a dangling link? Restore or remove it, "
+            "or correct `source`"
+        ) from error
+    if not filesystem.isdir(path):
+        return SourceFile(filesystem=filesystem, path=path, size=entry["size"])
+    if is_pattern:
+        return None
+    raise ConfigError(
+        f"{source} is a directory; name its files with a glob such as {source}/*.jsonl"
+    )
+
+
+def _matching(folder: str, pattern: Sequence[str]) -> Iterator[str]:
+    """Yield the paths on this disk that a pattern, in parts, names below a folder.
+
+    A folder that it leads to and that cannot be listed is an error; fsspec and Python's own glob
+    leave it out.
+    """
+    part, *rest = pattern
+    if part == "**":
+        for below in _folders_below(folder):
+            yield from _matching(below, rest or ["*"])
+        return
+    if glob.has_magic(part):
+        names = [entry.name for entry in _entries(folder) if fnmatch.fnmatchcase(entry.name, part)]
+    else:
+        names = [part]
+    for path in (Path(folder, name) for name in names):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if not rest:
+            yield str(path)
+        elif path.is_dir():
+            yield from _matching(str(path), rest)
+
+
+def _folders_below(folder: str) -> Iterator[str]:
+    """Yield a folder and all below it; links are not followed, for one may lead back up."""
+    yield folder
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _folders_below(entry.path)
+
+
+def _entries(folder: str) -> "list[os.DirEntry[str]]":
+    try:
+        with os.scandir(folder) as listed:
+            return list(listed)
+    except FileNotFoundError:
+        return []

@@ -147,6 +147,44 @@ def test_a_folder_that_cannot_be_listed_loses_no_file(tmp_path: Path, pattern: s
         values(tmp_path / pattern)
 
 
+def test_a_pattern_is_what_a_shell_makes_of_it(tmp_path: Path) -> None:
+    """Links to folders are followed; what it does not lead to need not be readable."""
+    for name in ("part-1", "deep/part-2", "else/part-3", "lost+found"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").write_bytes(lines())
+    (tmp_path / "part-4").symlink_to(tmp_path / "else" / "part-3")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    scandir = os.scandir
+
+    def listed(path: str) -> Any:
+        if path.endswith("/lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    def names(pattern: str) -> list[str]:
+        found = find_source(DatasetConfig(name="d", source=str(tmp_path / pattern)))
+        assert isinstance(found, tuple)
+        return [str(Path(file.path).relative_to(tmp_path)) for file in found]
+
+    with mock.patch("os.scandir", listed):
+        assert names("part-*/a.jsonl") == ["part-1/a.jsonl", "part-4/a.jsonl"]
+        assert names("part-[1-3]/*") == ["part-1/a.jsonl"]
+        assert names("[de]*/part-?/a.jsonl") == ["deep/part-2/a.jsonl", "else/part-3/a.jsonl"]
+        assert names("[dp]*/a.jsonl") == ["part-1/a.jsonl", "part-4/a.jsonl"]  # deep has none
+    (tmp_path / "lost+found" / "a.jsonl").unlink()
+    assert names("**/*.jsonl") == [
+        *("deep/part-2/a.jsonl", "else/part-3/a.jsonl", "part-1/a.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("name", ["file.json/x.json", "loop.json", "loop*.json"])
+def test_what_cannot_be_a_file_is_a_clear_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.json").write_bytes(lines())
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(ConfigError, match=r"no file at|cannot read what"):
+        values(tmp_path / name)
+
+
 def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
     (tmp_path / "data2.jsonl").write_bytes(b"no record")
     (tmp_path / "data[2].jsonl").write_bytes(lines())
