@@ -91,7 +91,7 @@ def save(
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"step-{checkpoint.step:08d}"
     for left in _listed(parent, _PARTIAL):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
     try:
         trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != _FROZEN}
@@ -110,12 +110,24 @@ def save(
         sync(parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    sound = [found for found in _folders(run_path) if found == folder or _damage(found) is None]
-    kept = {folder, _best(sound), *sound[:keep_last]}
+    _drop_others(run_path, folder, keep_last=keep_last)
+    return folder
+
+
+def _drop_others(run_path: Path, saved: Path, *, keep_last: int) -> None:
+    """Keep what was just saved, the newest and the best; one that cannot be read stays, too."""
+    sound, unreadable = [], []
+    for found in _folders(run_path):
+        try:
+            if found == saved or _damage(found) is None:
+                sound.append(found)
+        except ConfigError as error:
+            logger.warning("%s; it stays", error)
+            unreadable.append(found)
+    kept = {saved, _best(sound), *sound[:keep_last], *unreadable}
     for old in _folders(run_path):
         if old not in kept:
             shutil.rmtree(old)
-    return folder
 
 
 def best(run_path: Path) -> Path | None:
@@ -131,8 +143,9 @@ def _best(sound: Sequence[Path]) -> Path | None:
     measured: list[tuple[float, Path]] = []
     for folder in sound:
         found = read(folder)
-        if found.figures.get("held_out_step") == found.step:
-            measured.append((found.figures["held_out_length"], folder))
+        length = found.figures.get("held_out_length")
+        if found.figures.get("held_out_step") == found.step and isinstance(length, float):
+            measured.append((length, folder))
     return max(measured, default=(0.0, None), key=lambda pair: pair[0])[1]
 
 
@@ -219,20 +232,35 @@ def _read_state(folder: Path) -> _State:
 
 
 def _damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None.
+
+    Raises:
+        ConfigError: it cannot be read, which tells nothing about it.
+
+    """
+    try:
+        return _found_damage(folder)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return str(error)
+    except OSError as error:
+        raise ConfigError(f"cannot read checkpoint {folder.name}: {error}") from error
+
+
+def _found_damage(folder: Path) -> str | None:
     try:
         state = _read_state(folder)
     except ValidationError as error:
         first = error.errors()[0]
         return f"{_STATE}: {'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         return f"{_STATE}: {error}"
     if state.format_version != FORMAT_VERSION:
         return f"format version {state.format_version}, expected {FORMAT_VERSION}"
+    if folder.name != f"step-{state.step:08d}":
+        return f"{_STATE} is of step {state.step}"
     for name in (_WEIGHTS, _OPTIMIZER):
-        path = folder / name
-        if not path.is_file() or _size_and_digest(path) != state.files.get(name):
-            return f"{name} is missing or not what {_STATE} says"
+        if _size_and_digest(folder / name) != state.files.get(name):
+            return f"{name} is not what {_STATE} says"
     return None
 
 

@@ -126,7 +126,12 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         names = set(json.loads(index.read_text())["weight_map"].values())
         return [folder / name for name in sorted(names)]
-    return sorted(folder.glob("*.safetensors"))
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot list the weights in {folder}: {error}") from error
 
 
 def weight_digests(folder: Path) -> dict[str, str]:

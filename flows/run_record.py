@@ -141,12 +141,19 @@ def write_settings(
     source_id: str,
     bill: StorageBill | None,
 ) -> None:
-    """Write what the run is made with, `sections` being those of its recipe."""
+    """Write what the run is made with, `sections` being those of its recipe.
+
+    A run that goes on with its own data, though the data set has grown, keeps that data's figures.
+    """
+    before = RunRecord.read(run_path).settings
+    is_known = before is not None and before.source_id == source_id
     settings = RunSettings(
         title=title,
         source_id=source_id,
         configuration={name: section.model_dump(mode="json") for name, section in sections.items()},
-        train=SplitFigures.of(TokenFile(tokens.train_path)),
+        train=before.train
+        if before and is_known
+        else SplitFigures.of(TokenFile(tokens.train_path)),
         held_out=SplitFigures.of(TokenFile(tokens.held_out_path)),
         bill=bill,
     )

@@ -156,49 +156,72 @@ def _snapshot_of(store: Store, tokens: TokensSummary, dataset: str, run_path: Pa
         MismatchError: there are only those of other data, or of the held-out split.
 
     """
-    snapshot = _interrupted(store, run_path) or _newest_of(store, tokens, dataset)
+    train = TokenFile(tokens.train_path)
+    snapshot = _interrupted(store, train, run_path) or _newest_of(store, train, dataset)
     held_out = {bytes.fromhex(name) for name in TokenFile(tokens.held_out_path).sample_ids}
     num_held_out = len(held_out.intersection(snapshot.sample_ids.tolist()))
     if num_held_out:
         raise storage.errors.MismatchError(
             f"snapshot {snapshot.snapshot_id} of {store.root.url} has {num_held_out:,} of the "
-            f"{len(held_out):,} samples that data set {dataset} holds out as it is now: its split "
-            "has changed since. Restore dataset.held_out_fraction, or run "
-            "hidden-states with this recipe and train under another run name"
+            f"{len(held_out):,} samples that data set {dataset} holds out as it is now: its "
+            "conversations, held_out_fraction or max_length have changed since. Restore them, or "
+            "run hidden-states with this recipe and train under another run name"
         )
     return snapshot
 
 
-def _interrupted(store: Store, run_path: Path) -> Snapshot | None:
-    """Return the snapshot of a run that has a checkpoint and never ended, if it is still there."""
+def _interrupted(store: Store, train: TokenFile, run_path: Path) -> Snapshot | None:
+    """Return the snapshot of a run that has not ended, if it is there and of the same data."""
     folder = checkpoint.newest(run_path)
-    if folder is None or RunRecord.read(run_path).training is not None:
+    if folder is None:
         return None
-    snapshot_id = checkpoint.read(folder).loader.source_id
-    return store.snapshot(snapshot_id) if snapshot_id in store.snapshot_ids() else None
+    found, record = checkpoint.read(folder), RunRecord.read(run_path)
+    if TRAINING_NAME in record.outdated or (
+        record.training and record.training.num_steps >= found.step
+    ):
+        return None
+    if found.loader.source_id not in store.snapshot_ids():
+        return None
+    snapshot = store.snapshot(found.loader.source_id)
+    if _num_shared(snapshot, train) <= snapshot.num_samples / 2:
+        return None
+    if set(snapshot.sample_ids.tolist()) != _members(train):
+        logger.warning(
+            "run %s goes on with the snapshot it began with, %s of %s samples; the data set has %s "
+            "by now: train under another run name to learn from them",
+            *(run_path.name, snapshot.snapshot_id[:8], f"{snapshot.num_samples:,}"),
+            f"{len(train):,}",
+        )
+    return snapshot
 
 
-def _newest_of(store: Store, tokens: TokensSummary, dataset: str) -> Snapshot:
-    train = TokenFile(tokens.train_path)
-    latest, ours = store.snapshot(), {bytes.fromhex(name) for name in train.sample_ids}
-    members = set(latest.sample_ids.tolist())
-    if members == ours:
+def _members(train: TokenFile) -> set[bytes]:
+    return {bytes.fromhex(name) for name in train.sample_ids}
+
+
+def _num_shared(snapshot: Snapshot, train: TokenFile) -> int:
+    return len(_members(train).intersection(snapshot.sample_ids.tolist()))
+
+
+def _newest_of(store: Store, train: TokenFile, dataset: str) -> Snapshot:
+    latest = store.snapshot()
+    if set(latest.sample_ids.tolist()) == _members(train):
         return latest
     with suppress(storage.errors.ConfigError):  # some samples have no states yet
         snapshot_id = Snapshot.of(train.sample_ids, store.commits()).snapshot_id
         if snapshot_id in store.snapshot_ids():
             return store.snapshot(snapshot_id)
-    num_shared = len(members & ours)
-    if num_shared <= len(members) / 2:
+    num_shared = _num_shared(latest, train)
+    if num_shared <= latest.num_samples / 2:
         raise storage.errors.MismatchError(
-            f"of the {len(members):,} samples in the latest snapshot of {store.root.url}, "
+            f"of the {latest.num_samples:,} samples in the latest snapshot of {store.root.url}, "
             f"{num_shared:,} are of data set {dataset}, and no other snapshot holds that as it is "
             "now; run hidden-states with this recipe first"
         )
     logger.warning(
         "the latest snapshot has %s samples, %s of them of data set %s, which has %s as it is now: "
         "hidden-states makes the rest",
-        *(f"{len(members):,}", f"{num_shared:,}", dataset, f"{len(ours):,}"),
+        *(f"{latest.num_samples:,}", f"{num_shared:,}", dataset, f"{len(train):,}"),
     )
     return latest
 
@@ -278,8 +301,9 @@ def _summarised(
             f"nothing is lost ({result.checkpoint_path} is written): run the same command again, "
             "or press Retry in the Prefect UI, to go on from there"
         )
-    # A run that was done already keeps what it took.
-    earlier = None if result.tokens_per_second else RunRecord.read(run_path).training
+    earlier = RunRecord.read(run_path).training
+    if result.tokens_per_second or (earlier and earlier.num_steps != result.num_steps):
+        earlier = None  # else it was done already, and keeps what it took
     summary = TrainSummary(
         run_path=run_path,
         source_id=source_id,

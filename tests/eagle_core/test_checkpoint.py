@@ -1,5 +1,6 @@
 """Checkpoints that are not as they were written, and what a kill leaves of one."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +43,9 @@ def two_checkpoints(tmp_path: Path) -> tuple[Path, Path]:
         lambda state: state.update(step="two"),
         lambda state: state.update(format_version=99),
         lambda state: state.update(identity=None),
+        lambda state: state.update(step=7),
     ],
-    ids=["no files", "empty files", "no loader", "list", "step", "version", "identity"],
+    ids=["no files", "empty files", "no loader", "list", "step", "version", "identity", "other"],
 )
 def test_an_odd_record_is_damage_and_the_one_before_is_used(
     two_checkpoints: tuple[Path, Path],
@@ -68,10 +70,12 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(
     left = first.parent / ".partial-killed"
     left.mkdir()
     (left / "draft.safetensors").write_bytes(b"gigabytes")
+    (first.parent / ".partial-file").touch()
     loader = LoaderState(source_id="s", seed=0)
     record = checkpoint.Checkpoint(step=3, loader=loader, identity={}, figures={})
     third = checkpoint.save(tmp_path, record, {}, {}, keep_last=3)
-    assert sorted(first.parent.iterdir()) == [first, second, third]
+    assert not left.exists()
+    assert sorted(first.parent.glob("step-*")) == [first, second, third]
 
 
 def test_checkpoints_that_cannot_be_listed_are_no_run_that_has_not_begun(
@@ -84,3 +88,25 @@ def test_checkpoints_that_cannot_be_listed_are_no_run_that_has_not_begun(
         pytest.raises(ConfigError, match=r"Permission denied.*checkpoints"),
     ):
         checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "draft.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged_and_stays(
+    two_checkpoints: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    first, second = two_checkpoints
+    opened = io.open
+
+    def fails(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == str(second / name):
+            raise OSError(5, "Input/output error", str(path))
+        return opened(path, *arguments, **options)
+
+    loader = LoaderState(source_id="s", seed=0)
+    record = checkpoint.Checkpoint(step=3, loader=loader, identity={}, figures={})
+    with mock.patch("io.open", fails):
+        with pytest.raises(ConfigError, match="cannot read checkpoint step-00000002"):
+            checkpoint.newest(tmp_path)
+        third = checkpoint.save(tmp_path, record, {}, {}, keep_last=1)
+    assert "it stays" in caplog.text
+    assert sorted(first.parent.iterdir()) == [second, third]

@@ -11,7 +11,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
-from flows.run_record import TRAINING_NAME
+from flows.run_record import TRAINING_NAME, RunRecord
 from flows.summaries import HiddenStatesSummary, TrainSummary
 from flows.train import train_flow
 from tests import tiny
@@ -26,8 +26,8 @@ class _Data:
         self._home, self._target, self._store = home, target, store
         self._source = home / "grows.json"
 
-    def grow_to(self, num_conversations: int) -> HiddenStatesSummary:
-        tiny.write_conversations(self._source, num_conversations)
+    def grow_to(self, num_conversations: int, *, first: int = 0) -> HiddenStatesSummary:
+        tiny.write_conversations(self._source, num_conversations, first=first)
         return hidden_states(
             target=self._target, dataset=self._dataset(0.2), store=self._store, home=str(self._home)
         )
@@ -59,7 +59,9 @@ def data(tmp_path: Path, target: TargetConfig, store: StoreConfig) -> _Data:
     return _Data(tmp_path, target, store)
 
 
-def test_an_interrupted_run_goes_on_with_its_own_snapshot_after_new_data(data: _Data) -> None:
+def test_an_interrupted_run_goes_on_with_its_own_snapshot_after_new_data(
+    data: _Data, caplog: pytest.LogCaptureFixture
+) -> None:
     old = data.grow_to(20)
     first = data.train(max_steps=1)
     assert first.source_id == old.snapshot_id
@@ -72,10 +74,29 @@ def test_an_interrupted_run_goes_on_with_its_own_snapshot_after_new_data(data: _
     assert new.snapshot_id != old.snapshot_id
     with pytest.raises(eagle_core.errors.MismatchError, match="another run name"):
         data.train(max_steps=2)  # it has ended: nothing says that it should learn of the old data
+    ended = (first.run_path / TRAINING_NAME).read_text()
     (first.run_path / TRAINING_NAME).unlink()  # what a run lacks that was interrupted
     gone_on = data.train(max_steps=2)
     assert (gone_on.source_id, gone_on.num_steps) == (old.snapshot_id, 2)
+    assert "goes on with the snapshot it began with" in caplog.text
+    settings = RunRecord.read(first.run_path).settings
+    assert settings is not None
+    assert settings.train.num_samples < 20, "the report tells of the data that it learned from"
+    (first.run_path / TRAINING_NAME).write_text(ended)  # it had ended at 1, was extended, and died
+    extended = data.train(max_steps=3)
+    assert (extended.source_id, extended.num_steps) == (old.snapshot_id, 3)
+    assert extended.tokens_per_second != first.tokens_per_second
     assert data.train(max_steps=1, run="fresh").source_id == new.snapshot_id
+
+
+def test_an_interrupted_run_does_not_go_on_with_data_that_was_replaced(data: _Data) -> None:
+    """The data was wrong, somebody stopped the run, mended the data and started it again."""
+    data.grow_to(20)
+    first = data.train(max_steps=1)
+    (first.run_path / TRAINING_NAME).unlink()
+    data.grow_to(20, first=100)
+    with pytest.raises(eagle_core.errors.MismatchError, match="another run name"):
+        data.train(max_steps=2)
 
 
 def test_what_is_held_out_now_is_never_trained_on(data: _Data) -> None:
