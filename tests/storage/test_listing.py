@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,24 @@ def test_what_vanishes_while_it_is_listed_is_left_out(filled: Store) -> None:
     gone.symlink_to("nowhere")
     assert filled.root.sizes("commits") == expected
     assert filled.root.sizes("no such folder") == {}
+
+
+def test_what_others_left_among_the_shards_stops_nothing(filled: Store) -> None:
+    """A file of a desktop, a link that leads back to itself, a file in a shard's place."""
+    shards = Path(filled.root.root) / "shards"
+    expected = filled.root.sizes("shards")
+    (shards / ".DS_Store").write_bytes(b"desktop")
+    (shards / filled.shard_ids()[0] / "loop").symlink_to("loop")
+    assert {**filled.root.sizes("shards")} == {**expected, ".DS_Store": 7}
+    assert filled.verify(deep=True) == []
+    part = filled.publish([make_samples(12)[0].sample_id])
+    collect(filled, find_garbage(filled, keep=[part.snapshot_id]))
+    assert set(filled.shard_ids()) == set(part.shard_ids)
+
+    (kept,) = part.shard_ids
+    shutil.rmtree(shards / kept)
+    (shards / kept).write_bytes(b"a file where the shard's folder belongs")
+    assert {finding.shard_id for finding in filled.verify(deep=False)} == {kept}
 
 
 @pytest.mark.s3
