@@ -98,7 +98,7 @@ def test_states_are_computed_once_and_the_losses_are_those_of_forgetting(
     first = min(kept.commits())
     num_lost = len(kept.commit(first).sample_ids)
     kept.revoke(first)  # as if the run had been killed before this one
-    assert losses("goes on", keep=True) == forgetting
+    assert losses("goes-on", keep=True) == forgetting
     assert len(computed) == num_lost
     computed.clear()
 
