@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eagle_core.address import Address
 from eagle_core.dataset_presets import PRESETS
+from eagle_core.files import FOLDER_NAME
 from eagle_core.question_answer import Columns
 
 REGENERATED = "regenerated"
@@ -20,7 +21,7 @@ class DatasetConfig(BaseModel):
 
     name: str = Field(
         description="Short name; names the output and appears in reports",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=FOLDER_NAME,
     )
     source: Address = Field(
         description=(

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import xxhash
 
+FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a name must match that becomes a folder's: it stays in its parent, and is not hidden."""
+
 _CHUNK_BYTES = 1 << 24
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from eagle_core.address import Address
+from eagle_core.files import FOLDER_NAME
 
 
 class RegenerationConfig(BaseModel):
@@ -15,7 +16,7 @@ class RegenerationConfig(BaseModel):
     name: str | None = Field(
         default=None,
         description="Name of the new data set; empty means DATASET-by-TARGET.",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=FOLDER_NAME,
     )
     base_url: Address | None = Field(
         default=None,

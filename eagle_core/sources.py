@@ -266,7 +266,7 @@ def _file(
             f"{path}, which {source} names, is not there: a dangling link? Restore or remove it, "
             "or correct `source`"
         ) from error
-    if not filesystem.isdir(path):
+    if entry["type"] != "directory":
         return SourceFile(filesystem=filesystem, path=path, size=entry["size"])
     if is_pattern:
         return None

@@ -7,14 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 from prefect import flow
 
-import storage.errors
-from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.hosted_trackers import TrackingConfig, open_trackers, require_trackers
@@ -43,10 +41,10 @@ from flows.run_record import TRAINING_NAME, RunRecord, StorageBill, write_settin
 from flows.semantic_probe import require_sound
 from flows.sole_training import sole_training
 from flows.store_root import store_root
-from flows.summaries import TokensSummary, TrainSummary
+from flows.summaries import TrainSummary
 from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
+from flows.training_snapshot import training_snapshot
 from flows.workspace import DEFAULT_HOME, RunName
-from storage.snapshot import Snapshot
 from storage.store import Store
 
 Attempt = Callable[[Callable[[Progress], None]], TrainingResult]
@@ -90,7 +88,7 @@ def train_flow(
     root = store_root(store, space)
     Store.open(root)  # a clear error when there is none, rather than an empty new one
     opened = Store.create(root, store_identity(target, store, tokens))
-    snapshot = _snapshot_of(opened, tokens, dataset.name, space.run_path(run))
+    snapshot = training_snapshot(opened, tokens, dataset.name, space.run_path(run))
     opened.require_present(snapshot)
     title = f"{target.name}-{dataset.name}-{run}"
     job = TrainJob(
@@ -143,87 +141,6 @@ def train_flow(
         title=title,
         describe_run=describe_run,
     )
-
-
-def _snapshot_of(store: Store, tokens: TokensSummary, dataset: str, run_path: Path) -> Snapshot:
-    """Return the snapshot to train on, which has no held-out sample.
-
-    A run that was interrupted goes on with its own. Others take that of the data set as it is now
-    or, without one, the latest, if most of it is of the data set.
-
-    Raises:
-        ConfigError: there is no snapshot yet.
-        MismatchError: there are only those of other data, or of the held-out split.
-
-    """
-    train = TokenFile(tokens.train_path)
-    snapshot = _interrupted(store, train, run_path) or _newest_of(store, train, dataset)
-    held_out = {bytes.fromhex(name) for name in TokenFile(tokens.held_out_path).sample_ids}
-    num_held_out = len(held_out.intersection(snapshot.sample_ids.tolist()))
-    if num_held_out:
-        raise storage.errors.MismatchError(
-            f"snapshot {snapshot.snapshot_id} of {store.root.url} has {num_held_out:,} of the "
-            f"{len(held_out):,} samples that data set {dataset} holds out as it is now: its "
-            "conversations, held_out_fraction or max_length have changed since. Restore them, or "
-            "run hidden-states with this recipe and train under another run name"
-        )
-    return snapshot
-
-
-def _interrupted(store: Store, train: TokenFile, run_path: Path) -> Snapshot | None:
-    """Return the snapshot of a run that has not ended, if it is there and of the same data."""
-    folder = checkpoint.newest(run_path)
-    if folder is None:
-        return None
-    found, record = checkpoint.read(folder), RunRecord.read(run_path)
-    if TRAINING_NAME in record.outdated or (
-        record.training and record.training.num_steps >= found.step
-    ):
-        return None
-    if found.loader.source_id not in store.snapshot_ids():
-        return None
-    snapshot = store.snapshot(found.loader.source_id)
-    if _num_shared(snapshot, train) <= snapshot.num_samples / 2:
-        return None
-    if set(snapshot.sample_ids.tolist()) != _members(train):
-        logger.warning(
-            "run %s goes on with the snapshot it began with, %s of %s samples; the data set has %s "
-            "by now: train under another run name to learn from them",
-            *(run_path.name, snapshot.snapshot_id[:8], f"{snapshot.num_samples:,}"),
-            f"{len(train):,}",
-        )
-    return snapshot
-
-
-def _members(train: TokenFile) -> set[bytes]:
-    return {bytes.fromhex(name) for name in train.sample_ids}
-
-
-def _num_shared(snapshot: Snapshot, train: TokenFile) -> int:
-    return len(_members(train).intersection(snapshot.sample_ids.tolist()))
-
-
-def _newest_of(store: Store, train: TokenFile, dataset: str) -> Snapshot:
-    latest = store.snapshot()
-    if set(latest.sample_ids.tolist()) == _members(train):
-        return latest
-    with suppress(storage.errors.ConfigError):  # some samples have no states yet
-        snapshot_id = Snapshot.of(train.sample_ids, store.commits()).snapshot_id
-        if snapshot_id in store.snapshot_ids():
-            return store.snapshot(snapshot_id)
-    num_shared = _num_shared(latest, train)
-    if num_shared <= latest.num_samples / 2:
-        raise storage.errors.MismatchError(
-            f"of the {latest.num_samples:,} samples in the latest snapshot of {store.root.url}, "
-            f"{num_shared:,} are of data set {dataset}, and no other snapshot holds that as it is "
-            "now; run hidden-states with this recipe first"
-        )
-    logger.warning(
-        "the latest snapshot has %s samples, %s of them of data set %s, which has %s as it is now: "
-        "hidden-states makes the rest",
-        *(f"{latest.num_samples:,}", f"{num_shared:,}", dataset, f"{len(train):,}"),
-    )
-    return latest
 
 
 def run_training(
@@ -301,9 +218,7 @@ def _summarised(
             f"nothing is lost ({result.checkpoint_path} is written): run the same command again, "
             "or press Retry in the Prefect UI, to go on from there"
         )
-    earlier = RunRecord.read(run_path).training
-    if result.tokens_per_second or (earlier and earlier.num_steps != result.num_steps):
-        earlier = None  # else it was done already, and keeps what it took
+    earlier = _earlier(run_path, result)
     summary = TrainSummary(
         run_path=run_path,
         source_id=source_id,
@@ -326,6 +241,13 @@ def _summarised(
     if drawn is not None:
         report.publish_plot(f"Loss: {title}", drawn[1], key=artifact_key("loss", title))
     return summary
+
+
+def _earlier(run_path: Path, result: TrainingResult) -> TrainSummary | None:
+    """Return what a run took that was done already, and None of one that this attempt moved."""
+    found = RunRecord.read(run_path).training
+    is_same = found is not None and found.num_steps == result.num_steps
+    return found if is_same and not result.tokens_per_second else None
 
 
 def _sound_setup(job: TrainJob, target: TargetConfig, store: Store) -> DraftSetup:

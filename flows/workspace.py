@@ -7,13 +7,14 @@ from typing import Annotated, Self
 from pydantic import Field, TypeAdapter, ValidationError
 
 from eagle_core.errors import ConfigError
+from eagle_core.files import FOLDER_NAME
 
 DEFAULT_HOME = "eyas-data"
 
 RunName = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=FOLDER_NAME,
         description="Name of the training run: its folder is runs/TARGET-DATASET-RUN.",
     ),
 ]

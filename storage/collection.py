@@ -43,10 +43,10 @@ def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Sequence[
     latest = store.snapshot()
     if named:
         return [latest.snapshot_id, *sorted(set(named) - {latest.snapshot_id})]
-    newest = _members(latest)
+    newest = latest.members
     others: list[tuple[str, frozenset[bytes]]] = []
     for snapshot in _readable(store, present):
-        members = _members(snapshot)
+        members = snapshot.members
         if len(members & newest) <= len(members) / 2:
             others.append((snapshot.snapshot_id, members))
     kept: list[tuple[str, frozenset[bytes]]] = []
@@ -54,10 +54,6 @@ def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Sequence[
         if not any(members <= larger for _, larger in kept):
             kept.append((snapshot_id, members))
     return [latest.snapshot_id, *sorted(snapshot_id for snapshot_id, _ in kept)]
-
-
-def _members(snapshot: Snapshot) -> frozenset[bytes]:
-    return frozenset(snapshot.sample_ids.tolist())
 
 
 def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]:

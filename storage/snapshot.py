@@ -56,6 +56,11 @@ class Snapshot:
         """Return the supervised tokens of all samples."""
         return int(self.supervised.sum())
 
+    @property
+    def members(self) -> frozenset[bytes]:
+        """Return the ids of all samples as bytes, 16 each; a new set each time."""
+        return frozenset(self.sample_ids.tolist())
+
     def sample_id(self, index: int) -> str:
         """Return the id of sample `index`: 32 hex digits."""
         return bytes(self.sample_ids[index]).hex()

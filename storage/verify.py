@@ -60,34 +60,34 @@ def _compare_sizes(
 
 def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
     """Yield a finding for every object of the shard whose bytes are not the committed ones."""
-    for key, expected in record.objects.items():
-        try:
-            found = ObjectDigest.of(root.read(f"shards/{record.shard_id}/{key}"))
-        except FileNotFoundError:
-            yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
-            continue
-        if found != expected:
-            yield shard_finding(record.shard_id, key, f"has {found}, committed {expected}")
+    return (finding for _, _, finding in _read_each(root, record) if finding is not None)
 
 
 def read_objects(
     root: Directory, record: CommitRecord
 ) -> tuple[Mapping[str, bytes], Sequence[Finding]]:
     """Return a shard's objects, and what is wrong with their bytes: one reading for both."""
-    objects: dict[str, bytes] = {}
-    findings: list[Finding] = []
+    read = list(_read_each(root, record))
+    objects = {key: data for key, data, _ in read}
+    return objects, [finding for _, _, finding in read if finding is not None]
+
+
+def _read_each(
+    root: Directory, record: CommitRecord
+) -> Iterator[tuple[str, bytes, Finding | None]]:
+    """Yield the key and bytes of every object, and what is wrong with them."""
     for key, expected in record.objects.items():
         try:
-            objects[key] = root.read(f"shards/{record.shard_id}/{key}")
+            data = root.read(f"shards/{record.shard_id}/{key}")
         except FileNotFoundError:
             problem = f"is missing, committed {expected}"
-            findings.append(shard_finding(record.shard_id, key, problem))
+            yield key, b"", shard_finding(record.shard_id, key, problem)
             continue
-        found = ObjectDigest.of(objects[key])
+        found, finding = ObjectDigest.of(data), None
         if found != expected:
             problem = f"has {found}, committed {expected}"
-            findings.append(shard_finding(record.shard_id, key, problem))
-    return objects, findings
+            finding = shard_finding(record.shard_id, key, problem)
+        yield key, data, finding
 
 
 def check_states(
@@ -102,9 +102,6 @@ def check_states(
 
     With `exact`, states that the store leaves out must have the bits that generation gave them.
     """
-    if not record.probe:
-        yield from check_digests(root, record)
-        return
     objects, damaged = read_objects(root, record)
     yield from damaged or check_meaning(record, objects, identity, recompute, exact=exact)
 
