@@ -35,7 +35,7 @@ from eagle_core.tokens import TokenFile
 from eagle_core.trackers import NoTracker
 from eagle_core.trainer import train
 from eagle_core.training_config import TrainingConfig
-from flows.draft_setup import set_up_draft
+from flows.draft_setup import choose_vocabulary, set_up_draft
 from flows.identity import left_out
 from flows.online_source import OnlineSource
 from flows.recompute import partial_target
@@ -280,7 +280,8 @@ def _trained(experiment: Experiment, source: SampleSource, *, num_seeds: int) ->
     for seed in range(num_seeds):
         run_path = Path(tempfile.mkdtemp())
         config = experiment.training.model_copy(update={"seed": seed})
-        setup = set_up_draft(experiment.recipe.target, config, experiment.tokens, run_path)
+        choose_vocabulary(experiment.recipe.target, config, experiment.tokens, run_path)
+        setup = set_up_draft(experiment.recipe.target, config, run_path)
         trained = train(
             config=config,
             draft=setup.draft,

@@ -26,7 +26,7 @@ from eagle_core.prompts import Prompt, sample_prompts
 from eagle_core.target import TargetModel
 from eagle_core.tokens import TokenFile
 from flows.draft_setup import set_up_draft
-from flows.trained_draft import choose_checkpoint, load_checkpoint
+from flows.trained_run import choose_checkpoint, load_checkpoint
 from flows.workspace import Workspace
 
 ROUNDS = "vllm:spec_decode_num_drafts_total"
@@ -93,7 +93,7 @@ def main() -> None:
     theirs, their_texts = from_engine(arguments.server, prompts, config)
 
     run_path = space.run_path(arguments.run)
-    setup = set_up_draft(recipe.target, recipe.training, TokenFile(train_path), run_path)
+    setup = set_up_draft(recipe.target, recipe.training, run_path)
     step = load_checkpoint(setup, choose_checkpoint(run_path, arguments.checkpoint)).step
     target = TargetModel.load(recipe.target)
     decoded = decode_prompts(target, setup.draft, prompts, config, stop_ids=target.stop_ids)

@@ -28,7 +28,7 @@ from eagle_core.speculative import (
 )
 from eagle_core.target import TargetModel
 from eagle_core.tokens import TokenFile
-from flows.draft_setup import load_trained, set_up_draft
+from flows.draft_setup import choose_vocabulary, load_trained, set_up_draft
 from flows.workspace import Workspace
 
 REPORT = """\
@@ -120,7 +120,8 @@ def _prompts(space: Workspace, num_prompts: int, max_tokens: int) -> list[tuple[
 def _draft(recipe: Recipe, space: Workspace) -> tuple[DraftNetwork, str]:
     (path,) = space.tokens_path.glob("train-*.arrow")
     run_path = space.run_path("main")
-    setup = set_up_draft(recipe.target, recipe.training, TokenFile(path), run_path)
+    choose_vocabulary(recipe.target, recipe.training, TokenFile(path), run_path)
+    setup = set_up_draft(recipe.target, recipe.training, run_path)
     if newest(run_path) is None:
         return setup.draft, "an untrained"
     return load_trained(setup), "a trained"

@@ -54,13 +54,14 @@ def triggers(
             }
         ]
     if flow == "train" and config.train_on_snapshot:
+        published = "{{ event.payload.snapshot_id }}"
         return [
             {
                 "name": f"train {target}: a snapshot of {dataset} is published",
                 "type": "event",
                 "expect": [SNAPSHOT_PUBLISHED],
                 "match": {"prefect.resource.id": store_resource(target, dataset)},
-                "parameters": {"run": "{{ event.payload.snapshot_id }}"},
+                "parameters": {"run": published, "snapshot_id": published},
             }
         ]
     return []

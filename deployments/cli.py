@@ -1,15 +1,16 @@
 """Run a flow here and now, look after stores, list what there is, write prefect.yaml."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from deployments.console import ERRORS, OUT, one_message
 from deployments.environment import settle_environment
-from deployments.registry import FLOWS, find_flow
+from deployments.registry import FLOWS, FlowEntry, find_flow
 from deployments.store_commands import gc, inspect, verify
 from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
@@ -20,7 +21,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="Recipe, such as smollm2, or a YAML file.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="Recipe, such as smollm2, a YAML file, or the folder of a run.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, as often as you like.")
 ]
@@ -36,9 +39,14 @@ def run(
     run_name: Annotated[
         str | None, typer.Option("--run", help="Name of the training run; each has its own draft.")
     ] = None,
+    snapshot_id: Annotated[
+        str | None,
+        typer.Option("--snapshot", help="Train on this snapshot; `eyas inspect` lists them."),
+    ] = None,
 ) -> None:
     """Run a flow in this process; no server or worker needed."""
-    _run_flow(flow, recipe, overrides or [], home, run_name=run_name)
+    own = {"run": run_name, "snapshot_id": snapshot_id}
+    _run_flow(flow, recipe, overrides or [], home, {k: v for k, v in own.items() if v is not None})
 
 
 @app.command()
@@ -93,29 +101,52 @@ def render_deployments(
 
 
 def _run_flow(
-    flow: str, recipe: str, overrides: list[str], home: str, *, run_name: str | None = None
+    flow: str, recipe: str, overrides: list[str], home: str, own: Mapping[str, str] | None = None
 ) -> None:
+    """Run a flow; `own` are parameters of its own, beside the sections of a recipe."""
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 (see above)
-
-    from deployments.recipe import load_recipe  # noqa: PLC0415 (see above)
-    from flows.workspace import require_run_name  # noqa: PLC0415 (see above)
 
     with one_message(stopped="stopped; the same command goes on with what is missing"):
         entry = find_flow(flow)
-        loaded = load_recipe(recipe, overrides)
+        parameters = _parameters(entry, recipe, overrides, home, own or {})
         settle_environment()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         from deployments.api import prefect_api, print_own_lines  # noqa: PLC0415 (Prefect reads its environment here)
 
-        ERRORS.print(f"[bold]eyas[/bold] {entry.name}/{loaded.target.name}")
-        parameters = {section: getattr(loaded, section) for section in entry.sections}
-        if run_name is not None and "training" not in entry.sections:
-            raise ConfigError(f"{entry.name} belongs to no run; leave out --run {run_name}")
-        if run_name is not None:
-            parameters["run"] = require_run_name(run_name)
+        subject = parameters["target"] if "target" in parameters else parameters["dataset"]
+        ERRORS.print(f"[bold]eyas[/bold] {entry.name}/{subject.name}")
         if not sys.stderr.isatty():  # no progress bars there
             print_own_lines()
         with prefect_api() as api_url:
             if api_url:
                 ERRORS.print(f"reporting to {api_url.removesuffix('/api')}")
-            entry.load()(**parameters, home=home)
+            entry.load()(**parameters)
+
+
+def _parameters(
+    entry: FlowEntry, recipe: str, overrides: list[str], home: str, own: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the parameters of a flow, from a recipe or from the folder of a run."""
+    from deployments.recipe import load_recipe, recipe_of_run  # noqa: PLC0415 (see above)
+    from flows.run_file import read_run  # noqa: PLC0415 (see above)
+    from flows.workspace import require_run_name  # noqa: PLC0415 (see above)
+
+    if "run" in own and "run" not in entry.own_parameters:
+        raise ConfigError(f"{entry.name} belongs to no run; leave out --run {own['run']}")
+    if "snapshot_id" in own and "snapshot_id" not in entry.own_parameters:
+        raise ConfigError(f"{entry.name} does not train; leave out --snapshot")
+    folder = Path(recipe).expanduser()
+    run = read_run(folder) if folder.is_dir() else None
+    if run is None:
+        loaded = load_recipe(recipe, overrides)
+    elif "run" not in entry.own_parameters:
+        raise ConfigError(f"{entry.name} belongs to no run: name a recipe instead of {recipe}")
+    elif "run" in own or home != DEFAULT_HOME:
+        raise ConfigError(f"{recipe} says which run that is: leave out --run and --home")
+    else:
+        loaded, home = recipe_of_run(run, folder, overrides), str(folder.absolute().parents[1])
+        name = f"{run.target.name}-{run.dataset.name}-"
+        own = {**own, "run": folder.absolute().name.removeprefix(name)}
+    if "run" in own:
+        require_run_name(own["run"])
+    return {section: getattr(loaded, section) for section in entry.sections} | {**own, "home": home}

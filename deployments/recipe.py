@@ -17,6 +17,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.export_config import RunExportConfig
+from flows.run_file import Run
 from flows.runner_config import RunnerConfig
 
 FOLDER = Path(__file__).parent
@@ -59,7 +60,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise ConfigError(
             f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}, or give the "
-            "path of a YAML file"
+            "path of a YAML file, or the folder of a run"
         )
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -67,12 +68,29 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds no recipe: expected the sections {_sections()}")
+    return _validated(document, overrides, str(path))
+
+
+def recipe_of_run(run: Run, run_path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe that a run was made with, with overrides applied; sections that say nothing
+    of a run have their defaults.
+
+    Raises:
+        ConfigError: a key or value that does not fit; names each one.
+
+    """
+    sections = ("target", "dataset", "store", "training", "tracking")
+    document = {name: getattr(run, name).model_dump(mode="json") for name in sections}
+    return _validated(document, overrides, str(run_path))
+
+
+def _validated(document: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     for override in overrides:
         _apply(document, override)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from error
+        raise ConfigError(_explain(error, where)) from error
 
 
 def _sections() -> str:

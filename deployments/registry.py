@@ -17,6 +17,8 @@ class FlowEntry:
     """`path.py:function`, relative to the repository root, as Prefect wants it."""
     sections: tuple[str, ...]
     description: str
+    own_parameters: tuple[str, ...] = ()
+    """Of `run` and `snapshot_id`, those that it takes."""
     is_exclusive: bool = False
     """Whether a second run of a deployment waits for the first, rather than doing the same work."""
 
@@ -64,36 +66,42 @@ FLOWS = (
         name="train",
         entrypoint="flows/train.py:train_flow",
         sections=("target", "dataset", "store", "training", "tracking"),
-        description="Train the draft from the latest snapshot, or go on where it stopped",
+        own_parameters=("run", "snapshot_id"),
+        description="Train the draft from the snapshot of its data set, or go on where it stopped",
     ),
     FlowEntry(
         name="evaluate",
         entrypoint="flows/evaluate.py:evaluate_flow",
         sections=("target", "dataset", "training", "evaluation"),
+        own_parameters=("run",),
         description="Measure acceptance by real speculative decoding on held-out prompts",
     ),
     FlowEntry(
         name="estimate",
         entrypoint="flows/estimate.py:estimate_flow",
         sections=("target", "dataset", "store", "training", "evaluation"),
+        own_parameters=("run",),
         description="Estimate acceptance from stored states on held-out data, without the target",
     ),
     FlowEntry(
         name="export",
         entrypoint="flows/export.py:export_flow",
         sections=("target", "dataset", "training", "export"),
+        own_parameters=("run",),
         description="Write the draft as SGLang, vLLM and speculators load it",
     ),
     FlowEntry(
         name="offline",
         entrypoint="flows/offline.py:offline",
         sections=("target", "dataset", "store", "runner", "training", "tracking", "evaluation"),
+        own_parameters=("run",),
         description="hidden-states, then train, then evaluate",
     ),
     FlowEntry(
         name="online",
         entrypoint="flows/online.py:online",
         sections=("target", "dataset", "store", "training", "tracking", "evaluation"),
+        own_parameters=("run",),
         description="Train while the target computes the states, without a store; then evaluate",
     ),
     FlowEntry(

@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PretrainedConfig,
+)
 
 from eagle_core import weights
 from eagle_core.errors import ConfigError, CorruptError
@@ -55,6 +61,21 @@ def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
     loaded = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     text_config: PretrainedConfig = loaded.get_text_config()
     return text_config
+
+
+def read_stop_ids(config: TargetConfig, folder: Path) -> frozenset[int]:
+    """Return the ids that end a turn, by the generation config of the weights folder."""
+    try:
+        found = GenerationConfig.from_pretrained(folder)
+    except OSError:  # there is none: transformers derives it from the model's own configuration
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        found = GenerationConfig.from_model_config(loaded)
+    return _stop_ids(found)
+
+
+def _stop_ids(config: GenerationConfig) -> frozenset[int]:
+    eos: int | list[int] | None = config.eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 
 def fingerprint_fields(config: TargetConfig, folder: Path) -> dict[str, str]:
@@ -123,8 +144,7 @@ class TargetModel:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a turn, by the model's generation config."""
-        eos: int | list[int] | None = self._model.generation_config.eos_token_id  # type: ignore[union-attr, assignment]
-        return frozenset([eos] if isinstance(eos, int) else eos or [])
+        return _stop_ids(self._model.generation_config)  # type: ignore[arg-type]
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the target's logits [..., V] for post-norm states [..., H]."""

@@ -4,9 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from eagle_core import weights
@@ -34,14 +32,10 @@ class DraftSetup:
     draft: DraftModel
     target_lm_head: Tensor
     """[V, H] the target's head, frozen."""
-    vocabulary_coverage: float
-    """Share of the supervised training tokens that the draft can propose, 0 to 1."""
 
 
-def set_up_draft(
-    target: TargetConfig, training: TrainingConfig, tokens: TokenFile, run_path: Path
-) -> DraftSetup:
-    """Return the untrained draft of a run; its vocabulary is chosen once and then kept.
+def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path) -> DraftSetup:
+    """Return the untrained draft of a run, whose vocabulary is chosen already.
 
     Reads two tensors of the target (embedding and head), never the layers between them.
     """
@@ -49,10 +43,7 @@ def set_up_draft(
     model_config = read_model_config(target, folder)
     device = resolve_device(target.device)
     embedding, lm_head = weights.load_ends(folder, dtype=torch.float32)
-    counts = count_supervised_tokens(tokens, model_config.vocab_size)
-    vocabulary = _vocabulary(
-        run_path, target, counts, training.draft_vocab_size, source_id=tokens.path.stem
-    )
+    vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
     config = DraftConfig.from_target(
         model_config,
         draft_vocab_size=len(vocabulary),
@@ -67,12 +58,7 @@ def set_up_draft(
         _start_from(
             draft, Path(training.start_from), aux_layers(target, model_config.num_hidden_layers)
         )
-    return DraftSetup(
-        run_path=run_path,
-        draft=draft.to(device),
-        target_lm_head=lm_head.to(device),
-        vocabulary_coverage=vocabulary.coverage(counts),
-    )
+    return DraftSetup(run_path=run_path, draft=draft.to(device), target_lm_head=lm_head.to(device))
 
 
 def load_trained(setup: DraftSetup) -> DraftModel:
@@ -98,29 +84,25 @@ def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> Non
     )
 
 
-def _vocabulary(
-    run_path: Path,
-    target: TargetConfig,
-    counts: NDArray[np.int64],
-    size: int,
-    *,
-    source_id: str,
-) -> DraftVocabulary:
-    """Return the run's vocabulary; one of other data or size counts only with a checkpoint of it.
+def choose_vocabulary(
+    target: TargetConfig, training: TrainingConfig, tokens: TokenFile, run_path: Path
+) -> float:
+    """Choose the vocabulary of a run, once; return the share of supervised tokens that it covers.
 
-    Whether that checkpoint's data may be left is not decided here: it carries their snapshot id.
+    One of other data or size is kept only if the run has a checkpoint of it. Whether that
+    checkpoint's data may be left is not decided here: it carries their snapshot id.
     """
-    path = run_path / VOCABULARY_NAME
+    vocab_size = read_model_config(target, weights.locate(target)).vocab_size
+    counts = count_supervised_tokens(tokens, vocab_size)
+    path, size = run_path / VOCABULARY_NAME, min(training.draft_vocab_size, vocab_size)
     if path.exists():
         found = DraftVocabulary.load(path)
-        is_wanted = found.source_id == source_id and len(found) == min(size, len(counts))
+        is_wanted = found.source_id == tokens.path.stem and len(found) == size
         if is_wanted or newest(run_path) is not None:
-            return found
+            return found.coverage(counts)
         logger.info("no step was trained with the draft vocabulary of %s: chosen again", path)
     always = conversation_tokenizer(target).special_token_ids()
-    vocabulary = DraftVocabulary.build(
-        counts, size=min(size, len(counts)), always=always, source_id=source_id
-    )
+    vocabulary = DraftVocabulary.build(counts, size=size, always=always, source_id=tokens.path.stem)
     run_path.mkdir(parents=True, exist_ok=True)
     vocabulary.save(path)
-    return vocabulary
+    return vocabulary.coverage(counts)

@@ -1,7 +1,6 @@
 """`estimate`: acceptance from stored states on held-out data, without running the target."""
 
 import time
-from pathlib import Path
 
 from prefect import flow
 
@@ -12,14 +11,12 @@ from eagle_core.evaluation import EvaluationConfig
 from eagle_core.partial_target import PartialTarget
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
-from flows.draft_setup import DraftSetup, set_up_draft
-from flows.identity import store_identity
-from flows.prepare import prepare
+from flows.draft_setup import DraftSetup
+from flows.identity import open_store
 from flows.progress import StageProgress, stage_progress
 from flows.recompute import partial_target
 from flows.run_name import run_name
@@ -27,13 +24,12 @@ from flows.run_page import write_run_page
 from flows.run_record import ESTIMATE_NAME, write_stage
 from flows.store_root import store_root
 from flows.stored_source import StoredSource
-from flows.summaries import EstimateSummary, TokensSummary
+from flows.summaries import EstimateSummary
 from flows.table import print_table
-from flows.trained_draft import choose_checkpoint, load_checkpoint
-from flows.workspace import DEFAULT_HOME, RunName, Workspace
+from flows.trained_run import TrainedRun, open_run
+from flows.workspace import DEFAULT_HOME, RunName
 from storage.reader import SnapshotReader
 from storage.snapshot import Snapshot
-from storage.store import Store
 
 
 @flow(
@@ -54,7 +50,7 @@ def estimate_flow(
 
     Takes the same checkpoint as `evaluate` and `export`, and of `evaluation` only `checkpoint`,
     `draft_tokens` and `num_prompts`, here the number of held-out samples. Of the target it reads
-    embedding and head.
+    embedding and head. `dataset` and `training` mean what they mean to `evaluate`.
 
     Raises:
         ConfigError: there is no checkpoint, no store, or nothing held out in it.
@@ -62,14 +58,10 @@ def estimate_flow(
 
     """
     started = time.monotonic()
-    run_path = Workspace(
-        home=Path(home).expanduser(), target=target.name, dataset=dataset.name
-    ).run_path(run)
-    folder = choose_checkpoint(run_path, evaluation.checkpoint)
-    space, tokens = prepare(target, dataset, home)
-    reader = _held_out(target, store, tokens, store_root(store, space))
-    setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
-    found = load_checkpoint(setup, folder)
+    trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
+    run_path = trained.path
+    reader = _held_out(trained, store)
+    setup, found = trained.load_draft()
     title = f"{target.name} on {dataset.name}, run {run}"
     summary = EstimateSummary(
         run_path=run_path,
@@ -92,13 +84,10 @@ def estimate_flow(
     return summary
 
 
-def _held_out(
-    target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str
-) -> SnapshotReader:
+def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
     """Return the held-out samples of the store, which must be of this target and tokenizer."""
-    Store.open(root)  # a clear error when there is none, rather than an empty new one
-    opened = Store.create(root, store_identity(target, config, tokens))
-    sample_ids = TokenFile(tokens.held_out_path).sample_ids
+    opened = open_store(trained.target, config, store_root(config, trained.space))
+    sample_ids = trained.held_out().sample_ids
     if not sample_ids:
         raise ConfigError(
             "nothing was held out, so there is nothing to estimate on; set "

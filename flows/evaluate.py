@@ -1,6 +1,8 @@
 """`evaluate`: acceptance on held-out prompts by real decoding, before and after training."""
 
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow
@@ -14,19 +16,17 @@ from eagle_core.prompt_file import read_prompts
 from eagle_core.prompts import Prompt, first_prompts, sample_prompts
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.draft_setup import set_up_draft
-from flows.prepare import prepare
 from flows.progress import stage_progress
 from flows.run_name import run_name
 from flows.run_page import acceptance_plot, write_run_page
 from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
 from flows.target_tokenizer import conversation_tokenizer
-from flows.trained_draft import choose_checkpoint, load_checkpoint
+from flows.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
 
@@ -45,21 +45,25 @@ def evaluate_flow(
 ) -> EvaluateSummary:
     """Decode prompts with the untrained draft of run `run` and with its best checkpoint.
 
+    What the run was made with is read from its folder: `dataset` only names it, and `training` is
+    needed for a run of a version before `run.json` alone.
+
     Raises:
         ConfigError: the run has no checkpoint yet, no prompt is short enough, or a prompt file
             does not hold questions.
+        MismatchError: the run learned from another target, tokenizer or template.
 
     """
     started = time.monotonic()
-    space, tokens = prepare(target, dataset, home)
-    run_path = space.run_path(run)
-    folder = choose_checkpoint(run_path, evaluation.checkpoint)
-    prompts = _prompts(target, evaluation, tokens.held_out_path)
-    setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
+    trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
+    run_path = trained.path
+    prompts = _prompts(trained, evaluation)
+    setup = set_up_draft(target, trained.training, run_path)
     model = TargetModel.load(target)
-    before = _decoded(model, setup.draft, prompts, evaluation, title="untrained draft")
-    step = load_checkpoint(setup, folder).step
-    after = _decoded(model, setup.draft, prompts, evaluation, title="trained draft")
+    decode = _Decoder(model, prompts, evaluation, trained.stop_ids)
+    before = decode(setup.draft, title="untrained draft")
+    step = trained.load_weights(setup).step
+    after = decode(setup.draft, title="trained draft")
     by_group = summarise_by_category(after, draft_tokens=evaluation.draft_tokens)
     summary = EvaluateSummary(
         evaluation=evaluation,
@@ -85,41 +89,43 @@ def evaluate_flow(
     return summary
 
 
-def _prompts(target: TargetConfig, evaluation: EvaluationConfig, held_out: Path) -> list[Prompt]:
+def _prompts(trained: TrainedRun, evaluation: EvaluationConfig) -> list[Prompt]:
     if evaluation.prompts is None:
         return sample_prompts(
-            TokenFile(held_out),
+            trained.held_out(),
             num_prompts=evaluation.num_prompts,
             max_tokens=evaluation.max_prompt_tokens,
             max_turns=evaluation.max_turns,
         )
     return first_prompts(
-        read_prompts(evaluation.prompts, conversation_tokenizer(target)),
+        read_prompts(evaluation.prompts, conversation_tokenizer(trained.target)),
         num_prompts=evaluation.num_prompts,
         max_tokens=evaluation.max_prompt_tokens,
     )
 
 
-def _decoded(
-    model: TargetModel,
-    draft: DraftModel,
-    prompts: list[Prompt],
-    evaluation: EvaluationConfig,
-    *,
-    title: str,
-) -> list[PromptResult]:
-    total = min(len(prompts), evaluation.num_prompts)
-    with stage_progress(title, key=artifact_key(title), total=total, unit="prompts") as bar:
-        return list(
-            decode_prompts(
-                model,
-                draft,
-                prompts,
-                evaluation,
-                stop_ids=model.stop_ids,
-                on_progress=lambda progress: bar.move_to(progress.num_done),
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    """Decodes the same prompts with one draft after the other."""
+
+    model: TargetModel
+    prompts: Sequence[Prompt]
+    evaluation: EvaluationConfig
+    stop_ids: Collection[int]
+
+    def __call__(self, draft: DraftModel, *, title: str) -> list[PromptResult]:
+        total = min(len(self.prompts), self.evaluation.num_prompts)
+        with stage_progress(title, key=artifact_key(title), total=total, unit="prompts") as bar:
+            return list(
+                decode_prompts(
+                    self.model,
+                    draft,
+                    self.prompts,
+                    self.evaluation,
+                    stop_ids=self.stop_ids,
+                    on_progress=lambda progress: bar.move_to(progress.num_done),
+                )
             )
-        )
 
 
 def _estimate(run_path: Path, step: int) -> AcceptanceEstimate | None:

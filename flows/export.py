@@ -13,18 +13,15 @@ from eagle_core.export import ServedTarget
 from eagle_core.export import export as write_layouts
 from eagle_core.target import aux_layers, read_model_config
 from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
-from flows.draft_setup import set_up_draft
 from flows.export_config import RunExportConfig
-from flows.prepare import prepare
 from flows.run_name import run_name
 from flows.summaries import ExportedLayout, ExportSummary
 from flows.table import print_table
-from flows.trained_draft import choose_checkpoint, load_checkpoint
-from flows.workspace import DEFAULT_HOME, RunName, Workspace
+from flows.trained_run import open_run
+from flows.workspace import DEFAULT_HOME, RunName
 
 FOLDER_NAME = "export"
 
@@ -44,21 +41,18 @@ def export_flow(
 ) -> ExportSummary:
     """Write the draft of run `run` as SGLang, vLLM and speculators load it, below the run's folder.
 
-    Each layout is a folder that appears complete; exporting again replaces it.
+    Each layout is a folder that appears complete; exporting again replaces it. `dataset` and
+    `training` mean what they mean to `evaluate`.
 
     Raises:
         ConfigError: the run has no checkpoint, or a folder holds what no export wrote.
-        MismatchError: the run's draft has another shape than the settings give.
+        MismatchError: the run learned from another target, tokenizer or template.
 
     """
     started = time.monotonic()
-    run_path = Workspace(
-        home=Path(home).expanduser(), target=target.name, dataset=dataset.name
-    ).run_path(run)
-    folder = choose_checkpoint(run_path, export.checkpoint)
-    _, tokens = prepare(target, dataset, home)
-    setup = set_up_draft(target, training, TokenFile(tokens.train_path), run_path)
-    found = load_checkpoint(setup, folder)
+    trained = open_run(target, dataset, training, home, run, export.checkpoint)
+    run_path = trained.path
+    setup, found = trained.load_draft()
     served = _served(target)
     written = write_layouts(setup.draft, served, run_path / FOLDER_NAME, export)
     summary = ExportSummary(

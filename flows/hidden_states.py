@@ -22,7 +22,7 @@ from flows.run_name import run_name
 from flows.runner_config import RunnerConfig
 from flows.store_root import store_root
 from flows.summaries import HiddenStatesSummary, TokensSummary
-from flows.workspace import DEFAULT_HOME
+from flows.workspace import DEFAULT_HOME, Workspace
 from storage.store import Store
 
 
@@ -54,7 +54,7 @@ def hidden_states(
     work = plan_missing_shards(target, store, tokens, root)
     make_shards(target, store, runner, tokens, root, work)
     known = Store.open(root).snapshot_ids()
-    summary = publish(tokens, root, shards_made=len(work.shards), started=started)
+    summary = publish(tokens, space, root, shards_made=len(work.shards), started=started)
     if summary.snapshot_id not in known:  # an automation would train the same once more
         send(
             SNAPSHOT_PUBLISHED,
@@ -91,16 +91,18 @@ def plan_missing_shards(
 
 @task(task_run_name="publish snapshot", cache_policy=NO_CACHE, persist_result=False)
 def publish(
-    tokens: TokensSummary, root: str, *, shards_made: int, started: float
+    tokens: TokensSummary, space: Workspace, root: str, *, shards_made: int, started: float
 ) -> HiddenStatesSummary:
-    """Publish the snapshots of both splits, training as the latest; return the store's bill."""
+    """Publish the snapshots of both splits by name, training as the latest; return the bill."""
     store = Store.open(root)
     commits = store.commits()
     held_out = TokenFile(tokens.held_out_path).sample_ids
     if held_out:
         # It keeps its shards from being collected as garbage.
-        store.publish(held_out, commits=commits, as_latest=False)
-    snapshot = store.publish(TokenFile(tokens.train_path).sample_ids, commits=commits)
+        name = space.snapshot_name("held_out")
+        store.publish(held_out, commits=commits, name=name, as_latest=False)
+    train = TokenFile(tokens.train_path).sample_ids
+    snapshot = store.publish(train, commits=commits, name=space.snapshot_name("train"))
     return HiddenStatesSummary(
         store_root=root,
         snapshot_id=snapshot.snapshot_id,

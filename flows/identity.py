@@ -1,5 +1,7 @@
 """What a store's states are made with, as `storage` wants to know it."""
 
+from typing import Protocol
+
 from transformers import PretrainedConfig
 
 from eagle_core import weights
@@ -13,13 +15,38 @@ from eagle_core.target import (
 )
 from eagle_core.target_config import TargetConfig
 from flows.config import StoreConfig
-from flows.summaries import TokensSummary
+from flows.target_tokenizer import conversation_tokenizer
 from storage.identity import LeftOut, StoreIdentity
+from storage.store import Store
 
 
-def store_identity(
-    target: TargetConfig, store: StoreConfig, tokens: TokensSummary
-) -> StoreIdentity:
+class Tokenizing(Protocol):
+    """What decides the tokens: a tokenizer, or what was made with one."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer."""
+
+    @property
+    def template_fingerprint(self) -> str:
+        """Of the chat template, and of which answers are learned from."""
+
+
+def open_store(target: TargetConfig, config: StoreConfig, root: str) -> Store:
+    """Open the store at `root`, which must be of this target, tokenizer, template and profile.
+
+    Raises:
+        ConfigError: there is none.
+        MismatchError: it is of something else; names the fields.
+
+    """
+    opened = Store.open(root)
+    expected = store_identity(target, config, conversation_tokenizer(target))
+    opened.identity.require_equal(expected, where=f"the store at {opened.root.url}")
+    return opened
+
+
+def store_identity(target: TargetConfig, store: StoreConfig, tokens: Tokenizing) -> StoreIdentity:
     """Return the identity of the store for this target, tokenizer, template and profile."""
     folder = weights.locate(target)
     model_config = read_model_config(target, folder)

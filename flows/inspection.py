@@ -1,6 +1,6 @@
 """What is in a store, as plain figures. Knows no target and no torch: it works on any machine."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ class SnapshotFigures:
     num_tokens: int
     num_shards: int
     is_latest: bool
+    names: tuple[str, ...]
+    """What it is: splits of data sets, and runs that hold it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +97,7 @@ def _commits(store: Store, damaged: list[str]) -> Mapping[str, CommitRecord]:
 def _snapshots(store: Store, damaged: list[str]) -> Iterator[SnapshotFigures]:
     present = store.snapshot_ids()
     latest = _latest(store)
+    names = _names(store, damaged)
     for snapshot_id in present:
         try:
             snapshot = store.snapshot(snapshot_id)
@@ -107,9 +110,22 @@ def _snapshots(store: Store, damaged: list[str]) -> Iterator[SnapshotFigures]:
             num_tokens=snapshot.num_tokens,
             num_shards=len(snapshot.shard_ids),
             is_latest=snapshot_id == latest,
+            names=tuple(names.get(snapshot_id, ())),
         )
     if present and latest is None:
         damaged.append("the latest snapshot or its name")
+
+
+def _names(store: Store, damaged: list[str]) -> Mapping[str, Sequence[str]]:
+    found: dict[str, list[str]] = {}
+    try:
+        for name, snapshot_id in store.refs.names().items():
+            found.setdefault(snapshot_id, []).append(name)
+    except CorruptError:
+        damaged.append("the name of a snapshot")
+    for run, snapshot_id in store.refs.held():
+        found.setdefault(snapshot_id, []).append(f"held by run {run}")
+    return found
 
 
 def _latest(store: Store) -> str | None:

@@ -15,12 +15,13 @@ from flows.config import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
+from flows.run_file import own_tokens
 from flows.run_name import run_name
 from flows.runner_config import RunnerConfig
 from flows.summaries import OfflineSummary
 from flows.table import print_table
 from flows.train import train_flow
-from flows.workspace import DEFAULT_HOME, RunName
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
 
 
 @flow(
@@ -41,11 +42,13 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
 ) -> OfflineSummary:
     """Go from conversations to a trained draft with its measured acceptance length.
 
-    Every stage looks at what exists: a retry repeats nothing that is done.
+    Every stage looks at what exists: a retry repeats nothing that is done. The data set is read
+    once, by the first stage; the others take its snapshot, a run that has begun its own.
     """
     require_trackers(tracking)  # not known only after hours of hidden states
     started = time.monotonic()
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
+    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
     trained = train_flow(
         target=target,
         dataset=dataset,
@@ -54,6 +57,7 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
         tracking=tracking,
         home=home,
         run=run,
+        snapshot_id=None if own_tokens(run_path) else states.snapshot_id,
     )
     if trained.figures.held_out_step:  # something is held out
         estimate_flow(

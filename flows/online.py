@@ -18,13 +18,14 @@ from eagle_core.weights import locate
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
-from flows.draft_setup import DraftSetup, set_up_draft
+from flows.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
 from flows.evaluate import evaluate_flow
 from flows.identity import store_identity
 from flows.online_source import OnlineSource
 from flows.preflight import preflight
-from flows.prepare import prepare
+from flows.prepare import prepare, prepare_weights, tokens_of_run
 from flows.recompute import TargetRecompute, partial_target
+from flows.run_file import Run, own_tokens, read_run, write_run
 from flows.run_name import run_name
 from flows.run_record import StorageBill, write_settings
 from flows.state_keeper import StateKeeper
@@ -32,7 +33,7 @@ from flows.store_root import store_root
 from flows.summaries import OnlineSummary
 from flows.table import print_table
 from flows.train import run_training
-from flows.workspace import DEFAULT_HOME, RunName
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
 
 
@@ -72,10 +73,19 @@ def online(
             "the offline flow, where several processes read stored states"
         )
     require_trackers(tracking)
-    space, tokens = prepare(target, dataset, home)
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
+    run_path = space.run_path(run)
+    prepare_weights(target)
+    content = own_tokens(run_path)
+    begun = read_run(run_path) if content else None
+    if content:  # no data set is read again
+        dataset = begun.dataset if begun else dataset
+        tokens = tokens_of_run(target, dataset, space, run_path.name, content)
+    else:
+        tokens = prepare(target, dataset, home)[1]
     train_tokens = TokenFile(tokens.train_path)
-    setup = set_up_draft(target, training, train_tokens, space.run_path(run))
-    title = f"{target.name}-{dataset.name}-{run}"
+    coverage = choose_vocabulary(target, training, train_tokens, run_path)
+    setup = set_up_draft(target, training, run_path)
     with ExitStack() as stack:
         keeper = None
         if store.keep:
@@ -91,30 +101,30 @@ def online(
             target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
             keeper=keeper,
         )
-
-        def describe_run() -> None:
-            write_settings(
-                setup.run_path,
-                tokens,
-                {
-                    "target": target,
-                    "dataset": dataset,
-                    "store": store,
-                    "training": training,
-                    "tracking": tracking,
-                },
-                title=title,
-                source_id=source.source_id,
-                bill=None if keeper is None else StorageBill.of(keeper.store),
-            )
-
-        trained = run_training(
-            training, tracking, setup, source, None, title=title, describe_run=describe_run
+        record = Run.of(
+            target,
+            dataset,
+            store,
+            training,
+            tracking,
+            title=f"{target.name}-{dataset.name}-{run}",
+            source_id=source.source_id,
+            store_root=None if keeper is None else root,
+            tokens=tokens,
+            setup=setup,
+            vocabulary_coverage=coverage,
         )
+
+        def write_down() -> None:
+            write_run(run_path, record)
+            bill = None if keeper is None else StorageBill.of(keeper.store)
+            write_settings(run_path, record, tokens, bill)
+
+        trained = run_training(setup, source, None, record, write_down)
         source.release_target()  # evaluation loads it again: two may not fit
         if keeper is not None:
-            _publish(keeper)
-            describe_run()  # with what the states take now
+            _publish(keeper, space.snapshot_name("train"))
+            write_down()  # with what the states take now
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
     )
@@ -149,8 +159,8 @@ def _keeper(
     return keeper
 
 
-def _publish(keeper: StateKeeper) -> None:
-    snapshot = keeper.publish()
+def _publish(keeper: StateKeeper, name: str) -> None:
+    snapshot = keeper.publish(name)
     log = get_run_logger()
     if snapshot is None:
         log.info("%d samples were not reached and have no states yet", keeper.num_missing)

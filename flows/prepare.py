@@ -16,6 +16,7 @@ from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import load_manifest
 from eagle_core.dataset_writer import Split
+from eagle_core.errors import ConfigError
 from eagle_core.ledger_writer import LedgerWriter
 from eagle_core.parallel_tokenization import tokenize_in_processes
 from eagle_core.samples import TokenizedSample
@@ -97,7 +98,7 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     total = sum(counts.values())
     with stage_progress("tokens", key=key, total=total, unit="conversations") as progress:
         for split, num_conversations in counts.items():
-            path = space.tokens_path / f"{split}-{content}.arrow"
+            path = space.token_file(split, content)
             if not path.exists():
                 ledger_path = path.with_suffix(".dropped.parquet")
                 with LedgerWriter(ledger_path) as ledger:
@@ -124,14 +125,57 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         key=artifact_key("tokens", space.target, space.dataset),
     )
     log.info("what they look like, supervised tokens marked: %s", page)
+    return _summary(files["train"], files["held_out"], tokenizer, content, started)
+
+
+def known_tokens(target: TargetConfig, space: Workspace, content: str) -> TokensSummary | None:
+    """Return the token files of this content if both are there; no data set is read."""
+    started = time.monotonic()
+    train, held_out = (space.token_file(split, content) for split in ("train", "held_out"))
+    if not (train.exists() and held_out.exists()):
+        return None
+    tokenizer = conversation_tokenizer(target)
+    return _summary(TokenFile(train), TokenFile(held_out), tokenizer, content, started)
+
+
+def tokens_of_run(
+    target: TargetConfig, dataset: DatasetConfig, space: Workspace, run: str, content: str
+) -> TokensSummary:
+    """Return the token files that a run began with, made again if need be.
+
+    Raises:
+        ConfigError: they are gone, and what they are made from has changed since.
+
+    """
+    tokens = known_tokens(target, space, content)
+    if tokens is not None:
+        return tokens
+    tokens = prepare(target, dataset, str(space.home))[1]
+    if tokens.content != content:
+        raise ConfigError(
+            f"the token files of run {run} are gone ({space.token_file('train', content)}), and "
+            "its data set, template or max_length has changed since: restore them, or train "
+            "another run (--run)"
+        )
+    return tokens
+
+
+def _summary(
+    train: TokenFile,
+    held_out: TokenFile,
+    tokenizer: ConversationTokenizer,
+    content: str,
+    started: float,
+) -> TokensSummary:
     return TokensSummary(
+        content=content,
         train_path=train.path,
-        held_out_path=files["held_out"].path,
+        held_out_path=held_out.path,
         tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
         template_fingerprint=tokenizer.template_fingerprint,
-        num_samples=len(train) + len(files["held_out"]),
-        num_tokens=sum(int(file.lengths.sum()) for file in files.values()),
-        num_supervised_tokens=sum(file.num_supervised for file in files.values()),
+        num_samples=len(train) + len(held_out),
+        num_tokens=sum(int(file.lengths.sum()) for file in (train, held_out)),
+        num_supervised_tokens=train.num_supervised + held_out.num_supervised,
         seconds=time.monotonic() - started,
     )
 

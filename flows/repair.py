@@ -68,7 +68,7 @@ def repair_flow(
     if remade:
         _make_again(opened, remade, target, store, runner, tokens)
     if any(finding.object_key.startswith("snapshots/") for finding in findings):
-        publish(tokens, root, shards_made=len(remade), started=started)
+        publish(tokens, space, root, shards_made=len(remade), started=started)
     summary = RepairSummary(
         store_root=root,
         num_shards=len(opened.shard_ids()),

@@ -1,9 +1,9 @@
-"""What a run leaves behind for its report: its settings beforehand, and a result of every stage.
+"""What a run leaves behind for its report: the settings of its newest attempt, and every result.
 
 All are JSON files in the run's folder. A stage that has not ended has no file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,7 @@ from pydantic_core import to_json
 
 from eagle_core.files import write_text
 from eagle_core.tokens import TokenFile
+from flows.run_file import Run
 from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
 from storage.store import Store
 
@@ -133,27 +134,15 @@ class RunRecord:
 
 
 def write_settings(
-    run_path: Path,
-    tokens: TokensSummary,
-    sections: Mapping[str, BaseModel],
-    *,
-    title: str,
-    source_id: str,
-    bill: StorageBill | None,
+    run_path: Path, run: Run, tokens: TokensSummary, bill: StorageBill | None
 ) -> None:
-    """Write what the run is made with, `sections` being those of its recipe.
-
-    A run that goes on with its own data, though the data set has grown, keeps that data's figures.
-    """
-    before = RunRecord.read(run_path).settings
-    is_known = before is not None and before.source_id == source_id
+    """Write what this attempt at a run is made with, for people."""
+    sections = ("target", "dataset", "store", "training", "tracking")
     settings = RunSettings(
-        title=title,
-        source_id=source_id,
-        configuration={name: section.model_dump(mode="json") for name, section in sections.items()},
-        train=before.train
-        if before and is_known
-        else SplitFigures.of(TokenFile(tokens.train_path)),
+        title=run.title,
+        source_id=run.source_id,
+        configuration={name: getattr(run, name).model_dump(mode="json") for name in sections},
+        train=SplitFigures.of(TokenFile(tokens.train_path)),
         held_out=SplitFigures.of(TokenFile(tokens.held_out_path)),
         bill=bill,
     )

@@ -109,10 +109,10 @@ class StateKeeper:
         self._writing = self._writer.submit(self._write, shard, states, probe)
         return states
 
-    def publish(self) -> Snapshot | None:
-        """Publish the snapshot of all wanted samples; None while some are missing."""
+    def publish(self, name: str) -> Snapshot | None:
+        """Publish the snapshot of all wanted samples by name; None while some are missing."""
         self._finish_writing()
-        return None if self.num_missing else self.store.publish(self._wanted)
+        return None if self.num_missing else self.store.publish(self._wanted, name=name)
 
     def __enter__(self) -> Self:
         """Return the keeper."""

@@ -135,9 +135,10 @@ def _identity_rows(identity: StoreIdentity) -> Iterator[Row]:
 
 
 def _snapshot(snapshot: SnapshotFigures) -> str:
+    names = f"\n{', '.join(snapshot.names)}" if snapshot.names else ""
     return (
-        f"{snapshot.snapshot_id}\n{snapshot.num_samples:,} samples, {snapshot.num_tokens:,} tokens "
-        f"in {snapshot.num_shards:,} shards"
+        f"{snapshot.snapshot_id}{names}\n{snapshot.num_samples:,} samples, "
+        f"{snapshot.num_tokens:,} tokens in {snapshot.num_shards:,} shards"
     )
 
 
@@ -185,9 +186,10 @@ def repair_rows(summary: RepairSummary) -> list[Row]:
     return [*rows, ("time", human_seconds(summary.seconds))]
 
 
-def garbage_rows(garbage: Garbage, kept: Sequence[str], *, deleted: bool) -> list[Row]:
-    """Return what nothing needs."""
-    rows = [("snapshots kept", _listed(kept) or "none")]
+def garbage_rows(garbage: Garbage, kept: Mapping[str, str], *, deleted: bool) -> list[Row]:
+    """Return what nothing needs, and which snapshots are kept and why."""
+    reasons = [f"{snapshot_id} ({why})" for snapshot_id, why in kept.items()]
+    rows = [("snapshots kept", _listed(reasons) or "none")]
     if not kept:
         return [*rows, ("garbage", "nothing, while no snapshot tells what is needed")]
     if not garbage:

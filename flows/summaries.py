@@ -27,6 +27,8 @@ class DatasetSummary:
 class TokensSummary:
     """The tokenised data set."""
 
+    content: str
+    """A digest of everything that decides the token files; part of their names."""
     train_path: Path
     held_out_path: Path
     tokenizer_fingerprint: str

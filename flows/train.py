@@ -1,13 +1,7 @@
 """`train`: a draft from the snapshot of its data, resumed from the newest good checkpoint."""
 
-import logging
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,14 +21,14 @@ from eagle_core.training_config import TrainingConfig
 from eagle_core.training_result import Progress, TrainingResult
 from flows import report
 from flows.artifact_key import artifact_key
-from flows.child_process import ask_ranks
 from flows.config import StoreConfig
-from flows.draft_setup import DraftSetup, set_up_draft
-from flows.errors import ChildKilledError, TrainingStoppedError
-from flows.identity import store_identity
-from flows.prepare import prepare
+from flows.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
+from flows.errors import TrainingStoppedError
+from flows.identity import open_store
+from flows.prepare import prepare_weights
 from flows.progress import stage_progress
 from flows.recompute import TargetRecompute, partial_target
+from flows.run_file import Run, write_run
 from flows.run_name import run_name
 from flows.run_page import loss_plot, read_curves, write_run_page
 from flows.run_record import TRAINING_NAME, RunRecord, StorageBill, write_settings, write_stage
@@ -42,15 +36,15 @@ from flows.semantic_probe import require_sound
 from flows.sole_training import sole_training
 from flows.store_root import store_root
 from flows.summaries import TrainSummary
-from flows.train_worker import RankLine, TrainJob, open_sources, tracked_run
-from flows.training_snapshot import training_snapshot
-from flows.workspace import DEFAULT_HOME, RunName
+from flows.train_ranks import train_ranks
+from flows.train_worker import TrainJob, open_sources, tracked_run
+from flows.training_data import held_by_run, training_data
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
+from storage.snapshot import Snapshot
 from storage.store import Store
 
 Attempt = Callable[[Callable[[Progress], None]], TrainingResult]
 """Trains to the end or until it is asked to stop, and tells every step."""
-
-logger = logging.getLogger(__name__)
 
 
 @flow(
@@ -66,14 +60,15 @@ def train_flow(
     tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
     home: str = DEFAULT_HOME,
     run: RunName = "main",
+    snapshot_id: str | None = None,
 ) -> TrainSummary:
-    """Train the draft of run `run` from the snapshot of its data set, or the latest version of it.
+    """Train the draft of run `run` from the snapshot of its data set, or from `snapshot_id`.
 
-    A retry goes on from the newest checkpoint and ends in the same bits as an undisturbed run, also
-    when other data was published meanwhile: it keeps its snapshot.
+    A run that has begun goes on from its newest checkpoint, with its own snapshot whatever was
+    published since, and ends in the same bits as an undisturbed one; no data set is read for that.
 
     Raises:
-        ConfigError: there is no store or no snapshot yet, fewer GPUs than processes, or no
+        ConfigError: there is no store, states are missing, fewer GPUs than processes, or no
             package for a tracker.
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
         CorruptError: a shard does not hold what the target said.
@@ -84,85 +79,88 @@ def train_flow(
     """
     _require_devices(target, training.num_processes)
     require_trackers(tracking)
-    space, tokens = prepare(target, dataset, home)
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
+    run_path = space.run_path(run)
+    prepare_weights(target)
     root = store_root(store, space)
-    Store.open(root)  # a clear error when there is none, rather than an empty new one
-    opened = Store.create(root, store_identity(target, store, tokens))
-    snapshot = training_snapshot(opened, tokens, dataset.name, space.run_path(run))
+    opened = open_store(target, store, root)
+    if snapshot_id is None and run in opened.snapshot_ids():
+        snapshot_id = run  # as automations of a version without this parameter name their runs
+    data = training_data(
+        opened, target, dataset, training, space, run_path, snapshot_id=snapshot_id
+    )
+    snapshot, tokens = data.snapshot, data.tokens
     opened.require_present(snapshot)
-    title = f"{target.name}-{dataset.name}-{run}"
+    coverage = (
+        data.begun.vocabulary_coverage
+        if data.begun
+        else choose_vocabulary(target, training, TokenFile(tokens.train_path), run_path)
+    )
     job = TrainJob(
         target=target,
         training=training,
         tracking=tracking,
-        title=title,
+        title=f"{target.name}-{dataset.name}-{run}",
         store_root=root,
         snapshot_id=snapshot.snapshot_id,
-        train_tokens=tokens.train_path,
         held_out_tokens=tokens.held_out_path,
-        run_path=space.run_path(run),
+        run_path=run_path,
         object_cache=None if opened.is_local else space.object_cache_path,
         object_cache_bytes=store.cache_bytes,
     )
-
-    def describe_run() -> None:
-        write_settings(
-            job.run_path,
-            tokens,
-            {
-                "target": target,
-                "dataset": dataset,
-                "store": store,
-                "training": training,
-                "tracking": tracking,
-            },
-            title=title,
-            source_id=snapshot.snapshot_id,
-            bill=StorageBill.of(opened),
-        )
-
-    if training.num_processes == 1:
-        setup = _sound_setup(job, target, opened)
-        source, held_out = open_sources(job)
-        return run_training(
-            training, tracking, setup, source, held_out, title=title, describe_run=describe_run
-        )
-    # The ranks find the draft vocabulary written, and the first GPU empty.
-    here = target.model_copy(update={"device": "cpu"})
-    coverage = _sound_setup(job, here, opened).vocabulary_coverage
-    return _summarised(
-        lambda on_progress: _train_ranks(job, on_progress, title=title),
-        total=total_steps(
-            training, snapshot.lengths, snapshot.groups, world_size=training.num_processes
-        ),
-        run_path=job.run_path,
+    # Ranks find the first GPU empty.
+    is_alone = training.num_processes == 1
+    here = target if is_alone else target.model_copy(update={"device": "cpu"})
+    setup = set_up_draft(here, training, run_path)
+    _require_sound(setup, here, opened, snapshot)
+    record = Run.of(
+        target,
+        data.begun.dataset if data.begun else dataset,
+        store,
+        training,
+        tracking,
+        title=job.title,
         source_id=snapshot.snapshot_id,
+        store_root=root,
+        tokens=tokens,
+        setup=setup,
         vocabulary_coverage=coverage,
-        title=title,
-        describe_run=describe_run,
     )
+
+    def write_down() -> None:
+        write_run(run_path, record)
+        write_settings(run_path, record, tokens, StorageBill.of(opened))
+
+    with held_by_run(opened, job.title, snapshot.snapshot_id):
+        if is_alone:
+            source, held_out = open_sources(job)
+            return run_training(setup, source, held_out, record, write_down)
+        del setup
+        total = total_steps(
+            training, snapshot.lengths, snapshot.groups, world_size=training.num_processes
+        )
+        return _summarised(
+            lambda on_progress: train_ranks(job, on_progress), run_path, record, total, write_down
+        )
 
 
 def run_training(
-    training: TrainingConfig,
-    tracking: TrackingConfig,
     setup: DraftSetup,
     source: SampleSource,
     held_out: SampleSource | None,
-    *,
-    title: str,
-    describe_run: Callable[[], None],
+    run: Run,
+    write_down: Callable[[], None],
 ) -> TrainSummary:
     """Train in this process, from any source: what the offline and the online flow share.
 
-    `describe_run` writes the settings down, once a step shows that the run takes them.
+    `write_down` records what the run is made with, once a step shows that the run takes it.
     """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
-        run = tracked_run(title, setup.run_path, training, source.source_id)
-        with open_trackers(tracking, run) as tracker:
+        tracked = tracked_run(run.title, setup.run_path, run.training, source.source_id)
+        with open_trackers(run.tracking, tracked) as tracker:
             return train(
-                config=training,
+                config=run.training,
                 draft=setup.draft,
                 target_lm_head=setup.target_lm_head,
                 source=source,
@@ -172,59 +170,45 @@ def run_training(
                 on_progress=on_progress,
             )
 
-    return _summarised(
-        attempt,
-        total=total_steps(training, source.lengths, source.groups),
-        run_path=setup.run_path,
-        source_id=source.source_id,
-        vocabulary_coverage=setup.vocabulary_coverage,
-        title=title,
-        describe_run=describe_run,
-    )
+    total = total_steps(run.training, source.lengths, source.groups)
+    return _summarised(attempt, setup.run_path, run, total, write_down)
 
 
 def _summarised(
-    attempt: Attempt,
-    *,
-    total: int,
-    run_path: Path,
-    source_id: str,
-    vocabulary_coverage: float,
-    title: str,
-    describe_run: Callable[[], None],
+    attempt: Attempt, run_path: Path, run: Run, total: int, write_down: Callable[[], None]
 ) -> TrainSummary:
     """Show the progress of `attempt` and report what came out."""
     started = time.monotonic()
-    key = artifact_key("train", title)
+    key = artifact_key("train", run.title)
     with (
         sole_training(run_path),
         stage_progress("training", key=key, total=total, unit="steps") as bar,
     ):
-        is_described = False
+        is_written = False
 
         def show(progress: Progress) -> None:
-            nonlocal is_described
-            if not is_described:
-                describe_run()
-                is_described = True
+            nonlocal is_written
+            if not is_written:
+                write_down()
+                is_written = True
             bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
 
         result = attempt(show)
-        if not is_described:  # there was no step left to do
-            describe_run()
+        if not is_written:  # there was no step left to do
+            write_down()
     if result.stopped:
         raise TrainingStoppedError(
-            f"training {title} was stopped at step {result.num_steps} of about {total} by SIGTERM; "
-            f"nothing is lost ({result.checkpoint_path} is written): run the same command again, "
-            "or press Retry in the Prefect UI, to go on from there"
+            f"training {run.title} was stopped at step {result.num_steps} of about {total} by "
+            f"SIGTERM; nothing is lost ({result.checkpoint_path} is written): run the same command "
+            "again, or press Retry in the Prefect UI, to go on from there"
         )
     earlier = _earlier(run_path, result)
     summary = TrainSummary(
         run_path=run_path,
-        source_id=source_id,
+        source_id=run.source_id,
         num_steps=result.num_steps,
         figures=result.figures,
-        vocabulary_coverage=vocabulary_coverage,
+        vocabulary_coverage=run.vocabulary_coverage,
         tokens_per_second=earlier.tokens_per_second if earlier else result.tokens_per_second,
         dtype=result.dtype,
         seconds=earlier.seconds if earlier else time.monotonic() - started,
@@ -233,13 +217,13 @@ def _summarised(
     curves = read_curves(run_path / TENSORBOARD_FOLDER)
     write_run_page(run_path, curves)
     report.publish_table(
-        f"Training: {title}",
+        f"Training: {run.title}",
         [*report.train_rows(summary), *report.where_a_run_is(run_path)],
-        key=artifact_key("training", title),
+        key=artifact_key("training", run.title),
     )
     drawn = loss_plot(curves)
     if drawn is not None:
-        report.publish_plot(f"Loss: {title}", drawn[1], key=artifact_key("loss", title))
+        report.publish_plot(f"Loss: {run.title}", drawn[1], key=artifact_key("loss", run.title))
     return summary
 
 
@@ -250,13 +234,11 @@ def _earlier(run_path: Path, result: TrainingResult) -> TrainSummary | None:
     return found if is_same and not result.tokens_per_second else None
 
 
-def _sound_setup(job: TrainJob, target: TargetConfig, store: Store) -> DraftSetup:
-    """Return the untrained draft on the device of `target`, if the states may be trained on."""
-    setup = set_up_draft(target, job.training, TokenFile(job.train_tokens), job.run_path)
+def _require_sound(
+    setup: DraftSetup, target: TargetConfig, store: Store, snapshot: Snapshot
+) -> None:
     partial = partial_target(target, store.identity)
-    recompute = TargetRecompute(setup.target_lm_head, partial)
-    require_sound(store, store.snapshot(job.snapshot_id), recompute)
-    return setup
+    require_sound(store, snapshot, TargetRecompute(setup.target_lm_head, partial))
 
 
 def _require_devices(target: TargetConfig, num_processes: int) -> None:
@@ -267,86 +249,3 @@ def _require_devices(target: TargetConfig, num_processes: int) -> None:
             "(CUDA_VISIBLE_DEVICES counts): each process needs one of its own. Set it to "
             f"{max(num_gpus, 1)} at most"
         )
-
-
-class _FirstRank:
-    """The process that SIGTERM is passed on to, once, as soon as it has done a step."""
-
-    def __init__(self) -> None:
-        self._pid: int | None = None
-        self._stop_asked = False
-
-    def has_done_a_step(self, pid: int) -> None:
-        self._pid = pid
-        self._pass_on()
-
-    def has_ended(self) -> None:
-        self._pid = None
-
-    def stop(self) -> None:
-        self._stop_asked = True
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        if self._stop_asked and self._pid is not None:
-            os.kill(self._pid, signal.SIGTERM)
-            self._stop_asked = False
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[_FirstRank]:
-    """Yield who gets the SIGTERM of this process; outside the main thread there is none to get."""
-    first_rank = _FirstRank()
-    if threading.current_thread() is not threading.main_thread():
-        yield first_rank
-        return
-    previous = signal.signal(signal.SIGTERM, lambda _signal, _frame: first_rank.stop())
-    try:
-        yield first_rank
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _train_ranks(
-    job: TrainJob, on_progress: Callable[[Progress], None], *, title: str
-) -> TrainingResult:
-    """Train in several processes; the result is the first one's."""
-    num_ranks = job.training.num_processes
-    lines = ask_ranks(
-        "flows.train_worker",
-        job,
-        num_ranks=num_ranks,
-        environment=_rank_environment(job.target, num_ranks),
-        what=f"training {title} in {num_ranks} processes (its last checkpoint is good: run the "
-        "same command again to go on)",
-    )
-    result: TrainingResult | None = None
-    try:
-        with closing(lines), _stopped_by_sigterm() as first_rank:  # type: ignore[type-var]  # a generator
-            for line in map(RankLine.model_validate_json, lines):
-                if line.progress is not None:
-                    first_rank.has_done_a_step(line.pid)
-                    on_progress(line.progress)
-                if line.warning:
-                    logger.warning("%s", line.warning)
-                if line.result is not None:
-                    first_rank.has_ended()
-                    result = line.result
-    except ChildKilledError:
-        if result is None:  # else all was done, and SIGTERM met processes that were ending
-            raise
-    assert result is not None  # noqa: S101 (the last thing that the first rank says)
-    return result
-
-
-def _rank_environment(target: TargetConfig, num_ranks: int) -> Mapping[str, str]:
-    """Return what the environment of the ranks adds: they share the processors and one machine."""
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    chosen = {
-        "OMP_NUM_THREADS": str(threads),
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    }
-    wanted = {name: value for name, value in chosen.items() if name not in os.environ}
-    if resolve_device(target.device).type == "cpu":
-        wanted["CUDA_VISIBLE_DEVICES"] = ""  # they would meet on GPUs that they do not use
-    return wanted

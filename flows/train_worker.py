@@ -49,7 +49,6 @@ class TrainJob(BaseModel):
     """Name of the run where runs of all targets and data sets lie together."""
     store_root: str
     snapshot_id: str
-    train_tokens: Path
     held_out_tokens: Path
     run_path: Path
     object_cache: Path | None
@@ -153,7 +152,7 @@ def _train_joined(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
 
 def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
     source, held_out = open_sources(job)
-    setup = set_up_draft(job.target, job.training, TokenFile(job.train_tokens), job.run_path)
+    setup = set_up_draft(job.target, job.training, job.run_path)
 
     def on_progress(progress: Progress) -> None:
         if is_first:

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from eagle_core.errors import ConfigError
 from eagle_core.files import FOLDER_NAME
+
+if TYPE_CHECKING:  # it would bring Arrow into commands that need none
+    from eagle_core.dataset_writer import Split
 
 DEFAULT_HOME = "eyas-data"
 
@@ -53,6 +56,14 @@ class Workspace:
     def tokens_path(self) -> Path:
         """Tokenised samples, a file per split and content of data set, tokenizer and template."""
         return self.home / "tokens" / f"{self.target}-{self.dataset}"
+
+    def token_file(self, split: "Split", content: str) -> Path:
+        """Tokenised samples of a split; `content` is a digest of what decides them."""
+        return self.tokens_path / f"{split}-{content}.arrow"
+
+    def snapshot_name(self, split: "Split") -> str:
+        """Name in a store of the snapshot that a split of the data set is now."""
+        return f"{self.dataset}-{split}"
 
     @property
     def store_root(self) -> Path:

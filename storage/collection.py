@@ -5,7 +5,7 @@ gives the plan up. A damaged snapshot is dropped, and what it alone held counts 
 kill in the middle leaves what nothing plans or names; the next collection removes it.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -29,31 +29,49 @@ class Garbage:
         return bool(self.snapshot_ids or self.plan_ids or self.shard_ids)
 
 
-def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Sequence[str]:
-    """Return the snapshots to keep, the latest first: with `named`, those and no other.
+def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Mapping[str, str]:
+    """Return the snapshots to keep, each with why, the latest first.
 
-    Otherwise the latest one is kept, and every other that is no earlier version of one kept:
-    neither are more than half of its samples in the latest, nor all of them in another one. So the
-    held-out split beside a training split stays, and so do other data sets in the same store. One
-    that is damaged is not kept.
+    With `named`, those and the latest are kept and no other. Otherwise these stay: the latest, each
+    that is a split of a data set by name, each that a run holds which has not ended, and every
+    other that is no earlier version of one of them: neither are more than half of its samples in
+    one of them, nor all of them in a larger one. One that is damaged and has no name is not kept.
     """
     present = store.snapshot_ids()
     if not present:
-        return ()
-    latest = store.snapshot()
+        return {}
+    latest = store.snapshot().snapshot_id
     if named:
-        return [latest.snapshot_id, *sorted(set(named) - {latest.snapshot_id})]
-    newest = latest.members
+        return {latest: "the latest", **dict.fromkeys(sorted(set(named) - {latest}), "as asked")}
+    reasons, current = _named(store, latest, present)
     others: list[tuple[str, frozenset[bytes]]] = []
-    for snapshot in _readable(store, present):
+    for snapshot in _readable(store, [name for name in present if name not in reasons]):
         members = snapshot.members
-        if len(members & newest) <= len(members) / 2:
+        if not any(len(members & newer) > len(members) / 2 for newer in current):
             others.append((snapshot.snapshot_id, members))
     kept: list[tuple[str, frozenset[bytes]]] = []
     for snapshot_id, members in sorted(others, key=lambda other: -len(other[1])):
         if not any(members <= larger for _, larger in kept):
             kept.append((snapshot_id, members))
-    return [latest.snapshot_id, *sorted(snapshot_id for snapshot_id, _ in kept)]
+    return reasons | dict.fromkeys(sorted(name for name, _ in kept), "no newer one has its data")
+
+
+def _named(
+    store: Store, latest: str, present: Collection[str]
+) -> tuple[dict[str, str], Sequence[frozenset[bytes]]]:
+    """Return why each snapshot with a name is kept, and the members of these."""
+    reasons = {latest: ["the latest"]}
+    for name, snapshot_id in store.refs.names().items():
+        if snapshot_id in present:
+            reasons.setdefault(snapshot_id, []).append(name)
+    members = {name: store.snapshot(name).members for name in reasons}
+    held = [(run, name) for run, name in store.refs.held() if name in present]
+    for snapshot in _readable(store, {name for _, name in held} - members.keys()):
+        members[snapshot.snapshot_id] = snapshot.members
+    for run, name in held:
+        if name in members:
+            reasons.setdefault(name, []).append(f"run {run} has not ended")
+    return {name: ", ".join(why) for name, why in reasons.items()}, list(members.values())
 
 
 def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]:
@@ -136,6 +154,7 @@ def collect(store: Store, garbage: Garbage) -> None:
         store.save_plan(Plan.of(shard for shard in plan.shards if shard.shard_id in kept))
         store.root.delete(f"plans/{plan_id}.json")
     for snapshot_id in garbage.snapshot_ids:  # no plan names its shards any more
+        store.refs.forget(snapshot_id)
         store.root.delete(f"snapshots/{snapshot_id}.parquet")
     for shard_id in garbage.shard_ids:
         store.revoke(shard_id)

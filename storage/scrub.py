@@ -41,6 +41,7 @@ def scrub(
         *findings,
         *_snapshot_findings(store),
         *_latest_findings(store),
+        *store.refs.findings(store.snapshot_ids()),
         *_plan_findings(store),
     ]
 

@@ -9,17 +9,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
 from storage.directory import TEMPORARY_SUFFIX, Directory
-from storage.errors import ConfigError, ShardMissingError
+from storage.errors import ConfigError, CorruptError, ShardMissingError
 from storage.identity import FORMAT_VERSION, StoreIdentity
 from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
 from storage.probe import ProbePoint
 from storage.reader import CACHE_BYTES, SnapshotReader, read_record
 from storage.recompute import Recompute
 from storage.record import CommitRecord
+from storage.refs import Refs
 from storage.samples import StoredSample
 from storage.scrub import scrub
 from storage.snapshot import Snapshot
-from storage.verify import REPAIR, Finding, check_presence, check_states
+from storage.verify import PUBLISH, REPAIR, Finding, check_presence, check_states
 from storage.writer import ShardWriter
 
 IDENTITY_KEY = "store.json"
@@ -33,6 +34,7 @@ class Store:
         """Use `Store.create` or `Store.open` instead."""
         self.identity = identity
         self.root = root
+        self.refs = Refs(root)
         self._identity_id = identity.identity_id
         self._writer = ShardWriter(root=root, identity=identity)
 
@@ -195,15 +197,19 @@ class Store:
         sample_ids: Collection[str],
         *,
         commits: Mapping[str, CommitRecord] | None = None,
+        name: str | None = None,
         as_latest: bool = True,
     ) -> Snapshot:
         """Publish the snapshot of these samples; ConfigError if one is missing.
 
-        `commits` spares reading all records again, if the caller has them. Not `as_latest`, it is
-        one more beside the latest.
+        `commits` spares reading all records again, if the caller has them. `name` is that of a
+        split of a data set and means this snapshot from now on. Not `as_latest`, it is one more
+        beside the latest.
         """
         snapshot = Snapshot.of(sample_ids, self.commits() if commits is None else commits)
         self.root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
+        if name is not None:
+            self.refs.set(name, snapshot.snapshot_id)
         if as_latest:
             latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
             self.root.publish(LATEST_KEY, seal(latest))
@@ -265,6 +271,10 @@ class Store:
         try:
             data = self.root.read(LATEST_KEY)
         except FileNotFoundError as error:
+            if self.snapshot_ids():
+                raise CorruptError(
+                    f"{self.root.where(LATEST_KEY)} is missing, but there are snapshots; {PUBLISH}"
+                ) from error
             raise ConfigError(
                 f"{self.root.url} has no snapshot yet; run a hidden-states flow to the end"
             ) from error

@@ -35,7 +35,8 @@ def test_a_snapshot_starts_a_training_of_its_own() -> None:
     (trigger,) = starts("train", EVERYTHING)
     assert trigger["expect"] == [SNAPSHOT_PUBLISHED]
     assert trigger["match"] == {"prefect.resource.id": "eyas.store.tiny-facts"}
-    assert trigger["parameters"] == {"run": "{{ event.payload.snapshot_id }}"}
+    published = "{{ event.payload.snapshot_id }}"
+    assert trigger["parameters"] == {"run": published, "snapshot_id": published}
     assert not starts("train", AutomationConfig(on_new_data=True))
 
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from flows.run_record import RunRecord
 from tests import tiny
 from tests.deployments.terminal import ROOT, eyas, eyas_here
 
@@ -55,3 +57,49 @@ def test_a_run_name_that_leaves_the_home_is_refused(tmp_path: Path, name: str) -
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1].startswith(f"ConfigError: {name!r} cannot be")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("prefect_server")
+def test_the_folder_of_a_run_is_all_that_a_command_needs(
+    tmp_path: Path, tiny_target_path: Path
+) -> None:
+    source = tiny.write_conversations(tmp_path / "tiny.json", 12)
+    home = tmp_path / "home"
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "target": {
+                    "name": "tiny",
+                    "model": str(tiny_target_path),
+                    "dtype": "float32",
+                    "device": "cpu",
+                },
+                "dataset": {"name": "facts", "source": str(source), "max_length": 256},
+                "training": {"draft_vocab_size": 300, "ttt_length": 2, "max_steps": 1},
+            }
+        )
+    )
+    for flow in (("hidden-states",), ("train", "--run", "one")):
+        ended = eyas_here("run", flow[0], str(recipe), *flow[1:], "--home", str(home))
+        assert ended.returncode == 0, ended.stderr
+    recipe.unlink()
+    source.unlink()
+    folder = home / "runs" / "tiny-facts-one"
+    ended = eyas_here("run", "train", str(folder), "--set", "training.max_steps=2")
+    assert ended.returncode == 0, ended.stderr
+    trained = RunRecord.read(folder).training
+    assert trained is not None
+    assert trained.num_steps == 2
+    assert eyas_here("run", "export", str(folder)).returncode == 0
+    assert (folder / "export" / "serving").is_dir()
+    for arguments, expected in (
+        (("export", str(folder), "--run", "two"), "says which run that is: leave out --run"),
+        (("plan", str(folder)), "plan belongs to no run: name a recipe instead of"),
+        (("export", str(home)), "or the folder of a run"),
+        (("export", "smollm2", "--snapshot", "feed"), "export does not train; leave out --snap"),
+    ):
+        refused = eyas_here("run", *arguments)
+        assert refused.returncode == 1
+        assert expected in refused.stderr

@@ -11,7 +11,7 @@ from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile, write_token_file
 from eagle_core.training_config import TrainingConfig
-from flows.draft_setup import VOCABULARY_NAME, set_up_draft
+from flows.draft_setup import VOCABULARY_NAME, choose_vocabulary
 
 TRAINING = TrainingConfig(draft_vocab_size=10)
 
@@ -32,7 +32,7 @@ def test_a_vocabulary_of_other_data_or_size_counts_only_if_a_checkpoint_depends_
 
     def chosen(tokens: TokenFile, size: int = 10) -> set[int]:
         training = TRAINING.model_copy(update={"draft_vocab_size": size})
-        set_up_draft(target, training, tokens, run_path)
+        choose_vocabulary(target, training, tokens, run_path)
         vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
         return set(vocabulary.target_ids.tolist()) - {0, 1}  # control tokens are always in
 

@@ -9,17 +9,19 @@ from prefect import flow
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.draft import DraftModel
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.evaluation import EvaluationConfig
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
+from eagle_core.template_config import TemplateConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.config import StoreConfig
 from flows.draft_setup import load_trained, set_up_draft
 from flows.estimate import estimate_flow
+from flows.export import export_flow
 from flows.hidden_states import hidden_states
 from flows.online_source import OnlineSource
 from flows.prepare import prepare
@@ -38,7 +40,7 @@ def by_the_target(target: TargetConfig, dataset: DatasetConfig, home: str) -> Ac
     """Estimate from states that the target computes now, without any store."""
     space, tokens = prepare(target, dataset, home)
     run_path = space.run_path("main")
-    setup = set_up_draft(target, TRAINING, TokenFile(tokens.train_path), run_path)
+    setup = set_up_draft(target, TRAINING, run_path)
     draft: DraftModel = load_trained(setup)
     source = OnlineSource(
         lambda: TargetModel.load(target),
@@ -62,6 +64,7 @@ def test_the_store_says_what_the_target_says_and_the_target_is_not_loaded(
     train_flow(target, dataset, store, TRAINING, home=home)
     expected = by_the_target(target, dataset, home)
     monkeypatch.delattr(TargetModel, "load")
+    monkeypatch.delattr("flows.prepare.build_dataset")  # the run knows what it needs
     summary = estimate_flow(target, dataset, store, TRAINING, EVALUATION, home=home)
     found = summary.estimate
     assert summary.checkpoint_step == 30
@@ -80,6 +83,12 @@ def test_the_store_says_what_the_target_says_and_the_target_is_not_loaded(
     fewer = EVALUATION.model_copy(update={"num_prompts": 2, "draft_tokens": 2})
     small = estimate_flow(target, dataset, store, TRAINING, fewer, home=home).estimate
     assert small.num_samples == len(small.acceptance_by_depth) == 2
+
+    other = TemplateConfig(last_turn_only=True)
+    with pytest.raises(MismatchError, match=r"run\.json was made with other settings \(template"):
+        estimate_flow(target.model_copy(update={"template": other}), dataset, store, home=home)
+    exported = export_flow(target.model_copy(update={"dtype": "bfloat16"}), dataset, home=home)
+    assert exported.checkpoint_step == 30, "a draft serves a target in any arithmetic"
 
     rows = dict(report.estimate_rows(summary))
     low, high = found.acceptance_interval

@@ -20,7 +20,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows import report
-from flows.draft_setup import set_up_draft
+from flows.draft_setup import choose_vocabulary, set_up_draft
 from flows.export import export_flow
 from flows.export_config import RunExportConfig
 from flows.prepare import prepare
@@ -50,7 +50,8 @@ def run_with_two_checkpoints(
     """Write the checkpoints of a run that was better at step 1 than at step 2; return weights."""
     space, tokens = prepare(target, dataset, str(home))
     run_path = space.run_path("main")
-    setup = set_up_draft(target, TRAINING, TokenFile(tokens.train_path), run_path)
+    choose_vocabulary(target, TRAINING, TokenFile(tokens.train_path), run_path)
+    setup = set_up_draft(target, TRAINING, run_path)
     weights = {step: perturbed(setup.draft, step) for step in (1, 2)}
     for step, state in weights.items():
         record = Checkpoint(
@@ -95,7 +96,8 @@ def draft_that_starts_from(
 ) -> DraftModel:
     space, tokens = prepare(target, dataset, str(home))
     training = TRAINING.model_copy(update={"start_from": str(folder), "draft_vocab_size": 150})
-    return set_up_draft(target, training, TokenFile(tokens.train_path), space.run_path("on")).draft
+    choose_vocabulary(target, training, TokenFile(tokens.train_path), space.run_path("on"))
+    return set_up_draft(target, training, space.run_path("on")).draft
 
 
 def test_a_run_starts_from_an_exported_draft(

@@ -9,7 +9,7 @@ from eagle_core.target_config import TargetConfig
 from flows.gc import gc_flow
 from flows.inspection import look
 from storage.collection import collect, find_garbage, snapshots_to_keep
-from storage.errors import ConfigError
+from storage.errors import ConfigError, CorruptError
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
 
@@ -35,7 +35,7 @@ def test_the_held_out_split_stays_and_earlier_versions_go(store: Store) -> None:
     publish(store, 0, 12)
     held_out = publish(store, 20, 26)
     train = publish(store, 0, 18)
-    assert snapshots_to_keep(store) == [train, held_out]
+    assert list(snapshots_to_keep(store)) == [train, held_out]
     garbage = find_garbage(store, keep=snapshots_to_keep(store))
     assert len(garbage.snapshot_ids) == 2
     collect(store, garbage)
@@ -47,19 +47,68 @@ def test_the_held_out_split_stays_and_earlier_versions_go(store: Store) -> None:
 def test_a_few_samples_in_both_splits_do_not_cost_the_held_out_one(store: Store) -> None:
     held_out = publish(store, 16, 22)  # cut to one length, two conversations can become one sample
     train = publish(store, 0, 18)
-    assert snapshots_to_keep(store) == [train, held_out]
+    assert list(snapshots_to_keep(store)) == [train, held_out]
 
 
 def test_a_train_split_that_changed_in_part_is_an_earlier_version(store: Store) -> None:
     publish(store, 0, 15)
     train = publish(store, 5, 20)
-    assert snapshots_to_keep(store) == [train]
+    assert list(snapshots_to_keep(store)) == [train]
 
 
 def test_other_data_in_the_same_store_stays(store: Store) -> None:
     other = publish(store, 0, 10)
     train = publish(store, 10, 30)
-    assert snapshots_to_keep(store) == [train, other]
+    assert list(snapshots_to_keep(store)) == [train, other]
+
+
+def test_what_has_a_name_or_is_held_by_a_run_stays(store: Store) -> None:
+    """Two data sets in one store, each with a newer version; a run that began with an older one."""
+    first = store.publish(IDS[:10], name="facts-train").snapshot_id
+    begun = store.publish(IDS[:12], name="facts-train").snapshot_id
+    store.refs.hold("tiny-facts-main", begun)
+    facts = store.publish(IDS[:15], name="facts-train").snapshot_id
+    old = store.publish(IDS[10:22], name="chat-train").snapshot_id
+    chat = store.publish(IDS[10:26], name="chat-train").snapshot_id
+    assert store.refs.names() == {"facts-train": facts, "chat-train": chat}
+    kept = snapshots_to_keep(store)
+    assert kept == {
+        chat: "the latest, chat-train",
+        facts: "facts-train",
+        begun: "run tiny-facts-main has not ended",
+    }
+    assert set(find_garbage(store, keep=kept).snapshot_ids) == {first, old}
+    store.refs.release("tiny-facts-main", begun)
+    assert set(snapshots_to_keep(store)) == {chat, facts}
+
+    only = snapshots_to_keep(store, named=[begun])
+    collect(store, find_garbage(store, keep=only))
+    assert store.refs.names() == {"chat-train": chat}, "no name of what is not there"
+    assert store.verify(deep=True) == []
+
+
+def test_a_damaged_name_is_found_and_nothing_is_garbage_meanwhile(store: Store) -> None:
+    train = store.publish(IDS, name="facts-train").snapshot_id
+    key = "snapshots/refs/facts-train.json"
+    sound = store.root.read(key)
+    store.root.write(key, sound.replace(b"2", b"3", 1))
+    assert [finding.object_key for finding in store.verify(deep=False)] == [key]
+    with pytest.raises(CorruptError, match=r"facts-train\.json.*eyas repair"):
+        snapshots_to_keep(store)
+    assert look(store.root.root).damaged == ("the name of a snapshot",)
+    store.refs.set("facts-train", "f" * 32)
+    assert "which is not there" in store.verify(deep=False)[0].problem
+    assert list(snapshots_to_keep(store)) == [train]
+
+
+def test_a_damaged_snapshot_that_only_a_run_holds_is_dropped(store: Store) -> None:
+    held = publish(store, 0, 20)
+    store.refs.hold("tiny-facts-main", held)
+    train = publish(store, 0, 30)
+    store.root.write(f"snapshots/{held}.parquet", b"PAR1")
+    collect(store, find_garbage(store, keep=snapshots_to_keep(store)))
+    assert store.snapshot_ids() == [train]
+    assert store.refs.held() == []
 
 
 def test_named_snapshots_and_the_latest_stay_and_no_other(store: Store) -> None:
@@ -67,7 +116,7 @@ def test_named_snapshots_and_the_latest_stay_and_no_other(store: Store) -> None:
     named = publish(store, 10, 20)
     train = publish(store, 20, 30)
     kept = snapshots_to_keep(store, named=[named])
-    assert kept == [train, named]
+    assert list(kept) == [train, named]
     assert find_garbage(store, keep=kept).num_bytes > 0
     with pytest.raises(ConfigError, match=f"no snapshot feed; it has: .*{train}"):
         find_garbage(store, keep=snapshots_to_keep(store, named=["feed"]))

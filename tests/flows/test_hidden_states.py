@@ -24,6 +24,7 @@ from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states, plan_missing_shards
 from flows.prepare import prepare_dataset, tokenize
+from flows.run_file import read_run
 from flows.shard_worker import ShardJob, ShardReport, _samples_of
 from flows.train import train_flow
 from flows.workspace import Workspace
@@ -138,13 +139,16 @@ def test_training_takes_the_states_of_its_own_data_set(
         )
         settings = (trained.run_path / "settings.json").read_text()
         assert summary.snapshot_id in settings
+        record = read_run(trained.run_path)
+        assert record is not None
+        assert (record.source_id, record.dataset) == (summary.snapshot_id, dataset)
     other = training.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(eagle_core.errors.MismatchError, match=r"learning_rate"):
         train_flow(target=target, dataset=dataset, store=shared, training=other, home=str(tmp_path))
     assert (trained.run_path / "settings.json").read_text() == settings  # the refused are nobody's
     source = tiny.write_conversations(tmp_path / "new.json", 30, first=80)
     new = DatasetConfig(name="new", source=str(source), held_out_fraction=0.2)
-    with pytest.raises(MismatchError, match=r"0 are of data set new.*run hidden-states"):
+    with pytest.raises(ConfigError, match="holds 0 of 30 samples of data set new; run hidden-st"):
         train_flow(target=target, dataset=new, store=shared, training=training, home=str(tmp_path))
 
 

@@ -1,5 +1,7 @@
 """Which snapshot a run learns from when data, split or store have changed since it began."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,50 +10,82 @@ import eagle_core.errors
 import storage.errors
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
+from flows.gc import gc_flow
 from flows.hidden_states import hidden_states
+from flows.run_file import RUN_NAME, Run, read_run
 from flows.run_record import TRAINING_NAME, RunRecord
 from flows.summaries import HiddenStatesSummary, TrainSummary
 from flows.train import train_flow
+from storage.store import Store
 from tests import tiny
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
 
 class _Data:
-    """A data set that grows, its store, and runs over it."""
+    """A data set that changes, its store, and runs over it."""
 
     def __init__(self, home: Path, target: TargetConfig, store: StoreConfig) -> None:
-        self._home, self._target, self._store = home, target, store
-        self._source = home / "grows.json"
+        self.home, self._target = home, target
+        root = home / "stores" / "tiny-grows"
+        self.config = store.model_copy(update={"root": str(root)})
 
-    def grow_to(self, num_conversations: int, *, first: int = 0) -> HiddenStatesSummary:
-        tiny.write_conversations(self._source, num_conversations, first=first)
+    @property
+    def store(self) -> Store:
+        return Store.open(str(self.config.root))
+
+    def grow_to(
+        self, num_conversations: int, *, first: int = 0, name: str = "grows"
+    ) -> HiddenStatesSummary:
+        self.write(num_conversations, first=first, name=name)
         return hidden_states(
-            target=self._target, dataset=self._dataset(0.2), store=self._store, home=str(self._home)
+            target=self._target, dataset=self.dataset(name), store=self.config, home=str(self.home)
         )
 
-    def train(self, *, max_steps: int, held_out: float = 0.2, run: str = "main") -> TrainSummary:
+    def write(self, num_conversations: int, *, first: int = 0, name: str = "grows") -> None:
+        tiny.write_conversations(self.home / f"{name}.json", num_conversations, first=first)
+
+    def train(
+        self,
+        *,
+        max_steps: int = 1,
+        held_out: float = 0.2,
+        run: str = "main",
+        name: str = "grows",
+        snapshot_id: str | None = None,
+    ) -> TrainSummary:
         training = TrainingConfig(
             dtype="float32", draft_vocab_size=300, ttt_length=2, max_steps=max_steps
         )
         return train_flow(
             target=self._target,
-            dataset=self._dataset(held_out),
-            store=self._store,
+            dataset=self.dataset(name, held_out),
+            store=self.config,
             training=training,
-            home=str(self._home),
+            home=str(self.home),
             run=run,
+            snapshot_id=snapshot_id,
         )
 
-    def _dataset(self, held_out_fraction: float) -> DatasetConfig:
+    def dataset(self, name: str = "grows", held_out_fraction: float = 0.2) -> DatasetConfig:
         return DatasetConfig(
-            name="grows",
-            source=str(self._source),
+            name=name,
+            source=str(self.home / f"{name}.json"),
             held_out_fraction=held_out_fraction,
             max_length=256,
         )
+
+    def tokens(self, trained: TrainSummary, split: str = "train") -> set[str]:
+        """Return the samples of the token file that a run names as its own."""
+        run = _run(trained)
+        folder = self.home / "tokens" / f"tiny-{run.dataset.name}"
+        return set(TokenFile(folder / f"{split}-{run.tokens}.arrow").sample_ids)
+
+    def members(self, trained: TrainSummary) -> set[str]:
+        return {name.hex() for name in self.store.snapshot(trained.source_id).members}
 
 
 @pytest.fixture
@@ -59,47 +93,181 @@ def data(tmp_path: Path, target: TargetConfig, store: StoreConfig) -> _Data:
     return _Data(tmp_path, target, store)
 
 
-def test_an_interrupted_run_goes_on_with_its_own_snapshot_after_new_data(
-    data: _Data, caplog: pytest.LogCaptureFixture
+def _run(trained: TrainSummary) -> Run:
+    run = read_run(trained.run_path)
+    assert run is not None
+    return run
+
+
+def test_a_run_that_has_begun_goes_on_with_its_own_snapshot_and_reads_no_data_set(
+    data: _Data, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = data.grow_to(20)
     first = data.train(max_steps=1)
-    assert first.source_id == old.snapshot_id
+    record = (first.run_path / RUN_NAME).read_text()
+    assert (first.source_id, _run(first).source_id) == (old.snapshot_id, old.snapshot_id)
     again = data.train(max_steps=1)
-    assert again.num_steps == 1
     kept = (first.tokens_per_second, first.seconds)
     assert (again.tokens_per_second, again.seconds) == kept, "what is done keeps its figures"
 
     new = data.grow_to(40)
     assert new.snapshot_id != old.snapshot_id
-    with pytest.raises(eagle_core.errors.MismatchError, match="another run name"):
-        data.train(max_steps=2)  # it has ended: nothing says that it should learn of the old data
-    ended = (first.run_path / TRAINING_NAME).read_text()
-    (first.run_path / TRAINING_NAME).unlink()  # what a run lacks that was interrupted
-    gone_on = data.train(max_steps=2)
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"has done its 1 steps.*--run"):
+        data.train(max_steps=1)  # an exit status of 0 would say that it learned from the new data
+    (data.home / "grows.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.delattr("flows.prepare.prepare_dataset")
+        gone_on = data.train(max_steps=2)
     assert (gone_on.source_id, gone_on.num_steps) == (old.snapshot_id, 2)
-    assert "goes on with the snapshot it began with" in caplog.text
+    assert f"is snapshot {new.snapshot_id}" in caplog.text
+    assert "it goes on with its own" in caplog.text
+    assert data.members(gone_on) == data.tokens(gone_on)
     settings = RunRecord.read(first.run_path).settings
     assert settings is not None
-    assert settings.train.num_samples < 20, "the report tells of the data that it learned from"
-    (first.run_path / TRAINING_NAME).write_text(ended)  # it had ended at 1, was extended, and died
-    extended = data.train(max_steps=3)
-    assert (extended.source_id, extended.num_steps) == (old.snapshot_id, 3)
-    assert extended.tokens_per_second != first.tokens_per_second
+    assert settings.train.num_samples == len(data.tokens(first)) < 20
+    assert settings.configuration["training"]["max_steps"] == 2
+    assert (first.run_path / RUN_NAME).read_text() == record, "written once"
+    with pytest.raises(eagle_core.errors.MismatchError, match=f"not from {new.snapshot_id}"):
+        data.train(max_steps=3, snapshot_id=new.snapshot_id)
+    data.write(40)
     assert data.train(max_steps=1, run="fresh").source_id == new.snapshot_id
 
 
-def test_an_interrupted_run_does_not_go_on_with_data_that_was_replaced(data: _Data) -> None:
+def test_a_run_of_a_version_without_run_json_goes_on_with_its_own(data: _Data) -> None:
+    old = data.grow_to(20)
+    first = data.train(max_steps=1)
+    (first.run_path / RUN_NAME).unlink()
+    data.grow_to(40)
+    gone_on = data.train(max_steps=2)
+    assert (gone_on.source_id, gone_on.num_steps) == (old.snapshot_id, 2)
+    assert data.members(gone_on) == data.tokens(gone_on)
+
+
+def test_garbage_collection_keeps_the_snapshot_of_a_run_that_has_not_ended(
+    data: _Data, target: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = data.grow_to(20)
+
+    def gc() -> None:
+        gc_flow(target, data.dataset(), data.config, home=str(data.home), delete=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.train.write_stage", _fails)  # after its last checkpoint
+        with pytest.raises(RuntimeError, match="killed"):
+            data.train(max_steps=1)
+    new = data.grow_to(40)
+    gc()
+    assert {old.snapshot_id, new.snapshot_id} <= set(data.store.snapshot_ids())
+    ended = data.train(max_steps=2)
+    assert ended.source_id == old.snapshot_id
+    gc()
+    assert old.snapshot_id not in data.store.snapshot_ids()
+    assert data.store.verify(deep=True) == []
+    with pytest.raises(eagle_core.errors.MismatchError, match="does not have; it has"):
+        data.train(max_steps=3)
+
+
+def _fails(*_arguments: object) -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_run_does_not_go_on_with_data_that_was_replaced(data: _Data) -> None:
     """The data was wrong, somebody stopped the run, mended the data and started it again."""
     data.grow_to(20)
-    first = data.train(max_steps=1)
-    (first.run_path / TRAINING_NAME).unlink()
+    data.train(max_steps=1)
     data.grow_to(20, first=100)
-    with pytest.raises(eagle_core.errors.MismatchError, match="another run name"):
+    with pytest.raises(eagle_core.errors.MismatchError, match="it was replaced, not added to"):
         data.train(max_steps=2)
 
 
-def test_what_is_held_out_now_is_never_trained_on(data: _Data) -> None:
+def test_a_run_learns_from_the_snapshot_that_it_is_told(data: _Data) -> None:
+    """The automation names both the run and its snapshot; older ones name only the run."""
+    old = data.grow_to(20)
+    new = data.grow_to(40)
+    for run, told in (("of-old", old.snapshot_id), (old.snapshot_id, None)):
+        trained = data.train(run=run, snapshot_id=told)
+        assert trained.source_id == old.snapshot_id
+        assert data.members(trained) == data.tokens(trained), "its vocabulary is of the same data"
+        assert not data.members(trained) & data.tokens(trained, "held_out")
+    assert data.train(run=new.snapshot_id).source_id == new.snapshot_id
+    with pytest.raises(storage.errors.ConfigError, match="no snapshot feed"):
+        data.train(run="none", snapshot_id="feed")
+
+
+def test_a_snapshot_of_other_data_is_refused(data: _Data) -> None:
     data.grow_to(20)
-    with pytest.raises(storage.errors.MismatchError, match=r"holds out.*held_out_fraction"):
-        data.train(max_steps=1, held_out=0.3)
+    other = data.grow_to(20, first=100, name="other")
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"has 0 for tr.*holds out 0"):
+        data.train(snapshot_id=other.snapshot_id)
+    held_out = data.store.refs.names()["grows-held_out"]
+    with pytest.raises(
+        eagle_core.errors.MismatchError, match=r"0 for training and holds out [1-9]"
+    ):
+        data.train(snapshot_id=held_out)
+
+
+def test_another_split_of_stored_samples_is_learned_from_as_it_is_now(data: _Data) -> None:
+    """Trained on what is held out now, it would be measured on what it knows."""
+    states = data.grow_to(30)
+    trained = data.train(held_out=0.5)
+    assert trained.source_id != states.snapshot_id
+    assert data.members(trained) == data.tokens(trained)
+    assert not data.members(trained) & data.tokens(trained, "held_out")
+    assert data.store.refs.names()["grows-train"] == states.snapshot_id, "of hidden-states alone"
+    kept = data.train(held_out=0.2, max_steps=2)  # the run has begun: it keeps its own
+    assert kept.source_id == trained.source_id
+
+
+def test_samples_without_states_are_counted(data: _Data) -> None:
+    states = data.grow_to(20)
+    data.write(40)
+    with pytest.raises(eagle_core.errors.ConfigError) as error:
+        data.train()
+    assert "holds 20 of 40 samples of data set grows; run hidden-states" in str(error.value)
+    assert f"--snapshot {states.snapshot_id}" in str(error.value)
+    assert data.train(snapshot_id=states.snapshot_id).source_id == states.snapshot_id
+
+
+def test_what_is_held_out_is_refused_in_a_snapshot(data: _Data) -> None:
+    """Somebody published all samples together."""
+    data.grow_to(20)
+    everything = data.store.publish(sorted(data.store.committed_samples())).snapshot_id
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"holds out [1-9]"):
+        data.train(snapshot_id=everything)
+    trained = data.train()
+    folder, content = data.home / "tokens" / "tiny-grows", _run(trained).tokens
+    shutil.copy(folder / f"train-{content}.arrow", folder / f"held_out-{content}.arrow")
+    with pytest.raises(eagle_core.errors.MismatchError, match="must not be learned from"):
+        data.train(max_steps=2)
+
+
+def test_token_files_that_are_gone_are_made_again_or_named(data: _Data) -> None:
+    data.grow_to(20)
+    trained = data.train()
+    folder = data.home / "tokens" / "tiny-grows"
+    for path in folder.glob("*.arrow"):
+        path.unlink()
+    assert data.train(max_steps=2).source_id == trained.source_id
+    data.write(10)
+    for path in folder.glob("*.arrow"):
+        path.unlink()
+    with pytest.raises(eagle_core.errors.ConfigError, match=r"token files of run .* are gone"):
+        data.train(max_steps=3)
+
+
+def test_a_finished_run_that_was_extended_and_died_goes_on(data: _Data) -> None:
+    data.grow_to(20)
+    first = data.train(max_steps=1)
+    ended = (first.run_path / TRAINING_NAME).read_text()
+    extended = data.train(max_steps=2)
+    (first.run_path / TRAINING_NAME).write_text(ended)
+    again = data.train(max_steps=3)
+    assert (again.source_id, again.num_steps) == (extended.source_id, 3)
+    assert again.tokens_per_second != first.tokens_per_second
+
+    path = first.run_path / RUN_NAME
+    document = json.loads(path.read_text())
+    del document["tokens"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(eagle_core.errors.CorruptError, match=r"run\.json is damaged \(tokens: "):
+        data.train(max_steps=4)

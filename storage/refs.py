@@ -1,0 +1,98 @@
+"""Names of snapshots in a store: what a split of a data set is now, and what runs still learn from.
+
+`snapshots/refs/<name>.json` is sealed and is replaced when the split is published again. A run that
+has not ended holds its snapshot by `snapshots/refs/runs/<run>/<snapshot_id>.json`, whose key says
+everything. Garbage collection keeps what has a name.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from storage.canonical import seal, unseal
+from storage.directory import Directory
+from storage.errors import CorruptError
+from storage.identity import FORMAT_VERSION
+from storage.verify import PUBLISH, Finding
+
+FOLDER = "snapshots/refs"
+_RUNS = "runs/"
+_SUFFIX = ".json"
+
+
+class Refs:
+    """The names that a store keeps."""
+
+    def __init__(self, root: Directory) -> None:
+        """Read and write below the root of a store."""
+        self._root = root
+
+    def set(self, name: str, snapshot_id: str) -> None:
+        """Let `name` be this snapshot from now on."""
+        document = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
+        self._root.publish(_key(name), seal(document))
+
+    def get(self, name: str) -> str | None:
+        """Return the id of the snapshot of this name, None if there is none.
+
+        Raises:
+            CorruptError: the name is damaged.
+
+        """
+        try:
+            data = self._root.read(_key(name))
+        except FileNotFoundError:
+            return None
+        document = unseal(data, what=f"{self._root.where(_key(name))} ({PUBLISH})")
+        if not isinstance(document.get("snapshot_id"), str):
+            raise CorruptError(f"{self._root.where(_key(name))} names no snapshot; {PUBLISH}")
+        return str(document["snapshot_id"])
+
+    def names(self) -> Mapping[str, str]:
+        """Return the snapshot of every split of a data set, by name."""
+        found = {name: self.get(name) for name in self._listed() if not name.startswith(_RUNS)}
+        return {name: snapshot_id for name, snapshot_id in found.items() if snapshot_id is not None}
+
+    def hold(self, run: str, snapshot_id: str) -> None:
+        """Keep a snapshot for a run until it is released."""
+        self.set(f"{_RUNS}{run}/{snapshot_id}", snapshot_id)
+
+    def release(self, run: str, snapshot_id: str) -> None:
+        """Keep a snapshot for a run no longer."""
+        self._root.delete(_key(f"{_RUNS}{run}/{snapshot_id}"))
+
+    def held(self) -> Sequence[tuple[str, str]]:
+        """Return (run, snapshot id) of all that runs hold."""
+        parts = (name.split("/") for name in self._listed() if name.startswith(_RUNS))
+        return [(part[1], part[2]) for part in parts if len(part) == 3]
+
+    def forget(self, snapshot_id: str) -> None:
+        """Drop every name of a snapshot."""
+        for name, named in self.names().items():
+            if named == snapshot_id:
+                self._root.delete(_key(name))
+        for run, held in self.held():
+            if held == snapshot_id:
+                self.release(run, held)
+
+    def findings(self, snapshot_ids: Sequence[str]) -> Iterator[Finding]:
+        """Yield the names that are damaged, or are of a snapshot that is not there."""
+        for name in self._listed():
+            if name.startswith(_RUNS):
+                continue
+            problem = None
+            try:
+                named = self.get(name)
+                if named is not None and named not in snapshot_ids:
+                    problem = f"names snapshot {named}, which is not there"
+            except CorruptError as error:
+                problem = str(error)
+            if problem is not None:
+                yield Finding(shard_id=None, object_key=_key(name), problem=problem, remedy=PUBLISH)
+
+    def _listed(self) -> Sequence[str]:
+        return sorted(
+            key.removesuffix(_SUFFIX) for key in self._root.sizes(FOLDER) if key.endswith(_SUFFIX)
+        )
+
+
+def _key(name: str) -> str:
+    return f"{FOLDER}/{name}{_SUFFIX}"
