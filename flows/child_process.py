@@ -1,72 +1,37 @@
 """Work in child processes: a kernel kill or a device fault costs them alone.
 
-A child is a module of ours. It reads one request (JSON), answers with one line of JSON at a time on
-standard output, and reports an error raised on purpose as its last line. A `Child` reads a request
-a line on standard input, and says after each that it has ended; ranks under torchrun, of which each
-may report an error, read theirs from a file.
+A child is a module of ours, and answers through a channel. A `Child` reads a request a line on
+standard input, and says after each that it has ended; ranks under torchrun, of which each may
+report an error, read theirs from a file. A signal is a kill, and may be tried again; an error that
+is none of ours is a failure, which would happen again.
 """
 
 import importlib
+import logging
 import math
 import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-import eagle_core.errors
-import storage.errors
-from flows.errors import ChildKilledError, FlowError
+from flows.channel import Channel, Ended, Failure, SilentError
+from flows.errors import ChildFailedError, ChildKilledError, FlowError
 
-ANSWERED_FAILURE = 3
-"""Exit status after a failure that was reported on standard output."""
 END_SECONDS = 5.0
 """How long a child may take to end before it is killed."""
-_ENDED = '{"ended":true}'
 _STDERR_TAIL_CHARS = 2000
 _RANKS_TAIL_CHARS = 5000
 _RANKS_SUMMARY = " FAILED\n---"
 """Where torchrun begins to say what became of each rank, after a traceback of its own."""
+_FAILURE, _ENDED = '{"failure":', Ended(ended=True).model_dump_json()
 
-
-class Failure(BaseModel):
-    """The last line of a child that raised one of our errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    failure: str
-    """Module and name of the error's class."""
-    message: str
-
-
-def say(line: BaseModel) -> None:
-    """In the child: answer with one line."""
-    sys.stdout.write(line.model_dump_json(exclude_defaults=True) + "\n")
-    sys.stdout.flush()
-
-
-def answer(work: Callable[[], None], *, tell: Callable[[BaseModel], None] = say) -> int:
-    """In the child: do the work, `tell` an error raised on purpose; return the exit status."""
-    try:
-        work()
-    except (eagle_core.errors.EagleCoreError, storage.errors.StorageError) as error:
-        kind = f"{type(error).__module__}.{type(error).__qualname__}"
-        tell(Failure(failure=kind, message=str(error)))
-        return ANSWERED_FAILURE
-    return 0
-
-
-def say_ended() -> None:
-    """In a `Child`: the request has been answered, or its error reported."""
-    sys.stdout.write(_ENDED + "\n")
-    sys.stdout.flush()
+logger = logging.getLogger(__name__)
 
 
 class Child:
@@ -75,14 +40,16 @@ class Child:
     def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
         """Start it; `environment` is what its own differs in from this process's."""
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
+        self._channel = Channel()
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self._stderr,  # until the child has found its voice
             stderr=self._stderr,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **self._channel.environment},
         )
+        self._num_logged = 0
         self.is_idle = True
         """Whether it waits for a request; False for ever if one was not read to its end."""
 
@@ -93,36 +60,52 @@ class Child:
 
         Raises:
             ChildKilledError: the child died, or hung and was killed.
+            ChildFailedError: it ended by an error that is none of ours.
             EagleCoreError, StorageError: what it reported, as it raised it; it lives on.
 
         """
         self.is_idle = False
-        stdin, stdout = self._process.stdin, self._process.stdout
+        stdin = self._process.stdin
         assert stdin is not None  # noqa: S101 (PIPE was asked for)
-        assert stdout is not None  # noqa: S101
         with suppress(BrokenPipeError):  # it is dead: there will be no answer
             stdin.write(request.model_dump_json() + "\n")
             stdin.flush()
         failures: list[Failure] = []
-        with _Watch(self._process, silence_seconds) as watch:
-            for line in _until_closed(stdout):
-                watch.heard()
-                if line.startswith('{"failure":'):
+        lines = self._channel.lines(self._has_ended, silence_seconds=silence_seconds)
+        try:
+            for line in lines:
+                if line.startswith(_FAILURE):
                     failures.append(Failure.model_validate_json(line))
-                elif line.rstrip() == _ENDED:
+                elif line == _ENDED:
                     self.is_idle = True
+                    self._log_what_it_printed(what)
                     if failures:
-                        raise _as_raised(failures)
+                        raise _as_raised(failures, what)
                     return
                 else:
                     yield line
-        status, tail = self._process.wait(), _tail(self._stderr)
-        if watch.has_killed:
+        except SilentError:
+            self._process.kill()
+            self._process.wait()
             raise ChildKilledError(
                 f"{what} said nothing for {silence_seconds:g} s and was killed; if it was at "
-                f"work, raise runner.silence_seconds{_last_words(tail)}"
-            )
-        raise ChildKilledError(_epitaph(what, status, tail))
+                f"work, raise runner.silence_seconds{_last_words(_tail(self._stderr))}"
+            ) from None
+        status, tail = self._process.wait(), _tail(self._stderr)
+        raise _as_raised(failures, what) if failures else _epitaph(what, status, tail)
+
+    def _log_what_it_printed(self, what: str) -> None:
+        """Pass on what libraries printed during a request, the last of it if it was much."""
+        file = self._stderr.fileno()
+        end = os.fstat(file).st_size
+        first = max(self._num_logged, end - _STDERR_TAIL_CHARS)
+        text = os.pread(file, end - first, first).decode(errors="replace").strip()
+        self._num_logged = end
+        if text:
+            logger.info("%s printed: %s", what, text)
+
+    def _has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def close(self) -> None:
         """End it, from any thread; what it was working on is lost."""
@@ -133,54 +116,21 @@ class Child:
             self._process.kill()
         with suppress(BrokenPipeError), self._process:  # waits, and closes its pipes
             pass
+        self._channel.close()
         self._stderr.close()
-
-
-class _Watch:
-    """Kills a process that nothing was heard of for some time."""
-
-    def __init__(self, process: subprocess.Popen[str], silence_seconds: float) -> None:
-        self._process = process
-        self._silence_seconds = silence_seconds
-        self._heard = time.monotonic()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self.has_killed = False
-
-    def __enter__(self) -> Self:
-        if math.isfinite(self._silence_seconds):
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def heard(self) -> None:
-        self._heard = time.monotonic()
-
-    def _look(self) -> None:
-        while not self._stopped.wait(max(0.0, self._left())):
-            if self._left() <= 0:
-                self.has_killed = True
-                self._process.kill()
-                return
-
-    def _left(self) -> float:
-        return self._heard + self._silence_seconds - time.monotonic()
 
 
 def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
     """Run `module` in a child process with this request and yield its lines.
 
     Args:
-        module: dotted name; its main reads a line and calls `say`, `answer` and `say_ended`.
+        module: dotted name; its main calls `channel.serve`.
         request: what it is to do.
         what: what the child is, for the message when it dies.
 
     Raises:
         ChildKilledError: the child died without an answer.
+        ChildFailedError: it ended by an error that is none of ours.
         EagleCoreError, StorageError: what the child reported, as it raised it.
 
     """
@@ -222,59 +172,53 @@ def ask_ranks(
             *("--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
             *("--log-dir", folder, "-m", module, str(path)),
         ]
+        channel = Channel()
         with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=stderr,
             stderr=stderr,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **channel.environment},
             start_new_session=True,
         ) as child:
             try:
-                yield from _lines(child, stderr, what=what)
+                yield from _lines(child, channel, stderr, what=what)
             finally:
                 if child.poll() is None:
                     child.terminate()
                     child.wait()
+                channel.close()
 
 
-def _lines(child: subprocess.Popen[str], stderr: IO[str], *, what: str) -> Iterator[str]:
+def _lines(
+    child: subprocess.Popen[str], channel: Channel, stderr: IO[str], *, what: str
+) -> Iterator[str]:
     failures: list[Failure] = []
-    for line in child.stdout or ():
-        if line.startswith('{"failure":'):
+    for line in channel.lines(lambda: child.poll() is not None):
+        if line.startswith(_FAILURE):
             failures.append(Failure.model_validate_json(line))
         else:
             yield line
     status = child.wait()
     if failures:
-        raise _as_raised(failures)
+        raise _as_raised(failures, what)
     if status != 0:
-        raise ChildKilledError(_epitaph(what, status, _tail(stderr)))
+        raise ChildKilledError(_how_it_ended(what, status, _tail(stderr)))
 
 
-def _as_raised(failures: Sequence[Failure]) -> Exception:
+def _as_raised(failures: Sequence[Failure], what: str) -> Exception:
     """Return the first error that was reported, with what other processes say of the same kind."""
     kind = failures[0].failure
     messages = dict.fromkeys(failure.message for failure in failures if failure.failure == kind)
     message = "; another process: ".join(messages)
+    if failures[0].traceback:
+        return ChildFailedError(f"{what} failed: {kind}: {message}\n{failures[0].traceback}")
     module, _, name = kind.rpartition(".")
     if module not in {"eagle_core.errors", "storage.errors"}:
         return FlowError(f"{kind}: {message}")
     error: Exception = getattr(importlib.import_module(module), name)(message)
     return error
-
-
-def _until_closed(stdout: IO[str]) -> Iterator[str]:
-    """Yield lines until the end, or until another thread closes the pipe."""
-    while True:
-        try:
-            line = stdout.readline()
-        except ValueError:
-            return
-        if not line:
-            return
-        yield line
 
 
 def _tail(stderr: IO[str]) -> str:
@@ -289,7 +233,12 @@ def _tail(stderr: IO[str]) -> str:
     return text[-_STDERR_TAIL_CHARS:].strip()
 
 
-def _epitaph(what: str, status: int, tail: str) -> str:
+def _epitaph(what: str, status: int, tail: str) -> FlowError:
+    kind = ChildKilledError if status < 0 else ChildFailedError
+    return kind(_how_it_ended(what, status, tail))
+
+
+def _how_it_ended(what: str, status: int, tail: str) -> str:
     cause = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     hint = " (out of memory? lower target.batch_tokens)" if status == -9 else ""
     return f"{what} {cause}{hint}{_last_words(tail)}"

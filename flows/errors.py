@@ -9,6 +9,10 @@ class ChildKilledError(FlowError):
     """A child process died without an answer: out of memory, a device fault, a reboot."""
 
 
+class ChildFailedError(FlowError):
+    """A child process ended by an error that nobody expected: it would happen again."""
+
+
 class RunStoppedError(FlowError):
     """The run ends before its work does, because somebody asked it to."""
 

@@ -1,5 +1,7 @@
 """Makes the shards that a store lacks: in batches, on the runner that the recipe names."""
 
+import re
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,7 +14,7 @@ import storage.errors
 from eagle_core.target_config import TargetConfig
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
-from flows.errors import ChildKilledError, MissingShardsError
+from flows.errors import ChildFailedError, ChildKilledError, MissingShardsError
 from flows.generate import ShardBatch
 from flows.made_shard import MadeShard
 from flows.progress import stage_progress
@@ -25,6 +27,7 @@ from storage.plan import PlannedShard
 from storage.store import Store
 
 EVERY_BATCH_MEETS = (
+    ChildFailedError,
     ChildKilledError,
     eagle_core.errors.ConfigError,
     eagle_core.errors.TransientError,
@@ -35,6 +38,10 @@ EVERY_BATCH_MEETS = (
 """What lies in the machine, its settings or the store; bad samples are the matter of one batch."""
 FAILURES_AT_FIRST = 3
 """So many of these before any batch has succeeded end the run: the others would fail too."""
+EQUAL_FAILURES = 3
+"""So many of one kind and message end the run whatever has succeeded."""
+_DIGITS = re.compile(r"\d+")
+"""Numbers of shards and bytes: two failures that differ in them alone are equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +64,8 @@ def make_shards(
 
     Raises:
         MissingShardsError: some batches failed; everything else is committed and stays.
-        EagleCoreError, StorageError, ChildKilledError: the first batches failed, all of them.
+        EagleCoreError, StorageError, FlowError: the first batches failed, all of them, or several
+            in the same way, or there is no space left.
         FlowError: the runner's package is not installed.
 
     """
@@ -74,7 +82,7 @@ def make_shards(
             futures = [
                 submit(batch) for batch in _batches(target, config, runner, tokens, root, work)
             ]
-            num_failed = 0
+            failures = _Failures()
             for future in futures:
                 future.wait()
                 if future.state.is_completed():
@@ -82,16 +90,33 @@ def make_shards(
                     made += shards
                     if runner.kind != "processes":  # a cluster says nothing in between
                         progress.advance(sum(sizes[shard.shard_id] for shard in shards))
-                elif not made and isinstance(_error_of(future), EVERY_BATCH_MEETS):
-                    num_failed += 1
-                    if num_failed == FAILURES_AT_FIRST:
-                        future.result()
+                elif failures.end_the_run(_error_of(future), has_made_some=bool(made)):
+                    future.result()
     store = Store.open(root)
     committed = set(store.shard_ids())
     done = [shard.shard_id for shard in work.shards if shard.shard_id in committed]
     _publish_table(done, made, store, target)
     if len(done) < len(work.shards):
         _say_what_is_missing(futures, work, committed)
+
+
+class _Failures:
+    """Those of batches so far: do they tell that all others would fail as well?"""
+
+    def __init__(self) -> None:
+        self._num_at_first = 0
+        self._equal: Counter[tuple[type[BaseException], str]] = Counter()
+
+    def end_the_run(self, error: BaseException | None, *, has_made_some: bool) -> bool:
+        """Count one more; tell whether it ends the run."""
+        if error is None:
+            return False
+        if isinstance(error, storage.errors.OutOfSpaceError):
+            return True
+        self._num_at_first += isinstance(error, EVERY_BATCH_MEETS) and not has_made_some
+        kind = type(error), _DIGITS.sub("0", str(error).partition("\n")[0])
+        self._equal[kind] += isinstance(error, ChildFailedError | eagle_core.errors.ConfigError)
+        return self._num_at_first == FAILURES_AT_FIRST or self._equal[kind] == EQUAL_FAILURES
 
 
 def _error_of(future: PrefectFuture[tuple[MadeShard, ...]]) -> BaseException | None:

@@ -1,6 +1,6 @@
 """The child process that measures what states cost: runs the target on a few samples, stores them.
 
-Reads `MeasureJob`s on standard input, a line of JSON each, and answers each with one `Measurement`.
+Answers each `MeasureJob` with one `Measurement`.
 Bytes are those of real shards of a temporary store, one for each profile.
 """
 
@@ -18,7 +18,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import NORM_CONVENTION, TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
-from flows.child_process import answer, say, say_ended
+from flows.channel import say, serve
 from flows.identity import left_out
 from flows.stored_source import to_stored
 from storage.identity import PROFILES, LeftOut, StoreIdentity
@@ -79,19 +79,6 @@ class Measurement(BaseModel):
     """Of all states."""
     ends: EndsCost | None
     """With states left out; None if layers of this target cannot be run alone."""
-
-
-def main() -> int:
-    """Measure what each line of standard input asks for; return the exit status."""
-    for line in sys.stdin:
-        job = MeasureJob.model_validate_json(line)
-
-        def work(job: MeasureJob = job) -> None:
-            say(_measure(job))
-
-        answer(work)
-        say_ended()
-    return 0
 
 
 def _measure(job: MeasureJob) -> Measurement:
@@ -181,4 +168,4 @@ def _identity(target: TargetModel, profile: str, leave_out: LeftOut | None) -> S
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(MeasureJob, lambda job: say(_measure(job))))

@@ -1,8 +1,8 @@
 """The child process that loads the target once and makes one batch of shards after the other.
 
-Reads one `ShardJob` (JSON) a line on standard input and answers with one `ShardReport` (JSON) a
-line on standard output. One shard is written while the target computes the next, so that neither
-waits for the other; a kill costs these two and nothing else: only what is committed shows.
+Takes one `ShardJob` after the other and answers each with `ShardReport`s. One shard is written
+while the target computes the next, so that neither waits for the other; a kill costs these two and
+nothing else: only what is committed shows.
 """
 
 import os
@@ -22,7 +22,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
-from flows.child_process import answer, say, say_ended
+from flows.channel import say, serve
 from flows.recompute import TargetRecompute, partial_target
 from flows.semantic_probe import probed
 from flows.stored_source import to_stored
@@ -110,29 +110,25 @@ class ShardMaker:
         return ShardReport(kind="shard", shard_id=shard.shard_id, seconds=seconds, made_by=made_by)
 
 
-def main() -> int:
-    """Make the shards of every job on standard input; return the exit status."""
-    maker: ShardMaker | None = None
-    for line in sys.stdin:
-        job = ShardJob.model_validate_json(line)
+class _Worker:
+    """Keeps the target between jobs."""
 
-        def work(job: ShardJob = job) -> None:
-            nonlocal maker
-            if maker is None or maker.made_for != (job.target, job.store_root):
-                maker = None  # before the next target is loaded
-            try:
-                maker = maker or ShardMaker(job.target, job.store_root)
-                maker.make(job)
-            except torch.OutOfMemoryError as error:
-                maker = None
-                raise ConfigError(
-                    f"{error}; lower target.batch_tokens ({job.target.batch_tokens:,}), or use a "
-                    "GPU with more memory"
-                ) from error
+    def __init__(self) -> None:
+        self._maker: ShardMaker | None = None
 
-        answer(work)
-        say_ended()
-    return 0
+    def make(self, job: ShardJob) -> None:
+        """Make the shards of a job."""
+        if self._maker is None or self._maker.made_for != (job.target, job.store_root):
+            self._maker = None  # before the next target is loaded
+        try:
+            self._maker = self._maker or ShardMaker(job.target, job.store_root)
+            self._maker.make(job)
+        except torch.OutOfMemoryError as error:
+            self._maker = None
+            raise ConfigError(
+                f"{error}; lower target.batch_tokens ({job.target.batch_tokens:,}), or use a GPU "
+                "with more memory"
+            ) from error
 
 
 def _report(storing: Future[ShardReport] | None) -> None:
@@ -163,4 +159,4 @@ def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(ShardJob, _Worker().make))

@@ -1,11 +1,9 @@
 """One of the processes that train a draft side by side, a rank under torchrun.
 
 Its argument names a file with one `TrainJob` (JSON). All ranks do the same work on their share of
-each step; the first one alone answers, with one `RankLine` (JSON) a line, but any may report an
-error.
+each step; the first one alone answers, with `RankLine`s, but any may report an error.
 """
 
-import fcntl
 import logging
 import os
 import sys
@@ -26,7 +24,7 @@ from eagle_core.trackers import NoTracker, Tracker
 from eagle_core.trainer import train
 from eagle_core.training_config import TrainingConfig
 from eagle_core.training_result import Progress, TrainingResult
-from flows.child_process import answer
+from flows.channel import answer, say, voice
 from flows.draft_setup import set_up_draft
 from flows.recompute import partial_target
 from flows.stored_source import StoredSource
@@ -68,36 +66,15 @@ class RankLine(BaseModel):
     result: TrainingResult | None = None
 
 
-class Voice:
-    """Standard output shared by ranks and their threads: no line ends up inside another.
-
-    What libraries print goes to standard error instead.
-    """
-
-    def __init__(self, lock_path: Path) -> None:
-        """Take standard output over; all who share it name the same file."""
-        self._lock_path = lock_path
-        self._stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def say(self, line: BaseModel) -> None:
-        """Write one line."""
-        with self._lock_path.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._stdout.write(line.model_dump_json(exclude_defaults=True) + "\n")
-            self._stdout.flush()
-
-
 class Warnings(logging.Handler):
     """Passes our own warnings on to the parent, whose log is the one that people read."""
 
-    def __init__(self, voice: Voice) -> None:
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._voice = voice
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say one."""
-        self._voice.say(RankLine(pid=os.getpid(), warning=record.getMessage()))
+        say(RankLine(pid=os.getpid(), warning=record.getMessage()))
 
 
 def open_sources(job: TrainJob) -> tuple[StoredSource, StoredSource | None]:
@@ -134,29 +111,28 @@ def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id:
 @record  # torchrun's last words hold the traceback of an error that is none of ours
 def main() -> int:
     """Be one rank of the job that the argument names; return the exit status."""
-    job_path = Path(sys.argv[1])
-    voice = Voice(job_path)
-    job = TrainJob.model_validate_json(job_path.read_text(encoding="utf-8"))
+    voice()  # before a library prints
+    job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     is_first = os.environ["RANK"] == "0"
     if is_first:
         for name in OWN_LOGGERS:
-            logging.getLogger(name).addHandler(Warnings(voice))
-    return answer(lambda: _train_joined(job, voice, is_first=is_first), tell=voice.say)
+            logging.getLogger(name).addHandler(Warnings())
+    return answer(lambda: _train_joined(job, is_first=is_first))
 
 
-def _train_joined(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
+def _train_joined(job: TrainJob, *, is_first: bool) -> None:
     target = job.target.model_copy(update={"device": _own_device(job.target)})
     with join_processes():  # in a function of its own: the draft must be gone when the block ends
-        _train(job.model_copy(update={"target": target}), voice, is_first=is_first)
+        _train(job.model_copy(update={"target": target}), is_first=is_first)
 
 
-def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
+def _train(job: TrainJob, *, is_first: bool) -> None:
     source, held_out = open_sources(job)
     setup = set_up_draft(job.target, job.training, job.run_path)
 
     def on_progress(progress: Progress) -> None:
         if is_first:
-            voice.say(RankLine(pid=os.getpid(), progress=progress))
+            say(RankLine(pid=os.getpid(), progress=progress))
 
     with (
         _tracker(job, is_first=is_first) as tracker,
@@ -173,7 +149,7 @@ def _train(job: TrainJob, voice: Voice, *, is_first: bool) -> None:
             on_progress=on_progress,
         )
         if is_first:
-            voice.say(RankLine(pid=os.getpid(), result=result))
+            say(RankLine(pid=os.getpid(), result=result))
 
 
 def _own_device(target: TargetConfig) -> str:

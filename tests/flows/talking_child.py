@@ -5,7 +5,7 @@ import time
 
 from pydantic import BaseModel
 
-from flows.child_process import say, say_ended
+from flows.channel import say, serve
 
 
 class Talk(BaseModel):
@@ -14,15 +14,23 @@ class Talk(BaseModel):
     pauses: tuple[float, ...]
     """Seconds of silence before each line."""
     is_ending: bool = True
+    padding: str = ""
+    error: str = ""
+    """Of the TypeError that it raises."""
+
+
+def talk(request: Talk) -> None:
+    """Say what is asked for."""
+    for pause in request.pauses:
+        time.sleep(pause)
+        print("a library prints this")
+        say(request)
+    if request.error:
+        raise TypeError(request.error)
+    if not request.is_ending:
+        time.sleep(600)
 
 
 if __name__ == "__main__":
-    for request in sys.stdin:
-        talk = Talk.model_validate_json(request)
-        for pause in talk.pauses:
-            time.sleep(pause)
-            say(talk)
-        if talk.is_ending:
-            say_ended()
-        else:
-            time.sleep(600)
+    print("printed at import", flush=True)
+    sys.exit(serve(Talk, talk))

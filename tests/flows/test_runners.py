@@ -1,6 +1,7 @@
 """Shards made by several processes, here or on a cluster: the same bytes, one writer each."""
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
+import storage.errors
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target_config import TargetConfig
@@ -21,8 +23,10 @@ from flows import child_process
 from flows import runner as runner_module
 from flows.child_process import Child
 from flows.config import StoreConfig
-from flows.errors import ChildKilledError, FlowError
+from flows.errors import ChildFailedError, ChildKilledError, FlowError
 from flows.hidden_states import hidden_states
+from flows.make_shards import _Failures
+from flows.retry import RETRYABLE
 from flows.runner_config import RunnerConfig
 from flows.shard_processes import gpus_in_turn
 from flows.summaries import HiddenStatesSummary
@@ -201,3 +205,60 @@ def test_a_child_that_is_ended_under_a_request_is_a_killed_one_to_who_asked() ->
     child.close()
     with pytest.raises(ChildKilledError, match="the child was killed by signal 15"):
         next(lines)
+
+
+def test_what_a_library_prints_goes_to_the_log_and_breaks_no_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="flows")
+    child = Child("tests.flows.talking_child", environment={})
+    for _ in range(2):
+        (line,) = child.ask(Talk(pauses=(0.0,)), what="the child")
+        assert Talk.model_validate_json(line) == Talk(pauses=(0.0,))
+    child.close()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "the child printed: printed at import\na library prints this"
+    assert second == "the child printed: a library prints this"
+
+
+def test_an_error_that_is_none_of_ours_is_a_failure_and_not_tried_again() -> None:
+    child = Child("tests.flows.talking_child", environment={})
+    lines = child.ask(Talk(pauses=(0.0,), error="no such argument"), what="the child")
+    next(lines)
+    with pytest.raises(
+        ChildFailedError, match=r"(?s)the child failed: builtins.TypeError: no such .*in talk"
+    ) as raised:
+        next(lines)
+    assert not child.is_idle
+    child.close()
+    assert not isinstance(raised.value, RETRYABLE)
+    with pytest.raises(ChildFailedError, match=r"(?s)ended with status 1; .*No module named"):
+        list(child_process.ask("tests.flows.no_such_child", Talk(pauses=()), what="the child"))
+
+
+@pytest.mark.parametrize(
+    ("errors", "ends_at"),
+    [
+        ([storage.errors.OutOfSpaceError("full")], 1),
+        ([ChildFailedError(f"shards {i}-{i} failed: TypeError\n{i}") for i in range(5)], 3),
+        ([ChildKilledError("killed")] * 5, 0),
+        ([ChildFailedError("one"), ChildFailedError("other")] * 2, 0),
+        ([storage.errors.SampleRefusedError("sample 1 has NaN")] * 5, 0),
+    ],
+)
+def test_equal_failures_end_a_run_though_others_succeeded(
+    errors: list[Exception], ends_at: int
+) -> None:
+    failures = _Failures()
+    ends = [failures.end_the_run(error, has_made_some=True) for error in errors]
+    assert ends.index(True) + 1 == ends_at if ends_at else not any(ends)
+
+
+def test_ranks_answer_through_one_channel_and_long_lines_stay_whole() -> None:
+    request = Talk(pauses=(0.0,) * 50, padding="x" * 20_000)
+    lines = list(
+        child_process.ask_ranks(
+            "tests.flows.talking_ranks", request, num_ranks=3, environment={}, what="the ranks"
+        )
+    )
+    assert [Talk.model_validate_json(line) for line in lines] == [request] * 150

@@ -1,0 +1,192 @@
+"""The pipe through which child processes answer, one line of JSON at a time.
+
+It has a name, so that ranks find it behind torchrun, and carries nothing else: what a library
+prints in a child goes to standard error. The reader notices when the last writer is gone.
+"""
+
+import fcntl
+import math
+import os
+import select
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+import eagle_core.errors
+import storage.errors
+
+VARIABLE = "EYAS_CHANNEL"
+"""Environment variable of a child that names its pipe."""
+ANSWERED_FAILURE = 3
+"""Exit status after a failure that was reported."""
+_LOOK_SECONDS = 0.05
+_READ_BYTES = 1 << 16
+_TRACEBACK_CHARS = 4000
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+class Failure(BaseModel):
+    """What a child says of an error that ended its work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    failure: str
+    """Module and name of the error's class."""
+    message: str
+    traceback: str = ""
+    """Of an error that is none of ours: a defect, or a library's."""
+
+
+class Ended(BaseModel):
+    """What a child says when a request has been answered, or its error reported."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ended: bool
+
+
+class SilentError(Exception):
+    """Nothing came through a channel for too long."""
+
+
+class Channel:
+    """The parent's end: made before the child, which finds it by its environment."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="eyas-channel-")
+        path = Path(self._folder) / "pipe"
+        os.mkfifo(path)
+        self._pipe: int | None = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self._lock = threading.Lock()
+        self._buffer = b""
+        self.environment = {VARIABLE: str(path)}
+
+    def lines(
+        self, has_ended: Callable[[], bool], *, silence_seconds: float = math.inf
+    ) -> Iterator[str]:
+        """Yield lines until all who may write have ended, or another thread closes the channel.
+
+        Raises:
+            SilentError: there was none for `silence_seconds`.
+
+        """
+        heard, is_last_look = time.monotonic(), False
+        while True:
+            data = self._read()
+            if data:
+                heard = time.monotonic()
+                *whole, self._buffer = (self._buffer + data).split(b"\n")
+                for line in whole:
+                    yield line.decode()
+                continue
+            if is_last_look:
+                return
+            is_last_look = has_ended() or self._pipe is None
+            if time.monotonic() - heard > silence_seconds:
+                raise SilentError
+            if not is_last_look:
+                self._wait(is_open=data is None)
+
+    def close(self) -> None:
+        """Let go of the pipe; whoever writes into it then is told that nobody reads."""
+        with self._lock:
+            pipe, self._pipe = self._pipe, None
+            if pipe is not None:
+                os.close(pipe)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _read(self) -> bytes | None:
+        """Return what has come, b"" if nobody has the pipe open, None if they say nothing."""
+        with self._lock:  # a number that was closed may be another file's by now
+            try:
+                return b"" if self._pipe is None else os.read(self._pipe, _READ_BYTES)
+            except BlockingIOError:
+                return None
+
+    def _wait(self, *, is_open: bool) -> None:
+        pipe = self._pipe
+        if pipe is None or not is_open:  # select would come back at once
+            time.sleep(_LOOK_SECONDS)
+            return
+        try:
+            select.select([pipe], [], [], 10 * _LOOK_SECONDS)
+        except (OSError, ValueError):  # closed meanwhile
+            return
+
+
+class Voice:
+    """A child's end, shared with its threads and with other ranks: no line ends up inside another.
+
+    From now on standard output is standard error.
+    """
+
+    def __init__(self, pipe: Path) -> None:
+        """Open the pipe, whose other end is open already."""
+        self._pipe = pipe.open("w", encoding="utf-8")
+        self._lock = (pipe.parent / "lock").open("w")
+        self._threads = threading.Lock()
+        sys.stdout.flush()
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(self, line: BaseModel) -> None:
+        """Write one line."""
+        text = line.model_dump_json(exclude_defaults=True) + "\n"
+        with self._threads:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            try:
+                self._pipe.write(text)
+                self._pipe.flush()
+            finally:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+
+@cache
+def voice() -> Voice:
+    """Return this child's voice."""
+    return Voice(Path(os.environ[VARIABLE]))
+
+
+def say(line: BaseModel) -> None:
+    """In the child: answer with one line."""
+    voice().say(line)
+
+
+def answer(work: Callable[[], None]) -> int:
+    """In the child: do the work, report what is raised; return the exit status."""
+    try:
+        work()
+    except (eagle_core.errors.EagleCoreError, storage.errors.StorageError) as error:
+        say(Failure(failure=_name(error), message=str(error)))
+        return ANSWERED_FAILURE
+    return 0
+
+
+def serve(kind: type[Request], work: Callable[[Request], None]) -> int:
+    """In the child: answer each request on standard input, a line of JSON, until there is none.
+
+    An error that is none of ours ends the process: nobody knows what state it left behind.
+    """
+    voice()  # before a library prints
+    for line in sys.stdin:
+        try:
+            answer(lambda line=line: work(kind.model_validate_json(line)))  # type: ignore[misc]
+        except Exception as error:  # noqa: BLE001 (whatever it is, the parent says so)
+            text = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
+            say(Failure(failure=_name(error), message=str(error), traceback=text))
+            return 1
+        say(Ended(ended=True))
+    return 0
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}"
