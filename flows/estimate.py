@@ -14,6 +14,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
+from flows.best_effort import best_effort
 from flows.config import StoreConfig
 from flows.draft_setup import DraftSetup
 from flows.identity import open_store
@@ -73,7 +74,8 @@ def estimate_flow(
         seconds=time.monotonic() - started,
     )
     write_stage(run_path / ESTIMATE_NAME, summary)
-    write_run_page(run_path)
+    with best_effort("report.html"):
+        write_run_page(run_path)
     rows = report.estimate_rows(summary)
     print_table(f"Estimated acceptance: {title}", rows)
     report.publish_table(

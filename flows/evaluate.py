@@ -19,6 +19,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.training_config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
+from flows.best_effort import best_effort
 from flows.draft_setup import set_up_draft
 from flows.progress import stage_progress
 from flows.run_name import run_name
@@ -75,7 +76,8 @@ def evaluate_flow(
         seconds=time.monotonic() - started,
     )
     write_stage(run_path / EVALUATION_NAME, summary)
-    write_run_page(run_path)
+    with best_effort("report.html"):
+        write_run_page(run_path)
     report.publish_table(
         f"Acceptance: {target.name} on {dataset.name}, run {run}",
         report.evaluate_rows(summary),

@@ -13,6 +13,7 @@ import eagle_core.errors
 import storage.errors
 from eagle_core.target_config import TargetConfig
 from flows.artifact_key import artifact_key
+from flows.best_effort import best_effort
 from flows.config import StoreConfig
 from flows.errors import ChildFailedError, ChildKilledError, MissingShardsError
 from flows.generate import ShardBatch
@@ -154,7 +155,9 @@ def _publish_table(
     done: Sequence[str], made: Sequence[MadeShard], store: Store, target: TargetConfig
 ) -> None:
     """Show the shards of this run as a table in the Prefect UI."""
-    if done:
+    if not done:
+        return
+    with best_effort("the table of shards"):
         create_table_artifact(
             shard_table(done, {shard.shard_id: shard for shard in made}, store),
             key=artifact_key("hidden-states-shards", target.name),

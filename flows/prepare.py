@@ -24,6 +24,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.templates import ConversationTokenizer
 from eagle_core.tokens import TokenFile, write_token_file
 from flows.artifact_key import artifact_key
+from flows.best_effort import best_effort
 from flows.progress import StageProgress, stage_progress
 from flows.summaries import DatasetSummary, TokensSummary
 from flows.target_tokenizer import conversation_tokenizer
@@ -117,14 +118,15 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         progress.move_to(total)
     train = files["train"]
     log.info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
-    page = publish_token_report(
-        train,
-        tokenizer,
-        max_length=dataset.max_length,
-        title=f"Tokens: {dataset.name} for {target.name}",
-        key=artifact_key("tokens", space.target, space.dataset),
-    )
-    log.info("what they look like, supervised tokens marked: %s", page)
+    with best_effort("the page of the tokens"):
+        page = publish_token_report(
+            train,
+            tokenizer,
+            max_length=dataset.max_length,
+            title=f"Tokens: {dataset.name} for {target.name}",
+            key=artifact_key("tokens", space.target, space.dataset),
+        )
+        log.info("what they look like, supervised tokens marked: %s", page)
     return _summary(files["train"], files["held_out"], tokenizer, content, started)
 
 

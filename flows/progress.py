@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from flows.best_effort import best_effort
+
 logger = logging.getLogger(__name__)
 
 ARTIFACT_SECONDS = 5.0
@@ -81,8 +83,6 @@ def stage_progress(stage: str, *, key: str, total: int, unit: str) -> Iterator[S
         unit: plural noun of what is counted.
 
     """
-    artifact = create_progress_artifact(progress=0.0, key=key, description=f"{stage} ({unit})")
-    assert isinstance(artifact, UUID)  # noqa: S101 (sync call)
     columns = (
         SpinnerColumn(),
         TextColumn("[bold]{task.description:<16}"),
@@ -95,7 +95,7 @@ def stage_progress(stage: str, *, key: str, total: int, unit: str) -> Iterator[S
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         progress = StageProgress(bar, stage=stage, total=total, unit=unit)
-        with _shown_in_ui(progress, artifact):
+        with _shown_in_ui(progress, key, description=f"{stage} ({unit})"):
             yield progress
 
 
@@ -110,11 +110,13 @@ def moving(artifact: UUID) -> Iterator[Callable[[float], object]]:
 
 
 @contextmanager
-def _shown_in_ui(progress: StageProgress, artifact: UUID) -> Iterator[None]:
-    """Move the artifact from a thread of its own: work never waits for a server that is away."""
+def _shown_in_ui(progress: StageProgress, key: str, *, description: str) -> Iterator[None]:
+    """Make the artifact and move it in a thread: work never waits for a server that is away."""
     ended = threading.Event()
 
     def follow() -> None:
+        artifact = create_progress_artifact(progress=0.0, key=key, description=description)
+        assert isinstance(artifact, UUID)  # noqa: S101 (sync call)
         shown, is_last = 0.0, False
         with moving(artifact) as move:
             while not is_last:
@@ -126,9 +128,16 @@ def _shown_in_ui(progress: StageProgress, artifact: UUID) -> Iterator[None]:
                     except Exception as error:  # noqa: BLE001 (whatever it is, a picture is old)
                         logger.debug("progress is not shown: %s", error)
 
+    def follow_if_possible() -> None:
+        with best_effort(f"progress of {progress.stage}"):
+            follow()
+
     context = contextvars.copy_context()  # knows the flow run and its server
     follower = threading.Thread(
-        target=context.run, args=(follow,), name=f"progress of {progress.stage}", daemon=True
+        target=context.run,
+        args=(follow_if_possible,),
+        name=f"progress of {progress.stage}",
+        daemon=True,
     )
     follower.start()
     try:

@@ -13,6 +13,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from eagle_core.acceptance import AcceptanceReport
 from eagle_core.estimate import expected_length
 from eagle_core.training_result import Figures
+from flows.best_effort import best_effort
 from flows.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.summaries import (
     DatasetSummary,
@@ -33,13 +34,15 @@ def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:
     """Write `rows` as a Markdown artifact of the current run; `key` collects its history."""
     lines = [f"## {title}", "", "| | |", "| --- | --- |"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
-    create_markdown_artifact("\n".join(lines), key=key, description=title)
+    with best_effort(f"the artifact {title!r}"):
+        create_markdown_artifact("\n".join(lines), key=key, description=title)
 
 
 def publish_plot(title: str, svg: str, *, key: str) -> None:
     """Show a plot as an image artifact of the current run."""
     encoded = base64.b64encode(svg.encode()).decode()
-    create_image_artifact(f"data:image/svg+xml;base64,{encoded}", key=key, description=title)
+    with best_effort(f"the artifact {title!r}"):
+        create_image_artifact(f"data:image/svg+xml;base64,{encoded}", key=key, description=title)
 
 
 def _cell(text: str) -> str:

@@ -21,6 +21,7 @@ from eagle_core.training_config import TrainingConfig
 from eagle_core.training_result import Progress, TrainingResult
 from flows import report
 from flows.artifact_key import artifact_key
+from flows.best_effort import best_effort
 from flows.config import StoreConfig
 from flows.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
 from flows.errors import TrainingStoppedError
@@ -214,17 +215,23 @@ def _summarised(
         seconds=earlier.seconds if earlier else time.monotonic() - started,
     )
     write_stage(run_path / TRAINING_NAME, summary)
-    curves = read_curves(run_path / TENSORBOARD_FOLDER)
-    write_run_page(run_path, curves)
+    with best_effort("report.html"):
+        _report(summary, run.title)
+    return summary
+
+
+def _report(summary: TrainSummary, title: str) -> None:
+    """Write the page of the run, and show figures and loss in the Prefect UI."""
+    curves = read_curves(summary.run_path / TENSORBOARD_FOLDER)
+    write_run_page(summary.run_path, curves)
     report.publish_table(
-        f"Training: {run.title}",
-        [*report.train_rows(summary), *report.where_a_run_is(run_path)],
-        key=artifact_key("training", run.title),
+        f"Training: {title}",
+        [*report.train_rows(summary), *report.where_a_run_is(summary.run_path)],
+        key=artifact_key("training", title),
     )
     drawn = loss_plot(curves)
     if drawn is not None:
-        report.publish_plot(f"Loss: {run.title}", drawn[1], key=artifact_key("loss", run.title))
-    return summary
+        report.publish_plot(f"Loss: {title}", drawn[1], key=artifact_key("loss", title))
 
 
 def _earlier(run_path: Path, result: TrainingResult) -> TrainSummary | None:

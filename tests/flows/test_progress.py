@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.objects import Artifact
 
-from flows import progress
+from flows import progress, report
 from flows.progress import moving, stage_progress
 
 
@@ -66,6 +66,22 @@ def test_an_update_that_fails_costs_a_picture(
     with stage_progress("training", key="k", total=2, unit="steps") as stage:
         stage.advance(2)
     assert shown == [100.0]
+
+
+def test_a_server_that_is_away_from_the_start_costs_a_picture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_about: object) -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(progress, "create_progress_artifact", refuse)
+    monkeypatch.setattr(report, "create_markdown_artifact", lambda *_text, **_about: refuse())
+    with stage_progress("training", key="k", total=2, unit="steps") as stage:
+        stage.advance(2)
+    report.publish_table("Training", [("steps", "2")], key="k")
+    assert stage.done == 2
+    assert "progress of training is left out: ConnectionError: no server" in caplog.text
+    assert "the artifact 'Training' is left out: ConnectionError: no server" in caplog.text
 
 
 @pytest.mark.server
