@@ -26,6 +26,7 @@ from flows.preflight import preflight
 from flows.prepare import prepare, prepare_weights, tokens_of_run
 from flows.recompute import TargetRecompute, partial_target
 from flows.run_file import Run, own_tokens, read_run, write_run
+from flows.run_lock import sole_training
 from flows.run_name import run_name
 from flows.run_record import StorageBill, write_settings
 from flows.state_keeper import StateKeeper
@@ -61,6 +62,7 @@ def online(
     Raises:
         ConfigError: several processes are asked for, or no package for a tracker is installed.
         DoesNotFitError: with `store.keep`, there is no room for the states.
+        RunBusyError: another process trains the same run; says which.
         MismatchError: with `store.keep`, the store was made with something else.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
 
@@ -84,9 +86,10 @@ def online(
     else:
         tokens = prepare(target, dataset, home)[1]
     train_tokens = TokenFile(tokens.train_path)
-    coverage = choose_vocabulary(target, training, train_tokens, run_path)
-    setup = set_up_draft(target, training, run_path)
     with ExitStack() as stack:
+        lock = stack.enter_context(sole_training(run_path))
+        coverage = choose_vocabulary(target, training, train_tokens, run_path)
+        setup = set_up_draft(target, training, run_path)
         keeper = None
         if store.keep:
             root = store_root(store, space)
@@ -120,7 +123,7 @@ def online(
             bill = None if keeper is None else StorageBill.of(keeper.store)
             write_settings(run_path, record, tokens, bill)
 
-        trained = run_training(setup, source, None, record, write_down)
+        trained = run_training(setup, source, None, record, lock, write_down=write_down)
         source.release_target()  # evaluation loads it again: two may not fit
         if keeper is not None:
             _publish(keeper, space.snapshot_name("train"))

@@ -30,11 +30,11 @@ from flows.prepare import prepare_weights
 from flows.progress import stage_progress
 from flows.recompute import TargetRecompute, partial_target
 from flows.run_file import Run, write_run
+from flows.run_lock import RunLock, sole_training
 from flows.run_name import run_name
 from flows.run_page import loss_plot, read_curves, write_run_page
 from flows.run_record import TRAINING_NAME, RunRecord, StorageBill, write_settings, write_stage
 from flows.semantic_probe import require_sound
-from flows.sole_training import sole_training
 from flows.store_root import store_root
 from flows.summaries import TrainSummary
 from flows.train_ranks import train_ranks
@@ -74,7 +74,7 @@ def train_flow(
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
         CorruptError: a shard does not hold what the target said.
         ChildKilledError: one of several processes died; the last checkpoint is good.
-        RunBusyError: another process of this machine trains the same run.
+        RunBusyError: another process trains the same run; says which.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
 
     """
@@ -92,56 +92,60 @@ def train_flow(
     )
     snapshot, tokens = data.snapshot, data.tokens
     opened.require_present(snapshot)
-    coverage = (
-        data.begun.vocabulary_coverage
-        if data.begun
-        else choose_vocabulary(target, training, TokenFile(tokens.train_path), run_path)
-    )
-    job = TrainJob(
-        target=target,
-        training=training,
-        tracking=tracking,
-        title=f"{target.name}-{dataset.name}-{run}",
-        store_root=root,
-        snapshot_id=snapshot.snapshot_id,
-        held_out_tokens=tokens.held_out_path,
-        run_path=run_path,
-        object_cache=None if opened.is_local else space.object_cache_path,
-        object_cache_bytes=store.cache_bytes,
-    )
-    # Ranks find the first GPU empty.
-    is_alone = training.num_processes == 1
-    here = target if is_alone else target.model_copy(update={"device": "cpu"})
-    setup = set_up_draft(here, training, run_path)
-    _require_sound(setup, here, opened, snapshot)
-    record = Run.of(
-        target,
-        data.begun.dataset if data.begun else dataset,
-        store,
-        training,
-        tracking,
-        title=job.title,
-        source_id=snapshot.snapshot_id,
-        store_root=root,
-        tokens=tokens,
-        setup=setup,
-        vocabulary_coverage=coverage,
-    )
+    title = f"{target.name}-{dataset.name}-{run}"
+    with sole_training(run_path) as lock, held_by_run(opened, title, snapshot.snapshot_id):
+        coverage = (
+            data.begun.vocabulary_coverage
+            if data.begun
+            else choose_vocabulary(target, training, TokenFile(tokens.train_path), run_path)
+        )
+        job = TrainJob(
+            target=target,
+            training=training,
+            tracking=tracking,
+            title=title,
+            store_root=root,
+            snapshot_id=snapshot.snapshot_id,
+            held_out_tokens=tokens.held_out_path,
+            run_path=run_path,
+            object_cache=None if opened.is_local else space.object_cache_path,
+            object_cache_bytes=store.cache_bytes,
+        )
+        # Ranks find the first GPU empty.
+        is_alone = training.num_processes == 1
+        here = target if is_alone else target.model_copy(update={"device": "cpu"})
+        setup = set_up_draft(here, training, run_path)
+        _require_sound(setup, here, opened, snapshot)
+        record = Run.of(
+            target,
+            data.begun.dataset if data.begun else dataset,
+            store,
+            training,
+            tracking,
+            title=title,
+            source_id=snapshot.snapshot_id,
+            store_root=root,
+            tokens=tokens,
+            setup=setup,
+            vocabulary_coverage=coverage,
+        )
 
-    def write_down() -> None:
-        write_run(run_path, record)
-        write_settings(run_path, record, tokens, StorageBill.of(opened))
+        def write_down() -> None:
+            write_run(run_path, record)
+            write_settings(run_path, record, tokens, StorageBill.of(opened))
 
-    with held_by_run(opened, job.title, snapshot.snapshot_id):
         if is_alone:
             source, held_out = open_sources(job)
-            return run_training(setup, source, held_out, record, write_down)
+            return run_training(setup, source, held_out, record, lock, write_down=write_down)
         del setup
         total = total_steps(
             training, snapshot.lengths, snapshot.groups, world_size=training.num_processes
         )
         return _summarised(
-            lambda on_progress: train_ranks(job, on_progress), run_path, record, total, write_down
+            lambda on_progress: train_ranks(job, on_progress),
+            *(run_path, record, lock),
+            total=total,
+            write_down=write_down,
         )
 
 
@@ -150,11 +154,14 @@ def run_training(
     source: SampleSource,
     held_out: SampleSource | None,
     run: Run,
+    lock: RunLock,
+    *,
     write_down: Callable[[], None],
 ) -> TrainSummary:
     """Train in this process, from any source: what the offline and the online flow share.
 
-    `write_down` records what the run is made with, once a step shows that the run takes it.
+    `lock` is that of the run's folder; `write_down` records what the run is made with, once a step
+    shows that the run takes it.
     """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
@@ -172,23 +179,27 @@ def run_training(
             )
 
     total = total_steps(run.training, source.lengths, source.groups)
-    return _summarised(attempt, setup.run_path, run, total, write_down)
+    return _summarised(attempt, setup.run_path, run, lock, total=total, write_down=write_down)
 
 
 def _summarised(
-    attempt: Attempt, run_path: Path, run: Run, total: int, write_down: Callable[[], None]
+    attempt: Attempt,
+    run_path: Path,
+    run: Run,
+    lock: RunLock,
+    *,
+    total: int,
+    write_down: Callable[[], None],
 ) -> TrainSummary:
     """Show the progress of `attempt` and report what came out."""
     started = time.monotonic()
     key = artifact_key("train", run.title)
-    with (
-        sole_training(run_path),
-        stage_progress("training", key=key, total=total, unit="steps") as bar,
-    ):
+    with stage_progress("training", key=key, total=total, unit="steps") as bar:
         is_written = False
 
         def show(progress: Progress) -> None:
             nonlocal is_written
+            lock.require()
             if not is_written:
                 write_down()
                 is_written = True

@@ -1,0 +1,200 @@
+"""One training of a run at a time: two would mix their checkpoints and curves in one folder.
+
+Whoever trains holds a lock on a file of the run's folder that also says who that is. On one machine
+the kernel tells whether the owner lives. A network file system may keep such a lock to each host:
+there the owner's file must go on changing, as seen by the clock of whoever waits. No clocks of two
+machines are compared, and an owner that is dead is followed at once, or after a minute.
+"""
+
+import fcntl
+import getpass
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flows.errors import RunBusyError
+
+LOCK_NAME = ".training"
+BEAT_SECONDS = 10.0
+"""Between two signs of life."""
+DEAD_SECONDS = 60.0
+"""An owner on another host that gives none for so long is dead."""
+_FILE_BYTES = 1024
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+logger = logging.getLogger(__name__)
+
+
+class Owner(BaseModel):
+    """Who trains a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    token: str
+    """Of this attempt."""
+    machine: str
+    """The kernel that a file lock is known to."""
+    host: str
+    pid: int
+    user: str
+    since: datetime
+    beat: int = 0
+
+    def __str__(self) -> str:
+        """Return who that is, for a message."""
+        return f"process {self.pid} of {self.user} on {self.host}, since {self.since:%F %T} UTC"
+
+
+class RunLock:
+    """A run's folder, held by this process."""
+
+    def __init__(self, file: IO[bytes], owner: Owner) -> None:
+        self._file = file
+        self._owner = owner
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._taken_by: Owner | None = None
+
+    def require(self) -> None:
+        """Raise RunBusyError if another host has taken this process for dead and the run over."""
+        if self._taken_by is not None:
+            raise RunBusyError(
+                f"another process has taken over this run, because this one gave no sign of life "
+                f"for {DEAD_SECONDS:.0f} s: {self._taken_by}. Let it go on, or end it and run the "
+                "same command again"
+            )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Say that the owner lives until the block ends."""
+        _write(self._file, self._owner)
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            self._thread.join()
+            if self._taken_by is None:
+                _write(self._file, None)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            try:
+                found = _read(self._file)
+                if found is not None and found.token != self._owner.token:
+                    self._taken_by = found
+                    return
+                self._owner = self._owner.model_copy(update={"beat": self._owner.beat + 1})
+                _write(self._file, self._owner)
+            except OSError as error:
+                logger.warning("no sign of life in %s: %s", self._file.name, error)
+
+
+@contextmanager
+def sole_training(run_path: Path) -> Iterator[RunLock]:
+    """Hold a run's folder while the block trains into it; a kill lets go of it too.
+
+    Raises:
+        RunBusyError: another process trains this run; says which.
+
+    """
+    run_path.mkdir(parents=True, exist_ok=True)
+    path = run_path / LOCK_NAME
+    path.touch()
+    with path.open("r+b") as file:
+        is_known_dead = _lock(file, run_path)
+        before = _read(file)
+        if before is not None and not (is_known_dead and before.machine == _machine()):
+            _require_dead(file, before, run_path)
+        if before is not None:
+            logger.warning("run %s is taken over from %s", run_path.name, before)
+        owner = Owner(
+            token=uuid.uuid4().hex,
+            machine=_machine(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            user=_user(),
+            since=datetime.now(UTC),
+        )
+        lock = RunLock(file, owner)
+        with lock.held():
+            yield lock
+
+
+def _lock(file: IO[bytes], run_path: Path) -> bool:
+    """Lock the file; tell whether no process of this machine can have it locked now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(run_path, _read(file)) from error
+    except OSError as error:  # some network file systems lock nothing
+        logger.warning(
+            "%s cannot be locked (%s); its owner's signs of life count", file.name, error
+        )
+        return False
+    return True
+
+
+def _require_dead(file: IO[bytes], before: Owner, run_path: Path) -> None:
+    """Raise RunBusyError if the owner gives a sign of life."""
+    logger.warning(
+        "run %s belongs to %s; waiting %.0f s for a sign of life",
+        *(run_path.name, before, DEAD_SECONDS),
+    )
+    deadline = time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, DEAD_SECONDS / 10))
+        found = _read(file)
+        if found is None:  # it has ended
+            return
+        if found != before:
+            raise _busy(run_path, found)
+
+
+def _busy(run_path: Path, owner: Owner | None) -> RunBusyError:
+    who = f" ({owner})" if owner else ""
+    return RunBusyError(
+        f"another process is training run {run_path}{who}; wait for it or cancel it, or train "
+        "under another run name (--run, or `run` in the Prefect UI)"
+    )
+
+
+def _read(file: IO[bytes]) -> Owner | None:
+    """Return the owner that a lock file names; None if it names nobody."""
+    data = os.pread(file.fileno(), _FILE_BYTES, 0).strip()
+    try:
+        return Owner.model_validate_json(data) if data else None
+    except ValidationError:
+        return None
+
+
+def _write(file: IO[bytes], owner: Owner | None) -> None:
+    """Replace the content at once: there is always an owner to be read while there is one."""
+    data = b"" if owner is None else owner.model_dump_json().encode()
+    os.pwrite(file.fileno(), data.ljust(_FILE_BYTES), 0)
+
+
+def _machine() -> str:
+    """Return what tells this kernel from others: containers on it share the locks of files."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
