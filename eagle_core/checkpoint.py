@@ -25,6 +25,7 @@ from eagle_core.draft import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.files import file_digest, sync
 from eagle_core.loader import LoaderState
+from eagle_core.tensors import require_finite
 
 CheckpointChoice = Literal["best", "newest"]
 
@@ -199,8 +200,15 @@ def load_draft(draft: DraftModel, run_path: Path) -> int:
 
 
 def load_weights(draft: DraftModel, folder: Path) -> None:
-    """Load a checkpoint's weights; the frozen embedding stays the draft's."""
+    """Load a checkpoint's weights; the frozen embedding stays the draft's.
+
+    Raises:
+        CorruptError: a weight is not finite.
+
+    """
     weights = load_file(folder / _WEIGHTS)
+    cure = "delete this checkpoint: the one before is used then"
+    require_finite(weights, where=str(folder), cure=cure)
     weights[_FROZEN] = draft.embed_tokens.weight.detach().cpu()
     draft.load_state_dict(weights)
 

@@ -7,21 +7,27 @@ embeddings, and a residual taken after the norm.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_core.draft import NUM_AUX_LAYERS, DraftConfig, DraftModel
 from eagle_core.draft_layout import EMBEDDING, VOCABULARY, from_any_layout, require_shapes
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.tensors import require_finite
 from eagle_core.weights import weight_files
 
 _CONFIG_NAME = "config.json"
 _PICKLED_NAME = "pytorch_model.bin"
+_LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _REFUSED_FLAGS = ("norm_before_residual", "norm_before_fc")
 
 
@@ -42,15 +48,18 @@ def read_draft(folder: Path) -> ImportedDraft:
     Raises:
         ConfigError: there is no draft, or a part is missing.
         MismatchError: it is of a kind that our draft cannot express.
-        CorruptError: its vocabulary mapping contradicts itself.
+        CorruptError: a file is damaged, its vocabulary mapping contradicts itself, or a weight is
+            not finite.
 
     """
-    if not (folder / _CONFIG_NAME).is_file():
-        raise ConfigError(f"{folder} has no {_CONFIG_NAME}; give the folder of an EAGLE-3 draft")
-    document = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
-    layer = document.get("transformer_layer_config", document)
-    _refuse_variants(document, layer, folder)
-    tensors = _renamed(_load(folder))
+    document = _read_config(folder)
+    layer = document.get("transformer_layer_config") or document
+    if not isinstance(layer, Mapping):
+        raise CorruptError(f"{folder / _CONFIG_NAME}: transformer_layer_config is no object")
+    loaded = _load(folder)
+    _refuse_variants(document, layer, loaded, folder)
+    tensors = _renamed(loaded)
+    require_finite(tensors, where=str(folder), cure="start from another draft")
     if "fc.weight" not in tensors or "lm_head.weight" not in tensors:
         raise ConfigError(f"{folder} lacks fc.weight or lm_head.weight; it is no EAGLE-3 draft")
     config = _draft_config(document, layer, tensors)
@@ -88,12 +97,34 @@ def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
     return len(their_rows)
 
 
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / _CONFIG_NAME
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} has no {_CONFIG_NAME}; give the folder of an EAGLE-3 draft"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except ValueError as error:
+        raise CorruptError(f"{path} is not JSON: {error}; fetch the draft again") from error
+    if not isinstance(document, Mapping):
+        raise CorruptError(f"{path} holds no object; fetch the draft again")
+    return document
+
+
 def _refuse_variants(
-    document: Mapping[str, object], layer: Mapping[str, object], folder: Path
+    document: Mapping[str, object],
+    layer: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
 ) -> None:
     flags = [name for name in _REFUSED_FLAGS if document.get(name)]
-    if layer.get("num_hidden_layers", 1) != 1:
-        flags.append("num_hidden_layers")
+    # The weights say how many layers there are: some configurations give the target's number.
+    layers = {found[1] for name in tensors if (found := _LAYER_NUMBER.search(name))}
+    if len(layers) > 1:
+        flags.append(f"{len(layers)} layers")
     rope = _rope(layer)
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         flags.append("rope scaling")
@@ -114,10 +145,16 @@ def _rope(layer: Mapping[str, object]) -> Mapping[str, object]:
 
 def _load(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        tensors.update(load_file(path))
-    if not tensors and (folder / _PICKLED_NAME).is_file():
-        tensors = torch.load(folder / _PICKLED_NAME, map_location="cpu", weights_only=True)
+    pickled = folder / _PICKLED_NAME
+    try:
+        for path in weight_files(folder):
+            tensors.update(load_file(path))
+        if not tensors and pickled.is_file():
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError, UnpicklingError) as error:
+        raise CorruptError(
+            f"the weights in {folder} cannot be read: {error}; fetch the draft again"
+        ) from error
     if not tensors:
         raise ConfigError(f"{folder} has neither *.safetensors nor {_PICKLED_NAME}")
     return tensors
@@ -134,14 +171,18 @@ def _draft_config(
     """Return the sizes: from the tensors where they say, else from the configuration."""
     hidden_size, fused = tensors["fc.weight"].shape
     heads = _number(layer, "num_attention_heads")
+    attention = "midlayer.self_attn"
+    query = tensors.get(f"{attention}.q_proj.weight", tensors["fc.weight"])
+    key = tensors.get(f"{attention}.k_proj.weight", query)
+    head_dim = _number(layer, "head_dim", len(query) // heads)
     rope = _rope(layer)
     return DraftConfig(
         hidden_size=hidden_size,
         target_hidden_size=fused // NUM_AUX_LAYERS,
         intermediate_size=_number(layer, "intermediate_size"),
         num_attention_heads=heads,
-        num_key_value_heads=_number(layer, "num_key_value_heads", heads),
-        head_dim=_number(layer, "head_dim", hidden_size // heads),
+        num_key_value_heads=_number(layer, "num_key_value_heads", len(key) // head_dim),
+        head_dim=head_dim,
         vocab_size=_number(layer, "vocab_size"),
         draft_vocab_size=len(tensors["lm_head.weight"]),
         rms_norm_eps=_real(layer, "rms_norm_eps", 1e-5),
@@ -156,8 +197,8 @@ def _number(layer: Mapping[str, object], key: str, default: int | None = None) -
     value = layer.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int):
-        raise ConfigError(f"the draft's {_CONFIG_NAME} has no whole number {key}")
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"the draft's {_CONFIG_NAME} has no whole number above 0 for {key}")
     return value
 
 

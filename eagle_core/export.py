@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.draft_layout import EMBEDDING, VOCABULARY, to_speculators
 from eagle_core.errors import ConfigError
-from eagle_core.tensors import DTYPES
+from eagle_core.tensors import DTYPES, require_finite
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -92,6 +92,7 @@ def export(
 
     Raises:
         ConfigError: a folder holds something else, or a layout cannot express the draft.
+        CorruptError: a weight is not finite; nothing is written.
 
     """
     written: dict[ExportLayout, Path] = {}
@@ -100,6 +101,8 @@ def export(
         # uninitialised memory for a missing one: it looks for NaN, which is no longer left there.
         with_embedding = config.with_embedding or layout == "speculators"
         tensors = _tensors(draft, config, with_embedding=with_embedding)
+        cure = "export another checkpoint, or with export.dtype=float32"
+        require_finite(tensors, where=f"the draft for {folder / layout}", cure=cure)
         if layout == "speculators":
             document = speculators_config(draft.config, target, config)
             tensors = {to_speculators(name): tensor for name, tensor in tensors.items()}

@@ -1,9 +1,13 @@
-"""bfloat16 between torch tensors and the uint16 bit patterns that NumPy and the store can hold."""
+"""bfloat16 as the uint16 bit patterns that NumPy and the store can hold, and finite tensors."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from eagle_core.errors import CorruptError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,3 +29,15 @@ def from_bfloat16_bits(bits: NDArray[np.uint16], *, dtype: torch.dtype) -> Tenso
 def widened(tensor: Tensor) -> Tensor:
     """Return `tensor` in float32, or as it is if that is wider: for sums and exponentials."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def require_finite(tensors: Mapping[str, Tensor], *, where: str, cure: str) -> None:
+    """Raise CorruptError naming the tensors that hold NaN or infinity, and what to do about it."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise CorruptError(f"{where}: not finite: {', '.join(bad[:3])}{more}; {cure}")

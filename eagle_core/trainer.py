@@ -35,6 +35,7 @@ from eagle_core.processes import Processes, join_processes, whole, without_sync
 from eagle_core.samples import SampleSource
 from eagle_core.schedule import learning_rate, step_shape, total_steps
 from eagle_core.stop_request import stop_request
+from eagle_core.tensors import require_finite
 from eagle_core.trackers import Tracker
 from eagle_core.training_config import TrainingConfig
 from eagle_core.training_result import Figures, Progress, TrainingResult
@@ -70,7 +71,8 @@ def train(
     Raises:
         ConfigError: FlexAttention, where `compile` asks for it, is not right on this GPU.
         MismatchError: the checkpoint belongs to other data or settings; names the fields.
-        CorruptError: the loss is not finite; names the samples of the batch.
+        CorruptError: the loss or the gradient is not finite (names the samples of the batch), or
+            the weights that are to be saved.
 
     """
     with join_processes() as processes, stop_request() as stop_asked:
@@ -200,7 +202,9 @@ class _Run:
         for number in range(len(own), loaded.most_batches):
             # All processes must meet as often: whoever has fewer batches adds one times zero.
             self._backward(self._filler, None, is_last=number == loaded.most_batches - 1)
-        torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        if self.processes.any(not torch.isfinite(whole(norm))):
+            self._refuse(own, f"the gradient has norm {whole(norm).item()}")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -212,7 +216,7 @@ class _Run:
         with nullcontext() if is_last else without_sync(self.module):
             outcome = self._forward(batch, self.target_head, totals)
             if self.processes.any(not torch.isfinite(outcome.loss)):
-                self._refuse(batch, outcome.loss.item())
+                self._refuse([batch], f"the loss is {outcome.loss.item()}")
             factor = 0 if totals is None else self.processes.world_size  # they average
             (outcome.loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
         return outcome
@@ -225,12 +229,21 @@ class _Run:
             outcome: TttOutcome = self.module(batch, target_head, totals)
         return outcome
 
-    def _refuse(self, batch: PackedBatch, loss: float) -> None:
-        origins = ", ".join(f"{name} ({self.source.origin(name)})" for name in batch.sample_ids)
+    def _refuse(self, batches: Sequence[PackedBatch], what: str) -> None:
+        names = [name for batch in batches for name in batch.sample_ids]
+        origins = ", ".join(f"{name} ({self.source.origin(name)})" for name in names)
         raise CorruptError(
-            f"step {self.step + 1}: the loss is {loss} on samples {origins}, or not finite on "
-            "another process; verify the store (eyas verify --deep), or lower the learning rate "
-            f"and go on from {self.saved or 'the start'}"
+            f"step {self.step + 1}: {what} on samples {origins}, or is not finite on another "
+            f"process; no weight was changed. {self._cure}"
+        )
+
+    @property
+    def _cure(self) -> str:
+        newest = f"The newest checkpoint is {self.saved}. " if self.saved else ""
+        return (
+            f"{newest}Verify the store (eyas verify --deep). If it is sound, train another run "
+            "(--run) with a lower training.learning_rate; it may begin with this one's draft (eyas "
+            "run export, then training.start_from)"
         )
 
     @property
@@ -298,6 +311,8 @@ class _Run:
 
     def _save(self) -> None:
         weights = {name: whole(tensor) for name, tensor in self.draft.state_dict().items()}
+        where = f"step {self.step}: no checkpoint is written"
+        require_finite(weights, where=where, cure=self._cure)
         optimizer = state_tensors(self.optimizers, self.draft)
         if self.processes.is_first:
             record = Checkpoint(

@@ -1,5 +1,6 @@
 """Exports say what engines read, come back bit for bit, and load in real speculators."""
 
+import copy
 import json
 import os
 import subprocess
@@ -189,6 +190,70 @@ def test_drafts_of_other_kinds_are_refused(
         read_with(good, intermediate_size=256)
     with pytest.raises(CorruptError, match="contradict"):
         read_with(good | {"t2d": good["t2d"].roll(1)})
+
+
+def test_what_the_weights_say_counts_where_a_configuration_says_nothing_or_the_targets(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    """As in public drafts: 40 layers with the weights of one, no number of key-value heads."""
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    path = folder / "config.json"
+    document = json.loads(path.read_text()) | {"num_hidden_layers": 40}
+    del document["num_key_value_heads"], document["head_dim"]
+    path.write_text(json.dumps(document))
+    assert read_draft(folder).config == draft.config
+    tensors = load_file(folder / "model.safetensors")
+    second = {f"layers.{layer}.mlp.up_proj.weight": torch.ones(2) for layer in (0, 1)}
+    save_file(tensors | second, folder / "model.safetensors")
+    with pytest.raises(MismatchError, match="uses 2 layers"):
+        read_draft(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", b"{", r"config\.json is not JSON"),
+        ("config.json", b"[1]", r"config\.json holds no object"),
+        (
+            "config.json",
+            b'{"transformer_layer_config": 3}',
+            "transformer_layer_config is no object",
+        ),
+        ("model.safetensors", b"\x40\x00", "cannot be read"),
+        ("pytorch_model.bin", b"cut", "cannot be read"),
+    ],
+)
+def test_damaged_drafts_are_named(
+    draft: DraftModel,
+    served: ServedTarget,
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    expected: str,
+) -> None:
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    if name.endswith(".bin"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(CorruptError, match=expected):
+        read_draft(folder)
+
+
+def test_weights_that_are_not_finite_are_neither_exported_nor_started_from(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CorruptError, match=r"not finite: norm\.weight; start from another"):
+        read_draft(folder)
+    ruined = copy.deepcopy(draft)
+    with torch.no_grad():
+        ruined.fc.weight[0, 0] = torch.inf
+    with pytest.raises(CorruptError, match=r"new.serving: not finite: fc\.weight; export another"):
+        export(ruined, served, tmp_path / "new", FLOAT32)
+    assert not (tmp_path / "new").exists()
 
 
 def test_pickled_weights_with_a_wrapper_prefix_are_read(

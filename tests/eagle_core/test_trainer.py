@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle_core import checkpoint
@@ -223,6 +224,40 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_keeps_the_checkpoint(
     if folder is not None:
         weights = checkpoint.read(folder)
         assert weights.step % 2 == 0
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, head = random_draft()
+    before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    draft.fc.weight.register_hook(lambda gradient: gradient * torch.inf)
+    monkeypatch.setitem(globals(), "random_draft", lambda: (draft, head))
+    with pytest.raises(CorruptError, match=r"step 1: the gradient has norm (nan|inf).*no weight"):
+        run(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in draft.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """One step with far too high a rate: no later loss would tell."""
+    config = CONFIG.model_copy(update={"max_steps": 2, "checkpoint_every": 1})
+    run(tmp_path, config)
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None
+    ruined = load_file(saved / "draft.safetensors")
+    ruined["fc.weight"][0, 0] = torch.nan
+    with pytest.raises(CorruptError, match=r"not finite: fc\.weight; delete this checkpoint"):
+        _load_with(saved, ruined)
+    wild = CONFIG.model_copy(update={"max_steps": 1, "learning_rate": 1e38, "warmup_steps": 0})
+    with pytest.raises(CorruptError, match=r"step 1: no checkpoint is written: .*--run"):
+        run(tmp_path / "wild", wild)
+    assert checkpoint.newest(tmp_path / "wild") is None
+
+
+def _load_with(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / "draft.safetensors")
+    draft, _ = random_draft()
+    checkpoint.load_weights(draft, folder)
 
 
 def test_a_run_without_checkpoint_says_what_to_do(tmp_path: Path) -> None:
