@@ -38,6 +38,12 @@ def one_message(*, stopped: str = "stopped") -> Iterator[None]:
             f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}", soft_wrap=True
         )
         raise typer.Exit(code=1) from None
+    except OSError as error:
+        if error.errno is None or error.filename is None:  # not of a file
+            raise
+        what = escape(f"{error.strerror}: {error.filename}")
+        ERRORS.print(f"[bold red]{type(error).__name__}[/bold red]: {what}", soft_wrap=True)
+        raise typer.Exit(code=1) from None
     except KeyboardInterrupt:
         ERRORS.print(stopped)
         raise typer.Exit(code=INTERRUPTED) from None

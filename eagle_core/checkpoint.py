@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from eagle_core.draft import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.files import file_digest, sync
+from eagle_core.files import atomic_folder, file_digest
 from eagle_core.loader import LoaderState
 from eagle_core.tensors import require_finite
 
@@ -34,7 +33,6 @@ _FOLDER = "checkpoints"
 _WEIGHTS = "draft.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
-_PARTIAL = ".partial-"
 _FROZEN = "embed_tokens.weight"
 """The target's own tensor: never stored again with every checkpoint."""
 
@@ -87,14 +85,12 @@ def save(
         optimizer: `optimizers.state_tensors`.
         keep_last: checkpoints that are kept.
 
+    Raises:
+        DiskError: it cannot be written; those before stay.
+
     """
-    parent = run_path / _FOLDER
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f"step-{checkpoint.step:08d}"
-    for left in _listed(parent, _PARTIAL):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
-    try:
+    folder = run_path / _FOLDER / f"step-{checkpoint.step:08d}"
+    with atomic_folder(folder) as partial:
         trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != _FROZEN}
         save_file(trained, partial / _WEIGHTS)
         save_file(dict(optimizer), partial / _OPTIMIZER)
@@ -104,13 +100,6 @@ def save(
             "files": {name: _size_and_digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER)},
         }
         (partial / _STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        sync(parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     _drop_others(run_path, folder, keep_last=keep_last)
     return folder
 

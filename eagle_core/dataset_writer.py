@@ -4,8 +4,6 @@ Invariant: nothing is visible before all of it is on disk, and a manifest stands
 """
 
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Literal
 
 from eagle_core.conversation_table import CONVERSATION_SCHEMA
 from eagle_core.dataset_manifest import MANIFEST_NAME, DatasetManifest, FileDigest
-from eagle_core.files import file_digest, sync
+from eagle_core.files import disk_errors, file_digest, partial_folder, sync
 from eagle_core.ledger_writer import LedgerWriter
 from eagle_core.row_writer import RowWriter
 
@@ -24,7 +22,6 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 LEDGER_NAME = "ledger.parquet"
 _FILE_NAMES = (*(f"{split}.parquet" for split in SPLITS), LEDGER_NAME)
 _BUILDING = ".building-"
-_ABANDONED_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +35,12 @@ class DatasetWriters:
 @contextmanager
 def building(out_dir: Path) -> Iterator[Path]:
     """Yield a directory inside `out_dir` to write in; what is left in it is removed."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out_dir)
-    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=out_dir) as directory:
-        yield Path(directory)
+    with disk_errors(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for left in out_dir.glob(f"{_BUILDING}*"):  # of a version before, killed
+            shutil.rmtree(left, ignore_errors=True)
+        with partial_folder(out_dir) as directory:
+            yield directory
 
 
 @contextmanager
@@ -81,10 +80,3 @@ def publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:
     sync(out_dir)
     (directory / MANIFEST_NAME).replace(out_dir / MANIFEST_NAME)
     sync(out_dir)
-
-
-def _remove_abandoned(out_dir: Path) -> None:
-    """Remove what builds left that were killed long ago; a younger one may still be running."""
-    for path in out_dir.glob(f"{_BUILDING}*"):
-        if path.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
-            shutil.rmtree(path)

@@ -6,7 +6,6 @@ tokens belong is a pure function of the counts, hence the same on every machine.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.files import atomic_file
 from eagle_core.samples import TokenizedSample
 
 
@@ -95,12 +95,9 @@ class DraftVocabulary:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with `d2t` and `t2d`; it appears only when it is whole."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {"fingerprint": self.fingerprint, "source_id": self.source_id}
-        save_file({"d2t": self.d2t, "t2d": self.t2d}, partial, metadata=metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            save_file({"d2t": self.d2t, "t2d": self.t2d}, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path, *, source_id: str | None = None) -> Self:

@@ -23,3 +23,7 @@ class MismatchError(EagleCoreError):
 
 class ConfigError(EagleCoreError, ValueError):
     """What the user asked for cannot be done as written."""
+
+
+class DiskError(EagleCoreError):
+    """A disk is full, read-only, broken, or not for this user: a person acts."""

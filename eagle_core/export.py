@@ -7,8 +7,6 @@ SGLang counts layers from 0 where vLLM and speculators count from 1.
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from transformers import PretrainedConfig
 from eagle_core.draft import DraftConfig, DraftModel
 from eagle_core.draft_layout import EMBEDDING, VOCABULARY, to_speculators
 from eagle_core.errors import ConfigError
+from eagle_core.files import atomic_folder
 from eagle_core.tensors import DTYPES, require_finite
 
 CONFIG_NAME = "config.json"
@@ -234,14 +233,7 @@ def _write(folder: Path, document: Mapping[str, object], tensors: dict[str, Tens
         raise ConfigError(
             f"{folder} holds files that no export wrote; move them away or export somewhere else"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(document, indent=2)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

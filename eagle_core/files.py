@@ -1,15 +1,29 @@
-"""Files that are whole or absent: their digest, and making sure that they are on disk."""
+"""Files and folders that are whole or absent, and errors of the disk that name them."""
 
+import errno
+import fcntl
 import os
+import re
+import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
+from safetensors import SafetensorError
+
+from eagle_core.errors import DiskError
 
 FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a name must match that becomes a folder's: it stays in its parent, and is not hidden."""
 
+PARTIAL = ".partial-"
+"""How the names of folders begin in which something is being written."""
 _CHUNK_BYTES = 1 << 24
+_ONLY_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""What nobody gets who reads."""
 
 
 def file_digest(path: Path) -> str:
@@ -31,14 +45,113 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary sibling, fsync and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
+    """Write `text` to `path`, whole or not at all."""
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        partial.replace(path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield where to write a file that appears at `path`, on disk, when the block ends well.
+
+    Raises:
+        DiskError: it cannot be written; what was there before stays.
+
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_folder(path.parent) as folder:
+            partial = folder / path.name
+            yield partial
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a new folder that appears at `path`, on disk, when the block ends well.
+
+    Not to `replace` what is there, it is given up if another one came first.
+
+    Raises:
+        DiskError: it cannot be written; what was there before stays.
+
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_folder(path.parent) as folder:
+            partial = folder / path.name
+            partial.mkdir()
+            yield partial
+            for part in sorted(partial.rglob("*"), reverse=True):
+                sync(part)
+            sync(partial)
+            if path.exists() and not replace:
+                return
+            if path.exists():
+                path.rename(folder / "before")
+            partial.rename(path)
+            sync(path.parent)
+
+
+@contextmanager
+def partial_folder(parent: Path) -> Iterator[Path]:
+    """Yield a hidden folder in `parent`, removed with what is left in it when the block ends.
+
+    What a kill left of others goes first: whoever is at work keeps a lock on the folder. Those of
+    other hosts stay, whose locks may not be seen here.
+    """
+    host = socket.gethostname()
+    for left in parent.glob(f"{PARTIAL}*"):
+        # Versions before had no host in the name.
+        if "-" not in left.name.removeprefix(PARTIAL) or left.name.startswith(f"{PARTIAL}{host}-"):
+            _remove_if_dead(left)
+    folder = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{host}-", dir=parent))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems lock nothing, and then nothing is swept
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield folder
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    with suppress(OSError):  # it is gone, or somebody is at work in it
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses in the block, which writes `path`, into one error that names it.
+
+    What the block reads elsewhere has its own errors.
+    """
+    try:
+        yield
+    except OSError as error:
+        own = error.filename is not None and path.parent in Path(str(error.filename)).parents
+        if not own and error.errno not in _ONLY_WRITING:
+            raise
+        raise DiskError(f"cannot write {path}: {error.strerror or error}{_cure(error)}") from error
+    except SafetensorError as error:  # says what the disk said, in words alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        found = OSError(int(number[1]), str(error))
+        raise DiskError(f"cannot write {path}: {error}{_cure(found)}") from error
+
+
+def _cure(error: OSError) -> str:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "; free some space, or choose another folder (--home), and run the same again"
+    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        return "; make it writable for the user of this process, or choose another folder (--home)"
+    return "; mend that, or choose another folder (--home), and run the same again"

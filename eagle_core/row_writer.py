@@ -1,12 +1,14 @@
 """Writes rows to a Parquet file that appears, whole and synced, when all of them are in."""
 
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from eagle_core.files import atomic_file
 
 _ROWS_PER_GROUP = 1024
 
@@ -16,13 +18,16 @@ class RowWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
         self._schema = schema
-        self._writer = pq.ParquetWriter(self._partial, schema, compression="zstd")
         self._rows: list[dict[str, object]] = []
 
     def __enter__(self) -> Self:
         """Take rows from here on."""
+        with ExitStack() as stack:
+            partial = stack.enter_context(atomic_file(self._path))
+            writer = pq.ParquetWriter(partial, self._schema, compression="zstd")
+            self._writer = stack.enter_context(writer)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -33,14 +38,10 @@ class RowWriter:
     ) -> None:
         """Finish the file, or remove what was written if there was an error."""
         if kind is None:
-            self._flush()
-        self._writer.close()
-        if kind is not None:
-            self._partial.unlink()
-            return
-        with self._partial.open("rb") as file:
-            os.fsync(file.fileno())
-        self._partial.replace(self._path)
+            with self._stack:
+                self._flush()
+        else:
+            self._stack.__exit__(kind, error, traceback)
 
     def add(self, row: dict[str, object]) -> None:
         """Take one row; a row group is in memory at a time."""

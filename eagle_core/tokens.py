@@ -4,8 +4,6 @@ The file appears only when complete and is bound by its name to what made it (da
 template, length limit), so a stale one is never read.
 """
 
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eagle_core.errors import CorruptError
+from eagle_core.files import atomic_file
 from eagle_core.samples import TokenizedSample
 
 _SCHEMA = pa.schema(
@@ -85,18 +84,9 @@ def write_token_file(
 
     Samples with an id in `without` are left out: what is held out must not be trained on.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with pa.ipc.new_file(file, _SCHEMA) as writer:
-                for rows in _batched(_unique(samples, without)):
-                    writer.write_batch(_record_batch(rows))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).replace(path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with atomic_file(path) as partial, pa.ipc.new_file(str(partial), _SCHEMA) as writer:
+        for rows in _batched(_unique(samples, without)):
+            writer.write_batch(_record_batch(rows))
     return TokenFile(path)
 
 

@@ -6,8 +6,6 @@ that is renamed into place.
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eagle_core.errors import ConfigError
-from eagle_core.files import file_digest
+from eagle_core.files import atomic_folder, file_digest
 from eagle_core.target_config import TargetConfig
 
 PACKAGE_SCHEME = "package:"
@@ -98,9 +96,7 @@ def _from_package(package: str) -> Path:
 
 
 def _convert_gguf(gguf_path: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder, replace=False) as partial:
         model = AutoModelForCausalLM.from_pretrained(
             gguf_path.parent,
             gguf_file=gguf_path.name,
@@ -113,11 +109,6 @@ def _convert_gguf(gguf_path: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name).save_pretrained(
             partial
         )
-        partial.chmod(0o755)
-        if not folder.exists():
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -75,9 +75,6 @@ def evaluate_flow(
         estimate=_estimate(run_path, step),
         seconds=time.monotonic() - started,
     )
-    write_stage(run_path / EVALUATION_NAME, summary)
-    with best_effort("report.html"):
-        write_run_page(run_path)
     report.publish_table(
         f"Acceptance: {target.name} on {dataset.name}, run {run}",
         report.evaluate_rows(summary),
@@ -88,6 +85,9 @@ def evaluate_flow(
         acceptance_plot(summary),
         key=artifact_key("acceptance-by-depth", target.name, dataset.name, run),
     )
+    write_stage(run_path / EVALUATION_NAME, summary)
+    with best_effort("report.html"):
+        write_run_page(run_path)
     return summary
 
 

@@ -29,3 +29,11 @@ def test_a_stopped_command_says_so_in_one_line(
         signal.signal(signal.SIGINT, before)
     assert ended.value.exit_code == INTERRUPTED
     assert capsys.readouterr().err == f"{what}\n"
+
+
+def test_a_file_that_the_system_refuses_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), one_message():
+        raise PermissionError(13, "Permission denied", "/data/[runs]")
+    assert capsys.readouterr().err == "PermissionError: Permission denied: /data/[runs]\n"
+    with pytest.raises(ConnectionResetError), one_message():
+        raise ConnectionResetError
