@@ -7,26 +7,35 @@ shows it. Import this after `settle_environment`: Prefect reads its environment 
 import atexit
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from prefect.logging.configuration import setup_logging
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    get_current_settings,
+    temporary_settings,
+)
 
 import flows
-from eagle_core.errors import TransientError
+from flows.errors import ServerFailedError
 
 _FLOWS = Path(flows.__file__).parent
 _HEALTH_SECONDS = 2.0
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
+_LAST_WORDS_CHARS = 500
 
 
 @contextmanager
@@ -60,6 +69,7 @@ def _start_server() -> str:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    words = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (the server writes into it to its end)
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
@@ -68,23 +78,54 @@ def _start_server() -> str:
         env={
             **os.environ,
             **settings,
+            "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",  # into the file
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
             "PREFECT_UI_ENABLED": "0",
             "PREFECT__SERVER_EPHEMERAL": "1",
             "PREFECT__SERVER_FINAL": "1",
         },
+        stderr=words,
         start_new_session=True,
     )
     atexit.register(_stop, server)
     api_url = f"http://127.0.0.1:{port}/api"
-    deadline = time.monotonic() + _START_SECONDS
+    started = time.monotonic()
     while not _is_healthy(api_url):
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise TransientError(
-                f"Prefect's temporary server did not answer within {_START_SECONDS:.0f} s (exit "
-                f"status {server.poll()}); see its lines above, or start one with `make server`"
+        seconds = time.monotonic() - started
+        if server.poll() is not None:
+            raise ServerFailedError(
+                f"Prefect's temporary server ended after {seconds:.0f} s with exit status "
+                f"{server.returncode}. {_database()}Its last words: {_last_words(words)}"
+            )
+        if seconds > _START_SECONDS:
+            raise ServerFailedError(
+                f"Prefect's temporary server did not answer within {_START_SECONDS:.0f} s; start "
+                "one with `make server`, or run the same again. Its last words: "
+                f"{_last_words(words)}"
             )
         time.sleep(0.1)
     return api_url
+
+
+def _database() -> str:
+    """Return what a person can do about a database that Prefect does not take."""
+    url = PREFECT_API_DATABASE_CONNECTION_URL.value()
+    if not url or not url.startswith("sqlite"):
+        return "Check PREFECT_API_DATABASE_CONNECTION_URL. " if url else ""
+    path = url.partition(":///")[2]
+    return (
+        f"If that is about its database, {path} is damaged or of another version of Prefect: move "
+        "it away and run the same again (nothing of Eyas is lost, only the list of past runs), or "
+        "set PREFECT_HOME to another folder. "
+    )
+
+
+def _last_words(words: IO[bytes]) -> str:
+    """Return the last error that a server named on its standard error, else the end of that."""
+    words.seek(0)
+    text = words.read().decode(errors="replace").strip()
+    errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*$", text, flags=re.MULTILINE)
+    return errors[-1] if errors else text[-_LAST_WORDS_CHARS:] or "none"
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

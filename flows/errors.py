@@ -35,3 +35,7 @@ class DoesNotFitError(FlowError):
 
 class DamagedStoreError(FlowError):
     """A store holds other bytes, or other states, than were committed."""
+
+
+class ServerFailedError(FlowError):
+    """Prefect's own server does not start."""

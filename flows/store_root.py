@@ -48,7 +48,10 @@ def store_root(store: StoreConfig, space: Workspace) -> str:
 def use_credentials(name: str | None) -> None:
     """Put what a block holds into the environment of this process; do nothing without a name."""
     if name is not None:
-        os.environ.update(_variables(name))
+        found = _variables(name)
+        for variable in VARIABLES - found.keys():  # of another block, or of whoever started this
+            os.environ.pop(variable, None)
+        os.environ.update(found)
         fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients keep what they found
 
 

@@ -29,6 +29,7 @@ from storage.errors import ConfigError, OutOfSpaceError, TransientError
 from storage.listing import list_objects
 from storage.memory import Allocate
 from storage.retry import retried
+from storage.server_answers import explained, lacks_reason
 
 Result = TypeVar("Result")
 
@@ -149,6 +150,11 @@ class Directory:
                 return bool(self.file_system.info(self.path(key))["type"] == "file")
             except FileNotFoundError:
                 return False
+            except OSError as error:
+                if not lacks_reason(error):
+                    raise
+                self.file_system.cat_file(self.path(key), start=0, end=1)
+                return True
 
         return self._attempted(key, look)
 
@@ -329,11 +335,16 @@ class Directory:
                 "AWS_SECRET_ACCESS_KEY, or a profile, where this runs"
             ) from error
         except (BotoCoreError, ClientError, aiohttp.ClientError) as error:
-            raise TransientError(f"{self.where(key)}: {type(error).__name__}: {error}") from error
+            found = explained(error, self.where(key))
+            what = f"{self.where(key)}: {type(error).__name__}: {error}"
+            raise (found or TransientError(what)) from error
         except OSError as error:
             path = self.where(key)
             if _precondition_failed(error):
                 raise FileExistsError(error.errno, str(error), path) from error
+            answered = explained(error, path)
+            if answered is not None:
+                raise answered from error
             if isinstance(error, FileExistsError) and not self.is_local:
                 raise
             if error.errno in FULL:

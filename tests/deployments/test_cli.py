@@ -1,10 +1,13 @@
 """The `eyas` command: what it prints, and how it fails."""
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 
+from deployments.environment import settle_environment
 from flows.run_record import RunRecord
 from tests import tiny
 from tests.deployments.terminal import ROOT, eyas, eyas_here
@@ -57,6 +60,32 @@ def test_a_run_name_that_leaves_the_home_is_refused(tmp_path: Path, name: str) -
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1].startswith(f"ConfigError: {name!r} cannot be")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_why_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prefect.db").write_bytes(b"no database at all, but long enough to be read" * 100)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    ended = eyas("run", "dataset", "smollm2", "--home", str(tmp_path / "home"))
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("ServerFailedError: Prefect's temporary server ended after")
+    assert f"{tmp_path / 'prefect.db'} is damaged or of another version" in last
+    assert "file is not a database" in last
+
+
+def test_a_proxy_for_the_web_is_none_for_servers_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "intranet,127.0.0.1")
+    monkeypatch.setenv("no_proxy", "*")
+    with mock.patch.dict(os.environ):
+        settle_environment()
+        assert os.environ["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1"
+        assert os.environ["no_proxy"] == "*"
 
 
 @pytest.mark.server

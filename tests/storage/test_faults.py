@@ -10,7 +10,7 @@ import pytest
 import s3fs
 
 from storage.directory import Directory
-from storage.errors import ConfigError, TransientError
+from storage.errors import ConfigError, OutOfSpaceError, TransientError
 from storage.retry import PAUSES_SECONDS, retried
 from storage.store import Store
 from tests.storage.seaweed import HALF_WAY, HANG_UP, SLOW_DOWN, Answer, FaultyProxy, S3Server
@@ -110,6 +110,42 @@ def test_what_no_retry_helps_is_not_tried_again(proxy: FaultyProxy, s3_root: str
     with pytest.raises(ConfigError, match="cannot use"):
         directory.write("key", b"x")
     assert len(proxy.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "cure"),
+    [
+        (400, "XAmzContentSHA256Mismatch", ConfigError, "CHECKSUM_CALCULATION=when_required"),
+        (400, "ExpiredToken", ConfigError, "session token has expired"),
+        (403, "RequestTimeTooSkewed", ConfigError, "clock of this machine"),
+        (403, "AccessDenied", ConfigError, "s3:ListBucket"),
+        (400, "InvalidArgument", ConfigError, "cannot use"),
+        (507, "XMinioStorageFull", OutOfSpaceError, "raise the quota"),
+        (403, "QuotaExceeded", OutOfSpaceError, "raise the quota"),
+    ],
+)
+def test_a_refusal_has_its_reason_and_cure_at_once(
+    proxy: FaultyProxy,
+    s3_root: str,
+    status: int,
+    code: str,
+    error: type[Exception],
+    cure: str,
+) -> None:
+    """Also where the client asks with HEAD, whose answer has no reason in it."""
+    directory = Directory.at(s3_root)
+    directory.exists("warm")
+    proxy.fault = lambda method, path: Answer(status=status, code=code)  # noqa: ARG005
+    for operation in (
+        lambda: directory.write("key", b"x"),
+        lambda: directory.read("key"),
+        lambda: directory.sizes("commits"),
+        lambda: directory.exists("key"),
+    ):
+        proxy.seen.clear()
+        with pytest.raises(error, match=rf"{s3_root}.*({code}|507).*{cure}|{cure} {s3_root}"):
+            operation()
+        assert len(proxy.seen) <= 3  # HEAD of key and bucket, then GET
 
 
 def test_a_missing_bucket_is_a_clear_error(proxy: FaultyProxy, s3_root: str) -> None:
