@@ -49,6 +49,25 @@ def prefect_api() -> Iterator[str | None]:
         yield None
 
 
+class _StandardError(logging.Handler):
+    """Prints above a progress bar, which takes standard error over while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        print(self.format(record), file=sys.stderr)
+
+
+def print_own_warnings() -> None:
+    """Print on standard error what our own modules warn of, in a terminal too."""
+    setup_logging()  # else Prefect's first flow run would replace the handlers
+    handler = _StandardError(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    for name in ("eagle_core", "storage", "flows"):
+        own = logging.getLogger(name)
+        if not any(isinstance(known, _StandardError) for known in own.handlers):
+            own.addHandler(handler)
+
+
 def print_own_lines() -> None:
     """Print on standard error what our flows log, and nothing that Prefect itself does."""
     setup_logging()  # else its first flow run would replace the handlers

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,6 +14,9 @@ from deployments.registry import FLOWS, FlowEntry, find_flow
 from deployments.store_commands import gc, inspect, verify
 from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
+
+if TYPE_CHECKING:
+    from deployments.recipe import Recipe
 
 # Recipes bring torch with them: only the commands that need one import them.
 
@@ -111,10 +114,15 @@ def _run_flow(
         parameters = _parameters(entry, recipe, overrides, home, own or {})
         settle_environment()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        from deployments.api import prefect_api, print_own_lines  # noqa: PLC0415 (Prefect reads its environment here)
+        from deployments.api import (  # noqa: PLC0415 (Prefect reads its environment here)
+            prefect_api,
+            print_own_lines,
+            print_own_warnings,
+        )
 
         subject = parameters["target"] if "target" in parameters else parameters["dataset"]
         ERRORS.print(f"[bold]eyas[/bold] {entry.name}/{subject.name}")
+        print_own_warnings()
         if not sys.stderr.isatty():  # no progress bars there
             print_own_lines()
         with prefect_api() as api_url:
@@ -134,9 +142,14 @@ def _parameters(
     if "run" in own and "run" not in entry.own_parameters:
         raise ConfigError(f"{entry.name} belongs to no run; leave out --run {own['run']}")
     if "snapshot_id" in own and "snapshot_id" not in entry.own_parameters:
-        raise ConfigError(f"{entry.name} does not train; leave out --snapshot")
+        raise ConfigError(f"--snapshot is for train alone; {entry.name} takes none")
     folder = Path(recipe).expanduser()
     run = read_run(folder) if folder.is_dir() else None
+    if run is None and (folder / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{recipe} is the folder of a run of a version before run.json: name the recipe and "
+            "--run; going on with train writes that file"
+        )
     if run is None:
         loaded = load_recipe(recipe, overrides)
     elif "run" not in entry.own_parameters:
@@ -145,8 +158,23 @@ def _parameters(
         raise ConfigError(f"{recipe} says which run that is: leave out --run and --home")
     else:
         loaded, home = recipe_of_run(run, folder, overrides), str(folder.absolute().parents[1])
-        name = f"{run.target.name}-{run.dataset.name}-"
-        own = {**own, "run": folder.absolute().name.removeprefix(name)}
+        own = {**own, "run": _name_of_run(folder, home, loaded)}
     if "run" in own:
         require_run_name(own["run"])
     return {section: getattr(loaded, section) for section in entry.sections} | {**own, "home": home}
+
+
+def _name_of_run(folder: Path, home: str, recipe: "Recipe") -> str:
+    """Return the name of the run in `folder`, which must be where flows look for it."""
+    from flows.workspace import Workspace  # noqa: PLC0415 (see above)
+
+    target, dataset = recipe.target.name, recipe.dataset.name
+    name = folder.absolute().name.removeprefix(f"{target}-{dataset}-")
+    expected = Workspace.at(home, target=target, dataset=dataset).run_path(name)
+    if expected != folder.absolute():
+        raise ConfigError(
+            f"the run of {target} on {dataset} in {folder.absolute()} is looked for at "
+            f"HOME/runs/{target}-{dataset}-NAME: move or rename its folder, and leave target.name "
+            "and dataset.name as they are"
+        )
+    return name

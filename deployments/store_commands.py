@@ -11,7 +11,7 @@ from flows.health import SIZES, VerifySummary
 from flows.inspection import look
 from flows.store_tables import garbage_rows, store_rows, verify_rows
 from flows.table import print_table
-from storage.collection import collect, find_garbage, snapshots_to_keep
+from storage.collection import collect, find_garbage, release_run, snapshots_to_keep
 from storage.scrub import scrub
 from storage.store import Store
 
@@ -73,11 +73,17 @@ def gc(
         bool,
         typer.Option("--drop-unfinished", help="Give up unfinished plans and drop what they made."),
     ] = False,
+    release: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN", help="Keep nothing for this run, whose folder is gone."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it nothing is.")] = False,
 ) -> None:
     """Show what no snapshot of a store needs and, with --yes, delete it. Stop generations first."""
     with one_message():
         opened = Store.open(store)
+        for run in release or ():
+            release_run(opened, run)
         kept = snapshots_to_keep(opened, named=keep or ())
         garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
         if yes:

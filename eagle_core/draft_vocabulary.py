@@ -115,7 +115,9 @@ class DraftVocabulary:
                     source_id=metadata.get("source_id", ""),
                 )
         except FileNotFoundError as error:
-            raise ConfigError(f"no draft vocabulary at {path}; build it first") from error
+            raise ConfigError(
+                f"no draft vocabulary at {path}; going on with the run (eyas run train) makes it"
+            ) from error
         except (SafetensorError, KeyError) as error:
             raise CorruptError(
                 f"{path} is not a draft vocabulary: {error}; delete it and build it again"

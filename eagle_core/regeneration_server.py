@@ -7,6 +7,7 @@ about one conversation, is `NoAnswer` with its reason. The API key is sent and n
 
 import asyncio
 import json
+import logging
 import random
 import re
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ _TOO_LONG = re.compile(r"context.{0,9}length|too long|longer than|max_model_len"
 _LONGEST_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
 _DETAIL_CHARS = 300
+
+
+logger = logging.getLogger(__name__)
 
 
 class _PassedOver(Exception):  # noqa: N818 - never leaves this module
@@ -59,6 +63,7 @@ class AnswerServer:
         self._model = model
         self._first_pause_seconds = first_pause_seconds
         self._url = config.base_url.rstrip("/")
+        self._was_there = self._has_warned = False
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(config.timeout_seconds, connect=_CONNECT_SECONDS),
@@ -83,8 +88,8 @@ class AnswerServer:
 
         Raises:
             NoAnswer: with the reason, `SERVER_ERROR` if every attempt failed.
-            TransientError: nobody was there at any attempt.
-            ConfigError: the server knows neither the key nor the model.
+            TransientError: the server has gone.
+            ConfigError: there never was one, or it knows neither the key nor the model.
 
         """
         body = self._body(question)
@@ -92,6 +97,7 @@ class AnswerServer:
             try:
                 return self._read(await self._post(body))
             except _PassedOver as failed:
+                self._warn_once(failed)
                 if attempt == self._config.attempts:
                     self._give_up(failed)
                 pause_seconds = _pause_seconds(
@@ -103,11 +109,20 @@ class AnswerServer:
     def _give_up(self, failed: _PassedOver) -> NoReturn:
         detail = f"{failed.detail} (attempt {self._config.attempts})"
         if not failed.reached:
-            raise TransientError(
+            kind = TransientError if self._was_there else ConfigError
+            raise kind(
                 f"no server answers at {self._url}: {detail}; start it or correct "
                 "regeneration.base_url, then run again: what is answered is kept"
             )
         raise NoAnswer(Reason.SERVER_ERROR, detail)
+
+    def _warn_once(self, failed: _PassedOver) -> None:
+        if not failed.reached and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "no server answers at %s: %s; asking up to %d times",
+                *(self._url, failed.detail, self._config.attempts),
+            )
 
     def _body(self, question: Question) -> dict[str, object]:
         body: dict[str, object] = {
@@ -130,6 +145,7 @@ class AnswerServer:
         except httpx.TransportError as error:
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             raise _PassedOver(f"{type(error).__name__} {error}".strip(), reached=reached) from error
+        self._was_there, self._has_warned = True, False
         status, text = response.status_code, response.text[:_DETAIL_CHARS]
         if status == HTTPStatus.OK:
             try:

@@ -95,7 +95,15 @@ def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
             "nothing was held out, so there is nothing to estimate on; set "
             "dataset.held_out_fraction above 0, then run the hidden-states flow"
         )
-    return opened.reader(Snapshot.of(sample_ids, opened.commits()))
+    commits = opened.commits()
+    committed = {name for record in commits.values() for name in record.sample_ids}
+    num_there = len(committed.intersection(sample_ids))
+    if num_there < len(sample_ids):
+        raise ConfigError(
+            f"the store at {opened.root.url} holds {num_there:,} of {len(sample_ids):,} held-out "
+            f"samples of run {trained.path.name}; run hidden-states with its data set first"
+        )
+    return opened.reader(Snapshot.of(sample_ids, commits))
 
 
 def _measure(

@@ -12,7 +12,7 @@ from flows.store_root import store_root
 from flows.store_tables import garbage_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME, Workspace
-from storage.collection import Garbage, collect, find_garbage, snapshots_to_keep
+from storage.collection import Garbage, collect, find_garbage, release_run, snapshots_to_keep
 from storage.store import Store
 
 
@@ -24,6 +24,7 @@ def gc_flow(
     home: str = DEFAULT_HOME,
     keep: tuple[str, ...] = (),
     drop_unfinished: bool = False,
+    release: tuple[str, ...] = (),
     delete: bool = False,
 ) -> Garbage:
     """List what nothing needs and, with `delete`, remove it. No generation may be running.
@@ -36,11 +37,14 @@ def gc_flow(
         keep: snapshots to keep beside the latest; by default those that are no earlier version of
             another (`storage.collection.snapshots_to_keep`).
         drop_unfinished: also drop what plans that were never finished have made.
+        release: runs for which nothing is kept any longer, because their folders are gone.
         delete: remove it, rather than only saying what would go.
 
     """
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     opened = Store.open(store_root(store, space))
+    for run in release:
+        release_run(opened, run)
     kept = snapshots_to_keep(opened, named=keep)
     garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
     if delete:

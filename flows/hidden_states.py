@@ -100,9 +100,12 @@ def publish(
     if held_out:
         # It keeps its shards from being collected as garbage.
         name = space.snapshot_name("held_out")
-        store.publish(held_out, commits=commits, name=name, as_latest=False)
+        store.publish(
+            held_out, commits=commits, name=name, made_from=tokens.content, as_latest=False
+        )
     train = TokenFile(tokens.train_path).sample_ids
-    snapshot = store.publish(train, commits=commits, name=space.snapshot_name("train"))
+    name = space.snapshot_name("train")
+    snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)
     return HiddenStatesSummary(
         store_root=root,
         snapshot_id=snapshot.snapshot_id,

@@ -2,14 +2,17 @@
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation import EvaluationConfig
 from eagle_core.hosted_trackers import TrackingConfig, require_trackers
+from eagle_core.schedule import total_steps
 from eagle_core.target import TargetModel, fingerprint, fingerprint_fields
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
@@ -34,6 +37,7 @@ from flows.store_root import store_root
 from flows.summaries import OnlineSummary
 from flows.table import print_table
 from flows.train import run_training
+from flows.training_data import own_dataset
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
 
@@ -62,6 +66,7 @@ def online(
     Raises:
         ConfigError: several processes are asked for, or no package for a tracker is installed.
         DoesNotFitError: with `store.keep`, there is no room for the states.
+        MismatchError: the run is finished, and its data set is another now.
         RunBusyError: another process trains the same run; says which.
         MismatchError: with `store.keep`, the store was made with something else.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
@@ -81,8 +86,8 @@ def online(
     content = own_tokens(run_path)
     begun = read_run(run_path) if content else None
     if content:  # no data set is read again
-        dataset = begun.dataset if begun else dataset
-        tokens = tokens_of_run(target, dataset, space, run_path.name, content)
+        own = own_dataset(begun, dataset, run_path)
+        tokens = tokens_of_run(target, own, space, run_path.name, content)
     else:
         tokens = prepare(target, dataset, home)[1]
     train_tokens = TokenFile(tokens.train_path)
@@ -106,7 +111,7 @@ def online(
         )
         record = Run.of(
             target,
-            dataset,
+            begun.dataset if begun else dataset,
             store,
             training,
             tracking,
@@ -118,15 +123,19 @@ def online(
             vocabulary_coverage=coverage,
         )
 
+        total = total_steps(training, source.lengths, source.groups)
+        if content and _has_done(run_path, total):
+            _require_the_data_of(content, target, dataset, home, run_path)
+
         def write_down() -> None:
             write_run(run_path, record)
             bill = None if keeper is None else StorageBill.of(keeper.store)
-            write_settings(run_path, record, tokens, bill)
+            write_settings(run_path, record, tokens, bill, total_steps=total)
 
         trained = run_training(setup, source, None, record, lock, write_down=write_down)
         source.release_target()  # evaluation loads it again: two may not fit
         if keeper is not None:
-            _publish(keeper, space.snapshot_name("train"))
+            _publish(keeper, space.snapshot_name("train"), tokens.content)
             write_down()  # with what the states take now
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
@@ -139,6 +148,23 @@ def online(
     print_table(title, [*rows, *report.where_to_look(trained.run_path)])
     report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary
+
+
+def _has_done(run_path: Path, total: int) -> bool:
+    folder = checkpoint.newest(run_path)
+    return folder is not None and checkpoint.read(folder).step >= total
+
+
+def _require_the_data_of(
+    content: str, target: TargetConfig, dataset: DatasetConfig, home: str, run_path: Path
+) -> None:
+    """Raise MismatchError if a finished run is to be trained, and its data set is another now."""
+    if prepare(target, dataset, home)[1].content != content:
+        raise MismatchError(
+            f"run {run_path.name} has done its steps, and data set {dataset.name} or its settings "
+            "have changed since: train another run (--run), which may begin where this one ended "
+            "(training.start_from)"
+        )
 
 
 def _keeper(
@@ -162,8 +188,8 @@ def _keeper(
     return keeper
 
 
-def _publish(keeper: StateKeeper, name: str) -> None:
-    snapshot = keeper.publish(name)
+def _publish(keeper: StateKeeper, name: str, content: str) -> None:
+    snapshot = keeper.publish(name, made_from=content)
     log = get_run_logger()
     if snapshot is None:
         log.info("%d samples were not reached and have no states yet", keeper.num_missing)

@@ -1,6 +1,8 @@
-"""`run.json`: what a run was made with, written once, at its first step.
+"""`run.json`: what a run was made with, from its first step on.
 
-Whatever comes later (going on, estimate, evaluation, export) reads it, and no data set again.
+Whatever comes later (going on, estimate, evaluation, export) reads it, and no data set again. Later
+attempts change nothing in it but `training`, `store` and `tracking`, as far as a run may change
+these.
 """
 
 from pathlib import Path
@@ -13,7 +15,7 @@ from eagle_core.checkpoint import require_identity
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.draft import DraftConfig
 from eagle_core.draft_vocabulary import DraftVocabulary
-from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.files import write_text
 from eagle_core.hosted_trackers import TrackingConfig
 from eagle_core.target import fingerprint_fields, read_stop_ids
@@ -97,6 +99,16 @@ class Run(BaseModel):
             tracking=tracking,
         )
 
+    def require_vocabulary(self, run_path: Path) -> None:
+        """Raise MismatchError unless the run's folder has the draft vocabulary of its beginning."""
+        found = DraftVocabulary.load(run_path / VOCABULARY_NAME).fingerprint
+        if found != self.draft_vocabulary:
+            raise MismatchError(
+                f"{run_path / VOCABULARY_NAME} is not the draft vocabulary that the run began with "
+                f"({found[:12]}, {self.draft_vocabulary[:12]} in {RUN_NAME}); restore it, or "
+                "delete it: going on with the run (eyas run train) makes it again"
+            )
+
     def require_target(self, target: TargetConfig, run_path: Path) -> None:
         """Raise MismatchError naming what differs unless `target` is what the run learns from.
 
@@ -124,23 +136,32 @@ def read_run(run_path: Path) -> Run | None:
     """
     path = run_path / RUN_NAME
     try:
-        return Run.model_validate_json(path.read_bytes())
+        run = Run.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CorruptError(
-            f"{path} is damaged ({'.'.join(map(str, first['loc'])) or 'all of it'}: "
-            f"{first['msg']}); restore it, or delete it: it is then made again from the recipe"
+            f"{path} is damaged, or of a newer version of Eyas "
+            f"({'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}); restore it, or "
+            "delete it: it is then made again from the recipe"
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
+    if run.format_version > FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has version {run.format_version}, and this version of Eyas reads up to "
+            f"{FORMAT_VERSION}; use the newer one that wrote it"
+        )
+    return run
 
 
 def write_run(run_path: Path, run: Run) -> None:
-    """Write the record of a run, unless it stands already and a checkpoint depends on it."""
-    if (run_path / RUN_NAME).exists() and checkpoint.newest(run_path) is not None:
-        return
+    """Write the record of a run; of one that has begun, what may differ between attempts."""
+    begun = read_run(run_path) if checkpoint.newest(run_path) is not None else None
+    if begun is not None:
+        changed = {name: getattr(run, name) for name in ("training", "store", "tracking")}
+        run = begun.model_copy(update=changed)
     write_text(run_path / RUN_NAME, run.model_dump_json(indent=2) + "\n")
 
 

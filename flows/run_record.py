@@ -97,6 +97,8 @@ class RunSettings(BaseModel):
     held_out: SplitFigures
     bill: StorageBill | None
     """None for a run that stores nothing."""
+    total_steps: int | None = None
+    """That the attempt was to reach; None in files of versions before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,12 @@ class RunRecord:
 
 
 def write_settings(
-    run_path: Path, run: Run, tokens: TokensSummary, bill: StorageBill | None
+    run_path: Path,
+    run: Run,
+    tokens: TokensSummary,
+    bill: StorageBill | None,
+    *,
+    total_steps: int,
 ) -> None:
     """Write what this attempt at a run is made with, for people."""
     sections = ("target", "dataset", "store", "training", "tracking")
@@ -145,6 +152,7 @@ def write_settings(
         train=SplitFigures.of(TokenFile(tokens.train_path)),
         held_out=SplitFigures.of(TokenFile(tokens.held_out_path)),
         bill=bill,
+        total_steps=total_steps,
     )
     write_text(run_path / SETTINGS_NAME, settings.model_dump_json(indent=2) + "\n")
 

@@ -109,10 +109,12 @@ class StateKeeper:
         self._writing = self._writer.submit(self._write, shard, states, probe)
         return states
 
-    def publish(self, name: str) -> Snapshot | None:
+    def publish(self, name: str, *, made_from: str) -> Snapshot | None:
         """Publish the snapshot of all wanted samples by name; None while some are missing."""
         self._finish_writing()
-        return None if self.num_missing else self.store.publish(self._wanted, name=name)
+        if self.num_missing:
+            return None
+        return self.store.publish(self._wanted, name=name, made_from=made_from)
 
     def __enter__(self) -> Self:
         """Return the keeper."""

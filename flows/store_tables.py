@@ -190,6 +190,8 @@ def garbage_rows(garbage: Garbage, kept: Mapping[str, str], *, deleted: bool) ->
     """Return what nothing needs, and which snapshots are kept and why."""
     reasons = [f"{snapshot_id} ({why})" for snapshot_id, why in kept.items()]
     rows = [("snapshots kept", _listed(reasons) or "none")]
+    if any("held by run" in why for why in kept.values()):
+        rows.append(("", "a run whose folder is gone is let go of by --release RUN"))
     if not kept:
         return [*rows, ("garbage", "nothing, while no snapshot tells what is needed")]
     if not garbage:

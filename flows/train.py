@@ -1,5 +1,6 @@
 """`train`: a draft from the snapshot of its data, resumed from the newest good checkpoint."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import torch
 from prefect import flow
 
+from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.hosted_trackers import TrackingConfig, open_trackers, require_trackers
 from eagle_core.samples import SampleSource
-from eagle_core.schedule import total_steps
+from eagle_core.schedule import learning_rate, total_steps
 from eagle_core.target import resolve_device
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
@@ -23,7 +25,7 @@ from flows import report
 from flows.artifact_key import artifact_key
 from flows.best_effort import best_effort
 from flows.config import StoreConfig
-from flows.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
+from flows.draft_setup import VOCABULARY_NAME, DraftSetup, choose_vocabulary, set_up_draft
 from flows.errors import TrainingStoppedError
 from flows.identity import open_store
 from flows.prepare import prepare_weights
@@ -43,6 +45,8 @@ from flows.training_data import held_by_run, training_data
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.snapshot import Snapshot
 from storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 Attempt = Callable[[Callable[[Progress], None]], TrainingResult]
 """Trains to the end or until it is asked to stop, and tells every step."""
@@ -93,10 +97,10 @@ def train_flow(
     snapshot, tokens = data.snapshot, data.tokens
     opened.require_present(snapshot)
     title = f"{target.name}-{dataset.name}-{run}"
-    with sole_training(run_path) as lock, held_by_run(opened, title, snapshot.snapshot_id):
+    with sole_training(run_path) as lock, held_by_run(opened, run_path, data):
         coverage = (
             data.begun.vocabulary_coverage
-            if data.begun
+            if data.begun and (run_path / VOCABULARY_NAME).exists()
             else choose_vocabulary(target, training, TokenFile(tokens.train_path), run_path)
         )
         job = TrainJob(
@@ -111,6 +115,8 @@ def train_flow(
             object_cache=None if opened.is_local else space.object_cache_path,
             object_cache_bytes=store.cache_bytes,
         )
+        if data.begun:
+            data.begun.require_vocabulary(run_path)
         # Ranks find the first GPU empty.
         is_alone = training.num_processes == 1
         here = target if is_alone else target.model_copy(update={"device": "cpu"})
@@ -130,17 +136,19 @@ def train_flow(
             vocabulary_coverage=coverage,
         )
 
+        total = total_steps(
+            training, snapshot.lengths, snapshot.groups, world_size=training.num_processes
+        )
+
         def write_down() -> None:
             write_run(run_path, record)
-            write_settings(run_path, record, tokens, StorageBill.of(opened))
+            bill = StorageBill.of(opened)
+            write_settings(run_path, record, tokens, bill, total_steps=total)
 
         if is_alone:
             source, held_out = open_sources(job)
             return run_training(setup, source, held_out, record, lock, write_down=write_down)
         del setup
-        total = total_steps(
-            training, snapshot.lengths, snapshot.groups, world_size=training.num_processes
-        )
         return _summarised(
             lambda on_progress: train_ranks(job, on_progress),
             *(run_path, record, lock),
@@ -193,6 +201,7 @@ def _summarised(
 ) -> TrainSummary:
     """Show the progress of `attempt` and report what came out."""
     started = time.monotonic()
+    _say_what_becomes_of_the_schedule(run_path, run.training, total)
     key = artifact_key("train", run.title)
     with stage_progress("training", key=key, total=total, unit="steps") as bar:
         is_written = False
@@ -229,6 +238,27 @@ def _summarised(
     with best_effort("report.html"):
         _report(summary, run.title)
     return summary
+
+
+def _say_what_becomes_of_the_schedule(run_path: Path, training: TrainingConfig, total: int) -> None:
+    """Warn where a run that goes on was to have another length: its learning rate is of that."""
+    folder, before = checkpoint.newest(run_path), RunRecord.read(run_path).settings
+    if folder is None or before is None or before.total_steps in {None, total}:
+        return
+    step = checkpoint.read(folder).step
+    if step >= total:
+        logger.warning(
+            "run %s has done %s steps, and %s are asked for: there is nothing to do",
+            *(run_path.name, f"{step:,}", f"{total:,}"),
+        )
+        return
+    was, becomes = (learning_rate(training, step, length) for length in (before.total_steps, total))
+    logger.warning(
+        "run %s was to have %s steps and now has %s: its learning rate goes from %.2g to %.2g at "
+        "step %s (another run with %s steps from its start has no such jump)",
+        *(run_path.name, f"{before.total_steps:,}", f"{total:,}", was, becomes),
+        *(f"{step:,}", f"{total:,}"),
+    )
 
 
 def _report(summary: TrainSummary, title: str) -> None:

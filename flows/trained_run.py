@@ -85,6 +85,7 @@ def open_run(
     prepare_weights(target)
     run = read_run(path)
     if run is not None:
+        run.require_vocabulary(path)
         run.require_target(target, path)
     return TrainedRun(
         path=path,

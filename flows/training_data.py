@@ -1,14 +1,16 @@
 """Which snapshot a run learns from: its own once it has begun, else that of its data set."""
 
 import logging
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.files import write_text
 from eagle_core.schedule import total_steps
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
@@ -17,9 +19,12 @@ from flows.prepare import known_tokens, prepare, tokens_of_run
 from flows.run_file import Run, own_tokens, read_run
 from flows.summaries import TokensSummary
 from flows.workspace import Workspace
-from storage.errors import StorageError
+from storage.errors import CorruptError, StorageError
 from storage.snapshot import Snapshot
 from storage.store import Store
+
+ID_NAME = ".id"
+"""File in the folder of a run that tells it from others of its name, on other machines."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,8 @@ def training_data(
     content = own_tokens(run_path)
     if content is not None:
         data = _own(store, target, dataset, space, run_path, content, wanted=snapshot_id)
-        _compare_with_now(store, data.snapshot, training, space, run_path)
+        if snapshot_id is None:
+            _compare_with_now(store, data.snapshot, training, space, run_path)
     elif snapshot_id is not None:
         data = _asked_for(store, target, dataset, space, snapshot_id)
     else:
@@ -76,17 +82,46 @@ def training_data(
 
 
 @contextmanager
-def held_by_run(store: Store, title: str, snapshot_id: str) -> Iterator[None]:
-    """Keep garbage collection from a run's snapshot until the block ends without an error."""
+def held_by_run(store: Store, run_path: Path, data: TrainingData) -> Iterator[None]:
+    """Keep garbage collection from what a run needs until the block ends without an error.
+
+    That is its snapshot, and the one of its held-out samples. The run is told from others of the
+    same name by an id in its folder; what it held before is let go.
+    """
+    run, held = _hold_name(run_path), False
     try:
-        store.refs.hold(title, snapshot_id)
+        wanted = [data.snapshot.snapshot_id, *_held_out_snapshot(store, data)]
+        for snapshot_id in wanted:
+            store.refs.hold(run, snapshot_id)
+        for name, snapshot_id in store.refs.held():
+            if name == run and snapshot_id not in wanted:
+                store.refs.release(run, snapshot_id)
+        held = True
     except StorageError as error:
-        logger.warning("until run %s has ended, collect no garbage (`gc`): %s", title, error)
+        logger.warning("until run %s has ended, collect no garbage (gc): %s", run, error)
     yield
-    try:
-        store.refs.release(title, snapshot_id)
-    except StorageError as error:
-        logger.warning("`gc` goes on keeping the snapshot of run %s: %s", title, error)
+    if held:
+        try:
+            store.refs.release_all(run)
+        except StorageError as error:
+            logger.warning("gc goes on keeping the snapshots of run %s: %s", run, error)
+
+
+def _held_out_snapshot(store: Store, data: TrainingData) -> Iterator[str]:
+    sample_ids = TokenFile(data.tokens.held_out_path).sample_ids
+    if sample_ids:
+        commits = store.commits()
+        snapshot = Snapshot.of(sample_ids, commits)
+        if snapshot.snapshot_id not in store.snapshot_ids():
+            store.publish(sample_ids, commits=commits, as_latest=False)
+        yield snapshot.snapshot_id
+
+
+def _hold_name(run_path: Path) -> str:
+    path = run_path / ID_NAME
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:8])
+    return f"{run_path.name}.{path.read_text(encoding='utf-8').strip()}"
 
 
 def _own(
@@ -107,42 +142,74 @@ def _own(
             f"run {run_path.name} learns from snapshot {snapshot_id}, not from {wanted}; train "
             "another run (--run)"
         )
-    if snapshot_id not in store.snapshot_ids():
-        raise MismatchError(
-            f"run {run_path.name} learns from snapshot {snapshot_id}, which {store.root.url} does "
-            f"not have; it has: {', '.join(store.snapshot_ids()) or 'none'}. Restore it, or train "
-            "another run (--run)"
-        )
     run = read_run(run_path)
-    if run is not None and run.dataset != dataset:
-        own, now = run.dataset.model_dump(), dataset.model_dump()
-        changed = ", ".join(
-            f"{name}: {own[name]!r} there, {now[name]!r} in the recipe"
-            for name in now
-            if own[name] != now[name]
+    tokens = tokens_of_run(
+        target, own_dataset(run, dataset, run_path), space, run_path.name, content
+    )
+    if snapshot_id not in store.snapshot_ids():
+        _publish_again(store, snapshot_id, tokens, run_path)
+    held_out = set(TokenFile(tokens.held_out_path).sample_ids)
+    num_lost = len(held_out - store.committed_samples())
+    if num_lost:
+        raise MismatchError(
+            f"{num_lost:,} of {len(held_out):,} samples that run {run_path.name} holds out have no "
+            f"states in {store.root.url} any more; run hidden-states with the data set that it "
+            "began with, or train another run (--run)"
         )
-        logger.warning("run %s keeps its data set settings (%s)", run_path.name, changed)
-    dataset = dataset if run is None else run.dataset
-    tokens = tokens_of_run(target, dataset, space, run_path.name, content)
     return TrainingData(snapshot=store.snapshot(snapshot_id), tokens=tokens, begun=run)
+
+
+def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> DatasetConfig:
+    """Return the data set settings of a run that has begun; warn where the recipe has others."""
+    if run is None or run.dataset == dataset:
+        return dataset
+    own, now = run.dataset.model_dump(), dataset.model_dump()
+    changed = ", ".join(
+        f"{name}: {own[name]!r} there, {now[name]!r} in the recipe"
+        for name in now
+        if own[name] != now[name]
+    )
+    logger.warning("run %s keeps its data set settings (%s)", run_path.name, changed)
+    return run.dataset
+
+
+def _publish_again(store: Store, snapshot_id: str, tokens: TokensSummary, run_path: Path) -> None:
+    """Publish the lost snapshot of a run, if its samples still lie where it had them."""
+    with suppress(StorageError):
+        train, commits = TokenFile(tokens.train_path).sample_ids, store.commits()
+        if Snapshot.of(train, commits).snapshot_id == snapshot_id:
+            store.publish(train, commits=commits, as_latest=False)
+            return
+    raise MismatchError(
+        f"run {run_path.name} learns from snapshot {snapshot_id}, which {store.root.url} does not "
+        f"have, and its samples have other places by now; it has: "
+        f"{', '.join(store.snapshot_ids()) or 'none'}. Restore it, or train another run (--run)"
+    )
 
 
 def _compare_with_now(
     store: Store, own: Snapshot, training: TrainingConfig, space: Workspace, run_path: Path
 ) -> None:
     """Say that a data set has newer data than a run; refuse where that must be what was meant."""
-    now = store.refs.get(space.snapshot_name("train"))
+    try:
+        now = store.refs.get(space.snapshot_name("train"))
+    except CorruptError as error:
+        logger.warning("whether the data set has newer data is not known: %s", error)
+        return
     if now is None or now == own.snapshot_id or now not in store.snapshot_ids():
         return
     newer = store.snapshot(now)
     what = (
         f"run {run_path.name} learns from snapshot {own.snapshot_id} ({own.num_samples:,} samples)"
-        f", and data set {space.dataset} is snapshot {now} ({newer.num_samples:,}) by now"
+        f", and data set {space.dataset} is snapshot {now} ({newer.num_samples:,}) since "
+        "hidden-states ran last"
     )
-    if len(newer.members & own.members) <= own.num_samples / 2:
+    num_shared = len(newer.members & own.members)
+    if num_shared <= own.num_samples / 2 and num_shared < newer.num_samples:
         raise MismatchError(
-            f"{what}, which has few of them: it was replaced, not added to. Train another run "
-            "(--run), or delete this one's folder to begin again"
+            f"{what}, with {num_shared:,} of them. If the data was replaced, train another run "
+            "(--run), or delete this one's folder to begin again; if hidden-states ran with other "
+            "settings, run it once more with this recipe"
         )
     folder = checkpoint.newest(run_path)
     total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
@@ -159,8 +226,15 @@ def _asked_for(
 ) -> TrainingData:
     """Return a snapshot with the tokens that it was made from, of which none need be the newest."""
     snapshot = store.snapshot(snapshot_id)
-    files = space.tokens_path.glob("train-*.arrow")
-    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+    # Of two versions that differ in what they hold out alone, hidden-states says which it was.
+    name = space.snapshot_name("train")
+    last = store.refs.made_from(name) if store.refs.get(name) == snapshot_id else ""
+    files = sorted(
+        space.tokens_path.glob("train-*.arrow"),
+        key=lambda path: (path == space.token_file("train", last), path.stat().st_mtime),
+        reverse=True,
+    )
+    for path in files:
         if _members(path) == snapshot.members:
             tokens = known_tokens(target, space, path.stem.removeprefix("train-"))
             if tokens is not None:
@@ -195,7 +269,14 @@ def _of_the_data_set(
         )
     snapshot = Snapshot.of(train, commits)
     if snapshot.snapshot_id not in store.snapshot_ids():
-        store.publish(train, commits=commits, as_latest=False)
+        try:
+            store.publish(train, commits=commits, as_latest=False)
+        except StorageError as error:
+            raise ConfigError(
+                f"data set {dataset.name} with these settings is no snapshot of {store.root.url} "
+                f"yet, and it cannot be published: {error}. Make the store writable, or run "
+                "hidden-states with this recipe where it is"
+            ) from error
     return TrainingData(snapshot=snapshot, tokens=tokens)
 
 

@@ -70,8 +70,20 @@ def _named(
         members[snapshot.snapshot_id] = snapshot.members
     for run, name in held:
         if name in members:
-            reasons.setdefault(name, []).append(f"run {run} has not ended")
+            reasons.setdefault(name, []).append(f"held by run {run}")
     return {name: ", ".join(why) for name, why in reasons.items()}, list(members.values())
+
+
+def release_run(store: Store, run: str) -> None:
+    """Keep nothing for a run any longer.
+
+    Raises:
+        ConfigError: nothing is held for it; says for whom.
+
+    """
+    if not store.refs.release_all(run):
+        held = ", ".join(sorted({name for name, _ in store.refs.held()})) or "none"
+        raise ConfigError(f"{store.root.url} holds nothing for run {run}; it does for: {held}")
 
 
 def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]:

@@ -6,6 +6,7 @@ everything. Garbage collection keeps what has a name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from storage.canonical import seal, unseal
 from storage.directory import Directory
@@ -25,10 +26,10 @@ class Refs:
         """Read and write below the root of a store."""
         self._root = root
 
-    def set(self, name: str, snapshot_id: str) -> None:
-        """Let `name` be this snapshot from now on."""
+    def set(self, name: str, snapshot_id: str, *, made_from: str = "") -> None:
+        """Let `name` be this snapshot from now on; `made_from` is for whoever wrote it."""
         document = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
-        self._root.publish(_key(name), seal(document))
+        self._root.publish(_key(name), seal(document | {"made_from": made_from}))
 
     def get(self, name: str) -> str | None:
         """Return the id of the snapshot of this name, None if there is none.
@@ -37,6 +38,14 @@ class Refs:
             CorruptError: the name is damaged.
 
         """
+        document = self._document(name)
+        return None if document is None else document["snapshot_id"]
+
+    def made_from(self, name: str) -> str:
+        """Return what whoever wrote a name says of its origin; empty if that is nothing."""
+        return str((self._document(name) or {}).get("made_from", ""))
+
+    def _document(self, name: str) -> dict[str, Any] | None:
         try:
             data = self._root.read(_key(name))
         except FileNotFoundError:
@@ -44,7 +53,7 @@ class Refs:
         document = unseal(data, what=f"{self._root.where(_key(name))} ({PUBLISH})")
         if not isinstance(document.get("snapshot_id"), str):
             raise CorruptError(f"{self._root.where(_key(name))} names no snapshot; {PUBLISH}")
-        return str(document["snapshot_id"])
+        return document
 
     def names(self) -> Mapping[str, str]:
         """Return the snapshot of every split of a data set, by name."""
@@ -58,6 +67,13 @@ class Refs:
     def release(self, run: str, snapshot_id: str) -> None:
         """Keep a snapshot for a run no longer."""
         self._root.delete(_key(f"{_RUNS}{run}/{snapshot_id}"))
+
+    def release_all(self, run: str) -> int:
+        """Keep nothing for a run any longer; return how many snapshots it held."""
+        held = [snapshot_id for name, snapshot_id in self.held() if name == run]
+        for snapshot_id in held:
+            self.release(run, snapshot_id)
+        return len(held)
 
     def held(self) -> Sequence[tuple[str, str]]:
         """Return (run, snapshot id) of all that runs hold."""

@@ -198,18 +198,19 @@ class Store:
         *,
         commits: Mapping[str, CommitRecord] | None = None,
         name: str | None = None,
+        made_from: str = "",
         as_latest: bool = True,
     ) -> Snapshot:
         """Publish the snapshot of these samples; ConfigError if one is missing.
 
         `commits` spares reading all records again, if the caller has them. `name` is that of a
-        split of a data set and means this snapshot from now on. Not `as_latest`, it is one more
-        beside the latest.
+        split of a data set and means this snapshot from now on, `made_from` what the caller knows.
+        Not `as_latest`, it is one more beside the latest.
         """
         snapshot = Snapshot.of(sample_ids, self.commits() if commits is None else commits)
         self.root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
         if name is not None:
-            self.refs.set(name, snapshot.snapshot_id)
+            self.refs.set(name, snapshot.snapshot_id, made_from=made_from)
         if as_latest:
             latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
             self.root.publish(LATEST_KEY, seal(latest))

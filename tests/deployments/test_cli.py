@@ -1,6 +1,7 @@
 """The `eyas` command: what it prints, and how it fails."""
 
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -121,13 +122,24 @@ def test_the_folder_of_a_run_is_all_that_a_command_needs(
     trained = RunRecord.read(folder).training
     assert trained is not None
     assert trained.num_steps == 2
+    assert "WARNING: run tiny-facts-one was to have 1 steps and now has 2" in ended.stderr
     assert eyas_here("run", "export", str(folder)).returncode == 0
     assert (folder / "export" / "serving").is_dir()
+    copied, old = folder.with_name("backup"), folder.with_name("tiny-facts-old")
+    for copy in (copied, old):
+        shutil.copytree(folder, copy)
+    (old / "run.json").unlink()
     for arguments, expected in (
+        (("train", str(copied)), "is looked for at HOME/runs/tiny-facts-NAME: move or rename"),
+        (("train", str(folder), "--set", "dataset.name=other"), "leave target.name and dataset"),
+        (("train", str(old)), "of a version before run.json: name the recipe and --run"),
         (("export", str(folder), "--run", "two"), "says which run that is: leave out --run"),
         (("plan", str(folder)), "plan belongs to no run: name a recipe instead of"),
         (("export", str(home)), "or the folder of a run"),
-        (("export", "smollm2", "--snapshot", "feed"), "export does not train; leave out --snap"),
+        (
+            ("export", "smollm2", "--snapshot", "feed"),
+            "--snapshot is for train alone; export takes none",
+        ),
     ):
         refused = eyas_here("run", *arguments)
         assert refused.returncode == 1

@@ -1,5 +1,6 @@
 """Answers from the target: asked once, every failure accounted for, whatever happens on the way."""
 
+import asyncio
 import json
 import os
 import signal
@@ -15,12 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from eagle_core import weights
-from eagle_core.conversations import Conversation, content_key
+from eagle_core.conversations import Conversation, Message, content_key
 from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import DatasetManifest
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration import Regenerated, Regeneration
+from eagle_core.regeneration_answer import Question
 from eagle_core.regeneration_config import RegenerationConfig
 from eagle_core.regeneration_journal import AnswerJournal, FinishedConversation
 from eagle_core.regeneration_local import LocalAnswers
@@ -299,13 +301,17 @@ def test_reasoning_is_sent_under_one_name_and_without_the_other(made: Make, tmp_
     assert {message["reasoning_content"] for message in later} == {"because"}
 
 
-def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(made: Make, tmp_path: Path) -> None:
+def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(
+    made: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = made(questions(30))
     with serving() as server:
         config = RegenerationConfig(base_url="http://127.0.0.1:9/v1", attempts=2)
         answers = AnswerServer(config, model="m", api_key=None, first_pause_seconds=0.01)
-        with pytest.raises(TransientError, match="no server answers at"):
+        with pytest.raises(ConfigError, match="no server answers at"):  # not to be tried again
             Regeneration(config, answers, source=source, out_dir=tmp_path / "out").run()
+    assert "no server answers at http://127.0.0.1:9/v1" in caplog.text
+    assert caplog.text.count("asking up to 2 times") == 1
     with (
         serving(fault=lambda _times, _body: "502") as server,
         pytest.raises(TransientError, match="failed 20 conversations in a row"),
@@ -313,6 +319,21 @@ def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(made: Make, tmp_p
         ask(server, source, tmp_path / "out", attempts=1)
     assert server.asked.total() < 30
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_server_that_was_there_may_come_back() -> None:
+    question = Question(messages=(Message(role="user", content="1 + 1?"),), seed=0)
+
+    async def ask_twice() -> None:
+        with serving() as server:
+            config = RegenerationConfig(base_url=server.url, attempts=1)
+            answers = AnswerServer(config, model="m", api_key=None)
+            await answers.ask(question)
+        with pytest.raises(TransientError, match="no server answers at"):
+            await answers.ask(question)
+        await answers.close()
+
+    asyncio.run(ask_twice())
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404"])
@@ -341,6 +362,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from eagle_core.regeneration import Regeneration
+from eagle_core.regeneration_answer import Question
 from eagle_core.regeneration_config import RegenerationConfig
 from eagle_core.regeneration_server import AnswerServer
 config = RegenerationConfig(base_url=sys.argv[1], concurrency=4)

@@ -75,7 +75,7 @@ def test_what_has_a_name_or_is_held_by_a_run_stays(store: Store) -> None:
     assert kept == {
         chat: "the latest, chat-train",
         facts: "facts-train",
-        begun: "run tiny-facts-main has not ended",
+        begun: "held by run tiny-facts-main",
     }
     assert set(find_garbage(store, keep=kept).snapshot_ids) == {first, old}
     store.refs.release("tiny-facts-main", begun)

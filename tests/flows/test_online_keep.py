@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import MismatchError
 from eagle_core.evaluation import EvaluationConfig
 from eagle_core.files import file_digest
 from eagle_core.samples import HiddenStateSample, TokenizedSample
@@ -104,3 +105,7 @@ def test_states_are_computed_once_and_the_losses_are_those_of_forgetting(
 
     assert losses("reads", keep=True) == forgetting
     assert computed == []
+
+    other = dataset.model_copy(update={"held_out_fraction": 0.5})
+    with pytest.raises(MismatchError, match="has done its steps, and data set facts or its sett"):
+        online(target, other, store, TRAINING, home=str(tmp_path), run="forgets")

@@ -3,22 +3,29 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import eagle_core.errors
 import storage.errors
+from eagle_core.dataset import load_conversations
 from eagle_core.dataset_config import DatasetConfig
+from eagle_core.draft_vocabulary import DraftVocabulary
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
+from flows.draft_setup import VOCABULARY_NAME
+from flows.export import export_flow
 from flows.gc import gc_flow
 from flows.hidden_states import hidden_states
 from flows.run_file import RUN_NAME, Run, read_run
 from flows.run_record import TRAINING_NAME, RunRecord
 from flows.summaries import HiddenStatesSummary, TrainSummary
 from flows.train import train_flow
+from storage.collection import release_run, snapshots_to_keep
 from storage.store import Store
 from tests import tiny
 
@@ -29,7 +36,7 @@ class _Data:
     """A data set that changes, its store, and runs over it."""
 
     def __init__(self, home: Path, target: TargetConfig, store: StoreConfig) -> None:
-        self.home, self._target = home, target
+        self.home, self.target = home, target
         root = home / "stores" / "tiny-grows"
         self.config = store.model_copy(update={"root": str(root)})
 
@@ -42,11 +49,45 @@ class _Data:
     ) -> HiddenStatesSummary:
         self.write(num_conversations, first=first, name=name)
         return hidden_states(
-            target=self._target, dataset=self.dataset(name), store=self.config, home=str(self.home)
+            target=self.target, dataset=self.dataset(name), store=self.config, home=str(self.home)
         )
 
     def write(self, num_conversations: int, *, first: int = 0, name: str = "grows") -> None:
         tiny.write_conversations(self.home / f"{name}.json", num_conversations, first=first)
+
+    def without(self, number: int) -> HiddenStatesSummary:
+        """Take a conversation away, and make states of what is left."""
+        path = self.home / "grows.json"
+        left = [record for place, record in enumerate(self._records()) if place != number]
+        path.write_text(json.dumps(left))
+        return self.again()
+
+    def again(self) -> HiddenStatesSummary:
+        return hidden_states(
+            target=self.target, dataset=self.dataset(), store=self.config, home=str(self.home)
+        )
+
+    def held_out_numbers(self) -> list[int]:
+        """Return which conversations are held out."""
+        folder = self.home / "datasets" / "grows"
+        first = [record["conversations"][0]["value"] for record in self._records()]
+        return [
+            first.index(conversation.messages[0].content)
+            for conversation in load_conversations(folder, "held_out")
+        ]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return json.loads((self.home / "grows.json").read_text())  # type: ignore[no-any-return]
+
+    def interrupted(self, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
+        """Train, and die after the last checkpoint."""
+        with monkeypatch.context() as patched:
+            patched.setattr("flows.train.write_stage", _fails)
+            with pytest.raises(RuntimeError, match="killed"):
+                self.train(**how)
+
+    def gc(self) -> None:
+        gc_flow(self.target, self.dataset(), self.config, home=str(self.home), delete=True)
 
     def train(
         self,
@@ -61,7 +102,7 @@ class _Data:
             dtype="float32", draft_vocab_size=300, ttt_length=2, max_steps=max_steps
         )
         return train_flow(
-            target=self._target,
+            target=self.target,
             dataset=self.dataset(name, held_out),
             store=self.config,
             training=training,
@@ -126,7 +167,10 @@ def test_a_run_that_has_begun_goes_on_with_its_own_snapshot_and_reads_no_data_se
     assert settings is not None
     assert settings.train.num_samples == len(data.tokens(first)) < 20
     assert settings.configuration["training"]["max_steps"] == 2
-    assert (first.run_path / RUN_NAME).read_text() == record, "written once"
+    after = Run.model_validate_json((first.run_path / RUN_NAME).read_text())
+    changed = {"training": Run.model_validate_json(record).training}
+    assert after.training.max_steps == 2
+    assert after.model_copy(update=changed) == Run.model_validate_json(record), "else written once"
     with pytest.raises(eagle_core.errors.MismatchError, match=f"not from {new.snapshot_id}"):
         data.train(max_steps=3, snapshot_id=new.snapshot_id)
     data.write(40)
@@ -143,28 +187,61 @@ def test_a_run_of_a_version_without_run_json_goes_on_with_its_own(data: _Data) -
     assert data.members(gone_on) == data.tokens(gone_on)
 
 
-def test_garbage_collection_keeps_the_snapshot_of_a_run_that_has_not_ended(
-    data: _Data, target: TargetConfig, monkeypatch: pytest.MonkeyPatch
+def test_garbage_collection_keeps_what_a_run_needs_that_has_not_ended(
+    data: _Data, target: TargetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its samples and its held-out ones, which the data set may not have any more."""
+    fine = data.config.model_copy(update={"shard_tokens": 1})  # one sample a shard
+    data = _Data(tmp_path, target, fine)
     old = data.grow_to(20)
-
-    def gc() -> None:
-        gc_flow(target, data.dataset(), data.config, home=str(data.home), delete=True)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("flows.train.write_stage", _fails)  # after its last checkpoint
-        with pytest.raises(RuntimeError, match="killed"):
-            data.train(max_steps=1)
-    new = data.grow_to(40)
-    gc()
+    data.interrupted(monkeypatch, max_steps=1)
+    data.write(24)
+    new = data.without(data.held_out_numbers()[0])
+    data.gc()
     assert {old.snapshot_id, new.snapshot_id} <= set(data.store.snapshot_ids())
     ended = data.train(max_steps=2)
     assert ended.source_id == old.snapshot_id
-    gc()
+    assert not data.store.refs.held()
+    data.gc()
     assert old.snapshot_id not in data.store.snapshot_ids()
     assert data.store.verify(deep=True) == []
-    with pytest.raises(eagle_core.errors.MismatchError, match="does not have; it has"):
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"1 of 6 samples that .* holds out"):
         data.train(max_steps=3)
+
+
+def test_a_run_holds_for_itself_alone(
+    data: _Data, target: TargetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for its namesake on another machine; and not what an attempt before it held."""
+    old = data.grow_to(20)
+    data.interrupted(monkeypatch, max_steps=1)
+    held = data.store.refs.held()
+    elsewhere = _Data(tmp_path / "elsewhere", target, data.config)
+    elsewhere.home.mkdir()
+    elsewhere.config = data.config
+    elsewhere.write(20)
+    elsewhere.train()
+    assert data.store.refs.held() == held
+    (run_path,) = (data.home / "runs").iterdir()
+    shutil.rmtree(run_path)
+    data.train()
+    (run,) = {run for run, _ in data.store.refs.held()}
+    assert run.startswith("tiny-grows-main.")
+    assert old.snapshot_id in snapshots_to_keep(data.store)
+    with pytest.raises(storage.errors.ConfigError, match=f"for run gone; it does for: {run}"):
+        release_run(data.store, "gone")
+    release_run(data.store, run)
+    assert not data.store.refs.held()
+
+
+def test_a_lost_snapshot_is_published_again_where_all_its_states_are_there(data: _Data) -> None:
+    """A run of a version before held nothing, and garbage collection took its snapshot."""
+    old = data.grow_to(20)
+    data.train(max_steps=1)
+    data.grow_to(40)
+    data.gc()
+    assert old.snapshot_id not in data.store.snapshot_ids()
+    assert data.train(max_steps=2).source_id == old.snapshot_id
 
 
 def _fails(*_arguments: object) -> None:
@@ -172,12 +249,39 @@ def _fails(*_arguments: object) -> None:
 
 
 def test_a_run_does_not_go_on_with_data_that_was_replaced(data: _Data) -> None:
-    """The data was wrong, somebody stopped the run, mended the data and started it again."""
-    data.grow_to(20)
+    """The data was wrong, somebody stopped the run, mended the data and started it again.
+
+    A pilot on a part of the data replaces nothing.
+    """
+    whole = data.grow_to(20)
     data.train(max_steps=1)
+    pilot = hidden_states(
+        data.target, data.dataset(held_out_fraction=0.8), data.config, home=str(data.home)
+    )
+    assert pilot.snapshot_id != whole.snapshot_id
+    assert data.train(max_steps=2).source_id == whole.snapshot_id
     data.grow_to(20, first=100)
-    with pytest.raises(eagle_core.errors.MismatchError, match="it was replaced, not added to"):
-        data.train(max_steps=2)
+    with pytest.raises(eagle_core.errors.MismatchError, match="If the data was replaced, train"):
+        data.train(max_steps=3)
+    assert data.train(max_steps=3, snapshot_id=whole.snapshot_id).num_steps == 3, "told so"
+
+
+def test_of_versions_with_one_train_split_the_one_that_was_made_last_is_held_out(
+    data: _Data,
+) -> None:
+    data.grow_to(60)
+    number = next(one for one in data.held_out_numbers() if one >= 20)
+    first = data.grow_to(20)
+    records = json.loads((data.home / "grows.json").read_text())
+    tiny.write_conversations(data.home / "grows.json", 1, first=number)
+    extra = json.loads((data.home / "grows.json").read_text())
+    (data.home / "grows.json").write_text(json.dumps(records + extra))
+    more = data.again()
+    assert more.snapshot_id == first.snapshot_id
+    data.write(20)
+    data.again()
+    named = data.train(run="named", snapshot_id=first.snapshot_id)
+    assert _run(named).tokens == _run(data.train(run="plain")).tokens
 
 
 def test_a_run_learns_from_the_snapshot_that_it_is_told(data: _Data) -> None:
@@ -255,19 +359,39 @@ def test_token_files_that_are_gone_are_made_again_or_named(data: _Data) -> None:
         data.train(max_steps=3)
 
 
-def test_a_finished_run_that_was_extended_and_died_goes_on(data: _Data) -> None:
+def test_a_finished_run_that_was_extended_and_died_goes_on(
+    data: _Data, caplog: pytest.LogCaptureFixture
+) -> None:
     data.grow_to(20)
     first = data.train(max_steps=1)
     ended = (first.run_path / TRAINING_NAME).read_text()
     extended = data.train(max_steps=2)
+    assert "was to have 1 steps and now has 2: its learning rate goes from" in caplog.text
+    data.train(max_steps=1)
+    assert "has done 2 steps, and 1 are asked for: there is nothing to do" in caplog.text
     (first.run_path / TRAINING_NAME).write_text(ended)
     again = data.train(max_steps=3)
     assert (again.source_id, again.num_steps) == (extended.source_id, 3)
     assert again.tokens_per_second != first.tokens_per_second
 
+    vocabulary = first.run_path / VOCABULARY_NAME
+    vocabulary.unlink()
+    data.train(max_steps=4)  # makes it again
+    DraftVocabulary.build(np.arange(3000), size=300).save(vocabulary)
+    with pytest.raises(eagle_core.errors.MismatchError, match="is not the draft vocabulary that"):
+        export_flow(data.target, data.dataset(), home=str(data.home))
+    vocabulary.unlink()
+    with pytest.raises(eagle_core.errors.ConfigError, match=r"eyas run train\) makes it"):
+        export_flow(data.target, data.dataset(), home=str(data.home))
+
     path = first.run_path / RUN_NAME
+    assert _run(first).training.max_steps == 4, "of the newest attempt"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(eagle_core.errors.ConfigError, match=r"has version 2.*use the newer one"):
+        data.train(max_steps=4)
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
     document = json.loads(path.read_text())
     del document["tokens"]
     path.write_text(json.dumps(document))
-    with pytest.raises(eagle_core.errors.CorruptError, match=r"run\.json is damaged \(tokens: "):
+    with pytest.raises(eagle_core.errors.CorruptError, match=r"run\.json is damaged.*\(tokens: "):
         data.train(max_steps=4)
