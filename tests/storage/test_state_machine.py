@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from storage.collection import collect, find_garbage
+from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.directory import TEMPORARY_SUFFIX, Directory, Pieces
 from storage.errors import ConfigError, CorruptError
 from storage.plan import PlannedShard
@@ -334,6 +334,64 @@ class StoreMachine(RuleBasedStateMachine):
                 assert self.condition[name] in (before[name], absent)
         if fuse is None:
             assert set(store.snapshot_ids()) == keep
+
+    @rule(split=st.sampled_from(["a-train", "b-train"]), which=indices)
+    def name_a_snapshot(self, split: str, which: int) -> None:
+        """Two data sets in one store; each is published again now and then."""
+        store = Store.open(self.url)
+        if store.snapshot_ids():
+            store.refs.set(split, store.snapshot_ids()[which % len(store.snapshot_ids())])
+
+    @rule(run=st.sampled_from(["one", "two"]))
+    def end_a_run(self, run: str) -> None:
+        Store.open(self.url).refs.release_all(run)
+
+    @rule(run=st.sampled_from(["one", "two"]), which=indices, fuse=st.none() | st.integers(0, 6))
+    def publish_while_a_run_learns(self, run: str, which: int, fuse: int | None) -> None:
+        """The data set grows between the interrupt of a run and its resume."""
+        store = Store.open(self.url)
+        if not store.snapshot_ids():
+            return
+        begun = store.snapshot_ids()[which % len(store.snapshot_ids())]
+        store.refs.hold(run, begun)
+        committed = [name for name in sorted(self.shards) if self.condition[name] != absent]
+        more = {i for name in committed for i in self.shards[name].sample_ids}
+        self.publish(self.members(store, begun) | more, fuse)
+
+    @rule(fuse=fuses)
+    def collect_what_nothing_needs(self, fuse: int | None) -> None:
+        """As the command does; what is named, held or unfinished loses nothing, killed or not."""
+        store = Store.open(self.url)
+        if not store.snapshot_ids() or not self.root.exists(LATEST_KEY):
+            return
+        refs = store.refs
+        wanted = {store.snapshot().snapshot_id, *refs.names().values()}
+        wanted |= {snapshot_id for _, snapshot_id in refs.held()}
+        wanted &= set(store.snapshot_ids())
+        names, held = refs.names(), refs.held()
+        needed = {shard for name in wanted for shard in store.snapshot(name).shard_ids}
+        published = {s for name in store.snapshot_ids() for s in self.members(store, name)}
+        unpublished = {
+            name
+            for plan in store.plans()
+            for shard in plan.shards
+            for name in [shard.shard_id]
+            if not set(shard.sample_ids) <= published
+        }
+        before = self.raw()
+
+        def as_the_command_does(store: Store) -> None:
+            collect(store, find_garbage(store, keep=snapshots_to_keep(store)))
+
+        self.run(fuse, as_the_command_does)
+        after = self.raw()
+        self.condition = self.conditions(after)
+        assert wanted <= set(store.snapshot_ids())
+        assert (refs.names(), refs.held()) == (names, held)
+        for name in needed | unpublished:
+            assert {k: v for k, v in before.items() if f"/{name}" in k} == {
+                k: v for k, v in after.items() if f"/{name}" in k
+            }, "what is needed is as it was"
 
     @rule(which=indices)
     def read(self, which: int) -> None:
