@@ -82,7 +82,7 @@ def _start_server() -> str:
     """Start a server of our own on loopback and return its API's URL.
 
     It has a session of its own: Ctrl-C stops the flow, which then still has somewhere to report to.
-    It ends when this process does, after the last event is out.
+    It ends when this process does, after the last event is out, or by a kill.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,10 +90,8 @@ def _start_server() -> str:
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     words = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (the server writes into it to its end)
     server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
-            *("--host", "127.0.0.1", "--port", str(port), "--log-level", "error"),
-        ],
+        [sys.executable, "-m", "deployments.temporary_server", str(port)],
+        stdin=subprocess.PIPE,
         env={
             **os.environ,
             **settings,

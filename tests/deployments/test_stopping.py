@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from storage.store import Store
@@ -127,3 +128,26 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
     made = len(store.commits())
     assert 3 <= made < 90
     assert store.verify(deep=True) == []
+
+
+def test_a_kill_leaves_no_server_behind(
+    tmp_path: Path, tiny_target_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    home = tmp_path / "home"
+    recipe = _recipe(tmp_path, tiny_target_path, sections=_training(100_000))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "deployments", "run", "offline", recipe, "--home", str(home)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    _wait_for(child, lambda: bool(list(home.rglob("step-*"))), what="the first checkpoint")
+    below = psutil.Process(child.pid).children(recursive=True)
+    servers = [one for one in below if "deployments.temporary_server" in one.cmdline()]
+    assert len(servers) == 1
+    child.kill()
+    child.communicate()
+    _, living = psutil.wait_procs(servers, timeout=LIMIT_SECONDS)
+    assert not living
