@@ -175,4 +175,7 @@ def own_tokens(run_path: Path) -> str | None:
     run = read_run(run_path)
     if run is not None:
         return run.tokens
-    return DraftVocabulary.load(run_path / VOCABULARY_NAME).source_id.removeprefix("train-")
+    path = run_path / VOCABULARY_NAME
+    if not path.exists():  # made again from the data set; the checkpoint tells whether it is that
+        return None
+    return DraftVocabulary.load(path).source_id.removeprefix("train-")

@@ -95,7 +95,7 @@ def train_flow(
         opened, target, dataset, training, space, run_path, snapshot_id=snapshot_id
     )
     snapshot, tokens = data.snapshot, data.tokens
-    opened.require_present(snapshot)
+    opened.require_present(snapshot, commits=data.commits)
     title = f"{target.name}-{dataset.name}-{run}"
     with sole_training(run_path) as lock, held_by_run(opened, run_path, data):
         coverage = (

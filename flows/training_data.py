@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from flows.run_file import Run, own_tokens, read_run
 from flows.summaries import TokensSummary
 from flows.workspace import Workspace
 from storage.errors import CorruptError, StorageError
+from storage.record import CommitRecord
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -35,6 +36,8 @@ class TrainingData:
 
     snapshot: Snapshot
     tokens: TokensSummary
+    commits: Mapping[str, CommitRecord]
+    """Of the store, read once."""
     begun: Run | None = None
     """What the run was made with, if it has begun and wrote that down."""
 
@@ -60,15 +63,15 @@ def training_data(
         MismatchError: the snapshot is of other data, has held-out samples, or is not the run's.
 
     """
-    content = own_tokens(run_path)
+    content, commits = own_tokens(run_path), store.commits()
     if content is not None:
-        data = _own(store, target, dataset, space, run_path, content, wanted=snapshot_id)
+        data = _own(store, commits, target, dataset, space, run_path, content, wanted=snapshot_id)
         if snapshot_id is None:
             _compare_with_now(store, data.snapshot, training, space, run_path)
     elif snapshot_id is not None:
-        data = _asked_for(store, target, dataset, space, snapshot_id)
+        data = _asked_for(store, commits, target, dataset, space, snapshot_id)
     else:
-        data = _of_the_data_set(store, target, dataset, space)
+        data = _of_the_data_set(store, commits, target, dataset, space)
     held_out = _members(data.tokens.held_out_path)
     num_held_out = len(held_out & data.snapshot.members)
     if num_held_out:
@@ -110,10 +113,9 @@ def held_by_run(store: Store, run_path: Path, data: TrainingData) -> Iterator[No
 def _held_out_snapshot(store: Store, data: TrainingData) -> Iterator[str]:
     sample_ids = TokenFile(data.tokens.held_out_path).sample_ids
     if sample_ids:
-        commits = store.commits()
-        snapshot = Snapshot.of(sample_ids, commits)
+        snapshot = Snapshot.of(sample_ids, data.commits)
         if snapshot.snapshot_id not in store.snapshot_ids():
-            store.publish(sample_ids, commits=commits, as_latest=False)
+            store.publish(sample_ids, commits=data.commits, as_latest=False)
         yield snapshot.snapshot_id
 
 
@@ -126,6 +128,7 @@ def _hold_name(run_path: Path) -> str:
 
 def _own(
     store: Store,
+    commits: Mapping[str, CommitRecord],
     target: TargetConfig,
     dataset: DatasetConfig,
     space: Workspace,
@@ -147,16 +150,17 @@ def _own(
         target, own_dataset(run, dataset, run_path), space, run_path.name, content
     )
     if snapshot_id not in store.snapshot_ids():
-        _publish_again(store, snapshot_id, tokens, run_path)
+        _publish_again(store, commits, snapshot_id, tokens, run_path)
     held_out = set(TokenFile(tokens.held_out_path).sample_ids)
-    num_lost = len(held_out - store.committed_samples())
+    num_lost = len(held_out - _samples(commits))
     if num_lost:
         raise MismatchError(
             f"{num_lost:,} of {len(held_out):,} samples that run {run_path.name} holds out have no "
             f"states in {store.root.url} any more; run hidden-states with the data set that it "
             "began with, or train another run (--run)"
         )
-    return TrainingData(snapshot=store.snapshot(snapshot_id), tokens=tokens, begun=run)
+    snapshot = store.snapshot(snapshot_id)
+    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits, begun=run)
 
 
 def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> DatasetConfig:
@@ -173,10 +177,16 @@ def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> Data
     return run.dataset
 
 
-def _publish_again(store: Store, snapshot_id: str, tokens: TokensSummary, run_path: Path) -> None:
+def _publish_again(
+    store: Store,
+    commits: Mapping[str, CommitRecord],
+    snapshot_id: str,
+    tokens: TokensSummary,
+    run_path: Path,
+) -> None:
     """Publish the lost snapshot of a run, if its samples still lie where it had them."""
     with suppress(StorageError):
-        train, commits = TokenFile(tokens.train_path).sample_ids, store.commits()
+        train = TokenFile(tokens.train_path).sample_ids
         if Snapshot.of(train, commits).snapshot_id == snapshot_id:
             store.publish(train, commits=commits, as_latest=False)
             return
@@ -215,14 +225,19 @@ def _compare_with_now(
     total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
     if folder is not None and checkpoint.read(folder).step >= total:
         raise MismatchError(
-            f"{what}; it has done its {total:,} steps. To learn from the newer data train another "
-            "run (--run), which may begin where this one ended (training.start_from)"
+            f"{what}; it has done its {total:,} steps. To learn from that data train another run "
+            "(--run), which may begin where this one ended (training.start_from)"
         )
     logger.warning("%s; it goes on with its own", what)
 
 
 def _asked_for(
-    store: Store, target: TargetConfig, dataset: DatasetConfig, space: Workspace, snapshot_id: str
+    store: Store,
+    commits: Mapping[str, CommitRecord],
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    space: Workspace,
+    snapshot_id: str,
 ) -> TrainingData:
     """Return a snapshot with the tokens that it was made from, of which none need be the newest."""
     snapshot = store.snapshot(snapshot_id)
@@ -238,7 +253,7 @@ def _asked_for(
         if _members(path) == snapshot.members:
             tokens = known_tokens(target, space, path.stem.removeprefix("train-"))
             if tokens is not None:
-                return TrainingData(snapshot=snapshot, tokens=tokens)
+                return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
     tokens = prepare(target, dataset, str(space.home))[1]
     num_shared = len(_members(tokens.train_path) & snapshot.members)
     num_held_out = len(_members(tokens.held_out_path) & snapshot.members)
@@ -250,18 +265,20 @@ def _asked_for(
             "are here; choose another snapshot (`eyas inspect` lists them), or the recipe that "
             "made it"
         )
-    return TrainingData(snapshot=snapshot, tokens=tokens)
+    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
 
 
 def _of_the_data_set(
-    store: Store, target: TargetConfig, dataset: DatasetConfig, space: Workspace
+    store: Store,
+    commits: Mapping[str, CommitRecord],
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    space: Workspace,
 ) -> TrainingData:
     tokens = prepare(target, dataset, str(space.home))[1]
     train = TokenFile(tokens.train_path).sample_ids
-    commits = store.commits()
-    committed = {name for record in commits.values() for name in record.sample_ids}
     wanted = {*train, *TokenFile(tokens.held_out_path).sample_ids}
-    num_there = len(wanted & committed)
+    num_there = len(wanted & _samples(commits))
     if num_there < len(wanted):
         raise ConfigError(
             f"the store at {store.root.url} holds {num_there:,} of {len(wanted):,} samples of data "
@@ -277,7 +294,11 @@ def _of_the_data_set(
                 f"yet, and it cannot be published: {error}. Make the store writable, or run "
                 "hidden-states with this recipe where it is"
             ) from error
-    return TrainingData(snapshot=snapshot, tokens=tokens)
+    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
+
+
+def _samples(commits: Mapping[str, CommitRecord]) -> set[str]:
+    return {name for record in commits.values() for name in record.sample_ids}
 
 
 def _or_else(store: Store, space: Workspace) -> str:

@@ -228,12 +228,14 @@ class Store:
             ) from error
         return Snapshot.from_parquet(data, snapshot_id=wanted)
 
-    def require_present(self, snapshot: Snapshot) -> None:
+    def require_present(
+        self, snapshot: Snapshot, *, commits: Mapping[str, CommitRecord] | None = None
+    ) -> None:
         """Raise ShardMissingError unless all objects of a snapshot are there with their sizes.
 
-        Takes one listing and the commit records; no shard is read.
+        Takes one listing and the commit records, if the caller has none; no shard is read.
         """
-        commits = self.commits()
+        commits = self.commits() if commits is None else commits
         lost = [shard_id for shard_id in snapshot.shard_ids if shard_id not in commits]
         if lost:
             raise ShardMissingError(
