@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
@@ -57,10 +59,29 @@ def resolve_device(device: str) -> torch.device:
 
 
 def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
-    """Return the text model's configuration from the weights folder."""
-    loaded = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    text_config: PretrainedConfig = loaded.get_text_config()
+    """Return the text model's configuration from the weights folder.
+
+    Raises:
+        ConfigError: transformers does not take it; says what it said.
+
+    """
+    text_config: PretrainedConfig = _whole_config(config, folder).get_text_config()
     return text_config
+
+
+def _whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
+    try:
+        loaded: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
+    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"target {config.name}: transformers {transformers.__version__} does not take "
+            f"{folder / 'config.json'}: {said}. Correct that file (a key that is null may be left "
+            "out), or install a transformers that knows this model"
+        ) from error
+    return loaded
 
 
 def read_stop_ids(config: TargetConfig, folder: Path) -> frozenset[int]:
@@ -68,8 +89,7 @@ def read_stop_ids(config: TargetConfig, folder: Path) -> frozenset[int]:
     try:
         found = GenerationConfig.from_pretrained(folder)
     except OSError:  # there is none: transformers derives it from the model's own configuration
-        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        found = GenerationConfig.from_model_config(loaded)
+        found = GenerationConfig.from_model_config(_whole_config(config, folder))
     return _stop_ids(found)
 
 
@@ -121,6 +141,7 @@ class TargetModel:
 
         """
         folder = weights.locate(config)
+        model_config = read_model_config(config, folder)  # its errors before minutes of loading
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[config.dtype],
@@ -128,7 +149,7 @@ class TargetModel:
             trust_remote_code=config.trust_remote_code,
         )
         nn.Module.to(model, resolve_device(config.device))
-        return cls(model, config=config, model_config=read_model_config(config, folder))
+        return cls(model, config=config, model_config=model_config)
 
     @property
     def lm_head_weight(self) -> Tensor:

