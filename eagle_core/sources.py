@@ -13,6 +13,7 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from eagle_core.csv_records import read_csv
 from eagle_core.dataset_config import DatasetConfig
-from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.errors import ConfigError, CorruptError, TransientError
 from eagle_core.hub import HubDataset, find_hub_dataset, read_hub_dataset
 from eagle_core.json_records import JsonArrayReader, read_json_lines
 from eagle_core.source_record import DamagedRecord, SourceRecord
@@ -35,6 +36,7 @@ _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK_BYTES = 8 << 20
 _PARQUET_ROWS = 64
+_AWAY = (TimeoutError, ConnectionError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,8 @@ class SourceFile:
     def digest(self) -> str:
         """Return xxh3_128 of a local file's bytes; elsewhere the file system's own checksum."""
         if not isinstance(self.filesystem, fsspec.get_filesystem_class("file")):
-            return f"checksum:{self.filesystem.checksum(self.path)}"
+            with _server_errors(self.path):
+                return f"checksum:{self.filesystem.checksum(self.path)}"
         digest = xxhash.xxh3_128()
         with self.filesystem.open(self.path, "rb") as file:
             while block := file.read(_BLOCK_BYTES):
@@ -120,7 +123,7 @@ class _Progress:
 def _read_file(
     file: SourceFile, config: DatasetConfig, progress: _Progress
 ) -> Iterator[SourceRecord | DamagedRecord]:
-    with file.filesystem.open(file.path, "rb") as raw:
+    with _server_errors(file.path), file.filesystem.open(file.path, "rb") as raw:
         progress.position = raw.tell
         suffix = _suffix(file.name)
         if config.format == "parquet" or (config.format == "auto" and suffix == ".parquet"):
@@ -132,6 +135,8 @@ def _read_file(
         stream = io.BufferedReader(_decompressed(raw, file), _BLOCK_BYTES)
         try:
             yield from _read_json(stream, file, config, progress)
+        except _AWAY:
+            raise
         except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
             raise CorruptError(
                 f"{file.path} cannot be read to its end: {error}; replace it and run again"
@@ -173,6 +178,8 @@ def _read_parquet(
                     value=value, location=f"{file.name}, row {row}", fraction_read=progress()
                 )
                 row += 1
+    except _AWAY:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptError(
             f"{file.path} is not a whole Parquet file ({row} rows could be read): {error}; "
@@ -234,16 +241,37 @@ def _package_file(name: str) -> SourceFile:
 def _files(source: str) -> list[SourceFile]:
     filesystem, path = fsspec.core.url_to_fs(source)
     try:
-        is_pattern = glob.has_magic(path) and not filesystem.exists(path)
-        if not is_pattern:
-            paths = [path]
-        elif isinstance(filesystem, LocalFileSystem):
-            paths = sorted(set(_matching("/", path.strip("/").split("/"))))
-        else:
-            paths = sorted(filesystem.glob(path))
-        files = [_file(filesystem, found, source, is_pattern=is_pattern) for found in paths]
+        with _server_errors(source):
+            return _found(filesystem, path, source)
     except OSError as error:
         raise ConfigError(f"cannot read what {source} names: {error}") from error
+
+
+@contextmanager
+def _server_errors(where: str) -> Iterator[None]:
+    """Say of a server that is away or slow that it may be back; Prefect takes a bare timeout for
+    its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, _AWAY) or type(error).__module__.startswith("aiohttp")):
+            raise
+        raise TransientError(
+            f"{where}: the server does not answer ({type(error).__name__}: {error}); run again, or "
+            "download the file and name its path"
+        ) from error
+
+
+def _found(filesystem: fsspec.AbstractFileSystem, path: str, source: str) -> list[SourceFile]:
+    is_pattern = glob.has_magic(path) and not filesystem.exists(path)
+    if not is_pattern:
+        paths = [path]
+    elif isinstance(filesystem, LocalFileSystem):
+        paths = sorted(set(_matching("/", path.strip("/").split("/"))))
+    else:
+        paths = sorted(filesystem.glob(path))
+    files = [_file(filesystem, found, source, is_pattern=is_pattern) for found in paths]
     found_files = [file for file in files if file is not None]
     if not found_files:
         raise ConfigError(

@@ -352,7 +352,7 @@ class Directory:
                     f"no space left to write {path}: {error.strerror}; free space or raise the "
                     "quota, then run the same command again: it goes on where it stopped"
                 ) from error
-            if isinstance(error, UNUSABLE) or error.errno == errno.ENOSYS:
+            if isinstance(error, UNUSABLE) or error.errno in {errno.ENOSYS, errno.EROFS}:
                 raise ConfigError(f"cannot use {path}: {error}") from error
             raise TransientError(f"{path}: {type(error).__name__}: {error}") from error
 

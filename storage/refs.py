@@ -6,6 +6,7 @@ everything. Garbage collection keeps what has a name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from storage.canonical import seal, unseal
@@ -28,8 +29,15 @@ class Refs:
 
     def set(self, name: str, snapshot_id: str, *, made_from: str = "") -> None:
         """Let `name` be this snapshot from now on; `made_from` is for whoever wrote it."""
-        document = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
-        self._root.publish(_key(name), seal(document | {"made_from": made_from}))
+        document = {
+            "format_version": FORMAT_VERSION,
+            "snapshot_id": snapshot_id,
+            "made_from": made_from,
+        }
+        with suppress(CorruptError):
+            if self._document(name) == document:  # such a store may be read-only
+                return
+        self._root.publish(_key(name), seal(document))
 
     def get(self, name: str) -> str | None:
         """Return the id of the snapshot of this name, None if there is none.

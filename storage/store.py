@@ -5,6 +5,7 @@ whatever was interrupted, running the same thing again ends in the same bytes.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
@@ -208,13 +209,21 @@ class Store:
         Not `as_latest`, it is one more beside the latest.
         """
         snapshot = Snapshot.of(sample_ids, self.commits() if commits is None else commits)
-        self.root.publish(f"snapshots/{snapshot.snapshot_id}.parquet", snapshot.to_parquet())
+        snapshot_id = snapshot.snapshot_id
+        self._keep(f"snapshots/{snapshot_id}.parquet", snapshot.to_parquet())
         if name is not None:
-            self.refs.set(name, snapshot.snapshot_id, made_from=made_from)
+            self.refs.set(name, snapshot_id, made_from=made_from)
         if as_latest:
-            latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot.snapshot_id}
-            self.root.publish(LATEST_KEY, seal(latest))
+            latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
+            self._keep(LATEST_KEY, seal(latest))
         return snapshot
+
+    def _keep(self, key: str, data: bytes) -> None:
+        """Publish an object unless it has these bytes already: such a store may be read-only."""
+        with suppress(FileNotFoundError):
+            if self.root.read(key) == data:
+                return
+        self.root.publish(key, data)
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
         """Return a snapshot, the latest by default; ConfigError if there is none."""

@@ -4,10 +4,13 @@ import errno
 import gzip
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import aiohttp
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from eagle_core.dataset_config import DatasetConfig
-from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.errors import ConfigError, CorruptError, TransientError
 from eagle_core.source_record import SourceRecord
 from eagle_core.sources import find_source, identify, read_records
 
@@ -229,3 +232,41 @@ def test_a_cut_compressed_or_parquet_file_is_damage(tmp_path: Path, share: float
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValidationError, match="accept_truncatd"):
         values("a.json", accept_truncatd=True)
+
+
+class _SlowOrGone(BaseHTTPRequestHandler):
+    """Says how large the file is, and then nothing; or hangs up."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        if "gone" in self.path:
+            self.close_connection = True
+            return
+        self.server.asked.wait()  # type: ignore[attr-defined]
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("name", ["slow.jsonl", "gone.jsonl"])
+def test_a_server_that_does_not_answer_may_be_asked_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect takes a bare TimeoutError for a time limit of the flow."""
+    timeout = aiohttp.ClientTimeout(total=0.5)
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"timeout": timeout}})
+    with ThreadingHTTPServer(("127.0.0.1", 0), _SlowOrGone) as server:
+        server.asked = threading.Event()  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = DatasetConfig(name="d", source=f"http://127.0.0.1:{server.server_port}/{name}")
+        try:
+            with pytest.raises(TransientError, match=rf"{name}: the server does not answer"):
+                list(read_records(config))
+        finally:
+            server.asked.set()  # type: ignore[attr-defined]
+            server.shutdown()

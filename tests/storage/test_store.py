@@ -1,5 +1,6 @@
 """A store keeps what it was given, only what it was given, and nothing else."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,3 +134,22 @@ def test_snapshot_is_its_rows(filled: Store, samples: list[StoredSample]) -> Non
     assert filled.snapshot(latest.snapshot_id).num_samples == len(ids)
     with pytest.raises(ConfigError, match="has no snapshot feed"):
         filled.snapshot("feed")
+
+
+def test_what_is_published_already_is_not_written_again(
+    filled: Store, samples: list[StoredSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that whoever needs nothing may work on a read-only store."""
+    ids = [sample.sample_id for sample in samples]
+    first = filled.publish(ids, name="facts-train", made_from="tokens")
+    filled.refs.hold("run", first.snapshot_id)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("storage.directory._write_file", refuse)
+    again = filled.publish(ids, name="facts-train", made_from="tokens")
+    assert again.snapshot_id == first.snapshot_id
+    filled.refs.hold("run", first.snapshot_id)
+    with pytest.raises(ConfigError, match=r"cannot use .*Read-only file system"):
+        filled.publish(ids[:1])
