@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -62,20 +62,23 @@ def print_own_warnings() -> None:
     setup_logging()  # else Prefect's first flow run would replace the handlers
     handler = _StandardError(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    for name in ("eagle_core", "storage", "flows"):
-        own = logging.getLogger(name)
-        if not any(isinstance(known, _StandardError) for known in own.handlers):
-            own.addHandler(handler)
+    _add_once(handler, ("eagle_core", "storage", "flows"))
 
 
 def print_own_lines() -> None:
     """Print on standard error what our flows log, and nothing that Prefect itself does."""
     setup_logging()  # else its first flow run would replace the handlers
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: Path(record.pathname).is_relative_to(_FLOWS))
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addHandler(handler)
+    _add_once(handler, ("prefect.flow_runs", "prefect.task_runs"))
+
+
+def _add_once(handler: _StandardError, names: Sequence[str]) -> None:
+    for name in names:
+        own = logging.getLogger(name)
+        if not any(isinstance(known, _StandardError) for known in own.handlers):
+            own.addHandler(handler)
 
 
 def _start_server() -> str:

@@ -1,5 +1,6 @@
 """Run a flow here and now, look after stores, list what there is, write prefect.yaml."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,7 +144,7 @@ def _parameters(
         raise ConfigError(f"{entry.name} belongs to no run; leave out --run {own['run']}")
     if "snapshot_id" in own and "snapshot_id" not in entry.own_parameters:
         raise ConfigError(f"--snapshot is for train alone; {entry.name} takes none")
-    folder = Path(recipe).expanduser()
+    folder = Path(os.path.abspath(Path(recipe).expanduser()))  # noqa: PTH100 (ends `..`, keeps links)
     run = read_run(folder) if folder.is_dir() else None
     if run is None and (folder / "checkpoints").is_dir():
         raise ConfigError(
@@ -157,7 +158,7 @@ def _parameters(
     elif "run" in own or home != DEFAULT_HOME:
         raise ConfigError(f"{recipe} says which run that is: leave out --run and --home")
     else:
-        loaded, home = recipe_of_run(run, folder, overrides), str(folder.absolute().parents[1])
+        loaded, home = recipe_of_run(run, folder, overrides), str(folder.parents[1])
         own = {**own, "run": _name_of_run(folder, home, loaded)}
     if "run" in own:
         require_run_name(own["run"])
@@ -169,11 +170,11 @@ def _name_of_run(folder: Path, home: str, recipe: "Recipe") -> str:
     from flows.workspace import Workspace  # noqa: PLC0415 (see above)
 
     target, dataset = recipe.target.name, recipe.dataset.name
-    name = folder.absolute().name.removeprefix(f"{target}-{dataset}-")
+    name = folder.name.removeprefix(f"{target}-{dataset}-")
     expected = Workspace.at(home, target=target, dataset=dataset).run_path(name)
-    if expected != folder.absolute():
+    if expected != folder:
         raise ConfigError(
-            f"the run of {target} on {dataset} in {folder.absolute()} is looked for at "
+            f"the run of {target} on {dataset} in {folder} is looked for at "
             f"HOME/runs/{target}-{dataset}-NAME: move or rename its folder, and leave target.name "
             "and dataset.name as they are"
         )

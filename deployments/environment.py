@@ -14,7 +14,9 @@ def settle_environment() -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_SERVER_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    for name in ("NO_PROXY", "no_proxy"):  # a proxy for the web is none for this machine's servers
-        known = [host for host in os.environ.get(name, "").split(",") if host]
-        if "*" not in known:
-            os.environ[name] = ",".join(dict.fromkeys([*known, *_LOOPBACK]))
+    # A proxy for the web is none for this machine's servers. Clients look at the lower case first.
+    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    known = [host.strip() for host in excepted.split(",") if host.strip()]
+    if "*" not in known:
+        excepted = ",".join(dict.fromkeys([*known, *_LOOPBACK]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted

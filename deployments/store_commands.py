@@ -11,7 +11,7 @@ from flows.health import SIZES, VerifySummary
 from flows.inspection import look
 from flows.store_tables import garbage_rows, store_rows, verify_rows
 from flows.table import print_table
-from storage.collection import collect, find_garbage, release_run, snapshots_to_keep
+from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.scrub import scrub
 from storage.store import Store
 
@@ -82,10 +82,10 @@ def gc(
     """Show what no snapshot of a store needs and, with --yes, delete it. Stop generations first."""
     with one_message():
         opened = Store.open(store)
-        for run in release or ():
-            release_run(opened, run)
-        kept = snapshots_to_keep(opened, named=keep or ())
+        kept = snapshots_to_keep(opened, named=keep or (), released=release or ())
         garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
+        for run in (release or ()) if yes else ():
+            opened.refs.release_all(run)
         if yes:
             collect(opened, garbage)
         print_table(f"Garbage in {store}", garbage_rows(garbage, kept, deleted=yes))

@@ -151,7 +151,9 @@ def _load(folder: Path) -> dict[str, Tensor]:
             tensors.update(load_file(path))
         if not tensors and pickled.is_file():
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, UnpicklingError) as error:
+    except (
+        *(SafetensorError, OSError, EOFError, ValueError, RuntimeError, UnpicklingError),
+    ) as error:
         raise CorruptError(
             f"the weights in {folder} cannot be read: {error}; fetch the draft again"
         ) from error

@@ -104,18 +104,30 @@ def partial_folder(parent: Path) -> Iterator[Path]:
     """
     host = socket.gethostname()
     for left in parent.glob(f"{PARTIAL}*"):
-        # Versions before had no host in the name.
-        if "-" not in left.name.removeprefix(PARTIAL) or left.name.startswith(f"{PARTIAL}{host}-"):
+        owner = left.name.removeprefix(PARTIAL).rpartition("-")[0]
+        if owner in {"", host}:  # versions before had no host in the name
             _remove_if_dead(left)
-    folder = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{host}-", dir=parent))
-    handle = os.open(folder, os.O_RDONLY)
+    folder, handle = _locked_folder(parent, f"{PARTIAL}{host}-")
     try:
-        with suppress(OSError):  # some file systems lock nothing, and then nothing is swept
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield folder
     finally:
         os.close(handle)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Return a new folder and the descriptor that locks it; another if it was swept meanwhile."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        with suppress(OSError):  # some file systems lock nothing, and then nothing is swept
+            fcntl.flock(handle, fcntl.LOCK_SH)  # waits for a sweeper only
+        if folder.exists():
+            return folder, handle
+        os.close(handle)
 
 
 def _remove_if_dead(folder: Path) -> None:
@@ -137,8 +149,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        own = error.filename is not None and path.parent in Path(str(error.filename)).parents
-        if not own and error.errno not in _ONLY_WRITING:
+        if not _is_of(error, path) and error.errno not in _ONLY_WRITING:
             raise
         raise DiskError(f"cannot write {path}: {error.strerror or error}{_cure(error)}") from error
     except SafetensorError as error:  # says what the disk said, in words alone
@@ -147,6 +158,20 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         found = OSError(int(number[1]), str(error))
         raise DiskError(f"cannot write {path}: {error}{_cure(found)}") from error
+
+
+def _is_of(error: OSError, path: Path) -> bool:
+    """Tell whether an error is of a path, a folder above it, or what is written in its stead."""
+    if error.filename is None:
+        return False
+    named, own = Path(str(error.filename)).absolute(), path.absolute()
+    around = (named, *named.parents)
+    return (
+        own in around
+        or named in own.parents
+        or any(p.parent == own.parent and p.name.startswith(PARTIAL) for p in around)
+        or any(p.parent == own and p.name.startswith(PARTIAL) for p in around)
+    )
 
 
 def _cure(error: OSError) -> str:

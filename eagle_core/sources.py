@@ -135,9 +135,9 @@ def _read_file(
         stream = io.BufferedReader(_decompressed(raw, file), _BLOCK_BYTES)
         try:
             yield from _read_json(stream, file, config, progress)
-        except _AWAY:
-            raise
         except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+            if _is_away(error):
+                raise
             raise CorruptError(
                 f"{file.path} cannot be read to its end: {error}; replace it and run again"
             ) from error
@@ -178,9 +178,9 @@ def _read_parquet(
                     value=value, location=f"{file.name}, row {row}", fraction_read=progress()
                 )
                 row += 1
-    except _AWAY:
-        raise
     except (pa.ArrowInvalid, OSError) as error:
+        if _is_away(error):
+            raise
         raise CorruptError(
             f"{file.path} is not a whole Parquet file ({row} rows could be read): {error}; "
             "replace it and run again"
@@ -255,12 +255,26 @@ def _server_errors(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, _AWAY) or type(error).__module__.startswith("aiohttp")):
+        status = getattr(error, "status", None)
+        if _is_http(error) and isinstance(status, int) and 400 <= status < 500:
+            raise ConfigError(
+                f"{where}: the server refuses it with status {status} ({error}); correct the "
+                "address or the credentials, or download the file and name its path"
+            ) from error
+        if not _is_away(error):
             raise
         raise TransientError(
             f"{where}: the server does not answer ({type(error).__name__}: {error}); run again, or "
             "download the file and name its path"
         ) from error
+
+
+def _is_away(error: Exception) -> bool:
+    return isinstance(error, _AWAY) or _is_http(error)
+
+
+def _is_http(error: Exception) -> bool:
+    return type(error).__module__.startswith("aiohttp")
 
 
 def _found(filesystem: fsspec.AbstractFileSystem, path: str, source: str) -> list[SourceFile]:

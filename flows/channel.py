@@ -9,6 +9,7 @@ import math
 import os
 import select
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -118,10 +119,9 @@ class Channel:
         if pipe is None or not is_open:  # select would come back at once
             time.sleep(_LOOK_SECONDS)
             return
-        try:
-            select.select([pipe], [], [], 10 * _LOOK_SECONDS)
-        except (OSError, ValueError):  # closed meanwhile
-            return
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        poll.poll(10_000 * _LOOK_SECONDS)
 
 
 class Voice:
@@ -131,8 +131,10 @@ class Voice:
     """
 
     def __init__(self, pipe: Path) -> None:
-        """Open the pipe, whose other end is open already."""
-        self._pipe = pipe.open("w", encoding="utf-8")
+        """Open the pipe, whose other end is open already; OSError if the parent is gone."""
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # would wait for ever for a reader
+        os.set_blocking(descriptor, True)
+        self._pipe = os.fdopen(descriptor, "w", encoding="utf-8")
         self._lock = (pipe.parent / "lock").open("w")
         self._threads = threading.Lock()
         sys.stdout.flush()
@@ -181,11 +183,26 @@ def serve(kind: type[Request], work: Callable[[Request], None]) -> int:
         try:
             answer(lambda line=line: work(kind.model_validate_json(line)))  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 (whatever it is, the parent says so)
+            if _is_of_the_device(error):
+                _die_of(error)
             text = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
             say(Failure(failure=_name(error), message=str(error), traceback=text))
             return 1
         say(Ended(ended=True))
     return 0
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Tell whether memory or a GPU failed: another process may have better luck."""
+    is_cuda = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    return isinstance(error, MemoryError) or is_cuda
+
+
+def _die_of(error: Exception) -> None:
+    """End this process as the kernel would, with the traceback as its last words."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _name(error: Exception) -> str:

@@ -41,14 +41,19 @@ class Child:
         """Start it; `environment` is what its own differs in from this process's."""
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
         self._channel = Channel()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=self._stderr,  # until the child has found its voice
-            stderr=self._stderr,
-            text=True,
-            env={**os.environ, **environment, **self._channel.environment},
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=subprocess.PIPE,
+                stdout=self._stderr,  # until the child has found its voice
+                stderr=self._stderr,
+                text=True,
+                env={**os.environ, **environment, **self._channel.environment},
+            )
+        except BaseException:
+            self._channel.close()
+            self._stderr.close()
+            raise
         self._num_logged = 0
         self.is_idle = True
         """Whether it waits for a request; False for ever if one was not read to its end."""

@@ -12,7 +12,7 @@ from flows.store_root import store_root
 from flows.store_tables import garbage_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME, Workspace
-from storage.collection import Garbage, collect, find_garbage, release_run, snapshots_to_keep
+from storage.collection import Garbage, collect, find_garbage, snapshots_to_keep
 from storage.store import Store
 
 
@@ -43,10 +43,10 @@ def gc_flow(
     """
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     opened = Store.open(store_root(store, space))
-    for run in release:
-        release_run(opened, run)
-    kept = snapshots_to_keep(opened, named=keep)
+    kept = snapshots_to_keep(opened, named=keep, released=release)
     garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
+    for run in release if delete else ():
+        opened.refs.release_all(run)
     if delete:
         collect(opened, garbage)
     rows = garbage_rows(garbage, kept, deleted=delete)

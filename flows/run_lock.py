@@ -155,7 +155,8 @@ def _require_dead(file: IO[bytes], before: Owner, run_path: Path) -> None:
     deadline = time.monotonic() + DEAD_SECONDS
     while time.monotonic() < deadline:
         time.sleep(min(1.0, DEAD_SECONDS / 10))
-        found = _read(file)
+        with Path(file.name).open("rb") as again:  # what is open may be an old copy of a server's
+            found = _read(again)
         if found is None:  # it has ended
             return
         if found != before:
@@ -183,6 +184,7 @@ def _write(file: IO[bytes], owner: Owner | None) -> None:
     """Replace the content at once: there is always an owner to be read while there is one."""
     data = b"" if owner is None else owner.model_dump_json().encode()
     os.pwrite(file.fileno(), data.ljust(_FILE_BYTES), 0)
+    os.fsync(file.fileno())  # a server must see it, not only this host's cache
 
 
 def _machine() -> str:

@@ -29,21 +29,29 @@ class Garbage:
         return bool(self.snapshot_ids or self.plan_ids or self.shard_ids)
 
 
-def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Mapping[str, str]:
+def snapshots_to_keep(
+    store: Store, *, named: Collection[str] = (), released: Collection[str] = ()
+) -> Mapping[str, str]:
     """Return the snapshots to keep, each with why, the latest first.
 
     With `named`, those and the latest are kept and no other. Otherwise these stay: the latest, each
     that is a split of a data set by name, each that a run holds which has not ended, and every
     other that is no earlier version of one of them: neither are more than half of its samples in
     one of them, nor all of them in a larger one. One that is damaged and has no name is not kept.
+    What runs hold that are `released` is not kept for them.
+
+    Raises:
+        ConfigError: nothing is held for one of these; says for whom.
+
     """
+    _require_held(store, released)
     present = store.snapshot_ids()
     if not present:
         return {}
     latest = store.snapshot().snapshot_id
     if named:
         return {latest: "the latest", **dict.fromkeys(sorted(set(named) - {latest}), "as asked")}
-    reasons, current = _named(store, latest, present)
+    reasons, current = _named(store, latest, present, released)
     others: list[tuple[str, frozenset[bytes]]] = []
     for snapshot in _readable(store, [name for name in present if name not in reasons]):
         members = snapshot.members
@@ -57,7 +65,7 @@ def snapshots_to_keep(store: Store, *, named: Collection[str] = ()) -> Mapping[s
 
 
 def _named(
-    store: Store, latest: str, present: Collection[str]
+    store: Store, latest: str, present: Collection[str], released: Collection[str]
 ) -> tuple[dict[str, str], Sequence[frozenset[bytes]]]:
     """Return why each snapshot with a name is kept, and the members of these."""
     reasons = {latest: ["the latest"]}
@@ -65,7 +73,9 @@ def _named(
         if snapshot_id in present:
             reasons.setdefault(snapshot_id, []).append(name)
     members = {name: store.snapshot(name).members for name in reasons}
-    held = [(run, name) for run, name in store.refs.held() if name in present]
+    held = [
+        (run, name) for run, name in store.refs.held() if name in present and run not in released
+    ]
     for snapshot in _readable(store, {name for _, name in held} - members.keys()):
         members[snapshot.snapshot_id] = snapshot.members
     for run, name in held:
@@ -74,16 +84,12 @@ def _named(
     return {name: ", ".join(why) for name, why in reasons.items()}, list(members.values())
 
 
-def release_run(store: Store, run: str) -> None:
-    """Keep nothing for a run any longer.
-
-    Raises:
-        ConfigError: nothing is held for it; says for whom.
-
-    """
-    if not store.refs.release_all(run):
-        held = ", ".join(sorted({name for name, _ in store.refs.held()})) or "none"
-        raise ConfigError(f"{store.root.url} holds nothing for run {run}; it does for: {held}")
+def _require_held(store: Store, runs: Collection[str]) -> None:
+    held = {run for run, _ in store.refs.held()} if runs else set()
+    for run in runs:
+        if run not in held:
+            names = ", ".join(sorted(held)) or "none"
+            raise ConfigError(f"{store.root.url} holds nothing for run {run}; it does for: {names}")
 
 
 def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]:

@@ -153,7 +153,10 @@ class Directory:
             except OSError as error:
                 if not lacks_reason(error):
                     raise
-                self.file_system.cat_file(self.path(key), start=0, end=1)
+                try:
+                    self.file_system.cat_file(self.path(key), start=0, end=1)
+                except FileNotFoundError:
+                    return False
                 return True
 
         return self._attempted(key, look)

@@ -44,6 +44,12 @@ _CURES: Mapping[str, str] = {
     ),
 }
 _MAY_PASS = frozenset({408, 409, 425, 429})
+_MAY_PASS_BY_CODE = frozenset(  # S3 says 400 with some of them
+    {
+        *("RequestTimeout", "RequestTimeoutException", "IncompleteBody", "BadDigest"),
+        *("SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"),
+    }
+)
 
 
 def explained(error: BaseException, where: str) -> StorageError | None:
@@ -64,6 +70,8 @@ def explained(error: BaseException, where: str) -> StorageError | None:
             f"no space left to write {where}: {code}: {said}; free space or raise the quota, then "
             "run the same command again: it goes on where it stopped"
         )
+    if code in _MAY_PASS_BY_CODE:
+        return TransientError(f"{where}: {code}: {said}")
     if code in _CURES or (400 <= status < 500 and status not in _MAY_PASS) or status == 501:
         cure = f"; {_CURES[code]}" if code in _CURES else ""
         return ConfigError(f"cannot use {where}: {code or status}: {said}{cure}")

@@ -78,15 +78,19 @@ def test_a_server_that_cannot_start_says_why_and_what_to_do(
     assert "file is not a database" in last
 
 
-def test_a_proxy_for_the_web_is_none_for_servers_of_this_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("NO_PROXY", "intranet,127.0.0.1")
-    monkeypatch.setenv("no_proxy", "*")
-    with mock.patch.dict(os.environ):
-        settle_environment()
-        assert os.environ["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1"
-        assert os.environ["no_proxy"] == "*"
+def test_a_proxy_for_the_web_is_none_for_servers_of_this_machine() -> None:
+    for lower, upper, expected in (
+        (None, "intranet, 127.0.0.1", "intranet,127.0.0.1,localhost,::1"),
+        ("lower", "upper", "lower,127.0.0.1,localhost,::1"),
+        (None, "*", "*"),
+        (None, None, "127.0.0.1,localhost,::1"),
+    ):
+        with mock.patch.dict(os.environ):
+            for name, value in (("no_proxy", lower), ("NO_PROXY", upper)):
+                os.environ.pop(name, None)
+                os.environ.update({} if value is None else {name: value})
+            settle_environment()
+            assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == expected
 
 
 @pytest.mark.server

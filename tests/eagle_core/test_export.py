@@ -221,6 +221,7 @@ def test_what_the_weights_say_counts_where_a_configuration_says_nothing_or_the_t
         ),
         ("model.safetensors", b"\x40\x00", "cannot be read"),
         ("pytorch_model.bin", b"cut", "cannot be read"),
+        ("pytorch_model.bin", b"", "cannot be read"),
     ],
 )
 def test_damaged_drafts_are_named(

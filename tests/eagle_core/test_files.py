@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -94,15 +95,39 @@ def test_what_a_kill_left_goes_with_the_next_and_who_is_at_work_is_left_alone(
     killed, living = writers
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    (tmp_path / ".partial-otherhost-abc").mkdir()
+    others = (".partial-otherhost-abc", f".partial-{socket.gethostname()}-1-abc")
+    for name in others:
+        (tmp_path / name).mkdir()
     (tmp_path / ".partial-ofbefore").mkdir()
-    assert len(_names(tmp_path)) == 4
+    assert len(_names(tmp_path)) == 5
     write_text(tmp_path / "file", "text")
     left = _names(tmp_path)
-    assert len(left) == 3
-    assert {"file", ".partial-otherhost-abc"} < left
+    assert len(left) == 4
+    assert {"file", *others} < left
     living.communicate()
-    assert _names(tmp_path) == {"file", "living", ".partial-otherhost-abc"}
+    assert _names(tmp_path) == {"file", "living", *others}
+
+
+_WRITE_MUCH = """
+import sys
+from pathlib import Path
+from eagle_core.files import write_text
+for number in range(200):
+    write_text(Path(sys.argv[1]) / sys.argv[2], str(number))
+"""
+
+
+def test_writers_side_by_side_leave_each_other_alone(tmp_path: Path) -> None:
+    """None takes for dead whoever has just begun."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WRITE_MUCH, str(tmp_path), name],
+            cwd=Path(__file__).parents[2],
+        )
+        for name in ("one", "two", "three")
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert _names(tmp_path) == {"one", "two", "three"}
 
 
 @contextmanager
@@ -178,7 +203,17 @@ def test_each_refusal_has_its_cure(tmp_path: Path, number: int, cure: str) -> No
         raise refused
 
 
+def test_a_folder_above_that_refuses_is_named_too(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.write_text("a file where the folder belongs")
+    with pytest.raises(DiskError, match=r"cannot write .*home/runs/x: .*--home"):
+        write_text(home / "runs" / "x", "text")
+
+
 def test_what_is_read_elsewhere_keeps_its_error(tmp_path: Path) -> None:
+    beside = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "raw.jsonl"))
+    with pytest.raises(PermissionError), disk_errors(tmp_path / "prepared"):
+        raise beside
     with pytest.raises(PermissionError), disk_errors(tmp_path / "file"):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/data.json")
     with pytest.raises(ConnectionResetError), disk_errors(tmp_path / "file"):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -322,13 +323,15 @@ def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(
 
 
 def test_a_server_that_was_there_may_come_back() -> None:
-    question = Question(messages=(Message(role="user", content="1 + 1?"),), seed=0)
+    question = Question(messages=(Message(role="user", content="1 + 1?"),), tools="", seed=0)
 
     async def ask_twice() -> None:
         with serving() as server:
             config = RegenerationConfig(base_url=server.url, attempts=1)
             answers = AnswerServer(config, model="m", api_key=None)
             await answers.ask(question)
+            await answers.close()
+        answers._client = httpx.AsyncClient()  # its connections are gone with the server
         with pytest.raises(TransientError, match="no server answers at"):
             await answers.ask(question)
         await answers.close()

@@ -247,15 +247,25 @@ class _SlowOrGone(BaseHTTPRequestHandler):
         if "gone" in self.path:
             self.close_connection = True
             return
+        if "refused" in self.path:
+            self.send_error(403)
+            return
         self.server.asked.wait()  # type: ignore[attr-defined]
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
 
-@pytest.mark.parametrize("name", ["slow.jsonl", "gone.jsonl"])
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("slow.jsonl", TransientError, "does not answer"),
+        ("gone.jsonl", TransientError, "does not answer"),
+        ("refused.jsonl", ConfigError, "refuses it with status 403"),
+    ],
+)
 def test_a_server_that_does_not_answer_may_be_asked_again(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefect takes a bare TimeoutError for a time limit of the flow."""
     timeout = aiohttp.ClientTimeout(total=0.5)
@@ -265,7 +275,7 @@ def test_a_server_that_does_not_answer_may_be_asked_again(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         config = DatasetConfig(name="d", source=f"http://127.0.0.1:{server.server_port}/{name}")
         try:
-            with pytest.raises(TransientError, match=rf"{name}: the server does not answer"):
+            with pytest.raises(kind, match=f"{name}: the server {said}"):
                 list(read_records(config))
         finally:
             server.asked.set()  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ from pydantic import BaseModel
 
 from flows.channel import say, serve
 
+_KINDS = {kind.__name__: kind for kind in (TypeError, RuntimeError, MemoryError)}
+
 
 class Talk(BaseModel):
     """What it is asked to do."""
@@ -16,7 +18,8 @@ class Talk(BaseModel):
     is_ending: bool = True
     padding: str = ""
     error: str = ""
-    """Of the TypeError that it raises."""
+    """Of the exception that it raises."""
+    kind: str = "TypeError"
 
 
 def talk(request: Talk) -> None:
@@ -26,7 +29,7 @@ def talk(request: Talk) -> None:
         print("a library prints this")
         say(request)
     if request.error:
-        raise TypeError(request.error)
+        raise _KINDS[request.kind](request.error)
     if not request.is_ending:
         time.sleep(600)
 

@@ -1,6 +1,7 @@
 """The hidden-states flow with a real target, a real store and a real Prefect server."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile, write_token_file
 from eagle_core.training_config import TrainingConfig
 from flows.artifact_key import artifact_key
+from flows.channel import Channel
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states, plan_missing_shards
 from flows.prepare import prepare_dataset, tokenize
@@ -228,25 +230,26 @@ def _plan_only(
 
 def _kill_in_second_shard(job: ShardJob) -> None:
     """Run the shard process and kill it as soon as it has computed a sample of its second shard."""
+    channel = Channel()
     child = subprocess.Popen(
         [sys.executable, "-m", "flows.shard_worker"],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, **channel.environment},
     )
     with child:
         assert child.stdin is not None
-        assert child.stdout is not None
         child.stdin.write(job.model_dump_json())
         child.stdin.close()
         committed = 0
-        for line in child.stdout:
+        for line in channel.lines(lambda: child.poll() is not None):
             report = ShardReport.model_validate_json(line)
             committed += report.kind == "shard"
             if committed and report.kind == "tokens":
                 child.send_signal(signal.SIGKILL)
                 break
         assert child.wait() == -signal.SIGKILL
+    channel.close()
 
 
 def test_another_target_is_refused_by_name_of_what_differs(

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target_config import TargetConfig
 from flows import child_process
 from flows import runner as runner_module
+from flows.channel import VARIABLE
 from flows.child_process import Child
 from flows.config import StoreConfig
 from flows.errors import ChildFailedError, ChildKilledError, FlowError
@@ -34,7 +37,7 @@ from storage.store import Store
 from tests.flows.talking_child import Talk
 from tests.flows.trees import digests
 from tests.storage.seaweed import BUCKET, seaweed
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_SECONDS, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -262,3 +265,30 @@ def test_ranks_answer_through_one_channel_and_long_lines_stay_whole() -> None:
         )
     )
     assert [Talk.model_validate_json(line) for line in lines] == [request] * 150
+
+
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access", "out of memory"])
+def test_a_fault_of_the_device_is_a_kill_and_tried_again(words: str) -> None:
+    child = Child("tests.flows.talking_child", environment={})
+    kind = MemoryError if words.rsplit(maxsplit=1)[-1] == "memory" else RuntimeError
+    request = Talk(pauses=(), error=words, kind=kind.__name__)
+    with pytest.raises(ChildKilledError, match=f"(?s)was killed by signal 9.*{words}"):
+        list(child.ask(request, what="the child"))
+    child.close()
+
+
+def test_a_child_whose_parent_is_gone_ends(tmp_path: Path) -> None:
+    """It would wait for ever for somebody who reads."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.flows.talking_child"],
+        env={**os.environ, VARIABLE: str(pipe)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_SECONDS,
+    )
+    assert ended.returncode == 1
+    assert "No such device or address" in ended.stderr

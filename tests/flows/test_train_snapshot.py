@@ -25,7 +25,7 @@ from flows.run_file import RUN_NAME, Run, read_run
 from flows.run_record import TRAINING_NAME, RunRecord
 from flows.summaries import HiddenStatesSummary, TrainSummary
 from flows.train import train_flow
-from storage.collection import release_run, snapshots_to_keep
+from storage.collection import snapshots_to_keep
 from storage.store import Store
 from tests import tiny
 
@@ -229,8 +229,10 @@ def test_a_run_holds_for_itself_alone(
     assert run.startswith("tiny-grows-main.")
     assert old.snapshot_id in snapshots_to_keep(data.store)
     with pytest.raises(storage.errors.ConfigError, match=f"for run gone; it does for: {run}"):
-        release_run(data.store, "gone")
-    release_run(data.store, run)
+        snapshots_to_keep(data.store, released=["gone"])
+    gc_flow(target, data.dataset(), data.config, home=str(data.home), release=(run,))
+    assert data.store.refs.held(), "nothing goes unasked"
+    gc_flow(target, data.dataset(), data.config, home=str(data.home), release=(run,), delete=True)
     assert not data.store.refs.held()
 
 

@@ -51,8 +51,8 @@ def every_seventh(answer: Answer) -> Callable[[str, str], Answer | None]:
 
 @pytest.mark.parametrize(
     "answer",
-    [SLOW_DOWN, INTERNAL_ERROR, HANG_UP, HALF_WAY],
-    ids=["503", "500", "cut", "cut half-way"],
+    [SLOW_DOWN, INTERNAL_ERROR, Answer(status=400, code="RequestTimeout"), HANG_UP, HALF_WAY],
+    ids=["503", "500", "400 RequestTimeout", "cut", "cut half-way"],
 )
 def test_what_fails_for_a_while_succeeds(proxy: FaultyProxy, s3_root: str, answer: Answer) -> None:
     proxy.fault = every_seventh(answer)
