@@ -58,14 +58,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         DiskError: it cannot be written; what was there before stays.
 
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_folder(path.parent) as folder:
-            partial = folder / path.name
-            yield partial
-            sync(partial)
-            partial.replace(path)
-            sync(path.parent)
+    with _beside(path) as partial:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
 
 
 @contextmanager
@@ -78,21 +75,27 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         DiskError: it cannot be written; what was there before stays.
 
     """
+    with _beside(path) as partial:
+        partial.mkdir()
+        yield partial
+        for part in sorted(partial.rglob("*"), reverse=True):
+            sync(part)
+        sync(partial)
+        if path.exists() and not replace:
+            return
+        if path.exists():
+            path.rename(partial.with_name(f"{path.name}.before"))
+        partial.rename(path)
+        sync(path.parent)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield where to write what shall be moved to `path`; what is left there goes."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(path.parent) as folder:
-            partial = folder / path.name
-            partial.mkdir()
-            yield partial
-            for part in sorted(partial.rglob("*"), reverse=True):
-                sync(part)
-            sync(partial)
-            if path.exists() and not replace:
-                return
-            if path.exists():
-                path.rename(folder / "before")
-            partial.rename(path)
-            sync(path.parent)
+            yield folder / path.name
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from flows.config import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
-from flows.run_file import own_tokens
+from flows.run_file import begun_run
 from flows.run_name import run_name
 from flows.runner_config import RunnerConfig
 from flows.summaries import OfflineSummary
@@ -57,7 +57,7 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
         tracking=tracking,
         home=home,
         run=run,
-        snapshot_id=None if own_tokens(run_path) else states.snapshot_id,
+        snapshot_id=None if begun_run(run_path) else states.snapshot_id,
     )
     if trained.figures.held_out_step:  # something is held out
         estimate_flow(

@@ -7,7 +7,6 @@ from pathlib import Path
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation import EvaluationConfig
@@ -28,7 +27,7 @@ from flows.online_source import OnlineSource
 from flows.preflight import preflight
 from flows.prepare import prepare, prepare_weights, tokens_of_run
 from flows.recompute import TargetRecompute, partial_target
-from flows.run_file import Run, own_tokens, read_run, write_run
+from flows.run_file import Run, begun_run, write_run
 from flows.run_lock import sole_training
 from flows.run_name import run_name
 from flows.run_record import StorageBill, write_settings
@@ -36,7 +35,7 @@ from flows.state_keeper import StateKeeper
 from flows.store_root import store_root
 from flows.summaries import OnlineSummary
 from flows.table import print_table
-from flows.train import run_training
+from flows.train import run_training, warn_of_another_length
 from flows.training_data import own_dataset
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
@@ -83,11 +82,11 @@ def online(
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     run_path = space.run_path(run)
     prepare_weights(target)
-    content = own_tokens(run_path)
-    begun = read_run(run_path) if content else None
-    if content:  # no data set is read again
-        own = own_dataset(begun, dataset, run_path)
-        tokens = tokens_of_run(target, own, space, run_path.name, content)
+    begun = begun_run(run_path)
+    known = begun.record if begun else None
+    if begun:  # no data set is read again
+        own = own_dataset(known, dataset, run_path)
+        tokens = tokens_of_run(target, own, space, run_path.name, begun.tokens)
     else:
         tokens = prepare(target, dataset, home)[1]
     train_tokens = TokenFile(tokens.train_path)
@@ -111,7 +110,7 @@ def online(
         )
         record = Run.of(
             target,
-            begun.dataset if begun else dataset,
+            known.dataset if known else dataset,
             store,
             training,
             tracking,
@@ -124,11 +123,13 @@ def online(
         )
 
         total = total_steps(training, source.lengths, source.groups)
-        if content and _has_done(run_path, total):
-            _require_the_data_of(content, target, dataset, home, run_path)
+        if begun:
+            warn_of_another_length(run_path, training, total, step=begun.step)
+        if begun and begun.step >= total:
+            _require_the_data_of(begun.tokens, target, dataset, home, run_path)
 
         def write_down() -> None:
-            write_run(run_path, record)
+            write_run(run_path, record, begun=known)
             bill = None if keeper is None else StorageBill.of(keeper.store)
             write_settings(run_path, record, tokens, bill, total_steps=total)
 
@@ -148,11 +149,6 @@ def online(
     print_table(title, [*rows, *report.where_to_look(trained.run_path)])
     report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary
-
-
-def _has_done(run_path: Path, total: int) -> bool:
-    folder = checkpoint.newest(run_path)
-    return folder is not None and checkpoint.read(folder).step >= total
 
 
 def _require_the_data_of(

@@ -5,6 +5,7 @@ attempts change nothing in it but `training`, `store` and `tracking`, as far as 
 these.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -156,26 +157,46 @@ def read_run(run_path: Path) -> Run | None:
     return run
 
 
-def write_run(run_path: Path, run: Run) -> None:
-    """Write the record of a run; of one that has begun, what may differ between attempts."""
-    begun = read_run(run_path) if checkpoint.newest(run_path) is not None else None
+def write_run(run_path: Path, run: Run, *, begun: Run | None) -> None:
+    """Write the record of a run; of one that had `begun`, what may differ between attempts."""
     if begun is not None:
         changed = {name: getattr(run, name) for name in ("training", "store", "tracking")}
         run = begun.model_copy(update=changed)
     write_text(run_path / RUN_NAME, run.model_dump_json(indent=2) + "\n")
 
 
-def own_tokens(run_path: Path) -> str | None:
-    """Return the content of the token files that a run learns from; None before a checkpoint.
+def own_tokens(run_path: Path, run: Run | None) -> str | None:
+    """Return the content of the token files that a run learns from, if its folder says so.
 
     A run of a version that wrote no `run.json` says it by its draft vocabulary.
     """
-    if checkpoint.newest(run_path) is None:
-        return None
-    run = read_run(run_path)
     if run is not None:
         return run.tokens
     path = run_path / VOCABULARY_NAME
     if not path.exists():  # made again from the data set; the checkpoint tells whether it is that
         return None
     return DraftVocabulary.load(path).source_id.removeprefix("train-")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BegunRun:
+    """Where a run with a checkpoint stands, read once: its files may be gigabytes to digest."""
+
+    step: int
+    source_id: str
+    tokens: str
+    """Content of its token files."""
+    record: Run | None
+    """None for a run of a version without `run.json`."""
+
+
+def begun_run(run_path: Path) -> BegunRun | None:
+    """Return where a run stands; None before its first checkpoint."""
+    folder = checkpoint.newest(run_path)
+    if folder is None:
+        return None
+    record, found = read_run(run_path), checkpoint.read(folder)
+    tokens = own_tokens(run_path, record)
+    if tokens is None:
+        return None
+    return BegunRun(step=found.step, source_id=found.loader.source_id, tokens=tokens, record=record)

@@ -3,7 +3,7 @@
 All are JSON files in the run's folder. A stage that has not ended has no file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from eagle_core.files import write_text
 from eagle_core.tokens import TokenFile
 from flows.run_file import Run
 from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
+from storage.record import CommitRecord
 from storage.store import Store
 
 SETTINGS_NAME = "settings.json"
@@ -71,16 +72,17 @@ class StorageBill(BaseModel):
     stored_bytes: int
 
     @classmethod
-    def of(cls, store: Store) -> "StorageBill":
-        """Add up the commit records of a store."""
-        commits = store.commits().values()
+    def of(cls, store: Store, commits: Mapping[str, CommitRecord] | None = None) -> "StorageBill":
+        """Add up the commit records of a store; `commits` spares reading them again."""
+        found = store.commits() if commits is None else commits
+        records = found.values()
         return cls(
             root=store.root.url,
             profile=store.identity.profile,
-            num_shards=len(commits),
-            num_tokens=sum(commit.num_tokens for commit in commits),
-            raw_bytes=sum(commit.raw_bytes for commit in commits),
-            stored_bytes=sum(commit.stored_bytes for commit in commits),
+            num_shards=len(records),
+            num_tokens=sum(commit.num_tokens for commit in records),
+            raw_bytes=sum(commit.raw_bytes for commit in records),
+            stored_bytes=sum(commit.stored_bytes for commit in records),
         )
 
 

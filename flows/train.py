@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from prefect import flow
 
-from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.hosted_trackers import TrackingConfig, open_trackers, require_trackers
@@ -99,8 +98,8 @@ def train_flow(
     title = f"{target.name}-{dataset.name}-{run}"
     with sole_training(run_path) as lock, held_by_run(opened, run_path, data):
         coverage = (
-            data.begun.vocabulary_coverage
-            if data.begun and (run_path / VOCABULARY_NAME).exists()
+            data.record.vocabulary_coverage
+            if data.record and (run_path / VOCABULARY_NAME).exists()
             else choose_vocabulary(target, training, TokenFile(tokens.train_path), run_path)
         )
         job = TrainJob(
@@ -115,8 +114,8 @@ def train_flow(
             object_cache=None if opened.is_local else space.object_cache_path,
             object_cache_bytes=store.cache_bytes,
         )
-        if data.begun:
-            data.begun.require_vocabulary(run_path)
+        if data.record:
+            data.record.require_vocabulary(run_path)
         # Ranks find the first GPU empty.
         is_alone = training.num_processes == 1
         here = target if is_alone else target.model_copy(update={"device": "cpu"})
@@ -124,7 +123,7 @@ def train_flow(
         _require_sound(setup, here, opened, snapshot)
         record = Run.of(
             target,
-            data.begun.dataset if data.begun else dataset,
+            data.record.dataset if data.record else dataset,
             store,
             training,
             tracking,
@@ -141,12 +140,14 @@ def train_flow(
         )
 
         def write_down() -> None:
-            write_run(run_path, record)
-            bill = StorageBill.of(opened)
+            write_run(run_path, record, begun=data.record)
+            bill = StorageBill.of(opened, data.commits)
             write_settings(run_path, record, tokens, bill, total_steps=total)
 
+        if data.begun:
+            warn_of_another_length(run_path, training, total, step=data.begun.step)
         if is_alone:
-            source, held_out = open_sources(job)
+            source, held_out = open_sources(job, data.commits)
             return run_training(setup, source, held_out, record, lock, write_down=write_down)
         del setup
         return _summarised(
@@ -201,7 +202,6 @@ def _summarised(
 ) -> TrainSummary:
     """Show the progress of `attempt` and report what came out."""
     started = time.monotonic()
-    _say_what_becomes_of_the_schedule(run_path, run.training, total)
     key = artifact_key("train", run.title)
     with stage_progress("training", key=key, total=total, unit="steps") as bar:
         is_written = False
@@ -240,12 +240,13 @@ def _summarised(
     return summary
 
 
-def _say_what_becomes_of_the_schedule(run_path: Path, training: TrainingConfig, total: int) -> None:
+def warn_of_another_length(
+    run_path: Path, training: TrainingConfig, total: int, *, step: int
+) -> None:
     """Warn where a run that goes on was to have another length: its learning rate is of that."""
-    folder, before = checkpoint.newest(run_path), RunRecord.read(run_path).settings
-    if folder is None or before is None or before.total_steps in {None, total}:
+    before = RunRecord.read(run_path).settings
+    if before is None or before.total_steps in {None, total}:
         return
-    step = checkpoint.read(folder).step
     if step >= total:
         logger.warning(
             "run %s has done %s steps, and %s are asked for: there is nothing to do",

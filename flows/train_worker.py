@@ -7,6 +7,7 @@ each step; the first one alone answers, with `RankLine`s, but any may report an 
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from flows.draft_setup import set_up_draft
 from flows.recompute import partial_target
 from flows.stored_source import StoredSource
 from storage.cache import ObjectCache
+from storage.record import CommitRecord
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -77,10 +79,15 @@ class Warnings(logging.Handler):
         say(RankLine(pid=os.getpid(), warning=record.getMessage()))
 
 
-def open_sources(job: TrainJob) -> tuple[StoredSource, StoredSource | None]:
-    """Return the samples to train on, and the held-out ones if there are any."""
+def open_sources(
+    job: TrainJob, commits: Mapping[str, CommitRecord] | None = None
+) -> tuple[StoredSource, StoredSource | None]:
+    """Return the samples to train on, and the held-out ones if there are any.
+
+    `commits` spares reading the store's records again.
+    """
     store = Store.open(job.store_root)
-    commits = store.commits()
+    commits = store.commits() if commits is None else commits
     # Samples are shuffled inside a window of shards: with less memory than that, every sample would
     # cost the decoding of its whole shard.
     largest_shard = max((commit.raw_bytes for commit in commits.values()), default=0)

@@ -94,7 +94,7 @@ def open_run(
         target=target,
         dataset=dataset if run is None else run.dataset,
         training=training if run is None else run.training,
-        content=own_tokens(path) or "",
+        content=own_tokens(path, run) or "",
         stop_ids=_stop_ids(run, target),
     )
 

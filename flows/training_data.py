@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle_core import checkpoint
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.files import write_text
@@ -16,7 +15,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows.prepare import known_tokens, prepare, tokens_of_run
-from flows.run_file import Run, own_tokens, read_run
+from flows.run_file import BegunRun, Run, begun_run
 from flows.summaries import TokensSummary
 from flows.workspace import Workspace
 from storage.errors import CorruptError, StorageError
@@ -38,8 +37,12 @@ class TrainingData:
     tokens: TokensSummary
     commits: Mapping[str, CommitRecord]
     """Of the store, read once."""
-    begun: Run | None = None
-    """What the run was made with, if it has begun and wrote that down."""
+    begun: BegunRun | None = None
+
+    @property
+    def record(self) -> Run | None:
+        """What the run was made with, if it has begun and wrote that down."""
+        return None if self.begun is None else self.begun.record
 
 
 def training_data(
@@ -63,11 +66,11 @@ def training_data(
         MismatchError: the snapshot is of other data, has held-out samples, or is not the run's.
 
     """
-    content, commits = own_tokens(run_path), store.commits()
-    if content is not None:
-        data = _own(store, commits, target, dataset, space, run_path, content, wanted=snapshot_id)
+    begun, commits = begun_run(run_path), store.commits()
+    if begun is not None:
+        data = _own(store, commits, target, dataset, space, run_path, begun, wanted=snapshot_id)
         if snapshot_id is None:
-            _compare_with_now(store, data.snapshot, training, space, run_path)
+            _compare_with_now(store, data.snapshot, training, space, run_path, step=begun.step)
     elif snapshot_id is not None:
         data = _asked_for(store, commits, target, dataset, space, snapshot_id)
     else:
@@ -133,22 +136,18 @@ def _own(
     dataset: DatasetConfig,
     space: Workspace,
     run_path: Path,
-    content: str,
+    begun: BegunRun,
     *,
     wanted: str | None,
 ) -> TrainingData:
-    folder = checkpoint.newest(run_path)
-    assert folder is not None  # noqa: S101 (it has tokens of its own)
-    snapshot_id = checkpoint.read(folder).loader.source_id
+    snapshot_id = begun.source_id
     if wanted not in {None, snapshot_id}:
         raise MismatchError(
             f"run {run_path.name} learns from snapshot {snapshot_id}, not from {wanted}; train "
             "another run (--run)"
         )
-    run = read_run(run_path)
-    tokens = tokens_of_run(
-        target, own_dataset(run, dataset, run_path), space, run_path.name, content
-    )
+    own = own_dataset(begun.record, dataset, run_path)
+    tokens = tokens_of_run(target, own, space, run_path.name, begun.tokens)
     if snapshot_id not in store.snapshot_ids():
         _publish_again(store, commits, snapshot_id, tokens, run_path)
     held_out = set(TokenFile(tokens.held_out_path).sample_ids)
@@ -160,7 +159,7 @@ def _own(
             "began with, or train another run (--run)"
         )
     snapshot = store.snapshot(snapshot_id)
-    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits, begun=run)
+    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits, begun=begun)
 
 
 def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> DatasetConfig:
@@ -198,7 +197,13 @@ def _publish_again(
 
 
 def _compare_with_now(
-    store: Store, own: Snapshot, training: TrainingConfig, space: Workspace, run_path: Path
+    store: Store,
+    own: Snapshot,
+    training: TrainingConfig,
+    space: Workspace,
+    run_path: Path,
+    *,
+    step: int,
 ) -> None:
     """Say that a data set has newer data than a run; refuse where that must be what was meant."""
     try:
@@ -221,9 +226,8 @@ def _compare_with_now(
             "(--run), or delete this one's folder to begin again; if hidden-states ran with other "
             "settings, run it once more with this recipe"
         )
-    folder = checkpoint.newest(run_path)
     total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
-    if folder is not None and checkpoint.read(folder).step >= total:
+    if step >= total:
         raise MismatchError(
             f"{what}; it has done its {total:,} steps. To learn from that data train another run "
             "(--run), which may begin where this one ended (training.start_from)"
