@@ -11,7 +11,7 @@ from flows.health import SIZES, VerifySummary
 from flows.inspection import look
 from flows.store_tables import garbage_rows, store_rows, verify_rows
 from flows.table import print_table
-from storage.collection import collect, find_garbage, snapshots_to_keep
+from storage.collection import OLDER_THAN_HOURS, collect, find_garbage, snapshots_to_keep
 from storage.scrub import scrub
 from storage.store import Store
 
@@ -77,13 +77,29 @@ def gc(
         list[str] | None,
         typer.Option(metavar="RUN", help="Keep nothing for this run, whose folder is gone."),
     ] = None,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            metavar="HOURS",
+            min=0,
+            help="Leave what is younger: another process may be about to name it. 0 where no run "
+            "is at work on the store.",
+        ),
+    ] = OLDER_THAN_HOURS,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it nothing is.")] = False,
 ) -> None:
     """Show what no snapshot of a store needs and, with --yes, delete it. Stop generations first."""
     with one_message():
         opened = Store.open(store)
-        kept = snapshots_to_keep(opened, named=keep or (), released=release or ())
-        garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
+        kept = snapshots_to_keep(
+            opened, named=keep or (), released=release or (), older_than_hours=older_than
+        )
+        garbage = find_garbage(
+            opened,
+            keep=kept,
+            keep_unfinished=not drop_unfinished,
+            older_than_hours=older_than,
+        )
         for run in (release or ()) if yes else ():
             opened.refs.release_all(run)
         if yes:

@@ -1,6 +1,9 @@
 """`gc`: what a store holds that no kept snapshot needs; deleted only when told so."""
 
+from typing import Annotated
+
 from prefect import flow
+from pydantic import Field
 
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
@@ -12,7 +15,13 @@ from flows.store_root import store_root
 from flows.store_tables import garbage_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME, Workspace
-from storage.collection import Garbage, collect, find_garbage, snapshots_to_keep
+from storage.collection import (
+    OLDER_THAN_HOURS,
+    Garbage,
+    collect,
+    find_garbage,
+    snapshots_to_keep,
+)
 from storage.store import Store
 
 
@@ -25,6 +34,8 @@ def gc_flow(
     keep: tuple[str, ...] = (),
     drop_unfinished: bool = False,
     release: tuple[str, ...] = (),
+    *,
+    older_than_hours: Annotated[float, Field(ge=0)] = OLDER_THAN_HOURS,
     delete: bool = False,
 ) -> Garbage:
     """List what nothing needs and, with `delete`, remove it. No generation may be running.
@@ -38,13 +49,21 @@ def gc_flow(
             another (`storage.collection.snapshots_to_keep`).
         drop_unfinished: also drop what plans that were never finished have made.
         release: runs for which nothing is kept any longer, because their folders are gone.
+        older_than_hours: what is younger stays, because another process may be about to name it.
         delete: remove it, rather than only saying what would go.
 
     """
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     opened = Store.open(store_root(store, space))
-    kept = snapshots_to_keep(opened, named=keep, released=release)
-    garbage = find_garbage(opened, keep=kept, keep_unfinished=not drop_unfinished)
+    kept = snapshots_to_keep(
+        opened, named=keep, released=release, older_than_hours=older_than_hours
+    )
+    garbage = find_garbage(
+        opened,
+        keep=kept,
+        keep_unfinished=not drop_unfinished,
+        older_than_hours=older_than_hours,
+    )
     for run in release if delete else ():
         opened.refs.release_all(run)
     if delete:

@@ -25,6 +25,7 @@ from storage.identity import PROFILES, LeftOut, StoreIdentity
 from storage.plan import PlannedSample, PlannedShard
 from storage.record import CommitRecord
 from storage.samples import last_needed
+from storage.shard import group_objects
 from storage.store import Store
 
 LAST_STATES = "last_hidden_state"
@@ -134,7 +135,7 @@ def _cost(identity: StoreIdentity, states: Sequence[HiddenStateSample]) -> Profi
         started = time.monotonic()
         record = store.write_shard(shard, map(to_stored, states))
         seconds = time.monotonic() - started
-    last_bytes = _last_bytes(record)
+        last_bytes = _last_bytes(store, record)
     return ProfileCost(
         bytes_per_token=(record.stored_bytes - last_bytes) / record.num_tokens,
         bytes_per_last_state=last_bytes / max(num_last_states(states), 1),
@@ -147,9 +148,10 @@ def num_last_states(samples: Sequence[TokenizedSample | HiddenStateSample]) -> i
     return sum(int(last_needed(sample.loss_mask).sum()) for sample in samples)
 
 
-def _last_bytes(record: CommitRecord) -> int:
-    objects = record.objects.items()
-    return sum(digest.num_bytes for key, digest in objects if key.startswith(LAST_STATES))
+def _last_bytes(store: Store, record: CommitRecord) -> int:
+    files = {key: store.root.read(f"shards/{record.shard_id}/{key}") for key in record.objects}
+    objects = group_objects(files, shard_id=record.shard_id).items()
+    return sum(len(data) for key, data in objects if key.startswith(LAST_STATES))
 
 
 def _identity(target: TargetModel, profile: str, leave_out: LeftOut | None) -> StoreIdentity:

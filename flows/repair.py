@@ -25,6 +25,7 @@ from flows.store_tables import repair_rows
 from flows.summaries import TokensSummary
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME
+from storage.errors import CorruptError
 from storage.plan import Plan, PlannedShard
 from storage.recompute import Recompute
 from storage.repair import damaged_shards
@@ -116,12 +117,24 @@ def _make_again(
     plan = Plan.of(shards)
     is_new = not opened.root.exists(f"plans/{plan.plan_id}.json")
     opened.save_plan(plan)  # before any record goes: it says what the shards held
+    damaged = [key for shard in shards for key in _data_keys(opened, shard)]
     for shard in shards:
         opened.revoke(shard.shard_id)
     work = MissingShards(plan_id=plan.plan_id, shards=plan.shards)
     make_shards(target, store, runner, tokens, opened.root.url, work)
+    for key in damaged:  # what was made again lies beside it
+        opened.root.delete(key)
     if is_new:
         opened.root.delete(f"plans/{plan.plan_id}.json")
+
+
+def _data_keys(opened: Store, shard: PlannedShard) -> Sequence[str]:
+    """Return where the data of a shard lies, as far as its record can tell."""
+    try:
+        record = opened.commit(shard.shard_id)
+    except CorruptError:
+        return ()
+    return [f"shards/{shard.shard_id}/{key}" for key in record.objects]
 
 
 def _left(

@@ -149,10 +149,13 @@ def _garbage(garbage: Garbage, root: str) -> str:
 
 
 def _amount(garbage: Garbage) -> str:
-    return (
-        f"{_count(len(garbage.shard_ids), 'shard')}, {human_bytes(garbage.num_bytes)}; "
-        f"{_count(len(garbage.snapshot_ids), 'snapshot')}, {_count(len(garbage.plan_ids), 'plan')}"
-    )
+    parts = [
+        f"{_count(len(garbage.shard_ids), 'shard')}, {human_bytes(garbage.num_bytes)}",
+        f"{_count(len(garbage.snapshot_ids), 'snapshot')}, {_count(len(garbage.plan_ids), 'plan')}",
+    ]
+    if garbage.leftovers:
+        parts.append(f"{_count(len(garbage.leftovers), 'object')} left behind by kills")
+    return "; ".join(parts)
 
 
 def verify_rows(summary: VerifySummary) -> list[Row]:
@@ -194,17 +197,22 @@ def garbage_rows(garbage: Garbage, kept: Mapping[str, str], *, deleted: bool) ->
         rows.append(("", "a run whose folder is gone is let go of by --release RUN"))
     if not kept:
         return [*rows, ("garbage", "nothing, while no snapshot tells what is needed")]
-    if not garbage:
-        return [*rows, ("garbage", "nothing")]
-    done = "deleted" if deleted else "to delete"
-    rows.append((f"{done}", _amount(garbage)))
+    if garbage:
+        rows.append(("deleted" if deleted else "to delete", _amount(garbage)))
+    else:
+        rows.append(("garbage", "nothing"))
     for name, ids in (
         ("snapshots", garbage.snapshot_ids),
         ("plans", garbage.plan_ids),
         ("shards", garbage.shard_ids),
+        ("left behind", garbage.leftovers),
     ):
         if ids:
             rows.append((f"  {name}", _listed(ids)))
+    if garbage.young_bytes:
+        amount = human_bytes(garbage.young_bytes)
+        cure = "--older-than 0 (in a flow: older_than_hours) takes it where no run is at work"
+        rows.append(("too young", f"{amount}, which nothing needs; {cure}"))
     return rows
 
 

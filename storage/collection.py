@@ -3,16 +3,26 @@
 What a plan has made is kept until a snapshot has its samples, complete or not, unless the caller
 gives the plan up. A damaged snapshot is dropped, and what it alone held counts as not published. A
 kill in the middle leaves what nothing plans or names; the next collection removes it.
+
+What is young is kept, too: another process may be about to name it. Attempts that no commit record
+names, and temporary files, are garbage once they are old: kills and rivals leave them behind.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from storage.errors import ConfigError, CorruptError
+from storage.directory import TEMPORARY_SUFFIX
+from storage.errors import ConfigError, CorruptError, ShardMissingError
+from storage.listing import Entry
 from storage.plan import Plan, PlannedShard
 from storage.snapshot import Snapshot
 from storage.store import Store
+
+OLDER_THAN_HOURS = 24.0
+"""Longer than any process takes from writing something to naming it, clocks that differ included.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,23 +32,31 @@ class Garbage:
     snapshot_ids: tuple[str, ...]
     plan_ids: tuple[str, ...]
     shard_ids: tuple[str, ...]
+    leftovers: tuple[str, ...]
+    """Keys, beside those of the shards above: what kills and rivals left."""
     num_bytes: int
+    young_bytes: int
+    """Of what nothing needs either, but is younger than the limit."""
 
     def __bool__(self) -> bool:
         """Tell whether there is any."""
-        return bool(self.snapshot_ids or self.plan_ids or self.shard_ids)
+        return bool(self.snapshot_ids or self.plan_ids or self.shard_ids or self.leftovers)
 
 
 def snapshots_to_keep(
-    store: Store, *, named: Collection[str] = (), released: Collection[str] = ()
+    store: Store,
+    *,
+    named: Collection[str] = (),
+    released: Collection[str] = (),
+    older_than_hours: float = OLDER_THAN_HOURS,
 ) -> Mapping[str, str]:
     """Return the snapshots to keep, each with why, the latest first.
 
-    With `named`, those and the latest are kept and no other. Otherwise these stay: the latest, each
-    that is a split of a data set by name, each that a run holds which has not ended, and every
-    other that is no earlier version of one of them: neither are more than half of its samples in
-    one of them, nor all of them in a larger one. One that is damaged and has no name is not kept.
-    What runs hold that are `released` is not kept for them.
+    With `named`, those, the latest and the young are kept and no other. Otherwise these stay: the
+    latest, each that is a split of a data set by name, each that a run holds which has not ended,
+    and every other that is no earlier version of one of them: neither are more than half of its
+    samples in one of them, nor all of them in a larger one. One that is damaged and has no name is
+    not kept. What runs hold that are `released` is not kept for them.
 
     Raises:
         ConfigError: nothing is held for one of these; says for whom.
@@ -49,8 +67,10 @@ def snapshots_to_keep(
     if not present:
         return {}
     latest = store.snapshot().snapshot_id
+    young = _young_snapshots(store, older_than_hours)
     if named:
-        return {latest: "the latest", **dict.fromkeys(sorted(set(named) - {latest}), "as asked")}
+        asked = dict.fromkeys(sorted(set(named) - {latest}), "as asked")
+        return {latest: "the latest", **(young | asked)}
     reasons, current = _named(store, latest, present, released)
     others: list[tuple[str, frozenset[bytes]]] = []
     for snapshot in _readable(store, [name for name in present if name not in reasons]):
@@ -61,7 +81,25 @@ def snapshots_to_keep(
     for snapshot_id, members in sorted(others, key=lambda other: -len(other[1])):
         if not any(members <= larger for _, larger in kept):
             kept.append((snapshot_id, members))
-    return reasons | dict.fromkeys(sorted(name for name, _ in kept), "no newer one has its data")
+    unique = dict.fromkeys(sorted(name for name, _ in kept), "no newer one has its data")
+    return reasons | (young | unique | reasons)
+
+
+def _young_snapshots(store: Store, older_than_hours: float) -> dict[str, str]:
+    """Return those that may have been published a moment ago, before they have a name."""
+    entries, is_old = store.root.entries("snapshots"), _is_older(older_than_hours)
+    why = f"younger than {older_than_hours:g} hours"
+    return {
+        name: why
+        for name in store.snapshot_ids()
+        if f"{name}.parquet" in entries and not is_old(entries[f"{name}.parquet"])
+    }
+
+
+def _is_older(hours: float) -> Callable[[Entry], bool]:
+    """Return what tells whether something was last written so long ago; after no time, all is."""
+    limit = time.time() - hours * 3600 if hours else float("inf")
+    return lambda entry: entry.modified <= limit
 
 
 def _named(
@@ -98,7 +136,13 @@ def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]
             yield store.snapshot(snapshot_id)
 
 
-def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool = True) -> Garbage:
+def find_garbage(
+    store: Store,
+    *,
+    keep: Collection[str],
+    keep_unfinished: bool = True,
+    older_than_hours: float = OLDER_THAN_HOURS,
+) -> Garbage:
     """Return what no snapshot of `keep`, and no plan that is still to be published, needs.
 
     Where there is no snapshot at all, that is nothing: it may be the snapshots that were lost.
@@ -115,7 +159,9 @@ def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool =
             f"{', '.join(present) or 'none'}"
         )
     if not present:
-        return Garbage(snapshot_ids=(), plan_ids=(), shard_ids=(), num_bytes=0)
+        return Garbage(
+            snapshot_ids=(), plan_ids=(), shard_ids=(), leftovers=(), num_bytes=0, young_bytes=0
+        )
     latest = store.snapshot().snapshot_id
     if latest not in kept:
         raise ConfigError(f"{latest} is the latest snapshot; keep it, or publish another first")
@@ -124,9 +170,18 @@ def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool =
     unfinished = _unfinished(store, plans, committed, present)
     if keep_unfinished:
         needed |= {s.shard_id for plan in plans if plan.plan_id in unfinished for s in plan.shards}
-    found = store.shard_sizes()
-    unneeded = sorted(found.keys() - needed)
-    gone = set(unneeded)
+    objects = _objects(store, committed)
+    is_old = _is_older(older_than_hours)
+    unneeded = objects.keys() - needed
+    gone = {name for name in unneeded if all(map(is_old, objects[name].values()))}
+    loose = _temporaries(store)
+    for name in objects.keys() & needed:
+        if name not in committed or len(objects[name]) > 1:
+            loose |= _unnamed(store, name, objects[name])
+    leftovers = {key: entry for key, entry in loose.items() if is_old(entry)}
+    removed = [*leftovers.values(), *(e for name in gone for e in objects[name].values())]
+    young = [entry for key, entry in loose.items() if key not in leftovers]
+    young += [entry for name in unneeded - gone for entry in objects[name].values()]
     return Garbage(
         snapshot_ids=tuple(snapshot_id for snapshot_id in present if snapshot_id not in kept),
         plan_ids=tuple(
@@ -135,9 +190,39 @@ def find_garbage(store: Store, *, keep: Collection[str], keep_unfinished: bool =
             if any(shard.shard_id in gone for shard in plan.shards)
             or (plan.plan_id in unfinished and not keep_unfinished)
         ),
-        shard_ids=tuple(unneeded),
-        num_bytes=sum(found[shard_id] for shard_id in unneeded),
+        shard_ids=tuple(sorted(gone)),
+        leftovers=tuple(sorted(leftovers)),
+        num_bytes=sum(entry.num_bytes for entry in removed),
+        young_bytes=sum(entry.num_bytes for entry in young),
     )
+
+
+def _objects(store: Store, committed: Collection[str]) -> Mapping[str, Mapping[str, Entry]]:
+    """Return by shard, committed or not, what lies below its folder, by key."""
+    found: dict[str, dict[str, Entry]] = {shard_id: {} for shard_id in committed}
+    for key, entry in store.root.entries("shards").items():
+        found.setdefault(key.partition("/")[0], {})[f"shards/{key}"] = entry
+    return found
+
+
+def _unnamed(store: Store, shard_id: str, objects: Mapping[str, Entry]) -> Mapping[str, Entry]:
+    """Return those objects of a shard that its commit record does not name: nothing reads them."""
+    try:
+        named = {f"shards/{shard_id}/{key}" for key in store.commit(shard_id).objects}
+    except ShardMissingError:
+        return objects
+    except CorruptError:  # a finding; until it is mended nobody can tell
+        return {}
+    return {key: entry for key, entry in objects.items() if key not in named}
+
+
+def _temporaries(store: Store) -> dict[str, Entry]:
+    return {
+        f"{prefix}/{key}": entry
+        for prefix in ("commits", "plans", "snapshots")
+        for key, entry in store.root.entries(prefix).items()
+        if key.endswith(TEMPORARY_SUFFIX)
+    }
 
 
 def _unfinished(
@@ -177,3 +262,5 @@ def collect(store: Store, garbage: Garbage) -> None:
     for shard_id in garbage.shard_ids:
         store.revoke(shard_id)
         store.root.delete_all(f"shards/{shard_id}")
+    for key in garbage.leftovers:
+        store.root.delete(key)

@@ -1,18 +1,21 @@
 """Named objects under one root, wherever the root is: a local path, `memory://` or `s3://`.
 
 Local writes are durable when the call returns: data is fsynced, and so is the directory that names
-it. `publish` makes an object appear whole or not at all. Other places get one PUT, which is that by
-itself. Failures become this package's errors; absence stays `FileNotFoundError`.
+it. `publish` and `create` make an object appear whole or not at all; of several that create one,
+one does. Other places get one PUT, which is that by itself. Nothing is locked: a disk of many
+machines is like any other. Failures become this package's errors; absence stays
+`FileNotFoundError`.
 """
 
 import errno
-import fcntl
+import io
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 import aiohttp
 import fsspec
@@ -26,7 +29,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
-from storage.listing import list_objects
+from storage.listing import Entry, list_objects
 from storage.memory import Allocate
 from storage.retry import retried
 from storage.server_answers import explained, lacks_reason
@@ -37,6 +40,9 @@ TEMPORARY_SUFFIX = ".tmp"
 S3_SCHEMES = ("s3://", "s3a://")
 UNUSABLE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
+RANGE_BYTES = 32 << 20
+"""Of a large object on a server, this many bytes are asked for at a time, all at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ class Directory:
 
     @property
     def is_local(self) -> bool:
-        """Tell whether objects are files that can be fsynced and locked."""
+        """Tell whether objects are files that can be fsynced."""
         return isinstance(self.file_system, LocalFileSystem)
 
     def path(self, key: str) -> str:
@@ -127,19 +133,36 @@ class Directory:
         self._attempted(keys[0], read_those_left)
         return {key: found[key] for key in keys}
 
-    def read_large(self, key: str, allocate: Allocate = np.empty) -> bytes | memoryview:
-        """Return an object's bytes like `read`, on a disk in memory of larger pages: faster."""
+    def read_large(
+        self, key: str, *, num_bytes: int, allocate: Allocate = np.empty
+    ) -> bytes | memoryview:
+        """Return an object's bytes like `read`, faster if it is large and has about `num_bytes`.
+
+        On a disk that is in memory of larger pages, from a server in parts side by side.
+        """
         if not self.is_local:
-            return self.read(key)
+            return self._read_parts(key, num_bytes)
         with self._translated(key), Path(self.path(key)).open("rb", buffering=0) as file:
             data = allocate((os.fstat(file.fileno()).st_size,), np.uint8)
             filled = 0
             while filled < len(data):  # a read may return less than it was asked for
-                num_bytes = file.readinto(data.data[filled:])
-                if not num_bytes:
+                found = file.readinto(data.data[filled:])
+                if not found:
                     raise FileNotFoundError(f"{self.where(key)} ended early: it is being rewritten")
-                filled += num_bytes
+                filled += found
             return data.data
+
+    def _read_parts(self, key: str, num_bytes: int) -> bytes:
+        if num_bytes <= RANGE_BYTES:
+            return self.read(key)
+        starts = list(range(0, num_bytes, RANGE_BYTES))
+        ends = [*starts[1:], None]  # the last goes to the end, wherever that is
+        paths = [self.path(key)] * len(starts)
+
+        def read_all() -> bytes:
+            return b"".join(self.file_system.cat_ranges(paths, starts, ends, on_error="raise"))
+
+        return self._attempted(key, read_all)
 
     def exists(self, key: str) -> bool:
         """Tell whether there is such an object."""
@@ -163,16 +186,13 @@ class Directory:
 
     def sizes(self, prefix: str) -> Mapping[str, int]:
         """Return the size of every object below `prefix`, by key relative to it."""
-        return {key: entry["size"] for key, entry in self._entries(prefix).items()}
+        return {key: entry.num_bytes for key, entry in self.entries(prefix).items()}
 
-    def tags(self, prefix: str) -> Mapping[str, str | None]:
-        """Return what `write` returned for the bytes of every object below `prefix`, by key."""
-        return {key: entry.get("ETag") for key, entry in self._entries(prefix).items()}
-
-    def _entries(self, prefix: str) -> Mapping[str, Mapping[str, Any]]:
+    def entries(self, prefix: str) -> Mapping[str, Entry]:
+        """Return what a listing tells of every object below `prefix`, by key relative to it."""
         base = self.path(prefix)
 
-        def find() -> Mapping[str, Mapping[str, Any]]:
+        def find() -> Mapping[str, Entry]:
             self.file_system.invalidate_cache()
             return list_objects(self.file_system, base)
 
@@ -186,53 +206,41 @@ class Directory:
             path[len(base) + 1 :]: entry for path, entry in sorted(found.items()) if path != base
         }
 
-    def write(self, key: str, data: bytes | memoryview) -> str | None:
-        """Write an object; it is durable once `flush` was called on a prefix of its key.
-
-        Return the tag by which the place tells these bytes from others, or None if it has none.
-        """
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        """Write an object; it is durable once `flush` was called on a prefix of its key."""
         if self.is_local:
             self._attempted(key, lambda: _write_file(Path(self.path(key)), data))
-            return None
-        return self._put(key, bytes(data), mode="overwrite")
+        else:
+            self._put(key, bytes(data), mode="overwrite")
 
     @contextmanager
-    def open(self, key: str) -> Iterator["Pieces"]:
+    def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
         """Write an object piece by piece; like `write` once the block has ended without an error.
 
         A failure leaves a part of a file, and nothing on an object store.
         """
         if not self.is_local:
-            pieces = _PiecesInMemory()
-            yield pieces
-            pieces.tag = self.write(key, b"".join(pieces.parts))
+            pieces = io.BytesIO()
+            yield pieces.write
+            self.write(key, pieces.getvalue())
             return
         with self._translated(key):
             path = Path(self.path(key))
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                yield _PiecesOfFile(file)
+                yield file.write
                 file.flush()
                 os.fsync(file.fileno())
 
-    def _put(self, key: str, data: bytes, *, mode: str) -> str | None:
+    def _put(self, key: str, data: bytes, *, mode: str) -> None:
         try:
-            answer = self._attempted(
+            self._attempted(
                 key, lambda: self.file_system.pipe_file(self.path(key), data, mode=mode)
             )
         except FileNotFoundError as error:
             raise ConfigError(
                 f"cannot write {self.where(key)}: {error}; make the bucket, or correct the path"
             ) from error
-        return answer.get("ETag") if isinstance(answer, Mapping) else None
-
-    def _create(self, key: str, data: bytes) -> None:
-        try:
-            self._put(key, data, mode="create")
-        except FileExistsError:
-            return
-        except ConfigError:  # a server without conditional writes; a plain one says what else it is
-            self.write(key, data)
 
     def flush(self, prefix: str) -> None:
         """Make the names of all objects below `prefix` durable, and those of its parents."""
@@ -244,26 +252,53 @@ class Directory:
                 _sync_directory(Path(directory))
             self._sync_parents(Path(self.path(prefix)))
 
-    def publish(self, key: str, data: bytes, *, replace: bool = True) -> None:
-        """Make an object appear, or replace it, atomically and durably.
-
-        With `replace=False`, an object that is there stays, whoever put it there first.
-        """
+    def publish(self, key: str, data: bytes) -> None:
+        """Make an object appear, or replace it, atomically and durably."""
         if not self.is_local:
-            if replace:
-                self.write(key, data)
-            elif not self.exists(key):
-                self._create(key, data)
+            self.write(key, data)
             return
-        parent = key.rpartition("/")[0]
-        with self._translated(key), self.exclusive(parent):
-            if not replace and self.exists(key):
-                return
+        with self._beside(key, data) as (temporary, path):
+            temporary.replace(path)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Make an object appear like `publish` unless it is there; return whether it was not.
+
+        Where neither links nor conditions are known, of two at the same moment the later stands.
+        """
+        if self.exists(key):
+            return False
+        if not self.is_local:
+            return self._create_on_server(key, data)
+        with self._beside(key, data) as (temporary, path):
+            try:
+                path.hardlink_to(temporary)  # a rename would replace
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                temporary.replace(path)
+        return True
+
+    def _create_on_server(self, key: str, data: bytes) -> bool:
+        try:
+            self._put(key, data, mode="create")
+        except FileExistsError:
+            return False
+        except ConfigError:  # a server without conditional writes; a plain one says what else it is
+            self.write(key, data)
+        return True
+
+    @contextmanager
+    def _beside(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+        """Write a file under a name of its own; the block gives it the other. Durable after it."""
+        with self._translated(key):
             path = Path(self.path(key))
-            temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+            unique = f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+            temporary = path.with_name(unique)
             try:
                 _write_file(temporary, data)
-                temporary.replace(path)
+                yield temporary, path
             finally:
                 temporary.unlink(missing_ok=True)  # gives its space back where the disk is full
             _sync_directory(path.parent)
@@ -298,26 +333,6 @@ class Directory:
             path = path.parent
         status = os.statvfs(path)
         return status.f_bavail * status.f_frsize
-
-    @contextmanager
-    def exclusive(self, prefix: str) -> Iterator[None]:
-        """Hold the one writer's place below `prefix` on this machine; a second writer waits.
-
-        The lock is on the directory itself: it leaves no file behind and goes with its process.
-        Elsewhere nobody is kept out; `storage.writer` says how writers still end in one shard.
-        """
-        if not self.is_local:
-            yield
-            return
-        path = Path(self.path(prefix))
-        with self._translated(prefix):
-            path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
     def _attempted(self, key: str, call: Callable[[], Result]) -> Result:
         def attempt() -> Result:
@@ -382,34 +397,6 @@ def _precondition_failed(error: OSError) -> bool:
         isinstance(cause, ClientError)
         and cause.response.get("Error", {}).get("Code") == "PreconditionFailed"
     )
-
-
-class Pieces(Protocol):
-    """An object in the making."""
-
-    tag: str | None
-    """What `write` would return; set when the object is whole."""
-
-    def write(self, data: bytes) -> None:
-        """Append `data`."""
-
-
-class _PiecesInMemory:
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.tag: str | None = None
-
-    def write(self, data: bytes) -> None:
-        self.parts.append(data)
-
-
-class _PiecesOfFile:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.tag: str | None = None
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
 
 
 def _raise(error: OSError) -> None:

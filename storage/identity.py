@@ -12,7 +12,9 @@ from storage.canonical import digest_json, seal, unseal
 from storage.errors import ConfigError, CorruptError, MismatchError
 
 FORMAT = "eyas-store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READ_VERSIONS = (2, 3)
+"""In a store of version 2 a shard is many objects; shards that are added to it are of version 3."""
 PROFILES = ("raw", "lossless", "int8", "int6", "int4")
 DEFAULT_PROFILE: Final = "lossless"
 NORM_CONVENTIONS = ("post_norm",)
@@ -174,10 +176,11 @@ class StoreIdentity:
 
 
 def require_format(document: Mapping[str, Any], *, what: str) -> None:
-    """Raise MismatchError unless `document` is of the one format version this code knows."""
-    found = (document.get("format", FORMAT), document.get("format_version"))
-    if found != (FORMAT, FORMAT_VERSION):
+    """Raise MismatchError unless `document` is of a format version that this code knows."""
+    found, version = document.get("format", FORMAT), document.get("format_version")
+    if found != FORMAT or version not in READ_VERSIONS:
+        known = " and ".join(map(str, READ_VERSIONS))
         raise MismatchError(
-            f"{what} is {found[0]} version {found[1]}, this release reads {FORMAT} version "
-            f"{FORMAT_VERSION}: read it with the release that wrote it"
+            f"{what} is {found} version {version}, this release reads {FORMAT} version {known}: "
+            "read it with the release that wrote it"
         )

@@ -6,16 +6,25 @@ one without shards, and all of it as garbage.
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-Entry = Mapping[str, Any]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What a listing tells of an object."""
+
+    num_bytes: int
+    modified: float
+    """When it was written, in seconds since 1970 by the clock of the place."""
 
 
 def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[str, Entry]:
-    """Return the objects below `base` by path: `size` of each, and what else the place tells.
+    """Return the objects below `base` by path.
 
     Nothing is below a folder that is not there, nor below a file. What vanishes meanwhile is left
     out, and so is a link that leads nowhere.
@@ -27,8 +36,8 @@ def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[s
     if isinstance(file_system, LocalFileSystem):
         return dict(_on_disk(base))
     if "s3" in file_system.protocol:  # one listing for the whole tree, a thousand objects a page
-        found: Mapping[str, Entry] = file_system.find(base, detail=True)
-        return found
+        found = file_system.find(base, detail=True)
+        return {path: _entry(told) for path, told in found.items()}
     return dict(_by_folder(file_system, base))
 
 
@@ -48,7 +57,7 @@ def _on_disk(folder: str) -> Iterator[tuple[str, Entry]]:
             if isinstance(error, FileNotFoundError) or entry.is_symlink():
                 continue
             raise
-        yield entry.path, {"size": status.st_size}
+        yield entry.path, Entry(num_bytes=status.st_size, modified=status.st_mtime)
 
 
 def _by_folder(file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[tuple[str, Entry]]:
@@ -59,6 +68,12 @@ def _by_folder(file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[
     for entry in entries:
         path = entry["name"].rstrip("/")
         if entry["type"] != "directory":
-            yield path, entry
+            yield path, _entry(entry)
         elif path != folder.rstrip("/"):  # a server may list the folder itself
             yield from _by_folder(file_system, path)
+
+
+def _entry(told: Mapping[str, Any]) -> Entry:
+    written = told.get("LastModified") or told.get("created") or told.get("mtime")
+    seconds = written.timestamp() if isinstance(written, datetime) else written
+    return Entry(num_bytes=told["size"], modified=seconds or 0.0)

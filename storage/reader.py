@@ -208,9 +208,11 @@ def _read_object(
     try:
         path = f"shards/{record.shard_id}/{key}"
         if cache is None:
-            data = root.read_large(path, allocate)
+            data = root.read_large(path, num_bytes=expected.num_bytes, allocate=allocate)
         else:
-            data = cache.fetch(expected, lambda: root.read(path))
+            data = cache.fetch(
+                expected, lambda: bytes(root.read_large(path, num_bytes=expected.num_bytes))
+            )
     except FileNotFoundError as error:
         raise ShardMissingError(f"{where} is missing, committed {expected}; {REPAIR}") from error
     found = ObjectDigest.of(data)

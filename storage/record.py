@@ -69,6 +69,8 @@ class CommitRecord:
     """Object key, relative to the shard, to what its bytes must be."""
     probe: tuple[ProbePoint, ...]
     """What the target itself said at some positions; empty if nobody asked it."""
+    format_version: int = FORMAT_VERSION
+    """2: `objects` are those of the Zarr group; 3: they are in one ZIP file, named by attempt."""
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +90,7 @@ class CommitRecord:
     def to_json(self) -> bytes:
         """Serialise as the content of `commits/<shard_id>.json`."""
         document = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "shard_id": self.shard_id,
             "identity_id": self.identity_id,
             "sample_ids": list(self.sample_ids),
@@ -145,4 +147,5 @@ class CommitRecord:
                 for key, (num_bytes, xxh3_128) in document["objects"].items()
             },
             probe=tuple(ProbePoint.of_document(point) for point in document["probe"]),
+            format_version=document["format_version"],
         )

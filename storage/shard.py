@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from storage import packed
 from storage.arrays import OpenObject, load_arrays, write_small
 from storage.canonical import canonical_json
 from storage.errors import ShardCorruptError
@@ -114,8 +115,11 @@ def decode_shard(
     identity: StoreIdentity,
     allocate: Allocate = np.empty,
 ) -> DecodedShard:
-    """Decode objects whose digests were checked; raise ShardCorruptError if they do not fit."""
-    stored = load_arrays(objects, what=f"shard {shard_id}")
+    """Decode objects whose digests were checked; raise ShardCorruptError if they do not fit.
+
+    They are those that the record names: the objects of the group, or one file that has them all.
+    """
+    stored = load_arrays(group_objects(objects, shard_id=shard_id), what=f"shard {shard_id}")
     try:
         offsets = stored["offsets"].whole().astype(np.int64)
         arrays = {name: stored[name].whole().astype(kind) for name, kind in TOKEN_ARRAYS.items()}
@@ -149,6 +153,26 @@ def decode_shard(
         arrays=arrays,
         last_offsets=last_offsets,
     )
+
+
+def group_objects(
+    objects: Mapping[str, bytes | memoryview], *, shard_id: str
+) -> Mapping[str, bytes | memoryview]:
+    """Return the objects of a shard's Zarr group from what its record names.
+
+    Raises:
+        ShardCorruptError: they are to be in one file, and it is none.
+
+    """
+    key = next(iter(objects), "")
+    if not key.endswith(packed.SUFFIX):
+        return objects
+    try:
+        return packed.unpacked(objects[key])
+    except ValueError as error:
+        raise ShardCorruptError(
+            f"shard {shard_id} does not unpack: {error}; regenerate the shard: eyas repair"
+        ) from error
 
 
 def _token_arrays(

@@ -43,7 +43,7 @@ class Store:
     def create(cls, root: str, identity: StoreIdentity) -> "Store":
         """Make a store, or open the one that is there; MismatchError if it holds other states."""
         directory = Directory.at(root)
-        directory.publish(IDENTITY_KEY, identity.to_json(), replace=False)
+        directory.create(IDENTITY_KEY, identity.to_json())
         store = cls.open(root)
         store.identity.require_equal(identity, where=f"the store at {directory.url}")
         return store
@@ -177,12 +177,13 @@ class Store:
         """Write a shard and commit it; return the record of one that is validly committed already.
 
         `samples` may come in any order and is consumed only if the shard has to be written; `probe`
-        is read after that. With `recompute`, the stored bytes must say what the probe holds before
-        the shard is committed: a kill in between leaves no shard. Neither does a failure. Several
-        may write the same shard at the same time.
+        is read after that. The stored bytes are read back before the shard is committed and, with
+        `recompute`, must say what the probe holds: a kill in between leaves no shard. Neither does
+        a failure. Several may write the same shard at the same time, on any machines.
 
         Raises:
-            ShardCorruptError: the stored bytes do not say what the target said.
+            ShardCorruptError: the stored bytes are not those written, or do not say what the target
+                said.
 
         """
         return self._writer.write(shard, samples, () if probe is None else probe, recompute)

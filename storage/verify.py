@@ -65,7 +65,7 @@ def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
 
 def read_objects(
     root: Directory, record: CommitRecord
-) -> tuple[Mapping[str, bytes], Sequence[Finding]]:
+) -> tuple[Mapping[str, bytes | memoryview], Sequence[Finding]]:
     """Return a shard's objects, and what is wrong with their bytes: one reading for both."""
     read = list(_read_each(root, record))
     objects = {key: data for key, data, _ in read}
@@ -74,11 +74,12 @@ def read_objects(
 
 def _read_each(
     root: Directory, record: CommitRecord
-) -> Iterator[tuple[str, bytes, Finding | None]]:
+) -> Iterator[tuple[str, bytes | memoryview, Finding | None]]:
     """Yield the key and bytes of every object, and what is wrong with them."""
     for key, expected in record.objects.items():
         try:
-            data = root.read(f"shards/{record.shard_id}/{key}")
+            path = f"shards/{record.shard_id}/{key}"
+            data = root.read_large(path, num_bytes=expected.num_bytes)
         except FileNotFoundError:
             problem = f"is missing, committed {expected}"
             yield key, b"", shard_finding(record.shard_id, key, problem)
@@ -108,7 +109,7 @@ def check_states(
 
 def check_meaning(
     record: CommitRecord,
-    objects: Mapping[str, bytes],
+    objects: Mapping[str, bytes | memoryview],
     identity: StoreIdentity,
     recompute: Recompute,
     *,
@@ -120,7 +121,7 @@ def check_meaning(
     try:
         samples = _probed_samples(record, objects, identity)
     except CorruptError as error:  # its bytes are the committed ones, but they are no shard
-        yield shard_finding(record.shard_id, "zarr.json", str(error))
+        yield shard_finding(record.shard_id, min(record.objects), str(error))
         return
     states_array = "last_hidden_state" if identity.left_out is None else "aux_hidden_states"
     completed = {sample_id: recompute.complete(sample) for sample_id, sample in samples.items()}
@@ -129,7 +130,7 @@ def check_meaning(
 
 
 def _probed_samples(
-    record: CommitRecord, objects: Mapping[str, bytes], identity: StoreIdentity
+    record: CommitRecord, objects: Mapping[str, bytes | memoryview], identity: StoreIdentity
 ) -> Mapping[str, StoredSample]:
     shard = decode_shard(record.shard_id, objects, sample_ids=record.sample_ids, identity=identity)
     probed = {point.sample_id for point in record.probe}

@@ -10,7 +10,14 @@ import pytest
 
 from storage.store import Store
 from tests.deployments.terminal import ROOT, eyas_here
-from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
+from tests.storage.synthetic import (
+    data_key,
+    fill,
+    make_identity,
+    make_samples,
+    planned,
+    tree_digests,
+)
 from tests.waiting import LIMIT_SECONDS
 
 SAMPLES = make_samples(12)
@@ -92,7 +99,7 @@ def test_verify_of_a_sound_store_ends_well(store: Store) -> None:
 
 def test_verify_names_shard_object_finding_and_remedy_and_fails(store: Store) -> None:
     shard = store.shard_ids()[1]
-    key = f"shards/{shard}/zarr.json"
+    key = data_key(store, shard)
     path = Path(store.root.path(key))
     path.write_bytes(path.read_bytes()[:-1] + b" ")
     assert eyas_here("verify", store.root.root).returncode == 0  # the size is right
@@ -110,14 +117,14 @@ def test_verify_names_shard_object_finding_and_remedy_and_fails(store: Store) ->
 @pytest.mark.slow
 def test_gc_shows_and_deletes_only_with_yes(store: Store) -> None:
     before = tree_digests(store)
-    shown = without_torch("gc", store.root.root)
+    shown = without_torch("gc", store.root.root, "--older-than", "0")
     assert shown.returncode == 0, shown.stderr
     assert tree_digests(store) == before
     assert "nothing was deleted; to delete it, add --yes" in shown.stdout
     gone = [line.split("│")[2].strip() for line in shown.stdout.splitlines() if "│" in line]
     assert set(gone) & set(store.shard_ids())
 
-    deleted = eyas_here("gc", store.root.root, "--yes")
+    deleted = eyas_here("gc", store.root.root, "--older-than", "0", "--yes")
     assert deleted.returncode == 0, deleted.stderr
     assert not set(gone) & set(store.shard_ids())
     assert len(store.snapshot_ids()) == 2
@@ -131,7 +138,9 @@ def test_gc_shows_and_deletes_only_with_yes(store: Store) -> None:
 
 def test_gc_keeps_the_named_and_drops_the_unfinished(store: Store) -> None:
     latest = store.snapshot().snapshot_id
-    ended = eyas_here("gc", store.root.root, "--keep", latest, "--drop-unfinished", "--yes")
+    ended = eyas_here(
+        "gc", store.root.root, "--keep", latest, "--older-than", "0", "--drop-unfinished", "--yes"
+    )
     assert ended.returncode == 0, ended.stderr
     assert store.snapshot_ids() == [latest]
     assert store.pending_plan() is None

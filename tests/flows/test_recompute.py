@@ -26,6 +26,7 @@ from storage.probe import NUM_POINTS
 from storage.store import Store
 from tests.flows.outspoken import write_scaling_target
 from tests.flows.trees import digests
+from tests.storage.synthetic import data_key
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -144,7 +145,7 @@ def test_records_hold_what_is_left_out_and_a_repair_gives_the_same_bytes(
         assert all(len(point.left_out) == 16 for point in record.probe)
     before = digests(Path(made.root.root))
     shard_id = made.shard_ids()[0]
-    (Path(made.root.root) / "shards" / shard_id / "loss_mask" / "c.0").write_bytes(b"damaged")
+    (Path(made.root.root) / data_key(made, shard_id)).write_bytes(b"damaged")
     summary = repair_flow(target=target, dataset=dataset, store=RECOMPUTE, home=str(home))
     assert summary.remade == (shard_id,)
     assert summary.left == ()

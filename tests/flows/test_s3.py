@@ -21,6 +21,7 @@ from storage.errors import ConfigError
 from storage.store import Store
 from tests.flows.trees import digests
 from tests.storage.seaweed import BUCKET, seaweed
+from tests.storage.synthetic import data_key, nameless_commits
 
 pytestmark = [pytest.mark.server, pytest.mark.s3, pytest.mark.usefixtures("prefect_server")]
 
@@ -46,7 +47,7 @@ def test_a_store_on_s3_holds_and_teaches_the_same(
         assert there.snapshot_id == here.snapshot_id
         stored = Store.open(there.store_root)
         assert stored.verify(deep=True) == []
-        assert stored.commits() == Store.open(here.store_root).commits()
+        assert nameless_commits(stored) == nameless_commits(Store.open(here.store_root))
         losses = [
             train_flow(
                 target=target,
@@ -60,14 +61,14 @@ def test_a_store_on_s3_holds_and_teaches_the_same(
         ]
         assert losses[0] == losses[1]
         cached = digests(tmp_path / "cache" / "objects")
-        assert len(cached) > 20
+        assert len(cached) > 2
         used = sum(path.stat().st_size for path in (tmp_path / "cache" / "objects").iterdir())
         assert 0 < used <= remote.cache_bytes
         damaged = stored.shard_ids()[0]
-        stored.root.write(f"shards/{damaged}/input_ids/c.0", b"damaged")
+        stored.root.write(data_key(stored, damaged), b"damaged")
         repaired = repair_flow(target=target, dataset=dataset, store=remote, home=str(tmp_path))
         assert repaired.remade == (damaged,)
-        assert stored.commits() == Store.open(here.store_root).commits()
+        assert nameless_commits(stored) == nameless_commits(Store.open(here.store_root))
         assert stored.verify(deep=True) == []
         assert str(remote.root) in caplog.text, "the log was listened to"
         assert server.secret_key not in caplog.text

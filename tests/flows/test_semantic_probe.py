@@ -136,24 +136,6 @@ def test_wrong_states_are_never_committed(
     assert shard_id not in made.shard_ids()
 
 
-def test_wrong_states_that_were_committed_unchecked_are_taken_back(
-    made: Store, tmp_path: Path, outspoken: TargetConfig
-) -> None:
-    """By a version that committed first and was killed before it checked."""
-    target = TargetModel.load(outspoken)
-    recompute = TargetRecompute(target.lm_head_weight, None)
-    shard_id = made.shard_ids()[1]
-    _store_again(made, shard_id, tmp_path, target, _of_another_layer)
-    assert made.verify(deep=True) == []  # every byte is as committed
-    record = made.commit(shard_id)
-    shard = PlannedShard(
-        shard_id=shard_id, sample_ids=record.sample_ids, num_tokens=record.num_tokens
-    )
-    with pytest.raises(ShardCorruptError, match="not committed"):
-        made.write_shard(shard, (), probe=record.probe, recompute=recompute)
-    assert shard_id not in made.shard_ids()
-
-
 def test_training_refuses_a_store_that_does_not_say_what_the_target_said(
     made: Store, tmp_path: Path, outspoken: TargetConfig, dataset: DatasetConfig
 ) -> None:

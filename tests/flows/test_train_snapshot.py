@@ -87,7 +87,14 @@ class _Data:
                 self.train(**how)
 
     def gc(self) -> None:
-        gc_flow(self.target, self.dataset(), self.config, home=str(self.home), delete=True)
+        gc_flow(
+            self.target,
+            self.dataset(),
+            self.config,
+            home=str(self.home),
+            older_than_hours=0,
+            delete=True,
+        )
 
     def train(
         self,
@@ -227,9 +234,9 @@ def test_a_run_holds_for_itself_alone(
     data.train()
     (run,) = {run for run, _ in data.store.refs.held()}
     assert run.startswith("tiny-grows-main.")
-    assert old.snapshot_id in snapshots_to_keep(data.store)
+    assert old.snapshot_id in snapshots_to_keep(data.store, older_than_hours=0)
     with pytest.raises(storage.errors.ConfigError, match=f"for run gone; it does for: {run}"):
-        snapshots_to_keep(data.store, released=["gone"])
+        snapshots_to_keep(data.store, released=["gone"], older_than_hours=0)
     gc_flow(target, data.dataset(), data.config, home=str(data.home), release=(run,))
     assert data.store.refs.held(), "nothing goes unasked"
     gc_flow(target, data.dataset(), data.config, home=str(data.home), release=(run,), delete=True)

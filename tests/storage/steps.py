@@ -1,10 +1,13 @@
 """A directory whose every operation can be watched, ordered or cut off."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from storage.directory import Directory
+from storage.listing import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +27,45 @@ class SteppedDirectory(Directory):
         with self.step(f"read {key}"):
             return Directory.read(self, key)
 
-    def tags(self, prefix: str) -> Mapping[str, str | None]:
-        with self.step(f"tags {prefix}"):
-            return Directory.tags(self, prefix)
+    def read_large(self, key: str, **options: Any) -> bytes | memoryview:
+        if not self.is_local:
+            return Directory.read_large(self, key, **options)
+        with self.step(f"read {key}"):
+            return Directory.read_large(self, key, **options)
 
-    def sizes(self, prefix: str) -> Mapping[str, int]:
-        with self.step(f"sizes {prefix}"):
-            return Directory.sizes(self, prefix)
+    def exists(self, key: str) -> bool:
+        with self.step(f"exists {key}"):
+            return Directory.exists(self, key)
 
-    def write(self, key: str, data: bytes | memoryview) -> str | None:
+    def entries(self, prefix: str) -> Mapping[str, Entry]:
+        with self.step(f"entries {prefix}"):
+            return Directory.entries(self, prefix)
+
+    def write(self, key: str, data: bytes | memoryview) -> None:
         with self.step(f"write {key}"):
-            return Directory.write(self, key, data)
+            Directory.write(self, key, data)
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
+        if not self.is_local:
+            with Directory.open(self, key) as write:
+                yield write
+            return
+        with self.step(f"open {key}"):
+            pass
+        with Directory.open(self, key) as write:
+            yield write
+        with self.step(f"write {key}"):
+            pass
+
+    def _create_on_server(self, key: str, data: bytes) -> bool:
+        with self.step(f"create {key}"):
+            return Directory._create_on_server(self, key, data)
+
+    @contextmanager
+    def _beside(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+        with Directory._beside(self, key, data) as names, self.step(f"name {key}"):
+            yield names
 
     def delete(self, key: str) -> None:
         with self.step(f"delete {key}"):

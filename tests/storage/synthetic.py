@@ -1,14 +1,20 @@
 """Small stores with states that look like a model's: heavy-tailed channels, no two rows alike."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
+from storage import packed
 from storage.canonical import digest_bytes
+from storage.collection import collect, find_garbage
+from storage.errors import CorruptError
 from storage.identity import StoreIdentity
 from storage.plan import PlannedSample
+from storage.record import CommitRecord
 from storage.samples import StoredSample, content_id
+from storage.shard import group_objects
 from storage.store import Store
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 1000
@@ -73,9 +79,62 @@ def make_identity(**changes: object) -> StoreIdentity:
 
 
 def tree_digests(store: Store) -> dict[str, str]:
-    """Return the digest of every object below the store's root, by key."""
+    """Return the digest of every object below the store's root, by key.
+
+    Every attempt at a shard has a name of its own. That of one that is committed is left out, so
+    that two stores of the same shards have the same digests.
+    """
     root = store.root
-    return {key: digest_bytes(root.read(key)) for key in root.sizes("")}
+    found = {key: digest_bytes(root.read(key)) for key in root.sizes("")}
+    for shard_id in store.shard_ids():
+        try:
+            record = store.commit(shard_id)
+        except CorruptError:
+            continue
+        names = {f"shards/{shard_id}/{key}": f"shards/{shard_id}/data" for key in record.objects}
+        found = {names.get(key, key): digest for key, digest in found.items()}
+        found[f"commits/{shard_id}.json"] = digest_bytes(nameless(record).to_json())
+    return found
+
+
+def nameless(record: CommitRecord) -> CommitRecord:
+    """Return a record without the name of the attempt, which no two have in common."""
+    (digest,) = record.objects.values()
+    return replace(record, objects={"data": digest})
+
+
+def nameless_commits(store: Store) -> dict[str, CommitRecord]:
+    """Return what a store has committed, to be compared with another store."""
+    return {shard_id: nameless(record) for shard_id, record in store.commits().items()}
+
+
+def data_key(store: Store, shard_id: str) -> str:
+    """Return the key of the file that holds a shard."""
+    (key,) = store.commit(shard_id).objects
+    return f"shards/{shard_id}/{key}"
+
+
+def zarr_objects(store: Store, shard_id: str) -> Mapping[str, bytes | memoryview]:
+    """Return the objects of a shard's Zarr group by key."""
+    objects = {data_key(store, shard_id): store.root.read(data_key(store, shard_id))}
+    return group_objects(objects, shard_id=shard_id)
+
+
+def change_inside(data: bytes, name: str, how: Callable[[bytes], bytes]) -> bytes:
+    """Return the file of a shard with other bytes, as many, in one object of its Zarr group."""
+    inside = bytes(packed.unpacked(data)[name])
+    at = data.index(inside)
+    assert data.count(inside) == 1
+    assert len(how(inside)) == len(inside)
+    return data[:at] + how(inside) + data[at + len(inside) :]
+
+
+def drop_leftovers(store: Store) -> None:
+    """Collect what kills and rivals left, as the command does; snapshots and shards stay."""
+    garbage = find_garbage(store, keep=store.snapshot_ids(), older_than_hours=0)
+    assert not garbage.snapshot_ids
+    assert not garbage.shard_ids
+    collect(store, garbage)
 
 
 class ObjectsInMemory:

@@ -13,7 +13,7 @@ from storage.cache import ObjectCache
 from storage.errors import ConfigError, OutOfSpaceError, ShardCorruptError
 from storage.record import ObjectDigest
 from storage.store import Store
-from tests.storage.synthetic import fill, make_identity, make_samples
+from tests.storage.synthetic import data_key, fill, make_identity, make_samples
 
 FILLER = """
 import sys
@@ -125,13 +125,14 @@ def test_bad_remote_bytes_are_neither_kept_nor_served(root: str, tmp_path: Path)
     fill(store, samples, shard_tokens=10**6)
     snapshot = store.publish([sample.sample_id for sample in samples])
     (record,) = store.commits().values()
-    key = f"shards/{record.shard_id}/target_logsumexp/c.0"
+    key = data_key(store, record.shard_id)
     whole = store.root.read(key)
     store.root.write(key, whole[:-1] + bytes([whole[-1] ^ 1]))
     cache = ObjectCache(folder=tmp_path / "cache", limit_bytes=10**9)
     with pytest.raises(ShardCorruptError, match="eyas repair"):
         store.reader(snapshot, object_cache=cache).fetch(0)
-    assert not (cache.folder / record.objects["target_logsumexp/c.0"].xxh3_128).exists()
+    (digest,) = record.objects.values()
+    assert not (cache.folder / digest.xxh3_128).exists()
     store.root.write(key, whole)
     assert store.reader(snapshot, object_cache=cache).fetch(0).sample_id in record.sample_ids
 

@@ -9,7 +9,14 @@ from storage.errors import ConfigError
 from storage.repair import damaged_shards
 from storage.samples import StoredSample
 from storage.store import Store
-from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
+from tests.storage.synthetic import (
+    data_key,
+    fill,
+    make_identity,
+    make_samples,
+    planned,
+    tree_digests,
+)
 
 
 def test_drops_only_what_nothing_needs(filled: Store, samples: list[StoredSample]) -> None:
@@ -17,11 +24,11 @@ def test_drops_only_what_nothing_needs(filled: Store, samples: list[StoredSample
     few = [sample.sample_id for sample in samples[:3]]
     latest = filled.publish(few)
     with pytest.raises(ConfigError, match="is the latest snapshot"):
-        find_garbage(filled, keep=[old.snapshot_id])
+        find_garbage(filled, keep=[old.snapshot_id], older_than_hours=0)
     with pytest.raises(ConfigError, match="has no snapshot feed"):
-        find_garbage(filled, keep=["feed"])
-    assert find_garbage(filled, keep=filled.snapshot_ids()).shard_ids == ()
-    garbage = find_garbage(filled, keep=[latest.snapshot_id])
+        find_garbage(filled, keep=["feed"], older_than_hours=0)
+    assert find_garbage(filled, keep=filled.snapshot_ids(), older_than_hours=0).shard_ids == ()
+    garbage = find_garbage(filled, keep=[latest.snapshot_id], older_than_hours=0)
     assert garbage.snapshot_ids == (old.snapshot_id,)
     assert set(garbage.shard_ids) == filled.commits().keys() - set(latest.shard_ids)
     collect(filled, garbage)
@@ -37,7 +44,7 @@ def test_keeps_what_an_unfinished_plan_has_made(filled: Store) -> None:
     plan = filled.plan(planned(more), shard_tokens=60)
     by_id = {sample.sample_id: sample for sample in more}
     filled.write_shard(plan.shards[0], [by_id[i] for i in plan.shards[0].sample_ids])
-    assert find_garbage(filled, keep=filled.snapshot_ids()).shard_ids == ()
+    assert find_garbage(filled, keep=filled.snapshot_ids(), older_than_hours=0).shard_ids == ()
 
 
 def test_keeps_a_finished_plan_until_it_is_published(tmp_path: Path) -> None:
@@ -45,15 +52,19 @@ def test_keeps_a_finished_plan_until_it_is_published(tmp_path: Path) -> None:
     store = Store.create(str(tmp_path / "s"), make_identity())
     first, more = make_samples(6, seed=1), make_samples(6, seed=8)
     fill(store, first, shard_tokens=60)
-    assert not find_garbage(store, keep=[])
+    assert not find_garbage(store, keep=[], older_than_hours=0)
     old = store.publish([sample.sample_id for sample in first])
     fill(store, more, shard_tokens=60)
-    assert not find_garbage(store, keep=[old.snapshot_id])
-    given_up = find_garbage(store, keep=[old.snapshot_id], keep_unfinished=False)
+    assert not find_garbage(store, keep=[old.snapshot_id], older_than_hours=0)
+    given_up = find_garbage(
+        store, keep=[old.snapshot_id], keep_unfinished=False, older_than_hours=0
+    )
     assert set(given_up.shard_ids) == set(store.shard_ids()) - set(old.shard_ids)
 
     new = store.publish([sample.sample_id for sample in more])
-    assert set(find_garbage(store, keep=[new.snapshot_id]).shard_ids) == set(old.shard_ids)
+    assert set(find_garbage(store, keep=[new.snapshot_id], older_than_hours=0).shard_ids) == set(
+        old.shard_ids
+    )
 
 
 def test_a_damaged_snapshot_goes_and_its_shards_stay(filled: Store) -> None:
@@ -63,13 +74,15 @@ def test_a_damaged_snapshot_goes_and_its_shards_stay(filled: Store) -> None:
     latest = filled.publish([sample.sample_id for sample in more])
     path = Path(filled.root.root) / "snapshots" / f"{old.snapshot_id}.parquet"
     path.write_bytes(path.read_bytes()[:-40])
-    kept = snapshots_to_keep(filled)
+    kept = snapshots_to_keep(filled, older_than_hours=0)
     assert list(kept) == [latest.snapshot_id]
-    garbage = find_garbage(filled, keep=kept)
+    garbage = find_garbage(filled, keep=kept, older_than_hours=0)
     assert (garbage.snapshot_ids, garbage.shard_ids) == ((old.snapshot_id,), ())
     collect(filled, garbage)
     assert filled.verify(deep=True) == []
-    assert not find_garbage(filled, keep=kept)  # to be published again by its own recipe
+    assert not find_garbage(
+        filled, keep=kept, older_than_hours=0
+    )  # to be published again by its own recipe
 
 
 @pytest.mark.parametrize("source", ["record", "plan", "snapshot"])
@@ -79,7 +92,7 @@ def test_repair_remakes_the_same_shard(
     root = Path(filled.root.root)
     record = next(iter(filled.commits().values()))
     whole = tree_digests(filled)
-    (root / "shards" / record.shard_id / "zarr.json").unlink()
+    (root / data_key(filled, record.shard_id)).unlink()
     if source != "record":
         (root / "commits" / f"{record.shard_id}.json").write_bytes(b"{}")
     if source == "snapshot":
@@ -117,9 +130,9 @@ def test_a_shard_that_stays_is_still_planned(tmp_path: Path) -> None:
     fill(store, samples, shard_tokens=24)
     store.publish([sample.sample_id for sample in samples])
     part = store.publish([samples[0].sample_id])
-    collect(store, find_garbage(store, keep=[part.snapshot_id]))
+    collect(store, find_garbage(store, keep=[part.snapshot_id], older_than_hours=0))
     (shard_id,) = part.shard_ids
     store.root.write(f"commits/{shard_id}.json", b"{}")
     (shard,) = damaged_shards(store, store.verify(deep=True))
     assert shard.shard_id == shard_id
-    assert find_garbage(store, keep=[part.snapshot_id]).plan_ids == ()
+    assert find_garbage(store, keep=[part.snapshot_id], older_than_hours=0).plan_ids == ()

@@ -1,14 +1,15 @@
-"""Damage to every single object of a shard is found, named, never read, and repaired."""
+"""Damage to the data or the record of a shard is found, named, never read, and repaired."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.errors import CorruptError
 from storage.samples import StoredSample
 from storage.store import Store
-from tests.storage.synthetic import fill, tree_digests
+from tests.storage.synthetic import drop_leftovers, fill, tree_digests
 
 
 def flip(path: Path) -> None:
@@ -53,7 +54,8 @@ def test_damage_is_found_read_and_repaired(
 ) -> None:
     healthy = tree_digests(filled)
     read_all(filled)
-    for path in object_paths(filled):
+    for number in range(len(object_paths(filled))):
+        path = object_paths(filled)[number]
         damage(path)
         findings = filled.verify(deep=True)
         key = path.relative_to(filled.root.root).as_posix()
@@ -66,6 +68,7 @@ def test_damage_is_found_read_and_repaired(
             assert finding.shard_id
             filled.revoke(finding.shard_id)
         fill(filled, samples)
+        drop_leftovers(filled)
         assert tree_digests(filled) == healthy
 
 
@@ -81,16 +84,25 @@ def test_damaged_snapshot_is_found(filled: Store) -> None:
     assert [finding.shard_id for finding in filled.verify(deep=False)] == [None]
 
 
-def test_stale_temporaries_are_ignored_and_leftovers_swept(
+def test_what_kills_leave_behind_is_ignored_until_it_is_collected(
     filled: Store, samples: list[StoredSample]
 ) -> None:
     whole = tree_digests(filled)
     root = Path(filled.root.root)
     record = next(iter(filled.commits().values()))
-    stale = root / "commits" / f"{record.shard_id}.json.tmp"
-    stale.write_bytes(b"half a rec")
+    (root / "commits" / f"{record.shard_id}.json.0a1b2c3d.tmp").write_bytes(b"half a rec")
+    (root / "shards" / record.shard_id / "0123456789abcdef.zarr.zip").write_bytes(b"half")
     assert filled.verify(deep=True) == []
     filled.revoke(record.shard_id)
-    (root / "shards" / record.shard_id / "left-behind").write_bytes(b"x")
     fill(filled, samples)
+    assert filled.verify(deep=True) == []
+    keep = snapshots_to_keep(filled)
+    young = find_garbage(filled, keep=keep)
+    assert not young
+    stored_bytes = record.stored_bytes
+    assert young.young_bytes == len(b"half a rec") + len(b"half") + stored_bytes
+    old = find_garbage(filled, keep=keep, older_than_hours=0)
+    assert (old.shard_ids, old.num_bytes, old.young_bytes) == ((), young.young_bytes, 0)
+    assert len(old.leftovers) == 3
+    collect(filled, old)
     assert tree_digests(filled) == whole

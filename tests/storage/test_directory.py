@@ -2,7 +2,9 @@
 
 import errno
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ def test_who_looks_during_a_publication_sees_the_old_or_the_new(tmp_path: Path) 
 def test_an_object_that_is_there_stays_unless_it_is_to_be_replaced(root: str) -> None:
     directory = Directory.at(root)
     assert not directory.exists("key")
-    directory.publish("key", b"first", replace=False)
-    directory.publish("key", b"second", replace=False)
+    assert directory.create("key", b"first")
+    assert not directory.create("key", b"second")
     assert directory.read("key") == b"first"
     directory.publish("key", b"third")
     assert directory.read("key") == b"third"
@@ -56,11 +58,53 @@ def test_an_object_that_is_there_stays_unless_it_is_to_be_replaced(root: str) ->
 
 def test_an_object_written_in_pieces_is_the_same(root: str) -> None:
     directory = Directory.at(root)
-    with directory.open("folder/pieces") as pieces:
+    with directory.open("folder/pieces") as write:
         for piece in (b"a", b"", b"bc"):
-            pieces.write(piece)
-    assert directory.read("folder/pieces") == bytes(directory.read_large("folder/pieces")) == b"abc"
-    assert directory.tags("folder") == {"pieces": pieces.tag}
+            write(piece)
+    found = directory.read_large("folder/pieces", num_bytes=3)
+    assert directory.read("folder/pieces") == bytes(found) == b"abc"
+
+
+def test_a_large_object_is_read_in_parts(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.directory.RANGE_BYTES", 7)
+    directory = Directory.at(root)
+    data = bytes(range(100))
+    directory.write("large", data)
+    for told in (100, 98, 96, 8):  # it may have grown since
+        assert bytes(directory.read_large("large", num_bytes=told)) == data
+    with pytest.raises(FileNotFoundError):
+        directory.read_large("absent", num_bytes=100)
+
+
+def test_a_listing_tells_when_something_was_written(root: str) -> None:
+    directory = Directory.at(root)
+    directory.write("folder/key", b"abc")
+    (entry,) = directory.entries("folder").values()
+    assert entry.num_bytes == 3
+    assert abs(entry.modified - time.time()) < 60
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_creators_one_creates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Nothing is locked; where there are no hard links, what stands is still one of them, whole."""
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", _no_links)
+    directory = Directory.at(str(tmp_path))
+    for number in range(20):
+        versions = [bytes([version]) * 4096 for version in range(8)]
+        with ThreadPoolExecutor(8) as threads:
+            key = f"commits/{number}"
+            made = list(threads.map(lambda data, key=key: directory.create(key, data), versions))
+        assert sum(made) == 1 or (sum(made) > 1 and not links)
+        winners = [data for data, was_made in zip(versions, made, strict=True) if was_made]
+        assert directory.read(key) in winners
+    assert len(directory.sizes("commits")) == 20, "nothing temporary is left"
+
+
+def _no_links(self: Path, target: Path) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted", str(self), None, str(target))
 
 
 def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_what_fails_for_good_is_an_error_after_a_bounded_number_of_requests(
         "sizes": lambda: directory.sizes("sizes"),
         "delete": lambda: directory.delete("delete"),
         "exists": lambda: directory.exists("exists"),
-        "publish": lambda: directory.publish("publish", b"x", replace=False),
+        "publish": lambda: directory.create("publish", b"x"),
     }
     proxy.fault = lambda method, path: SLOW_DOWN  # noqa: ARG005
     for name, operation in operations.items():

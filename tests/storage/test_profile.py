@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from zarr.storage import ZipStore
 
 from storage.arrays import load_arrays
 from storage.profile import bf16_to_float, decode_states, float_to_bf16, write_states
@@ -15,6 +16,7 @@ from storage.store import Store
 from tests.storage.synthetic import (
     ObjectsInMemory,
     bf16_bits,
+    data_key,
     fill,
     make_identity,
     make_samples,
@@ -93,7 +95,8 @@ def test_stock_zarr_reads_lossless(store: Store, samples: list[StoredSample]) ->
     """The recipe of docs/store-format.md, with nothing of ours."""
     fill(store, samples[:1])
     (record,) = store.commits().values()
-    group = zarr.open_group(Path(store.root.root) / "shards" / record.shard_id, mode="r")
+    path = f"{store.root.root}/{data_key(store, record.shard_id)}"
+    group = zarr.open_group(ZipStore(path, mode="r"), mode="r")
     typical = group["aux_hidden_states_typical_exponents"][:].astype(np.uint16)
     exponents = (group["aux_hidden_states_exponents"][:] + typical) & 0xFF
     low = group["aux_hidden_states_mantissas"][:].astype(np.uint16)

@@ -6,7 +6,7 @@ happened to. A shard is absent (no record), whole (record and objects are those 
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from hypothesis.stateful import (
     rule,
 )
 
+from storage.canonical import seal, unseal
 from storage.collection import collect, find_garbage, snapshots_to_keep
-from storage.directory import TEMPORARY_SUFFIX, Directory, Pieces
+from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError
 from storage.plan import PlannedShard
 from storage.reader import read_shard
@@ -47,8 +48,13 @@ class Killed(BaseException):
 class Fuse:
     """Kills at one of the operations to come, and at every later one: the process is gone."""
 
-    def __init__(self, operations: int | None) -> None:
+    def __init__(
+        self, operations: int | None, meanwhile: Callable[[], object] | None = None, at: int = 0
+    ) -> None:
+        """Let `meanwhile`, what another process does, happen before operation number `at`."""
         self._left = operations
+        self._meanwhile = meanwhile
+        self._until = at
 
     @property
     def at_end(self) -> bool:
@@ -60,6 +66,10 @@ class Fuse:
             raise Killed
         if self._left is not None:
             self._left -= 1
+        if self._meanwhile is not None and self._until <= 0:
+            meanwhile, self._meanwhile = self._meanwhile, None
+            meanwhile()
+        self._until -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +79,32 @@ class MortalDirectory(Directory):
     fuse: Fuse
 
     @contextmanager
-    def open(self, key: str) -> Iterator[Pieces]:
+    def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
         self.fuse.burn()
-        with Directory.open(self, key) as pieces:
-            yield TornPieces(pieces, self.fuse)
+        with Directory.open(self, key) as write:
+
+            def torn(data: bytes) -> None:
+                if self.fuse.at_end:
+                    write(data[: len(data) // 2])  # of a file, this stays
+                self.fuse.burn()
+                write(data)
+
+            yield torn
         self.fuse.burn()
 
-    def publish(self, key: str, data: bytes, *, replace: bool = True) -> None:
+    @contextmanager
+    def _beside(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
         self.fuse.burn()
-        if self.fuse.at_end and self.is_local:
-            path = Path(self.path(key) + TEMPORARY_SUFFIX)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data[: len(data) // 2])
+        if self.fuse.at_end:
+            Directory.write(self, f"{key}.0a1b2c3d{TEMPORARY_SUFFIX}", data[: len(data) // 2])
         self.fuse.burn()
-        Directory.publish(self, key, data, replace=replace)
+        with Directory._beside(self, key, data) as names:
+            yield names
+        self.fuse.burn()
+
+    def _put(self, key: str, data: bytes, *, mode: str) -> None:
+        self.fuse.burn()
+        Directory._put(self, key, data, mode=mode)
         self.fuse.burn()
 
     def delete(self, key: str) -> None:
@@ -91,21 +113,11 @@ class MortalDirectory(Directory):
         self.fuse.burn()
 
 
-class TornPieces:
-    """An object of which a kill leaves the first half of a piece: on a disk it stays."""
-
-    def __init__(self, pieces: Pieces, fuse: Fuse) -> None:
-        self._pieces, self._fuse = pieces, fuse
-
-    @property
-    def tag(self) -> str | None:
-        return self._pieces.tag
-
-    def write(self, data: bytes) -> None:
-        if self._fuse.at_end:
-            self._pieces.write(data[: len(data) // 2])
-        self._fuse.burn()
-        self._pieces.write(data)
+def nameless(raw: bytes) -> tuple[str, bytes]:
+    """Return the name of the attempt in a commit record, and the record without it."""
+    document = unseal(raw, what="record")
+    ((attempt, digest),) = document["objects"].items()
+    return attempt, seal({**document, "objects": {"": digest}})
 
 
 def flip(data: bytes) -> bytes:
@@ -139,11 +151,14 @@ class StoreMachine(RuleBasedStateMachine):
         MemoryFileSystem.store.pop("/reference", None)
         untouched = Store.create("memory://reference", make_identity())
         fill(untouched, SAMPLES, shard_tokens=12)
-        self.reference = {
-            key: untouched.root.read(key)
-            for prefix in ("commits", "shards")
-            for key in (f"{prefix}/{name}" for name in untouched.root.sizes(prefix))
-        }
+        self.data: dict[str, bytes] = {}
+        """What the file of each shard must hold."""
+        self.records: dict[str, bytes] = {}
+        """The commit record of each shard, but for the name of the attempt."""
+        for name in self.shards:
+            raw = untouched.root.read(f"commits/{name}.json")
+            attempt, self.records[name] = nameless(raw)
+            self.data[name] = untouched.root.read(f"shards/{name}/{attempt}")
         self.snapshots: dict[str, frozenset[str]] = {}
         """Every snapshot that was ever published, whole or by a process that was killed."""
         self.condition = dict.fromkeys(self.shards, absent)
@@ -161,16 +176,20 @@ class StoreMachine(RuleBasedStateMachine):
     def raw(self) -> dict[str, bytes]:
         return {key: self.root.read(key) for key in self.root.sizes("")}
 
-    def keys_of(self, shard_id: str) -> list[str]:
-        return [key for key in self.reference if key.startswith(f"shards/{shard_id}/")]
+    def named(self, shard_id: str, raw: dict[str, bytes]) -> str | None:
+        """Return the key of the data that a sound record names; None if there is none."""
+        try:
+            attempt, record = nameless(raw[f"commits/{shard_id}.json"])
+        except (CorruptError, KeyError):
+            return None
+        return f"shards/{shard_id}/{attempt}" if record == self.records[shard_id] else None
 
     def bad_keys(self, shard_id: str, raw: dict[str, bytes]) -> set[str]:
         """Return what a deep verification must report of a shard with a record."""
-        record = f"commits/{shard_id}.json"
-        if raw[record] != self.reference[record]:
-            return {record}
-        keys = self.keys_of(shard_id)
-        return {key for key in keys if raw.get(key) != self.reference[key]}
+        key = self.named(shard_id, raw)
+        if key is None:
+            return {f"commits/{shard_id}.json"}
+        return {key} if raw.get(key) != self.data[shard_id] else set()
 
     def conditions(self, raw: dict[str, bytes]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -184,14 +203,32 @@ class StoreMachine(RuleBasedStateMachine):
     def seen_by_size(self, shard_id: str, raw: dict[str, bytes]) -> bool:
         return any(
             key.startswith("commits/")
-            or len(raw.get(key, b"")) != len(self.reference[key])
             or key not in raw
+            or len(raw[key]) != len(self.data[shard_id])
             for key in self.bad_keys(shard_id, raw)
         )
 
-    def run(self, fuse: int | None, operation: Callable[[Store], object]) -> bool:
+    def needed_keys(self, names: Collection[str], raw: dict[str, bytes]) -> dict[str, bytes | None]:
+        """Return what some shards are made of: their records and the data that these name."""
+        keys = {f"commits/{name}.json" for name in names}
+        keys |= {key for name in names if (key := self.named(name, raw)) is not None}
+        return {key: raw.get(key) for key in keys}
+
+    def leftovers(self, raw: dict[str, bytes]) -> set[str]:
+        """Return what nothing names: temporary files, and attempts at shards."""
+        named = {self.named(name, raw) for name in self.shards}
+        sound = {key.split("/")[1] for key in named if key is not None}
+        return {
+            key
+            for key in raw
+            if key.endswith(TEMPORARY_SUFFIX)
+            or (key.startswith("shards/") and key.split("/")[1] in sound and key not in named)
+        }
+
+    def run(self, fuse: int | Fuse | None, operation: Callable[[Store], object]) -> bool:
         """Run an operation in a process that may be killed; tell whether it was not."""
-        root = MortalDirectory(self.root.file_system, self.root.root, Fuse(fuse))
+        fuse = fuse if isinstance(fuse, Fuse) else Fuse(fuse)
+        root = MortalDirectory(self.root.file_system, self.root.root, fuse)
         try:
             operation(Store(root, make_identity()))
         except Killed:
@@ -223,6 +260,32 @@ class StoreMachine(RuleBasedStateMachine):
             assert after[name] in (before[name], whole)
         self.condition = {**before, name: after[name]}
 
+    @rule(which=indices, at=st.integers(0, 40), fuse=fuses)
+    def write_by_two(self, which: int, at: int, fuse: int | None) -> None:
+        """Another machine writes the same shard, all of it between two steps of this one."""
+        shard = self.pick_shard(which)
+        name = shard.shard_id
+        raw = self.raw()
+        before = self.conditions(raw)[name]
+        other_wrote = False
+
+        def meanwhile() -> None:
+            nonlocal other_wrote
+            Store.open(self.url).write_shard(shard, [BY_ID[i] for i in shard.sample_ids])
+            other_wrote = True
+
+        lived = self.run(
+            Fuse(fuse, meanwhile, at),
+            lambda store: store.write_shard(shard, [BY_ID[i] for i in shard.sample_ids]),
+        )
+        after = self.conditions(self.raw())[name]
+        if lived or other_wrote:
+            unseen = before == damaged and not self.seen_by_size(name, raw)
+            assert after == (damaged if unseen else whole)
+        else:
+            assert after in (before, whole)
+        self.condition[name] = after
+
     @rule(
         keys=st.lists(indices, min_size=1, max_size=2), how=st.sampled_from(SAME_SIZE + OTHER_SIZE)
     )
@@ -241,12 +304,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=indices, records=st.booleans())
     def swap(self, which: int, records: bool) -> None:
         first, second = self.pick_shard(which).shard_id, self.pick_shard(which + 1).shard_id
-        key = self.keys_of(first)[which % len(self.keys_of(first))]
-        pair = (key, key.replace(first, second))
+        raw = self.raw()
+        pair = (self.named(first, raw), self.named(second, raw))
         if records:
             pair = (f"commits/{first}.json", f"commits/{second}.json")
-        raw = self.raw()
-        if all(key in raw for key in pair):
+        if pair[0] in raw and pair[1] in raw:
             self.root.write(pair[0], raw[pair[1]])
             self.root.write(pair[1], raw[pair[0]])
             self.condition = self.conditions(self.raw())
@@ -255,8 +317,7 @@ class StoreMachine(RuleBasedStateMachine):
     def leave_stale_files(self, which: int) -> None:
         name = self.pick_shard(which).shard_id
         self.root.write(f"commits/{name}.json{TEMPORARY_SUFFIX}", b"half a rec")
-        if self.condition[name] == absent:
-            self.root.write(f"shards/{name}/left-behind", b"x")
+        self.root.write(f"shards/{name}/0123456789abcdef.zarr.zip", b"half a shard")
 
     @rule(fuse=fuses)
     def repair(self, fuse: int | None) -> None:
@@ -321,19 +382,18 @@ class StoreMachine(RuleBasedStateMachine):
         needed = {shard for name in keep for shard in store.snapshot(name).shard_ids}
         raw = self.raw()
         before = self.condition
-        self.run(fuse, lambda store: collect(store, find_garbage(store, keep=keep)))
+        self.run(
+            fuse, lambda store: collect(store, find_garbage(store, keep=keep, older_than_hours=0))
+        )
         remaining = self.raw()
         self.condition = self.conditions(remaining)
         assert keep <= set(store.snapshot_ids())
-        for name in self.shards:
-            if name in needed:
-                assert {k: v for k, v in raw.items() if name in k} == {
-                    k: v for k, v in remaining.items() if name in k
-                }
-            else:
-                assert self.condition[name] in (before[name], absent)
+        assert self.needed_keys(needed, raw) == self.needed_keys(needed, remaining)
+        for name in self.shards.keys() - needed:
+            assert self.condition[name] in (before[name], absent)
         if fuse is None:
             assert set(store.snapshot_ids()) == keep
+            assert self.leftovers(remaining) == set()
 
     @rule(split=st.sampled_from(["a-train", "b-train"]), which=indices)
     def name_a_snapshot(self, split: str, which: int) -> None:
@@ -381,17 +441,21 @@ class StoreMachine(RuleBasedStateMachine):
         before = self.raw()
 
         def as_the_command_does(store: Store) -> None:
-            collect(store, find_garbage(store, keep=snapshots_to_keep(store)))
+            collect(
+                store,
+                find_garbage(
+                    store, keep=snapshots_to_keep(store, older_than_hours=0), older_than_hours=0
+                ),
+            )
 
         self.run(fuse, as_the_command_does)
         after = self.raw()
         self.condition = self.conditions(after)
         assert wanted <= set(store.snapshot_ids())
         assert (refs.names(), refs.held()) == (names, held)
-        for name in needed | unpublished:
-            assert {k: v for k, v in before.items() if f"/{name}" in k} == {
-                k: v for k, v in after.items() if f"/{name}" in k
-            }, "what is needed is as it was"
+        assert self.needed_keys(needed | unpublished, before) == self.needed_keys(
+            needed | unpublished, after
+        ), "what is needed is as it was"
 
     @rule(which=indices)
     def read(self, which: int) -> None:
@@ -478,9 +542,9 @@ class StoreMachine(RuleBasedStateMachine):
         if not names:
             return None
         name = names[which % len(names)]
-        keys = [*self.keys_of(name), *([f"commits/{name}.json"] * 5)]
+        keys = [self.named(name, self.raw()), f"commits/{name}.json"]
         key = keys[which // len(names) % len(keys)]
-        return key if self.root.exists(key) else None
+        return key if key is not None and self.root.exists(key) else None
 
 
 class OnDisk(StoreMachine):

@@ -6,26 +6,23 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.errors import TransientError
-from storage.recompute import Recompute
+from storage.directory import Directory
 from storage.samples import StoredSample
 from storage.store import Store
-from storage.writer import ROUNDS
 from tests.storage.steps import SteppedDirectory
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
 
 WRITER = """
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples
 other = float(sys.argv[2])
@@ -51,9 +48,19 @@ def test_processes_on_one_disk_end_in_one_valid_store(tmp_path: Path) -> None:
     fill(alone, make_samples(20))
     store = Store.open(root)
     assert store.verify(deep=True) == []
-    assert store.commits() == alone.commits()
     shards = {k: v for k, v in tree_digests(store).items() if not k.startswith("plans/")}
     assert shards == {k: v for k, v in tree_digests(alone).items() if not k.startswith("plans/")}
+
+
+@pytest.mark.slow
+def test_processes_with_different_bytes_on_one_disk_end_in_one_valid_store(tmp_path: Path) -> None:
+    """Five processes, many times over: a lock that is not shared would lose now and then."""
+    for number in range(5):
+        root = str(tmp_path / str(number))
+        run_writers(root, [0, 1, 2, 3, 4])
+        store = Store.open(root)
+        assert store.verify(deep=True) == []
+        assert store.committed_samples() == {sample.sample_id for sample in make_samples(20)}
 
 
 @pytest.mark.s3
@@ -75,9 +82,7 @@ class Rivalry:
         (self.shard,) = self.store.plan(planned(samples), shard_tokens=10**6).shards
 
     def write(self, version: int, store: Store | None = None) -> None:
-        # Nothing is asked of it, for there is no probe; but what was written is read again.
-        unasked = cast("Recompute", object())
-        (store or self.store).write_shard(self.shard, self.versions[version], recompute=unasked)
+        (store or self.store).write_shard(self.shard, self.versions[version])
 
     def require_whole(self) -> None:
         """Raise unless exactly one of the versions stands."""
@@ -150,20 +155,16 @@ def test_any_order_of_two_versions_ends_in_one_of_them(order: list[int]) -> None
     rivalry.require_whole()
 
 
-def test_a_late_rival_takes_nothing_away(remote_root: str) -> None:
+def test_a_late_rival_takes_nothing_away(root: str) -> None:
     """Wherever it stands when another commits: from then on the shard is never less than whole."""
-    for paused_at in range(0, 200, stride(remote_root)):
-        rivalry = Rivalry(f"{remote_root}/{paused_at}")
+    for paused_at in range(40):
+        rivalry = Rivalry(f"{root}/{paused_at}")
         steps = _write_while_another_commits(rivalry, paused_at=paused_at)
         rivalry.require_whole()
         if steps < paused_at:  # it had ended before the pause
+            assert paused_at > 3
             return
     pytest.fail("the writer took more steps than expected")
-
-
-def stride(root: str) -> int:
-    """Return how many steps of a writer to skip between two tries: a server is slow."""
-    return 1 if root.startswith("memory") else 9
 
 
 def _write_while_another_commits(rivalry: Rivalry, *, paused_at: int) -> int:
@@ -189,18 +190,16 @@ class Killed(BaseException):
     """What a kill is to the code that it ends: nothing can catch it."""
 
 
-def test_a_killed_rival_leaves_nothing_that_reads_wrong(remote_root: str) -> None:
+def test_a_killed_rival_leaves_nothing_that_reads_wrong(root: str) -> None:
     """It dies at each of its steps, after the other has committed other bytes."""
-    for last in range(0, 200, stride(remote_root)):
-        rivalry = Rivalry(f"{remote_root}/{last}")
-        if _is_killed_after_another_commits(rivalry, last=last):
-            damaged = rivalry.store.verify(deep=True)
-            for finding in damaged:
-                rivalry.store.revoke(finding.shard_id or "")
-            rivalry.write(0)
-            rivalry.require_whole()
-        else:
-            rivalry.require_whole()
+    for last in range(40):
+        rivalry = Rivalry(f"{root}/{last}")
+        was_killed = _is_killed_after_another_commits(rivalry, last=last)
+        assert rivalry.store.verify(deep=True) == []
+        rivalry.write(0)
+        rivalry.require_whole()
+        if not was_killed:
+            assert last > 2
             return
     pytest.fail("the writer took more steps than expected")
 
@@ -211,8 +210,8 @@ def _is_killed_after_another_commits(rivalry: Rivalry, *, last: int) -> bool:
     @contextmanager
     def step(name: str) -> Iterator[None]:
         nonlocal steps
-        if name.startswith("write shards/") and name.endswith("/zarr.json") and steps < 1000:
-            steps = 1000  # the other commits at the worst moment: just before the first object
+        if name.startswith(("open shards/", "write shards/")) and steps < 1000:
+            steps = 1000  # the other commits after this one has looked, and before its data
             rivalry.write(0)
         if steps == 1000 + last:
             raise Killed
@@ -227,29 +226,57 @@ def _is_killed_after_another_commits(rivalry: Rivalry, *, last: int) -> bool:
     return False
 
 
-def test_endless_rivals_are_an_error_and_not_an_endless_loop(tmp_path: Path) -> None:
-    rivalry = Rivalry(f"memory://{tmp_path.name}")
-    disturbed = 0
+@dataclass(frozen=True, slots=True)
+class StaleDirectory(Directory):
+    """One host's view of a shared disk: what others wrote since is not seen yet."""
+
+    def read(self, key: str) -> bytes:
+        if key.startswith("commits/"):
+            raise FileNotFoundError(key)
+        return Directory.read(self, key)
+
+    def exists(self, key: str) -> bool:
+        return not key.startswith("commits/") and Directory.exists(self, key)
+
+
+def test_a_host_that_does_not_see_the_other_yet_breaks_nothing(tmp_path: Path) -> None:
+    """As on NFS, where locks and looks are each host's own, but a link is made once."""
+    rivalry = Rivalry(str(tmp_path / "store"))
+    rivalry.write(0)
+    behind = StaleDirectory(rivalry.store.root.file_system, rivalry.store.root.root)
+    rivalry.write(1, Store(behind, rivalry.store.identity))
+    rivalry.require_whole()
+
+
+def test_a_record_without_its_data_is_replaced(root: str) -> None:
+    rivalry = Rivalry(root)
+    rivalry.write(0)
+    rivalry.store.root.delete_all(f"shards/{rivalry.shard.shard_id}")
+    rivalry.write(1)
+    rivalry.require_whole()
+
+
+def test_an_attempt_that_comes_second_leaves_nothing(root: str) -> None:
+    rivalry = Rivalry(root)
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
-        nonlocal disturbed
+        if name.startswith(("create commits/", "name commits/")):
+            rivalry.write(0)
         yield
-        if name.startswith("write commits/"):
-            disturbed += 1
-            rivalry.store.root.delete(f"shards/{rivalry.shard.shard_id}/zarr.json")
 
     stepped = SteppedDirectory.over(rivalry.store.root, step)
-    with pytest.raises(TransientError, match="end all runs on this store but one"):
-        rivalry.write(0, Store(stepped, rivalry.store.identity))
-    assert disturbed == ROUNDS
+    rivalry.write(1, Store(stepped, rivalry.store.identity))
+    rivalry.require_whole()
+    record = rivalry.store.commit(rivalry.shard.shard_id)
+    assert rivalry.store.root.sizes(f"shards/{record.shard_id}").keys() == record.objects.keys()
 
 
 def test_two_creators_of_different_stores_do_not_mix(remote_root: str) -> None:
     """The second to create learns that the store is not its own, however close they are."""
     ours = Store.create(remote_root, make_identity())
     theirs = make_identity(template_fingerprint="other")
-    ours.root.publish("store.json", theirs.to_json(), replace=False)
+    assert not ours.root.create("store.json", theirs.to_json())
     assert Store.open(remote_root).identity == ours.identity
-    ours.root._create("store.json", theirs.to_json())
+    assert not ours.root._create_on_server("store.json", theirs.to_json())
     assert Store.open(remote_root).identity == ours.identity

@@ -1,0 +1,101 @@
+"""A store, a run and a checkpoint of the format before this one are gone on with.
+
+`tests/fixtures/make_old_run.py` made them with the release before; it says how.
+"""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from flows.evaluate import evaluate_flow
+from flows.gc import gc_flow
+from flows.hidden_states import hidden_states
+from flows.repair import repair_flow
+from flows.train import train_flow
+from storage.errors import CorruptError
+from storage.store import Store
+from tests import tiny
+from tests.fixtures.make_old_run import CONVERSATIONS, MORE, recipe, training
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+STEPS = 4
+
+
+@pytest.fixture(params=["format-2"])
+def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the fixture's recipe is over, as another release left it."""
+    with tarfile.open(FIXTURES / f"{request.param}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _store() -> Store:
+    return Store.open("home/stores/tiny-grows")
+
+
+def _weights(home: str) -> dict[str, np.ndarray]:
+    folder = Path(home) / "runs" / "tiny-grows-main" / "checkpoints" / f"step-{STEPS:08d}"
+    return load_file(folder / "draft.safetensors")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_evaluated(old: Path) -> None:
+    """It ends as one that this release made from the first step on."""
+    assert _store().verify(deep=True) == []
+    begun = json.loads(Path("home/runs/tiny-grows-main/run.json").read_text())["source_id"]
+    done = train_flow(**recipe(old), training=training(STEPS), run="main")
+    assert done.num_steps == STEPS
+    assert json.loads(Path("home/runs/tiny-grows-main/run.json").read_text())["source_id"] == begun
+
+    tiny.write_conversations(old / "grows.json", CONVERSATIONS)
+    fresh = {**recipe(old), "home": str(old / "fresh")}
+    hidden_states(**fresh)
+    train_flow(**fresh, training=training(STEPS), run="main")
+    expected, found = _weights("fresh"), _weights("home")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
+
+    summary = evaluate_flow(
+        run="main", **{key: value for key, value in recipe(old).items() if key != "store"}
+    )
+    assert summary.checkpoint_step == STEPS
+
+
+@pytest.mark.slow
+def test_a_store_is_added_to_repaired_and_collected(old: Path) -> None:
+    store = _store()
+    before = store.commits()
+    assert {record.format_version for record in before.values()} == {2}
+    made = hidden_states(**recipe(old))
+    assert made.num_samples == CONVERSATIONS + MORE
+    store = _store()
+    assert store.identity.to_json() == Store.open("home/stores/tiny-grows").identity.to_json()
+    added = {name: record for name, record in store.commits().items() if name not in before}
+    assert {record.format_version for record in added.values()} == {3}
+    assert {name: store.commit(name) for name in before} == before, "nothing is written again"
+    assert store.verify(deep=True) == []
+
+    damaged = min(before)
+    shutil.rmtree(old / "home/stores/tiny-grows/shards" / damaged / "input_ids")
+    with pytest.raises(CorruptError, match="eyas repair"):
+        store.require_present(store.snapshot())
+    repaired = repair_flow(**recipe(old))
+    assert repaired.remade == (damaged,)
+    assert store.commit(damaged).format_version == 3
+    assert store.verify(deep=True) == []
+    names = set(store.root.sizes(f"shards/{damaged}"))
+    assert names == set(store.commit(damaged).objects), "the old objects went"
+
+    gc_flow(**recipe(old), older_than_hours=0, delete=True)
+    assert store.verify(deep=True) == []
+    assert store.committed_samples() >= {
+        store.snapshot().sample_id(row) for row in range(store.snapshot().num_samples)
+    }
