@@ -41,6 +41,7 @@ S3_SCHEMES = ("s3://", "s3a://")
 UNUSABLE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
+PIECE_BYTES = 4 << 20
 RANGE_BYTES = 32 << 20
 """Of a large object on a server, this many bytes are asked for at a time, all at the same time."""
 
@@ -151,6 +152,16 @@ class Directory:
                     raise FileNotFoundError(f"{self.where(key)} ended early: it is being rewritten")
                 filled += found
             return data.data
+
+    def pieces(self, key: str, *, num_bytes: int) -> Iterator[bytes | memoryview]:
+        """Yield an object's bytes one after the other; each piece is gone when the next comes."""
+        if not self.is_local:
+            yield self._read_parts(key, num_bytes)
+            return
+        with self._translated(key), Path(self.path(key)).open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(min(max(num_bytes, 1), PIECE_BYTES)))
+            while found := file.readinto(buffer):
+                yield buffer[:found]
 
     def _read_parts(self, key: str, num_bytes: int) -> bytes:
         if num_bytes <= RANGE_BYTES:

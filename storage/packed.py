@@ -68,28 +68,44 @@ def _stored(view: memoryview, entry: zipfile.ZipInfo) -> memoryview:
 
 
 class _Sink:
-    """Takes what `zipfile` writes, which goes back to the head of each object when it is whole."""
+    """Takes what `zipfile` writes, which goes back to the head of each object when it is whole.
+
+    What it was given is held, not copied: memory that is touched for the first time is dear.
+    """
 
     def __init__(self, write: Write) -> None:
         self._write = write
-        self._passed_on = 0
-        self._held = io.BytesIO()
+        self._pieces: list[bytes] = []
+        self._starts_at = 0
+        """Where the first piece lies: the head of an object."""
+        self._ends_at = 0
+        self._is_at_head = False
 
     def pass_on(self) -> None:
         """Write all that is held: nothing goes back to it any more."""
-        data = self._held.getvalue()
-        self._held = io.BytesIO()
-        self._passed_on += len(data)
-        self._write(data)
+        pieces, self._pieces = self._pieces, []
+        self._starts_at = self._ends_at
+        for piece in pieces:
+            self._write(piece)
 
     def write(self, data: bytes) -> int:
-        return self._held.write(data)
+        if self._is_at_head:
+            if len(data) != len(self._pieces[0]):
+                raise ValueError("the head of an object cannot change its size")
+            self._pieces[0] = data
+        else:
+            self._pieces.append(data)
+            self._ends_at += len(data)
+        return len(data)
 
     def seek(self, offset: int) -> int:
-        return self._passed_on + self._held.seek(offset - self._passed_on)
+        if offset not in (self._starts_at, self._ends_at):
+            raise ValueError(f"{offset} is neither the head of the object nor its end")
+        self._is_at_head = bool(self._pieces) and offset == self._starts_at
+        return offset
 
     def tell(self) -> int:
-        return self._passed_on + self._held.tell()
+        return self._starts_at if self._is_at_head else self._ends_at
 
     def flush(self) -> None:
         """Do nothing: what is held is passed on when it is whole."""

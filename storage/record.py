@@ -4,7 +4,7 @@ It binds every object of the shard to its size and digest, the shard to its samp
 identity of the store, so that a swapped, old or foreign record is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,6 +29,14 @@ class ObjectDigest:
         """Return the digest of these bytes."""
         return cls(num_bytes=len(data), xxh3_128=digest_bytes(data))
 
+    @classmethod
+    def of_pieces(cls, pieces: Iterable[bytes | memoryview]) -> "ObjectDigest":
+        """Return the digest of bytes that come piece by piece."""
+        digest = RunningDigest()
+        for piece in pieces:
+            digest.update(piece)
+        return digest.value()
+
     def __str__(self) -> str:
         """Return a form for error messages."""
         return f"{self.num_bytes} bytes with xxh3_128 {self.xxh3_128}"
@@ -42,7 +50,7 @@ class RunningDigest:
         self._digest = xxhash.xxh3_128()
         self._num_bytes = 0
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Append `data`."""
         self._digest.update(data)
         self._num_bytes += len(data)

@@ -1,6 +1,6 @@
 """Findings: what is wrong with a store, where, and what to run about it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from storage.directory import Directory
@@ -60,35 +60,38 @@ def _compare_sizes(
 
 def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
     """Yield a finding for every object of the shard whose bytes are not the committed ones."""
-    return (finding for _, _, finding in _read_each(root, record) if finding is not None)
+    for key, expected in record.objects.items():
+        path = f"shards/{record.shard_id}/{key}"
+        try:
+            found = ObjectDigest.of_pieces(root.pieces(path, num_bytes=expected.num_bytes))
+        except FileNotFoundError:
+            found = None
+        yield from _compare(record, key, found)
 
 
 def read_objects(
     root: Directory, record: CommitRecord
-) -> tuple[Mapping[str, bytes | memoryview], Sequence[Finding]]:
+) -> tuple[Mapping[str, bytes | memoryview], list[Finding]]:
     """Return a shard's objects, and what is wrong with their bytes: one reading for both."""
-    read = list(_read_each(root, record))
-    objects = {key: data for key, data, _ in read}
-    return objects, [finding for _, _, finding in read if finding is not None]
-
-
-def _read_each(
-    root: Directory, record: CommitRecord
-) -> Iterator[tuple[str, bytes | memoryview, Finding | None]]:
-    """Yield the key and bytes of every object, and what is wrong with them."""
+    objects: dict[str, bytes | memoryview] = {}
+    findings: list[Finding] = []
     for key, expected in record.objects.items():
+        path = f"shards/{record.shard_id}/{key}"
         try:
-            path = f"shards/{record.shard_id}/{key}"
-            data = root.read_large(path, num_bytes=expected.num_bytes)
+            objects[key] = root.read_large(path, num_bytes=expected.num_bytes)
         except FileNotFoundError:
-            problem = f"is missing, committed {expected}"
-            yield key, b"", shard_finding(record.shard_id, key, problem)
-            continue
-        found, finding = ObjectDigest.of(data), None
-        if found != expected:
-            problem = f"has {found}, committed {expected}"
-            finding = shard_finding(record.shard_id, key, problem)
-        yield key, data, finding
+            findings += _compare(record, key, None)
+        else:
+            findings += _compare(record, key, ObjectDigest.of(objects[key]))
+    return objects, findings
+
+
+def _compare(record: CommitRecord, key: str, found: ObjectDigest | None) -> Iterator[Finding]:
+    expected = record.objects[key]
+    if found is None:
+        yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
+    elif found != expected:
+        yield shard_finding(record.shard_id, key, f"has {found}, committed {expected}")
 
 
 def check_states(

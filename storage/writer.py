@@ -28,7 +28,7 @@ from storage.recompute import Recompute
 from storage.record import CommitRecord, ObjectDigest, RunningDigest
 from storage.samples import StoredSample, require_storable
 from storage.shard import raw_bytes, write_arrays
-from storage.verify import check_meaning, check_sizes, read_objects
+from storage.verify import Finding, check_digests, check_meaning, check_sizes, read_objects
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,18 +95,21 @@ class ShardWriter:
 
         States that the store leaves out must be recomputed bit for bit.
         """
-        objects, damaged = read_objects(self.root, record)
+        found: Iterable[Finding]
+        if recompute is None:
+            damaged, found = list(check_digests(self.root, record)), ()
+        else:
+            objects, damaged = read_objects(self.root, record)
+            found = check_meaning(record, objects, self.identity, recompute, exact=True)
         if damaged:
             raise ShardCorruptError(
                 f"shard {record.shard_id} does not read back as it was written: {damaged[0]}. It "
                 "is not committed. This machine's memory or disk fails, perhaps"
             )
-        if recompute is None:
-            return
-        for found in check_meaning(record, objects, self.identity, recompute, exact=True):
+        for finding in found:
             raise ShardCorruptError(
                 f"shard {record.shard_id} was stored and does not read back as what the target "
-                f"said: {found.object_key}: {found.problem}. It is not committed; run the same "
+                f"said: {finding.object_key}: {finding.problem}. It is not committed; run the same "
                 "command again. If that ends the same way, the states are captured wrongly (layer, "
                 "norm, a head with a bias), layers of this target cannot be run alone (set "
                 "store.recompute to false), or this machine's memory or disk fails"

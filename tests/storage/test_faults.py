@@ -102,6 +102,23 @@ def test_whole_objects_are_read_with_one_request_each(proxy: FaultyProxy, s3_roo
     assert sorted(proxy.seen) == [f"GET {path}/{key}" for key in ("one", "one", "two")]
 
 
+def test_a_shard_is_two_objects_and_two_round_trips(proxy: FaultyProxy, s3_root: str) -> None:
+    """Its record and its data, whatever the profile: opening files is what servers charge for."""
+    for profile in ("raw", "lossless", "int8"):
+        store = Store.create(f"{s3_root}/{profile}", make_identity(profile=profile))
+        samples = make_samples(4)
+        fill(store, samples, shard_tokens=10**6)
+        snapshot = store.publish([sample.sample_id for sample in samples])
+        (shard_id,) = snapshot.shard_ids
+        kept = [key for key in store.root.sizes("") if shard_id in key]
+        assert len(kept) == 2
+        reader = store.reader(snapshot)
+        proxy.seen.clear()
+        for index in range(len(reader)):
+            reader.fetch(index)
+        assert len(proxy.seen) == 2, proxy.seen
+
+
 def test_what_no_retry_helps_is_not_tried_again(proxy: FaultyProxy, s3_root: str) -> None:
     directory = Directory.at(s3_root)
     directory.exists("warm")
