@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.machine import describe
+from storage.commits import Commits
 from storage.record import CommitRecord, ObjectDigest
 from storage.snapshot import Snapshot
 
@@ -62,7 +63,7 @@ def make_snapshot(num_samples: int, num_shards: int) -> Snapshot:
             probe=(),
         )
     wanted = [name for record in commits.values() for name in record.sample_ids]
-    return Snapshot.of(wanted, commits)
+    return Snapshot.of(wanted, Commits(commits))
 
 
 def main() -> None:

@@ -96,8 +96,7 @@ def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
             "dataset.held_out_fraction above 0, then run the hidden-states flow"
         )
     commits = opened.commits()
-    committed = {name for record in commits.values() for name in record.sample_ids}
-    num_there = len(committed.intersection(sample_ids))
+    num_there = len(commits.held(sample_ids))
     if num_there < len(sample_ids):
         raise ConfigError(
             f"the store at {opened.root.url} holds {num_there:,} of {len(sample_ids):,} held-out "

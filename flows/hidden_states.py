@@ -106,16 +106,17 @@ def publish(
     train = TokenFile(tokens.train_path).sample_ids
     name = space.snapshot_name("train")
     snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)
+    totals = commits.totals
     return HiddenStatesSummary(
         store_root=root,
         snapshot_id=snapshot.snapshot_id,
         profile=store.identity.profile,
-        num_samples=sum(len(commit.sample_ids) for commit in commits.values()),
-        num_tokens=sum(commit.num_tokens for commit in commits.values()),
-        num_supervised_tokens=sum(commit.num_supervised for commit in commits.values()),
-        num_shards=len(commits),
+        num_samples=totals.num_samples,
+        num_tokens=totals.num_tokens,
+        num_supervised_tokens=totals.num_supervised,
+        num_shards=totals.num_shards,
         shards_made=shards_made,
-        raw_bytes=sum(commit.raw_bytes for commit in commits.values()),
-        stored_bytes=sum(commit.stored_bytes for commit in commits.values()),
+        raw_bytes=totals.raw_bytes,
+        stored_bytes=totals.stored_bytes,
         seconds=time.monotonic() - started,
     )

@@ -1,13 +1,11 @@
 """What is in a store, as plain figures. Knows no target and no torch: it works on any machine."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from storage.collection import Garbage, find_garbage, snapshots_to_keep
 from storage.errors import ConfigError, CorruptError
 from storage.identity import StoreIdentity
-from storage.record import CommitRecord
 from storage.store import Store
 
 
@@ -61,37 +59,27 @@ def look(root: str) -> StoreFigures:
     """Return the figures of the store at a path or URL; ConfigError if there is none."""
     store = Store.open(root)
     damaged: list[str] = []
-    commits = _commits(store, damaged)
+    commits, unreadable = store.log.read_what_is_sound()
+    damaged += [f"commits/{shard_id}.json" for shard_id in unreadable]
+    totals = commits.totals
     snapshots = tuple(_snapshots(store, damaged))
     garbage = _garbage(store)
     return StoreFigures(
         root=store.root.url,
         identity=store.identity,
         num_shards=len(store.shard_ids()),
-        num_probed=sum(bool(record.probe) for record in commits.values()),
-        num_samples=sum(len(record.sample_ids) for record in commits.values()),
-        num_tokens=sum(record.num_tokens for record in commits.values()),
-        num_supervised=sum(record.num_supervised for record in commits.values()),
-        stored_bytes=sum(record.stored_bytes for record in commits.values()),
-        raw_bytes=sum(record.raw_bytes for record in commits.values()),
+        num_probed=totals.num_probed,
+        num_samples=totals.num_samples,
+        num_tokens=totals.num_tokens,
+        num_supervised=totals.num_supervised,
+        stored_bytes=totals.stored_bytes,
+        raw_bytes=totals.raw_bytes,
         snapshots=tuple(sorted(snapshots, key=lambda found: not found.is_latest)),
         unfinished=() if garbage is None else tuple(_unfinished(store)),
         garbage=garbage,
         damaged=tuple(damaged),
         free_bytes=store.free_bytes(),
     )
-
-
-def _commits(store: Store, damaged: list[str]) -> Mapping[str, CommitRecord]:
-    with suppress(CorruptError):  # which of them is damaged is found one by one
-        return store.commits()
-    found: dict[str, CommitRecord] = {}
-    for shard_id in store.shard_ids():
-        try:
-            found[shard_id] = store.commit(shard_id)
-        except CorruptError:
-            damaged.append(f"commits/{shard_id}.json")
-    return found
 
 
 def _snapshots(store: Store, damaged: list[str]) -> Iterator[SnapshotFigures]:

@@ -84,7 +84,7 @@ def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, ro
     wanted = list(wanted_samples(tokens))
     plan = plan_shards(
         wanted,
-        committed=store.committed_samples() if store else (),
+        committed=store.held([one.sample_id for one in wanted]) if store else (),
         shard_tokens=config.shard_tokens,
     )
     to_make = sum(shard.num_tokens for shard in plan.shards)

@@ -3,7 +3,7 @@
 All are JSON files in the run's folder. A stage that has not ended has no file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from eagle_core.files import write_text
 from eagle_core.tokens import TokenFile
 from flows.run_file import Run
 from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
-from storage.record import CommitRecord
+from storage.commits import Commits
 from storage.store import Store
 
 SETTINGS_NAME = "settings.json"
@@ -72,17 +72,16 @@ class StorageBill(BaseModel):
     stored_bytes: int
 
     @classmethod
-    def of(cls, store: Store, commits: Mapping[str, CommitRecord] | None = None) -> "StorageBill":
+    def of(cls, store: Store, commits: Commits | None = None) -> "StorageBill":
         """Add up the commit records of a store; `commits` spares reading them again."""
-        found = store.commits() if commits is None else commits
-        records = found.values()
+        totals = (store.commits() if commits is None else commits).totals
         return cls(
             root=store.root.url,
             profile=store.identity.profile,
-            num_shards=len(records),
-            num_tokens=sum(commit.num_tokens for commit in records),
-            raw_bytes=sum(commit.raw_bytes for commit in records),
-            stored_bytes=sum(commit.stored_bytes for commit in records),
+            num_shards=totals.num_shards,
+            num_tokens=totals.num_tokens,
+            raw_bytes=totals.raw_bytes,
+            stored_bytes=totals.stored_bytes,
         )
 
 

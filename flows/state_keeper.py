@@ -48,7 +48,7 @@ class StateKeeper:
         self._wanted = frozenset(sample_ids)
         self._recompute, self._partial = recompute, partial
         self._shards_in_memory = shards_in_memory
-        self._held = set(store.committed_samples()) & self._wanted
+        self._held = store.held(self._wanted)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-keeper")
         self._writing: Future[None] | None = None
         self._written: frozenset[str] = frozenset()
@@ -146,7 +146,7 @@ class StateKeeper:
         """Read all that the store holds by now: once at the start, once for the second epoch."""
         commits = self.store.commits()
         snapshot = Snapshot.of(self._held, commits)
-        largest = max(commits[shard_id].raw_bytes for shard_id in snapshot.shard_ids)
+        largest = commits.totals.largest_raw_bytes
         reader = self.store.reader(snapshot, cache_bytes=self._shards_in_memory * largest)
         self._source = StoredSource(reader, self._partial)
         self._index = {snapshot.sample_id(row): row for row in range(snapshot.num_samples)}

@@ -7,7 +7,6 @@ each step; the first one alone answers, with `RankLine`s, but any may report an 
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from flows.draft_setup import set_up_draft
 from flows.recompute import partial_target
 from flows.stored_source import StoredSource
 from storage.cache import ObjectCache
-from storage.record import CommitRecord
+from storage.commits import Commits
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -80,7 +79,7 @@ class Warnings(logging.Handler):
 
 
 def open_sources(
-    job: TrainJob, commits: Mapping[str, CommitRecord] | None = None
+    job: TrainJob, commits: Commits | None = None
 ) -> tuple[StoredSource, StoredSource | None]:
     """Return the samples to train on, and the held-out ones if there are any.
 
@@ -90,8 +89,7 @@ def open_sources(
     commits = store.commits() if commits is None else commits
     # Samples are shuffled inside a window of shards: with less memory than that, every sample would
     # cost the decoding of its whole shard.
-    largest_shard = max((commit.raw_bytes for commit in commits.values()), default=0)
-    cache_bytes = job.training.shuffle_window * largest_shard
+    cache_bytes = job.training.shuffle_window * commits.totals.largest_raw_bytes
     objects = None
     if job.object_cache is not None:
         objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)

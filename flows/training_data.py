@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from flows.prepare import known_tokens, prepare, tokens_of_run
 from flows.run_file import BegunRun, Run, begun_run
 from flows.summaries import TokensSummary
 from flows.workspace import Workspace
+from storage.commits import Commits
 from storage.errors import CorruptError, StorageError
-from storage.record import CommitRecord
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -35,7 +35,7 @@ class TrainingData:
 
     snapshot: Snapshot
     tokens: TokensSummary
-    commits: Mapping[str, CommitRecord]
+    commits: Commits
     """Of the store, read once."""
     begun: BegunRun | None = None
 
@@ -131,7 +131,7 @@ def _hold_name(run_path: Path) -> str:
 
 def _own(
     store: Store,
-    commits: Mapping[str, CommitRecord],
+    commits: Commits,
     target: TargetConfig,
     dataset: DatasetConfig,
     space: Workspace,
@@ -151,7 +151,7 @@ def _own(
     if snapshot_id not in store.snapshot_ids():
         _publish_again(store, commits, snapshot_id, tokens, run_path)
     held_out = set(TokenFile(tokens.held_out_path).sample_ids)
-    num_lost = len(held_out - _samples(commits))
+    num_lost = len(held_out - commits.held(held_out))
     if num_lost:
         raise MismatchError(
             f"{num_lost:,} of {len(held_out):,} samples that run {run_path.name} holds out have no "
@@ -178,7 +178,7 @@ def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> Data
 
 def _publish_again(
     store: Store,
-    commits: Mapping[str, CommitRecord],
+    commits: Commits,
     snapshot_id: str,
     tokens: TokensSummary,
     run_path: Path,
@@ -237,7 +237,7 @@ def _compare_with_now(
 
 def _asked_for(
     store: Store,
-    commits: Mapping[str, CommitRecord],
+    commits: Commits,
     target: TargetConfig,
     dataset: DatasetConfig,
     space: Workspace,
@@ -274,7 +274,7 @@ def _asked_for(
 
 def _of_the_data_set(
     store: Store,
-    commits: Mapping[str, CommitRecord],
+    commits: Commits,
     target: TargetConfig,
     dataset: DatasetConfig,
     space: Workspace,
@@ -282,7 +282,7 @@ def _of_the_data_set(
     tokens = prepare(target, dataset, str(space.home))[1]
     train = TokenFile(tokens.train_path).sample_ids
     wanted = {*train, *TokenFile(tokens.held_out_path).sample_ids}
-    num_there = len(wanted & _samples(commits))
+    num_there = len(commits.held(wanted))
     if num_there < len(wanted):
         raise ConfigError(
             f"the store at {store.root.url} holds {num_there:,} of {len(wanted):,} samples of data "
@@ -299,10 +299,6 @@ def _of_the_data_set(
                 "hidden-states with this recipe where it is"
             ) from error
     return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
-
-
-def _samples(commits: Mapping[str, CommitRecord]) -> set[str]:
-    return {name for record in commits.values() for name in record.sample_ids}
 
 
 def _or_else(store: Store, space: Workspace) -> str:

@@ -13,9 +13,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from storage.commits import REVOKED, revocation_key, revocations
 from storage.directory import TEMPORARY_SUFFIX
-from storage.errors import ConfigError, CorruptError, ShardMissingError
+from storage.errors import ConfigError, CorruptError
 from storage.listing import Entry
+from storage.manifest import FOLDER as MANIFESTS
+from storage.manifest import KINDS, keys_of
 from storage.plan import Plan, PlannedShard
 from storage.snapshot import Snapshot
 from storage.store import Store
@@ -166,7 +169,9 @@ def find_garbage(
     if latest not in kept:
         raise ConfigError(f"{latest} is the latest snapshot; keep it, or publish another first")
     needed = {shard for snapshot_id in kept for shard in store.snapshot(snapshot_id).shard_ids}
-    plans, committed = store.plans(), set(store.shard_ids())
+    plans = store.plans()
+    commits, damaged = store.log.read_what_is_sound()
+    committed = commits.keys() | damaged.keys()
     unfinished = _unfinished(store, plans, committed, present)
     if keep_unfinished:
         needed |= {s.shard_id for plan in plans if plan.plan_id in unfinished for s in plan.shards}
@@ -174,10 +179,10 @@ def find_garbage(
     is_old = _is_older(older_than_hours)
     unneeded = objects.keys() - needed
     gone = {name for name in unneeded if all(map(is_old, objects[name].values()))}
-    loose = _temporaries(store)
-    for name in objects.keys() & needed:
-        if name not in committed or len(objects[name]) > 1:
-            loose |= _unnamed(store, name, objects[name])
+    loose = _loose(store)
+    for name in (objects.keys() & needed) - damaged.keys():  # of these nobody can tell
+        named = {f"shards/{name}/{key}" for key in commits.objects(name)} if name in commits else ()
+        loose |= {key: entry for key, entry in objects[name].items() if key not in named}
     leftovers = {key: entry for key, entry in loose.items() if is_old(entry)}
     removed = [*leftovers.values(), *(e for name in gone for e in objects[name].values())]
     young = [entry for key, entry in loose.items() if key not in leftovers]
@@ -205,23 +210,26 @@ def _objects(store: Store, committed: Collection[str]) -> Mapping[str, Mapping[s
     return found
 
 
-def _unnamed(store: Store, shard_id: str, objects: Mapping[str, Entry]) -> Mapping[str, Entry]:
-    """Return those objects of a shard that its commit record does not name: nothing reads them."""
-    try:
-        named = {f"shards/{shard_id}/{key}" for key in store.commit(shard_id).objects}
-    except ShardMissingError:
-        return objects
-    except CorruptError:  # a finding; until it is mended nobody can tell
-        return {}
-    return {key: entry for key, entry in objects.items() if key not in named}
-
-
-def _temporaries(store: Store) -> dict[str, Entry]:
-    return {
+def _loose(store: Store) -> dict[str, Entry]:
+    """Return what no shard is made of: temporary files, and what compacting left of manifests."""
+    entries = {
         f"{prefix}/{key}": entry
-        for prefix in ("commits", "plans", "snapshots")
+        for prefix in ("commits", "plans", "snapshots", MANIFESTS, REVOKED)
         for key, entry in store.root.entries(prefix).items()
+    }
+    manifests = store.log.manifests()
+    whole = {key for one in manifests for kind in KINDS for key in keys_of(one.manifest_id, kind)}
+    rows = {
+        revocation_key(shard_id, name)
+        for shard_id, name in revocations(store.root)
+        if any(manifest.record_id_of(shard_id) == name for manifest in manifests)
+    }
+    return {
+        key: entry
+        for key, entry in entries.items()
         if key.endswith(TEMPORARY_SUFFIX)
+        or (key.startswith(f"{MANIFESTS}/") and key not in whole)
+        or (key.startswith(f"{REVOKED}/") and key not in rows)
     }
 
 

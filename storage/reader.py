@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache import ObjectCache
+from storage.commits import CommitLog
 from storage.directory import Directory
 from storage.errors import ShardCorruptError, ShardMissingError
 from storage.identity import StoreIdentity
 from storage.memory import Allocate, RecycledMemory
-from storage.record import CommitRecord, ObjectDigest
+from storage.record import ObjectDigest
 from storage.samples import StoredSample
 from storage.shard import DecodedShard, decode_shard
 from storage.snapshot import Snapshot
@@ -38,14 +39,14 @@ class SnapshotReader:
     def __init__(
         self,
         *,
-        root: Directory,
+        log: CommitLog,
         identity: StoreIdentity,
         snapshot: Snapshot,
         cache_bytes: int = CACHE_BYTES,
         object_cache: ObjectCache | None = None,
     ) -> None:
         """Keep at most `cache_bytes` of decoded shards in memory, but one, and those being read."""
-        self._root = root
+        self._log = log
         self._identity = identity
         self._snapshot = snapshot
         self._cache_bytes = cache_bytes
@@ -129,7 +130,7 @@ class SnapshotReader:
             if reading is None:
                 reading = self._threads.submit(
                     read_shard,
-                    self._root,
+                    self._log,
                     shard_id,
                     identity=self._identity,
                     cache=self._object_cache,
@@ -159,7 +160,7 @@ class SnapshotReader:
     def __getstate__(self) -> Mapping[str, Any]:
         """Leave the cache and the lock behind."""
         return {
-            "root": self._root,
+            "log": self._log,
             "identity": self._identity,
             "snapshot": self._snapshot,
             "cache_bytes": self._cache_bytes,
@@ -171,17 +172,8 @@ class SnapshotReader:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def read_record(root: Directory, shard_id: str, *, identity_id: str) -> CommitRecord:
-    """Return a shard's commit record; raise ShardMissingError if there is none."""
-    try:
-        data = root.read(f"commits/{shard_id}.json")
-    except FileNotFoundError as error:
-        raise ShardMissingError(f"shard {shard_id} has no commit record; {REPAIR}") from error
-    return CommitRecord.from_json(data, shard_id=shard_id, identity_id=identity_id)
-
-
 def read_shard(
-    root: Directory,
+    log: CommitLog,
     shard_id: str,
     *,
     identity: StoreIdentity,
@@ -189,24 +181,25 @@ def read_shard(
     allocate: Allocate = np.empty,
 ) -> DecodedShard:
     """Return a shard whose every object has its committed size and digest; raise CorruptError."""
-    record = read_record(root, shard_id, identity_id=identity.identity_id)
-    objects = {key: _read_object(root, record, key, cache, allocate) for key in record.objects}
-    return decode_shard(
-        shard_id,
-        objects,
-        sample_ids=record.sample_ids,
-        identity=identity,
-        allocate=allocate,
-    )
+    committed = log.objects(shard_id)
+    objects = {
+        key: _read_object(log.root, shard_id, key, expected, cache, allocate)
+        for key, expected in committed.items()
+    }
+    return decode_shard(shard_id, objects, identity=identity, allocate=allocate)
 
 
 def _read_object(
-    root: Directory, record: CommitRecord, key: str, cache: ObjectCache | None, allocate: Allocate
+    root: Directory,
+    shard_id: str,
+    key: str,
+    expected: ObjectDigest,
+    cache: ObjectCache | None,
+    allocate: Allocate,
 ) -> bytes | memoryview:
-    where = f"shard {record.shard_id}: {key}"
-    expected = record.objects[key]
+    where = f"shard {shard_id}: {key}"
+    path = f"shards/{shard_id}/{key}"
     try:
-        path = f"shards/{record.shard_id}/{key}"
         if cache is None:
             data = root.read_large(path, num_bytes=expected.num_bytes, allocate=allocate)
         else:

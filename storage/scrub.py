@@ -1,12 +1,14 @@
 """Look at everything a store holds and report all that is not as it was committed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from storage.canonical import unseal
 from storage.errors import CorruptError
 from storage.recompute import Recompute
+from storage.record import CommitRecord
 from storage.verify import (
+    MEND,
     PUBLISH,
     REPAIR,
     REPLAN,
@@ -34,12 +36,21 @@ def scrub(
     `on_shard` is called after each shard: reading a large store takes hours.
     """
     findings: list[Finding] = []
-    for shard_id in store.shard_ids():
-        findings.extend(_shard_findings(store, shard_id, deep=deep, recompute=recompute))
+    commits, damaged = store.log.read_what_is_sound()
+    for shard_id, error in damaged.items():
+        key = f"commits/{shard_id}.json"
+        findings.append(
+            Finding(shard_id=shard_id, object_key=key, problem=str(error), remedy=REPAIR)
+        )
         on_shard(shard_id)
+    for record in commits.values():
+        findings.extend(_shard_findings(store, record, deep=deep, recompute=recompute))
+        on_shard(record.shard_id)
+    committed = commits.keys() | damaged.keys()
     return [
         *findings,
-        *_snapshot_findings(store),
+        *_manifest_findings(store),
+        *_snapshot_findings(store, committed),
         *_latest_findings(store),
         *store.refs.findings(store.snapshot_ids()),
         *_plan_findings(store),
@@ -47,24 +58,20 @@ def scrub(
 
 
 def _shard_findings(
-    store: "Store", shard_id: str, *, deep: bool, recompute: Recompute | None
+    store: "Store", record: CommitRecord, *, deep: bool, recompute: Recompute | None
 ) -> Iterator[Finding]:
-    try:
-        record = store.commit(shard_id)
-    except CorruptError as error:
-        key = f"commits/{shard_id}.json"
-        yield Finding(shard_id=shard_id, object_key=key, problem=str(error), remedy=REPAIR)
-        return
     if recompute is not None:
-        yield from check_states(store.root, record, store.identity, recompute)
-    elif deep:
-        yield from check_digests(store.root, record)
-    else:
-        yield from check_sizes(store.root, record)
+        return check_states(store.root, record, store.identity, recompute)
+    return check_digests(store.root, record) if deep else check_sizes(store.root, record)
 
 
-def _snapshot_findings(store: "Store") -> Iterator[Finding]:
-    commits = set(store.shard_ids())
+def _manifest_findings(store: "Store") -> Iterator[Finding]:
+    for manifest in store.log.manifests():
+        for key, problem in manifest.damage():
+            yield Finding(shard_id=None, object_key=key, problem=problem, remedy=MEND)
+
+
+def _snapshot_findings(store: "Store", commits: Collection[str]) -> Iterator[Finding]:
     for snapshot_id in store.snapshot_ids():
         try:
             snapshot = store.snapshot(snapshot_id)

@@ -4,6 +4,7 @@ Equal samples in equal order give equal bytes. Layout (see `docs/store-format.md
 then per-token arrays of all samples one after the other, without padding.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from storage.canonical import canonical_json
 from storage.errors import ShardCorruptError
 from storage.identity import FORMAT_VERSION, StoreIdentity
 from storage.memory import Allocate
+from storage.plan import shard_id as shard_id_of
 from storage.profile import decode_states, write_states
 from storage.samples import StoredSample, content_id, last_needed
 from storage.state_rows import StateRows
@@ -111,7 +113,6 @@ def decode_shard(
     shard_id: str,
     objects: Mapping[str, bytes | memoryview],
     *,
-    sample_ids: Sequence[str],
     identity: StoreIdentity,
     allocate: Allocate = np.empty,
 ) -> DecodedShard:
@@ -119,7 +120,9 @@ def decode_shard(
 
     They are those that the record names: the objects of the group, or one file that has them all.
     """
-    stored = load_arrays(group_objects(objects, shard_id=shard_id), what=f"shard {shard_id}")
+    group = group_objects(objects, shard_id=shard_id)
+    stored = load_arrays(group, what=f"shard {shard_id}")
+    sample_ids = _sample_ids(group, shard_id=shard_id)
     try:
         offsets = stored["offsets"].whole().astype(np.int64)
         arrays = {name: stored[name].whole().astype(kind) for name, kind in TOKEN_ARRAYS.items()}
@@ -173,6 +176,24 @@ def group_objects(
         raise ShardCorruptError(
             f"shard {shard_id} does not unpack: {error}; regenerate the shard: eyas repair"
         ) from error
+
+
+def _sample_ids(group: Mapping[str, bytes | memoryview], *, shard_id: str) -> tuple[str, ...]:
+    """Return which samples a shard holds, as its own metadata says."""
+    what = f"shard {shard_id}: {GROUP_KEY}"
+    try:
+        document = json.loads(bytes(group[GROUP_KEY]))
+        found = tuple(document["attributes"]["eyas"]["sample_ids"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ShardCorruptError(
+            f"{what} does not say which samples it holds: {error!r}; regenerate the shard: eyas "
+            "repair"
+        ) from error
+    if shard_id_of(found) != shard_id:
+        raise ShardCorruptError(
+            f"{what} is of shard {shard_id_of(found)}; regenerate the shard: eyas repair"
+        )
+    return found
 
 
 def _token_arrays(

@@ -5,7 +5,7 @@ from the same shards publish the same snapshot. Rows are sorted by shard, then b
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from storage.commits import Commits
 from storage.errors import ConfigError, CorruptError
 from storage.identity import FORMAT_VERSION
-from storage.record import CommitRecord
+from storage.sample_rows import ID_BYTES, Wanted, names_of
 
-ID_BYTES = 16
 FORMAT_KEY = b"eyas_format_version"
 
 
@@ -66,41 +66,41 @@ class Snapshot:
         return bytes(self.sample_ids[index]).hex()
 
     @classmethod
-    def of(cls, sample_ids: Iterable[str], commits: Mapping[str, CommitRecord]) -> Self:
+    def of(cls, sample_ids: Collection[str], commits: Commits) -> Self:
         """Return the snapshot of these samples; raise ConfigError if one is in no commit.
 
         A sample that several shards hold is taken from the shard with the smallest id.
         """
-        wanted = set(sample_ids)
-        total = len(wanted)
-        if not total:
+        if not sample_ids:
             raise ConfigError("a snapshot needs at least one sample; none was given")
-        rows: list[tuple[str, int, int, int, int]] = []
-        shards: list[str] = []
-        for shard_id in sorted(commits):
-            record = commits[shard_id]
-            before = len(rows)
-            for position, sample_id in enumerate(record.sample_ids):
-                if sample_id in wanted:
-                    wanted.remove(sample_id)
-                    tokens = record.sample_tokens[position]
-                    supervised = record.sample_supervised[position]
-                    rows.append((sample_id, len(shards), position, tokens, supervised))
-            if len(rows) > before:
-                shards.append(shard_id)
-        if wanted:
+        wanted = Wanted(sample_ids)
+        num = len(wanted)
+        shards = np.full(num, b"\xff" * ID_BYTES, f"S{ID_BYTES}")
+        positions = np.full(num, -1, np.int32)
+        lengths, supervised = np.zeros(num, np.int64), np.zeros(num, np.int64)
+        for rows in commits.sample_rows():
+            for many, ats in wanted.find(rows.sample_ids):
+                smaller = rows.shard_ids[rows.shards[many]] < shards[ats]
+                # Shards rise: of a sample that two of them hold, what is written last stays.
+                found, at = many[smaller][::-1], ats[smaller][::-1]
+                shards[at] = rows.shard_ids[rows.shards[found]]
+                positions[at] = rows.positions(found)
+                lengths[at], supervised[at] = rows.tokens[found], rows.supervised[found]
+        missing = wanted.sample_ids[positions < 0]
+        if len(missing):
             raise ConfigError(
-                f"{len(wanted)} of {total} samples are in no committed shard, first {min(wanted)}: "
-                "generate what is missing, then publish again"
+                f"{len(missing)} of {num} samples are in no committed shard, first "
+                f"{names_of(missing[:1])[0]}: generate what is missing, then publish again"
             )
-        ids, groups, positions, lengths, supervised_counts = zip(*rows, strict=True)
+        shard_ids, groups = np.unique(shards, return_inverse=True)
+        order = np.lexsort((positions, groups))
         return cls._of_columns(
-            sample_ids=np.frombuffer(bytes.fromhex("".join(ids)), dtype=f"V{ID_BYTES}"),
-            shard_ids=tuple(shards),
-            groups=np.array(groups, dtype=np.int64),
-            positions=np.array(positions, dtype=np.int32),
-            lengths=np.array(lengths, dtype=np.int64),
-            supervised=np.array(supervised_counts, dtype=np.int64),
+            sample_ids=wanted.sample_ids[order].view(f"V{ID_BYTES}"),
+            shard_ids=names_of(shard_ids),
+            groups=groups[order].astype(np.int64),
+            positions=positions[order],
+            lengths=lengths[order],
+            supervised=supervised[order],
         )
 
     @classmethod

@@ -4,17 +4,19 @@ Layout and write order are in `docs/store-format.md`. The store is the only trut
 whatever was interrupted, running the same thing again ends in the same bytes.
 """
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
+from storage.commits import CommitLog, Commits
 from storage.directory import TEMPORARY_SUFFIX, Directory
-from storage.errors import ConfigError, CorruptError, ShardMissingError
+from storage.errors import ConfigError, CorruptError, ShardMissingError, StorageError
 from storage.identity import FORMAT_VERSION, StoreIdentity
 from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
 from storage.probe import ProbePoint
-from storage.reader import CACHE_BYTES, SnapshotReader, read_record
+from storage.reader import CACHE_BYTES, SnapshotReader
 from storage.recompute import Recompute
 from storage.record import CommitRecord
 from storage.refs import Refs
@@ -23,6 +25,8 @@ from storage.scrub import scrub
 from storage.snapshot import Snapshot
 from storage.verify import PUBLISH, REPAIR, Finding, check_presence, check_states
 from storage.writer import ShardWriter
+
+logger = logging.getLogger(__name__)
 
 IDENTITY_KEY = "store.json"
 LATEST_KEY = "snapshots/latest.json"
@@ -36,8 +40,8 @@ class Store:
         self.identity = identity
         self.root = root
         self.refs = Refs(root)
-        self._identity_id = identity.identity_id
-        self._writer = ShardWriter(root=root, identity=identity)
+        self.log = CommitLog(root, identity.identity_id)
+        self._writer = ShardWriter(root=root, identity=identity, log=self.log)
 
     @classmethod
     def create(cls, root: str, identity: StoreIdentity) -> "Store":
@@ -68,31 +72,17 @@ class Store:
 
     # ---- what exists
 
-    def commits(self, shard_ids: Iterable[str] | None = None) -> Mapping[str, CommitRecord]:
-        """Return commit records by shard id, those of `shard_ids` or all.
+    def commits(self) -> Commits:
+        """Return all that is committed; CorruptError if a record or a manifest is damaged."""
+        return self.log.read()
 
-        Raises:
-            ShardMissingError: one of `shard_ids` has none.
-            CorruptError: one is damaged.
-
-        """
-        wanted = self.shard_ids() if shard_ids is None else shard_ids
-        keys = {f"commits/{shard_id}.json": shard_id for shard_id in wanted}
-        try:
-            found = self.root.read_many(list(keys))
-        except FileNotFoundError as error:
-            lost = ", ".join(sorted(set(keys.values()) - set(self.shard_ids())))
-            raise ShardMissingError(f"shard {lost} has no commit record; {REPAIR}") from error
-        return {
-            keys[key]: CommitRecord.from_json(
-                data, shard_id=keys[key], identity_id=self._identity_id
-            )
-            for key, data in found.items()
-        }
+    def some_commits(self, shard_ids: Iterable[str]) -> Mapping[str, CommitRecord]:
+        """Return the records of some shards by id; raises what `commit` does."""
+        return self.log.some(shard_ids)
 
     def commit(self, shard_id: str) -> CommitRecord:
         """Return one commit record; ShardMissingError if there is none, CorruptError if damaged."""
-        return read_record(self.root, shard_id, identity_id=self._identity_id)
+        return self.log.find(shard_id)
 
     def shard_sizes(self) -> Mapping[str, int]:
         """Return the bytes below every shard's directory, committed or not, by shard id."""
@@ -102,9 +92,9 @@ class Store:
             sizes[shard_id] = sizes.get(shard_id, 0) + num_bytes
         return sizes
 
-    def committed_samples(self) -> set[str]:
-        """Return the ids of all samples that some committed shard holds."""
-        return {sample_id for record in self.commits().values() for sample_id in record.sample_ids}
+    def held(self, sample_ids: Collection[str]) -> set[str]:
+        """Return those of some samples that a committed shard holds."""
+        return self.commits().held(sample_ids)
 
     def free_bytes(self) -> int | None:
         """Return the free space where the store lies, or None where that has no meaning."""
@@ -123,7 +113,7 @@ class Store:
         unfinished = [shard for plan in plans for shard in plan.shards]
         fresh = plan_shards(
             samples,
-            committed={sample for record in commits.values() for sample in record.sample_ids},
+            committed=commits.held([sample.sample_id for sample in samples]),
             shard_tokens=shard_tokens,
             pending=[shard for shard in unfinished if shard.shard_id not in commits],
         )
@@ -190,7 +180,7 @@ class Store:
 
     def revoke(self, shard_id: str) -> None:
         """Take back a shard's commit record: it counts as missing until it is written again."""
-        self._writer.revoke(shard_id)
+        self.log.revoke(shard_id)
 
     # ---- snapshots
 
@@ -198,7 +188,7 @@ class Store:
         self,
         sample_ids: Collection[str],
         *,
-        commits: Mapping[str, CommitRecord] | None = None,
+        commits: Commits | None = None,
         name: str | None = None,
         made_from: str = "",
         as_latest: bool = True,
@@ -209,22 +199,55 @@ class Store:
         split of a data set and means this snapshot from now on, `made_from` what the caller knows.
         Not `as_latest`, it is one more beside the latest.
         """
-        snapshot = Snapshot.of(sample_ids, self.commits() if commits is None else commits)
+        commits = self.commits() if commits is None else commits
+        snapshot = Snapshot.of(sample_ids, commits)
         snapshot_id = snapshot.snapshot_id
-        self._keep(f"snapshots/{snapshot_id}.parquet", snapshot.to_parquet())
+        is_new = self._keep(f"snapshots/{snapshot_id}.parquet", snapshot.to_parquet())
         if name is not None:
             self.refs.set(name, snapshot_id, made_from=made_from)
         if as_latest:
             latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
             self._keep(LATEST_KEY, seal(latest))
+        if is_new:
+            self._tidy(snapshot)
         return snapshot
 
-    def _keep(self, key: str, data: bytes) -> None:
+    def _keep(self, key: str, data: bytes) -> bool:
         """Publish an object unless it has these bytes already: such a store may be read-only."""
         with suppress(FileNotFoundError):
             if self.root.read(key) == data:
-                return
+                return False
         self.root.publish(key, data)
+        return True
+
+    def _tidy(self, snapshot: Snapshot) -> None:
+        """Put many records into a manifest, and drop plans of which everything is published there.
+
+        A store works without, so what goes wrong is a warning.
+        """
+        try:
+            self.compact()
+            compacted = self.log.compacted() if self.plans() else frozenset()
+            needed = compacted.intersection(snapshot.shard_ids)
+            for plan in self.plans() if needed else ():
+                if needed.issuperset(shard.shard_id for shard in plan.shards):
+                    self.root.delete(f"plans/{plan.plan_id}.json")
+        except StorageError as error:
+            logger.warning("the snapshot is published; the store was not tidied up: %s", error)
+
+    def mend_manifests(self) -> None:
+        """Write damaged or lost files of manifests again, each from its copy."""
+        for manifest in self.log.manifests():
+            manifest.mend()
+
+    def compact(self) -> None:
+        """Put records into a manifest if there are many; see `storage.commits`."""
+        if not self.log.is_worth_compacting():
+            return
+        key = self.root.read(IDENTITY_KEY)
+        if key != self.identity.to_json():  # of version 2, whose readers know no manifests
+            self.root.publish(IDENTITY_KEY, self.identity.to_json())
+        self.log.compact()
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
         """Return a snapshot, the latest by default; ConfigError if there is none."""
@@ -238,9 +261,7 @@ class Store:
             ) from error
         return Snapshot.from_parquet(data, snapshot_id=wanted)
 
-    def require_present(
-        self, snapshot: Snapshot, *, commits: Mapping[str, CommitRecord] | None = None
-    ) -> None:
+    def require_present(self, snapshot: Snapshot, *, commits: Commits | None = None) -> None:
         """Raise ShardMissingError unless all objects of a snapshot are there with their sizes.
 
         Takes one listing and the commit records, if the caller has none; no shard is read.
@@ -252,7 +273,7 @@ class Store:
                 f"{len(lost)} of {len(snapshot.shard_ids)} shards of snapshot "
                 f"{snapshot.snapshot_id} have no commit record, first {lost[0]}; {REPAIR}"
             )
-        wanted = [commits[shard_id] for shard_id in snapshot.shard_ids]
+        wanted = {shard_id: commits.objects(shard_id) for shard_id in snapshot.shard_ids}
         findings = list(check_presence(self.root, wanted))
         if findings:
             raise ShardMissingError(
@@ -273,7 +294,7 @@ class Store:
     ) -> SnapshotReader:
         """Return random access to the samples of a snapshot; a remote store wants a cache."""
         return SnapshotReader(
-            root=self.root,
+            log=self.log,
             identity=self.identity,
             snapshot=snapshot,
             cache_bytes=cache_bytes,
@@ -315,7 +336,7 @@ class Store:
 
     def shard_ids(self) -> Sequence[str]:
         """Return the ids of all shards that have a commit record, sorted."""
-        return self._listed("commits", ".json")
+        return self.log.ids()
 
     def _listed(self, prefix: str, suffix: str) -> Sequence[str]:
         """Return the sorted names, less `suffix`, of the objects in a flat directory."""

@@ -1,6 +1,6 @@
 """Findings: what is wrong with a store, where, and what to run about it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from storage.directory import Directory
@@ -14,6 +14,7 @@ from storage.shard import decode_shard
 
 REPAIR = "regenerate the shard: eyas repair"
 PUBLISH = "publish the snapshot again: eyas repair"
+MEND = "write it again from its copy: eyas repair"
 REPLAN = "drop the plan, what it lacks is planned again: eyas repair"
 
 
@@ -37,25 +38,27 @@ class Finding:
 def check_sizes(root: Directory, record: CommitRecord) -> Iterator[Finding]:
     """Yield a finding for every object of the shard that is absent or has another size."""
     sizes = root.sizes(f"shards/{record.shard_id}")
-    return _compare_sizes(record, sizes, prefix="")
+    return _compare_sizes(record.shard_id, record.objects, sizes, prefix="")
 
 
-def check_presence(root: Directory, records: Iterable[CommitRecord]) -> Iterator[Finding]:
-    """Yield what `check_sizes` would for many shards, after one listing of all of them."""
+def check_presence(
+    root: Directory, committed: Mapping[str, Mapping[str, ObjectDigest]]
+) -> Iterator[Finding]:
+    """Yield what `check_sizes` would for the objects of many shards, after one listing of all."""
     sizes = root.sizes("shards")
-    for record in records:
-        yield from _compare_sizes(record, sizes, prefix=f"{record.shard_id}/")
+    for shard_id, objects in committed.items():
+        yield from _compare_sizes(shard_id, objects, sizes, prefix=f"{shard_id}/")
 
 
 def _compare_sizes(
-    record: CommitRecord, sizes: Mapping[str, int], *, prefix: str
+    shard_id: str, objects: Mapping[str, ObjectDigest], sizes: Mapping[str, int], *, prefix: str
 ) -> Iterator[Finding]:
-    for key, expected in record.objects.items():
+    for key, expected in objects.items():
         found = sizes.get(prefix + key)
         if found is None:
-            yield shard_finding(record.shard_id, key, f"is missing, committed {expected}")
+            yield shard_finding(shard_id, key, f"is missing, committed {expected}")
         elif found != expected.num_bytes:
-            yield shard_finding(record.shard_id, key, f"has {found} bytes, committed {expected}")
+            yield shard_finding(shard_id, key, f"has {found} bytes, committed {expected}")
 
 
 def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
@@ -135,7 +138,7 @@ def check_meaning(
 def _probed_samples(
     record: CommitRecord, objects: Mapping[str, bytes | memoryview], identity: StoreIdentity
 ) -> Mapping[str, StoredSample]:
-    shard = decode_shard(record.shard_id, objects, sample_ids=record.sample_ids, identity=identity)
+    shard = decode_shard(record.shard_id, objects, identity=identity)
     probed = {point.sample_id for point in record.probe}
     return {
         sample_id: shard.sample(position)

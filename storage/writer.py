@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from storage import packed
+from storage.commits import CommitLog
 from storage.directory import Directory
 from storage.errors import (
     CorruptError,
@@ -23,7 +24,6 @@ from storage.errors import (
 from storage.identity import StoreIdentity
 from storage.plan import PlannedShard
 from storage.probe import ProbePoint, require_probe
-from storage.reader import read_record
 from storage.recompute import Recompute
 from storage.record import CommitRecord, ObjectDigest, RunningDigest
 from storage.samples import StoredSample, require_storable
@@ -37,6 +37,7 @@ class ShardWriter:
 
     root: Directory
     identity: StoreIdentity
+    log: CommitLog
 
     def write(
         self,
@@ -72,10 +73,6 @@ class ShardWriter:
         if standing != record:
             self._drop_unnamed(shard.shard_id, attempt)
         return standing
-
-    def revoke(self, shard_id: str) -> None:
-        """Take back a shard's commit record."""
-        self.root.delete(f"commits/{shard_id}.json")
 
     def _write_data(self, shard_id: str, key: str, samples: Sequence[StoredSample]) -> ObjectDigest:
         digest = RunningDigest()
@@ -117,20 +114,19 @@ class ShardWriter:
 
     def _commit(self, record: CommitRecord) -> CommitRecord:
         """Return the record that stands: this one, or a rival's that was there before."""
-        key, data = f"commits/{record.shard_id}.json", record.to_json()
-        if self.root.create(key, data):
+        if self.log.create(record):
             return record
         standing = self._standing(record.shard_id)
         if standing is not None:
             return standing
-        self.root.publish(key, data)  # over one that is damaged, or whose data is
+        self.log.replace(record)  # one that is damaged, or whose data is not there
         return record
 
     def _drop_unnamed(self, shard_id: str, attempt: str) -> None:
         """Give back the space of an attempt, unless a record names it or nobody can tell."""
         with suppress(StorageError):
             try:
-                named = attempt in self._record(shard_id).objects
+                named = attempt in self.log.objects(shard_id)
             except ShardMissingError:
                 named = False
             if not named:
@@ -139,13 +135,10 @@ class ShardWriter:
     def _standing(self, shard_id: str) -> CommitRecord | None:
         """Return the record, if it is whole and all its objects are there with their sizes."""
         try:
-            record = self._record(shard_id)
+            record = self.log.find(shard_id)
         except (ShardMissingError, CorruptError):
             return None
         return None if any(check_sizes(self.root, record)) else record
-
-    def _record(self, shard_id: str) -> CommitRecord:
-        return read_record(self.root, shard_id, identity_id=self.identity.identity_id)
 
     def _checked(
         self, shard: PlannedShard, samples: Iterable[StoredSample]

@@ -28,6 +28,7 @@ from flows.train import train_flow
 from storage.collection import snapshots_to_keep
 from storage.store import Store
 from tests import tiny
+from tests.storage.synthetic import committed_samples
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -344,7 +345,7 @@ def test_samples_without_states_are_counted(data: _Data) -> None:
 def test_what_is_held_out_is_refused_in_a_snapshot(data: _Data) -> None:
     """Somebody published all samples together."""
     data.grow_to(20)
-    everything = data.store.publish(sorted(data.store.committed_samples())).snapshot_id
+    everything = data.store.publish(sorted(committed_samples(data.store))).snapshot_id
     with pytest.raises(eagle_core.errors.MismatchError, match=r"holds out [1-9]"):
         data.train(snapshot_id=everything)
     trained = data.train()

@@ -81,11 +81,12 @@ def make_identity(**changes: object) -> StoreIdentity:
 def tree_digests(store: Store) -> dict[str, str]:
     """Return the digest of every object below the store's root, by key.
 
-    Every attempt at a shard has a name of its own. That of one that is committed is left out, so
-    that two stores of the same shards have the same digests.
+    Every attempt at a shard has a name of its own. That of one that is committed is left out, and
+    so is what was revoked, so that two stores of the same shards have the same digests.
     """
     root = store.root
-    found = {key: digest_bytes(root.read(key)) for key in root.sizes("")}
+    keys = [key for key in root.sizes("") if not key.startswith("revoked/")]
+    found = {key: digest_bytes(root.read(key)) for key in keys}
     for shard_id in store.shard_ids():
         try:
             record = store.commit(shard_id)
@@ -106,6 +107,11 @@ def nameless(record: CommitRecord) -> CommitRecord:
 def nameless_commits(store: Store) -> dict[str, CommitRecord]:
     """Return what a store has committed, to be compared with another store."""
     return {shard_id: nameless(record) for shard_id, record in store.commits().items()}
+
+
+def committed_samples(store: Store) -> set[str]:
+    """Return the ids of all samples that some committed shard holds."""
+    return {name for record in store.commits().values() for name in record.sample_ids}
 
 
 def data_key(store: Store, shard_id: str) -> str:

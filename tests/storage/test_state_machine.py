@@ -4,14 +4,18 @@ The model is the set of bytes that each shard must have, taken from a store that
 happened to. A shard is absent (no record), whole (record and objects are those bytes) or damaged.
 """
 
+import io
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import Phase, settings
@@ -23,11 +27,12 @@ from hypothesis.stateful import (
     rule,
 )
 
+from storage import commits
 from storage.canonical import seal, unseal
 from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError
-from storage.plan import PlannedShard
+from storage.plan import Plan, PlannedShard
 from storage.reader import read_shard
 from storage.repair import damaged_shards
 from storage.samples import StoredSample, last_needed
@@ -140,8 +145,20 @@ indices = st.integers(0, 2**16)
 class StoreMachine(RuleBasedStateMachine):
     """All that may happen to a store of a few shards."""
 
-    @initialize(filled=st.sampled_from([True, True, False]))
-    def start(self, filled: bool) -> None:
+    @initialize(
+        filled=st.sampled_from([True, True, False]),
+        compact_from=st.sampled_from([1, 1, 2, 1000]),
+        most_shards=st.sampled_from([1, 2, 50_000]),
+    )
+    def start(self, filled: bool, compact_from: int, most_shards: int) -> None:
+        self.patches = [
+            mock.patch("storage.commits.COMPACT_FROM", compact_from),
+            mock.patch("storage.commits.MOST_SHARDS", most_shards),
+            mock.patch("storage.commits.SETTLE_SECONDS", -60),  # whatever the clocks say
+        ]
+        for patch in self.patches:
+            patch.start()
+        self.torn_copies: set[str] = set()
         self.url = self.make_root()
         store = Store.create(self.url, make_identity())
         self.root = store.root
@@ -171,6 +188,10 @@ class StoreMachine(RuleBasedStateMachine):
     def make_root(self) -> str:
         raise NotImplementedError
 
+    def teardown(self) -> None:
+        for patch in self.patches:
+            patch.stop()
+
     # ---- looking, without the store's help
 
     def raw(self) -> dict[str, bytes]:
@@ -180,9 +201,23 @@ class StoreMachine(RuleBasedStateMachine):
         """Return the key of the data that a sound record names; None if there is none."""
         try:
             attempt, record = nameless(raw[f"commits/{shard_id}.json"])
-        except (CorruptError, KeyError):
+        except CorruptError:
             return None
+        except KeyError:
+            return self.named_by_manifest(shard_id, raw)
         return f"shards/{shard_id}/{attempt}" if record == self.records[shard_id] else None
+
+    def named_by_manifest(self, shard_id: str, raw: dict[str, bytes]) -> str | None:
+        """Return what a row of a manifest names that was not taken back; both copies may serve."""
+        for key in sorted(raw):
+            if not key.startswith("manifests/") or ".shards." not in key or key in self.torn_copies:
+                continue
+            for row in pq.read_table(io.BytesIO(raw[key])).to_pylist():
+                revoked = f"revoked/{shard_id}/{row['record_id'].hex()}.json"
+                if row["shard_id"].hex() == shard_id and revoked not in raw:
+                    (attempt,) = json.loads(row["objects"])
+                    return f"shards/{shard_id}/{attempt}"
+        return None
 
     def bad_keys(self, shard_id: str, raw: dict[str, bytes]) -> set[str]:
         """Return what a deep verification must report of a shard with a record."""
@@ -194,7 +229,7 @@ class StoreMachine(RuleBasedStateMachine):
     def conditions(self, raw: dict[str, bytes]) -> dict[str, str]:
         found: dict[str, str] = {}
         for shard_id in self.shards:
-            if f"commits/{shard_id}.json" not in raw:
+            if f"commits/{shard_id}.json" not in raw and not self.named(shard_id, raw):
                 found[shard_id] = absent
             else:
                 found[shard_id] = damaged if self.bad_keys(shard_id, raw) else whole
@@ -313,6 +348,41 @@ class StoreMachine(RuleBasedStateMachine):
             self.root.write(pair[1], raw[pair[0]])
             self.condition = self.conditions(self.raw())
 
+    @rule(fuse=fuses)
+    def compact(self, fuse: int | None) -> None:
+        """Records go into manifests, and those that are there already go."""
+        before = self.raw()
+        try:
+            lived = self.run(fuse, lambda store: store.compact())
+        except CorruptError:
+            assert damaged in self.condition.values()
+            return
+        after = self.raw()
+        assert self.conditions(after) == self.condition
+        if lived and before == after:
+            alone = [key for key in after if key.startswith("commits/") and key.endswith(".json")]
+            assert len(alone) < commits.COMPACT_FROM or len(alone) < len(self.shards)
+
+    @rule(which=indices)
+    def tear_a_manifest(self, which: int) -> None:
+        """Of one of its two copies only: both at once are a loss that nothing hides."""
+        keys = sorted(key for key in self.raw() if key.startswith("manifests/"))
+        if keys:
+            key = keys[which % len(keys)]
+            twin = (
+                key.replace("manifests/copies/", "manifests/")
+                if "/copies/" in key
+                else key.replace("manifests/", "manifests/copies/")
+            )
+            if twin in keys and not {key, twin} & self.torn_copies:
+                self.root.write(key, flip(self.root.read(key)))
+                self.torn_copies.add(key)
+
+    @rule()
+    def mend_manifests(self) -> None:
+        Store.open(self.url).mend_manifests()
+        self.torn_copies.clear()
+
     @rule(which=indices)
     def leave_stale_files(self, which: int) -> None:
         name = self.pick_shard(which).shard_id
@@ -323,12 +393,18 @@ class StoreMachine(RuleBasedStateMachine):
     def repair(self, fuse: int | None) -> None:
         store = Store.open(self.url)
         found = damaged_shards(store, store.verify(deep=True))
+        plan = Plan.of(found)
+        is_new = not self.root.exists(f"plans/{plan.plan_id}.json")
+        if not self.run(fuse, lambda store: store.save_plan(plan)):
+            return
         for shard in found:
             lived = self.run(fuse, lambda store, shard=shard: store.revoke(shard.shard_id))
             self.condition = self.conditions(self.raw())
             if not lived:
                 return
             self.write_shard(shard, fuse)
+        if is_new and fuse is None:
+            self.root.delete(f"plans/{plan.plan_id}.json")
         if fuse is None:
             assert damaged not in self.condition.values()
             for snapshot_id in store.snapshot_ids():
@@ -493,7 +569,7 @@ class StoreMachine(RuleBasedStateMachine):
         missing = {f"commits/{s}.json" for s in needed if self.condition[s] == absent}
         latest_missing = {LATEST_KEY} if store.snapshot_ids() and LATEST_KEY not in raw else set()
         deep = {finding.object_key for finding in store.verify(deep=True)}
-        assert deep == expected | missing | latest_missing
+        assert deep == expected | missing | latest_missing | self.torn_copies & raw.keys()
         quick = {finding.shard_id for finding in store.verify(deep=False)} - {None}
         assert quick == by_size | {s for s in needed if self.condition[s] == absent}
 
@@ -510,7 +586,7 @@ class StoreMachine(RuleBasedStateMachine):
                 continue  # the very bytes that were read before
             self.last_read[name] = condition
             try:
-                shard = read_shard(self.root, name, identity=store.identity)
+                shard = read_shard(store.log, name, identity=store.identity)
             except CorruptError:
                 assert condition != whole
             else:
@@ -553,6 +629,7 @@ class OnDisk(StoreMachine):
         return f"{self.folder}/store"
 
     def teardown(self) -> None:
+        super().teardown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -18,7 +18,14 @@ from storage.directory import Directory
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.steps import SteppedDirectory
-from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
+from tests.storage.synthetic import (
+    committed_samples,
+    fill,
+    make_identity,
+    make_samples,
+    planned,
+    tree_digests,
+)
 
 WRITER = """
 import sys
@@ -60,7 +67,7 @@ def test_processes_with_different_bytes_on_one_disk_end_in_one_valid_store(tmp_p
         run_writers(root, [0, 1, 2, 3, 4])
         store = Store.open(root)
         assert store.verify(deep=True) == []
-        assert store.committed_samples() == {sample.sample_id for sample in make_samples(20)}
+        assert committed_samples(store) == {sample.sample_id for sample in make_samples(20)}
 
 
 @pytest.mark.s3
@@ -68,7 +75,7 @@ def test_processes_with_different_bytes_on_s3_end_in_one_valid_store(s3_root: st
     run_writers(s3_root, [0, 1, 2])
     store = Store.open(s3_root)
     assert store.verify(deep=True) == []
-    assert store.committed_samples() == {sample.sample_id for sample in make_samples(20)}
+    assert committed_samples(store) == {sample.sample_id for sample in make_samples(20)}
 
 
 class Rivalry:

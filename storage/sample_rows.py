@@ -1,0 +1,87 @@
+"""Samples by the hundred million: columns instead of objects, and looking some of them up."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ID_BYTES = 16
+BLOCK = 1 << 20
+"""Samples that are looked up at a time: what is made of them stays in a cache."""
+MOST_BITS = 27
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class SampleRows:
+    """N samples of some shards, by shard, then by position in it."""
+
+    shard_ids: NDArray[np.bytes_]
+    """[S] 16 bytes each, rising"""
+    shards: NDArray[np.int64]
+    """[N] index into `shard_ids`, non-decreasing"""
+    sample_ids: NDArray[np.bytes_]
+    """[N] 16 bytes each"""
+    tokens: NDArray[np.int32]
+    """[N] tokens"""
+    supervised: NDArray[np.int32]
+    """[N] tokens that the loss mask holds"""
+
+    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return at which place in its shard each of these rows is."""
+        starts = np.searchsorted(self.shards, np.arange(len(self.shard_ids)))
+        return rows - starts[self.shards[rows]]
+
+
+class Wanted:
+    """M samples to look for among many more."""
+
+    def __init__(self, sample_ids: Collection[str]) -> None:
+        """Look for these; one that is named twice counts once."""
+        self.sample_ids = np.unique(ids_of(sample_ids))
+        """[M] rising"""
+        self._keys = _keys(self.sample_ids)
+        bits = min(MOST_BITS, max(10, (16 * len(self.sample_ids)).bit_length()))
+        self._shift = np.uint64(64 - bits)
+        self._may_be = np.zeros(1 << bits, np.bool_)
+        self._may_be[(self._keys >> self._shift).astype(np.int64)] = True
+
+    def __len__(self) -> int:
+        """Return M."""
+        return len(self.sample_ids)
+
+    def find(
+        self, sample_ids: NDArray[np.bytes_]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield which of [N] `sample_ids` are wanted, and which of the wanted each is."""
+        for first in range(0, len(sample_ids), BLOCK):
+            block = sample_ids[first : first + BLOCK]
+            keys = _keys(block)
+            rows = np.flatnonzero(self._may_be[(keys >> self._shift).astype(np.int64)])
+            at = np.searchsorted(self._keys, keys[rows])
+            while len(rows):  # once more only where two of them begin with the same 8 bytes
+                inside = at < len(self._keys)
+                rows, at = rows[inside], at[inside]
+                equal = self.sample_ids[at] == block[rows]
+                if equal.any():
+                    yield rows[equal] + first, at[equal]
+                again = ~equal & (self._keys[at] == keys[rows])
+                rows, at = rows[again], at[again] + 1
+
+
+def ids_of(names: Collection[str]) -> NDArray[np.bytes_]:
+    """Return ids of 32 hex digits as [N] 16 bytes each."""
+    return np.frombuffer(bytes.fromhex("".join(names)), f"S{ID_BYTES}")
+
+
+def names_of(ids: NDArray[np.bytes_]) -> list[str]:
+    """Return [N] ids of 16 bytes as 32 hex digits each."""
+    digits = np.ascontiguousarray(ids).tobytes().hex()
+    width = 2 * ID_BYTES
+    return [digits[at : at + width] for at in range(0, len(digits), width)]
+
+
+def _keys(ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
+    """Return the first 8 bytes of each id as a number, in the order of the ids."""
+    halves = np.ascontiguousarray(ids).view(">u8").reshape(-1, 2)
+    return halves[:, 0].astype(np.uint64)

@@ -1,0 +1,354 @@
+"""Many records in a few files: the store says the same before, between and after."""
+
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.canonical import seal, unseal
+from storage.collection import collect, find_garbage
+from storage.commits import Commits
+from storage.errors import CorruptError, ShardMissingError
+from storage.manifest import keys_of, manifest_ids
+from storage.plan import PlannedShard
+from storage.repair import damaged_shards
+from storage.sample_rows import Wanted, ids_of, names_of
+from storage.samples import StoredSample
+from storage.snapshot import Snapshot
+from storage.store import Store
+from tests.storage.steps import SteppedDirectory
+from tests.storage.synthetic import (
+    data_key,
+    drop_leftovers,
+    fill,
+    make_identity,
+    make_samples,
+    planned,
+)
+
+SAMPLES = make_samples(24, tokens=(5, 20))
+IDS = [sample.sample_id for sample in SAMPLES]
+
+
+@pytest.fixture(autouse=True)
+def compact_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put 4 records into a manifest, and let the next look remove them."""
+    monkeypatch.setattr("storage.commits.COMPACT_FROM", 4)
+    monkeypatch.setattr("storage.commits.SETTLE_SECONDS", -60.0)
+
+
+@pytest.fixture
+def store(root: str) -> Store:
+    """A store of many shards, in each place, all of them published and single."""
+    made = Store.create(root, make_identity())
+    fill(made, SAMPLES, shard_tokens=30)
+    assert len(made.shard_ids()) > 8
+    return made
+
+
+def single(store: Store) -> set[str]:
+    return {key for key in store.root.sizes("commits") if key.endswith(".json")}
+
+
+def read_all(store: Store) -> dict[str, StoredSample]:
+    reader = store.reader(store.snapshot())
+    return {sample.sample_id: sample for sample in map(reader.fetch, range(len(reader)))}
+
+
+def test_a_store_says_the_same_before_between_and_after(store: Store) -> None:
+    records, ids, totals = dict(store.commits()), store.shard_ids(), store.commits().totals
+    samples = Snapshot.of(IDS, store.commits())
+    store.publish(IDS)
+    assert len(manifest_ids(store.root)) == 1
+    assert len(single(store)) == len(ids), "they stay beside the manifest for a while"
+    between = Store.open(store.root.url)
+    assert dict(between.commits()) == records
+
+    store.compact()
+    assert single(store) == set()
+    after = Store.open(store.root.url)
+    assert after.shard_ids() == ids
+    found = after.commits()
+    assert dict(found) == records
+    assert (len(found), found.totals) == (len(records), totals)
+    assert set(found) == set(records)
+    assert ids[0] in found
+    assert "f" * 32 not in found
+    assert after.commit(ids[1]) == records[ids[1]]
+    assert after.some_commits(ids[:3]) == {name: records[name] for name in ids[:3]}
+    assert after.held([*IDS[:5], "f" * 32]) == set(IDS[:5])
+    again = Snapshot.of(IDS, found)
+    assert again.snapshot_id == samples.snapshot_id
+    assert again.to_parquet() == samples.to_parquet()
+    after.require_present(again)
+    assert after.verify(deep=True) == []
+    assert set(read_all(after)) == set(IDS)
+    assert after.plan(planned(SAMPLES), shard_tokens=30).shards == ()
+    more = [*SAMPLES, *make_samples(2, seed=9)]
+    (fresh,) = after.plan(planned(more), shard_tokens=10**6).shards
+    assert set(fresh.sample_ids) == {sample.sample_id for sample in more[-2:]}
+    with pytest.raises(ShardMissingError, match=r"ffff.*eyas repair"):
+        after.commit("f" * 32)
+
+
+def test_what_is_revoked_is_missing_and_can_be_made_again(store: Store) -> None:
+    store.publish(IDS)
+    store.compact()
+    other = Store.open(store.root.url)
+    other.commits()  # has read the manifest before
+    name = store.shard_ids()[2]
+    record = store.commit(name)
+    store.revoke(name)
+    for opened in (store, other, Store.open(store.root.url)):
+        assert name not in opened.shard_ids()
+        assert name not in opened.commits()
+        with pytest.raises(ShardMissingError, match=name):
+            opened.commit(name)
+        with pytest.raises(ShardMissingError, match=name):
+            read_all(opened)
+    assert {f.shard_id for f in store.verify(deep=True)} == {name}
+    (shard,) = damaged_shards(store, store.verify(deep=True))
+    by_id = {sample.sample_id: sample for sample in SAMPLES}
+    made = other.write_shard(shard, [by_id[i] for i in shard.sample_ids])
+    assert made.objects != record.objects
+    assert Store.open(store.root.url).commit(name) == made
+    assert set(read_all(store)) == set(IDS)
+    fill(store, [*SAMPLES, *make_samples(9, seed=3)], shard_tokens=30)
+    store.compact()
+    store.compact()
+    assert single(store) == set()
+    assert store.commit(name) == made, "the row that was revoked does not come back"
+    assert store.verify(deep=True) == []
+
+
+def test_a_record_counts_more_than_a_row(store: Store) -> None:
+    """It is newer: the data of the row was lost, and the shard was written again."""
+    store.publish(IDS)
+    store.compact()
+    name = store.shard_ids()[0]
+    old = store.commit(name)
+    store.root.delete(data_key(store, name))
+    shard = PlannedShard(shard_id=name, sample_ids=old.sample_ids, num_tokens=old.num_tokens)
+    by_id = {sample.sample_id: sample for sample in SAMPLES}
+    made = store.write_shard(shard, [by_id[i] for i in shard.sample_ids])
+    assert Store.open(store.root.url).commits()[name] == made
+    fill(store, [*SAMPLES, *make_samples(9, seed=3)], shard_tokens=30)
+    for _ in range(2):
+        store.compact()
+        assert Store.open(store.root.url).commit(name) == made
+        assert Store.open(store.root.url).commits()[name] == made
+    assert single(store) == set()
+    assert store.verify(deep=True) == []
+
+
+def test_small_manifests_are_merged_into_larger_ones(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So there are few of them however often is published, and each record moves few times."""
+    monkeypatch.setattr("storage.commits.MOST_SHARDS", 40)
+    samples = list(SAMPLES)
+    for number in range(6):
+        store.compact()
+        samples += make_samples(12, seed=100 + number, tokens=(5, 20))
+        fill(store, samples, shard_tokens=30)
+    store.compact()
+    store.compact()
+    manifests = store.log.manifests()
+    assert len(store.shard_ids()) > 40
+    assert 2 <= len(manifests) <= 4
+    assert max(len(one.shard_ids) for one in manifests) <= 40
+    assert sum(len(one.shard_ids) for one in manifests) == len(store.shard_ids())
+    assert store.verify(deep=True) == []
+    kept = store.publish(IDS).snapshot_id
+    drop = find_garbage(store, keep=[kept], keep_unfinished=False, older_than_hours=0)
+    collect(store, drop)
+    assert store.held([sample.sample_id for sample in samples]) >= set(IDS)
+    assert set(store.shard_ids()) == set(store.snapshot().shard_ids)
+
+
+def test_a_finished_plan_goes_when_manifest_and_snapshot_have_its_shards(store: Store) -> None:
+    assert len(store.plans()) == 1
+    store.publish(IDS[:-1])
+    assert len(store.plans()) == 1, "a shard of it may be in no snapshot yet"
+    store.publish(IDS)
+    assert store.plans() == []
+    store.root.write(f"commits/{store.shard_ids()[0]}.json", b"{}")
+    (shard,) = damaged_shards(store, store.verify(deep=False))
+    assert shard.shard_id == store.shard_ids()[0], "the manifest says what it held"
+
+
+def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(store: Store) -> None:
+    store.publish(IDS)
+    store.compact()
+    records = dict(store.commits())
+    (manifest_id,) = manifest_ids(store.root)
+    for kind in ("shards", "samples"):
+        for key in keys_of(manifest_id, kind):
+            whole = store.root.read(key)
+            for damage in (
+                whole[:-1],
+                whole[: len(whole) // 2] + b"x" + whole[len(whole) // 2 + 1 :],
+            ):
+                store.root.write(key, damage)
+                opened = Store.open(store.root.url)
+                assert dict(opened.commits()) == records
+                assert [f.object_key for f in opened.verify(deep=False)] == [key]
+                opened.mend_manifests()
+                assert store.root.read(key) == whole
+            store.root.delete(key)
+            opened = Store.open(store.root.url)
+            assert dict(opened.commits()) == records
+            assert [f.object_key for f in opened.verify(deep=True)] == [key]
+            opened.mend_manifests()
+            assert opened.verify(deep=True) == []
+
+
+def test_both_copies_damaged_is_an_error_that_names_the_manifest(store: Store) -> None:
+    store.publish(IDS)
+    store.compact()
+    (manifest_id,) = manifest_ids(store.root)
+    for key in keys_of(manifest_id, "shards"):
+        store.root.write(key, b"PAR1")
+    opened = Store.open(store.root.url)
+    for operation in (opened.commits, opened.shard_ids, lambda: opened.verify(deep=False)):
+        with pytest.raises(CorruptError, match=f"{manifest_id}.*hidden-states"):
+            operation()
+
+
+def test_a_row_of_another_store_is_refused(store: Store, tmp_path: Path) -> None:
+    store.publish(IDS)
+    other = Store.create(str(tmp_path / "other"), make_identity(target_fingerprint="0" * 64))
+    for key in store.root.sizes("manifests"):
+        other.root.write(f"manifests/{key}", store.root.read(f"manifests/{key}"))
+    with pytest.raises(CorruptError, match="belongs to a store with identity"):
+        other.commits()
+
+
+def test_a_store_of_version_2_says_3_before_its_records_move(store: Store) -> None:
+    """A release that knows no manifests would take its shards for lost."""
+    key = "store.json"
+    document = unseal(store.root.read(key), what=key) | {"format_version": 2}
+    store.root.write(key, seal(document))
+    opened = Store.open(store.root.url)
+    opened.publish(IDS)
+    assert unseal(store.root.read(key), what=key)["format_version"] == 3
+    assert Store.open(store.root.url).identity == store.identity
+
+
+def test_compacting_stops_nobody(tmp_path: Path) -> None:
+    """Others open, read, write and compact at each of its steps; it may be killed there, too."""
+    for stop_at in range(60):
+        store = Store.create(str(tmp_path / str(stop_at)), make_identity())
+        fill(store, SAMPLES[:12], shard_tokens=30)
+        store.publish(IDS[:12])  # the first of them: now there are records that can go
+        fill(store, SAMPLES, shard_tokens=30)
+        records = dict(store.commits())
+        if _compact_while_others_work(store, records, stop_at=stop_at):
+            return
+    pytest.fail("compacting took more steps than expected")
+
+
+def _compact_while_others_work(store: Store, records: dict, *, stop_at: int) -> bool:
+    """Tell whether it ended before the step at which it was to be killed."""
+    steps = 0
+    lost = min(records)
+
+    class Killed(BaseException):
+        pass
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        nonlocal steps
+        if name.split(maxsplit=1)[0] in {"name", "delete", "create"}:
+            opened = Store.open(store.root.url)
+            assert dict(opened.commits()) == records
+            if steps == stop_at // 2:
+                opened.revoke(lost)
+                records.pop(lost, None)
+                opened.compact()
+            if steps == stop_at:
+                raise Killed
+            steps += 1
+        yield
+
+    stepped = Store(SteppedDirectory.over(store.root, step), store.identity)
+    try:
+        stepped.compact()
+    except Killed:
+        ended = False
+    else:
+        ended = True
+    opened = Store.open(store.root.url)
+    assert dict(opened.commits()) == records
+    opened.compact()
+    opened.compact()
+    assert dict(Store.open(store.root.url).commits()) == records
+    if lost not in records:
+        assert lost not in opened.shard_ids()
+    return ended
+
+
+def test_several_compact_at_once(store: Store) -> None:
+    records = dict(store.commits())
+    threads = [
+        threading.Thread(target=lambda: Store.open(store.root.url).compact()) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    Store.open(store.root.url).compact()
+    assert dict(Store.open(store.root.url).commits()) == records
+    store.publish(IDS)
+    drop_leftovers(store)
+    assert dict(Store.open(store.root.url).commits()) == records
+
+
+def test_a_log_travels_without_what_it_has_read(store: Store) -> None:
+    store.publish(IDS)
+    store.commits()
+    assert len(pickle.dumps(store.log)) < 1000
+    copy = pickle.loads(pickle.dumps(store.log))  # noqa: S301
+    assert copy.ids() == store.shard_ids()
+
+
+@given(
+    known=st.lists(st.binary(min_size=16, max_size=16), max_size=40),
+    wanted=st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=20),
+    prefix=st.sampled_from([b"", b"12345678"]),
+)
+def test_samples_are_found_as_a_set_finds_them(
+    known: list[bytes], wanted: list[bytes], prefix: bytes
+) -> None:
+    """Also those that begin with the same 8 bytes, and end in zeros."""
+    known = [prefix + one[len(prefix) :] for one in [*known, *wanted[::2], bytes(16)]]
+    wanted = [prefix + one[len(prefix) :] for one in wanted]
+    look = Wanted([one.hex() for one in wanted])
+    rows = np.frombuffer(b"".join(known), "S16")
+    found = {int(row) for many, _ in look.find(rows) for row in many}
+    assert found == {row for row, one in enumerate(known) if one in set(wanted)}
+    for many, ats in look.find(rows):
+        assert (look.sample_ids[ats] == rows[many]).all()
+    assert names_of(ids_of([one.hex() for one in known])) == [one.hex() for one in known]
+
+
+def test_a_sample_in_several_shards_is_taken_from_the_smallest(store: Store) -> None:
+    records = dict(store.commits())
+    by_shard = sorted(records)
+    twice = records[by_shard[3]].sample_ids[0]
+    first = records[by_shard[1]]
+    doubled = replace(
+        first,
+        sample_ids=(twice, *first.sample_ids[1:]),
+    )
+    commits = Commits({**records, by_shard[1]: doubled})
+    snapshot = Snapshot.of([twice], commits)
+    assert snapshot.shard_ids == (by_shard[1],)
+    assert snapshot.positions.tolist() == [0]
