@@ -80,11 +80,13 @@ def plan_missing_shards(
 
     """
     store = Store.create(root, store_identity(target, config, tokens))
-    wanted = list(wanted_samples(tokens))
-    plan = store.plan(wanted, shard_tokens=config.shard_tokens)
+    plan = store.plan(wanted_samples(tokens), shard_tokens=config.shard_tokens)
     missing = store.missing_shards(plan)
     get_run_logger().info(
-        "%d samples wanted, %d shards to make (%s)", len(wanted), len(missing), root
+        "%d samples wanted, %d shards to make (%s)",
+        tokens.num_samples,
+        len(missing),
+        root,
     )
     return MissingShards(plan_id=plan.plan_id, shards=missing)
 

@@ -81,11 +81,9 @@ def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, ro
     """Return the bill for what the store at `root` lacks, measured with the target itself."""
     place = Directory.at(root)
     store = Store.open(root) if place.exists(IDENTITY_KEY) else None
-    wanted = list(wanted_samples(tokens))
+    wanted = wanted_samples(tokens)
     plan = plan_shards(
-        wanted,
-        committed=store.held([one.sample_id for one in wanted]) if store else (),
-        shard_tokens=config.shard_tokens,
+        store.commits().lacks(wanted) if store else wanted, shard_tokens=config.shard_tokens
     )
     to_make = sum(shard.num_tokens for shard in plan.shards)
     costs: dict[str, float] = {}

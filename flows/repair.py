@@ -65,6 +65,8 @@ def repair_flow(
     for finding in findings:
         if finding.object_key.startswith("plans/"):
             opened.root.delete(finding.object_key)  # what it lacks is planned again
+    if any(finding.object_key.startswith("manifests/") for finding in findings):
+        opened.mend_manifests()
     remade, foreign = _split(damaged_shards(opened, findings), tokens)
     if remade:
         _make_again(opened, remade, target, store, runner, tokens)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from storage.identity import FORMAT_VERSION
 from storage.listing import Entry
 from storage.manifest import FOLDER as MANIFESTS
 from storage.manifest import Manifest, delete_manifest, manifest_ids, record_id
+from storage.plan import PlannedSample
 from storage.record import CommitRecord, ObjectDigest
 from storage.sample_rows import SampleRows, Wanted, ids_of, names_of
 from storage.verify import REPAIR
@@ -39,6 +41,8 @@ SETTLE_SECONDS = 3600.0
 """A record stays beside the manifest that has it, for whoever lists the one and not yet the other.
 """
 TRIES = 5
+SAMPLES_AT_A_TIME = 4 << 20
+"""Wanted samples for which all that are committed are gone through once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,14 +119,27 @@ class Commits(Mapping[str, CommitRecord]):
         manifest, row = found
         return manifest.objects_at(row)
 
-    def held(self, sample_ids: Collection[str]) -> set[str]:
-        """Return those of some samples that are committed, in memory for them alone."""
+    def holds(self, sample_ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Return [M] which of some samples are committed, in memory for them alone."""
         wanted = Wanted(sample_ids)
         found = np.zeros(len(wanted), np.bool_)
         for rows in self.sample_rows():
             for _, at in wanted.find(rows.sample_ids):
                 found[at] = True
-        return set(names_of(wanted.sample_ids[found]))
+        each: NDArray[np.bool_] = found[wanted.places]
+        return each
+
+    def held(self, sample_ids: Collection[str]) -> set[str]:
+        """Return those of some samples that are committed."""
+        names = list(sample_ids)
+        return {name for name, is_held in zip(names, self.holds(names), strict=True) if is_held}
+
+    def lacks(self, samples: Iterable[PlannedSample]) -> Iterator[PlannedSample]:
+        """Yield those of any number of samples that are not committed, in order."""
+        left = iter(samples)
+        while block := list(islice(left, SAMPLES_AT_A_TIME)):
+            held = self.holds([sample.sample_id for sample in block])
+            yield from (sample for sample, is_held in zip(block, held, strict=True) if not is_held)
 
     def sample_rows(self) -> Iterator[SampleRows]:
         """Yield the samples of all shards, those of a manifest at a time."""

@@ -87,9 +87,9 @@ def shard_id(sample_ids: Sequence[str]) -> str:
 
 
 def plan_shards(
-    samples: Sequence[PlannedSample],
+    samples: Iterable[PlannedSample],
     *,
-    committed: Collection[str],
+    committed: Collection[str] = (),
     shard_tokens: int,
     pending: Iterable[PlannedShard] = (),
 ) -> Plan:

@@ -38,8 +38,8 @@ class Wanted:
 
     def __init__(self, sample_ids: Collection[str]) -> None:
         """Look for these; one that is named twice counts once."""
-        self.sample_ids = np.unique(ids_of(sample_ids))
-        """[M] rising"""
+        self.sample_ids, self.places = np.unique(ids_of(sample_ids), return_inverse=True)
+        """[M] rising, and where each of those that were given is among them"""
         self._keys = _keys(self.sample_ids)
         bits = min(MOST_BITS, max(10, (16 * len(self.sample_ids)).bit_length()))
         self._shift = np.uint64(64 - bits)

@@ -102,8 +102,10 @@ class Store:
 
     # ---- what is to be made
 
-    def plan(self, samples: Sequence[PlannedSample], *, shard_tokens: int) -> Plan:
+    def plan(self, samples: Iterable[PlannedSample], *, shard_tokens: int) -> Plan:
         """Return, persisted, the plan that makes every sample of which the store has no states.
+
+        Memory is taken for those samples, not for all.
 
         An unfinished plan that makes exactly these is returned as it was persisted, so that an
         interrupted generation ends in the same shards as an uninterrupted one.
@@ -112,8 +114,7 @@ class Store:
         plans = self.plans()
         unfinished = [shard for plan in plans for shard in plan.shards]
         fresh = plan_shards(
-            samples,
-            committed=commits.held([sample.sample_id for sample in samples]),
+            commits.lacks(samples),
             shard_tokens=shard_tokens,
             pending=[shard for shard in unfinished if shard.shard_id not in commits],
         )
