@@ -65,7 +65,7 @@ def _within_budget(budget: int | None, root: str, more: int) -> bool:
     if budget is None:
         return True
     is_there = Directory.at(root).exists(IDENTITY_KEY)
-    stored = sum(Store.open(root).shard_sizes().values()) if is_there else 0
+    stored = Store.open(root).commits().totals.stored_bytes if is_there else 0
     return stored + more <= budget
 
 
@@ -114,7 +114,7 @@ def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, ro
         num_shards=len(plan.shards),
         samples_to_make=sum(len(shard.sample_ids) for shard in plan.shards),
         tokens_to_make=to_make,
-        stored_bytes=sum(store.shard_sizes().values()) if store else 0,
+        stored_bytes=store.commits().totals.stored_bytes if store else 0,
         bytes_per_token=costs,
         tokens_per_second=tokens_per_second,
         device=device,

@@ -119,12 +119,13 @@ def _make_again(
     plan = Plan.of(shards)
     is_new = not opened.root.exists(f"plans/{plan.plan_id}.json")
     opened.save_plan(plan)  # before any record goes: it says what the shards held
-    damaged = [key for shard in shards for key in _data_keys(opened, shard)]
+    damaged = {key for shard in shards for key in _data_keys(opened, shard)}
     for shard in shards:
         opened.revoke(shard.shard_id)
     work = MissingShards(plan_id=plan.plan_id, shards=plan.shards)
     make_shards(target, store, runner, tokens, opened.root.url, work)
-    for key in damaged:  # what was made again lies beside it
+    standing = {key for shard in shards for key in _data_keys(opened, shard)}
+    for key in damaged - standing:  # what was made again lies beside it
         opened.root.delete(key)
     if is_new:
         opened.root.delete(f"plans/{plan.plan_id}.json")

@@ -20,6 +20,7 @@ from storage.listing import Entry
 from storage.manifest import FOLDER as MANIFESTS
 from storage.manifest import KINDS, keys_of
 from storage.plan import Plan, PlannedShard
+from storage.sample_rows import is_id
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -148,52 +149,50 @@ def find_garbage(
 ) -> Garbage:
     """Return what no snapshot of `keep`, and no plan that is still to be published, needs.
 
-    Where there is no snapshot at all, that is nothing: it may be the snapshots that were lost.
+    Where there is no snapshot at all, that is no shard: it may be the snapshots that were lost. Nor
+    is anything of a shard whose commit record was: nobody can tell which of its files it named.
 
     Raises:
         ConfigError: `keep` names a snapshot that is not there, or lacks the latest one.
 
     """
     present = store.snapshot_ids()
-    kept = set(keep)
-    if not kept <= set(present):
-        raise ConfigError(
-            f"{store.root.url} has no snapshot {min(kept - set(present))}; it has: "
-            f"{', '.join(present) or 'none'}"
-        )
-    if not present:
-        return Garbage(
-            snapshot_ids=(), plan_ids=(), shard_ids=(), leftovers=(), num_bytes=0, young_bytes=0
-        )
-    latest = store.snapshot().snapshot_id
-    if latest not in kept:
-        raise ConfigError(f"{latest} is the latest snapshot; keep it, or publish another first")
-    needed = {shard for snapshot_id in kept for shard in store.snapshot(snapshot_id).shard_ids}
-    plans = store.plans()
+    kept = _checked(store, keep, present)
+    plans, is_old = store.plans(), _is_older(older_than_hours)
     commits, damaged = store.log.read_what_is_sound()
     committed = commits.keys() | damaged.keys()
-    unfinished = _unfinished(store, plans, committed, present)
-    if keep_unfinished:
-        needed |= {s.shard_id for plan in plans if plan.plan_id in unfinished for s in plan.shards}
     objects = _objects(store, committed)
-    is_old = _is_older(older_than_hours)
+    unfinished = _unfinished(store, plans, committed, present)
+    of_snapshots = {s for snapshot_id in kept for s in store.snapshot(snapshot_id).shard_ids}
+    if present:
+        needed = of_snapshots | (_shards_of(plans, unfinished) if keep_unfinished else set())
+        unknown = damaged.keys() | (of_snapshots - committed)  # a record that was lost
+    else:
+        needed = set(objects)
+        planned = _shards_of(plans, unfinished) if committed else set()
+        unknown = damaged.keys() | (needed - committed - planned)
     unneeded = objects.keys() - needed
     gone = {name for name in unneeded if all(map(is_old, objects[name].values()))}
     loose = _loose(store)
-    for name in (objects.keys() & needed) - damaged.keys():  # of these nobody can tell
+    for name in (objects.keys() & needed) - unknown:
         named = {f"shards/{name}/{key}" for key in commits.objects(name)} if name in commits else ()
         loose |= {key: entry for key, entry in objects[name].items() if key not in named}
     leftovers = {key: entry for key, entry in loose.items() if is_old(entry)}
     removed = [*leftovers.values(), *(e for name in gone for e in objects[name].values())]
     young = [entry for key, entry in loose.items() if key not in leftovers]
     young += [entry for name in unneeded - gone for entry in objects[name].values()]
+    written = store.root.entries("plans")
+    given_up = {
+        plan_id
+        for plan_id in (() if keep_unfinished or not present else unfinished)
+        if is_old(written[f"{plan_id}.json"])
+    }
     return Garbage(
         snapshot_ids=tuple(snapshot_id for snapshot_id in present if snapshot_id not in kept),
         plan_ids=tuple(
             plan.plan_id
             for plan in plans
-            if any(shard.shard_id in gone for shard in plan.shards)
-            or (plan.plan_id in unfinished and not keep_unfinished)
+            if plan.plan_id in given_up or any(shard.shard_id in gone for shard in plan.shards)
         ),
         shard_ids=tuple(sorted(gone)),
         leftovers=tuple(sorted(leftovers)),
@@ -202,11 +201,31 @@ def find_garbage(
     )
 
 
+def _checked(store: Store, keep: Collection[str], present: Sequence[str]) -> set[str]:
+    """Return the snapshots to keep; ConfigError if one is not there, or the latest is lacking."""
+    kept = set(keep)
+    if not kept <= set(present):
+        raise ConfigError(
+            f"{store.root.url} has no snapshot {min(kept - set(present))}; it has: "
+            f"{', '.join(present) or 'none'}"
+        )
+    latest = store.snapshot().snapshot_id if present else None
+    if latest is not None and latest not in kept:
+        raise ConfigError(f"{latest} is the latest snapshot; keep it, or publish another first")
+    return kept
+
+
+def _shards_of(plans: Sequence[Plan], plan_ids: Collection[str]) -> set[str]:
+    return {s.shard_id for plan in plans if plan.plan_id in plan_ids for s in plan.shards}
+
+
 def _objects(store: Store, committed: Collection[str]) -> Mapping[str, Mapping[str, Entry]]:
     """Return by shard, committed or not, what lies below its folder, by key."""
     found: dict[str, dict[str, Entry]] = {shard_id: {} for shard_id in committed}
     for key, entry in store.root.entries("shards").items():
-        found.setdefault(key.partition("/")[0], {})[f"shards/{key}"] = entry
+        name, _, below = key.partition("/")
+        if below and is_id(name):
+            found.setdefault(name, {})[f"shards/{key}"] = entry
     return found
 
 
@@ -262,8 +281,10 @@ def collect(store: Store, garbage: Garbage) -> None:
     for plan_id in garbage.plan_ids:
         # What stays must still be planned: a repair may know a shard's samples from nowhere else.
         plan = store.load_plan(plan_id)
-        store.save_plan(Plan.of(shard for shard in plan.shards if shard.shard_id in kept))
-        store.root.delete(f"plans/{plan_id}.json")
+        left = Plan.of(shard for shard in plan.shards if shard.shard_id in kept)
+        if left.plan_id != plan_id:
+            store.save_plan(left)
+            store.root.delete(f"plans/{plan_id}.json")
     for snapshot_id in garbage.snapshot_ids:  # no plan names its shards any more
         store.refs.forget(snapshot_id)
         store.root.delete(f"snapshots/{snapshot_id}.parquet")

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.canonical import seal
-from storage.directory import TEMPORARY_SUFFIX, Directory
+from storage.directory import Directory
 from storage.errors import CorruptError, ShardMissingError
 from storage.identity import FORMAT_VERSION
 from storage.listing import Entry
@@ -26,7 +26,7 @@ from storage.manifest import FOLDER as MANIFESTS
 from storage.manifest import Manifest, delete_manifest, manifest_ids, record_id
 from storage.plan import PlannedSample
 from storage.record import CommitRecord, ObjectDigest
-from storage.sample_rows import SampleRows, Wanted, ids_of, names_of
+from storage.sample_rows import SampleRows, Wanted, ids_of, is_id, names_of
 from storage.verify import REPAIR
 
 Result = TypeVar("Result")
@@ -196,7 +196,7 @@ class _Listing:
         records = {
             key.removesuffix(_SUFFIX): entry
             for key, entry in root.entries(RECORDS).items()
-            if key.endswith(_SUFFIX) and not key.endswith(TEMPORARY_SUFFIX)
+            if key.endswith(_SUFFIX) and is_id(key.removesuffix(_SUFFIX))
         }
         manifests = manifest_ids(root)
         revoked = revocations(root) if manifests else ()
@@ -245,6 +245,8 @@ class CommitLog:
             CorruptError: both copies of a manifest are damaged.
 
         """
+        with suppress(CorruptError):  # which of them is damaged is found one by one
+            return self.read(), {}
         damaged: dict[str, CorruptError] = {}
 
         def read() -> Commits:
@@ -485,7 +487,7 @@ class CommitLog:
 def revocations(root: Directory) -> Collection[tuple[str, str]]:
     """Return (shard id, record id) of every row of a manifest that was taken back."""
     parts = (key.removesuffix(_SUFFIX).split("/") for key in root.sizes(REVOKED))
-    return {(part[0], part[1]) for part in parts if len(part) == 2}
+    return {(part[0], part[1]) for part in parts if len(part) == 2 and is_id(part[0])}
 
 
 def revocation_key(shard_id: str, name: str) -> str:

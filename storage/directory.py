@@ -40,7 +40,6 @@ TEMPORARY_SUFFIX = ".tmp"
 S3_SCHEMES = ("s3://", "s3a://")
 UNUSABLE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
 PIECE_BYTES = 4 << 20
 RANGE_BYTES = 32 << 20
 """Of a large object on a server, this many bytes are asked for at a time, all at the same time."""
@@ -154,7 +153,10 @@ class Directory:
             return data.data
 
     def pieces(self, key: str, *, num_bytes: int) -> Iterator[bytes | memoryview]:
-        """Yield an object's bytes one after the other; each piece is gone when the next comes."""
+        """Yield an object's bytes one after the other; each piece is gone when the next comes.
+
+        What fails on the way is not tried again here: begin anew (`storage.retry`).
+        """
         if not self.is_local:
             yield self._read_parts(key, num_bytes)
             return
@@ -173,7 +175,10 @@ class Directory:
         def read_all() -> bytes:
             return b"".join(self.file_system.cat_ranges(paths, starts, ends, on_error="raise"))
 
-        return self._attempted(key, read_all)
+        try:
+            return self._attempted(key, read_all)
+        except ConfigError:  # it is shorter than that: a part of it is out of range
+            return self.read(key)
 
     def exists(self, key: str) -> bool:
         """Tell whether there is such an object."""
@@ -285,9 +290,7 @@ class Directory:
                 path.hardlink_to(temporary)  # a rename would replace
             except FileExistsError:
                 return False
-            except OSError as error:
-                if error.errno not in NO_HARD_LINKS:
-                    raise
+            except OSError:  # there are no links here, or not this one; a rename says what else
                 temporary.replace(path)
         return True
 

@@ -20,7 +20,8 @@ class Entry:
 
     num_bytes: int
     modified: float
-    """When it was written, in seconds since 1970 by the clock of the place."""
+    """When it was written, in seconds since 1970 by the clock of the place; infinite if it does not
+    say that."""
 
 
 def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[str, Entry]:
@@ -74,6 +75,10 @@ def _by_folder(file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[
 
 
 def _entry(told: Mapping[str, Any]) -> Entry:
-    written = told.get("LastModified") or told.get("created") or told.get("mtime")
-    seconds = written.timestamp() if isinstance(written, datetime) else written
-    return Entry(num_bytes=told["size"], modified=seconds or 0.0)
+    names = ("LastModified", "last_modified", "updated", "mtime", "created")
+    written = next((told[name] for name in names if told.get(name) is not None), None)
+    seconds = written.timestamp() if isinstance(written, datetime) else None
+    if isinstance(written, int | float):
+        seconds = float(written)
+    # Where nobody tells, nothing may be taken for old.
+    return Entry(num_bytes=told["size"], modified=float("inf") if seconds is None else seconds)

@@ -22,7 +22,7 @@ from storage.directory import Directory
 from storage.errors import CorruptError
 from storage.identity import FORMAT_VERSION
 from storage.probe import ProbePoint
-from storage.record import CommitRecord, ObjectDigest
+from storage.record import CommitRecord, ObjectDigest, parse_objects
 from storage.sample_rows import ID_BYTES, SampleRows, ids_of
 
 FOLDER = "manifests"
@@ -164,7 +164,9 @@ class Manifest:
 
     def objects_at(self, row: int) -> Mapping[str, ObjectDigest]:
         """Return what the objects of a shard must be."""
-        return _parse_objects(json.loads(self.objects[row].as_py()))
+        return parse_objects(
+            json.loads(self.objects[row].as_py()), format_version=int(self.format_versions[row])
+        )
 
     def samples(self, *, with_probes: bool = True) -> pa.Table:
         """Return the samples, and the probes, of all shards: [S] rows.
@@ -320,13 +322,6 @@ def _read(data: bytes, columns: Sequence[str]) -> pa.Table:
 
 def _objects_document(record: CommitRecord) -> Mapping[str, object]:
     return {key: [d.num_bytes, d.xxh3_128] for key, d in record.objects.items()}
-
-
-def _parse_objects(document: Mapping[str, tuple[int, str]]) -> Mapping[str, ObjectDigest]:
-    return {
-        key: ObjectDigest(num_bytes=num_bytes, xxh3_128=digest)
-        for key, (num_bytes, digest) in document.items()
-    }
 
 
 def _id_array(names: Sequence[str]) -> pa.Array:

@@ -13,8 +13,15 @@ import xxhash
 from storage.canonical import digest_bytes, seal, unseal
 from storage.errors import CorruptError, ShardCorruptError
 from storage.identity import FORMAT_VERSION, require_format
+from storage.packed import SUFFIX
 from storage.plan import shard_id as shard_id_of
 from storage.probe import ProbePoint
+from storage.sample_rows import is_id
+
+MOST_BYTES = 5 << 40
+"""Of one object; no server takes more."""
+SEVERAL_OBJECTS = 2
+"""The format version in which a shard is not one file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +150,7 @@ class CommitRecord:
 
     @classmethod
     def _parse(cls, document: Mapping[str, Any]) -> Self:
+        version = document["format_version"]
         return cls(
             shard_id=document["shard_id"],
             identity_id=document["identity_id"],
@@ -150,10 +158,32 @@ class CommitRecord:
             sample_tokens=tuple(document["sample_tokens"]),
             sample_supervised=tuple(document["sample_supervised"]),
             raw_bytes=document["raw_bytes"],
-            objects={
-                key: ObjectDigest(num_bytes=num_bytes, xxh3_128=xxh3_128)
-                for key, (num_bytes, xxh3_128) in document["objects"].items()
-            },
+            objects=parse_objects(document["objects"], format_version=version),
             probe=tuple(ProbePoint.of_document(point) for point in document["probe"]),
-            format_version=document["format_version"],
+            format_version=version,
         )
+
+
+def parse_objects(document: Any, *, format_version: int) -> Mapping[str, ObjectDigest]:  # noqa: ANN401 (JSON)
+    """Return the objects of a shard from JSON.
+
+    Raises:
+        ValueError: they are none, or lie elsewhere: a record must not lead out of its shard.
+        TypeError: they are no objects at all.
+
+    """
+    if not isinstance(document, dict) or not document:
+        raise TypeError(f"objects are {document!r}")
+    found: dict[str, ObjectDigest] = {}
+    for key, value in document.items():
+        num_bytes, digest = value
+        parts = key.split("/")
+        if not all(parts) or {".", ".."} & set(parts) or "\\" in key:
+            raise ValueError(f"an object lies at {key!r}")
+        if type(num_bytes) is not int or not 0 <= num_bytes <= MOST_BYTES or not is_id(digest):
+            raise ValueError(f"object {key} has {num_bytes!r} bytes and digest {digest!r}")
+        found[key] = ObjectDigest(num_bytes=num_bytes, xxh3_128=digest)
+    is_file = [key.endswith(SUFFIX) and "/" not in key for key in found]
+    if any(is_file) if format_version == SEVERAL_OBJECTS else is_file != [True]:
+        raise ValueError(f"of version {format_version} it has the objects {sorted(found)[:3]}")
+    return found

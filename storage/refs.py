@@ -35,8 +35,9 @@ class Refs:
             "made_from": made_from,
         }
         with suppress(CorruptError):
-            if self._document(name) == document:  # such a store may be read-only
-                return
+            found = self._document(name) or {}
+            if {**found, "format_version": FORMAT_VERSION} == document:
+                return  # such a store may be read-only
         self._root.publish(_key(name), seal(document))
 
     def get(self, name: str) -> str | None:

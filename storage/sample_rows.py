@@ -1,5 +1,6 @@
 """Samples by the hundred million: columns instead of objects, and looking some of them up."""
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ID_BYTES = 16
+_ID = re.compile(r"[0-9a-f]{32}")
 BLOCK = 1 << 20
 """Samples that are looked up at a time: what is made of them stays in a cache."""
 MOST_BITS = 27
@@ -72,6 +74,11 @@ class Wanted:
 def ids_of(names: Collection[str]) -> NDArray[np.bytes_]:
     """Return ids of 32 hex digits as [N] 16 bytes each."""
     return np.frombuffer(bytes.fromhex("".join(names)), f"S{ID_BYTES}")
+
+
+def is_id(name: str) -> bool:
+    """Tell whether a name is an id: 32 hex digits. Others may lie beside what is ours."""
+    return _ID.fullmatch(name) is not None
 
 
 def names_of(ids: NDArray[np.bytes_]) -> list[str]:

@@ -203,23 +203,31 @@ class Store:
         commits = self.commits() if commits is None else commits
         snapshot = Snapshot.of(sample_ids, commits)
         snapshot_id = snapshot.snapshot_id
-        is_new = self._keep(f"snapshots/{snapshot_id}.parquet", snapshot.to_parquet())
+        is_new = not self._has(snapshot)
+        if is_new:
+            self.root.publish(f"snapshots/{snapshot_id}.parquet", snapshot.to_parquet())
         if name is not None:
             self.refs.set(name, snapshot_id, made_from=made_from)
         if as_latest:
-            latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
-            self._keep(LATEST_KEY, seal(latest))
+            self._name_latest(snapshot_id)
         if is_new:
             self._tidy(snapshot)
         return snapshot
 
-    def _keep(self, key: str, data: bytes) -> bool:
-        """Publish an object unless it has these bytes already: such a store may be read-only."""
-        with suppress(FileNotFoundError):
-            if self.root.read(key) == data:
-                return False
-        self.root.publish(key, data)
+    def _has(self, snapshot: Snapshot) -> bool:
+        """Tell whether a snapshot is there, of whatever version: such a store may be read-only."""
+        try:
+            self.snapshot(snapshot.snapshot_id)
+        except (ConfigError, CorruptError):
+            return False
         return True
+
+    def _name_latest(self, snapshot_id: str) -> None:
+        with suppress(ConfigError, CorruptError):
+            if self._latest() == snapshot_id:
+                return
+        latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
+        self.root.publish(LATEST_KEY, seal(latest))
 
     def _tidy(self, snapshot: Snapshot) -> None:
         """Put many records into a manifest, and drop plans of which everything is published there.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from storage.directory import Directory
 from storage.errors import CorruptError
@@ -9,6 +10,7 @@ from storage.identity import StoreIdentity
 from storage.probe import disagreements
 from storage.recompute import Recompute
 from storage.record import CommitRecord, ObjectDigest
+from storage.retry import retried
 from storage.samples import StoredSample
 from storage.shard import decode_shard
 
@@ -66,10 +68,14 @@ def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
     for key, expected in record.objects.items():
         path = f"shards/{record.shard_id}/{key}"
         try:
-            found = ObjectDigest.of_pieces(root.pieces(path, num_bytes=expected.num_bytes))
+            found = retried(partial(_digest, root, path, expected.num_bytes))
         except FileNotFoundError:
             found = None
         yield from _compare(record, key, found)
+
+
+def _digest(root: Directory, path: str, num_bytes: int) -> ObjectDigest:
+    return ObjectDigest.of_pieces(root.pieces(path, num_bytes=num_bytes))
 
 
 def read_objects(

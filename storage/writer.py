@@ -20,6 +20,7 @@ from storage.errors import (
     ShardCorruptError,
     ShardMissingError,
     StorageError,
+    TransientError,
 )
 from storage.identity import StoreIdentity
 from storage.plan import PlannedShard
@@ -72,6 +73,11 @@ class ShardWriter:
             raise
         if standing != record:
             self._drop_unnamed(shard.shard_id, attempt)
+        for lost in check_sizes(self.root, standing):
+            raise TransientError(
+                f"{lost.object_key} {lost.problem}, though it was just written: does a collection "
+                "of garbage (gc) run at the same time? End it, then run the same command again"
+            )
         return standing
 
     def _write_data(self, shard_id: str, key: str, samples: Sequence[StoredSample]) -> ObjectDigest:
@@ -100,8 +106,10 @@ class ShardWriter:
             found = check_meaning(record, objects, self.identity, recompute, exact=True)
         if damaged:
             raise ShardCorruptError(
-                f"shard {record.shard_id} does not read back as it was written: {damaged[0]}. It "
-                "is not committed. This machine's memory or disk fails, perhaps"
+                f"shard {record.shard_id} does not read back as it was written: "
+                f"{damaged[0].object_key} {damaged[0].problem}. It is not committed; run the same "
+                "command again. If it was removed, a collection of garbage (gc) ran at the same "
+                "time; else this machine's memory or disk fails, perhaps"
             )
         for finding in found:
             raise ShardCorruptError(
