@@ -15,7 +15,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,19 +58,30 @@ class Settings(BaseModel):
 def live(settings: Settings, folder: Path) -> None:
     """Go on from whatever is in `folder` to the end."""
     store = Store.create(str(folder / "store"), StoreIdentity.from_json(settings.identity.encode()))
-    grown = folder / "grown"
-    if not grown.exists():
-        _make_states(settings, store, settings.token_files[0])
-        _train(settings, store, folder, "first", settings.token_files[0], STEPS)
-        with atomic_file(grown) as path:
-            path.write_text("the data has grown", encoding="utf-8")
-    _make_states(settings, store, settings.token_files[1])
-    _collect(store)
-    _train(settings, store, folder, "first", settings.token_files[0], 2 * STEPS)
-    _train(settings, store, folder, "second", settings.token_files[1], STEPS)
+    with _once(folder / "grown") as is_first_time:
+        if is_first_time:
+            _make_states(settings, store, settings.token_files[0])
+            _train(settings, store, folder, "first", settings.token_files[0], STEPS)
+    with _once(folder / "learned") as is_first_time:
+        if is_first_time:
+            _make_states(settings, store, settings.token_files[1])
+            _collect(store)
+            _train(settings, store, folder, "first", settings.token_files[0], 2 * STEPS)
+            _train(settings, store, folder, "second", settings.token_files[1], STEPS)
     store.refs.release_all("first")
     store.refs.release_all("second")
     _collect(store)
+
+
+@contextmanager
+def _once(marker: Path) -> Iterator[bool]:
+    """Tell whether a stage has not ended yet; note that it has when the block ends."""
+    if marker.exists():
+        yield False
+        return
+    yield True
+    with atomic_file(marker) as path:
+        path.write_text("done", encoding="utf-8")
 
 
 def _make_states(settings: Settings, store: Store, tokens: Path) -> None:
@@ -176,16 +189,27 @@ def main() -> None:
         mock.patch("storage.commits.SETTLE_SECONDS", -60.0),
         mock.patch("flows.shard_worker.say"),
     ):
+        with tempfile.TemporaryDirectory() as warm:
+            live(settings, Path(warm))  # so that a child imports and compiles nothing more
         for line in sys.stdin:
             folder, seconds = json.loads(line)
             child = os.fork()
             if child == 0:
-                live(settings, Path(folder))
-                os._exit(0)
+                os._exit(_lived(settings, Path(folder)))
             if seconds is not None:
                 time.sleep(seconds)
                 os.kill(child, signal.SIGKILL)  # it is not reaped yet, so the id is still its own
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+
+
+def _lived(settings: Settings, folder: Path) -> int:
+    """Live and return the exit status; no exception may reach the loop of the parent's copy."""
+    try:
+        live(settings, folder)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
