@@ -41,6 +41,9 @@ class Garbage:
     num_bytes: int
     young_bytes: int
     """Of what nothing needs either, but is younger than the limit."""
+    revocations: tuple[str, ...]
+    """Keys of notes that a record counts no more, where there is none that could: a few bytes that
+    go with the rest, and are no reason to say that there is garbage."""
 
     def __bool__(self) -> bool:
         """Tell whether there is any."""
@@ -198,6 +201,7 @@ def find_garbage(
         leftovers=tuple(sorted(leftovers)),
         num_bytes=sum(entry.num_bytes for entry in removed),
         young_bytes=sum(entry.num_bytes for entry in young),
+        revocations=tuple(key for key, entry in _stale_revocations(store).items() if is_old(entry)),
     )
 
 
@@ -231,24 +235,29 @@ def _objects(store: Store, committed: Collection[str]) -> Mapping[str, Mapping[s
 
 def _loose(store: Store) -> dict[str, Entry]:
     """Return what no shard is made of: temporary files, and what compacting left of manifests."""
-    entries = {
+    manifests = store.log.manifests()
+    whole = {key for one in manifests for kind in KINDS for key in keys_of(one.manifest_id, kind)}
+    return {
         f"{prefix}/{key}": entry
         for prefix in ("commits", "plans", "snapshots", MANIFESTS, REVOKED)
         for key, entry in store.root.entries(prefix).items()
+        if key.endswith(TEMPORARY_SUFFIX)
+        or (prefix == MANIFESTS and f"{prefix}/{key}" not in whole)
     }
+
+
+def _stale_revocations(store: Store) -> Mapping[str, Entry]:
+    """Return the revocations of records that are neither alone nor in a manifest any more."""
     manifests = store.log.manifests()
-    whole = {key for one in manifests for kind in KINDS for key in keys_of(one.manifest_id, kind)}
     rows = {
         revocation_key(shard_id, name)
         for shard_id, name in revocations(store.root)
         if any(manifest.record_id_of(shard_id) == name for manifest in manifests)
     }
     return {
-        key: entry
-        for key, entry in entries.items()
-        if key.endswith(TEMPORARY_SUFFIX)
-        or (key.startswith(f"{MANIFESTS}/") and key not in whole)
-        or (key.startswith(f"{REVOKED}/") and key not in rows)
+        f"{REVOKED}/{key}": entry
+        for key, entry in store.root.entries(REVOKED).items()
+        if f"{REVOKED}/{key}" not in rows and key.endswith(".json")
     }
 
 
@@ -291,5 +300,5 @@ def collect(store: Store, garbage: Garbage) -> None:
     for shard_id in garbage.shard_ids:
         store.revoke(shard_id)
         store.root.delete_all(f"shards/{shard_id}")
-    for key in garbage.leftovers:
+    for key in (*garbage.leftovers, *garbage.revocations):
         store.root.delete(key)

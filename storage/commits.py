@@ -23,7 +23,14 @@ from storage.errors import CorruptError, ShardMissingError
 from storage.identity import FORMAT_VERSION
 from storage.listing import Entry
 from storage.manifest import FOLDER as MANIFESTS
-from storage.manifest import Manifest, delete_manifest, manifest_ids, record_id
+from storage.manifest import (
+    KINDS,
+    Manifest,
+    delete_manifest,
+    keys_of,
+    manifest_ids,
+    record_id,
+)
 from storage.plan import PlannedSample
 from storage.record import CommitRecord, ObjectDigest
 from storage.sample_rows import SampleRows, Wanted, ids_of, is_id, names_of
@@ -387,6 +394,16 @@ class CommitLog:
     def _revoke_row(self, shard_id: str, name: str) -> None:
         document = {"format_version": FORMAT_VERSION, "record_id": name, "shard_id": shard_id}
         self.root.publish(revocation_key(shard_id, name), seal(document))
+
+    def complete_copies(self) -> None:
+        """Write copies of manifests that a kill kept from being written."""
+        manifests = self.manifests()
+        there = {f"{MANIFESTS}/{key}" for key in self.root.sizes(MANIFESTS)} if manifests else set()
+        for manifest in manifests:
+            if not there.issuperset(
+                key for kind in KINDS for key in keys_of(manifest.manifest_id, kind)
+            ):
+                manifest.mend()
 
     def compacted(self) -> frozenset[str]:
         """Return the shards that are in a manifest."""

@@ -28,6 +28,7 @@ from storage.sample_rows import ID_BYTES, SampleRows, ids_of
 FOLDER = "manifests"
 SHARDS, SAMPLES = "shards", "samples"
 KINDS = (SHARDS, SAMPLES)
+MISSING = "is missing"
 _METADATA = b"eyas"
 _SHARD_COLUMNS = (
     "shard_id",
@@ -134,7 +135,7 @@ class Manifest:
                 try:
                     found = digest_bytes(self.root.read(key))
                 except FileNotFoundError:
-                    yield key, "is missing"
+                    yield key, MISSING
                     continue
                 if found != digest:
                     yield key, f"has digest {found}, expected {digest}"

@@ -1,10 +1,13 @@
 """Look at everything a store holds and report all that is not as it was committed."""
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from storage.canonical import unseal
 from storage.errors import CorruptError
+from storage.manifest import FOLDER as MANIFESTS
+from storage.manifest import KINDS, MISSING, keys_of
 from storage.recompute import Recompute
 from storage.record import CommitRecord
 from storage.verify import (
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from storage.store import Store
 
 LATEST = "snapshots/latest.json"
+WRITING_SECONDS = 3600.0
+"""Longer than it takes to write both copies of a manifest."""
 
 
 def scrub(
@@ -66,8 +71,14 @@ def _shard_findings(
 
 
 def _manifest_findings(store: "Store") -> Iterator[Finding]:
+    entries = store.root.entries(MANIFESTS)
     for manifest in store.log.manifests():
+        keys = [key for kind in KINDS for key in keys_of(manifest.manifest_id, kind)]
+        there = [entries[name] for key in keys if (name := key.partition("/")[2]) in entries]
+        newest = max((entry.modified for entry in there), default=0.0)
         for key, problem in manifest.damage():
+            if problem == MISSING and newest > time.time() - WRITING_SECONDS:
+                continue  # it is being written, or a kill ended that: publishing completes it
             yield Finding(shard_id=None, object_key=key, problem=problem, remedy=MEND)
 
 

@@ -236,6 +236,7 @@ class Store:
         """
         try:
             self.compact()
+            self.log.complete_copies()
             compacted = self.log.compacted() if self.plans() else frozenset()
             needed = compacted.intersection(snapshot.shard_ids)
             for plan in self.plans() if needed else ():

@@ -184,7 +184,9 @@ def test_a_finished_plan_goes_when_manifest_and_snapshot_have_its_shards(store: 
     assert shard.shard_id == store.shard_ids()[0], "the manifest says what it held"
 
 
-def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(store: Store) -> None:
+def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.publish(IDS)
     store.compact()
     records = dict(store.commits())
@@ -205,9 +207,25 @@ def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(store: Store)
             store.root.delete(key)
             opened = Store.open(store.root.url)
             assert dict(opened.commits()) == records
-            assert [f.object_key for f in opened.verify(deep=True)] == [key]
+            assert opened.verify(deep=True) == [], "as while it is written"
+            with monkeypatch.context() as later:
+                later.setattr("storage.scrub.WRITING_SECONDS", -60.0)
+                assert [f.object_key for f in opened.verify(deep=True)] == [key]
             opened.mend_manifests()
             assert opened.verify(deep=True) == []
+
+
+def test_publishing_completes_the_copies_that_a_kill_left_out(store: Store) -> None:
+    store.publish(IDS)
+    (manifest_id,) = manifest_ids(store.root)
+    for kind in ("shards", "samples"):
+        store.root.delete(keys_of(manifest_id, kind)[1])
+    store.publish(IDS[:3])
+    assert all(
+        store.root.exists(key)
+        for kind in ("shards", "samples")
+        for key in keys_of(manifest_id, kind)
+    )
 
 
 def test_both_copies_damaged_is_an_error_that_names_the_manifest(store: Store) -> None:
