@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.machine import describe
-from storage.commits import MOST_SHARDS
+from storage.compaction import MOST_SHARDS
 from storage.identity import StoreIdentity
 from storage.manifest import Manifest
 from storage.plan import PlannedSample, shard_id

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from storage.commits import REVOKED, revocation_key, revocations
+from storage.commit_log import REVOKED, revocation_key, revocations
 from storage.directory import TEMPORARY_SUFFIX
 from storage.errors import ConfigError, CorruptError
 from storage.listing import Entry

@@ -37,7 +37,13 @@ def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[s
     if isinstance(file_system, LocalFileSystem):
         return dict(_on_disk(base))
     if "s3" in file_system.protocol:  # one listing for the whole tree, a thousand objects a page
-        found = file_system.find(base, detail=True)
+        # By prefix: an empty folder would be asked for as an object too, by HEAD, which says no cause.
+        parent, separator, name = base.rpartition("/")
+        found = (
+            file_system.find(parent, prefix=f"{name}/", detail=True)
+            if separator
+            else file_system.find(base, detail=True)
+        )
         return {path: _entry(told) for path, told in found.items()}
     return dict(_by_folder(file_system, base))
 

@@ -154,6 +154,15 @@ class Manifest:
         row = int(np.searchsorted(self.shard_ids, wanted)[0])
         return row if row < len(self.shard_ids) and self.shard_ids[row] == wanted[0] else None
 
+    def rows_of(
+        self, shard_ids: NDArray[np.bytes_], record_ids: NDArray[np.bytes_]
+    ) -> NDArray[np.int64]:
+        """Return the rows of those of some shards, [N] each, whose record is the one named."""
+        at = np.minimum(np.searchsorted(self.shard_ids, shard_ids), len(self.shard_ids) - 1)
+        is_here = (self.shard_ids[at] == shard_ids) & (self.record_ids[at] == record_ids)
+        rows: NDArray[np.int64] = at[is_here]
+        return rows
+
     def record_id_at(self, row: int) -> str:
         """Return the digest of the record of a shard."""
         return self.record_ids[row : row + 1].tobytes().hex()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache import ObjectCache
-from storage.commits import CommitLog
+from storage.commit_log import CommitLog
 from storage.directory import Directory
 from storage.errors import ShardCorruptError, ShardMissingError
 from storage.identity import StoreIdentity
@@ -181,12 +181,21 @@ def read_shard(
     allocate: Allocate = np.empty,
 ) -> DecodedShard:
     """Return a shard whose every object has its committed size and digest; raise CorruptError."""
-    committed = log.objects(shard_id)
-    objects = {
-        key: _read_object(log.root, shard_id, key, expected, cache, allocate)
-        for key, expected in committed.items()
-    }
+    try:
+        objects = _read_objects(log, shard_id, cache, allocate)
+    except ShardMissingError:  # by what was read of manifests long ago, perhaps
+        log.forget()
+        objects = _read_objects(log, shard_id, cache, allocate)
     return decode_shard(shard_id, objects, identity=identity, allocate=allocate)
+
+
+def _read_objects(
+    log: CommitLog, shard_id: str, cache: ObjectCache | None, allocate: Allocate
+) -> Mapping[str, bytes | memoryview]:
+    return {
+        key: _read_object(log.root, shard_id, key, expected, cache, allocate)
+        for key, expected in log.objects(shard_id).items()
+    }
 
 
 def _read_object(

@@ -10,7 +10,9 @@ from contextlib import suppress
 
 from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
-from storage.commits import CommitLog, Commits
+from storage.commit_log import CommitLog
+from storage.commits import Commits
+from storage.compaction import compact, complete_copies, is_worth_compacting
 from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError, ShardMissingError, StorageError
 from storage.identity import FORMAT_VERSION, StoreIdentity
@@ -236,7 +238,7 @@ class Store:
         """
         try:
             self.compact()
-            self.log.complete_copies()
+            complete_copies(self.log)
             compacted = self.log.compacted() if self.plans() else frozenset()
             needed = compacted.intersection(snapshot.shard_ids)
             for plan in self.plans() if needed else ():
@@ -251,13 +253,13 @@ class Store:
             manifest.mend()
 
     def compact(self) -> None:
-        """Put records into a manifest if there are many; see `storage.commits`."""
-        if not self.log.is_worth_compacting():
+        """Put records into a manifest if there are many; see `storage.compaction`."""
+        if not is_worth_compacting(self.log):
             return
         key = self.root.read(IDENTITY_KEY)
         if key != self.identity.to_json():  # of version 2, whose readers know no manifests
             self.root.publish(IDENTITY_KEY, self.identity.to_json())
-        self.log.compact()
+        compact(self.log)
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
         """Return a snapshot, the latest by default; ConfigError if there is none."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from storage import packed
-from storage.commits import CommitLog
+from storage.commit_log import CommitLog
 from storage.directory import Directory
 from storage.errors import (
     CorruptError,

@@ -185,8 +185,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     with (
-        mock.patch("storage.commits.COMPACT_FROM", 3),
-        mock.patch("storage.commits.SETTLE_SECONDS", -60.0),
+        mock.patch("storage.compaction.COMPACT_FROM", 3),
+        mock.patch("storage.compaction.SETTLE_SECONDS", -60.0),
         mock.patch("flows.shard_worker.say"),
     ):
         with tempfile.TemporaryDirectory() as warm:

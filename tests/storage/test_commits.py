@@ -40,8 +40,8 @@ IDS = [sample.sample_id for sample in SAMPLES]
 @pytest.fixture(autouse=True)
 def compact_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put 4 records into a manifest, and let the next look remove them."""
-    monkeypatch.setattr("storage.commits.COMPACT_FROM", 4)
-    monkeypatch.setattr("storage.commits.SETTLE_SECONDS", -60.0)
+    monkeypatch.setattr("storage.compaction.COMPACT_FROM", 4)
+    monkeypatch.setattr("storage.compaction.SETTLE_SECONDS", -60.0)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_small_manifests_are_merged_into_larger_ones(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So there are few of them however often is published, and each record moves few times."""
-    monkeypatch.setattr("storage.commits.MOST_SHARDS", 40)
+    monkeypatch.setattr("storage.compaction.MOST_SHARDS", 40)
     samples = list(SAMPLES)
     for number in range(6):
         store.compact()

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from storage import commits
+from storage import compaction
 from storage.canonical import seal, unseal
 from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.directory import TEMPORARY_SUFFIX, Directory
@@ -152,9 +152,9 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def start(self, filled: bool, compact_from: int, most_shards: int) -> None:
         self.patches = [
-            mock.patch("storage.commits.COMPACT_FROM", compact_from),
-            mock.patch("storage.commits.MOST_SHARDS", most_shards),
-            mock.patch("storage.commits.SETTLE_SECONDS", -60),  # whatever the clocks say
+            mock.patch("storage.compaction.COMPACT_FROM", compact_from),
+            mock.patch("storage.compaction.MOST_SHARDS", most_shards),
+            mock.patch("storage.compaction.SETTLE_SECONDS", -60),  # whatever the clocks say
         ]
         for patch in self.patches:
             patch.start()
@@ -361,7 +361,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.conditions(after) == self.condition
         if lived and before == after:
             alone = [key for key in after if key.startswith("commits/") and key.endswith(".json")]
-            assert len(alone) < commits.COMPACT_FROM or len(alone) < len(self.shards)
+            assert len(alone) < compaction.COMPACT_FROM or len(alone) < len(self.shards)
 
     @rule(which=indices)
     def tear_a_manifest(self, which: int) -> None:

@@ -1,0 +1,285 @@
+"""Which shards a store has committed: single records, and manifests of many.
+
+A record is written alone (`commits/<shard_id>.json`). When there are many, they are put into a
+manifest as well (`storage.compaction`) and, once that has been there for a while, removed. A single
+record counts more than a row of a manifest: it is newer. A row is taken back by
+`revoked/<shard_id>/<record_id>.json`, since manifests never change.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.canonical import seal
+from storage.commits import Commits, Part
+from storage.directory import Directory
+from storage.errors import CorruptError, ShardMissingError
+from storage.identity import FORMAT_VERSION
+from storage.manifest import Manifest, manifest_ids, record_id
+from storage.record import CommitRecord, ObjectDigest
+from storage.sample_rows import ids_of, is_id, names_of
+from storage.verify import REPAIR
+
+Result = TypeVar("Result")
+
+RECORDS, REVOKED = "commits", "revoked"
+_SUFFIX = ".json"
+TRIES = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """What lies in a store at one moment; single records before the manifests they may move to."""
+
+    records: Sequence[str]
+    """Shards that have one, sorted."""
+    manifest_ids: Sequence[str]
+    revoked: Collection[tuple[str, str]]
+    """(shard id, record id)"""
+
+    @classmethod
+    def of(cls, root: Directory) -> "Listing":
+        """List it."""
+        names = (key.removesuffix(_SUFFIX) for key in root.sizes(RECORDS) if key.endswith(_SUFFIX))
+        records = sorted(name for name in names if is_id(name))
+        manifests = manifest_ids(root)
+        revoked = revocations(root) if manifests else ()
+        return cls(records=records, manifest_ids=manifests, revoked=revoked)
+
+
+class CommitLog:
+    """The commit records of one store."""
+
+    def __init__(self, root: Directory, identity_id: str) -> None:
+        """Read and write below the root of a store."""
+        self.root = root
+        self.identity_id = identity_id
+        self._manifests: dict[str, Manifest] = {}
+
+    def __reduce__(self) -> tuple[type["CommitLog"], tuple[Directory, str]]:
+        """Travel without what was read."""
+        return CommitLog, (self.root, self.identity_id)
+
+    # ---- reading
+
+    def ids(self) -> Sequence[str]:
+        """Return the ids of all committed shards, sorted; no record is read."""
+        return self.consistently(self._ids)
+
+    def _ids(self) -> Sequence[str]:
+        listing = Listing.of(self.root)
+        found = set(listing.records)
+        for part in self.parts(listing, found):
+            found.update(names_of(part.manifest.shard_ids[part.keep]))
+        return sorted(found)
+
+    def read(self) -> Commits:
+        """Return all that is committed; CorruptError if a record or a manifest is damaged."""
+        return self.consistently(self._read)
+
+    def _read(self) -> Commits:
+        listing = Listing.of(self.root)
+        newer = self.alone(listing.records)
+        return Commits(newer, self.parts(listing, newer))
+
+    def read_what_is_sound(self) -> tuple[Commits, Mapping[str, CorruptError]]:
+        """Return all that is committed and parses, and what does not by shard id.
+
+        Raises:
+            CorruptError: both copies of a manifest are damaged.
+
+        """
+        with suppress(CorruptError):  # which of them is damaged is found one by one
+            return self.read(), {}
+        damaged: dict[str, CorruptError] = {}
+
+        def read() -> Commits:
+            damaged.clear()
+            listing = Listing.of(self.root)
+            newer: dict[str, CommitRecord] = {}
+            for shard_id in listing.records:
+                try:
+                    newer[shard_id] = self.alone([shard_id])[shard_id]
+                except CorruptError as error:
+                    damaged[shard_id] = error
+            return Commits(newer, self.parts(listing, listing.records))
+
+        return self.consistently(read), damaged
+
+    def find(self, shard_id: str) -> CommitRecord:
+        """Return the record of one shard.
+
+        Raises:
+            ShardMissingError: there is none.
+            CorruptError: it is damaged.
+
+        """
+        with suppress(FileNotFoundError):
+            return self.alone([shard_id])[shard_id]
+        return self._in_manifests(shard_id)[shard_id]
+
+    def objects(self, shard_id: str) -> Mapping[str, ObjectDigest]:
+        """Return what the objects of one shard must be; raises what `find` does."""
+        with suppress(FileNotFoundError):
+            return self.alone([shard_id])[shard_id].objects
+        return self._in_manifests(shard_id).objects(shard_id)
+
+    def some(self, shard_ids: Iterable[str]) -> Mapping[str, CommitRecord]:
+        """Return the records of some shards by id; raises what `find` does."""
+        wanted = list(shard_ids)
+        try:
+            return self.alone(wanted)
+        except FileNotFoundError:
+            return {shard_id: self.find(shard_id) for shard_id in wanted}
+
+    def _in_manifests(self, shard_id: str) -> Commits:
+        """Return manifests that have a shard, perhaps known from before, whose rows still count."""
+
+        def look() -> Commits:
+            revoked: set[str] | None = None
+            for part in chain(self._cached(), self._listed()):
+                name = part.manifest.record_id_of(shard_id)
+                if name is None:
+                    continue
+                revoked = self._revoked_of(shard_id) if revoked is None else revoked
+                if name not in revoked:
+                    return Commits({}, [part])
+            raise ShardMissingError(f"shard {shard_id} has no commit record; {REPAIR}")
+
+        return self.consistently(look)
+
+    def forget(self) -> None:
+        """Look at all manifests anew when the next shard is asked for."""
+        self._manifests.clear()
+
+    def _cached(self) -> Iterator[Part]:
+        for manifest in list(self._manifests.values()):
+            yield Part(manifest=manifest, keep=np.ones(len(manifest.shard_ids), np.bool_))
+
+    def _listed(self) -> Iterator[Part]:
+        yield from self.parts(Listing.of(self.root), ())
+
+    def _revoked_of(self, shard_id: str) -> set[str]:
+        return {key.removesuffix(_SUFFIX) for key in self.root.sizes(f"{REVOKED}/{shard_id}")}
+
+    def alone(self, shard_ids: Sequence[str]) -> dict[str, CommitRecord]:
+        """Return single records by shard id; FileNotFoundError if one is not there."""
+        keys = {record_key(shard_id): shard_id for shard_id in shard_ids}
+        return {
+            keys[key]: CommitRecord.from_json(
+                data, shard_id=keys[key], identity_id=self.identity_id
+            )
+            for key, data in self.root.read_many(list(keys)).items()
+        }
+
+    def parts(self, listing: Listing, newer: Collection[str]) -> Sequence[Part]:
+        """Return the manifests, and of each shard the one row that counts."""
+        for gone in self._manifests.keys() - set(listing.manifest_ids):
+            del self._manifests[gone]
+        for manifest_id in listing.manifest_ids:
+            if manifest_id not in self._manifests:
+                self._manifests[manifest_id] = Manifest.read(
+                    self.root, manifest_id, identity_id=self.identity_id
+                )
+        manifests = [self._manifests[manifest_id] for manifest_id in listing.manifest_ids]
+        if not manifests:
+            return []
+        keep = [~_among(manifest.shard_ids, newer) for manifest in manifests]
+        if listing.revoked:
+            shard_ids, record_ids = (ids_of(names) for names in zip(*listing.revoked, strict=True))
+            for manifest, counts in zip(manifests, keep, strict=True):
+                counts[manifest.rows_of(shard_ids, record_ids)] = False
+        left = np.concatenate(
+            [one.shard_ids[counts] for one, counts in zip(manifests, keep, strict=True)]
+        )
+        first = np.zeros(len(left), np.bool_)
+        first[np.unique(left, return_index=True)[1]] = True
+        at = 0
+        for counts in keep:
+            num_left = int(counts.sum())
+            counts[counts] = first[at : at + num_left]
+            at += num_left
+        return [
+            Part(manifest=one, keep=counts) for one, counts in zip(manifests, keep, strict=True)
+        ]
+
+    def consistently(self, read: Callable[[], Result]) -> Result:
+        """Read once more where a record moved to a manifest, or one to another, meanwhile."""
+        for _ in range(TRIES - 1):
+            with suppress(FileNotFoundError):
+                return read()
+        try:
+            return read()
+        except FileNotFoundError as error:
+            raise ShardMissingError(f"{error}, though it is listed; {REPAIR}") from error
+
+    # ---- writing
+
+    def create(self, record: CommitRecord) -> bool:
+        """Commit a shard unless it has a single record; return whether it had none."""
+        return self.root.create(record_key(record.shard_id), record.to_json())
+
+    def replace(self, record: CommitRecord) -> None:
+        """Commit a shard in place of a record that is damaged, or whose data is."""
+        self.root.publish(record_key(record.shard_id), record.to_json())
+
+    def revoke(self, shard_id: str) -> None:
+        """Take back whatever says that a shard is committed.
+
+        Also its single record is named as revoked, since it may be on its way to a manifest.
+        """
+        with suppress(FileNotFoundError, CorruptError):
+            self.revoke_row(shard_id, record_id(self.alone([shard_id])[shard_id]))
+        self.root.delete(record_key(shard_id))
+        for manifest in self.manifests():
+            name = manifest.record_id_of(shard_id)
+            if name is not None:
+                self.revoke_row(shard_id, name)
+
+    def revoke_row(self, shard_id: str, name: str) -> None:
+        """Let a row of a manifest, or a record that may become one, count no more."""
+        document = {"format_version": FORMAT_VERSION, "record_id": name, "shard_id": shard_id}
+        self.root.publish(revocation_key(shard_id, name), seal(document))
+
+    def compacted(self) -> frozenset[str]:
+        """Return the shards that are in a manifest."""
+        parts = self.consistently(lambda: self.parts(Listing.of(self.root), ()))
+        return frozenset(
+            name for part in parts for name in names_of(part.manifest.shard_ids[part.keep])
+        )
+
+    def manifests(self) -> Sequence[Manifest]:
+        """Return all manifests; CorruptError if both copies of one are damaged."""
+        parts = self.consistently(lambda: self.parts(Listing.of(self.root), ()))
+        return [part.manifest for part in parts]
+
+
+def revocations(root: Directory) -> Collection[tuple[str, str]]:
+    """Return (shard id, record id) of every row of a manifest that was taken back."""
+    parts = (key.removesuffix(_SUFFIX).split("/") for key in root.sizes(REVOKED))
+    return {(part[0], part[1]) for part in parts if len(part) == 2 and all(map(is_id, part))}
+
+
+def revocation_key(shard_id: str, name: str) -> str:
+    """Return where it stands that a row was taken back."""
+    return f"{REVOKED}/{shard_id}/{name}{_SUFFIX}"
+
+
+def record_key(shard_id: str) -> str:
+    """Return where the single record of a shard lies."""
+    return f"{RECORDS}/{shard_id}{_SUFFIX}"
+
+
+def _among(ids: NDArray[np.bytes_], names: Collection[str]) -> NDArray[np.bool_]:
+    """Return [N] which of some ids are among a few others."""
+    if not names:
+        return np.zeros(len(ids), np.bool_)
+    few = np.sort(ids_of(names))
+    at = np.minimum(np.searchsorted(few, ids), len(few) - 1)
+    found: NDArray[np.bool_] = few[at] == ids
+    return found
