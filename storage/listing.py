@@ -37,7 +37,7 @@ def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[s
     if isinstance(file_system, LocalFileSystem):
         return dict(_on_disk(base))
     if "s3" in file_system.protocol:  # one listing for the whole tree, a thousand objects a page
-        # By prefix: an empty folder would be asked for as an object too, by HEAD, which says no cause.
+        # By prefix: of an empty folder, `find` asks whether it is an object, by HEAD.
         parent, separator, name = base.rpartition("/")
         found = (
             file_system.find(parent, prefix=f"{name}/", detail=True)
