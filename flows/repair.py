@@ -134,10 +134,10 @@ def _make_again(
 def _data_keys(opened: Store, shard: PlannedShard) -> Sequence[str]:
     """Return where the data of a shard lies, as far as its record can tell."""
     try:
-        record = opened.commit(shard.shard_id)
+        objects = opened.log.objects(shard.shard_id)
     except CorruptError:
         return ()
-    return [f"shards/{shard.shard_id}/{key}" for key in record.objects]
+    return [f"shards/{shard.shard_id}/{key}" for key in objects]
 
 
 def _left(

@@ -36,6 +36,8 @@ class Garbage:
     snapshot_ids: tuple[str, ...]
     plan_ids: tuple[str, ...]
     shard_ids: tuple[str, ...]
+    data_keys: tuple[str, ...]
+    """Of what these shards are made of: what is written for them later is not removed."""
     leftovers: tuple[str, ...]
     """Keys, beside those of the shards above: what kills and rivals left."""
     num_bytes: int
@@ -198,6 +200,7 @@ def find_garbage(
             if plan.plan_id in given_up or any(shard.shard_id in gone for shard in plan.shards)
         ),
         shard_ids=tuple(sorted(gone)),
+        data_keys=tuple(sorted(key for name in gone for key in objects[name])),
         leftovers=tuple(sorted(leftovers)),
         num_bytes=sum(entry.num_bytes for entry in removed),
         young_bytes=sum(entry.num_bytes for entry in young),
@@ -283,6 +286,12 @@ def _unfinished(
     }
 
 
+def _readable_shards(store: Store, snapshot_id: str) -> Sequence[str]:
+    with suppress(CorruptError):
+        return store.snapshot(snapshot_id).shard_ids
+    return ()
+
+
 def collect(store: Store, garbage: Garbage) -> None:
     """Remove garbage: first what refers, then what is referred to. No writer may be at work."""
     gone = set(garbage.shard_ids)
@@ -297,8 +306,10 @@ def collect(store: Store, garbage: Garbage) -> None:
     for snapshot_id in garbage.snapshot_ids:  # no plan names its shards any more
         store.refs.forget(snapshot_id)
         store.root.delete(f"snapshots/{snapshot_id}.parquet")
-    for shard_id in garbage.shard_ids:
+    published = {s for name in store.snapshot_ids() for s in _readable_shards(store, name)}
+    removed = gone - published  # by another process, since the garbage was found
+    for shard_id in sorted(removed):
         store.revoke(shard_id)
-        store.root.delete_all(f"shards/{shard_id}")
+    store.root.delete_many([key for key in garbage.data_keys if key.split("/")[1] in removed])
     for key in (*garbage.leftovers, *garbage.revocations):
         store.root.delete(key)

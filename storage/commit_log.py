@@ -6,6 +6,8 @@ record counts more than a row of a manifest: it is newer. A row is taken back by
 `revoked/<shard_id>/<record_id>.json`, since manifests never change.
 """
 
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from storage.canonical import seal
 from storage.commits import Commits, Part
 from storage.directory import Directory
-from storage.errors import CorruptError, ShardMissingError
+from storage.errors import CorruptError, ShardMissingError, TransientError
 from storage.identity import FORMAT_VERSION
 from storage.manifest import Manifest, manifest_ids, record_id
 from storage.record import CommitRecord, ObjectDigest
@@ -29,7 +31,7 @@ Result = TypeVar("Result")
 
 RECORDS, REVOKED = "commits", "revoked"
 _SUFFIX = ".json"
-TRIES = 5
+PAUSES_SECONDS = (0.0, 0.1, 0.5, 2.0, 5.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,7 @@ class CommitLog:
         self.root = root
         self.identity_id = identity_id
         self._manifests: dict[str, Manifest] = {}
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["CommitLog"], tuple[Directory, str]]:
         """Travel without what was read."""
@@ -121,79 +124,85 @@ class CommitLog:
         """
         with suppress(FileNotFoundError):
             return self.alone([shard_id])[shard_id]
-        return self._in_manifests(shard_id)[shard_id]
+        return self.consistently(lambda: self._in_manifests(shard_id)[shard_id])
 
     def objects(self, shard_id: str) -> Mapping[str, ObjectDigest]:
         """Return what the objects of one shard must be; raises what `find` does."""
         with suppress(FileNotFoundError):
             return self.alone([shard_id])[shard_id].objects
-        return self._in_manifests(shard_id).objects(shard_id)
+        return self.consistently(lambda: self._in_manifests(shard_id).objects(shard_id))
 
     def some(self, shard_ids: Iterable[str]) -> Mapping[str, CommitRecord]:
         """Return the records of some shards by id; raises what `find` does."""
         wanted = list(shard_ids)
-        try:
-            return self.alone(wanted)
-        except FileNotFoundError:
-            return {shard_id: self.find(shard_id) for shard_id in wanted}
-
-    def _in_manifests(self, shard_id: str) -> Commits:
-        """Return manifests that have a shard, perhaps known from before, whose rows still count."""
-
-        def look() -> Commits:
-            revoked: set[str] | None = None
-            for part in chain(self._cached(), self._listed()):
-                name = part.manifest.record_id_of(shard_id)
-                if name is None:
-                    continue
-                revoked = self._revoked_of(shard_id) if revoked is None else revoked
-                if name not in revoked:
-                    return Commits({}, [part])
-            raise ShardMissingError(f"shard {shard_id} has no commit record; {REPAIR}")
-
-        return self.consistently(look)
+        found = self.alone(wanted, absent_ok=True)
+        return {name: found[name] if name in found else self.find(name) for name in wanted}
 
     def forget(self) -> None:
         """Look at all manifests anew when the next shard is asked for."""
-        self._manifests.clear()
+        with self._lock:
+            self._manifests.clear()
 
-    def _cached(self) -> Iterator[Part]:
-        for manifest in list(self._manifests.values()):
-            yield Part(manifest=manifest, keep=np.ones(len(manifest.shard_ids), np.bool_))
+    def _in_manifests(self, shard_id: str) -> Commits:
+        """Return a manifest, known from before or new, that has a shard whose row still counts."""
+        revoked: set[str] | None = None
+        for manifest in chain(self._known(), self._listed()):
+            name = manifest.record_id_of(shard_id)
+            if name is None:
+                continue
+            revoked = self._revoked_of(shard_id) if revoked is None else revoked
+            if name not in revoked:
+                keep = np.ones(len(manifest.shard_ids), np.bool_)
+                return Commits({}, [Part(manifest=manifest, keep=keep)])
+        raise ShardMissingError(f"shard {shard_id} has no commit record; {REPAIR}")
 
-    def _listed(self) -> Iterator[Part]:
-        yield from self.parts(Listing.of(self.root), ())
+    def _known(self) -> Sequence[Manifest]:
+        with self._lock:
+            return list(self._manifests.values())
+
+    def _listed(self) -> Iterator[Manifest]:
+        yield from self._loaded(manifest_ids(self.root))
+
+    def _loaded(self, names: Sequence[str]) -> Sequence[Manifest]:
+        """Return manifests, reading those that were not read before."""
+        with self._lock:
+            for gone in self._manifests.keys() - set(names):
+                del self._manifests[gone]
+            for name in names:
+                if name not in self._manifests:
+                    self._manifests[name] = Manifest.read(
+                        self.root, name, identity_id=self.identity_id
+                    )
+            return [self._manifests[name] for name in names]
 
     def _revoked_of(self, shard_id: str) -> set[str]:
         return {key.removesuffix(_SUFFIX) for key in self.root.sizes(f"{REVOKED}/{shard_id}")}
 
-    def alone(self, shard_ids: Sequence[str]) -> dict[str, CommitRecord]:
-        """Return single records by shard id; FileNotFoundError if one is not there."""
+    def alone(
+        self, shard_ids: Sequence[str], *, absent_ok: bool = False
+    ) -> dict[str, CommitRecord]:
+        """Return single records by shard id; FileNotFoundError if one is not there and must be."""
         keys = {record_key(shard_id): shard_id for shard_id in shard_ids}
         return {
             keys[key]: CommitRecord.from_json(
                 data, shard_id=keys[key], identity_id=self.identity_id
             )
-            for key, data in self.root.read_many(list(keys)).items()
+            for key, data in self.root.read_many(list(keys), absent_ok=absent_ok).items()
         }
 
     def parts(self, listing: Listing, newer: Collection[str]) -> Sequence[Part]:
         """Return the manifests, and of each shard the one row that counts."""
-        for gone in self._manifests.keys() - set(listing.manifest_ids):
-            del self._manifests[gone]
-        for manifest_id in listing.manifest_ids:
-            if manifest_id not in self._manifests:
-                self._manifests[manifest_id] = Manifest.read(
-                    self.root, manifest_id, identity_id=self.identity_id
-                )
-        manifests = [self._manifests[manifest_id] for manifest_id in listing.manifest_ids]
+        manifests = sorted(  # what has been merged into a larger one counts there
+            self._loaded(listing.manifest_ids), key=lambda one: -len(one.shard_ids)
+        )
         if not manifests:
             return []
         keep = [~_among(manifest.shard_ids, newer) for manifest in manifests]
         if listing.revoked:
             shard_ids, record_ids = (ids_of(names) for names in zip(*listing.revoked, strict=True))
             for manifest, counts in zip(manifests, keep, strict=True):
-                counts[manifest.rows_of(shard_ids, record_ids)] = False
+                rows = np.searchsorted(manifest.shard_ids, shard_ids)
+                counts[rows[manifest.has(shard_ids, record_ids)]] = False
         left = np.concatenate(
             [one.shard_ids[counts] for one, counts in zip(manifests, keep, strict=True)]
         )
@@ -209,14 +218,23 @@ class CommitLog:
         ]
 
     def consistently(self, read: Callable[[], Result]) -> Result:
-        """Read once more where a record moved to a manifest, or one to another, meanwhile."""
-        for _ in range(TRIES - 1):
-            with suppress(FileNotFoundError):
+        """Read once more where a record moved to a manifest, or one to another, meanwhile.
+
+        Raises:
+            TransientError: they move faster than they can be read.
+
+        """
+        for pause in PAUSES_SECONDS:
+            try:
                 return read()
-        try:
-            return read()
-        except FileNotFoundError as error:
-            raise ShardMissingError(f"{error}, though it is listed; {REPAIR}") from error
+            except FileNotFoundError as error:
+                moved = error
+            self.forget()
+            time.sleep(pause)
+        raise TransientError(
+            f"{moved}, though it was listed a moment ago; is this host's view of a shared disk "
+            "behind? Run the same command again"
+        )
 
     # ---- writing
 
@@ -233,13 +251,13 @@ class CommitLog:
 
         Also its single record is named as revoked, since it may be on its way to a manifest.
         """
-        with suppress(FileNotFoundError, CorruptError):
-            self.revoke_row(shard_id, record_id(self.alone([shard_id])[shard_id]))
-        self.root.delete(record_key(shard_id))
-        for manifest in self.manifests():
+        for manifest in self.manifests():  # first, or a kill would let an older row count
             name = manifest.record_id_of(shard_id)
             if name is not None:
                 self.revoke_row(shard_id, name)
+        with suppress(FileNotFoundError, CorruptError):
+            self.revoke_row(shard_id, record_id(self.alone([shard_id])[shard_id]))
+        self.root.delete(record_key(shard_id))
 
     def revoke_row(self, shard_id: str, name: str) -> None:
         """Let a row of a manifest, or a record that may become one, count no more."""
@@ -255,8 +273,7 @@ class CommitLog:
 
     def manifests(self) -> Sequence[Manifest]:
         """Return all manifests; CorruptError if both copies of one are damaged."""
-        parts = self.consistently(lambda: self.parts(Listing.of(self.root), ()))
-        return [part.manifest for part in parts]
+        return self.consistently(lambda: self._loaded(manifest_ids(self.root)))
 
 
 def revocations(root: Directory) -> Collection[tuple[str, str]]:

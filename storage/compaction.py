@@ -1,24 +1,17 @@
 """Put many commit records together, so that a store opens with a few reads.
 
-Safe at any moment beside others that read, write, revoke and compact: manifests never change, a
-record is removed only when a manifest has had it for a while, and a manifest only when another one
-has its rows.
+Safe at any moment beside others that read, write, revoke and compact: manifests never change, and a
+record, or a manifest, is removed only when another manifest has had all of it for a while.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
-from storage.commit_log import CommitLog, Listing, record_key, revocations
+import numpy as np
+
+from storage.commit_log import RECORDS, CommitLog, Listing, record_key, revocations
 from storage.commits import Commits
-from storage.manifest import (
-    FOLDER,
-    KINDS,
-    Manifest,
-    delete_manifest,
-    keys_of,
-    record_id,
-)
+from storage.manifest import FOLDER, Manifest, delete_manifest, record_id
 from storage.record import CommitRecord
 
 COMPACT_FROM = 1000
@@ -26,13 +19,15 @@ COMPACT_FROM = 1000
 MOST_SHARDS = 50_000
 """In a manifest that others are merged into."""
 SETTLE_SECONDS = 3600.0
-"""A record stays beside the manifest that has it, for whoever lists the one and not yet the other.
-"""
+"""What a newer manifest has stays beside it for so long, for whoever has listed the one and reads
+on, or does not see the other yet."""
+REMOVED_AT_A_TIME = 1000
 
 
 def is_worth_compacting(log: CommitLog) -> bool:
-    """Tell whether there are so many single records that `compact` has something to do."""
-    return len(Listing.of(log.root).records) >= COMPACT_FROM
+    """Tell whether there are many single records, or manifests that may have become too many."""
+    listing = Listing.of(log.root)
+    return len(listing.records) >= COMPACT_FROM or bool(listing.manifest_ids)
 
 
 def compact(log: CommitLog) -> None:
@@ -43,8 +38,6 @@ def compact(log: CommitLog) -> None:
 
     """
     records = _there(log, Listing.of(log.root).records)
-    if len(records) < COMPACT_FROM:
-        return
     manifests, written, revoked = log.manifests(), _written_at(log), revocations(log.root)
     fresh: list[CommitRecord] = []
     settled: list[CommitRecord] = []
@@ -61,61 +54,81 @@ def compact(log: CommitLog) -> None:
             fresh.append(record)
         elif min(there) < time.time() - SETTLE_SECONDS:
             settled.append(record)
+    _revoke_older(log, manifests, [*fresh, *settled])
     if len(fresh) >= COMPACT_FROM:
         _put_together(log, fresh)
-    still = _there(log, [record.shard_id for record in settled])
-    gone = [one.shard_id for one in settled if still.get(one.shard_id) == one]
-    log.root.delete_many([record_key(shard_id) for shard_id in gone])
-
-
-def complete_copies(log: CommitLog) -> None:
-    """Write copies of manifests that a kill kept from being written."""
-    manifests = log.manifests()
-    there = {f"{FOLDER}/{key}" for key in log.root.sizes(FOLDER)} if manifests else set()
-    for manifest in manifests:
-        keys = {key for kind in KINDS for key in keys_of(manifest.manifest_id, kind)}
-        if not keys <= there:
-            manifest.mend()
+    _remove_settled(log, settled)
+    _remove_covered(log, manifests, written)
 
 
 def _there(log: CommitLog, shard_ids: Sequence[str]) -> Mapping[str, CommitRecord]:
-    """Return those of some single records that are there."""
-    with suppress(FileNotFoundError):
-        return log.alone(shard_ids)
-    found: dict[str, CommitRecord] = {}
-    for shard_id in shard_ids:  # others compact, or revoke, at the same time
-        with suppress(FileNotFoundError):
-            found |= log.alone([shard_id])
-    return found
+    """Return those of some single records that are there: others compact, or revoke, too."""
+    return log.alone(shard_ids, absent_ok=True)
+
+
+def _revoke_older(
+    log: CommitLog, manifests: Sequence[Manifest], records: Sequence[CommitRecord]
+) -> None:
+    """Let no older row of a shard count when its newer, single record is gone."""
+    for record in records:
+        for manifest in manifests:
+            name = manifest.record_id_of(record.shard_id)
+            if name is not None and name != record_id(record):
+                log.revoke_row(record.shard_id, name)
 
 
 def _put_together(log: CommitLog, fresh: Sequence[CommitRecord]) -> None:
-    """Write a manifest of single records and of smaller manifests, which are then removed."""
+    """Write manifests of single records, and of what smaller manifests have."""
     records = {record.shard_id: record for record in fresh}
     parts = log.consistently(lambda: log.parts(Listing.of(log.root), list(records)))
-    merged: list[Manifest] = []
     for part in sorted(parts, key=lambda part: int(part.keep.sum())):
         size = int(part.keep.sum())
         if size <= len(records) <= MOST_SHARDS - size:
             records.update(Commits({}, [part]))
-            merged.append(part.manifest)
     everything = list(records.values())
     for first in range(0, len(everything), MOST_SHARDS):
         members = everything[first : first + MOST_SHARDS]
         Manifest.write(log.root, members, identity_id=log.identity_id)
-    for record in fresh:
-        for part in parts:  # of a shard, one row counts when its single record is gone
-            name = part.manifest.record_id_of(record.shard_id)
-            if part.manifest not in merged and name not in (None, record_id(record)):
-                log.revoke_row(record.shard_id, str(name))
-    for manifest in merged:
-        delete_manifest(log.root, manifest.manifest_id)
+
+
+def _remove_settled(log: CommitLog, settled: Sequence[CommitRecord]) -> None:
+    """Remove single records that a manifest has had for a while, unless they are new themselves.
+
+    A shard may have been taken back and written again since its record was read.
+    """
+    still = _there(log, [record.shard_id for record in settled])
+    gone = [one.shard_id for one in settled if still.get(one.shard_id) == one]
+    for first in range(0, len(gone), REMOVED_AT_A_TIME):
+        written = log.root.entries(RECORDS)
+        limit = time.time() - SETTLE_SECONDS
+        keys = [record_key(shard_id) for shard_id in gone[first : first + REMOVED_AT_A_TIME]]
+        log.root.delete_many(
+            [
+                key
+                for key in keys
+                if (entry := written.get(key.partition("/")[2])) and entry.modified < limit
+            ]
+        )
+
+
+def _remove_covered(
+    log: CommitLog, manifests: Sequence[Manifest], written: Mapping[str, float]
+) -> None:
+    """Remove manifests of which a larger one, that was there for a while, has every row."""
+    limit = time.time() - SETTLE_SECONDS
+    ordered = sorted(manifests, key=lambda one: (len(one.shard_ids), one.manifest_id))
+    for place, manifest in enumerate(ordered):
+        left = np.ones(len(manifest.shard_ids), np.bool_)
+        for larger in ordered[place + 1 :]:
+            if written.get(larger.manifest_id, limit) < limit:
+                left &= ~larger.has(manifest.shard_ids, manifest.record_ids)
+        if not left.any():
+            delete_manifest(log.root, manifest.manifest_id)
 
 
 def _written_at(log: CommitLog) -> Mapping[str, float]:
     """Return when each manifest was written, by the clock of the place."""
     return {
-        key.partition(".")[0]: entry.modified
+        key.rpartition("/")[2].partition(".")[0]: entry.modified
         for key, entry in log.root.entries(FOLDER).items()
-        if "/" not in key
     }

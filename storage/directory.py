@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -109,15 +110,22 @@ class Directory:
         """Return the options of one GET: s3fs would ask for the size, then for parts."""
         return {"max_concurrency": 1} if "s3" in self.file_system.protocol else {}
 
-    def read_many(self, keys: Sequence[str]) -> Mapping[str, bytes]:
+    def read_many(self, keys: Sequence[str], *, absent_ok: bool = False) -> Mapping[str, bytes]:
         """Return the bytes of small objects by key, from a server many at a time.
 
         Raises:
-            FileNotFoundError: one of them is absent.
+            FileNotFoundError: one of them is absent, and they must not be.
 
         """
         if self.is_local or len(keys) < 2:
-            return {key: self.read(key) for key in keys}
+            read: dict[str, bytes] = {}
+            for key in keys:
+                try:
+                    read[key] = self.read(key)
+                except FileNotFoundError:
+                    if not absent_ok:
+                        raise
+            return read
         keys_left = {self.path(key): key for key in keys}
         found: dict[str, bytes] = {}
 
@@ -127,11 +135,14 @@ class Directory:
             for path, value in got.items():
                 if isinstance(value, bytes):
                     found[keys_left.pop(path)] = value
+                elif absent_ok and isinstance(value, FileNotFoundError):
+                    del keys_left[path]
+                    failed.remove(value)
             for error in sorted(failed, key=lambda one: not isinstance(one, FileNotFoundError)):
                 raise error
 
         self._attempted(keys[0], read_those_left)
-        return {key: found[key] for key in keys}
+        return {key: found[key] for key in keys if key in found}
 
     def read_large(
         self, key: str, *, num_bytes: int, allocate: Allocate = np.empty
@@ -333,7 +344,11 @@ class Directory:
             self._attempted(keys[0], lambda: self.file_system.rm(paths))
             return
         for key in keys:
-            self.delete(key)
+            with suppress(FileNotFoundError):
+                self._attempted(key, partial(self.file_system.rm_file, self.path(key)))
+        for parent in {key.rpartition("/")[0] for key in keys} if self.is_local else ():
+            with self._translated(parent), suppress(FileNotFoundError):
+                _sync_directory(Path(self.path(parent)))
 
     def _sync_parents(self, path: Path) -> None:
         """Make the names of the directories down to `path` durable, the root's own included."""

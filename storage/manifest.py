@@ -2,12 +2,13 @@
 
 A manifest has one row for each shard: what opening needs in `<id>.shards.parquet`, and what only a
 plan or a snapshot needs, its samples, in `<id>.samples.parquet`. Neither is ever changed. The id is
-the digest of the first, which names the digest of the second. As much hangs on them, each has a
-copy.
+the digest of the first, which names the digest of the second and has something random in it: no id
+comes twice. As much hangs on them, each has a copy.
 """
 
 import io
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -23,7 +24,7 @@ from storage.errors import CorruptError
 from storage.identity import FORMAT_VERSION
 from storage.probe import ProbePoint
 from storage.record import CommitRecord, ObjectDigest, parse_objects
-from storage.sample_rows import ID_BYTES, SampleRows, ids_of
+from storage.sample_rows import ID_BYTES, SampleRows, ids_of, is_id
 
 FOLDER = "manifests"
 SHARDS, SAMPLES = "shards", "samples"
@@ -150,18 +151,21 @@ class Manifest:
 
     def row(self, shard_id: str) -> int | None:
         """Return where a shard stands, None if it is not here."""
+        if not is_id(shard_id):
+            return None
         wanted = np.frombuffer(bytes.fromhex(shard_id), self.shard_ids.dtype)
         row = int(np.searchsorted(self.shard_ids, wanted)[0])
         return row if row < len(self.shard_ids) and self.shard_ids[row] == wanted[0] else None
 
-    def rows_of(
+    def has(
         self, shard_ids: NDArray[np.bytes_], record_ids: NDArray[np.bytes_]
-    ) -> NDArray[np.int64]:
-        """Return the rows of those of some shards, [N] each, whose record is the one named."""
+    ) -> NDArray[np.bool_]:
+        """Return [N] of which of some shards it has just the records that are named."""
         at = np.minimum(np.searchsorted(self.shard_ids, shard_ids), len(self.shard_ids) - 1)
-        is_here = (self.shard_ids[at] == shard_ids) & (self.record_ids[at] == record_ids)
-        rows: NDArray[np.int64] = at[is_here]
-        return rows
+        found: NDArray[np.bool_] = (self.shard_ids[at] == shard_ids) & (
+            self.record_ids[at] == record_ids
+        )
+        return found
 
     def record_id_at(self, row: int) -> str:
         """Return the digest of the record of a shard."""
@@ -264,9 +268,13 @@ def _whole(root: Directory, manifest_id: str, kind: str, *, digest: str) -> byte
             continue
         if digest_bytes(data) == digest:
             return data
-    if absent == len(keys_of(manifest_id, kind)):
+    if absent == len(keys_of(manifest_id, kind)) and not (
+        kind == SAMPLES and any(map(root.exists, keys_of(manifest_id, SHARDS)))
+    ):
         raise FileNotFoundError(f"{root.where(keys_of(manifest_id, kind)[0])} is not there")
-    raise CorruptError(f"manifest {manifest_id} ({kind}) is damaged, and so is its copy; {_REMEDY}")
+    raise CorruptError(
+        f"manifest {manifest_id} ({kind}) is damaged or lost, and so is its copy; {_REMEDY}"
+    )
 
 
 def _shards_file(records: Sequence[CommitRecord], *, identity_id: str, samples: str) -> bytes:
@@ -290,7 +298,12 @@ def _shards_file(records: Sequence[CommitRecord], *, identity_id: str, samples: 
             ),
         }
     )
-    about = {"format_version": FORMAT_VERSION, "identity_id": identity_id, "samples": samples}
+    about = {
+        "format_version": FORMAT_VERSION,
+        "identity_id": identity_id,
+        "samples": samples,
+        "attempt": secrets.token_hex(8),  # so that no key is ever used again: see ADR 10
+    }
     return _written(table.replace_schema_metadata({_METADATA: canonical_json(about)}))
 
 

@@ -5,6 +5,7 @@ whatever was interrupted, running the same thing again ends in the same bytes.
 """
 
 import logging
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 
@@ -12,7 +13,7 @@ from storage.cache import ObjectCache
 from storage.canonical import seal, unseal
 from storage.commit_log import CommitLog
 from storage.commits import Commits
-from storage.compaction import compact, complete_copies, is_worth_compacting
+from storage.compaction import compact, is_worth_compacting
 from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError, ShardMissingError, StorageError
 from storage.identity import FORMAT_VERSION, StoreIdentity
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 IDENTITY_KEY = "store.json"
 LATEST_KEY = "snapshots/latest.json"
+PLAN_SECONDS = 24 * 3600.0
+"""A plan that is younger may be at work, though all of it is published: a repair's, for one."""
 
 
 class Store:
@@ -238,12 +241,14 @@ class Store:
         """
         try:
             self.compact()
-            complete_copies(self.log)
-            compacted = self.log.compacted() if self.plans() else frozenset()
-            needed = compacted.intersection(snapshot.shard_ids)
+            limit = time.time() - PLAN_SECONDS
+            written = self.root.entries("plans")
+            old = [key for key, entry in written.items() if entry.modified < limit]
+            needed = self.log.compacted().intersection(snapshot.shard_ids) if old else frozenset()
             for plan in self.plans() if needed else ():
-                if needed.issuperset(shard.shard_id for shard in plan.shards):
-                    self.root.delete(f"plans/{plan.plan_id}.json")
+                key = f"{plan.plan_id}.json"
+                if key in old and needed.issuperset(shard.shard_id for shard in plan.shards):
+                    self.root.delete(f"plans/{key}")
         except StorageError as error:
             logger.warning("the snapshot is published; the store was not tidied up: %s", error)
 

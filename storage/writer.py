@@ -68,6 +68,8 @@ class ShardWriter:
             )
             self._require_right(record, recompute)
             standing = self._commit(record)
+        except TransientError:  # a record that a server was sent may come into being yet
+            raise
         except Exception:  # whatever the target raised while it read the states again, too
             self._drop_unnamed(shard.shard_id, attempt)
             raise

@@ -3,7 +3,7 @@
 import pickle
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,10 +173,19 @@ def test_small_manifests_are_merged_into_larger_ones(
     assert set(store.shard_ids()) == set(store.snapshot().shard_ids)
 
 
-def test_a_finished_plan_goes_when_manifest_and_snapshot_have_its_shards(store: Store) -> None:
+def test_an_old_plan_goes_when_manifest_and_snapshot_have_its_shards(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(store.plans()) == 1
     store.publish(IDS[:-1])
     assert len(store.plans()) == 1, "a shard of it may be in no snapshot yet"
+    store.publish(IDS)
+    assert len(store.plans()) == 1, "it is young: somebody may be at work on it"
+    monkeypatch.setattr("storage.store.PLAN_SECONDS", -60.0)
+    store.publish(IDS[:3])
+    assert len(store.plans()) == 1
+    (store_snapshot,) = [s for s in store.snapshot_ids() if store.snapshot(s).num_samples == 24]
+    store.root.delete(f"snapshots/{store_snapshot}.parquet")
     store.publish(IDS)
     assert store.plans() == []
     store.root.write(f"commits/{store.shard_ids()[0]}.json", b"{}")
@@ -215,17 +224,120 @@ def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(
             assert opened.verify(deep=True) == []
 
 
-def test_publishing_completes_the_copies_that_a_kill_left_out(store: Store) -> None:
+def test_lost_samples_of_a_manifest_are_an_error_that_names_it(store: Store) -> None:
     store.publish(IDS)
+    store.compact()
     (manifest_id,) = manifest_ids(store.root)
-    for kind in ("shards", "samples"):
-        store.root.delete(keys_of(manifest_id, kind)[1])
-    store.publish(IDS[:3])
-    assert all(
-        store.root.exists(key)
-        for kind in ("shards", "samples")
-        for key in keys_of(manifest_id, kind)
-    )
+    for key in keys_of(manifest_id, "samples"):
+        store.root.delete(key)
+    opened = Store.open(store.root.url)
+    assert len(opened.shard_ids()) > 8
+    assert set(read_all(opened)) == set(IDS), "reading needs no samples"
+    for operation in (
+        lambda: opened.held(IDS),
+        lambda: opened.publish(IDS[:2]),
+        lambda: opened.commit(opened.shard_ids()[0]),
+        opened.mend_manifests,
+    ):
+        with pytest.raises(CorruptError, match=f"{manifest_id}.*hidden-states"):
+            operation()
+
+
+def test_two_that_compact_the_same_remove_nothing_that_only_they_have(store: Store) -> None:
+    """One has read the records, the other puts them together meanwhile: neither loses them."""
+    records = dict(store.commits())
+
+    def step(name: str) -> AbstractContextManager[object]:
+        if name.startswith(("write manifests/", "name manifests/")) and not manifest_ids(
+            store.root
+        ):
+            Store.open(store.root.url).compact()
+        return nullcontext()
+
+    Store(SteppedDirectory.over(store.root, step), store.identity).compact()
+    for name in records:
+        store.root.delete(f"commits/{name}.json")  # as a third does when they have settled
+    assert dict(Store.open(store.root.url).commits()) == records
+
+
+def test_a_newer_record_counts_though_a_kill_ended_its_compaction(store: Store) -> None:
+    """At each of its steps; the row of before, whose data is lost, never comes back."""
+
+    class Killed(BaseException):
+        pass
+
+    store.compact()
+    store.compact()
+    assert single(store) == set()
+    lost = store.shard_ids()[:4]
+    by_id = {sample.sample_id: sample for sample in SAMPLES}
+    newer = {}
+    for name in lost:
+        old = store.commit(name)
+        store.root.delete(data_key(store, name))
+        shard = PlannedShard(shard_id=name, sample_ids=old.sample_ids, num_tokens=old.num_tokens)
+        newer[name] = store.write_shard(shard, [by_id[i] for i in shard.sample_ids])
+    for stop_at in range(40):
+        steps = 0
+
+        @contextmanager
+        def step(name: str, stop_at: int = stop_at) -> Iterator[None]:
+            nonlocal steps
+            if name.split(maxsplit=1)[0] in {"name", "write", "delete", "create"}:
+                if steps == stop_at:
+                    raise Killed
+                steps += 1
+            yield
+
+        with suppress(Killed):
+            Store(SteppedDirectory.over(store.root, step), store.identity).compact()
+        opened = Store.open(store.root.url)
+        assert {name: opened.commit(name) for name in lost} == newer
+        assert {name: opened.commits()[name] for name in lost} == newer
+    for _ in range(3):
+        store.compact()
+    assert single(store) == set()
+    assert {name: Store.open(store.root.url).commit(name) for name in lost} == newer
+    assert store.verify(deep=True) == []
+
+
+def test_what_was_read_before_serves_while_others_put_together(store: Store) -> None:
+    """Two snapshots from one look, as `hidden-states` publishes them."""
+    store.compact()
+    store.compact()
+    fill(store, [*SAMPLES, *make_samples(30, seed=3, tokens=(5, 20))], shard_tokens=30)
+    commits = store.commits()
+    reader = store.reader(Snapshot.of(IDS, commits))
+    other = Store.open(store.root.url)
+    other.commits()
+    store.publish(IDS[:5], commits=commits, as_latest=False)
+    store.publish(IDS, commits=commits)
+    assert len(reader.fetch(0)) > 0
+    names = other.shard_ids()
+    for _ in range(3):
+        Store.open(store.root.url).compact()
+    assert {name: other.commit(name).shard_id for name in names} == {n: n for n in names}
+    assert set(other.some_commits(names)) == set(names)
+
+
+def test_a_reader_of_long_ago_finds_what_was_made_again(store: Store) -> None:
+    store.publish(IDS)
+    store.compact()
+    reader = store.reader(store.snapshot())
+    reader.fetch(0)
+    name = store.snapshot().shard_ids[-1]
+    other = Store.open(store.root.url)
+    record = other.commit(name)
+    other.revoke(name)
+    store.root.delete_all(f"shards/{name}")
+    shard = PlannedShard(shard_id=name, sample_ids=record.sample_ids, num_tokens=record.num_tokens)
+    by_id = {sample.sample_id: sample for sample in SAMPLES}
+    other.write_shard(shard, [by_id[i] for i in shard.sample_ids])
+    fill(other, [*SAMPLES, *make_samples(30, seed=3, tokens=(5, 20))], shard_tokens=30)
+    for _ in range(3):
+        other.compact()
+    assert single(store) == set()
+    assert reader.fetch(len(reader) - 1).sample_id in record.sample_ids
 
 
 def test_both_copies_damaged_is_an_error_that_names_the_manifest(store: Store) -> None:
