@@ -13,6 +13,10 @@ class TransientError(StorageError):
     """The same call may succeed later: a timeout, a throttled bucket, a dropped connection."""
 
 
+class MovedError(TransientError, FileNotFoundError):
+    """What was listed is not there any more: it is part of something else now. Look again."""
+
+
 class OutOfSpaceError(StorageError):
     """The file system or the quota is full. Waiting does not help: a person frees space."""
 

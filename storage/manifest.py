@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from storage.canonical import canonical_json, digest_bytes
 from storage.directory import Directory
-from storage.errors import CorruptError
+from storage.errors import CorruptError, MovedError
 from storage.identity import FORMAT_VERSION
 from storage.probe import ProbePoint
 from storage.record import CommitRecord, ObjectDigest, parse_objects
@@ -89,7 +89,7 @@ class Manifest:
 
         Raises:
             CorruptError: both copies are damaged, or are of another store.
-            FileNotFoundError: there is none of this id any more.
+            MovedError: there is none of this id any more.
 
         """
         data = _whole(root, manifest_id, SHARDS, digest=manifest_id)
@@ -187,7 +187,7 @@ class Manifest:
 
         Raises:
             CorruptError: both copies are damaged.
-            FileNotFoundError: the manifest is not there any more.
+            MovedError: the manifest is not there any more.
 
         """
         data = _whole(self.root, self.manifest_id, SAMPLES, digest=self.samples_digest)
@@ -271,7 +271,10 @@ def _whole(root: Directory, manifest_id: str, kind: str, *, digest: str) -> byte
     if absent == len(keys_of(manifest_id, kind)) and not (
         kind == SAMPLES and any(map(root.exists, keys_of(manifest_id, SHARDS)))
     ):
-        raise FileNotFoundError(f"{root.where(keys_of(manifest_id, kind)[0])} is not there")
+        raise MovedError(
+            f"{root.where(keys_of(manifest_id, kind)[0])} is not there any more: it was put into "
+            "another one since it was read. Run the same command again"
+        )
     raise CorruptError(
         f"manifest {manifest_id} ({kind}) is damaged or lost, and so is its copy; {_REMEDY}"
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from storage.canonical import seal, unseal
 from storage.collection import collect, find_garbage
 from storage.commits import Commits
-from storage.errors import CorruptError, ShardMissingError
+from storage.errors import CorruptError, MovedError, ShardMissingError, TransientError
 from storage.manifest import keys_of, manifest_ids
 from storage.plan import PlannedShard
 from storage.repair import damaged_shards
@@ -318,6 +318,22 @@ def test_what_was_read_before_serves_while_others_put_together(store: Store) -> 
         Store.open(store.root.url).compact()
     assert {name: other.commit(name).shard_id for name in names} == {n: n for n in names}
     assert set(other.some_commits(names)) == set(names)
+
+
+def test_what_was_read_long_ago_says_to_look_again(store: Store) -> None:
+    """A verification takes hours; meanwhile manifests were put into others."""
+    store.compact()
+    store.compact()
+    commits = store.commits()
+    fill(store, [*SAMPLES, *make_samples(60, seed=3, tokens=(5, 20))], shard_tokens=30)
+    for _ in range(3):
+        store.compact()
+    with pytest.raises(TransientError, match="Run the same command again"):
+        list(commits.values())
+    with pytest.raises(TransientError, match="Run the same command again"):
+        commits.held(IDS)
+    copy = pickle.loads(pickle.dumps(MovedError("moved")))  # noqa: S301 (as workers send it)
+    assert (type(copy), str(copy)) == (MovedError, "moved")
 
 
 def test_a_reader_of_long_ago_finds_what_was_made_again(store: Store) -> None:
