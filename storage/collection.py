@@ -95,14 +95,18 @@ def snapshots_to_keep(
 
 
 def _young_snapshots(store: Store, older_than_hours: float) -> dict[str, str]:
-    """Return those that may have been published a moment ago, before they have a name."""
+    """Return those that may have been published a moment ago, before they have a name.
+
+    One that is damaged is none of them: it was written just now by whatever damaged it.
+    """
     entries, is_old = store.root.entries("snapshots"), _is_older(older_than_hours)
-    why = f"younger than {older_than_hours:g} hours"
-    return {
-        name: why
+    young = [
+        name
         for name in store.snapshot_ids()
         if f"{name}.parquet" in entries and not is_old(entries[f"{name}.parquet"])
-    }
+    ]
+    why = f"younger than {older_than_hours:g} hours"
+    return {snapshot.snapshot_id: why for snapshot in _readable(store, young)}
 
 
 def _is_older(hours: float) -> Callable[[Entry], bool]:
@@ -286,12 +290,6 @@ def _unfinished(
     }
 
 
-def _readable_shards(store: Store, snapshot_id: str) -> Sequence[str]:
-    with suppress(CorruptError):
-        return store.snapshot(snapshot_id).shard_ids
-    return ()
-
-
 def collect(store: Store, garbage: Garbage) -> None:
     """Remove garbage: first what refers, then what is referred to. No writer may be at work."""
     gone = set(garbage.shard_ids)
@@ -306,7 +304,8 @@ def collect(store: Store, garbage: Garbage) -> None:
     for snapshot_id in garbage.snapshot_ids:  # no plan names its shards any more
         store.refs.forget(snapshot_id)
         store.root.delete(f"snapshots/{snapshot_id}.parquet")
-    published = {s for name in store.snapshot_ids() for s in _readable_shards(store, name)}
+    present = _readable(store, store.snapshot_ids())
+    published = {shard_id for snapshot in present for shard_id in snapshot.shard_ids}
     removed = gone - published  # by another process, since the garbage was found
     for shard_id in sorted(removed):
         store.revoke(shard_id)

@@ -13,11 +13,12 @@ alone would erase channels: one channel often carries most of a row's energy.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 
 from storage import zstd
@@ -105,31 +106,41 @@ def _write_lossless(name: str, rows: StateRows, open_object: OpenObject) -> None
     """Write one array after the other, each from all rows: two halves at a time need two files."""
     typical = _typical_exponents(rows)
     _write_calibration(f"{name}_typical_exponents", typical, open_object)
+
+    def exponents(bits: Bits, plane: NDArray[np.uint8], layer: tuple[Any, ...]) -> None:
+        bits += bits  # faster than a shift
+        bits >>= 8
+        plane[...] = bits
+        plane -= typical[layer]
+
+    def mantissas(bits: Bits, plane: NDArray[np.uint8], _layer: tuple[Any, ...]) -> None:
+        bits &= SIGN_AND_MANTISSA
+        plane[...] = bits  # the cast keeps the low byte
+        bits >>= 8
+        plane |= bits.astype(np.uint8)
+
+    _write_plane(f"{name}_exponents", rows, exponents, zstd.ENTROPY_ONLY, open_object)
+    _write_plane(f"{name}_mantissas", rows, mantissas, zstd.REPEATED_ROWS, open_object)
+
+
+def _write_plane(
+    name: str,
+    rows: StateRows,
+    split: Callable[[Bits, NDArray[np.uint8], tuple[Any, ...]], None],
+    parameters: zstandard.ZstdCompressionParameters,
+    open_object: OpenObject,
+) -> None:
+    """Write one byte of each value: what `split` puts into a plane for bits that it may change."""
     (values,) = _temporaries(rows.shape[-1], np.uint16, 1)
     plane = _padded_chunk(rows.shape, np.uint8)
-    frames = zstd.Frames(zstd.ENTROPY_ONLY)
-    with write_array(_layout(f"{name}_exponents", rows.shape, np.uint8), open_object) as writer:
+    frames = zstd.Frames(parameters)
+    with write_array(_layout(name, rows.shape, np.uint8), open_object) as writer:
         for chunk in _chunks(rows.shape):
             plane[chunk.stop - chunk.first :] = 0
             for at, bits in rows.blocks(chunk.first, chunk.stop, chunk.layer):
-                exponents = values[: len(bits)]
-                exponents[...] = bits  # all else is faster on contiguous rows
-                exponents += exponents  # faster than a shift
-                exponents >>= 8
-                plane[at] = exponents
-                plane[at] -= typical[chunk.layer]
-            writer.append(frames.compress(plane))
-    frames = zstd.Frames(zstd.REPEATED_ROWS)
-    with write_array(_layout(f"{name}_mantissas", rows.shape, np.uint8), open_object) as writer:
-        for chunk in _chunks(rows.shape):
-            plane[chunk.stop - chunk.first :] = 0
-            for at, bits in rows.blocks(chunk.first, chunk.stop, chunk.layer):
-                mantissas = values[: len(bits)]
-                mantissas[...] = bits
-                mantissas &= SIGN_AND_MANTISSA
-                plane[at] = mantissas  # the cast keeps the low byte
-                mantissas >>= 8
-                plane[at] |= mantissas.astype(np.uint8)
+                block = values[: len(bits)]
+                block[...] = bits  # all else is faster on contiguous rows
+                split(block, plane[at], chunk.layer)
             writer.append(frames.compress(plane))
 
 

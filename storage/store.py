@@ -89,14 +89,6 @@ class Store:
         """Return one commit record; ShardMissingError if there is none, CorruptError if damaged."""
         return self.log.find(shard_id)
 
-    def shard_sizes(self) -> Mapping[str, int]:
-        """Return the bytes below every shard's directory, committed or not, by shard id."""
-        sizes = dict.fromkeys(self.shard_ids(), 0)
-        for key, num_bytes in self.root.sizes("shards").items():
-            shard_id = key.partition("/")[0]
-            sizes[shard_id] = sizes.get(shard_id, 0) + num_bytes
-        return sizes
-
     def held(self, sample_ids: Collection[str]) -> set[str]:
         """Return those of some samples that a committed shard holds."""
         return self.commits().held(sample_ids)

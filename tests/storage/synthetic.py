@@ -114,6 +114,15 @@ def committed_samples(store: Store) -> set[str]:
     return {name for record in store.commits().values() for name in record.sample_ids}
 
 
+def shard_sizes(store: Store) -> dict[str, int]:
+    """Return the bytes below the folder of every shard, committed or not, by shard id."""
+    sizes = dict.fromkeys(store.shard_ids(), 0)
+    for key, num_bytes in store.root.sizes("shards").items():
+        shard_id = key.partition("/")[0]
+        sizes[shard_id] = sizes.get(shard_id, 0) + num_bytes
+    return sizes
+
+
 def data_key(store: Store, shard_id: str) -> str:
     """Return the key of the file that holds a shard."""
     (key,) = store.commit(shard_id).objects

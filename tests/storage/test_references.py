@@ -113,6 +113,15 @@ def test_a_plan_of_which_all_is_committed_stays_planned(filled: Store) -> None:
     assert {plan.plan_id for plan in filled.plans()} == plans
 
 
+def test_a_snapshot_that_was_damaged_a_moment_ago_stops_no_collection(filled: Store) -> None:
+    old = filled.snapshot().snapshot_id
+    latest = filled.publish([sample.sample_id for sample in make_samples(12)[:3]]).snapshot_id
+    filled.root.write(f"snapshots/{old}.parquet", b"PAR1")
+    assert list(snapshots_to_keep(filled)) == [latest]
+    collect_by_default(filled)
+    assert filled.snapshot_ids() == [latest]
+
+
 def test_what_is_not_ours_is_neither_read_nor_collected(filled: Store) -> None:
     """`commits/...json` would be shard `..`: all of the store lies below its folder."""
     root = Path(filled.root.root)
