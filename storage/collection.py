@@ -244,7 +244,7 @@ def _loose(store: Store) -> dict[str, Entry]:
     """Return what no shard is made of: temporary files, and what compacting left of manifests."""
     manifests = store.log.manifests()
     whole = {key for one in manifests for kind in KINDS for key in keys_of(one.manifest_id, kind)}
-    return {
+    return dict(store.root.temporaries()) | {
         f"{prefix}/{key}": entry
         for prefix in ("commits", "plans", "snapshots", MANIFESTS, REVOKED)
         for key, entry in store.root.entries(prefix).items()

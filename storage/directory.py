@@ -233,6 +233,16 @@ class Directory:
             path[len(base) + 1 :]: entry for path, entry in sorted(found.items()) if path != base
         }
 
+    def temporaries(self) -> Mapping[str, Entry]:
+        """Return what kills left of objects directly below the root; a server has no such."""
+        found: dict[str, Entry] = {}
+        with self._translated(""):
+            for path in Path(self.root).glob(f"*{TEMPORARY_SUFFIX}") if self.is_local else ():
+                with suppress(FileNotFoundError):  # it was finished meanwhile
+                    status = path.stat()
+                    found[path.name] = Entry(num_bytes=status.st_size, modified=status.st_mtime)
+        return found
+
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Write an object; it is durable once `flush` was called on a prefix of its key."""
         if self.is_local:

@@ -67,6 +67,7 @@ def test_leftovers_go_before_there_is_a_snapshot_and_shards_do_not(store: Store)
         f"shards/{first.shard_id}/0123456789abcdef.zarr.zip",
         f"shards/{second.shard_id}/fedcba9876543210.zarr.zip",
         f"commits/{second.shard_id}.json.0a1b2c3d.tmp",
+        "store.json.0a1b2c3d.tmp",
     ]
     for key in left:
         store.root.write(key, b"half")
