@@ -24,6 +24,7 @@ CONVERSATION_SCHEMA = pa.schema(
         ("messages", pa.list_(_MESSAGE)),
         ("tools", pa.string()),
         ("rendered_text", pa.string()),
+        ("location", pa.string()),
     ]
 )
 
@@ -36,6 +37,7 @@ def to_row(conversation: Conversation, content_key: str) -> dict[str, object]:
         "messages": [asdict(message) for message in conversation.messages],
         "tools": conversation.tools,
         "rendered_text": conversation.rendered_text,
+        "location": conversation.location,
     }
 
 
@@ -46,6 +48,7 @@ def from_row(row: dict[str, Any]) -> Conversation:
         messages=tuple(map(_message, row["messages"])),
         tools=row["tools"],
         rendered_text=row["rendered_text"],
+        location=row.get("location") or "",  # earlier versions did not write it
     )
 
 

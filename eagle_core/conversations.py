@@ -7,7 +7,7 @@ brought into that form is a `RejectedRecord`; nothing is guessed and nothing is 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Literal, Self
 
 import xxhash
@@ -101,6 +101,8 @@ class Conversation:
     """JSON text of the tools on offer; empty if there are none."""
     rendered_text: str = ""
     """Instead of messages."""
+    location: str = field(default="", compare=False)
+    """File and record that it was read from; empty in a data set of an earlier version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +137,7 @@ def normalise(
             conversation_id=_named(record, location),
             messages=(),
             rendered_text=_rendered(record, rendered_text, location),
+            location=location,
         )
         return Normalised(conversation=_with_id(conversation), changes=())
     messages = [
@@ -149,6 +152,7 @@ def normalise(
         conversation_id=_named(record, location),
         messages=tuple(kept),
         tools=parse_tools(record.get("tools"), location=location),
+        location=location,
     )
     return Normalised(conversation=_with_id(conversation), changes=changes)
 

@@ -5,7 +5,7 @@ uint16, because NumPy has no bfloat16; `eagle_core.tensors` turns it into torch 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ class TokenizedSample:
     """[T]"""
     loss_mask: NDArray[np.bool_]
     """[T], True where the token is the assistant's (end-of-turn token included)."""
+    location: str = field(default="", compare=False)
+    """File and record of the conversation; empty where that was not written down."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""

@@ -9,9 +9,10 @@ Shapes: B batch, T tokens, H hidden size, V vocabulary.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target_config import TargetConfig
 from eagle_core.tensors import DTYPES, from_bfloat16_bits, to_bfloat16_bits
 
+OnUnusable = Callable[[TokenizedSample, str], None]
+"""Takes a sample whose states cannot be stored, and why."""
 CAPTURE_VERSION = 1
 """Raised whenever the same weights and ids could give other stored bytes."""
 NORM_CONVENTION = "post_norm"
@@ -204,7 +207,11 @@ class TargetModel:
         return last, torch.cat(aux, dim=-1), cache
 
     def capture(
-        self, samples: Sequence[TokenizedSample], *, recomputable: bool = False
+        self,
+        samples: Sequence[TokenizedSample],
+        *,
+        recomputable: bool = False,
+        on_unusable: OnUnusable | None = None,
     ) -> Iterator[HiddenStateSample]:
         """Yield the hidden states of `samples`, longest first, in batches of similar length.
 
@@ -214,20 +221,32 @@ class TargetModel:
         last aux layer fed with its output as it is stored, in bfloat16: `PartialTarget` makes the
         early and the last states again from what is stored, bit for bit.
 
+        A sample with a state that is not finite goes to `on_unusable`, with the reason.
+
         Raises:
-            CorruptError: a state is not finite; names the sample and the layer.
+            CorruptError: there is such a sample and nothing to take it; names it and the state.
 
         """
-        if recomputable:
-            for sample in samples:
-                yield from self._capture_batch([sample], round_late=True)
-            return
-        for batch in batches_by_length(samples, batch_tokens=self.config.batch_tokens):
-            yield from self._capture_batch(batch)
+        batches: Iterable[Sequence[TokenizedSample]] = (
+            ([sample] for sample in samples)
+            if recomputable
+            else batches_by_length(samples, batch_tokens=self.config.batch_tokens)
+        )
+        for batch in batches:
+            yield from self._capture_batch(
+                batch, on_unusable or self._refuse, round_late=recomputable
+            )
+
+    def _refuse(self, sample: TokenizedSample, reason: str) -> NoReturn:
+        where = f" ({sample.location})" if sample.location else ""
+        raise CorruptError(
+            f"target {self.config.name}: sample {sample.sample_id}{where}: {reason}; check the "
+            "weights and try dtype float32"
+        )
 
     @torch.inference_mode()
     def _capture_batch(
-        self, batch: Sequence[TokenizedSample], *, round_late: bool = False
+        self, batch: Sequence[TokenizedSample], on_unusable: OnUnusable, *, round_late: bool
     ) -> Iterator[HiddenStateSample]:
         # Right padding needs no attention mask: under causal attention no real token sees it.
         ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
@@ -238,15 +257,14 @@ class TargetModel:
         )
         stacked = torch.stack(aux, dim=2)
         for row, sample in enumerate(batch):
-            sample_last = last[row, : len(sample)]
-            argmax, logsumexp, logprob = self._teacher(sample_last)
-            sample_aux = stacked[row, : len(sample)]
-            for name, state in (("aux", sample_aux), ("last", sample_last)):
-                if not torch.isfinite(state).all():
-                    raise CorruptError(
-                        f"target {self.config.name}: sample {sample.sample_id} has a non-finite "
-                        f"{name} state; check the weights and try dtype float32"
-                    )
+            argmax, logsumexp, logprob = self._teacher(last[row, : len(sample)])
+            # As they are stored: what float32 holds can be too large for bfloat16.
+            sample_aux = stacked[row, : len(sample)].to(torch.bfloat16)
+            sample_last = last[row, : len(sample)].to(torch.bfloat16)
+            reason = _why_unusable(sample_aux, sample_last, logsumexp)
+            if reason:
+                on_unusable(sample, reason)
+                continue
             yield HiddenStateSample(
                 sample_id=sample.sample_id,
                 input_ids=sample.input_ids,
@@ -334,6 +352,15 @@ class TargetModel:
                 f"target {self.config.name}: its logits are not lm_head(last hidden state) (logit "
                 "soft-capping or scaling?); this architecture is not supported yet"
             )
+
+
+def _why_unusable(aux: Tensor, last: Tensor, logsumexp: NDArray[np.float32]) -> str:
+    """Return what of a sample is NaN or infinite, empty if nothing is."""
+    if not torch.isfinite(aux).all():
+        return "its aux states are not finite"
+    if not torch.isfinite(last).all():
+        return "its last states are not finite"
+    return "" if np.isfinite(logsumexp).all() else "its logits are not finite"
 
 
 def _joined(chunks: Sequence[Tensor]) -> np.ndarray:

@@ -148,28 +148,27 @@ class ConversationTokenizer:
         """
         reject = on_rejected or (lambda _rejected: None)
         for batch in _batched(conversations, batch_size):
-            rows: list[tuple[str, Row]] = []
+            rows: list[tuple[Conversation, Row]] = []
             for conversation in batch:
                 try:
                     planned = self._rows(conversation)
                 except RejectedRecord as rejected:
                     reject(rejected)
                 else:
-                    rows += ((conversation.conversation_id, row) for row in planned)
+                    rows += ((conversation, row) for row in planned)
             encodings = self._backend.encode_batch(
                 [row.text for _, row in rows], add_special_tokens=False
             )
-            for (conversation_id, row), encoding in zip(rows, encodings, strict=True):
+            for (conversation, row), encoding in zip(rows, encodings, strict=True):
                 for sample in self._samples(row, encoding):
                     cut = truncate(sample, max_length)
                     num_supervised = int(cut.loss_mask.sum())
                     if num_supervised >= min_supervised_tokens:
-                        yield cut
+                        yield replace(cut, location=conversation.location)
                         continue
                     detail = f"{num_supervised} in the first {len(cut)} of {len(sample)} tokens"
-                    reject(
-                        RejectedRecord(Reason.TOO_FEW_SUPERVISED_TOKENS, conversation_id, detail)
-                    )
+                    reason = Reason.TOO_FEW_SUPERVISED_TOKENS
+                    reject(RejectedRecord(reason, conversation.conversation_id, detail))
 
     def _refuse_control_tokens(self, messages: Sequence[Message], *, location: str) -> None:
         for index, message in enumerate(messages):

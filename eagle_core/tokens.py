@@ -21,6 +21,7 @@ _SCHEMA = pa.schema(
         ("sample_id", pa.string()),
         ("input_ids", pa.large_list(pa.int32())),
         ("loss_mask", pa.large_list(pa.uint8())),
+        ("location", pa.string()),
     ]
 )
 _ROWS_PER_BATCH = 256
@@ -38,6 +39,10 @@ class TokenFile:
                 f"{path} is not a complete token file; delete it and run again"
             ) from error
         self.sample_ids: list[str] = self._table["sample_id"].to_pylist()
+        # Files of earlier versions do not have it.
+        self._locations = (
+            self._table["location"] if "location" in self._table.schema.names else None
+        )
         self._rows = {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
 
     def __len__(self) -> int:
@@ -65,7 +70,10 @@ class TokenFile:
         ids = self._table["input_ids"][row].values.to_numpy()
         mask = self._table["loss_mask"][row].values.to_numpy()
         return TokenizedSample(
-            sample_id=self.sample_ids[row], input_ids=ids, loss_mask=mask.astype(np.bool_)
+            sample_id=self.sample_ids[row],
+            input_ids=ids,
+            loss_mask=mask.astype(np.bool_),
+            location="" if self._locations is None else self._locations[row].as_py(),
         )
 
     def by_id(self, sample_ids: Sequence[str]) -> list[TokenizedSample]:
@@ -121,6 +129,7 @@ def _record_batch(rows: Sequence[TokenizedSample]) -> pa.RecordBatch:
                 [sample.loss_mask.astype(np.uint8) for sample in rows],
                 type=_SCHEMA.field("loss_mask").type,
             ),
+            pa.array([sample.location for sample in rows]),
         ],
         schema=_SCHEMA,
     )

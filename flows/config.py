@@ -49,6 +49,13 @@ class StoreConfig(BaseModel):
         description="Shards that one child process makes with one loading of the target; choose it "
         "for 50 to 300 tasks a run and at least 10 s each.",
     )
+    max_excluded_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the samples, rounded up, that may be left out because the target "
+        "gives them states that are not finite; more stop the run.",
+    )
     cache_bytes: ByteSize = Field(
         default=ByteSize(50 * 10**9),
         description="Most bytes of a store on S3 that training keeps on the local disk, such as "

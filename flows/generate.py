@@ -71,7 +71,9 @@ def generate_shards(batch: ShardBatch, here: Here | None = None) -> tuple[MadeSh
         if report.kind == "shard":
             made.append(
                 MadeShard(
+                    planned_id=report.planned_id,
                     shard_id=report.shard_id,
+                    excluded=report.excluded,
                     seconds=report.seconds,
                     attempt=attempt,
                     made_by=report.made_by,

@@ -14,6 +14,7 @@ from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.event_names import SNAPSHOT_PUBLISHED, store_resource
 from flows.events import send
+from flows.exclusions import excluded_samples
 from flows.identity import store_identity
 from flows.make_shards import MissingShards, make_shards
 from flows.preflight import preflight, wanted_samples
@@ -98,14 +99,14 @@ def publish(
     """Publish the snapshots of both splits by name, training as the latest; return the bill."""
     store = Store.open(root)
     commits = store.commits()
-    held_out = TokenFile(tokens.held_out_path).sample_ids
+    held_out = commits.usable(TokenFile(tokens.held_out_path).sample_ids)
     if held_out:
         # It keeps its shards from being collected as garbage.
         name = space.snapshot_name("held_out")
         store.publish(
             held_out, commits=commits, name=name, made_from=tokens.content, as_latest=False
         )
-    train = TokenFile(tokens.train_path).sample_ids
+    train = commits.usable(TokenFile(tokens.train_path).sample_ids)
     name = space.snapshot_name("train")
     snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)
     totals = commits.totals
@@ -117,6 +118,7 @@ def publish(
         num_tokens=totals.num_tokens,
         num_supervised_tokens=totals.num_supervised,
         num_shards=totals.num_shards,
+        num_excluded=len(excluded_samples(store, tokens)),
         shards_made=shards_made,
         raw_bytes=totals.raw_bytes,
         stored_bytes=totals.stored_bytes,

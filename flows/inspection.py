@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from storage.collection import Garbage, find_garbage, snapshots_to_keep
 from storage.errors import ConfigError, CorruptError
+from storage.exclusions import Exclusion
 from storage.identity import StoreIdentity
 from storage.store import Store
 
@@ -50,6 +51,8 @@ class StoreFigures:
     unfinished: tuple[UnfinishedPlan, ...]
     garbage: Garbage | None
     """What `gc` would drop; None while damage hides what is needed."""
+    excluded: tuple[Exclusion, ...]
+    """Samples that the store does without."""
     damaged: tuple[str, ...]
     """Documents that do not read: their keys."""
     free_bytes: int | None
@@ -60,6 +63,7 @@ def look(root: str) -> StoreFigures:
     store = Store.open(root)
     damaged: list[str] = []
     commits, unreadable = store.log.read_what_is_sound()
+    damaged += [finding.object_key for finding in store.exclusions.findings()]
     damaged += [f"commits/{shard_id}.json" for shard_id in unreadable]
     totals = commits.totals
     snapshots = tuple(_snapshots(store, damaged))
@@ -77,6 +81,7 @@ def look(root: str) -> StoreFigures:
         snapshots=tuple(sorted(snapshots, key=lambda found: not found.is_latest)),
         unfinished=() if garbage is None else tuple(_unfinished(store)),
         garbage=garbage,
+        excluded=tuple(store.exclusions.read()),
         damaged=tuple(damaged),
         free_bytes=store.free_bytes(),
     )
@@ -124,12 +129,11 @@ def _latest(store: Store) -> str | None:
 
 
 def _unfinished(store: Store) -> Iterator[UnfinishedPlan]:
-    committed = set(store.shard_ids())
     for plan in store.plans():
-        missing = sum(shard.shard_id not in committed for shard in plan.shards)
-        if missing:
+        num_missing = len(store.missing_shards(plan))
+        if num_missing:
             yield UnfinishedPlan(
-                plan_id=plan.plan_id, num_shards=len(plan.shards), num_missing=missing
+                plan_id=plan.plan_id, num_shards=len(plan.shards), num_missing=num_missing
             )
 
 

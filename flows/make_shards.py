@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from flows.artifact_key import artifact_key
 from flows.best_effort import best_effort
 from flows.config import StoreConfig
 from flows.errors import ChildFailedError, ChildKilledError, MissingShardsError
+from flows.exclusions import ExclusionLimit
 from flows.generate import ShardBatch
 from flows.made_shard import MadeShard
 from flows.progress import stage_progress
@@ -65,11 +66,14 @@ def make_shards(
 
     Raises:
         MissingShardsError: some batches failed; everything else is committed and stays.
+        CorruptError: more samples have states that are not finite than the store may leave out.
         EagleCoreError, StorageError, FlowError: the first batches failed, all of them, or several
             in the same way, or there is no space left.
         FlowError: the runner's package is not installed.
 
     """
+    store = Store.open(root)
+    exclusions = ExclusionLimit(target, config, tokens, store)
     sizes = {shard.shard_id: shard.num_tokens for shard in work.shards}
     total = sum(sizes.values())
     key = artifact_key("hidden-states-progress", target.name)
@@ -77,7 +81,7 @@ def make_shards(
     with stage_progress("hidden states", key=key, total=total, unit="tokens") as progress:
 
         def on_report(report: ShardReport) -> None:
-            progress.advance(report.tokens, note=report.shard_id[:8])
+            progress.advance(report.tokens, note=report.planned_id[:8])
 
         with running(runner, target, on_report=on_report) as submit:
             futures = [
@@ -89,16 +93,18 @@ def make_shards(
                 if future.state.is_completed():
                     shards = future.result()
                     made += shards
+                    exclusions.add(one for shard in shards for one in shard.excluded)
                     if runner.kind != "processes":  # a cluster says nothing in between
-                        progress.advance(sum(sizes[shard.shard_id] for shard in shards))
+                        progress.advance(sum(sizes[shard.planned_id] for shard in shards))
                 elif failures.end_the_run(_error_of(future), has_made_some=bool(made)):
                     future.result()
-    store = Store.open(root)
     committed = set(store.shard_ids())
-    done = [shard.shard_id for shard in work.shards if shard.shard_id in committed]
-    _publish_table(done, made, store, target)
-    if len(done) < len(work.shards):
-        _say_what_is_missing(futures, work, committed)
+    written = {one.planned_id: one.shard_id for one in made}
+    names = [written.get(shard.shard_id, shard.shard_id) for shard in work.shards]
+    _publish_table([name for name in names if name in committed], made, store, target)
+    missing = [name for name in names if name and name not in committed]
+    if missing:
+        _say_what_is_missing(futures, missing, num_wanted=len(names))
 
 
 class _Failures:
@@ -167,15 +173,15 @@ def _publish_table(
 
 def _say_what_is_missing(
     futures: Sequence[PrefectFuture[tuple[MadeShard, ...]]],
-    work: MissingShards,
-    committed: Container[str],
+    missing: Sequence[str],
+    *,
+    num_wanted: int,
 ) -> NoReturn:
     for future in futures:
         if future.state.is_failed():
             future.result()  # one cause, with its own type and message: usually the same for all
-    missing = [shard.shard_id for shard in work.shards if shard.shard_id not in committed]
     raise MissingShardsError(
-        f"{len(missing)} of {len(work.shards)} shards are missing: {', '.join(missing[:5])}; "
+        f"{len(missing)} of {num_wanted} shards are missing: {', '.join(missing[:5])}; "
         "the others are committed. Press Retry in the Prefect UI, or run the flow again, to "
         "make only these"
     )

@@ -25,7 +25,13 @@ from flows.evaluate import evaluate_flow
 from flows.identity import store_identity
 from flows.online_source import OnlineSource
 from flows.preflight import preflight
-from flows.prepare import prepare, prepare_weights, tokens_of_run
+from flows.prepare import (
+    current_content,
+    known_tokens,
+    prepare,
+    prepare_weights,
+    tokens_of_run,
+)
 from flows.recompute import TargetRecompute, partial_target
 from flows.run_file import Run, begun_run, write_run
 from flows.run_lock import sole_training
@@ -33,7 +39,7 @@ from flows.run_name import run_name
 from flows.run_record import StorageBill, write_settings
 from flows.state_keeper import StateKeeper
 from flows.store_root import store_root
-from flows.summaries import OnlineSummary
+from flows.summaries import OnlineSummary, TokensSummary
 from flows.table import print_table
 from flows.train import run_training, warn_of_another_length
 from flows.training_data import own_dataset
@@ -65,7 +71,8 @@ def online(
     Raises:
         ConfigError: several processes are asked for, or no package for a tracker is installed.
         DoesNotFitError: with `store.keep`, there is no room for the states.
-        MismatchError: the run is finished, and its data set is another now.
+        MismatchError: the data set was replaced since the run began, or the run is finished and
+            its data set has changed.
         RunBusyError: another process trains the same run; says which.
         MismatchError: with `store.keep`, the store was made with something else.
         TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
@@ -87,6 +94,7 @@ def online(
     if begun:  # no data set is read again
         own = own_dataset(known, dataset, run_path)
         tokens = tokens_of_run(target, own, space, run_path.name, begun.tokens)
+        _compare_with_now(target, own, space, run_path, tokens)
     else:
         tokens = prepare(target, dataset, home)[1]
     train_tokens = TokenFile(tokens.train_path)
@@ -149,6 +157,35 @@ def online(
     print_table(title, [*rows, *report.where_to_look(trained.run_path)])
     report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary
+
+
+def _compare_with_now(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    space: Workspace,
+    run_path: Path,
+    own: TokensSummary,
+) -> None:
+    """Say that the data set was built anew since a run began; refuse where it was replaced."""
+    content = current_content(target, dataset, space)
+    if content in {None, own.content}:
+        return
+    what = f"run {run_path.name} learns from data set {dataset.name} as it was when the run began"
+    now = known_tokens(target, space, str(content))
+    if now is not None:
+        before, after = (
+            set(TokenFile(path).sample_ids) for path in (own.train_path, now.train_path)
+        )
+        num_shared = len(before & after)
+        what = (
+            f"{what}; of its {len(before):,} samples the data set as it is now has {num_shared:,}"
+        )
+        if num_shared <= len(before) / 2:
+            raise MismatchError(
+                f"{what}. If the data was replaced, train another run (--run), or delete this "
+                "one's folder to begin again"
+            )
+    get_run_logger().warning("%s; it goes on with its own", what)
 
 
 def _require_the_data_of(

@@ -16,7 +16,7 @@ from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
 from eagle_core.dataset_manifest import load_manifest
 from eagle_core.dataset_writer import Split
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.ledger_writer import LedgerWriter
 from eagle_core.parallel_tokenization import tokenize_in_processes
 from eagle_core.samples import TokenizedSample
@@ -138,6 +138,15 @@ def known_tokens(target: TargetConfig, space: Workspace, content: str) -> Tokens
         return None
     tokenizer = conversation_tokenizer(target)
     return _summary(TokenFile(train), TokenFile(held_out), tokenizer, content, started)
+
+
+def current_content(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> str | None:
+    """Return the content of the token files of the data set as it was built last; None if never."""
+    try:
+        manifest = load_manifest(space.dataset_path)
+    except (ConfigError, CorruptError):
+        return None
+    return _content_name(dataset, manifest.fingerprint, conversation_tokenizer(target))
 
 
 def tokens_of_run(

@@ -63,7 +63,7 @@ def repair_flow(
     title = f"{target.name}-{dataset.name}"
     findings = find_damage(opened, deep=deep, recompute=recompute if deep else None, title=title)
     for finding in findings:
-        if finding.object_key.startswith("plans/"):
+        if finding.object_key.startswith(("plans/", "excluded/")):
             opened.root.delete(finding.object_key)  # what it lacks is planned again
     if any(finding.object_key.startswith("manifests/") for finding in findings):
         opened.mend_manifests()

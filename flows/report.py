@@ -68,6 +68,7 @@ def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
         ("samples", f"{states.num_samples:,}"),
         ("tokens", f"{states.num_tokens:,}"),
         ("supervised tokens", f"{states.num_supervised_tokens:,}"),
+        *([("left out", _excluded(states))] if states.num_excluded else []),
         ("shards", f"{states.num_shards:,} ({states.shards_made:,} made now)"),
         ("bytes per token, raw", f"{states.raw_bytes_per_token:,.0f}"),
         ("bytes per token, stored", f"{states.stored_bytes_per_token:,.0f} ({states.profile})"),
@@ -77,6 +78,11 @@ def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
         ("store", states.store_root),
         ("seconds", f"{states.seconds:.1f}"),
     ]
+
+
+def _excluded(states: HiddenStatesSummary) -> str:
+    samples = "1 sample" if states.num_excluded == 1 else f"{states.num_excluded:,} samples"
+    return f"{samples} without finite states (eyas inspect names them)"
 
 
 def train_rows(summary: TrainSummary) -> list[Row]:

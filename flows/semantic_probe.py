@@ -22,27 +22,27 @@ SHARDS_AT_TRAIN_START = 4
 logger = logging.getLogger(__name__)
 
 
-def probed(
+def probe_points(
     states: Iterable[HiddenStateSample],
     samples: Sequence[TokenizedSample],
     *,
     shard_id: str,
-    into: list[ProbePoint],
     left_out: bool,
-) -> Iterator[HiddenStateSample]:
-    """Pass `states` of a shard's `samples` on, and leave its probe points in `into`.
+) -> Sequence[ProbePoint]:
+    """Return what the target said at a few supervised tokens of a shard's `samples`.
 
-    The list is complete once the iterator is exhausted: `Store.write_shard` reads it after that.
     With `left_out`, for a store that leaves states out, points hold some channels of these.
     """
     wanted: dict[str, list[int]] = {}
     masks = {sample.sample_id: sample.loss_mask for sample in samples}
     for sample_id, position in probe_positions(shard_id, masks):
         wanted.setdefault(sample_id, []).append(position)
-    for state in states:
-        if state.sample_id in wanted:
-            into.extend(_points(state, wanted[state.sample_id], left_out=left_out))
-        yield state
+    return [
+        point
+        for state in states
+        if state.sample_id in wanted
+        for point in _points(state, wanted[state.sample_id], left_out=left_out)
+    ]
 
 
 def _points(

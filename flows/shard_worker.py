@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +25,10 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from flows.channel import say, serve
 from flows.recompute import TargetRecompute, partial_target
-from flows.semantic_probe import probed
+from flows.semantic_probe import probe_points
 from flows.stored_source import to_stored
-from storage.plan import Plan, PlannedShard
+from storage.exclusions import Exclusion
+from storage.plan import Plan, PlannedSample, PlannedShard
 from storage.probe import ProbePoint
 from storage.store import Store
 
@@ -50,11 +52,27 @@ class ShardReport(BaseModel):
 
     kind: Literal["tokens", "shard"]
     tokens: int = 0
+    planned_id: str = ""
     shard_id: str = ""
+    """As it was written: without the samples that are left out. Empty if none is left."""
+    excluded: tuple[Exclusion, ...] = ()
+    """Samples of the shard whose states cannot be stored."""
     seconds: float = 0.0
     """From the first token of a shard to its commit."""
     made_by: str = ""
     """Host and process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Computed:
+    """A shard that is to be written."""
+
+    planned_id: str
+    shard: PlannedShard
+    states: Sequence[HiddenStateSample]
+    probe: Sequence[ProbePoint]
+    excluded: tuple[Exclusion, ...]
+    began: float
 
 
 class ShardMaker:
@@ -74,40 +92,73 @@ class ShardMaker:
         """Make the shards of a job, and say so."""
         shards = {shard.shard_id: shard for shard in self._planned(job.plan_id).shards}
         files = [TokenFile(path) for path in job.token_files]
-        left_out = self._store.identity.left_out is not None
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             storing: Future[ShardReport] | None = None
             for shard_id in job.shard_ids:
-                began = time.monotonic()
-                samples = _samples_of(shards[shard_id], files)
-                probe: list[ProbePoint] = []
-                counted = _counted(self._target.capture(samples, recomputable=left_out))
-                states = list(
-                    probed(counted, samples, shard_id=shard_id, into=probe, left_out=left_out)
-                )
+                computed = self._compute(shards[shard_id], files)
                 _report(storing)
-                storing = writer.submit(self._store_shard, shards[shard_id], states, probe, began)
+                storing = writer.submit(self._store_shard, computed)
             _report(storing)
+
+    def _compute(self, planned: PlannedShard, files: Sequence[TokenFile]) -> "_Computed":
+        """Return the states of a planned shard, less the samples whose states cannot be stored."""
+        began = time.monotonic()
+        left_out = self._store.identity.left_out is not None
+        samples = _samples_of(planned, files)
+        excluded: list[Exclusion] = []
+
+        def exclude(sample: TokenizedSample, reason: str) -> None:
+            excluded.append(
+                Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
+            )
+
+        captured = self._target.capture(samples, recomputable=left_out, on_unusable=exclude)
+        states = list(_counted(captured))
+        shard = planned
+        if excluded:
+            usable = {state.sample_id for state in states}
+            samples = [sample for sample in samples if sample.sample_id in usable]
+            shard = PlannedShard.of(
+                [
+                    PlannedSample(sample_id=sample.sample_id, num_tokens=len(sample))
+                    for sample in samples
+                ]
+            )
+        probe = probe_points(states, samples, shard_id=shard.shard_id, left_out=left_out)
+        return _Computed(
+            planned_id=planned.shard_id,
+            shard=shard,
+            states=states,
+            probe=probe,
+            excluded=tuple(excluded),
+            began=began,
+        )
 
     def _planned(self, plan_id: str) -> Plan:
         if self._plan is None or self._plan.plan_id != plan_id:
             self._plan = self._store.load_plan(plan_id)
         return self._plan
 
-    def _store_shard(
-        self,
-        shard: PlannedShard,
-        states: Sequence[HiddenStateSample],
-        probe: Sequence[ProbePoint],
-        began: float,
-    ) -> ShardReport:
+    def _store_shard(self, computed: "_Computed") -> ShardReport:
         """Write a shard, which reads it back, in a thread: the target goes on with the next one."""
-        self._store.write_shard(
-            shard, map(to_stored, states), probe=probe, recompute=self._recompute
+        shard = computed.shard
+        if computed.excluded:
+            self._store.save_plan(Plan.of([shard] if shard.sample_ids else []))  # for gc
+        if shard.sample_ids:
+            self._store.write_shard(
+                shard,
+                map(to_stored, computed.states),
+                probe=computed.probe,
+                recompute=self._recompute,
+            )
+        return ShardReport(
+            kind="shard",
+            planned_id=computed.planned_id,
+            shard_id=shard.shard_id if shard.sample_ids else "",
+            excluded=computed.excluded,
+            seconds=time.monotonic() - computed.began,
+            made_by=f"{socket.gethostname()}:{os.getpid()}",
         )
-        seconds = time.monotonic() - began
-        made_by = f"{socket.gethostname()}:{os.getpid()}"
-        return ShardReport(kind="shard", shard_id=shard.shard_id, seconds=seconds, made_by=made_by)
 
 
 class _Worker:

@@ -12,7 +12,7 @@ from typing import Self
 from eagle_core.partial_target import PartialTarget
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from flows.recompute import TargetRecompute
-from flows.semantic_probe import probed
+from flows.semantic_probe import probe_points
 from flows.stored_source import StoredSource, to_stored
 from storage.plan import Plan, PlannedSample, PlannedShard
 from storage.probe import ProbePoint
@@ -94,16 +94,9 @@ class StateKeeper:
         shard = PlannedShard.of(
             [PlannedSample(sample_id=one.sample_id, num_tokens=len(one)) for one in samples]
         )
-        probe: list[ProbePoint] = []
-        states = list(
-            probed(
-                capture(samples),
-                samples,
-                shard_id=shard.shard_id,
-                into=probe,
-                left_out=self.store.identity.left_out is not None,
-            )
-        )
+        states = list(capture(samples))
+        left_out = self.store.identity.left_out is not None
+        probe = probe_points(states, samples, shard_id=shard.shard_id, left_out=left_out)
         self._finish_writing()
         self._written = frozenset(shard.sample_ids)
         self._writing = self._writer.submit(self._write, shard, states, probe)

@@ -109,6 +109,9 @@ def store_rows(figures: StoreFigures) -> list[Row]:
         )
         for plan in figures.unfinished[:MOST_LISTED]
     ]
+    if figures.excluded:
+        shown = "\n".join(map(str, figures.excluded[:MOST_LISTED]))
+        rows.append(("left out", f"{len(figures.excluded):,} samples\n{shown}"))
     if figures.damaged:
         shown = "\n".join(figures.damaged[:MOST_LISTED])
         rows.append(("does not read", f"{shown}\nrun: eyas verify {figures.root}"))

@@ -49,6 +49,8 @@ class HiddenStatesSummary:
     num_samples: int
     num_tokens: int
     num_supervised_tokens: int
+    num_excluded: int
+    """Samples of the data set that the store leaves out."""
     num_shards: int
     shards_made: int
     raw_bytes: int

@@ -97,7 +97,7 @@ def open_sources(
     reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects)
     partial = partial_target(job.target, store.identity)
     source = StoredSource(reader, partial)
-    held_out_ids = TokenFile(job.held_out_tokens).sample_ids
+    held_out_ids = commits.usable(TokenFile(job.held_out_tokens).sample_ids)
     if not held_out_ids:
         return source, None
     held_out = Snapshot.of(held_out_ids, commits)

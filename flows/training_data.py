@@ -114,7 +114,7 @@ def held_by_run(store: Store, run_path: Path, data: TrainingData) -> Iterator[No
 
 
 def _held_out_snapshot(store: Store, data: TrainingData) -> Iterator[str]:
-    sample_ids = TokenFile(data.tokens.held_out_path).sample_ids
+    sample_ids = data.commits.usable(TokenFile(data.tokens.held_out_path).sample_ids)
     if sample_ids:
         snapshot = Snapshot.of(sample_ids, data.commits)
         if snapshot.snapshot_id not in store.snapshot_ids():
@@ -150,7 +150,7 @@ def _own(
     tokens = tokens_of_run(target, own, space, run_path.name, begun.tokens)
     if snapshot_id not in store.snapshot_ids():
         _publish_again(store, commits, snapshot_id, tokens, run_path)
-    held_out = set(TokenFile(tokens.held_out_path).sample_ids)
+    held_out = set(commits.usable(TokenFile(tokens.held_out_path).sample_ids))
     num_lost = len(held_out - commits.held(held_out))
     if num_lost:
         raise MismatchError(
@@ -185,7 +185,7 @@ def _publish_again(
 ) -> None:
     """Publish the lost snapshot of a run, if its samples still lie where it had them."""
     with suppress(StorageError):
-        train = TokenFile(tokens.train_path).sample_ids
+        train = commits.usable(TokenFile(tokens.train_path).sample_ids)
         if Snapshot.of(train, commits).snapshot_id == snapshot_id:
             store.publish(train, commits=commits, as_latest=False)
             return
@@ -253,8 +253,9 @@ def _asked_for(
         key=lambda path: (path == space.token_file("train", last), path.stat().st_mtime),
         reverse=True,
     )
+    excluded = frozenset(map(bytes.fromhex, commits.excluded))
     for path in files:
-        if _members(path) == snapshot.members:
+        if _members(path) - excluded == snapshot.members - excluded:
             tokens = known_tokens(target, space, path.stem.removeprefix("train-"))
             if tokens is not None:
                 return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
@@ -280,8 +281,8 @@ def _of_the_data_set(
     space: Workspace,
 ) -> TrainingData:
     tokens = prepare(target, dataset, str(space.home))[1]
-    train = TokenFile(tokens.train_path).sample_ids
-    wanted = {*train, *TokenFile(tokens.held_out_path).sample_ids}
+    train = commits.usable(TokenFile(tokens.train_path).sample_ids)
+    wanted = {*train, *commits.usable(TokenFile(tokens.held_out_path).sample_ids)}
     num_there = len(commits.held(wanted))
     if num_there < len(wanted):
         raise ConfigError(

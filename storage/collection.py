@@ -14,8 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from storage.commit_log import REVOKED, revocation_key, revocations
+from storage.commits import Commits
 from storage.directory import TEMPORARY_SUFFIX
 from storage.errors import ConfigError, CorruptError
+from storage.exclusions import FOLDER as EXCLUDED
 from storage.listing import Entry
 from storage.manifest import FOLDER as MANIFESTS
 from storage.manifest import KINDS, keys_of
@@ -171,7 +173,7 @@ def find_garbage(
     commits, damaged = store.log.read_what_is_sound()
     committed = commits.keys() | damaged.keys()
     objects = _objects(store, committed)
-    unfinished = _unfinished(store, plans, committed, present)
+    unfinished = _unfinished(store, plans, commits, committed, present)
     of_snapshots = {s for snapshot_id in kept for s in store.snapshot(snapshot_id).shard_ids}
     if present:
         needed = of_snapshots | (_shards_of(plans, unfinished) if keep_unfinished else set())
@@ -246,7 +248,7 @@ def _loose(store: Store) -> dict[str, Entry]:
     whole = {key for one in manifests for kind in KINDS for key in keys_of(one.manifest_id, kind)}
     return dict(store.root.temporaries()) | {
         f"{prefix}/{key}": entry
-        for prefix in ("commits", "plans", "snapshots", MANIFESTS, REVOKED)
+        for prefix in ("commits", "plans", "snapshots", MANIFESTS, REVOKED, EXCLUDED)
         for key, entry in store.root.entries(prefix).items()
         if key.endswith(TEMPORARY_SUFFIX)
         or (prefix == MANIFESTS and f"{prefix}/{key}" not in whole)
@@ -269,7 +271,11 @@ def _stale_revocations(store: Store) -> Mapping[str, Entry]:
 
 
 def _unfinished(
-    store: Store, plans: Sequence[Plan], committed: Collection[str], snapshot_ids: Collection[str]
+    store: Store,
+    plans: Sequence[Plan],
+    commits: Commits,
+    committed: Collection[str],
+    snapshot_ids: Collection[str],
 ) -> set[str]:
     """Return the plans of which a shard is missing, or has samples that are in no snapshot yet."""
     snapshots = list(_readable(store, snapshot_ids))
@@ -280,13 +286,16 @@ def _unfinished(
 
     def is_published(shard: PlannedShard) -> bool:
         return shard.shard_id in published or all(
-            bytes.fromhex(name) in members for name in shard.sample_ids
+            bytes.fromhex(name) in members for name in commits.usable(shard.sample_ids)
         )
+
+    def is_made(shard: PlannedShard) -> bool:
+        return shard.shard_id in committed or commits.is_made(shard)
 
     return {
         plan.plan_id
         for plan in plans
-        if not all(shard.shard_id in committed and is_published(shard) for shard in plan.shards)
+        if not all(is_made(shard) and is_published(shard) for shard in plan.shards)
     }
 
 

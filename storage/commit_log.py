@@ -21,6 +21,7 @@ from storage.canonical import seal
 from storage.commits import Commits, Part
 from storage.directory import Directory
 from storage.errors import CorruptError, ShardMissingError, TransientError
+from storage.exclusions import Exclusions
 from storage.identity import FORMAT_VERSION
 from storage.manifest import Manifest, manifest_ids, record_id
 from storage.record import CommitRecord, ObjectDigest
@@ -61,7 +62,9 @@ class CommitLog:
         """Read and write below the root of a store."""
         self.root = root
         self.identity_id = identity_id
+        self.exclusions = Exclusions(root)
         self._manifests: dict[str, Manifest] = {}
+        self._last: tuple[Manifest, Commits] | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["CommitLog"], tuple[Directory, str]]:
@@ -88,7 +91,7 @@ class CommitLog:
     def _read(self) -> Commits:
         listing = Listing.of(self.root)
         newer = self.alone(listing.records)
-        return Commits(newer, self.parts(listing, newer))
+        return Commits(newer, self.parts(listing, newer), self.exclusions.sample_ids())
 
     def read_what_is_sound(self) -> tuple[Commits, Mapping[str, CorruptError]]:
         """Return all that is committed and parses, and what does not by shard id.
@@ -110,7 +113,8 @@ class CommitLog:
                     newer[shard_id] = self.alone([shard_id])[shard_id]
                 except CorruptError as error:
                     damaged[shard_id] = error
-            return Commits(newer, self.parts(listing, listing.records))
+            parts = self.parts(listing, listing.records)
+            return Commits(newer, parts, self.exclusions.sample_ids())
 
         return self.consistently(read), damaged
 
@@ -142,6 +146,7 @@ class CommitLog:
         """Look at all manifests anew when the next shard is asked for."""
         with self._lock:
             self._manifests.clear()
+            self._last = None
 
     def _in_manifests(self, shard_id: str) -> Commits:
         """Return a manifest, known from before or new, that has a shard whose row still counts."""
@@ -152,9 +157,19 @@ class CommitLog:
                 continue
             revoked = self._revoked_of(shard_id) if revoked is None else revoked
             if name not in revoked:
-                keep = np.ones(len(manifest.shard_ids), np.bool_)
-                return Commits({}, [Part(manifest=manifest, keep=keep)])
+                return self._rows_of(manifest)
         raise ShardMissingError(f"shard {shard_id} has no commit record; {REPAIR}")
+
+    def _rows_of(self, manifest: Manifest) -> Commits:
+        """Return all rows of a manifest; those of the last one stay, with the samples it has read.
+
+        So reading one record after another takes one reading of the samples.
+        """
+        with self._lock:
+            if self._last is None or self._last[0] is not manifest:
+                keep = np.ones(len(manifest.shard_ids), np.bool_)
+                self._last = (manifest, Commits({}, [Part(manifest=manifest, keep=keep)]))
+            return self._last[1]
 
     def _known(self) -> Sequence[Manifest]:
         with self._lock:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.manifest import Manifest
-from storage.plan import PlannedSample
+from storage.plan import PlannedSample, PlannedShard
 from storage.record import CommitRecord, ObjectDigest
 from storage.sample_rows import SampleRows, Wanted, ids_of, names_of
 
@@ -48,10 +48,17 @@ class Part:
 class Commits(Mapping[str, CommitRecord]):
     """The committed shards at one moment, by id; records are made when they are asked for."""
 
-    def __init__(self, newer: Mapping[str, CommitRecord], parts: Sequence[Part] = ()) -> None:
+    def __init__(
+        self,
+        newer: Mapping[str, CommitRecord],
+        parts: Sequence[Part] = (),
+        excluded: Collection[str] = (),
+    ) -> None:
         """Use `CommitLog.read`; of a mapping of records, this is a view."""
         self._newer = newer
         self._parts = parts
+        self.excluded = frozenset(excluded)
+        """Samples that the store does without (`storage.exclusions`)."""
         self._samples: tuple[Manifest, pa.Table] | None = None
 
     def __len__(self) -> int:
@@ -110,9 +117,23 @@ class Commits(Mapping[str, CommitRecord]):
         names = list(sample_ids)
         return {name for name, is_held in zip(names, self.holds(names), strict=True) if is_held}
 
+    def usable(self, sample_ids: Iterable[str]) -> list[str]:
+        """Return those of some samples that the store does not leave out, in order."""
+        return [name for name in sample_ids if name not in self.excluded]
+
+    def is_made(self, shard: PlannedShard) -> bool:
+        """Tell whether nothing of a planned shard is missing.
+
+        If some of its samples turned out to be left out, the others are in a shard without them.
+        """
+        if shard.shard_id in self:
+            return True
+        others = self.usable(shard.sample_ids)
+        return len(others) < len(shard.sample_ids) and bool(self.holds(others).all())
+
     def lacks(self, samples: Iterable[PlannedSample]) -> Iterator[PlannedSample]:
-        """Yield those of any number of samples that are not committed, in order."""
-        left = iter(samples)
+        """Yield those of any number of samples that are to be made, in order."""
+        left = (sample for sample in samples if sample.sample_id not in self.excluded)
         while block := list(islice(left, SAMPLES_AT_A_TIME)):
             held = self.holds([sample.sample_id for sample in block])
             yield from (sample for sample, is_held in zip(block, held, strict=True) if not is_held)

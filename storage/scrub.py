@@ -59,6 +59,7 @@ def scrub(
         *_latest_findings(store),
         *store.refs.findings(store.snapshot_ids()),
         *_plan_findings(store),
+        *store.exclusions.findings(),
     ]
 
 

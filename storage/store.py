@@ -46,6 +46,7 @@ class Store:
         self.root = root
         self.refs = Refs(root)
         self.log = CommitLog(root, identity.identity_id)
+        self.exclusions = self.log.exclusions
         self._writer = ShardWriter(root=root, identity=identity, log=self.log)
 
     @classmethod
@@ -127,17 +128,18 @@ class Store:
         return [self.load_plan(plan_id) for plan_id in self._listed("plans", ".json")]
 
     def pending_plan(self) -> Plan | None:
-        """Return a persisted plan with shards that are not committed, or None."""
-        commits = set(self.shard_ids())
-        for plan in self.plans():
-            if any(shard.shard_id not in commits for shard in plan.shards):
-                return plan
-        return None
+        """Return a persisted plan with shards that are to be made, or None."""
+        return next((plan for plan in self.plans() if self.missing_shards(plan)), None)
 
     def missing_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
-        """Return the shards of a plan that are not committed, in its order."""
-        commits = set(self.shard_ids())
-        return tuple(shard for shard in plan.shards if shard.shard_id not in commits)
+        """Return the shards of a plan that are to be made, in its order."""
+        committed = set(self.shard_ids())
+        missing = tuple(shard for shard in plan.shards if shard.shard_id not in committed)
+        excluded = self.exclusions.sample_ids() if missing else ()
+        if not excluded:
+            return missing
+        commits = self.commits()
+        return tuple(shard for shard in missing if not commits.is_made(shard))
 
     def save_plan(self, plan: Plan) -> None:
         """Persist a plan; one without shards leaves nothing behind."""
@@ -237,9 +239,12 @@ class Store:
             written = self.root.entries("plans")
             old = [key for key, entry in written.items() if entry.modified < limit]
             needed = self.log.compacted().intersection(snapshot.shard_ids) if old else frozenset()
+            excluded = self.exclusions.sample_ids() if needed else frozenset()
             for plan in self.plans() if needed else ():
                 key = f"{plan.plan_id}.json"
-                if key in old and needed.issuperset(shard.shard_id for shard in plan.shards):
+                if key in old and needed.issuperset(
+                    shard.shard_id for shard in plan.shards if excluded.isdisjoint(shard.sample_ids)
+                ):
                     self.root.delete(f"plans/{key}")
         except StorageError as error:
             logger.warning("the snapshot is published; the store was not tidied up: %s", error)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,12 @@ from eagle_core.trackers import TENSORBOARD_FOLDER
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.online import online
+from flows.prepare import prepare
 from flows.run_page import read_curves
 from flows.run_record import RunRecord
 from flows.workspace import Workspace
 from storage.store import Store
+from tests import tiny
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -43,10 +46,12 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     capture = TargetModel.capture
 
     def counted(
-        self: TargetModel, samples: list[TokenizedSample], *, recomputable: bool = False
+        self: TargetModel,
+        samples: list[TokenizedSample],
+        **options: Any,
     ) -> Iterator[HiddenStateSample]:
         found.extend(sample.sample_id for sample in samples)
-        return capture(self, samples, recomputable=recomputable)
+        return capture(self, samples, **options)
 
     monkeypatch.setattr(TargetModel, "capture", counted)
     return found
@@ -109,3 +114,31 @@ def test_states_are_computed_once_and_the_losses_are_those_of_forgetting(
     other = dataset.model_copy(update={"held_out_fraction": 0.5})
     with pytest.raises(MismatchError, match="has done its steps, and data set facts or its sett"):
         online(target, other, store, TRAINING, home=str(tmp_path), run="forgets")
+
+
+def test_an_unfinished_run_notices_that_its_data_set_has_changed(
+    tmp_path: Path, target: TargetConfig, store: StoreConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tiny.write_conversations(tmp_path / "facts.json", 20)
+    dataset = DatasetConfig(name="facts", source=str(source), held_out_fraction=0.2, max_length=256)
+
+    def go_on(steps: int) -> int:
+        training = TRAINING.model_copy(update={"max_steps": steps})
+        return online(
+            target, dataset, store, training, evaluation=SHORT, home=str(tmp_path), run="main"
+        ).training.num_steps
+
+    assert go_on(1) == 1
+    own = sorted((tmp_path / "tokens").rglob("*.arrow"))
+    tiny.write_conversations(source, 30)  # ten more
+    prepare(target, dataset, str(tmp_path))
+    caplog.clear()
+    assert go_on(2) == 2
+    assert "it goes on with its own" in caplog.text
+    (train,) = (path for path in own if path.name.startswith("train"))
+    assert f"of its {len(TokenFile(train))} samples the data set as it is now has" in caplog.text
+
+    tiny.write_conversations(source, 20, first=100)  # others
+    prepare(target, dataset, str(tmp_path))
+    with pytest.raises(MismatchError, match=r"as it is now has 0\. If the data was replaced"):
+        go_on(3)

@@ -1,0 +1,204 @@
+"""A sample whose states are not finite is left out by name; the store goes on without it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eagle_core.dataset import build_dataset, load_conversations
+from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import CorruptError
+from eagle_core.target import TargetModel
+from eagle_core.target_config import TargetConfig
+from eagle_core.tokens import TokenFile
+from eagle_core.training_config import TrainingConfig
+from flows.config import StoreConfig
+from flows.estimate import estimate_flow
+from flows.hidden_states import hidden_states
+from flows.inspection import look
+from flows.repair import repair_flow
+from flows.store_tables import store_rows
+from flows.train import train_flow
+from storage.collection import find_garbage, snapshots_to_keep
+from storage.store import Store
+from tests import tiny
+
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+
+POISON = "§"
+"""The first layer makes infinity of it; every weight is finite."""
+NUM_CONVERSATIONS = 24
+
+
+@pytest.fixture(scope="module")
+def poisoned_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny target with one token that ruins whatever it is in."""
+    folder = tiny.write_target(tmp_path_factory.mktemp("poisoned"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = AutoTokenizer.from_pretrained(folder).encode(POISON)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings[:, 0] = 0  # a channel that this token alone uses
+        embeddings[ids[-1], 0] = 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        gate = model.model.layers[0].mlp.gate_proj.weight
+        gate[0] = 0
+        gate[0, 0] = 3e38
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def poisoned(poisoned_path: Path, target: TargetConfig) -> TargetConfig:
+    """The target of these tests."""
+    return target.model_copy(update={"model": str(poisoned_path)})
+
+
+def _dataset(folder: Path, records: Sequence[int], *, held_out: float = 0.3) -> DatasetConfig:
+    """Return a data set of which some records hold the token."""
+    path = tiny.write_conversations(folder / "facts.json", NUM_CONVERSATIONS)
+    conversations = json.loads(path.read_text())
+    for record in records:
+        conversations[record]["conversations"][0]["value"] += f" {POISON} {record}"
+    path.write_text(json.dumps(conversations))
+    return DatasetConfig(name="facts", source=str(path), held_out_fraction=held_out, max_length=256)
+
+
+def _trees(store: Store) -> Sequence[str]:
+    return sorted(key for kind in ("commits", "shards") for key in store.root.sizes(kind))
+
+
+@pytest.mark.parametrize(
+    ("shard_tokens", "recompute"),
+    [(600, False), (1, True)],
+    ids=["among others", "alone in its shard, with recompute"],
+)
+def test_one_bad_sample_is_left_out_and_named(
+    tmp_path: Path, poisoned: TargetConfig, shard_tokens: int, *, recompute: bool
+) -> None:
+    dataset = _dataset(tmp_path, [5])
+    store = StoreConfig(shard_tokens=shard_tokens, shards_per_task=16, recompute=recompute)
+    made = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert (made.num_samples, made.num_excluded) == (NUM_CONVERSATIONS - 1, 1)
+    opened = Store.open(made.store_root)
+    (note,) = opened.exclusions.read()
+    assert note.reason == "its aux states are not finite"
+    assert note.location.startswith("facts.json, record 5"), note.location
+    assert opened.verify(deep=True) == []
+    kept = snapshots_to_keep(opened, older_than_hours=0)
+    assert not find_garbage(opened, keep=kept, older_than_hours=0)
+    figures = look(made.store_root)
+    assert not figures.unfinished
+    assert "facts.json, record 5" in dict(store_rows(figures))["left out"]
+
+    before = _trees(opened)
+    again = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert (again.shards_made, again.snapshot_id) == (0, made.snapshot_id)
+
+    training = TrainingConfig(max_steps=2, batch_tokens=256, draft_vocab_size=128)
+    learned = train_flow(
+        target=poisoned, dataset=dataset, store=store, training=training, home=str(tmp_path)
+    )
+    assert (learned.num_steps, learned.source_id) == (2, made.snapshot_id)
+
+    opened.root.delete(f"excluded/{note.sample_id}.json")  # or a kill before it was written
+    assert _trees(opened) == before
+    anew = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert (anew.shards_made, anew.snapshot_id, anew.num_excluded) == (1, made.snapshot_id, 1)
+    assert _trees(opened) == before
+
+
+def test_all_that_is_held_out_can_be_left_out(tmp_path: Path, poisoned: TargetConfig) -> None:
+    every = range(NUM_CONVERSATIONS)
+    bad = _held_out(tmp_path, [], fraction=0.1) | _held_out(tmp_path, every, fraction=0.1)
+    dataset = _dataset(tmp_path, sorted(bad), held_out=0.1)
+    store = StoreConfig(shard_tokens=600, max_excluded_share=0.9)
+    made = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert 0 < made.num_excluded == len(bad) < NUM_CONVERSATIONS / 2
+    training = TrainingConfig(max_steps=2, batch_tokens=256, draft_vocab_size=128)
+    learned = train_flow(
+        target=poisoned, dataset=dataset, store=store, training=training, home=str(tmp_path)
+    )
+    assert (learned.num_steps, learned.figures.held_out_step) == (2, 0)
+
+
+def test_estimate_does_without_what_is_left_out(tmp_path: Path, poisoned: TargetConfig) -> None:
+    bad = min(_held_out(tmp_path, range(NUM_CONVERSATIONS), fraction=0.3))
+    dataset = _dataset(tmp_path, [bad])
+    store = StoreConfig(shard_tokens=600)
+    made = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert made.num_excluded == 1
+    training = TrainingConfig(max_steps=2, batch_tokens=256, draft_vocab_size=128)
+    train_flow(target=poisoned, dataset=dataset, store=store, training=training, home=str(tmp_path))
+    found = estimate_flow(
+        target=poisoned, dataset=dataset, store=store, training=training, home=str(tmp_path)
+    )
+    assert found.estimate.num_samples == len(_held_out(tmp_path, [bad], fraction=0.3)) - 1 > 0
+
+
+def _held_out(folder: Path, records: Sequence[int], *, fraction: float) -> set[int]:
+    """Return which records are held out if some hold the token: the content decides that."""
+    dataset = _dataset(folder, records, held_out=fraction)
+    out_dir = folder / f"split-{len(records)}"
+    build_dataset(dataset, out_dir=out_dir)
+    locations = [one.location for one in load_conversations(out_dir, "held_out")]
+    return {int(location.split()[2]) for location in locations}
+
+
+def test_many_bad_samples_stop_the_run_and_are_not_left_out(
+    tmp_path: Path, poisoned: TargetConfig
+) -> None:
+    dataset = _dataset(tmp_path, range(0, NUM_CONVERSATIONS, 3))
+    store = StoreConfig(shard_tokens=600, shards_per_task=16)
+    with pytest.raises(
+        CorruptError, match=r"8 of 24 samples .* first sample \w+ \(facts\.json, record \d+.*"
+    ) as raised:
+        hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert "at most 1 may be left out (store.max_excluded_share 0.01)" in str(raised.value)
+    opened = Store.open(str(tmp_path / "stores" / "tiny-facts"))
+    assert not opened.exclusions.read()
+    assert not opened.snapshot_ids()
+
+    more = store.model_copy(update={"max_excluded_share": 0.4})
+    made = hidden_states(target=poisoned, dataset=dataset, store=more, home=str(tmp_path))
+    assert (made.num_samples, made.num_excluded) == (16, 8)
+    with pytest.raises(CorruptError, match="8 of 24 samples"):  # the limit was lowered again
+        hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+
+
+def test_a_damaged_note_is_found_and_its_sample_tried_again(
+    tmp_path: Path, poisoned: TargetConfig
+) -> None:
+    dataset = _dataset(tmp_path, [5])
+    store = StoreConfig(shard_tokens=600)
+    made = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    opened = Store.open(made.store_root)
+    (sample_id,) = opened.exclusions.sample_ids()
+    key = f"excluded/{sample_id}.json"
+    opened.root.publish(key, b"{}")
+    (finding,) = opened.verify(deep=False)
+    assert finding.object_key == key
+    assert key in dict(store_rows(look(made.store_root)))["does not read"]
+    repair_flow(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert not opened.exclusions.sample_ids()
+    hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    assert opened.exclusions.sample_ids() == {sample_id}
+    assert opened.verify(deep=False) == []
+
+
+def test_the_target_alone_names_file_and_record(tmp_path: Path, poisoned: TargetConfig) -> None:
+    dataset = _dataset(tmp_path, [5])
+    hidden_states(
+        target=poisoned, dataset=dataset, store=StoreConfig(shard_tokens=600), home=str(tmp_path)
+    )
+    target = TargetModel.load(poisoned)
+    for path in (tmp_path / "tokens").rglob("*.arrow"):
+        bad = [sample for sample in TokenFile(path) if "record 5" in sample.location]
+        for sample in bad:
+            with pytest.raises(CorruptError, match=r"\(facts\.json, record 5.*aux states are not"):
+                list(target.capture([sample]))
