@@ -241,7 +241,7 @@ class TargetModel:
         where = f" ({sample.location})" if sample.location else ""
         raise CorruptError(
             f"target {self.config.name}: sample {sample.sample_id}{where}: {reason}; check the "
-            "weights and try dtype float32"
+            "weights, try dtype float32, or take this record out of the data set"
         )
 
     @torch.inference_mode()

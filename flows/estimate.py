@@ -90,11 +90,17 @@ def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
     """Return the held-out samples of the store, which must be of this target and tokenizer."""
     opened = open_store(trained.target, config, store_root(config, trained.space))
     commits = opened.commits()
-    sample_ids = commits.usable(trained.held_out().sample_ids)
-    if not sample_ids:
+    held_out = trained.held_out().sample_ids
+    if not held_out:
         raise ConfigError(
             "nothing was held out, so there is nothing to estimate on; set "
             "dataset.held_out_fraction above 0, then run the hidden-states flow"
+        )
+    sample_ids = commits.usable(held_out)
+    if not sample_ids:
+        raise ConfigError(
+            f"the store at {opened.root.url} leaves out all {len(held_out):,} held-out samples: "
+            f"their states are not finite (eyas inspect {opened.root.url})"
         )
     num_there = len(commits.held(sample_ids))
     if num_there < len(sample_ids):

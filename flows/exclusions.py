@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 from eagle_core.errors import CorruptError
 from eagle_core.target_config import TargetConfig
@@ -25,7 +26,10 @@ def excluded_samples(store: Store, tokens: TokensSummary) -> Sequence[str]:
 
 
 class ExclusionLimit:
-    """Leaves samples out while there are few of them: many are a fault of the target's."""
+    """Counts samples whose states are not finite; many of them are a fault of the target's.
+
+    They are left out at the end, when they have turned out to be few: else they are tried again.
+    """
 
     def __init__(
         self, target: TargetConfig, config: StoreConfig, tokens: TokensSummary, store: Store
@@ -39,35 +43,40 @@ class ExclusionLimit:
         self._target, self._config = target, config
         self._store = store
         self._num_samples = tokens.num_samples
-        self._left_out = set(excluded_samples(store, tokens))
-        if len(self._left_out) > self._limit:
-            known = [one for one in store.exclusions.read() if one.sample_id in self._left_out]
+        self._before = set(excluded_samples(store, tokens))
+        self._new: dict[str, Exclusion] = {}
+        if len(self._before) > self._limit:
+            known = [one for one in store.exclusions.read() if one.sample_id in self._before]
             raise self._too_many(known)
 
     def add(self, exclusions: Iterable[Exclusion]) -> None:
-        """Leave more samples out.
+        """Count more samples.
 
         Raises:
-            CorruptError: these would be more than the limit; they are not left out.
+            CorruptError: there are more than the limit; none of this run's is left out.
 
         """
-        new = {one.sample_id: one for one in exclusions if one.sample_id not in self._left_out}
-        self._left_out |= new.keys()
-        if len(self._left_out) > self._limit:
-            raise self._too_many(list(new.values()))
-        for one in new.values():
+        self._new |= {one.sample_id: one for one in exclusions}
+        if len(self._before | self._new.keys()) > self._limit:
+            raise self._too_many(list(self._new.values()))
+
+    def leave_out(self) -> None:
+        """Leave out, from now on, what was counted."""
+        for one in self._new.values():
             self._store.exclusions.add(one)
-            logger.warning("left out, %s", one)
+            logger.warning("left out: %s", one)
 
     @property
     def _limit(self) -> int:
-        return math.ceil(self._config.max_excluded_share * self._num_samples)
+        share = Fraction(str(self._config.max_excluded_share))  # 0.07 of 100 is 7
+        return math.ceil(share * self._num_samples)
 
     def _too_many(self, examples: Sequence[Exclusion]) -> CorruptError:
         first = f", first {examples[0]}" if examples else ""
         return CorruptError(
-            f"target {self._target.name} gives {len(self._left_out):,} of {self._num_samples:,} "
-            f"samples states that are not finite{first}; at most {self._limit:,} may be left out "
-            f"(store.max_excluded_share {self._config.max_excluded_share:g}). Check the weights, "
-            "set target.dtype to float32, or raise that share"
+            f"target {self._target.name} gives {len(self._before | self._new.keys()):,} of "
+            f"{self._num_samples:,} samples states that are not finite{first}; at most "
+            f"{self._limit:,} may be left out (store.max_excluded_share "
+            f"{self._config.max_excluded_share:g}). Check the weights, set target.dtype to "
+            "float32, or raise that share"
         )

@@ -79,7 +79,8 @@ def generate_shards(batch: ShardBatch, here: Here | None = None) -> tuple[MadeSh
                     made_by=report.made_by,
                 )
             )
-    get_run_logger().info("shards %d-%d: %d committed", batch.first, batch.last, len(made))
+    num_committed = sum(bool(shard.shard_id) for shard in made)
+    get_run_logger().info("shards %d-%d: %d committed", batch.first, batch.last, num_committed)
     return tuple(made)
 
 

@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from eagle_core.dataset_config import DatasetConfig
+from eagle_core.errors import CorruptError
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from flows import report
@@ -45,6 +46,7 @@ def hidden_states(
 
     Raises:
         DoesNotFitError: there is no room for the missing shards; none was made.
+        CorruptError: more samples have states that are not finite than may be left out.
         MissingShardsError: some batches failed; everything else is committed and stays.
 
     """
@@ -53,9 +55,9 @@ def hidden_states(
     root = store_root(store, space)
     preflight(target, store, tokens, root)
     work = plan_missing_shards(target, store, tokens, root)
-    make_shards(target, store, runner, tokens, root, work)
+    num_made = make_shards(target, store, runner, tokens, root, work)
     known = Store.open(root).snapshot_ids()
-    summary = publish(tokens, space, root, shards_made=len(work.shards), started=started)
+    summary = publish(tokens, space, root, shards_made=num_made, started=started)
     if summary.snapshot_id not in known:  # an automation would train the same once more
         send(
             SNAPSHOT_PUBLISHED,
@@ -82,7 +84,7 @@ def plan_missing_shards(
     """
     store = Store.create(root, store_identity(target, config, tokens))
     plan = store.plan(wanted_samples(tokens), shard_tokens=config.shard_tokens)
-    missing = store.missing_shards(plan)
+    missing = store.uncommitted_shards(plan)
     get_run_logger().info(
         "%d samples wanted, %d shards to make (%s)",
         tokens.num_samples,
@@ -107,6 +109,11 @@ def publish(
             held_out, commits=commits, name=name, made_from=tokens.content, as_latest=False
         )
     train = commits.usable(TokenFile(tokens.train_path).sample_ids)
+    if not train:
+        raise CorruptError(
+            f"none of {tokens.num_samples:,} samples has states that are finite and is not held "
+            f"out; `eyas inspect {root}` says more"
+        )
     name = space.snapshot_name("train")
     snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)
     totals = commits.totals

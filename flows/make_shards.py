@@ -25,6 +25,7 @@ from flows.runner_config import RunnerConfig
 from flows.shard_worker import ShardJob, ShardReport
 from flows.store_tables import shard_table
 from flows.summaries import TokensSummary
+from storage.exclusions import Exclusion
 from storage.plan import PlannedShard
 from storage.store import Store
 
@@ -61,12 +62,17 @@ def make_shards(
     tokens: TokensSummary,
     root: str,
     work: MissingShards,
-) -> None:
+    *,
+    may_exclude: bool = True,
+) -> int:
     """Run one task per batch of shards, wait for all of them, then name what is missing.
+
+    Returns the number of shards that were made.
 
     Raises:
         MissingShardsError: some batches failed; everything else is committed and stays.
-        CorruptError: more samples have states that are not finite than the store may leave out.
+        CorruptError: more samples have states that are not finite than the store may leave out,
+            or one has, which may not be left out.
         EagleCoreError, StorageError, FlowError: the first batches failed, all of them, or several
             in the same way, or there is no space left.
         FlowError: the runner's package is not installed.
@@ -93,11 +99,15 @@ def make_shards(
                 if future.state.is_completed():
                     shards = future.result()
                     made += shards
-                    exclusions.add(one for shard in shards for one in shard.excluded)
+                    found = [one for shard in shards for one in shard.excluded]
+                    if found and not may_exclude:
+                        raise _was_finite(target, found[0])
+                    exclusions.add(found)
                     if runner.kind != "processes":  # a cluster says nothing in between
                         progress.advance(sum(sizes[shard.planned_id] for shard in shards))
                 elif failures.end_the_run(_error_of(future), has_made_some=bool(made)):
                     future.result()
+    exclusions.leave_out()
     committed = set(store.shard_ids())
     written = {one.planned_id: one.shard_id for one in made}
     names = [written.get(shard.shard_id, shard.shard_id) for shard in work.shards]
@@ -105,6 +115,16 @@ def make_shards(
     missing = [name for name in names if name and name not in committed]
     if missing:
         _say_what_is_missing(futures, missing, num_wanted=len(names))
+    return sum(map(bool, names))
+
+
+def _was_finite(target: TargetConfig, found: Exclusion) -> eagle_core.errors.CorruptError:
+    return eagle_core.errors.CorruptError(
+        f"target {target.name}, {found}, though they were when this shard was made: other "
+        "hardware, driver or versions? Repair where it was made, or run hidden-states, which "
+        "leaves the sample out and publishes again; then runs of the earlier snapshot have to "
+        "begin anew"
+    )
 
 
 class _Failures:

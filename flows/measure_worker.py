@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.partial_target import KeptStates, PartialTarget
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import NORM_CONVENTION, TargetModel
@@ -86,8 +86,14 @@ def _measure(job: MeasureJob) -> Measurement:
     file = TokenFile(job.token_file)
     samples = [file.fetch(row) for row in job.rows]
     target = TargetModel.load(job.target)
-    list(target.capture(samples[:1]))  # what is slow only once is not measured
-    started = time.monotonic()
+    measurable = {state.sample_id for state in target.capture(samples, on_unusable=_leave_out)}
+    if not measurable:
+        raise CorruptError(
+            f"target {job.target.name}: of {len(samples)} samples that were tried, none has states "
+            "that are finite; check the weights and try dtype float32"
+        )
+    samples = [sample for sample in samples if sample.sample_id in measurable]
+    started = time.monotonic()  # what is slow only once has been done
     states = list(target.capture(samples))
     seconds = time.monotonic() - started
     return Measurement(
@@ -97,6 +103,10 @@ def _measure(job: MeasureJob) -> Measurement:
         profiles={profile: _cost(_identity(target, profile, None), states) for profile in PROFILES},
         ends=_ends_cost(job.target, target, samples),
     )
+
+
+def _leave_out(sample: TokenizedSample, reason: str) -> None:
+    """Measure without a sample that the store would leave out, too."""
 
 
 def _ends_cost(

@@ -123,7 +123,7 @@ def _make_again(
     for shard in shards:
         opened.revoke(shard.shard_id)
     work = MissingShards(plan_id=plan.plan_id, shards=plan.shards)
-    make_shards(target, store, runner, tokens, opened.root.url, work)
+    make_shards(target, store, runner, tokens, opened.root.url, work, may_exclude=False)
     standing = {key for shard in shards for key in _data_keys(opened, shard)}
     for key in damaged - standing:  # what was made again lies beside it
         opened.root.delete(key)

@@ -3,7 +3,7 @@
 All are JSON files in the run's folder. A stage that has not ended has no file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -43,17 +43,22 @@ class SplitFigures(BaseModel):
     """[B] samples between two edges."""
 
     @classmethod
-    def of(cls, tokens: TokenFile) -> "SplitFigures":
-        """Count the samples of a token file."""
+    def of(cls, tokens: TokenFile, *, without: Collection[str] = ()) -> "SplitFigures":
+        """Count the samples of a token file, less some."""
+        left_out = [name for name in without if name in tokens]
+        num_supervised = tokens.num_supervised if len(tokens) else 0
+        num_supervised -= sum(int(one.loss_mask.sum()) for one in tokens.by_id(left_out))
         lengths = tokens.lengths
+        if left_out:
+            lengths = lengths[~np.isin(tokens.sample_ids, left_out)]
         last = int(lengths.max()) + 1 if len(lengths) else 1
         first = int(lengths.min()) if len(lengths) else 0
         num_bins = max(1, min(_LENGTH_BINS, last - first))
         counts, edges = np.histogram(lengths, np.linspace(first, last, num_bins + 1).astype(int))
         return cls(
-            num_samples=len(tokens),
+            num_samples=len(lengths),
             num_tokens=int(lengths.sum()),
-            num_supervised=tokens.num_supervised if len(tokens) else 0,
+            num_supervised=num_supervised,
             length_edges=tuple(edges.tolist()),
             length_counts=tuple(counts.tolist()),
         )
@@ -143,15 +148,16 @@ def write_settings(
     bill: StorageBill | None,
     *,
     total_steps: int,
+    excluded: Collection[str] = (),
 ) -> None:
-    """Write what this attempt at a run is made with, for people."""
+    """Write what this attempt at a run is made with, less what the store leaves out, for people."""
     sections = ("target", "dataset", "store", "training", "tracking")
     settings = RunSettings(
         title=run.title,
         source_id=run.source_id,
         configuration={name: getattr(run, name).model_dump(mode="json") for name in sections},
-        train=SplitFigures.of(TokenFile(tokens.train_path)),
-        held_out=SplitFigures.of(TokenFile(tokens.held_out_path)),
+        train=SplitFigures.of(TokenFile(tokens.train_path), without=excluded),
+        held_out=SplitFigures.of(TokenFile(tokens.held_out_path), without=excluded),
         bill=bill,
         total_steps=total_steps,
     )

@@ -108,6 +108,7 @@ class ShardMaker:
         excluded: list[Exclusion] = []
 
         def exclude(sample: TokenizedSample, reason: str) -> None:
+            say(ShardReport(kind="tokens", tokens=len(sample)))  # it is done with
             excluded.append(
                 Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
             )

@@ -111,7 +111,8 @@ def store_rows(figures: StoreFigures) -> list[Row]:
     ]
     if figures.excluded:
         shown = "\n".join(map(str, figures.excluded[:MOST_LISTED]))
-        rows.append(("left out", f"{len(figures.excluded):,} samples\n{shown}"))
+        more = len(figures.excluded) - MOST_LISTED
+        rows.append(("left out", f"{shown}\nand {more:,} more" if more > 0 else shown))
     if figures.damaged:
         shown = "\n".join(figures.damaged[:MOST_LISTED])
         rows.append(("does not read", f"{shown}\nrun: eyas verify {figures.root}"))

@@ -142,7 +142,14 @@ def train_flow(
         def write_down() -> None:
             write_run(run_path, record, begun=data.record)
             bill = StorageBill.of(opened, data.commits)
-            write_settings(run_path, record, tokens, bill, total_steps=total)
+            write_settings(
+                run_path,
+                record,
+                tokens,
+                bill,
+                total_steps=total,
+                excluded=data.commits.excluded,
+            )
 
         if data.begun:
             warn_of_another_length(run_path, training, total, step=data.begun.step)

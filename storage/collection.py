@@ -9,9 +9,12 @@ names, and temporary files, are garbage once they are old: kills and rivals leav
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
 
 from storage.commit_log import REVOKED, revocation_key, revocations
 from storage.commits import Commits
@@ -277,26 +280,26 @@ def _unfinished(
     committed: Collection[str],
     snapshot_ids: Collection[str],
 ) -> set[str]:
-    """Return the plans of which a shard is missing, or has samples that are in no snapshot yet."""
+    """Return the plans with a sample that is in no committed shard of any snapshot yet."""
     snapshots = list(_readable(store, snapshot_ids))
-    published = {shard_id for snapshot in snapshots for shard_id in snapshot.shard_ids}
+    named = {shard_id for snapshot in snapshots for shard_id in snapshot.shard_ids}
+    published = {shard_id for shard_id in named if shard_id in committed}
     members: set[bytes] = set()
     if any(shard.shard_id not in published for plan in plans for shard in plan.shards):
-        members.update(*(snapshot.sample_ids.tolist() for snapshot in snapshots))
+        members.update(*(_committed_members(snapshot, committed) for snapshot in snapshots))
 
     def is_published(shard: PlannedShard) -> bool:
         return shard.shard_id in published or all(
             bytes.fromhex(name) in members for name in commits.usable(shard.sample_ids)
         )
 
-    def is_made(shard: PlannedShard) -> bool:
-        return shard.shard_id in committed or commits.is_made(shard)
+    return {plan.plan_id for plan in plans if not all(map(is_published, plan.shards))}
 
-    return {
-        plan.plan_id
-        for plan in plans
-        if not all(is_made(shard) and is_published(shard) for shard in plan.shards)
-    }
+
+def _committed_members(snapshot: Snapshot, committed: Collection[str]) -> Iterable[bytes]:
+    """Return the samples of a snapshot whose shards are committed."""
+    is_there = np.array([shard_id in committed for shard_id in snapshot.shard_ids], np.bool_)
+    return cast("list[bytes]", snapshot.sample_ids[is_there[snapshot.groups]].tolist())
 
 
 def collect(store: Store, garbage: Garbage) -> None:

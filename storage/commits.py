@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.manifest import Manifest
-from storage.plan import PlannedSample, PlannedShard
+from storage.plan import PlannedSample
 from storage.record import CommitRecord, ObjectDigest
 from storage.sample_rows import SampleRows, Wanted, ids_of, names_of
 
@@ -120,16 +120,6 @@ class Commits(Mapping[str, CommitRecord]):
     def usable(self, sample_ids: Iterable[str]) -> list[str]:
         """Return those of some samples that the store does not leave out, in order."""
         return [name for name in sample_ids if name not in self.excluded]
-
-    def is_made(self, shard: PlannedShard) -> bool:
-        """Tell whether nothing of a planned shard is missing.
-
-        If some of its samples turned out to be left out, the others are in a shard without them.
-        """
-        if shard.shard_id in self:
-            return True
-        others = self.usable(shard.sample_ids)
-        return len(others) < len(shard.sample_ids) and bool(self.holds(others).all())
 
     def lacks(self, samples: Iterable[PlannedSample]) -> Iterator[PlannedSample]:
         """Yield those of any number of samples that are to be made, in order."""

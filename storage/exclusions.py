@@ -4,7 +4,7 @@
 not planned again and are in no snapshot. Deleting such a note lets the sample be tried once more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from storage.canonical import seal, unseal
@@ -15,7 +15,7 @@ from storage.sample_rows import is_id
 from storage.verify import Finding
 
 FOLDER = "excluded"
-RETRY_SAMPLE = "delete it, the sample is tried again: eyas repair"
+RETRY_SAMPLE = "drop it, hidden-states tries the sample again: eyas repair"
 _SUFFIX = ".json"
 
 
@@ -53,13 +53,11 @@ class Exclusions:
 
     def read(self) -> Sequence[Exclusion]:
         """Return all notes that read, by sample."""
-        found = (self._note(sample_id) for sample_id in sorted(self.sample_ids()))
-        return [note for note in found if isinstance(note, Exclusion)]
+        return [note for note in self._notes().values() if isinstance(note, Exclusion)]
 
     def findings(self) -> Iterator[Finding]:
         """Yield the notes that are damaged: the samples are left out, and nobody knows why."""
-        for sample_id in sorted(self.sample_ids()):
-            note = self._note(sample_id)
+        for sample_id, note in self._notes().items():
             if isinstance(note, CorruptError):
                 yield Finding(
                     shard_id=None,
@@ -68,21 +66,24 @@ class Exclusions:
                     remedy=RETRY_SAMPLE,
                 )
 
-    def _note(self, sample_id: str) -> Exclusion | CorruptError | None:
-        key = _key(sample_id)
+    def _notes(self) -> Mapping[str, Exclusion | CorruptError]:
+        keys = {_key(sample_id): sample_id for sample_id in sorted(self.sample_ids())}
+        read = self._root.read_many(list(keys), absent_ok=True)  # one may be deleted meanwhile
+        return {keys[key]: self._note(keys[key], data) for key, data in read.items()}
+
+    def _note(self, sample_id: str, data: bytes) -> Exclusion | CorruptError:
+        where = self._root.where(_key(sample_id))
         try:
-            document = unseal(self._root.read(key), what=self._root.where(key))
-            if document.get("sample_id") != sample_id:
-                return CorruptError(f"{self._root.where(key)} is about another sample")
-            return Exclusion(
-                sample_id=sample_id,
-                reason=str(document.get("reason", "")),
-                location=str(document.get("location", "")),
-            )
-        except FileNotFoundError:  # deleted meanwhile
-            return None
+            document = unseal(data, what=where)
         except CorruptError as error:
             return error
+        if document.get("sample_id") != sample_id:
+            return CorruptError(f"{where} is about another sample")
+        return Exclusion(
+            sample_id=sample_id,
+            reason=str(document.get("reason", "")),
+            location=str(document.get("location", "")),
+        )
 
 
 def _key(sample_id: str) -> str:

@@ -132,14 +132,22 @@ class Store:
         return next((plan for plan in self.plans() if self.missing_shards(plan)), None)
 
     def missing_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
-        """Return the shards of a plan that are to be made, in its order."""
+        """Return the shards of a plan with samples that are to be made, in its order.
+
+        Some may be in a shard of another plan, without a sample that was left out.
+        """
+        uncommitted = self.uncommitted_shards(plan)
+        if not uncommitted:
+            return ()
+        commits, _ = self.log.read_what_is_sound()
+        names = commits.usable(name for shard in uncommitted for name in shard.sample_ids)
+        missing = set(names) - commits.held(names)
+        return tuple(shard for shard in uncommitted if not missing.isdisjoint(shard.sample_ids))
+
+    def uncommitted_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
+        """Return the shards of a plan that are not committed, in its order; no record is read."""
         committed = set(self.shard_ids())
-        missing = tuple(shard for shard in plan.shards if shard.shard_id not in committed)
-        excluded = self.exclusions.sample_ids() if missing else ()
-        if not excluded:
-            return missing
-        commits = self.commits()
-        return tuple(shard for shard in missing if not commits.is_made(shard))
+        return tuple(shard for shard in plan.shards if shard.shard_id not in committed)
 
     def save_plan(self, plan: Plan) -> None:
         """Persist a plan; one without shards leaves nothing behind."""
@@ -239,11 +247,14 @@ class Store:
             written = self.root.entries("plans")
             old = [key for key, entry in written.items() if entry.modified < limit]
             needed = self.log.compacted().intersection(snapshot.shard_ids) if old else frozenset()
-            excluded = self.exclusions.sample_ids() if needed else frozenset()
+            members = snapshot.members if needed else frozenset()
+            members |= {bytes.fromhex(name) for name in self.exclusions.sample_ids()}
             for plan in self.plans() if needed else ():
                 key = f"{plan.plan_id}.json"
-                if key in old and needed.issuperset(
-                    shard.shard_id for shard in plan.shards if excluded.isdisjoint(shard.sample_ids)
+                if key in old and all(
+                    shard.shard_id in needed
+                    or members.issuperset(map(bytes.fromhex, shard.sample_ids))
+                    for shard in plan.shards
                 ):
                     self.root.delete(f"plans/{key}")
         except StorageError as error:

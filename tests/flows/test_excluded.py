@@ -10,21 +10,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eagle_core.dataset import build_dataset, load_conversations
 from eagle_core.dataset_config import DatasetConfig
-from eagle_core.errors import CorruptError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.target import TargetModel
 from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from eagle_core.training_config import TrainingConfig
 from flows.config import StoreConfig
 from flows.estimate import estimate_flow
-from flows.hidden_states import hidden_states
+from flows.hidden_states import hidden_states, publish
+from flows.identity import store_identity
 from flows.inspection import look
+from flows.plan import plan as plan_flow
+from flows.preflight import wanted_samples
+from flows.prepare import prepare
 from flows.repair import repair_flow
+from flows.run_record import RunRecord
 from flows.store_tables import store_rows
+from flows.stored_source import to_stored
 from flows.train import train_flow
-from storage.collection import find_garbage, snapshots_to_keep
+from storage.collection import collect, find_garbage, snapshots_to_keep
+from storage.exclusions import Exclusion
+from storage.plan import Plan, PlannedShard
 from storage.store import Store
 from tests import tiny
+from tests.storage.synthetic import make_identity, make_samples, planned
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -85,6 +94,7 @@ def test_one_bad_sample_is_left_out_and_named(
     store = StoreConfig(shard_tokens=shard_tokens, shards_per_task=16, recompute=recompute)
     made = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
     assert (made.num_samples, made.num_excluded) == (NUM_CONVERSATIONS - 1, 1)
+    assert made.shards_made == made.num_shards
     opened = Store.open(made.store_root)
     (note,) = opened.exclusions.read()
     assert note.reason == "its aux states are not finite"
@@ -109,22 +119,80 @@ def test_one_bad_sample_is_left_out_and_named(
     opened.root.delete(f"excluded/{note.sample_id}.json")  # or a kill before it was written
     assert _trees(opened) == before
     anew = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
-    assert (anew.shards_made, anew.snapshot_id, anew.num_excluded) == (1, made.snapshot_id, 1)
+    assert (anew.shards_made, anew.snapshot_id, anew.num_excluded) == (0, made.snapshot_id, 1)
     assert _trees(opened) == before
 
 
 def test_all_that_is_held_out_can_be_left_out(tmp_path: Path, poisoned: TargetConfig) -> None:
     every = range(NUM_CONVERSATIONS)
-    bad = _held_out(tmp_path, [], fraction=0.1) | _held_out(tmp_path, every, fraction=0.1)
-    dataset = _dataset(tmp_path, sorted(bad), held_out=0.1)
+    bad = _held_out(tmp_path, [], fraction=0.2) | _held_out(tmp_path, every, fraction=0.2)
+    dataset = _dataset(tmp_path, sorted(bad), held_out=0.2)
+    assert set() < _held_out(tmp_path, sorted(bad), fraction=0.2) <= bad
     store = StoreConfig(shard_tokens=600, max_excluded_share=0.9)
     made = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
-    assert 0 < made.num_excluded == len(bad) < NUM_CONVERSATIONS / 2
+    assert 0 < made.num_excluded == len(bad) < NUM_CONVERSATIONS * 2 / 3
     training = TrainingConfig(max_steps=2, batch_tokens=256, draft_vocab_size=128)
     learned = train_flow(
         target=poisoned, dataset=dataset, store=store, training=training, home=str(tmp_path)
     )
     assert (learned.num_steps, learned.figures.held_out_step) == (2, 0)
+    settings = RunRecord.read(learned.run_path).settings
+    assert settings is not None
+    assert settings.held_out.num_samples == settings.held_out.num_supervised == 0
+    assert settings.train.num_samples + made.num_excluded == NUM_CONVERSATIONS
+    with pytest.raises(ConfigError, match=r"leaves out all \d+ held-out samples"):
+        estimate_flow(
+            target=poisoned, dataset=dataset, store=store, training=training, home=str(tmp_path)
+        )
+
+
+def test_nothing_is_left_says_so(tmp_path: Path, poisoned: TargetConfig) -> None:
+    dataset = _dataset(tmp_path, range(NUM_CONVERSATIONS))
+    store = StoreConfig(shard_tokens=600, max_excluded_share=1)
+    with pytest.raises(CorruptError, match=r"none of 24 samples has states that are finite"):
+        hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
+    with pytest.raises(CorruptError, match=r"of \d+ samples that were tried, none has states"):
+        plan_flow(target=poisoned, dataset=dataset, home=str(tmp_path / "plan"))
+
+
+def test_costs_are_measured_without_it(tmp_path: Path, poisoned: TargetConfig) -> None:
+    dataset = _dataset(tmp_path, [5])
+    bill = plan_flow(target=poisoned, dataset=dataset, home=str(tmp_path))
+    assert bill.tokens_per_second > 0
+
+
+def test_repair_leaves_nothing_out_and_collection_nothing_behind(
+    tmp_path: Path, poisoned: TargetConfig, target: TargetConfig
+) -> None:
+    """States that were finite elsewhere, and are not on this machine."""
+    dataset = _dataset(tmp_path, [5])
+    config = StoreConfig(shard_tokens=600)
+    space, tokens = prepare(poisoned, dataset, str(tmp_path))
+    store = Store.create(str(space.store_root), store_identity(poisoned, config, tokens))
+    elsewhere = TargetModel.load(target)
+    files = [TokenFile(path) for path in (tokens.train_path, tokens.held_out_path)]
+    every = {sample.sample_id: sample for file in files for sample in file}
+    for shard in store.plan(wanted_samples(tokens), shard_tokens=600).shards:
+        states = elsewhere.capture([every[name] for name in shard.sample_ids])
+        store.write_shard(shard, map(to_stored, states))
+    publish(tokens, space, store.root.url, shards_made=0, started=0.0)
+    (bad,) = [name for name, sample in every.items() if "record 5 " in sample.location]
+    (record,) = [one for one in store.commits().values() if bad in one.sample_ids]
+    (key,) = record.objects
+    damaged = space.store_root / "shards" / record.shard_id / key
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+
+    with pytest.raises(CorruptError, match=r"record 5 .*though they were when this shard was made"):
+        repair_flow(target=poisoned, dataset=dataset, store=config, home=str(tmp_path))
+    kept = snapshots_to_keep(store, older_than_hours=0)
+    collect(store, find_garbage(store, keep=kept, older_than_hours=0))
+    assert store.held(every) == every.keys() - {bad}, "the others are made, and not published yet"
+
+    made = hidden_states(target=poisoned, dataset=dataset, store=config, home=str(tmp_path))
+    assert (made.shards_made, made.num_samples, made.num_excluded) == (0, len(every) - 1, 1)
+    kept = snapshots_to_keep(store, older_than_hours=0)
+    collect(store, find_garbage(store, keep=kept, older_than_hours=0))
+    assert store.verify(deep=True) == []
 
 
 def test_estimate_does_without_what_is_left_out(tmp_path: Path, poisoned: TargetConfig) -> None:
@@ -189,6 +257,29 @@ def test_a_damaged_note_is_found_and_its_sample_tried_again(
     hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
     assert opened.exclusions.sample_ids() == {sample_id}
     assert opened.verify(deep=False) == []
+
+
+def test_a_plan_is_at_an_end_when_other_shards_have_its_samples(tmp_path: Path) -> None:
+    store = Store.create(str(tmp_path), make_identity())
+    samples = make_samples(3, seed=1, tokens=(5, 9))
+    (whole,) = store.plan(planned(samples), shard_tokens=100).shards
+    bad = Exclusion(sample_id=samples[1].sample_id, reason="its last states are not finite")
+    assert store.pending_plan() is not None
+    for sample in samples[::2]:
+        (alone,) = Plan.of([PlannedShard.of(planned([sample]))]).shards
+        store.write_shard(alone, [sample])
+    assert store.pending_plan() is not None
+    store.exclusions.add(bad)
+    assert store.pending_plan() is None
+    assert list(store.commits().lacks(planned(samples))) == []
+    store.root.delete(f"excluded/{bad.sample_id}.json")
+    (again,) = store.plan(planned(samples), shard_tokens=100).shards
+    assert again.sample_ids == (bad.sample_id,) != whole.sample_ids
+    store.write_shard(again, [samples[1]])  # it can be computed by now
+    assert store.pending_plan() is None
+    store.publish([sample.sample_id for sample in samples])
+    kept = snapshots_to_keep(store, older_than_hours=0)
+    assert not find_garbage(store, keep=kept, older_than_hours=0)
 
 
 def test_the_target_alone_names_file_and_record(tmp_path: Path, poisoned: TargetConfig) -> None:
