@@ -42,7 +42,7 @@ from flows.recompute import partial_target
 from flows.stored_source import StoredSource, to_stored
 from flows.workspace import Workspace
 from storage.identity import StoreIdentity
-from storage.plan import PlannedSample, PlannedShard
+from storage.plan import PlannedShard
 from storage.snapshot import Snapshot
 from storage.store import Store
 
@@ -230,8 +230,7 @@ class States:
         for commit in self.origin.commits().values():
             samples = [to_stored(states[name]) for name in commit.sample_ids if name in states]
             if samples:  # else all of it is held out
-                planned = [PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in samples]
-                store.write_shard(PlannedShard.of(planned), samples)
+                store.write_shard(PlannedShard.holding(samples), samples)
         return store
 
     def _online(self) -> SampleSource:

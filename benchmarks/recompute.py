@@ -39,7 +39,7 @@ from flows.identity import left_out
 from flows.recompute import completed
 from flows.stored_source import to_stored
 from flows.workspace import DEFAULT_HOME
-from storage.plan import PlannedSample, PlannedShard
+from storage.plan import PlannedShard
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 
@@ -90,9 +90,7 @@ def _write(
     if recompute:
         about = replace(about, left_out=left_out(target.config, target.model_config))
     store = Store.create(str(folder / f"{profile}-{recompute}"), about)
-    shard = PlannedShard.of(
-        [PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in states]
-    )
+    shard = PlannedShard.holding(states)
     record = store.write_shard(shard, states)
     reader = store.reader(store.publish([s.sample_id for s in states]))
     found = {s.sample_id: s for s in map(reader.fetch, range(len(reader)))}

@@ -89,13 +89,13 @@ def estimate_flow(
 def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
     """Return the held-out samples of the store, which must be of this target and tokenizer."""
     opened = open_store(trained.target, config, store_root(config, trained.space))
-    commits = opened.commits()
     held_out = trained.held_out().sample_ids
     if not held_out:
         raise ConfigError(
             "nothing was held out, so there is nothing to estimate on; set "
             "dataset.held_out_fraction above 0, then run the hidden-states flow"
         )
+    commits = opened.commits()
     sample_ids = commits.usable(held_out)
     if not sample_ids:
         raise ConfigError(

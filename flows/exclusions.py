@@ -1,4 +1,4 @@
-"""Which samples a store leaves out, and how many it may."""
+"""How many samples a store may leave out."""
 
 import logging
 import math
@@ -14,15 +14,6 @@ from storage.exclusions import Exclusion
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-
-def excluded_samples(store: Store, tokens: TokensSummary) -> Sequence[str]:
-    """Return the samples of both splits that the store leaves out."""
-    excluded = store.exclusions.sample_ids()
-    if not excluded:
-        return ()
-    files = [TokenFile(path) for path in (tokens.train_path, tokens.held_out_path)]
-    return sorted(name for name in excluded if any(name in file for file in files))
 
 
 class ExclusionLimit:
@@ -43,7 +34,10 @@ class ExclusionLimit:
         self._target, self._config = target, config
         self._store = store
         self._num_samples = tokens.num_samples
-        self._before = set(excluded_samples(store, tokens))
+        files = [TokenFile(path) for path in (tokens.train_path, tokens.held_out_path)]
+        self._before = {
+            name for name in store.exclusions.sample_ids() if any(name in file for file in files)
+        }
         self._new: dict[str, Exclusion] = {}
         if len(self._before) > self._limit:
             known = [one for one in store.exclusions.read() if one.sample_id in self._before]

@@ -15,7 +15,6 @@ from flows.artifact_key import artifact_key
 from flows.config import StoreConfig
 from flows.event_names import SNAPSHOT_PUBLISHED, store_resource
 from flows.events import send
-from flows.exclusions import excluded_samples
 from flows.identity import store_identity
 from flows.make_shards import MissingShards, make_shards
 from flows.preflight import preflight, wanted_samples
@@ -84,7 +83,7 @@ def plan_missing_shards(
     """
     store = Store.create(root, store_identity(target, config, tokens))
     plan = store.plan(wanted_samples(tokens), shard_tokens=config.shard_tokens)
-    missing = store.uncommitted_shards(plan)
+    missing = store.missing_shards(plan)
     get_run_logger().info(
         "%d samples wanted, %d shards to make (%s)",
         tokens.num_samples,
@@ -125,7 +124,7 @@ def publish(
         num_tokens=totals.num_tokens,
         num_supervised_tokens=totals.num_supervised,
         num_shards=totals.num_shards,
-        num_excluded=len(excluded_samples(store, tokens)),
+        num_excluded=tokens.num_samples - len(train) - len(held_out),
         shards_made=shards_made,
         raw_bytes=totals.raw_bytes,
         stored_bytes=totals.stored_bytes,

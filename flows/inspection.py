@@ -129,12 +129,10 @@ def _latest(store: Store) -> str | None:
 
 
 def _unfinished(store: Store) -> Iterator[UnfinishedPlan]:
-    for plan in store.plans():
-        num_missing = len(store.missing_shards(plan))
-        if num_missing:
-            yield UnfinishedPlan(
-                plan_id=plan.plan_id, num_shards=len(plan.shards), num_missing=num_missing
-            )
+    for plan, missing in store.unfinished():
+        yield UnfinishedPlan(
+            plan_id=plan.plan_id, num_shards=len(plan.shards), num_missing=len(missing)
+        )
 
 
 def _garbage(store: Store) -> Garbage | None:

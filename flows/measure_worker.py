@@ -22,7 +22,7 @@ from flows.channel import say, serve
 from flows.identity import left_out
 from flows.stored_source import to_stored
 from storage.identity import PROFILES, LeftOut, StoreIdentity
-from storage.plan import PlannedSample, PlannedShard
+from storage.plan import PlannedShard
 from storage.record import CommitRecord
 from storage.samples import last_needed
 from storage.shard import group_objects
@@ -86,16 +86,18 @@ def _measure(job: MeasureJob) -> Measurement:
     file = TokenFile(job.token_file)
     samples = [file.fetch(row) for row in job.rows]
     target = TargetModel.load(job.target)
-    measurable = {state.sample_id for state in target.capture(samples, on_unusable=_leave_out)}
-    if not measurable:
+    # What is slow only once is not measured.
+    list(target.capture(samples[:1], on_unusable=_leave_out))
+    started = time.monotonic()
+    states = list(target.capture(samples, on_unusable=_leave_out))
+    seconds = time.monotonic() - started
+    if not states:
         raise CorruptError(
             f"target {job.target.name}: of {len(samples)} samples that were tried, none has states "
             "that are finite; check the weights and try dtype float32"
         )
-    samples = [sample for sample in samples if sample.sample_id in measurable]
-    started = time.monotonic()  # what is slow only once has been done
-    states = list(target.capture(samples))
-    seconds = time.monotonic() - started
+    usable = {state.sample_id for state in states}
+    samples = [sample for sample in samples if sample.sample_id in usable]
     return Measurement(
         num_tokens=sum(len(sample) for sample in samples),
         capture_seconds=seconds,
@@ -137,9 +139,7 @@ def _ends_cost(
 
 
 def _cost(identity: StoreIdentity, states: Sequence[HiddenStateSample]) -> ProfileCost:
-    shard = PlannedShard.of(
-        [PlannedSample(sample_id=state.sample_id, num_tokens=len(state)) for state in states]
-    )
+    shard = PlannedShard.holding(states)
     with tempfile.TemporaryDirectory(prefix="eyas-measure-") as folder:
         store = Store.create(folder, identity)
         started = time.monotonic()

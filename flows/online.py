@@ -27,7 +27,6 @@ from flows.online_source import OnlineSource
 from flows.preflight import preflight
 from flows.prepare import (
     current_content,
-    known_tokens,
     prepare,
     prepare_weights,
     tokens_of_run,
@@ -42,7 +41,7 @@ from flows.store_root import store_root
 from flows.summaries import OnlineSummary, TokensSummary
 from flows.table import print_table
 from flows.train import run_training, warn_of_another_length
-from flows.training_data import own_dataset
+from flows.training_data import own_dataset, was_replaced
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
 
@@ -171,16 +170,14 @@ def _compare_with_now(
     if content in {None, own.content}:
         return
     what = f"run {run_path.name} learns from data set {dataset.name} as it was when the run began"
-    now = known_tokens(target, space, str(content))
-    if now is not None:
-        before, after = (
-            set(TokenFile(path).sample_ids) for path in (own.train_path, now.train_path)
-        )
+    now = space.token_file("train", str(content))
+    if now.exists():
+        before, after = (set(TokenFile(path).sample_ids) for path in (own.train_path, now))
         num_shared = len(before & after)
         what = (
             f"{what}; of its {len(before):,} samples the data set as it is now has {num_shared:,}"
         )
-        if num_shared <= len(before) / 2:
+        if was_replaced(len(before), len(after), num_shared=num_shared):
             raise MismatchError(
                 f"{what}. If the data was replaced, train another run (--run), or delete this "
                 "one's folder to begin again"

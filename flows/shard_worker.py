@@ -28,7 +28,7 @@ from flows.recompute import TargetRecompute, partial_target
 from flows.semantic_probe import probe_points
 from flows.stored_source import to_stored
 from storage.exclusions import Exclusion
-from storage.plan import Plan, PlannedSample, PlannedShard
+from storage.plan import Plan, PlannedShard
 from storage.probe import ProbePoint
 from storage.store import Store
 
@@ -119,12 +119,7 @@ class ShardMaker:
         if excluded:
             usable = {state.sample_id for state in states}
             samples = [sample for sample in samples if sample.sample_id in usable]
-            shard = PlannedShard.of(
-                [
-                    PlannedSample(sample_id=sample.sample_id, num_tokens=len(sample))
-                    for sample in samples
-                ]
-            )
+            shard = PlannedShard.holding(samples)
         probe = probe_points(states, samples, shard_id=shard.shard_id, left_out=left_out)
         return _Computed(
             planned_id=planned.shard_id,
@@ -143,9 +138,9 @@ class ShardMaker:
     def _store_shard(self, computed: "_Computed") -> ShardReport:
         """Write a shard, which reads it back, in a thread: the target goes on with the next one."""
         shard = computed.shard
-        if computed.excluded:
-            self._store.save_plan(Plan.of([shard] if shard.sample_ids else []))  # for gc
         if shard.sample_ids:
+            if computed.excluded:
+                self._store.save_plan(Plan.of([shard]))  # or a collection would take it
             self._store.write_shard(
                 shard,
                 map(to_stored, computed.states),

@@ -91,9 +91,7 @@ class StateKeeper:
         self, samples: Sequence[TokenizedSample], capture: Capture
     ) -> list[HiddenStateSample]:
         """Return the states of `samples`, in any order, and write them as one shard beside that."""
-        shard = PlannedShard.of(
-            [PlannedSample(sample_id=one.sample_id, num_tokens=len(one)) for one in samples]
-        )
+        shard = PlannedShard.holding(samples)
         states = list(capture(samples))
         left_out = self.store.identity.left_out is not None
         probe = probe_points(states, samples, shard_id=shard.shard_id, left_out=left_out)

@@ -220,7 +220,7 @@ def _compare_with_now(
         "hidden-states ran last"
     )
     num_shared = len(newer.members & own.members)
-    if num_shared <= own.num_samples / 2 and num_shared < newer.num_samples:
+    if was_replaced(own.num_samples, newer.num_samples, num_shared=num_shared):
         raise MismatchError(
             f"{what}, with {num_shared:,} of them. If the data was replaced, train another run "
             "(--run), or delete this one's folder to begin again; if hidden-states ran with other "
@@ -233,6 +233,11 @@ def _compare_with_now(
             "(--run), which may begin where this one ended (training.start_from)"
         )
     logger.warning("%s; it goes on with its own", what)
+
+
+def was_replaced(num_own: int, num_now: int, *, num_shared: int) -> bool:
+    """Tell whether data of now cannot be the data of a run, grown or cut: most of it is other."""
+    return num_shared <= num_own / 2 and num_shared < num_now
 
 
 def _asked_for(
@@ -254,8 +259,9 @@ def _asked_for(
         reverse=True,
     )
     excluded = frozenset(map(bytes.fromhex, commits.excluded))
+    wanted = snapshot.members - excluded
     for path in files:
-        if _members(path) - excluded == snapshot.members - excluded:
+        if _members(path) - excluded == wanted:
             tokens = known_tokens(target, space, path.stem.removeprefix("train-"))
             if tokens is not None:
                 return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)

@@ -104,13 +104,7 @@ class Commits(Mapping[str, CommitRecord]):
 
     def holds(self, sample_ids: Sequence[str]) -> NDArray[np.bool_]:
         """Return [M] which of some samples are committed, in memory for them alone."""
-        wanted = Wanted(sample_ids)
-        found = np.zeros(len(wanted), np.bool_)
-        for rows in self.sample_rows():
-            for _, at in wanted.find(rows.sample_ids):
-                found[at] = True
-        each: NDArray[np.bool_] = found[wanted.places]
-        return each
+        return Wanted(sample_ids).found_in(rows.sample_ids for rows in self.sample_rows())
 
     def held(self, sample_ids: Collection[str]) -> set[str]:
         """Return those of some samples that are committed."""

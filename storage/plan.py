@@ -6,11 +6,22 @@ plans, so that an interrupted generation goes on with exactly the shards it woul
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 from storage.canonical import digest_json, seal, unseal
 from storage.errors import ConfigError, CorruptError
 from storage.identity import FORMAT_VERSION, require_format
+
+
+class Sample(Protocol):
+    """A sample, with states or without; its length is in tokens."""
+
+    @property
+    def sample_id(self) -> str:
+        """Its content address."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +39,11 @@ class PlannedShard:
     shard_id: str
     sample_ids: tuple[str, ...]
     num_tokens: int
+
+    @classmethod
+    def holding(cls, samples: Sequence[Sample]) -> Self:
+        """Return the shard of samples that are at hand, in this order."""
+        return cls.of([PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in samples])
 
     @classmethod
     def of(cls, samples: Sequence[PlannedSample]) -> Self:

@@ -1,7 +1,7 @@
 """Samples by the hundred million: columns instead of objects, and looking some of them up."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,15 @@ class Wanted:
     def __len__(self) -> int:
         """Return M."""
         return len(self.sample_ids)
+
+    def found_in(self, many: Iterable[NDArray[np.bytes_]]) -> NDArray[np.bool_]:
+        """Return for each that was given whether it is in one of many columns of ids."""
+        found = np.zeros(len(self), np.bool_)
+        for sample_ids in many:
+            for _, at in self.find(sample_ids):
+                found[at] = True
+        each: NDArray[np.bool_] = found[self.places]
+        return each
 
     def find(
         self, sample_ids: NDArray[np.bytes_]

@@ -61,6 +61,11 @@ class Snapshot:
         """Return the ids of all samples as bytes, 16 each; a new set each time."""
         return frozenset(self.sample_ids.tolist())
 
+    def has_all(self, sample_ids: Collection[str]) -> bool:
+        """Tell whether all of some samples are in it, in memory for them alone."""
+        ids = self.sample_ids.view(f"S{ID_BYTES}")
+        return bool(Wanted(sample_ids).found_in([ids]).all())
+
     def sample_id(self, index: int) -> str:
         """Return the id of sample `index`: 32 hex digits."""
         return bytes(self.sample_ids[index]).hex()

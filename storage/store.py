@@ -129,23 +129,31 @@ class Store:
 
     def pending_plan(self) -> Plan | None:
         """Return a persisted plan with shards that are to be made, or None."""
-        return next((plan for plan in self.plans() if self.missing_shards(plan)), None)
+        return next((plan for plan, _ in self.unfinished()), None)
+
+    def unfinished(self) -> Sequence[tuple[Plan, Sequence[PlannedShard]]]:
+        """Return the plans with samples that are to be made, and in which of their shards.
+
+        All samples of a shard that is not committed may be in others, or left out.
+        """
+        committed = set(self.shard_ids())
+        uncommitted = [
+            (plan, [shard for shard in plan.shards if shard.shard_id not in committed])
+            for plan in self.plans()
+        ]
+        names = [name for _, shards in uncommitted for shard in shards for name in shard.sample_ids]
+        if not names:
+            return []
+        commits, _ = self.log.read_what_is_sound()
+        missing = set(commits.usable(names)) - commits.held(names)
+        still = (
+            (plan, [shard for shard in shards if not missing.isdisjoint(shard.sample_ids)])
+            for plan, shards in uncommitted
+        )
+        return [(plan, shards) for plan, shards in still if shards]
 
     def missing_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
-        """Return the shards of a plan with samples that are to be made, in its order.
-
-        Some may be in a shard of another plan, without a sample that was left out.
-        """
-        uncommitted = self.uncommitted_shards(plan)
-        if not uncommitted:
-            return ()
-        commits, _ = self.log.read_what_is_sound()
-        names = commits.usable(name for shard in uncommitted for name in shard.sample_ids)
-        missing = set(names) - commits.held(names)
-        return tuple(shard for shard in uncommitted if not missing.isdisjoint(shard.sample_ids))
-
-    def uncommitted_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
-        """Return the shards of a plan that are not committed, in its order; no record is read."""
+        """Return the shards of a plan that are not committed, in its order."""
         committed = set(self.shard_ids())
         return tuple(shard for shard in plan.shards if shard.shard_id not in committed)
 
@@ -247,14 +255,17 @@ class Store:
             written = self.root.entries("plans")
             old = [key for key, entry in written.items() if entry.modified < limit]
             needed = self.log.compacted().intersection(snapshot.shard_ids) if old else frozenset()
-            members = snapshot.members if needed else frozenset()
-            members |= {bytes.fromhex(name) for name in self.exclusions.sample_ids()}
-            for plan in self.plans() if needed else ():
+            if not needed:
+                return
+            committed, excluded = set(self.shard_ids()), self.exclusions.sample_ids()
+            for plan in self.plans():
                 key = f"{plan.plan_id}.json"
-                if key in old and all(
-                    shard.shard_id in needed
-                    or members.issuperset(map(bytes.fromhex, shard.sample_ids))
-                    for shard in plan.shards
+                others = [shard for shard in plan.shards if shard.shard_id not in needed]
+                elsewhere = {name for shard in others for name in shard.sample_ids} - excluded
+                if (
+                    key in old
+                    and committed.isdisjoint(shard.shard_id for shard in others)
+                    and snapshot.has_all(elsewhere)  # in shards made without a sample, or after it
                 ):
                     self.root.delete(f"plans/{key}")
         except StorageError as error:

@@ -259,7 +259,9 @@ def test_a_damaged_note_is_found_and_its_sample_tried_again(
     assert opened.verify(deep=False) == []
 
 
-def test_a_plan_is_at_an_end_when_other_shards_have_its_samples(tmp_path: Path) -> None:
+def test_a_plan_is_at_an_end_when_other_shards_have_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store.create(str(tmp_path), make_identity())
     samples = make_samples(3, seed=1, tokens=(5, 9))
     (whole,) = store.plan(planned(samples), shard_tokens=100).shards
@@ -280,6 +282,15 @@ def test_a_plan_is_at_an_end_when_other_shards_have_its_samples(tmp_path: Path) 
     store.publish([sample.sample_id for sample in samples])
     kept = snapshots_to_keep(store, older_than_hours=0)
     assert not find_garbage(store, keep=kept, older_than_hours=0)
+
+    monkeypatch.setattr("storage.compaction.COMPACT_FROM", 1)
+    monkeypatch.setattr("storage.store.PLAN_SECONDS", -60.0)
+    store.publish([samples[0].sample_id])
+    assert len(store.plans()) == 2, "not all of their samples are in this snapshot"
+    more = make_samples(1, seed=2)
+    store.write_shard(PlannedShard.holding(more), more)
+    store.publish([sample.sample_id for sample in (*samples, *more)])
+    assert store.plans() == []
 
 
 def test_the_target_alone_names_file_and_record(tmp_path: Path, poisoned: TargetConfig) -> None:

@@ -138,7 +138,11 @@ def test_an_unfinished_run_notices_that_its_data_set_has_changed(
     (train,) = (path for path in own if path.name.startswith("train"))
     assert f"of its {len(TokenFile(train))} samples the data set as it is now has" in caplog.text
 
+    tiny.write_conversations(source, 6)  # few of the same
+    prepare(target, dataset, str(tmp_path))
+    assert go_on(3) == 3
+
     tiny.write_conversations(source, 20, first=100)  # others
     prepare(target, dataset, str(tmp_path))
     with pytest.raises(MismatchError, match=r"as it is now has 0\. If the data was replaced"):
-        go_on(3)
+        go_on(4)
