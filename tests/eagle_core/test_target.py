@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from eagle_core import weights
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target import (
     TargetModel,
@@ -115,6 +116,34 @@ def test_the_same_samples_give_the_same_bits_in_any_order() -> None:
         expected = first[state.sample_id]
         assert np.array_equal(state.aux_hidden_states, expected.aux_hidden_states)
         assert np.array_equal(state.last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("weight", "what"),
+    [
+        ("model.layers.0.mlp.down_proj.weight", "aux states"),
+        ("model.norm.weight", "last states"),
+        ("lm_head.weight", "logits"),
+    ],
+)
+@pytest.mark.parametrize("recomputable", [False, True])
+def test_what_is_not_finite_is_said_and_handed_over_or_refused(
+    weight: str, what: str, *, recomputable: bool
+) -> None:
+    target, model = small_target(ARCHITECTURES["llama"])
+    with torch.no_grad():
+        model.get_parameter(weight).fill_(float("inf"))
+    sample = replace(tokenized([9])[0], location="facts.json, record 5")
+    found: list[tuple[TokenizedSample, str]] = []
+    states = target.capture(
+        [sample], recomputable=recomputable, on_unusable=lambda *one: found.append(one)
+    )
+    assert list(states) == []
+    assert found == [(sample, f"its {what} are not finite")]
+    with pytest.raises(
+        CorruptError, match=rf"{sample.sample_id} \(facts.json, record 5\): its {what}"
+    ):
+        list(target.capture([sample], recomputable=recomputable))
 
 
 def test_a_model_that_caps_its_logits_is_refused() -> None:

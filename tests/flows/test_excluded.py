@@ -156,7 +156,7 @@ def test_nothing_is_left_says_so(tmp_path: Path, poisoned: TargetConfig) -> None
 
 
 def test_costs_are_measured_without_it(tmp_path: Path, poisoned: TargetConfig) -> None:
-    dataset = _dataset(tmp_path, [5])
+    dataset = _dataset(tmp_path, [5], held_out=0)
     bill = plan_flow(target=poisoned, dataset=dataset, home=str(tmp_path))
     assert bill.tokens_per_second > 0
 
