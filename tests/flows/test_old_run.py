@@ -1,6 +1,7 @@
-"""A store, a run and a checkpoint of the format before this one are gone on with.
+"""Stores, runs and checkpoints that earlier versions wrote are continued.
 
-`tests/fixtures/make_old_run.py` made them with the release before; it says how.
+`tests/fixtures/make_old_run.py` made them with those versions: `format-2` has the store's format
+before this one, `format-3` comes from the last version that kept its modules in flat packages.
 """
 
 import json
@@ -28,13 +29,26 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 STEPS = 4
 
 
-@pytest.fixture(params=["format-2"])
-def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the fixture's recipe is over, as another release left it."""
-    with tarfile.open(FIXTURES / f"{request.param}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+def _extract(name: str, folder: Path) -> None:
+    with tarfile.open(FIXTURES / f"{name}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+
+
+@pytest.fixture
+def format_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the fixture's recipe, as another version left it."""
+    _extract("format-2", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(params=["format-2", "format-3"])
+def old(request: pytest.FixtureRequest, format_2: Path) -> Path:
+    """The same for each of the versions; all of them have the target of `format-2`."""
+    if request.param != "format-2":
+        shutil.rmtree(format_2 / "home")
+        _extract(request.param, format_2)
+    return format_2
 
 
 def _store() -> Store:
@@ -71,7 +85,8 @@ def test_a_run_goes_on_and_is_evaluated(old: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_store_is_added_to_repaired_and_collected(old: Path) -> None:
+def test_a_store_is_added_to_repaired_and_collected(format_2: Path) -> None:
+    old = format_2
     store = _store()
     before = store.commits()
     assert {record.format_version for record in before.values()} == {2}
