@@ -41,9 +41,9 @@ from flows.online_source import OnlineSource
 from flows.recompute import partial_target
 from flows.stored_source import StoredSource, to_stored
 from flows.workspace import Workspace
-from storage.identity import StoreIdentity
-from storage.plan import PlannedShard
-from storage.snapshot import Snapshot
+from storage.records.identity import StoreIdentity
+from storage.records.plan import PlannedShard
+from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 RESAMPLES = 2000

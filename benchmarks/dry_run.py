@@ -20,8 +20,8 @@ from eagle_core.tokens import TokenFile
 from flows.hidden_states import hidden_states
 from flows.shard_worker import ShardJob, ShardReport
 from flows.stored_source import to_stored
-from storage.identity import StoreIdentity
-from storage.plan import PlannedSample
+from storage.records.identity import StoreIdentity
+from storage.records.plan import PlannedSample
 from storage.store import Store
 
 

@@ -22,11 +22,11 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.machine import describe
-from storage.compaction import MOST_SHARDS
-from storage.identity import StoreIdentity
-from storage.manifest import Manifest
-from storage.plan import PlannedSample, shard_id
-from storage.record import CommitRecord, ObjectDigest
+from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.records.compaction import MOST_SHARDS
+from storage.records.identity import StoreIdentity
+from storage.records.manifest import Manifest
+from storage.records.plan import PlannedSample, shard_id
 from storage.store import Store
 
 SAMPLES_PER_SHARD = 100

@@ -24,9 +24,9 @@ from eagle_core.target import TargetModel, batches_by_length, log_probabilities
 from eagle_core.tensors import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.tokens import TokenFile
 from flows.stored_source import to_stored
-from storage.identity import PROFILES, StoreIdentity
-from storage.plan import PlannedSample
 from storage.probe import NUM_POINTS
+from storage.records.identity import PROFILES, StoreIdentity
+from storage.records.plan import PlannedSample
 from storage.samples import StoredSample
 from storage.store import Store
 

@@ -39,7 +39,7 @@ from flows.identity import left_out
 from flows.recompute import completed
 from flows.stored_source import to_stored
 from flows.workspace import DEFAULT_HOME
-from storage.plan import PlannedShard
+from storage.records.plan import PlannedShard
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 

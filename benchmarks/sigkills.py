@@ -28,9 +28,9 @@ from eagle_core.target_config import TargetConfig
 from flows.config import StoreConfig
 from flows.identity import store_identity
 from flows.prepare import prepare
-from storage.collection import find_garbage
 from storage.errors import ConfigError
-from storage.record import CommitRecord
+from storage.maintenance.gc import find_garbage
+from storage.records.commit_record import CommitRecord
 from storage.store import LATEST_KEY, Store
 from tests import killed_pipeline, tiny
 

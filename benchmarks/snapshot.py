@@ -16,14 +16,14 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.machine import describe
-from storage.commits import Commits
-from storage.record import CommitRecord, ObjectDigest
-from storage.snapshot import Snapshot
+from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.records.commits import Commits
+from storage.records.snapshot import Snapshot
 
 OPEN = """
 import json, sys, time
 from pathlib import Path
-from storage.snapshot import Snapshot
+from storage.records.snapshot import Snapshot
 def peak_bytes():  # the maximum that getrusage tells includes the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

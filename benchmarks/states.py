@@ -7,7 +7,7 @@ from eagle_core.target import TargetModel
 from eagle_core.tokens import TokenFile
 from flows.stored_source import to_stored
 from flows.workspace import Workspace
-from storage.identity import LeftOut, StoreIdentity
+from storage.records.identity import LeftOut, StoreIdentity
 from storage.samples import StoredSample
 
 

@@ -31,13 +31,13 @@ from benchmarks.states import capture, identity, load_target, token_file
 from flows.bill import encoding_name
 from flows.config import StoreConfig
 from flows.workspace import DEFAULT_HOME
-from storage.arrays import load_arrays
-from storage.identity import PROFILES
-from storage.memory import RecycledMemory
-from storage.plan import PlannedSample
-from storage.profile import bf16_to_float, decode_states, write_states
+from storage.encoding.profiles import bf16_to_float, decode_states, write_states
+from storage.encoding.state_rows import StateRows
+from storage.encoding.zarr_arrays import load_arrays
+from storage.objects.buffer_pool import RecycledMemory
+from storage.records.identity import PROFILES
+from storage.records.plan import PlannedSample
 from storage.samples import StoredSample, last_needed
-from storage.state_rows import StateRows
 from storage.store import Store
 from tests.storage.synthetic import ObjectsInMemory
 

@@ -11,8 +11,8 @@ from flows.health import SIZES, VerifySummary
 from flows.inspection import look
 from flows.store_tables import garbage_rows, store_rows, verify_rows
 from flows.table import print_table
-from storage.collection import OLDER_THAN_HOURS, collect, find_garbage, snapshots_to_keep
-from storage.scrub import scrub
+from storage.maintenance.gc import OLDER_THAN_HOURS, collect, find_garbage, snapshots_to_keep
+from storage.maintenance.verify import scrub
 from storage.store import Store
 
 StoreArgument = Annotated[

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from storage.identity import DEFAULT_PROFILE
+from storage.records.identity import DEFAULT_PROFILE
 
 
 class StoreConfig(BaseModel):

@@ -13,10 +13,10 @@ from eagle_core.target_config import TargetConfig
 from flows.artifact_key import artifact_key
 from flows.progress import stage_progress
 from flows.recompute import TargetRecompute, partial_target
+from storage.maintenance.verify import scrub
 from storage.recompute import Recompute
-from storage.scrub import scrub
+from storage.records.presence import Finding
 from storage.store import Store
-from storage.verify import Finding
 
 
 def probe_recompute(target: TargetConfig, store: Store) -> Recompute:

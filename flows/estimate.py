@@ -30,7 +30,7 @@ from flows.table import print_table
 from flows.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 from storage.reader import SnapshotReader
-from storage.snapshot import Snapshot
+from storage.records.snapshot import Snapshot
 
 
 @flow(

@@ -10,7 +10,7 @@ from eagle_core.target_config import TargetConfig
 from eagle_core.tokens import TokenFile
 from flows.config import StoreConfig
 from flows.summaries import TokensSummary
-from storage.exclusions import Exclusion
+from storage.records.exclusions import Exclusion
 from storage.store import Store
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from flows.store_root import store_root
 from flows.store_tables import garbage_rows
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME, Workspace
-from storage.collection import (
+from storage.maintenance.gc import (
     OLDER_THAN_HOURS,
     Garbage,
     collect,
@@ -46,7 +46,7 @@ def gc_flow(
         store: where the store is, if it is elsewhere.
         home: folder of the stores.
         keep: snapshots to keep beside the latest; by default those that are no earlier version of
-            another (`storage.collection.snapshots_to_keep`).
+            another (`storage.maintenance.gc.snapshots_to_keep`).
         drop_unfinished: also drop what plans that were never finished have made.
         release: runs for which nothing is kept any longer, because their folders are gone.
         older_than_hours: what is younger stays, because another process may be about to name it.

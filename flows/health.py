@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from storage.verify import Finding
+from storage.records.presence import Finding
 
 SIZES = "presence and size of every object"
 

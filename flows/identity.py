@@ -16,7 +16,7 @@ from eagle_core.target import (
 from eagle_core.target_config import TargetConfig
 from flows.config import StoreConfig
 from flows.target_tokenizer import conversation_tokenizer
-from storage.identity import LeftOut, StoreIdentity
+from storage.records.identity import LeftOut, StoreIdentity
 from storage.store import Store
 
 

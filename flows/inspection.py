@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from storage.collection import Garbage, find_garbage, snapshots_to_keep
 from storage.errors import ConfigError, CorruptError
-from storage.exclusions import Exclusion
-from storage.identity import StoreIdentity
+from storage.maintenance.gc import Garbage, find_garbage, snapshots_to_keep
+from storage.records.exclusions import Exclusion
+from storage.records.identity import StoreIdentity
 from storage.store import Store
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from storage.exclusions import Exclusion
+from storage.records.exclusions import Exclusion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,8 +25,8 @@ from flows.runner_config import RunnerConfig
 from flows.shard_worker import ShardJob, ShardReport
 from flows.store_tables import shard_table
 from flows.summaries import TokensSummary
-from storage.exclusions import Exclusion
-from storage.plan import PlannedShard
+from storage.records.exclusions import Exclusion
+from storage.records.plan import PlannedShard
 from storage.store import Store
 
 EVERY_BATCH_MEETS = (

@@ -21,11 +21,11 @@ from eagle_core.tokens import TokenFile
 from flows.channel import say, serve
 from flows.identity import left_out
 from flows.stored_source import to_stored
-from storage.identity import PROFILES, LeftOut, StoreIdentity
-from storage.plan import PlannedShard
-from storage.record import CommitRecord
+from storage.encoding.shard import group_objects
+from storage.records.commit_record import CommitRecord
+from storage.records.identity import PROFILES, LeftOut, StoreIdentity
+from storage.records.plan import PlannedShard
 from storage.samples import last_needed
-from storage.shard import group_objects
 from storage.store import Store
 
 LAST_STATES = "last_hidden_state"

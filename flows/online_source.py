@@ -18,7 +18,7 @@ from eagle_core.samples import HiddenStateSample
 from eagle_core.target import TargetModel
 from eagle_core.tokens import TokenFile
 from flows.state_keeper import StateKeeper
-from storage.plan import PlannedSample, plan_shards
+from storage.records.plan import PlannedSample, plan_shards
 
 
 def _source_id(target_fingerprint: str, groups: list[tuple[str, ...]]) -> str:

@@ -25,8 +25,8 @@ from flows.measure_worker import (
 )
 from flows.summaries import TokensSummary
 from flows.units import human_bytes
-from storage.directory import Directory
-from storage.plan import PlannedSample, plan_shards
+from storage.objects.object_store import Directory
+from storage.records.plan import PlannedSample, plan_shards
 from storage.store import IDENTITY_KEY, Store
 
 MEASURED_TOKENS = 4096

@@ -14,7 +14,7 @@ from eagle_core.partial_target import KeptStates, PartialTarget
 from eagle_core.target import log_probabilities
 from eagle_core.target_config import TargetConfig
 from storage.errors import ConfigError
-from storage.identity import StoreIdentity
+from storage.records.identity import StoreIdentity
 from storage.samples import StoredSample
 
 

@@ -26,12 +26,12 @@ from flows.summaries import TokensSummary
 from flows.table import print_table
 from flows.workspace import DEFAULT_HOME
 from storage.errors import CorruptError
-from storage.plan import Plan, PlannedShard
+from storage.maintenance.repair import damaged_shards
+from storage.maintenance.verify import scrub
 from storage.recompute import Recompute
-from storage.repair import damaged_shards
-from storage.scrub import scrub
+from storage.records.plan import Plan, PlannedShard
+from storage.records.presence import Finding
 from storage.store import Store
-from storage.verify import Finding
 
 
 @flow(

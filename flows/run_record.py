@@ -16,7 +16,7 @@ from eagle_core.files import write_text
 from eagle_core.tokens import TokenFile
 from flows.run_file import Run
 from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
-from storage.commits import Commits
+from storage.records.commits import Commits
 from storage.store import Store
 
 SETTINGS_NAME = "settings.json"

@@ -13,7 +13,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from storage.errors import ShardCorruptError
 from storage.probe import ProbePoint, left_out_channels, probe_positions
 from storage.recompute import Recompute
-from storage.snapshot import Snapshot
+from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 SHARDS_AT_TRAIN_START = 4

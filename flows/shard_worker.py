@@ -27,9 +27,9 @@ from flows.channel import say, serve
 from flows.recompute import TargetRecompute, partial_target
 from flows.semantic_probe import probe_points
 from flows.stored_source import to_stored
-from storage.exclusions import Exclusion
-from storage.plan import Plan, PlannedShard
 from storage.probe import ProbePoint
+from storage.records.exclusions import Exclusion
+from storage.records.plan import Plan, PlannedShard
 from storage.store import Store
 
 

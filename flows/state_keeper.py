@@ -14,9 +14,9 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from flows.recompute import TargetRecompute
 from flows.semantic_probe import probe_points
 from flows.stored_source import StoredSource, to_stored
-from storage.plan import Plan, PlannedSample, PlannedShard
 from storage.probe import ProbePoint
-from storage.snapshot import Snapshot
+from storage.records.plan import Plan, PlannedSample, PlannedShard
+from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 Capture = Callable[[Sequence[TokenizedSample]], Iterable[HiddenStateSample]]

@@ -13,8 +13,8 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.config import StoreConfig
 from flows.workspace import Workspace
-from storage.directory import S3_SCHEMES
 from storage.errors import ConfigError
+from storage.objects.object_store import S3_SCHEMES
 
 VARIABLES = frozenset(
     {

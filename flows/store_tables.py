@@ -10,10 +10,10 @@ from flows.inspection import SnapshotFigures, StoreFigures
 from flows.made_shard import MadeShard
 from flows.table import Row
 from flows.units import human_bytes, human_seconds
-from storage.collection import Garbage
-from storage.identity import StoreIdentity
+from storage.maintenance.gc import Garbage
+from storage.records.identity import StoreIdentity
+from storage.records.presence import Finding
 from storage.store import Store
-from storage.verify import Finding
 
 MOST_LISTED = 20
 MOST_IN_TABLE = 1000

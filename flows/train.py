@@ -42,7 +42,7 @@ from flows.train_ranks import train_ranks
 from flows.train_worker import TrainJob, open_sources, tracked_run
 from flows.training_data import held_by_run, training_data
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
-from storage.snapshot import Snapshot
+from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 logger = logging.getLogger(__name__)

@@ -28,9 +28,9 @@ from flows.channel import answer, say, voice
 from flows.draft_setup import set_up_draft
 from flows.recompute import partial_target
 from flows.stored_source import StoredSource
-from storage.cache import ObjectCache
-from storage.commits import Commits
-from storage.snapshot import Snapshot
+from storage.objects.object_cache import ObjectCache
+from storage.records.commits import Commits
+from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 OWN_LOGGERS = ("eagle_core", "storage", "flows")

@@ -18,9 +18,9 @@ from flows.prepare import known_tokens, prepare, tokens_of_run
 from flows.run_file import BegunRun, Run, begun_run
 from flows.summaries import TokensSummary
 from flows.workspace import Workspace
-from storage.commits import Commits
 from storage.errors import CorruptError, StorageError
-from storage.snapshot import Snapshot
+from storage.records.commits import Commits
+from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 ID_NAME = ".id"

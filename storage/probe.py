@@ -16,11 +16,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.canonical import digest_json
+from storage.encoding.profiles import bf16_to_float
 from storage.errors import SampleRefusedError
-from storage.identity import StoreIdentity
-from storage.profile import bf16_to_float
+from storage.objects.sealed_json import digest_json
 from storage.recompute import Recompute
+from storage.records.identity import StoreIdentity
 from storage.samples import StoredSample, last_needed
 
 NUM_POINTS = 8

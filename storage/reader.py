@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.cache import ObjectCache
-from storage.commit_log import CommitLog
-from storage.directory import Directory
+from storage.encoding.shard import DecodedShard, decode_shard
 from storage.errors import ShardCorruptError, ShardMissingError
-from storage.identity import StoreIdentity
-from storage.memory import Allocate, RecycledMemory
-from storage.record import ObjectDigest
+from storage.objects.buffer_pool import Allocate, RecycledMemory
+from storage.objects.object_cache import ObjectCache
+from storage.objects.object_store import Directory
+from storage.records.commit_log import CommitLog
+from storage.records.commit_record import ObjectDigest
+from storage.records.identity import StoreIdentity
+from storage.records.presence import REPAIR
+from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
-from storage.shard import DecodedShard, decode_shard
-from storage.snapshot import Snapshot
-from storage.verify import REPAIR
 
 CACHE_BYTES = 2 << 30
 READ_THREADS = 2

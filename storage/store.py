@@ -9,24 +9,24 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from storage.cache import ObjectCache
-from storage.canonical import seal, unseal
-from storage.commit_log import CommitLog
-from storage.commits import Commits
-from storage.compaction import compact, is_worth_compacting
-from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError, ShardMissingError, StorageError
-from storage.identity import FORMAT_VERSION, StoreIdentity
-from storage.plan import Plan, PlannedSample, PlannedShard, plan_shards
+from storage.maintenance.verify import scrub
+from storage.objects.object_cache import ObjectCache
+from storage.objects.object_store import TEMPORARY_SUFFIX, Directory
+from storage.objects.sealed_json import seal, unseal
 from storage.probe import ProbePoint
 from storage.reader import CACHE_BYTES, SnapshotReader
 from storage.recompute import Recompute
-from storage.record import CommitRecord
-from storage.refs import Refs
+from storage.records.commit_log import CommitLog
+from storage.records.commit_record import CommitRecord
+from storage.records.commits import Commits
+from storage.records.compaction import compact, is_worth_compacting
+from storage.records.identity import FORMAT_VERSION, StoreIdentity
+from storage.records.plan import Plan, PlannedSample, PlannedShard, plan_shards
+from storage.records.presence import PUBLISH, REPAIR, Finding, check_presence, check_states
+from storage.records.refs import Refs
+from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
-from storage.scrub import scrub
-from storage.snapshot import Snapshot
-from storage.verify import PUBLISH, REPAIR, Finding, check_presence, check_states
 from storage.writer import ShardWriter
 
 logger = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ class Store:
             manifest.mend()
 
     def compact(self) -> None:
-        """Put records into a manifest if there are many; see `storage.compaction`."""
+        """Put records into a manifest if there are many; see `storage.records.compaction`."""
         if not is_worth_compacting(self.log):
             return
         key = self.root.read(IDENTITY_KEY)

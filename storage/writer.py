@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from storage import packed
-from storage.commit_log import CommitLog
-from storage.directory import Directory
+from storage.encoding import zip_file as packed
+from storage.encoding.shard import raw_bytes, write_arrays
 from storage.errors import (
     CorruptError,
     SampleRefusedError,
@@ -22,14 +21,21 @@ from storage.errors import (
     StorageError,
     TransientError,
 )
-from storage.identity import StoreIdentity
-from storage.plan import PlannedShard
+from storage.objects.object_store import Directory
 from storage.probe import ProbePoint, require_probe
 from storage.recompute import Recompute
-from storage.record import CommitRecord, ObjectDigest, RunningDigest
+from storage.records.commit_log import CommitLog
+from storage.records.commit_record import CommitRecord, ObjectDigest, RunningDigest
+from storage.records.identity import StoreIdentity
+from storage.records.plan import PlannedShard
+from storage.records.presence import (
+    Finding,
+    check_digests,
+    check_meaning,
+    check_sizes,
+    read_objects,
+)
 from storage.samples import StoredSample, require_storable
-from storage.shard import raw_bytes, write_arrays
-from storage.verify import Finding, check_digests, check_meaning, check_sizes, read_objects
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

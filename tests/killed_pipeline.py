@@ -36,9 +36,9 @@ from flows.recompute import TargetRecompute
 from flows.semantic_probe import require_sound
 from flows.shard_worker import ShardJob, ShardMaker
 from flows.stored_source import StoredSource
-from storage.collection import collect, find_garbage, snapshots_to_keep
-from storage.identity import StoreIdentity
-from storage.plan import PlannedSample
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.records.identity import StoreIdentity
+from storage.records.plan import PlannedSample
 from storage.store import Store
 
 STEPS = 4
@@ -185,8 +185,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     with (
-        mock.patch("storage.compaction.COMPACT_FROM", 3),
-        mock.patch("storage.compaction.SETTLE_SECONDS", -60.0),
+        mock.patch("storage.records.compaction.COMPACT_FROM", 3),
+        mock.patch("storage.records.compaction.SETTLE_SECONDS", -60.0),
         mock.patch("flows.shard_worker.say"),
     ):
         with tempfile.TemporaryDirectory() as warm:

@@ -28,9 +28,9 @@ from flows.run_record import RunRecord
 from flows.store_tables import store_rows
 from flows.stored_source import to_stored
 from flows.train import train_flow
-from storage.collection import collect, find_garbage, snapshots_to_keep
-from storage.exclusions import Exclusion
-from storage.plan import Plan, PlannedShard
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.records.exclusions import Exclusion
+from storage.records.plan import Plan, PlannedShard
 from storage.store import Store
 from tests import tiny
 from tests.storage.synthetic import make_identity, make_samples, planned
@@ -283,7 +283,7 @@ def test_a_plan_is_at_an_end_when_other_shards_have_its_samples(
     kept = snapshots_to_keep(store, older_than_hours=0)
     assert not find_garbage(store, keep=kept, older_than_hours=0)
 
-    monkeypatch.setattr("storage.compaction.COMPACT_FROM", 1)
+    monkeypatch.setattr("storage.records.compaction.COMPACT_FROM", 1)
     monkeypatch.setattr("storage.store.PLAN_SECONDS", -60.0)
     store.publish([samples[0].sample_id])
     assert len(store.plans()) == 2, "not all of their samples are in this snapshot"

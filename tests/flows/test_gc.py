@@ -8,8 +8,8 @@ from eagle_core.dataset_config import DatasetConfig
 from eagle_core.target_config import TargetConfig
 from flows.gc import gc_flow
 from flows.inspection import look
-from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.errors import ConfigError, CorruptError
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.store import Store
 from tests.storage.synthetic import (
     committed_samples,

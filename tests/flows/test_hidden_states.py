@@ -30,9 +30,9 @@ from flows.run_file import read_run
 from flows.shard_worker import ShardJob, ShardReport, _samples_of
 from flows.train import train_flow
 from flows.workspace import Workspace
-from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.errors import MismatchError
-from storage.plan import PlannedSample, PlannedShard, plan_shards
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.records.plan import PlannedSample, PlannedShard, plan_shards
 from storage.samples import TTT_LENGTH
 from storage.store import Store
 from tests import tiny

@@ -12,7 +12,7 @@ from flows.config import StoreConfig
 from flows.errors import DoesNotFitError
 from flows.hidden_states import hidden_states
 from flows.plan import plan
-from storage.identity import PROFILES
+from storage.records.identity import PROFILES
 from storage.store import Store
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]

@@ -21,8 +21,8 @@ from flows.repair import repair_flow
 from flows.stored_source import StoredSource, to_stored
 from flows.train import train_flow
 from storage.errors import ConfigError, MismatchError, ShardCorruptError
-from storage.plan import PlannedShard
 from storage.probe import NUM_POINTS
+from storage.records.plan import PlannedShard
 from storage.store import Store
 from tests.flows.outspoken import write_scaling_target
 from tests.flows.trees import digests

@@ -18,7 +18,7 @@ from flows.stored_source import to_stored
 from flows.verify import verify_flow
 from flows.workspace import Workspace
 from storage.errors import MismatchError
-from storage.plan import PlannedShard
+from storage.records.plan import PlannedShard
 from storage.store import Store
 from tests import tiny
 from tests.flows.outspoken import write_outspoken_target

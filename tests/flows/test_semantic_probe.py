@@ -22,9 +22,9 @@ from flows.recompute import TargetRecompute
 from flows.stored_source import to_stored
 from flows.train import train_flow
 from storage.errors import ShardCorruptError
-from storage.identity import LeftOut
-from storage.plan import PlannedShard
 from storage.probe import NUM_POINTS, ProbePoint, left_out_channels
+from storage.records.identity import LeftOut
+from storage.records.plan import PlannedShard
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.flows.outspoken import write_biased_target, write_outspoken_target

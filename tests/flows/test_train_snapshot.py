@@ -25,7 +25,7 @@ from flows.run_file import RUN_NAME, Run, read_run
 from flows.run_record import TRAINING_NAME, RunRecord
 from flows.summaries import HiddenStatesSummary, TrainSummary
 from flows.train import train_flow
-from storage.collection import snapshots_to_keep
+from storage.maintenance.gc import snapshots_to_keep
 from storage.store import Store
 from tests import tiny
 from tests.storage.synthetic import committed_samples

@@ -7,7 +7,7 @@ import pytest
 import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
 
-from storage.identity import StoreIdentity
+from storage.records.identity import StoreIdentity
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.seaweed import BUCKET, S3Server, seaweed

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.directory import Directory
-from storage.listing import Entry
+from storage.objects.listing import Entry
+from storage.objects.object_store import Directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from storage import packed
-from storage.canonical import digest_bytes
-from storage.collection import collect, find_garbage
+from storage.encoding import zip_file as packed
+from storage.encoding.shard import group_objects
 from storage.errors import CorruptError
-from storage.identity import StoreIdentity
-from storage.plan import PlannedSample
-from storage.record import CommitRecord
+from storage.maintenance.gc import collect, find_garbage
+from storage.objects.sealed_json import digest_bytes
+from storage.records.commit_record import CommitRecord
+from storage.records.identity import StoreIdentity
+from storage.records.plan import PlannedSample
 from storage.samples import StoredSample, content_id
-from storage.shard import group_objects
 from storage.store import Store
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 1000

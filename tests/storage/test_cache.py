@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.cache import ObjectCache
 from storage.errors import ConfigError, OutOfSpaceError, ShardCorruptError
-from storage.record import ObjectDigest
+from storage.objects.object_cache import ObjectCache
+from storage.records.commit_record import ObjectDigest
 from storage.store import Store
 from tests.storage.synthetic import data_key, fill, make_identity, make_samples
 
 FILLER = """
 import sys
 from pathlib import Path
-from storage.cache import ObjectCache
-from storage.record import ObjectDigest
+from storage.objects.object_cache import ObjectCache
+from storage.records.commit_record import ObjectDigest
 cache = ObjectCache(folder=Path(sys.argv[1]), limit_bytes=5 * 2**20)
 for turn in range(50):
     data = bytes([int(sys.argv[2]), turn]) * 2**19

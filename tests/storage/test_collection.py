@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.errors import ConfigError
-from storage.repair import damaged_shards
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.repair import damaged_shards
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.synthetic import (

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.canonical import seal, unseal
-from storage.collection import collect, find_garbage
-from storage.commits import Commits
 from storage.errors import CorruptError, MovedError, ShardMissingError, TransientError
-from storage.manifest import keys_of, manifest_ids
-from storage.plan import PlannedShard
-from storage.repair import damaged_shards
-from storage.sample_rows import Wanted, ids_of, names_of
+from storage.maintenance.gc import collect, find_garbage
+from storage.maintenance.repair import damaged_shards
+from storage.objects.sealed_json import seal, unseal
+from storage.records.commits import Commits
+from storage.records.manifest import keys_of, manifest_ids
+from storage.records.plan import PlannedShard
+from storage.records.sample_rows import Wanted, ids_of, names_of
+from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
-from storage.snapshot import Snapshot
 from storage.store import Store
 from tests.storage.steps import SteppedDirectory
 from tests.storage.synthetic import (
@@ -40,8 +40,8 @@ IDS = [sample.sample_id for sample in SAMPLES]
 @pytest.fixture(autouse=True)
 def compact_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put 4 records into a manifest, and let the next look remove them."""
-    monkeypatch.setattr("storage.compaction.COMPACT_FROM", 4)
-    monkeypatch.setattr("storage.compaction.SETTLE_SECONDS", -60.0)
+    monkeypatch.setattr("storage.records.compaction.COMPACT_FROM", 4)
+    monkeypatch.setattr("storage.records.compaction.SETTLE_SECONDS", -60.0)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_small_manifests_are_merged_into_larger_ones(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So there are few of them however often is published, and each record moves few times."""
-    monkeypatch.setattr("storage.compaction.MOST_SHARDS", 40)
+    monkeypatch.setattr("storage.records.compaction.MOST_SHARDS", 40)
     samples = list(SAMPLES)
     for number in range(6):
         store.compact()
@@ -218,7 +218,7 @@ def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(
             assert dict(opened.commits()) == records
             assert opened.verify(deep=True) == [], "as while it is written"
             with monkeypatch.context() as later:
-                later.setattr("storage.scrub.WRITING_SECONDS", -60.0)
+                later.setattr("storage.maintenance.verify.WRITING_SECONDS", -60.0)
                 assert [f.object_key for f in opened.verify(deep=True)] == [key]
             opened.mend_manifests()
             assert opened.verify(deep=True) == []

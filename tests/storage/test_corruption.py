@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.errors import CorruptError
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.synthetic import drop_leftovers, fill, tree_digests

@@ -26,12 +26,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from storage import packed
-from storage.canonical import seal, unseal
+from storage.encoding import zip_file as packed
+from storage.encoding.shard import write_arrays
 from storage.errors import CorruptError
-from storage.record import ObjectDigest
+from storage.objects.sealed_json import seal, unseal
+from storage.records.commit_record import ObjectDigest
 from storage.samples import StoredSample
-from storage.shard import write_arrays
 from storage.store import Store
 from tests.storage.steps import SteppedDirectory
 from tests.storage.synthetic import (

@@ -8,8 +8,8 @@ import re
 import pytest
 import s3fs
 
-from storage.directory import Directory
 from storage.errors import ConfigError
+from storage.objects.object_store import Directory
 from storage.store import Store
 from tests.storage.seaweed import S3Server
 from tests.storage.synthetic import fill, make_identity, make_samples

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from storage.directory import Directory
 from storage.errors import ConfigError
+from storage.objects.object_store import Directory
 
 
 def test_who_looks_during_a_publication_sees_the_old_or_the_new(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_an_object_written_in_pieces_is_the_same(root: str) -> None:
 
 
 def test_a_large_object_is_read_in_parts(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.directory.RANGE_BYTES", 7)
+    monkeypatch.setattr("storage.objects.object_store.RANGE_BYTES", 7)
     directory = Directory.at(root)
     data = bytes(range(100))
     directory.write("large", data)
@@ -133,7 +133,7 @@ def test_of_many_objects_only_those_that_failed_are_asked_for_again(
         return cat_file(self, path, *args, **more)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", failing_often)
-    monkeypatch.setattr("storage.retry.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("storage.objects.retry.time.sleep", lambda _seconds: None)
     assert directory.read_many(keys) == {key: key.encode() for key in keys}
     assert sum(asked.values()) == sum(1 + number % 5 for number in range(300))
     with pytest.raises(FileNotFoundError):

@@ -9,9 +9,9 @@ from itertools import count
 import pytest
 import s3fs
 
-from storage.directory import Directory
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
-from storage.retry import PAUSES_SECONDS, retried
+from storage.objects.object_store import Directory
+from storage.objects.retry import PAUSES_SECONDS, retried
 from storage.store import Store
 from tests.storage.seaweed import HALF_WAY, HANG_UP, SLOW_DOWN, Answer, FaultyProxy, S3Server
 from tests.storage.seaweed import faulty_proxy as faulty_proxy_to

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 
-from storage.canonical import seal, unseal
 from storage.errors import ConfigError, CorruptError, MismatchError
-from storage.identity import StoreIdentity
+from storage.objects.sealed_json import seal, unseal
+from storage.records.identity import StoreIdentity
 from tests.storage.synthetic import make_identity
 
 

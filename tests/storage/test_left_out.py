@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.canonical import unseal
+from storage.encoding.profiles import bf16_to_float
 from storage.errors import ConfigError, MismatchError, SampleRefusedError
-from storage.identity import LeftOut, StoreIdentity
+from storage.objects.sealed_json import unseal
 from storage.probe import NUM_CHANNELS, ProbePoint, left_out_channels
-from storage.profile import bf16_to_float
+from storage.records.identity import LeftOut, StoreIdentity
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 from tests.storage.synthetic import HIDDEN, VOCAB, fill, make_identity, planned, zarr_objects

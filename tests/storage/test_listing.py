@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import s3fs
 
-from storage.collection import collect, find_garbage, snapshots_to_keep
 from storage.errors import ConfigError, TransientError
-from storage.retry import PAUSES_SECONDS, retried
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.objects.retry import PAUSES_SECONDS, retried
 from storage.store import Store
 from tests.storage.seaweed import SLOW_DOWN, Answer, S3Server, faulty_proxy
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests

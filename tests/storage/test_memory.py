@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from storage.memory import SMALLEST, RecycledMemory
+from storage.objects.buffer_pool import SMALLEST, RecycledMemory
 
 SIZE = 2 * SMALLEST
 

@@ -9,8 +9,8 @@ import pytest
 import zarr
 from zarr.storage import ZipStore
 
-from storage.arrays import LoadedArray, load_arrays
-from storage.identity import PROFILES
+from storage.encoding.zarr_arrays import LoadedArray, load_arrays
+from storage.records.identity import PROFILES
 from storage.store import Store
 from tests.storage.synthetic import (
     change_inside,
@@ -53,8 +53,10 @@ def test_every_array_reads_the_same(
     profile: str,
     read: Callable[[Path, str], np.ndarray],
 ) -> None:
-    monkeypatch.setattr("storage.profile.CHUNK_VALUES", 64 * 20)  # several chunks, a padded one
-    monkeypatch.setattr("storage.arrays.INNER_CHUNK_BYTES", 64)
+    monkeypatch.setattr(
+        "storage.encoding.profiles.CHUNK_VALUES", 64 * 20
+    )  # several chunks, a padded one
+    monkeypatch.setattr("storage.encoding.zarr_arrays.INNER_CHUNK_BYTES", 64)
     store = Store.create(str(tmp_path / "store"), make_identity(profile=profile))
     fill(store, make_samples(3), shard_tokens=10**6)
     (shard_id,) = store.shard_ids()

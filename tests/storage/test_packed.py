@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.packed import packing, unpacked
+from storage.encoding.zip_file import packing, unpacked
 
 keys = st.text("abc/_.0", min_size=1, max_size=20)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.collection import collect, find_garbage
 from storage.errors import ConfigError, CorruptError, MismatchError, ShardMissingError
-from storage.repair import damaged_shards
+from storage.maintenance.gc import collect, find_garbage
+from storage.maintenance.repair import damaged_shards
 from storage.store import Store
 from tests.storage.synthetic import (
     data_key,

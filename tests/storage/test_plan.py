@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, CorruptError
-from storage.plan import Plan, PlannedSample, plan_shards
+from storage.records.plan import Plan, PlannedSample, plan_shards
 
 LENGTHS = st.lists(st.integers(1, 200), max_size=40)
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from storage.encoding.profiles import bf16_to_float
 from storage.errors import SampleRefusedError
 from storage.probe import ProbePoint
-from storage.profile import bf16_to_float
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.synthetic import HIDDEN, VOCAB, planned

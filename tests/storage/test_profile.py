@@ -8,10 +8,10 @@ import pytest
 import zarr
 from zarr.storage import ZipStore
 
-from storage.arrays import load_arrays
-from storage.profile import bf16_to_float, decode_states, float_to_bf16, write_states
+from storage.encoding.profiles import bf16_to_float, decode_states, float_to_bf16, write_states
+from storage.encoding.state_rows import StateRows
+from storage.encoding.zarr_arrays import load_arrays
 from storage.samples import StoredSample, last_needed
-from storage.state_rows import StateRows
 from storage.store import Store
 from tests.storage.synthetic import (
     ObjectsInMemory,
@@ -42,9 +42,9 @@ def test_every_bit_pattern_survives(profile: str) -> None:
 def test_many_chunks_of_many_parts_survive(
     profile: str, hidden: int, num_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.profile.CHUNK_VALUES", 40 * hidden)
-    monkeypatch.setattr("storage.state_rows.BLOCK_VALUES", 7 * hidden)
-    monkeypatch.setattr("storage.profile.BLOCK_VALUES", 7 * hidden)
+    monkeypatch.setattr("storage.encoding.profiles.CHUNK_VALUES", 40 * hidden)
+    monkeypatch.setattr("storage.encoding.state_rows.BLOCK_VALUES", 7 * hidden)
+    monkeypatch.setattr("storage.encoding.profiles.BLOCK_VALUES", 7 * hidden)
     rng = np.random.default_rng(0)
     shape = (num_layers, hidden) if num_layers else (hidden,)
     parts = [rng.integers(0, 1 << 16, (rows, *shape), dtype=np.uint16) for rows in (3, 0, 90, 1, 8)]

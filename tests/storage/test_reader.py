@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.cache import ObjectCache
 from storage.errors import ShardCorruptError
+from storage.objects.object_cache import ObjectCache
 from storage.store import Store
 
 

@@ -9,13 +9,13 @@ from unittest import mock
 
 import pytest
 
-from storage.canonical import seal, unseal
-from storage.collection import collect, find_garbage, snapshots_to_keep
-from storage.directory import Directory
 from storage.errors import CorruptError, TransientError
-from storage.listing import _entry
-from storage.record import ObjectDigest
-from storage.retry import PAUSES_SECONDS, retried
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.objects.listing import _entry
+from storage.objects.object_store import Directory
+from storage.objects.retry import PAUSES_SECONDS, retried
+from storage.objects.sealed_json import seal, unseal
+from storage.records.commit_record import ObjectDigest
 from storage.store import Store
 from tests.storage.steps import SteppedDirectory
 from tests.storage.synthetic import (
@@ -255,7 +255,7 @@ def test_a_large_object_that_was_cut_is_a_finding(
     samples = make_samples(2)
     fill(store, samples, shard_tokens=10**6)
     snapshot = store.publish([sample.sample_id for sample in samples])
-    monkeypatch.setattr("storage.directory.RANGE_BYTES", 4096)
+    monkeypatch.setattr("storage.objects.object_store.RANGE_BYTES", 4096)
     key = data_key(store, snapshot.shard_ids[0])
     store.root.write(key, store.root.read(key)[:left])
     (finding,) = store.verify(deep=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from storage.errors import CorruptError, StorageError, TransientError
-from storage.retry import retried
+from storage.objects.retry import retried
 
 
 @pytest.mark.parametrize(

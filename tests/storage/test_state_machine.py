@@ -27,14 +27,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from storage import compaction
-from storage.canonical import seal, unseal
-from storage.collection import collect, find_garbage, snapshots_to_keep
-from storage.directory import TEMPORARY_SUFFIX, Directory
 from storage.errors import ConfigError, CorruptError
-from storage.plan import Plan, PlannedShard
+from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.repair import damaged_shards
+from storage.objects.object_store import TEMPORARY_SUFFIX, Directory
+from storage.objects.sealed_json import seal, unseal
 from storage.reader import read_shard
-from storage.repair import damaged_shards
+from storage.records import compaction
+from storage.records.plan import Plan, PlannedShard
 from storage.samples import StoredSample, last_needed
 from storage.store import LATEST_KEY, Store
 from tests.storage.synthetic import fill, make_identity, make_samples, planned
@@ -152,9 +152,9 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def start(self, filled: bool, compact_from: int, most_shards: int) -> None:
         self.patches = [
-            mock.patch("storage.compaction.COMPACT_FROM", compact_from),
-            mock.patch("storage.compaction.MOST_SHARDS", most_shards),
-            mock.patch("storage.compaction.SETTLE_SECONDS", -60),  # whatever the clocks say
+            mock.patch("storage.records.compaction.COMPACT_FROM", compact_from),
+            mock.patch("storage.records.compaction.MOST_SHARDS", most_shards),
+            mock.patch("storage.records.compaction.SETTLE_SECONDS", -60),  # whatever the clocks say
         ]
         for patch in self.patches:
             patch.start()

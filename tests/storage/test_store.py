@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from storage.errors import ConfigError, MismatchError, SampleRefusedError
-from storage.identity import StoreIdentity
-from storage.plan import PlannedShard
+from storage.records.identity import StoreIdentity
+from storage.records.plan import PlannedShard
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples, planned, tree_digests
@@ -147,7 +147,7 @@ def test_what_is_published_already_is_not_written_again(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("storage.directory._write_file", refuse)
+    monkeypatch.setattr("storage.objects.object_store._write_file", refuse)
     again = filled.publish(ids, name="facts-train", made_from="tokens")
     assert again.snapshot_id == first.snapshot_id
     filled.refs.hold("run", first.snapshot_id)

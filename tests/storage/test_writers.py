@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.directory import Directory
+from storage.objects.object_store import Directory
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.steps import SteppedDirectory

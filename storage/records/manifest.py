@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.canonical import canonical_json, digest_bytes
-from storage.directory import Directory
 from storage.errors import CorruptError, MovedError
-from storage.identity import FORMAT_VERSION
+from storage.objects.object_store import Directory
+from storage.objects.sealed_json import canonical_json, digest_bytes
 from storage.probe import ProbePoint
-from storage.record import CommitRecord, ObjectDigest, parse_objects
-from storage.sample_rows import ID_BYTES, SampleRows, ids_of, is_id
+from storage.records.commit_record import CommitRecord, ObjectDigest, parse_objects
+from storage.records.identity import FORMAT_VERSION
+from storage.records.sample_rows import ID_BYTES, SampleRows, ids_of, is_id
 
 FOLDER = "manifests"
 SHARDS, SAMPLES = "shards", "samples"

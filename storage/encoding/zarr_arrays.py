@@ -22,9 +22,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
-from storage import zstd
-from storage.canonical import canonical_json
+from storage.encoding import zstd
 from storage.errors import ShardCorruptError
+from storage.objects.sealed_json import canonical_json
 
 INNER_CHUNK_BYTES = 1 << 20
 CRC_BYTES = 4

@@ -1,7 +1,7 @@
 """Which shards a store has committed: single records, and manifests of many.
 
 A record is written alone (`commits/<shard_id>.json`). When there are many, they are put into a
-manifest as well (`storage.compaction`) and, once that has been there for a while, removed. A single
+manifest as well (`storage.records.compaction`) and, once that has been there for a while, removed. A single
 record counts more than a row of a manifest: it is newer. A row is taken back by
 `revoked/<shard_id>/<record_id>.json`, since manifests never change.
 """
@@ -17,16 +17,16 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.canonical import seal
-from storage.commits import Commits, Part
-from storage.directory import Directory
 from storage.errors import CorruptError, ShardMissingError, TransientError
-from storage.exclusions import Exclusions
-from storage.identity import FORMAT_VERSION
-from storage.manifest import Manifest, manifest_ids, record_id
-from storage.record import CommitRecord, ObjectDigest
-from storage.sample_rows import ids_of, is_id, names_of
-from storage.verify import REPAIR
+from storage.objects.object_store import Directory
+from storage.objects.sealed_json import seal
+from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.records.commits import Commits, Part
+from storage.records.exclusions import Exclusions
+from storage.records.identity import FORMAT_VERSION
+from storage.records.manifest import Manifest, manifest_ids, record_id
+from storage.records.presence import REPAIR
+from storage.records.sample_rows import ids_of, is_id, names_of
 
 Result = TypeVar("Result")
 

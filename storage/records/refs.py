@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from storage.canonical import seal, unseal
-from storage.directory import Directory
 from storage.errors import CorruptError
-from storage.identity import FORMAT_VERSION
-from storage.verify import PUBLISH, Finding
+from storage.objects.object_store import Directory
+from storage.objects.sealed_json import seal, unseal
+from storage.records.identity import FORMAT_VERSION
+from storage.records.presence import PUBLISH, Finding
 
 FOLDER = "snapshots/refs"
 _RUNS = "runs/"

@@ -4,15 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from storage.directory import Directory
+from storage.encoding.shard import decode_shard
 from storage.errors import CorruptError
-from storage.identity import StoreIdentity
+from storage.objects.object_store import Directory
+from storage.objects.retry import retried
 from storage.probe import disagreements
 from storage.recompute import Recompute
-from storage.record import CommitRecord, ObjectDigest
-from storage.retry import retried
+from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.records.identity import StoreIdentity
 from storage.samples import StoredSample
-from storage.shard import decode_shard
 
 REPAIR = "regenerate the shard: eyas repair"
 PUBLISH = "publish the snapshot again: eyas repair"

@@ -21,10 +21,16 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from storage import zstd
-from storage.arrays import ArrayLayout, LoadedArray, OpenObject, write_array, write_small
-from storage.memory import Allocate
-from storage.state_rows import BLOCK_VALUES, Bits, StateRows
+from storage.encoding import zstd
+from storage.encoding.state_rows import BLOCK_VALUES, Bits, StateRows
+from storage.encoding.zarr_arrays import (
+    ArrayLayout,
+    LoadedArray,
+    OpenObject,
+    write_array,
+    write_small,
+)
+from storage.objects.buffer_pool import Allocate
 
 CALIBRATION_ROWS = 256
 GROUP_CHANNELS = 64

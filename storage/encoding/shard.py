@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from storage import packed
-from storage.arrays import OpenObject, load_arrays, write_small
-from storage.canonical import canonical_json
+from storage.encoding import zip_file as packed
+from storage.encoding.profiles import decode_states, write_states
+from storage.encoding.state_rows import StateRows
+from storage.encoding.zarr_arrays import OpenObject, load_arrays, write_small
 from storage.errors import ShardCorruptError
-from storage.identity import FORMAT_VERSION, StoreIdentity
-from storage.memory import Allocate
-from storage.plan import shard_id as shard_id_of
-from storage.profile import decode_states, write_states
+from storage.objects.buffer_pool import Allocate
+from storage.objects.sealed_json import canonical_json
+from storage.records.identity import FORMAT_VERSION, StoreIdentity
+from storage.records.plan import shard_id as shard_id_of
 from storage.samples import StoredSample, content_id, last_needed
-from storage.state_rows import StateRows
 
 GROUP_KEY = "zarr.json"
 TOKEN_ARRAYS: Mapping[str, type[np.generic]] = {

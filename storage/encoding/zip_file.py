@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from storage.arrays import OpenObject, Write
+from storage.encoding.zarr_arrays import OpenObject, Write
 
 SUFFIX = ".zarr.zip"
 

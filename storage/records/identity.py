@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Self
 
-from storage.canonical import digest_json, seal, unseal
 from storage.errors import ConfigError, CorruptError, MismatchError
+from storage.objects.sealed_json import digest_json, seal, unseal
 
 FORMAT = "eyas-store"
 FORMAT_VERSION = 3

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.manifest import Manifest
-from storage.plan import PlannedSample
-from storage.record import CommitRecord, ObjectDigest
-from storage.sample_rows import SampleRows, Wanted, ids_of, names_of
+from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.records.manifest import Manifest
+from storage.records.plan import PlannedSample
+from storage.records.sample_rows import SampleRows, Wanted, ids_of, names_of
 
 SAMPLES_AT_A_TIME = 4 << 20
 """Wanted samples for which all that are committed are gone through once."""
@@ -58,7 +58,7 @@ class Commits(Mapping[str, CommitRecord]):
         self._newer = newer
         self._parts = parts
         self.excluded = frozenset(excluded)
-        """Samples that the store does without (`storage.exclusions`)."""
+        """Samples that the store does without (`storage.records.exclusions`)."""
         self._samples: tuple[Manifest, pa.Table] | None = None
 
     def __len__(self) -> int:

@@ -16,17 +16,17 @@ from typing import cast
 
 import numpy as np
 
-from storage.commit_log import REVOKED, revocation_key, revocations
-from storage.commits import Commits
-from storage.directory import TEMPORARY_SUFFIX
 from storage.errors import ConfigError, CorruptError
-from storage.exclusions import FOLDER as EXCLUDED
-from storage.listing import Entry
-from storage.manifest import FOLDER as MANIFESTS
-from storage.manifest import KINDS, keys_of
-from storage.plan import Plan, PlannedShard
-from storage.sample_rows import is_id
-from storage.snapshot import Snapshot
+from storage.objects.listing import Entry
+from storage.objects.object_store import TEMPORARY_SUFFIX
+from storage.records.commit_log import REVOKED, revocation_key, revocations
+from storage.records.commits import Commits
+from storage.records.exclusions import FOLDER as EXCLUDED
+from storage.records.manifest import FOLDER as MANIFESTS
+from storage.records.manifest import KINDS, keys_of
+from storage.records.plan import Plan, PlannedShard
+from storage.records.sample_rows import is_id
+from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 OLDER_THAN_HOURS = 24.0

@@ -7,12 +7,12 @@ not planned again and are in no snapshot. Deleting such a note lets the sample b
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from storage.canonical import seal, unseal
-from storage.directory import Directory
 from storage.errors import CorruptError
-from storage.identity import FORMAT_VERSION
-from storage.sample_rows import is_id
-from storage.verify import Finding
+from storage.objects.object_store import Directory
+from storage.objects.sealed_json import seal, unseal
+from storage.records.identity import FORMAT_VERSION
+from storage.records.presence import Finding
+from storage.records.sample_rows import is_id
 
 FOLDER = "excluded"
 RETRY_SAMPLE = "drop it, hidden-states tries the sample again: eyas repair"

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from storage.commit_log import RECORDS, CommitLog, Listing, record_key, revocations
-from storage.commits import Commits
-from storage.manifest import FOLDER, Manifest, delete_manifest, record_id
-from storage.record import CommitRecord
+from storage.records.commit_log import RECORDS, CommitLog, Listing, record_key, revocations
+from storage.records.commit_record import CommitRecord
+from storage.records.commits import Commits
+from storage.records.manifest import FOLDER, Manifest, delete_manifest, record_id
 
 COMPACT_FROM = 1000
 """Single records from which on a manifest is worth its files."""

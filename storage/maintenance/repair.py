@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from storage.errors import CorruptError
-from storage.plan import PlannedShard, shard_id
-from storage.snapshot import Snapshot
+from storage.records.plan import PlannedShard, shard_id
+from storage.records.presence import Finding
+from storage.records.snapshot import Snapshot
 from storage.store import Store
-from storage.verify import Finding
 
 
 def damaged_shards(store: Store, findings: Iterable[Finding]) -> Sequence[PlannedShard]:

@@ -30,10 +30,10 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
-from storage.listing import Entry, list_objects
-from storage.memory import Allocate
-from storage.retry import retried
-from storage.server_answers import explained, lacks_reason
+from storage.objects.buffer_pool import Allocate
+from storage.objects.listing import Entry, list_objects
+from storage.objects.retry import retried
+from storage.objects.server_answers import explained, lacks_reason
 
 Result = TypeVar("Result")
 
@@ -166,7 +166,7 @@ class Directory:
     def pieces(self, key: str, *, num_bytes: int) -> Iterator[bytes | memoryview]:
         """Yield an object's bytes one after the other; each piece is gone when the next comes.
 
-        What fails on the way is not tried again here: begin anew (`storage.retry`).
+        What fails on the way is not tried again here: begin anew (`storage.objects.retry`).
         """
         if not self.is_local:
             yield self._read_parts(key, num_bytes)

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from storage.canonical import digest_json, seal, unseal
 from storage.errors import ConfigError, CorruptError
-from storage.identity import FORMAT_VERSION, require_format
+from storage.objects.sealed_json import digest_json, seal, unseal
+from storage.records.identity import FORMAT_VERSION, require_format
 
 
 class Sample(Protocol):

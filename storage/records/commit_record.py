@@ -10,13 +10,13 @@ from typing import Any, Self
 
 import xxhash
 
-from storage.canonical import digest_bytes, seal, unseal
+from storage.encoding.zip_file import SUFFIX
 from storage.errors import CorruptError, ShardCorruptError
-from storage.identity import FORMAT_VERSION, require_format
-from storage.packed import SUFFIX
-from storage.plan import shard_id as shard_id_of
+from storage.objects.sealed_json import digest_bytes, seal, unseal
 from storage.probe import ProbePoint
-from storage.sample_rows import is_id
+from storage.records.identity import FORMAT_VERSION, require_format
+from storage.records.plan import shard_id as shard_id_of
+from storage.records.sample_rows import is_id
 
 MOST_BYTES = 5 << 40
 """Of one object; no server takes more."""

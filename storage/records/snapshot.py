@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from storage.commits import Commits
 from storage.errors import ConfigError, CorruptError
-from storage.identity import FORMAT_VERSION
-from storage.sample_rows import ID_BYTES, Wanted, names_of
+from storage.records.commits import Commits
+from storage.records.identity import FORMAT_VERSION
+from storage.records.sample_rows import ID_BYTES, Wanted, names_of
 
 FORMAT_KEY = b"eyas_format_version"
 

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from storage.canonical import unseal
 from storage.errors import CorruptError
-from storage.manifest import FOLDER as MANIFESTS
-from storage.manifest import KINDS, MISSING, keys_of
+from storage.objects.sealed_json import unseal
 from storage.recompute import Recompute
-from storage.record import CommitRecord
-from storage.verify import (
+from storage.records.commit_record import CommitRecord
+from storage.records.manifest import FOLDER as MANIFESTS
+from storage.records.manifest import KINDS, MISSING, keys_of
+from storage.records.presence import (
     MEND,
     PUBLISH,
     REPAIR,
