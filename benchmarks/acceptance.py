@@ -24,17 +24,17 @@ from rich.console import Console
 
 from benchmarks.machine import describe
 from deployments.recipe import Recipe, load_recipe
-from eagle_core import weights
-from eagle_core.estimate import expected_length
-from eagle_core.evaluation import EvaluationConfig, decode_prompts
-from eagle_core.partial_target import PartialTarget
-from eagle_core.prompts import Prompt, sample_prompts
+from eagle_core.evaluation.decode_prompts import EvaluationConfig, decode_prompts
+from eagle_core.evaluation.estimate import expected_length
+from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.samples import HiddenStateSample, SampleSource
-from eagle_core.target import TargetModel, read_model_config
-from eagle_core.tokens import TokenFile
-from eagle_core.trackers import NoTracker
-from eagle_core.trainer import train
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target import weights
+from eagle_core.target.model import TargetModel, read_model_config
+from eagle_core.target.partial import PartialTarget
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.tracking.tracker import NoTracker
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.trainer import train
 from flows.draft_setup import choose_vocabulary, set_up_draft
 from flows.identity import left_out
 from flows.online_source import OnlineSource

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 import flows.shard_processes
 from deployments.recipe import load_recipe
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.tokens import TokenFile
+from eagle_core.tokenization.token_file import TokenFile
 from flows.hidden_states import hidden_states
 from flows.shard_worker import ShardJob, ShardReport
 from flows.stored_source import to_stored

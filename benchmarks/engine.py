@@ -21,10 +21,10 @@ from rich.console import Console
 
 from benchmarks.machine import describe
 from deployments.recipe import load_recipe
-from eagle_core.evaluation import EvaluationConfig, decode_prompts
-from eagle_core.prompts import Prompt, sample_prompts
-from eagle_core.target import TargetModel
-from eagle_core.tokens import TokenFile
+from eagle_core.evaluation.decode_prompts import EvaluationConfig, decode_prompts
+from eagle_core.evaluation.prompts import Prompt, sample_prompts
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
 from flows.draft_setup import set_up_draft
 from flows.trained_run import choose_checkpoint, load_checkpoint
 from flows.workspace import Workspace

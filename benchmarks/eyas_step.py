@@ -1,4 +1,4 @@
-"""Our step as a peer of `benchmarks.train_step`: `eagle_core.ttt` as the trainer calls it."""
+"""Our step as a peer of `benchmarks.train_step`: `eagle_core.training.ttt` as the trainer calls it."""
 
 from collections.abc import Callable
 
@@ -17,10 +17,10 @@ from benchmarks.step_case import (
     step_tensors,
 )
 from benchmarks.step_worker import Peer, serve
-from eagle_core.draft import DraftConfig, DraftModel
-from eagle_core.packing import PackedBatch
-from eagle_core.tensors import DTYPES
-from eagle_core.ttt import TttOptions, ttt_step
+from eagle_core.bfloat16 import DTYPES
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.ttt import TttOptions, ttt_step
 
 _ROWS = 256
 

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eagle_core.draft import DraftConfig, DraftModel
-from eagle_core.packing import PackedBatch
-from eagle_core.ttt import TttOptions, ttt_step
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.ttt import TttOptions, ttt_step
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4

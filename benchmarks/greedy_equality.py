@@ -16,18 +16,18 @@ from rich.console import Console
 
 from benchmarks.machine import describe
 from deployments.recipe import Recipe, load_recipe
-from eagle_core.checkpoint import newest
-from eagle_core.drafting import DraftNetwork
-from eagle_core.evaluation import mismatch_margin
-from eagle_core.prompts import sample_prompts
-from eagle_core.speculative import (
+from eagle_core.decoding.chain_drafter import DraftNetwork
+from eagle_core.decoding.speculative import (
     DecodingConfig,
     GenerationTrace,
     generate_plain_batch,
     generate_speculative_batch,
 )
-from eagle_core.target import TargetModel
-from eagle_core.tokens import TokenFile
+from eagle_core.evaluation.decode_prompts import mismatch_margin
+from eagle_core.evaluation.prompts import sample_prompts
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.checkpoint import newest
 from flows.draft_setup import choose_vocabulary, load_trained, set_up_draft
 from flows.workspace import Workspace
 

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.machine import describe
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.config import TargetConfig
 from storage.store import Store
 
 TEMPLATE = (

@@ -1,4 +1,4 @@
-"""The published EAGLE-3 training step in eager PyTorch, to be measured against `eagle_core.ttt`.
+"""The published EAGLE-3 training step in eager PyTorch, to be measured against `eagle_core.training.ttt`.
 
 As SpecForge does it: every position computes queries, keys, values, MLP and logits in every step,
 hidden states and embeddings are projected together, the teacher's logits cover the whole target
@@ -24,9 +24,9 @@ from torch.nn import functional
 from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import StepCase, whole_target_head
 from benchmarks.step_worker import Peer, serve
-from eagle_core.draft import DraftModel, rotary, rotate
-from eagle_core.packing import PackedBatch
-from eagle_core.ttt import TttOptions
+from eagle_core.draft.model import DraftModel, rotary, rotate
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.ttt import TttOptions
 
 Attention = Literal["columns", "dense"]
 

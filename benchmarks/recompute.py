@@ -32,9 +32,9 @@ from benchmarks.machine import describe
 from benchmarks.states import identity, load_target, token_file
 from benchmarks.store import teacher_kl
 from deployments.recipe import load_recipe
-from eagle_core.partial_target import DerivedStates, KeptStates, PartialTarget
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target import TargetModel, batches_by_length
+from eagle_core.target.model import TargetModel, batches_by_length
+from eagle_core.target.partial import DerivedStates, KeptStates, PartialTarget
 from flows.identity import left_out
 from flows.recompute import completed
 from flows.stored_source import to_stored

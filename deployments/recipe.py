@@ -8,13 +8,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.automation import AutomationConfig
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.hosted_trackers import TrackingConfig
-from eagle_core.regeneration_config import RegenerationConfig
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tracking.hosted import TrackingConfig
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.export_config import RunExportConfig
 from flows.run_file import Run

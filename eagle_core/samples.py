@@ -1,7 +1,7 @@
 """What flows between the stages: tokens, hidden states, and the protocol that serves them.
 
 Shapes: T tokens, A aux layers (3), H target hidden size. bfloat16 travels as its bit pattern in
-uint16, because NumPy has no bfloat16; `eagle_core.tensors` turns it into torch tensors and back.
+uint16, because NumPy has no bfloat16; `eagle_core.bfloat16` turns it into torch tensors and back.
 """
 
 from collections.abc import Iterable

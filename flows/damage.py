@@ -7,9 +7,9 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from eagle_core import weights
-from eagle_core.target import fingerprint, fingerprint_fields, resolve_device
-from eagle_core.target_config import TargetConfig
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import fingerprint, fingerprint_fields, resolve_device
 from flows.artifact_key import artifact_key
 from flows.progress import stage_progress
 from flows.recompute import TargetRecompute, partial_target

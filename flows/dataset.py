@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.prepare import prepare_dataset

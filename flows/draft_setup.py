@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eagle_core import weights
-from eagle_core.checkpoint import load_draft, newest
-from eagle_core.draft import DraftConfig, DraftModel
-from eagle_core.draft_import import read_draft, warm_start
-from eagle_core.draft_vocabulary import DraftVocabulary, count_supervised_tokens
+from eagle_core.draft.importing import read_draft, warm_start
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.vocabulary import DraftVocabulary, count_supervised_tokens
 from eagle_core.errors import MismatchError
-from eagle_core.target import aux_layers, read_model_config, resolve_device
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import aux_layers, read_model_config, resolve_device
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.checkpoint import load_draft, newest
+from eagle_core.training.config import TrainingConfig
 from flows.target_tokenizer import conversation_tokenizer
 
 VOCABULARY_NAME = "draft_vocabulary.safetensors"

@@ -4,14 +4,14 @@ import time
 
 from prefect import flow
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.estimate import AcceptanceEstimate, estimate_acceptance
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.partial_target import PartialTarget
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.samples import HiddenStateSample
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.partial import PartialTarget
+from eagle_core.training.config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.best_effort import best_effort

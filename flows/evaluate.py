@@ -7,16 +7,16 @@ from pathlib import Path
 
 from prefect import flow
 
-from eagle_core.acceptance import PromptResult, summarise, summarise_by_category
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.draft import DraftModel
-from eagle_core.estimate import AcceptanceEstimate
-from eagle_core.evaluation import EvaluationConfig, decode_prompts
-from eagle_core.prompt_file import read_prompts
-from eagle_core.prompts import Prompt, first_prompts, sample_prompts
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.model import DraftModel
+from eagle_core.evaluation.acceptance import PromptResult, summarise, summarise_by_category
+from eagle_core.evaluation.decode_prompts import EvaluationConfig, decode_prompts
+from eagle_core.evaluation.estimate import AcceptanceEstimate
+from eagle_core.evaluation.prompt_file import read_prompts
+from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.training.config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.best_effort import best_effort

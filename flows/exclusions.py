@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from eagle_core.errors import CorruptError
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile
 from flows.config import StoreConfig
 from flows.summaries import TokensSummary
 from storage.records.exclusions import Exclusion

@@ -7,13 +7,13 @@ from typing import Any
 
 from prefect import flow
 
-from eagle_core import weights
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.export import ServedTarget
-from eagle_core.export import export as write_layouts
-from eagle_core.target import aux_layers, read_model_config
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.export import ServedTarget
+from eagle_core.draft.export import export as write_layouts
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import aux_layers, read_model_config
+from eagle_core.training.config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.export_config import RunExportConfig

@@ -5,8 +5,8 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target_config import TargetConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig

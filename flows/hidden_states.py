@@ -6,10 +6,10 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import CorruptError
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig

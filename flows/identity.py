@@ -4,16 +4,16 @@ from typing import Protocol
 
 from transformers import PretrainedConfig
 
-from eagle_core import weights
-from eagle_core.partial_target import derived_layers, slice_config
-from eagle_core.target import (
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import (
     NORM_CONVENTION,
     aux_layers,
     fingerprint,
     fingerprint_fields,
     read_model_config,
 )
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.partial import derived_layers, slice_config
 from flows.config import StoreConfig
 from flows.target_tokenizer import conversation_tokenizer
 from storage.records.identity import LeftOut, StoreIdentity

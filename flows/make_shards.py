@@ -11,7 +11,7 @@ from prefect.futures import PrefectFuture
 
 import eagle_core.errors
 import storage.errors
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.config import TargetConfig
 from flows.artifact_key import artifact_key
 from flows.best_effort import best_effort
 from flows.config import StoreConfig

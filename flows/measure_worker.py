@@ -13,11 +13,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from eagle_core.errors import ConfigError, CorruptError
-from eagle_core.partial_target import KeptStates, PartialTarget
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target import NORM_CONVENTION, TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import NORM_CONVENTION, TargetModel
+from eagle_core.target.partial import KeptStates, PartialTarget
+from eagle_core.tokenization.token_file import TokenFile
 from flows.channel import say, serve
 from flows.identity import left_out
 from flows.stored_source import to_stored

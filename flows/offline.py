@@ -4,11 +4,11 @@ import time
 
 from prefect import flow
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.hosted_trackers import TrackingConfig, require_trackers
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tracking.hosted import TrackingConfig, require_trackers
+from eagle_core.training.config import TrainingConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig

@@ -7,16 +7,16 @@ from pathlib import Path
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.hosted_trackers import TrackingConfig, require_trackers
-from eagle_core.schedule import total_steps
-from eagle_core.target import TargetModel, fingerprint, fingerprint_fields
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
-from eagle_core.weights import locate
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel, fingerprint, fingerprint_fields
+from eagle_core.target.weights import locate
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.tracking.hosted import TrackingConfig, require_trackers
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.schedule import total_steps
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig

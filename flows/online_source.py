@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagle_core.samples import HiddenStateSample
-from eagle_core.target import TargetModel
-from eagle_core.tokens import TokenFile
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
 from flows.state_keeper import StateKeeper
 from storage.records.plan import PlannedSample, plan_shards
 

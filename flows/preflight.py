@@ -7,11 +7,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from eagle_core import weights
 from eagle_core.samples import TokenizedSample
-from eagle_core.target import aux_layers, read_model_config
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import aux_layers, read_model_config
+from eagle_core.tokenization.token_file import TokenFile
 from flows.bill import Bill, RecomputeCost, encoding_name, require_fits
 from flows.child_process import ask
 from flows.config import StoreConfig

@@ -11,18 +11,18 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from eagle_core import weights
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.dataset_manifest import load_manifest
-from eagle_core.dataset_writer import Split
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.ledger_writer import LedgerWriter
+from eagle_core.data.manifest import load_manifest
+from eagle_core.data.writer import Split
 from eagle_core.errors import ConfigError, CorruptError
-from eagle_core.ledger_writer import LedgerWriter
-from eagle_core.parallel_tokenization import tokenize_in_processes
 from eagle_core.samples import TokenizedSample
-from eagle_core.target_config import TargetConfig
-from eagle_core.templates import ConversationTokenizer
-from eagle_core.tokens import TokenFile, write_token_file
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.tokenization.parallel import tokenize_in_processes
+from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from flows.artifact_key import artifact_key
 from flows.best_effort import best_effort
 from flows.progress import StageProgress, stage_progress

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eagle_core.partial_target import KeptStates, PartialTarget
-from eagle_core.target import log_probabilities
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import log_probabilities
+from eagle_core.target.partial import KeptStates, PartialTarget
 from storage.errors import ConfigError
 from storage.records.identity import StoreIdentity
 from storage.samples import StoredSample

@@ -14,16 +14,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL
 
-from eagle_core.dataset_config import REGENERATED, DatasetConfig
-from eagle_core.dataset_manifest import DatasetManifest
+from eagle_core.data.config import REGENERATED, DatasetConfig
+from eagle_core.data.manifest import DatasetManifest
 from eagle_core.errors import ConfigError
-from eagle_core.regeneration import Regenerated, Regeneration
-from eagle_core.regeneration_answer import AnswerSource
-from eagle_core.regeneration_config import RegenerationConfig
-from eagle_core.regeneration_journal import FinishedConversation
-from eagle_core.regeneration_local import LocalAnswers
-from eagle_core.regeneration_server import AnswerServer
-from eagle_core.target_config import TargetConfig
+from eagle_core.regeneration.answers import AnswerSource
+from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.journal import FinishedConversation
+from eagle_core.regeneration.local import LocalAnswers
+from eagle_core.regeneration.regenerate import Regenerated, Regeneration
+from eagle_core.regeneration.server import AnswerServer
+from eagle_core.target.config import TargetConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.prepare import prepare_dataset

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from prefect import flow
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig

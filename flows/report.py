@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
-from eagle_core.acceptance import AcceptanceReport
-from eagle_core.estimate import expected_length
-from eagle_core.training_result import Figures
+from eagle_core.evaluation.acceptance import AcceptanceReport
+from eagle_core.evaluation.estimate import expected_length
+from eagle_core.training.result import Figures
 from flows.best_effort import best_effort
 from flows.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.summaries import (

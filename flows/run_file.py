@@ -11,17 +11,18 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from eagle_core import checkpoint, weights
-from eagle_core.checkpoint import require_identity
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.draft import DraftConfig
-from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.atomic_files import write_text
+from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.model import DraftConfig
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.files import write_text
-from eagle_core.hosted_trackers import TrackingConfig
-from eagle_core.target import fingerprint_fields, read_stop_ids
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import fingerprint_fields, read_stop_ids
+from eagle_core.tracking.hosted import TrackingConfig
+from eagle_core.training import checkpoint
+from eagle_core.training.checkpoint import require_identity
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.draft_setup import VOCABULARY_NAME, DraftSetup
 from flows.summaries import TokensSummary
@@ -49,7 +50,7 @@ class Run(BaseModel):
     tokenizer_fingerprint: str
     template_fingerprint: str
     target_fields: dict[str, str]
-    """`eagle_core.target.fingerprint_fields`."""
+    """`eagle_core.target.model.fingerprint_fields`."""
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
     draft: DraftConfig

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eagle_core.files import write_text
-from eagle_core.trackers import TENSORBOARD_FOLDER
+from eagle_core.atomic_files import write_text
+from eagle_core.tracking.tracker import TENSORBOARD_FOLDER
 from flows import plots, report
 from flows.plots import Series
 from flows.run_record import (

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from eagle_core.files import write_text
-from eagle_core.tokens import TokenFile
+from eagle_core.atomic_files import write_text
+from eagle_core.tokenization.token_file import TokenFile
 from flows.run_file import Run
 from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
 from storage.records.commits import Commits

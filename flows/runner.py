@@ -8,7 +8,7 @@ from typing import Any
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.config import TargetConfig
 from flows.errors import FlowError
 from flows.generate import Here, ShardBatch, generate_shards
 from flows.made_shard import MadeShard

@@ -13,8 +13,8 @@ from queue import SimpleQueue
 
 import torch
 
-from eagle_core.target import resolve_device
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import resolve_device
 from flows.child_process import Child
 from flows.errors import ChildKilledError, RunStoppedError
 from flows.shard_worker import ShardJob, ShardReport

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
 from flows.channel import say, serve
 from flows.recompute import TargetRecompute, partial_target
 from flows.semantic_probe import probe_points

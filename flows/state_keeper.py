@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from eagle_core.partial_target import PartialTarget
 from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.partial import PartialTarget
 from flows.recompute import TargetRecompute
 from flows.semantic_probe import probe_points
 from flows.stored_source import StoredSource, to_stored

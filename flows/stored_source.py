@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from eagle_core.partial_target import PartialTarget
 from eagle_core.samples import HiddenStateSample
+from eagle_core.target.partial import PartialTarget
 from flows.recompute import completed, require_partial
 from storage.reader import SnapshotReader
 from storage.samples import StoredSample

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle_core.acceptance import AcceptanceReport
-from eagle_core.estimate import AcceptanceEstimate
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.export import ExportLayout
-from eagle_core.training_result import Figures
+from eagle_core.draft.export import ExportLayout
+from eagle_core.evaluation.acceptance import AcceptanceReport
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.estimate import AcceptanceEstimate
+from eagle_core.training.result import Figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

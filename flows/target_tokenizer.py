@@ -2,9 +2,9 @@
 
 from transformers import AutoTokenizer
 
-from eagle_core import weights
-from eagle_core.target_config import TargetConfig
-from eagle_core.templates import ConversationTokenizer
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 
 def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
 
-from eagle_core.files import write_text
-from eagle_core.sample_page import sample_as_text, statistics_page
-from eagle_core.templates import ConversationTokenizer
-from eagle_core.token_statistics import gather_statistics
-from eagle_core.tokens import TokenFile
+from eagle_core.atomic_files import write_text
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.tokenization.sample_page import sample_as_text, statistics_page
+from eagle_core.tokenization.statistics import gather_statistics
+from eagle_core.tokenization.token_file import TokenFile
 from flows import plots, report
 
 _VOCABULARIES = (4_000, 8_000, 16_000, 32_000, 64_000)

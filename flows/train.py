@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from prefect import flow
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.hosted_trackers import TrackingConfig, open_trackers, require_trackers
 from eagle_core.samples import SampleSource
-from eagle_core.schedule import learning_rate, total_steps
-from eagle_core.target import resolve_device
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.trackers import TENSORBOARD_FOLDER
-from eagle_core.trainer import train
-from eagle_core.training_config import TrainingConfig
-from eagle_core.training_result import Progress, TrainingResult
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import resolve_device
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.tracking.hosted import TrackingConfig, open_trackers, require_trackers
+from eagle_core.tracking.tracker import TENSORBOARD_FOLDER
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.schedule import learning_rate, total_steps
+from eagle_core.training.trainer import train
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.best_effort import best_effort

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 
-from eagle_core.target import resolve_device
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_result import Progress, TrainingResult
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import resolve_device
+from eagle_core.training.result import Progress, TrainingResult
 from flows.child_process import ask_ranks
 from flows.errors import ChildKilledError
 from flows.train_worker import RankLine, TrainJob

@@ -14,16 +14,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from eagle_core.hosted_trackers import TrackedRun, TrackingConfig, open_trackers
-from eagle_core.processes import join_processes
-from eagle_core.stop_request import stop_request
-from eagle_core.target import resolve_device
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.trackers import NoTracker, Tracker
-from eagle_core.trainer import train
-from eagle_core.training_config import TrainingConfig
-from eagle_core.training_result import Progress, TrainingResult
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import resolve_device
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.tracking.hosted import TrackedRun, TrackingConfig, open_trackers
+from eagle_core.tracking.tracker import NoTracker, Tracker
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.distributed import join_processes
+from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.stop_request import stop_request
+from eagle_core.training.trainer import train
 from flows.channel import answer, say, voice
 from flows.draft_setup import set_up_draft
 from flows.recompute import partial_target

@@ -4,14 +4,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle_core import checkpoint, weights
-from eagle_core.checkpoint import Checkpoint, CheckpointChoice
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.target import read_stop_ids
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import read_stop_ids
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training import checkpoint
+from eagle_core.training.checkpoint import Checkpoint, CheckpointChoice
+from eagle_core.training.config import TrainingConfig
 from flows.draft_setup import DraftSetup, set_up_draft
 from flows.prepare import prepare_weights, tokens_of_run
 from flows.run_file import Run, own_tokens, read_run

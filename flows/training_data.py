@@ -7,13 +7,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.atomic_files import write_text
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.files import write_text
-from eagle_core.schedule import total_steps
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.schedule import total_steps
 from flows.prepare import known_tokens, prepare, tokens_of_run
 from flows.run_file import BegunRun, Run, begun_run
 from flows.summaries import TokensSummary

@@ -4,8 +4,8 @@ import time
 
 from prefect import flow
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target_config import TargetConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
 from flows import report
 from flows.artifact_key import artifact_key
 from flows.config import StoreConfig

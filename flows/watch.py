@@ -12,10 +12,10 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from eagle_core.dataset_config import REGENERATED, DatasetConfig
-from eagle_core.dataset_manifest import MANIFEST_NAME, load_manifest
+from eagle_core.data.config import REGENERATED, DatasetConfig
+from eagle_core.data.manifest import MANIFEST_NAME, load_manifest
+from eagle_core.data.sources import find_source, identify
 from eagle_core.errors import ConfigError
-from eagle_core.sources import find_source, identify
 from flows.event_names import DATASET_CHANGED, dataset_resource
 from flows.events import send
 from flows.retry import is_transient

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from eagle_core.atomic_files import FOLDER_NAME
 from eagle_core.errors import ConfigError
-from eagle_core.files import FOLDER_NAME
 
 if TYPE_CHECKING:  # it would bring Arrow into commands that need none
-    from eagle_core.dataset_writer import Split
+    from eagle_core.data.writer import Split
 
 DEFAULT_HOME = "eyas-data"
 

@@ -25,12 +25,12 @@ from unittest import mock
 
 from pydantic import BaseModel
 
-from eagle_core.files import atomic_file
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.trackers import NoTracker
-from eagle_core.trainer import train
-from eagle_core.training_config import TrainingConfig
+from eagle_core.atomic_files import atomic_file
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.tracking.tracker import NoTracker
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.trainer import train
 from flows.draft_setup import choose_vocabulary, set_up_draft
 from flows.recompute import TargetRecompute
 from flows.semantic_probe import require_sound

@@ -24,7 +24,7 @@ from benchmarks.step_case import (
 )
 from benchmarks.step_worker import PeerFailedError, Worker
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.ttt import ttt_step
+from eagle_core.training.ttt import ttt_step
 from tests.eagle_core.pretend_device import pretend_device
 
 PROMPT, ANSWER = (False,) * 9, (True,) * 14

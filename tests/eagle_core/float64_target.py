@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
 
 
 def load_float64_target(path: Path) -> TargetModel:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eagle_core.hosted_trackers import (
+from eagle_core.tracking.hosted import (
     TrackedRun,
     TrackingConfig,
     hosted_run_id,

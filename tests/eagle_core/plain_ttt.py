@@ -1,14 +1,14 @@
 """The published training-time-test step, plainly: dense attention, every position, full head.
 
-Slow and readable; what `eagle_core.ttt` must equal. One sequence at a time, in any float dtype.
+Slow and readable; what `eagle_core.training.ttt` must equal. One sequence at a time, in any float dtype.
 """
 
 import torch
 from torch import Tensor
 
-from eagle_core.draft import DraftModel, rotary, rotate
-from eagle_core.packing import PackedBatch
-from eagle_core.ttt import TttOptions
+from eagle_core.draft.model import DraftModel, rotary, rotate
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.ttt import TttOptions
 
 
 def plain_loss(

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eagle_core.draft import DraftConfig, DraftModel
-from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import HiddenStateSample, sample_id
-from eagle_core.tensors import from_bfloat16_bits, to_bfloat16_bits
 
 VOCAB_SIZE, HIDDEN_SIZE = 50, 16
 

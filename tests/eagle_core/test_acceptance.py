@@ -5,9 +5,9 @@ import math
 import pytest
 from numpy import array
 
-from eagle_core.acceptance import PromptResult, bootstrap_ratio, summarise
+from eagle_core.decoding.speculative import GenerationTrace, VerificationRound
 from eagle_core.errors import ConfigError
-from eagle_core.speculative import GenerationTrace, VerificationRound
+from eagle_core.evaluation.acceptance import PromptResult, bootstrap_ratio, summarise
 
 
 def trace(*accepted: int, drafted: int = 3, tokens: tuple[int, ...] = (1, 2)) -> GenerationTrace:

@@ -5,9 +5,9 @@ import re
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.regeneration_config import RegenerationConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.regeneration.config import RegenerationConfig
 
 SECRETS = [
     "https://me:hunter2@host/a.json",

@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from eagle_core import checkpoint
 from eagle_core.errors import ConfigError
-from eagle_core.loader import LoaderState
+from eagle_core.training import checkpoint
+from eagle_core.training.loader import LoaderState
 
 
 @pytest.fixture

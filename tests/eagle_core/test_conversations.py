@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_core.conversations import (
+from eagle_core.data.conversations import (
     Conversation,
     Message,
     content_key,
     is_held_out,
     normalise,
 )
-from eagle_core.ledger import Change, Reason, RejectedRecord
+from eagle_core.data.ledger import Change, Reason, RejectedRecord
 
 
 def sharegpt(*turns: tuple[str, str]) -> dict[str, object]:

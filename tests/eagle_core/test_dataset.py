@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from eagle_core.conversations import content_key, is_held_out
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.dataset_manifest import DatasetManifest, load_manifest
-from eagle_core.dataset_writer import Split
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.conversations import content_key, is_held_out
+from eagle_core.data.ledger import Reason
+from eagle_core.data.manifest import DatasetManifest, load_manifest
+from eagle_core.data.writer import Split
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.ledger import Reason
 
 
 def turns(*texts: str) -> dict[str, object]:
@@ -149,8 +149,8 @@ def test_a_failed_build_leaves_what_was_there(config: DatasetConfig, tmp_path: P
 KILLED = """
 import sys
 from pathlib import Path
-from eagle_core.dataset import build_dataset
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.build import build_dataset
+from eagle_core.data.config import DatasetConfig
 print("ready", flush=True)
 sys.stdin.readline()
 build_dataset(DatasetConfig(name="d", source=sys.argv[1], held_out_fraction=0.2),

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_core.draft import DraftConfig, DraftModel
-from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.decoding.speculative import (
+    DecodingConfig,
+    generate_plain_batch,
+    generate_speculative_batch,
+)
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.speculative import DecodingConfig, generate_plain_batch, generate_speculative_batch
-from eagle_core.target import TargetModel
-from eagle_core.training_result import Figures
-from eagle_core.ttt import TttOptions, ttt_step
+from eagle_core.target.model import TargetModel
+from eagle_core.training.result import Figures
+from eagle_core.training.ttt import TttOptions, ttt_step
 from tests.eagle_core.float64_target import load_float64_target
 from tests.eagle_core.pretend_device import MixedDevicesError, TensorElsewhere, pretend_device
 from tests.eagle_core.test_trainer import CONFIG, CPU, InterruptedHereError, interrupt_at, run

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_core.draft_vocabulary import DraftVocabulary, count_supervised_tokens
+from eagle_core.draft.vocabulary import DraftVocabulary, count_supervised_tokens
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.samples import TokenizedSample
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_core.errors import ConfigError
-from eagle_core.estimate import estimate_acceptance, expected_length, judge, replay
-from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
-from eagle_core.speculative import (
+from eagle_core.decoding.speculative import (
     DecodingConfig,
     VerificationRound,
     generate_plain,
     generate_speculative,
 )
-from eagle_core.target import TargetModel
+from eagle_core.errors import ConfigError
+from eagle_core.evaluation.estimate import estimate_acceptance, expected_length, judge, replay
+from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
+from eagle_core.target.model import TargetModel
 from tests.eagle_core.float64_target import load_float64_target
 from tests.eagle_core.one_sample_source import OneSampleSource
 from tests.eagle_core.oracle_draft import OracleDraft

@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eagle_core.acceptance import AcceptanceReport, summarise, summarise_by_category
-from eagle_core.draft import DraftConfig, DraftModel
-from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.decoding.speculative import generate_plain
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
-from eagle_core.evaluation import (
+from eagle_core.evaluation.acceptance import AcceptanceReport, summarise, summarise_by_category
+from eagle_core.evaluation.decode_prompts import (
     EvaluationConfig,
     EvaluationProgress,
     decode_prompts,
     mismatch_margin,
 )
-from eagle_core.prompts import Prompt, sample_prompts
+from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.samples import TokenizedSample
-from eagle_core.speculative import generate_plain
-from eagle_core.target import TargetModel
+from eagle_core.target.model import TargetModel
 from tests.eagle_core.float64_target import load_float64_target
 from tests.eagle_core.oracle_draft import OracleDraft
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from eagle_core import weights
-from eagle_core.draft import DraftCache, DraftConfig, DraftModel
-from eagle_core.draft_import import read_draft, warm_start
-from eagle_core.draft_layout import expected_shapes
-from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.draft.export import ExportConfig, ExportLayout, ServedTarget, export
+from eagle_core.draft.importing import read_draft, warm_start
+from eagle_core.draft.layout import expected_shapes
+from eagle_core.draft.model import DraftCache, DraftConfig, DraftModel
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.export import ExportConfig, ExportLayout, ServedTarget, export
+from eagle_core.target import weights
 from tests.side_environment import side_environment
 
 LAYOUTS: tuple[ExportLayout, ...] = ("serving", "speculators")

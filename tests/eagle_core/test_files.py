@@ -14,23 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eagle_core import checkpoint
-from eagle_core.checkpoint import Checkpoint
-from eagle_core.draft_vocabulary import DraftVocabulary
+from eagle_core.atomic_files import atomic_file, atomic_folder, disk_errors, write_text
+from eagle_core.data.ledger import Change
+from eagle_core.data.ledger_writer import LedgerWriter
+from eagle_core.draft.export import ExportConfig, ServedTarget, export
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import DiskError
-from eagle_core.export import ExportConfig, ServedTarget, export
-from eagle_core.files import atomic_file, atomic_folder, disk_errors, write_text
-from eagle_core.ledger import Change
-from eagle_core.ledger_writer import LedgerWriter
-from eagle_core.loader import LoaderState
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.tokens import write_token_file
+from eagle_core.tokenization.token_file import write_token_file
+from eagle_core.training import checkpoint
+from eagle_core.training.checkpoint import Checkpoint
+from eagle_core.training.loader import LoaderState
 from tests.eagle_core.random_source import random_draft
 
 _WRITE_AND_WAIT = """
 import sys
 from pathlib import Path
-from eagle_core.files import atomic_folder
+from eagle_core.atomic_files import atomic_folder
 with atomic_folder(Path(sys.argv[1])) as partial:
     (partial / "half").write_text("half")
     print("writing", flush=True)
@@ -111,7 +111,7 @@ def test_what_a_kill_left_goes_with_the_next_and_who_is_at_work_is_left_alone(
 _WRITE_MUCH = """
 import sys
 from pathlib import Path
-from eagle_core.files import write_text
+from eagle_core.atomic_files import write_text
 for number in range(200):
     write_text(Path(sys.argv[1]) / sys.argv[2], str(number))
 """

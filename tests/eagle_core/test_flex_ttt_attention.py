@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import flex_attention
 
 from eagle_core.errors import ConfigError
-from eagle_core.flex_ttt_attention import require_agreement
-from eagle_core.ttt import TttOptions
+from eagle_core.training.flex_attention import require_agreement
+from eagle_core.training.ttt import TttOptions
 from tests.eagle_core.test_trainer import run
 from tests.eagle_core.test_ttt import require_equal_to_plain
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(  # torch's own
     "ignore::UserWarning", "ignore::DeprecationWarning"
 )
 CPU = torch.device("cpu")
-KERNEL = "eagle_core.flex_ttt_attention._compiled"
+KERNEL = "eagle_core.training.flex_attention._compiled"
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def _not_a_number(mixed: torch.Tensor, extra: Any) -> tuple[torch.Tensor, Any]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_it_equals_the_plain_formulation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagle_core.ttt.fuses_attention", lambda *_: True)
+    monkeypatch.setattr("eagle_core.training.ttt.fuses_attention", lambda *_: True)
     require_equal_to_plain(seed, [9, 2, 24, 7], TttOptions(), norms=False)
 
 
@@ -62,7 +62,7 @@ def test_a_right_kernel_is_taken(dtype: torch.dtype, num_heads: int, num_kv_head
 def test_a_wrong_kernel_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr("eagle_core.trainer.fuses_attention", lambda *_: True)
+    monkeypatch.setattr("eagle_core.training.trainer.fuses_attention", lambda *_: True)
     monkeypatch.setattr(KERNEL, lambda: _changed(change))
     with pytest.raises(ConfigError, match=r"FlexAttention is off by .* set training\.compile"):
         run(tmp_path)

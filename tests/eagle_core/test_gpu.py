@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks import golden
 from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import SHAPES, StepCase, draft_rows_of_target_head
-from eagle_core import checkpoint
-from eagle_core.draft import DraftModel
-from eagle_core.precision import multiplying_dtype
-from eagle_core.ttt import TttOptions, ttt_step
+from eagle_core.draft.model import DraftModel
+from eagle_core.training import checkpoint
+from eagle_core.training.precision import multiplying_dtype
+from eagle_core.training.ttt import TttOptions, ttt_step
 from tests.eagle_core.test_trainer import CONFIG, InterruptedHereError, interrupt_at, run
 
 pytestmark = [
@@ -95,7 +95,7 @@ import os
 import sys
 from pathlib import Path
 import torch
-from eagle_core.processes import join_processes
+from eagle_core.training.distributed import join_processes
 from tests.eagle_core import test_gpu
 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 with join_processes():

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eagle_core.errors import ConfigError
-from eagle_core.hosted_trackers import (
+from eagle_core.tracking.hosted import (
     TrackedRun,
     TrackingConfig,
     hosted_run_id,

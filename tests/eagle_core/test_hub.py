@@ -28,8 +28,8 @@ FILES = {
 BUILD = """
 import sys
 from pathlib import Path
-from eagle_core.dataset import build_dataset
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.build import build_dataset
+from eagle_core.data.config import DatasetConfig
 config = DatasetConfig.model_validate_json(sys.argv[1])
 try:
     print(build_dataset(config, out_dir=Path(sys.argv[2])).model_dump_json())

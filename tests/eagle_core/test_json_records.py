@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_core import json_records
+from eagle_core.data import json_records
+from eagle_core.data.json_records import JsonArrayReader, read_json_lines
+from eagle_core.data.ledger import Reason
+from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import CorruptError
-from eagle_core.json_records import JsonArrayReader, read_json_lines
-from eagle_core.ledger import Reason
-from eagle_core.source_record import DamagedRecord, SourceRecord
 
 Found = list[SourceRecord | DamagedRecord]
 

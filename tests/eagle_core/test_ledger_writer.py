@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.conversations import Conversation, Message
-from eagle_core.ledger import Reason
-from eagle_core.ledger_writer import LedgerWriter
-from eagle_core.templates import ConversationTokenizer
+from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.ledger import Reason
+from eagle_core.data.ledger_writer import LedgerWriter
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 
 def conversation(name: str, question: str) -> Conversation:

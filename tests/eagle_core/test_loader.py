@@ -6,7 +6,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_core.loader import LoaderState, StepShape, batch_end, count_steps, epoch_order, steps
+from eagle_core.training.loader import (
+    LoaderState,
+    StepShape,
+    batch_end,
+    count_steps,
+    epoch_order,
+    steps,
+)
 from tests.eagle_core.random_source import RandomSource
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.conversations import Conversation, Message
-from eagle_core.ledger import RejectedRecord
-from eagle_core.parallel_tokenization import tokenize_in_processes
-from eagle_core.templates import ConversationTokenizer
+from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.ledger import RejectedRecord
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.tokenization.parallel import tokenize_in_processes
 
 
 def conversations(num: int, taken: list[int]) -> Iterator[Conversation]:

@@ -15,12 +15,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from eagle_core.bfloat16 import from_bfloat16_bits
 from eagle_core.errors import ConfigError
-from eagle_core.partial_target import KeptStates, PartialTarget, slice_config
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tensors import from_bfloat16_bits
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.target.partial import KeptStates, PartialTarget, slice_config
 
 SIZES = {
     "vocab_size": 90,

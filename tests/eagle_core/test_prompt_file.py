@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from eagle_core.errors import ConfigError
-from eagle_core.prompt_file import read_prompts
-from eagle_core.template_config import TemplateConfig
-from eagle_core.templates import ConversationTokenizer
+from eagle_core.evaluation.prompt_file import read_prompts
+from eagle_core.tokenization.config import TemplateConfig
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 QWEN3 = Path(__file__).with_name("chat_templates") / "qwen3.jinja"
 ASKED = "<|im_start|>user\nTell me about rivers.<|im_end|>\n<|im_start|>assistant\n"

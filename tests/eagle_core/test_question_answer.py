@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from eagle_core.conversations import Conversation, Message, content_key, normalise
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.dataset_presets import PRESETS
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.columns import Columns
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.conversations import Conversation, Message, content_key, normalise
+from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.presets import PRESETS
+from eagle_core.data.source_record import SourceRecord
+from eagle_core.data.sources import read_records
+from eagle_core.data.tool_calls import ToolCall
 from eagle_core.errors import CorruptError
-from eagle_core.ledger import Reason, RejectedRecord
-from eagle_core.question_answer import Columns
-from eagle_core.source_record import SourceRecord
-from eagle_core.sources import read_records
-from eagle_core.tool_calls import ToolCall
 
 
 def turns(record: object, columns: Columns | None = None) -> list[tuple[str, str]]:

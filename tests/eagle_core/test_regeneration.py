@@ -16,19 +16,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from eagle_core import weights
-from eagle_core.conversations import Conversation, Message, content_key
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.dataset_manifest import DatasetManifest
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.conversations import Conversation, Message, content_key
+from eagle_core.data.manifest import DatasetManifest
 from eagle_core.errors import ConfigError, TransientError
-from eagle_core.regeneration import Regenerated, Regeneration
-from eagle_core.regeneration_answer import Question
-from eagle_core.regeneration_config import RegenerationConfig
-from eagle_core.regeneration_journal import AnswerJournal, FinishedConversation
-from eagle_core.regeneration_local import LocalAnswers
-from eagle_core.regeneration_server import AnswerServer
-from eagle_core.target_config import TargetConfig
+from eagle_core.regeneration.answers import Question
+from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.journal import AnswerJournal, FinishedConversation
+from eagle_core.regeneration.local import LocalAnswers
+from eagle_core.regeneration.regenerate import Regenerated, Regeneration
+from eagle_core.regeneration.server import AnswerServer
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
 from tests.eagle_core.answer_server import Body, Fault, Server, echo, say, serving
 from tests.waiting import LIMIT_SECONDS, wait_for
 
@@ -364,10 +364,10 @@ def test_more_questions_ask_only_the_new_ones(made: Make, tmp_path: Path) -> Non
 SCRIPT = """
 import sys
 from pathlib import Path
-from eagle_core.regeneration import Regeneration
-from eagle_core.regeneration_answer import Question
-from eagle_core.regeneration_config import RegenerationConfig
-from eagle_core.regeneration_server import AnswerServer
+from eagle_core.regeneration.regenerate import Regeneration
+from eagle_core.regeneration.answers import Question
+from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.server import AnswerServer
 config = RegenerationConfig(base_url=sys.argv[1], concurrency=4)
 answers = AnswerServer(config, model="m", api_key=None)
 Regeneration(config, answers, source=Path(sys.argv[2]), out_dir=Path(sys.argv[3])).run()

@@ -2,7 +2,7 @@
 
 import torch
 
-from eagle_core.repeated_linear import RepeatedLinear
+from eagle_core.training.repeated_linear import RepeatedLinear
 
 _ROWS = (3, 0, 40, 17)
 

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.source_record import SourceRecord
+from eagle_core.data.sources import find_source, identify, read_records
 from eagle_core.errors import ConfigError, CorruptError, TransientError
-from eagle_core.source_record import SourceRecord
-from eagle_core.sources import find_source, identify, read_records
 
 RECORDS: list[object] = [{"id": str(number), "text": "é" * number} for number in range(5)]
 

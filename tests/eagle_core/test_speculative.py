@@ -7,19 +7,19 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from eagle_core import weights
-from eagle_core.draft import DraftCache, DraftConfig, DraftModel
-from eagle_core.draft_vocabulary import DraftVocabulary
-from eagle_core.errors import ConfigError
-from eagle_core.speculative import (
+from eagle_core.decoding.speculative import (
     DecodingConfig,
     generate_plain,
     generate_plain_batch,
     generate_speculative,
     generate_speculative_batch,
 )
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
+from eagle_core.draft.model import DraftCache, DraftConfig, DraftModel
+from eagle_core.draft.vocabulary import DraftVocabulary
+from eagle_core.errors import ConfigError
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
 from tests.eagle_core.float64_target import load_float64_target
 from tests.eagle_core.oracle_draft import OracleDraft
 

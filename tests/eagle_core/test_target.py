@@ -19,18 +19,18 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eagle_core import weights
+from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.target import (
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import (
     TargetModel,
     aux_layers,
     batches_by_length,
     fingerprint_fields,
     read_stop_ids,
 )
-from eagle_core.target_config import TargetConfig
-from eagle_core.tensors import from_bfloat16_bits, to_bfloat16_bits
 
 SIZES = {
     "vocab_size": 90,

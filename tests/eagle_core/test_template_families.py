@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from eagle_core.conversations import Conversation, Message, normalise
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.conversations import Conversation, Message, normalise
+from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.source_record import SourceRecord
+from eagle_core.data.sources import read_records
+from eagle_core.data.tool_calls import ToolCall
 from eagle_core.errors import ConfigError
-from eagle_core.ledger import Reason, RejectedRecord
 from eagle_core.samples import TokenizedSample
-from eagle_core.source_record import SourceRecord
-from eagle_core.sources import read_records
-from eagle_core.template_config import TemplateConfig
-from eagle_core.templates import ConversationTokenizer
-from eagle_core.tool_calls import ToolCall
+from eagle_core.tokenization.config import TemplateConfig
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 FAMILIES: dict[str, dict[str, Any]] = json.loads(

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.conversations import Conversation, Message
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.errors import ConfigError
-from eagle_core.ledger import Reason, RejectedRecord
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.template_config import TemplateConfig
-from eagle_core.templates import ConversationTokenizer, truncate
+from eagle_core.tokenization.config import TemplateConfig
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer, truncate
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.conversations import Conversation, Message
-from eagle_core.draft_vocabulary import DraftVocabulary
-from eagle_core.sample_page import sample_as_text, statistics_page
+from eagle_core.data.conversations import Conversation, Message
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import TokenizedSample
-from eagle_core.templates import ConversationTokenizer
-from eagle_core.token_statistics import gather_statistics
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.tokenization.sample_page import sample_as_text, statistics_page
+from eagle_core.tokenization.statistics import gather_statistics
 
 
 def sample(length: int, num_supervised: int, token: int = 1) -> TokenizedSample:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eagle_core.errors import CorruptError
-from eagle_core.tokens import TokenFile, write_token_file
+from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from tests.eagle_core.test_target import tokenized
 
 

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle_core import checkpoint
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.held_out import HeldOutFigures
-from eagle_core.loader import LoaderState
-from eagle_core.trackers import TensorBoardTracker
-from eagle_core.trainer import train
-from eagle_core.training_config import TrainingConfig
-from eagle_core.training_result import Progress, TrainingResult
+from eagle_core.tracking.tracker import TensorBoardTracker
+from eagle_core.training import checkpoint
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.loader import LoaderState
+from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.trainer import train
+from eagle_core.training.validation import HeldOutFigures
 from tests.eagle_core.random_source import RandomSource, random_draft
 from tests.waiting import LIMIT_SECONDS
 
@@ -348,7 +348,7 @@ def test_the_best_measurement_has_a_checkpoint_wherever_it_falls(
         share = next(found)
         return HeldOutFigures(accuracies=(share,), acceptances=(share,), prefixes=(share,))
 
-    monkeypatch.setattr("eagle_core.trainer.measure_held_out", measured)
+    monkeypatch.setattr("eagle_core.training.trainer.measure_held_out", measured)
     every = {"held_out_every": 1, "checkpoint_every": 100, "max_steps": 6, "keep_last": 1}
     run(tmp_path, CONFIG.model_copy(update=every))
     run(tmp_path, CONFIG.model_copy(update={**every, "max_steps": 8}))  # goes on: 0.5 is known
@@ -364,7 +364,7 @@ HALF_SILENT = RandomSource(silent=frozenset(range(0, 20, 2)))
 _RANKS = """
 import json, sys
 from pathlib import Path
-from eagle_core.processes import join_processes
+from eagle_core.training.distributed import join_processes
 from tests.eagle_core import test_trainer
 with join_processes():
     for folder, config in json.loads(sys.argv[1]):

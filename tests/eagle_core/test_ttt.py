@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import golden
-from eagle_core.draft import DraftConfig, DraftModel
-from eagle_core.packing import PackedBatch
-from eagle_core.ttt import TttOptions, ttt_step
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.ttt import TttOptions, ttt_step
 from tests import needs
 from tests.eagle_core.plain_ttt import plain_loss
 
@@ -121,9 +121,9 @@ def test_equals_the_plain_formulation(
         gradient_checkpointing=checkpointing,
     )
     with pytest.MonkeyPatch.context() as patch:  # many blocks of few rows, or one of all
-        patch.setattr("eagle_core.ttt_attention.BLOCK_QUERIES", block)
-        patch.setattr("eagle_core.distillation_loss.CHUNK_ROWS", 4 * block)
-        patch.setattr("eagle_core.distillation_loss.TILE_BYTES", 400 * block)
+        patch.setattr("eagle_core.training.attention.BLOCK_QUERIES", block)
+        patch.setattr("eagle_core.training.loss.CHUNK_ROWS", 4 * block)
+        patch.setattr("eagle_core.training.loss.TILE_BYTES", 400 * block)
         require_equal_to_plain(seed, lengths, options, norms=norms)
 
 
@@ -161,7 +161,7 @@ def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan() -> None:
 
 @pytest.mark.parametrize("added_rows", [7, 500])
 def test_bfloat16_comes_near_float32(added_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagle_core.distillation_loss._ADDED_ROWS", added_rows)
+    monkeypatch.setattr("eagle_core.training.loss._ADDED_ROWS", added_rows)
     draft, batch, head = random_case(5, [20, 13])
     draft, head = draft.float(), head.float()
     for parameter in draft.parameters():

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from eagle_core.verification import Verdict, residual, sample_token, verify_greedy, verify_sampled
+from eagle_core.decoding.verification import (
+    Verdict,
+    residual,
+    sample_token,
+    verify_greedy,
+    verify_sampled,
+)
 
 
 def test_the_longest_prefix_equal_to_the_argmax_stands() -> None:

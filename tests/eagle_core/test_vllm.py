@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from eagle_core.draft import DraftModel
-from eagle_core.drafting import ChainDrafter, Proposal
-from eagle_core.export import ExportConfig, ExportLayout, ServedTarget, export
-from eagle_core.speculative import DecodingConfig, generate_speculative
-from eagle_core.target import TargetModel, aux_layers
-from eagle_core.target_config import TargetConfig
+from eagle_core.decoding.chain_drafter import ChainDrafter, Proposal
+from eagle_core.decoding.speculative import DecodingConfig, generate_speculative
+from eagle_core.draft.export import ExportConfig, ExportLayout, ServedTarget, export
+from eagle_core.draft.model import DraftModel
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel, aux_layers
 from tests.eagle_core.test_export import make_draft
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")

@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 from pydantic import BaseModel
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target_config import TargetConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
 from flows.child_process import Child
 from flows.config import StoreConfig
 from flows.shard_processes import ShardProcesses

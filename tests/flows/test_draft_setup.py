@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle_core import checkpoint
-from eagle_core.draft_vocabulary import DraftVocabulary
-from eagle_core.loader import LoaderState
+from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile, write_token_file
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile, write_token_file
+from eagle_core.training import checkpoint
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.loader import LoaderState
 from flows.draft_setup import VOCABULARY_NAME, choose_vocabulary
 
 TRAINING = TrainingConfig(draft_vocab_size=10)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from prefect import flow
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.draft import DraftModel
+from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.estimate import AcceptanceEstimate, estimate_acceptance
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.template_config import TemplateConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.estimate import AcceptanceEstimate, estimate_acceptance
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.config import TemplateConfig
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.config import TrainingConfig
 from flows import report
 from flows.config import StoreConfig
 from flows.draft_setup import load_trained, set_up_draft

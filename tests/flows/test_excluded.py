@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eagle_core.dataset import build_dataset, load_conversations
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.build import build_dataset, load_conversations
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, CorruptError
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states, publish

@@ -8,17 +8,17 @@ import pytest
 import torch
 from prefect import flow
 
-from eagle_core import checkpoint
-from eagle_core.checkpoint import Checkpoint
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.draft import DraftModel
-from eagle_core.draft_import import read_draft
+from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.importing import read_draft
+from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.loader import LoaderState
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training import checkpoint
+from eagle_core.training.checkpoint import Checkpoint
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.loader import LoaderState
 from flows import report
 from flows.draft_setup import choose_vocabulary, set_up_draft
 from flows.export import export_flow

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target_config import TargetConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
 from flows.gc import gc_flow
 from flows.inspection import look
 from storage.errors import ConfigError, CorruptError

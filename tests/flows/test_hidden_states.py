@@ -15,12 +15,12 @@ from pydantic import ValidationError
 
 import eagle_core.errors
 import storage.errors
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile, write_token_file
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile, write_token_file
+from eagle_core.training.config import TrainingConfig
 from flows.artifact_key import artifact_key
 from flows.channel import Channel
 from flows.config import StoreConfig

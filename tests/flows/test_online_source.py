@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle_core.loader import LoaderState, StepShape, steps
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile, write_token_file
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile, write_token_file
+from eagle_core.training.loader import LoaderState, StepShape, steps
 from flows.online_source import OnlineSource
 from tests.eagle_core.test_target import tokenized
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target_config import TargetConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
 from flows.bill import encoding_name
 from flows.config import StoreConfig
 from flows.errors import DoesNotFitError

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from eagle_core import checkpoint
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.partial_target import PartialTarget
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.target.partial import PartialTarget
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training import checkpoint
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states

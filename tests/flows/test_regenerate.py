@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from prefect.blocks.system import Secret
 
-from eagle_core.dataset import load_conversations
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.dataset_manifest import load_manifest
+from eagle_core.data.build import load_conversations
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.manifest import load_manifest
 from eagle_core.errors import ConfigError
-from eagle_core.regeneration_config import RegenerationConfig
-from eagle_core.target_config import TargetConfig
-from eagle_core.template_config import TemplateConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.config import TemplateConfig
+from eagle_core.tokenization.token_file import TokenFile
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.prepare import prepare_dataset, tokenize

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
 from flows.config import StoreConfig
 from flows.errors import DamagedStoreError
 from flows.hidden_states import hidden_states

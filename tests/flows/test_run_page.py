@@ -8,11 +8,11 @@ from playwright.sync_api import Page, Request
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.evaluation import EvaluationConfig
-from eagle_core.target_config import TargetConfig
-from eagle_core.trackers import TensorBoardTracker
-from eagle_core.training_config import TrainingConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tracking.tracker import TensorBoardTracker
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow

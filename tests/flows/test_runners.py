@@ -18,9 +18,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 import storage.errors
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.target_config import TargetConfig
+from eagle_core.target.config import TargetConfig
 from flows import child_process
 from flows import runner as runner_module
 from flows.channel import VARIABLE

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 from prefect.blocks.system import Secret
 
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.data.config import DatasetConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.repair import repair_flow

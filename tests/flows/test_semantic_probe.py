@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.bfloat16 import to_bfloat16_bits
+from eagle_core.data.config import DatasetConfig
 from eagle_core.samples import HiddenStateSample
-from eagle_core.target import TargetModel
-from eagle_core.target_config import TargetConfig
-from eagle_core.tensors import to_bfloat16_bits
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.recompute import TargetRecompute

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from eagle_core import hosted_trackers
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.hosted_trackers import TrackingConfig
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.tracking import hosted as hosted_trackers
+from eagle_core.tracking.hosted import TrackingConfig
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.offline import offline

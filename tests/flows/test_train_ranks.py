@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eagle_core import checkpoint
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.target_config import TargetConfig
-from eagle_core.training_config import TrainingConfig
+from eagle_core.target.config import TargetConfig
+from eagle_core.training import checkpoint
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.errors import ChildKilledError, TrainingStoppedError
 from flows.hidden_states import hidden_states

@@ -10,12 +10,12 @@ import pytest
 
 import eagle_core.errors
 import storage.errors
-from eagle_core.dataset import load_conversations
-from eagle_core.dataset_config import DatasetConfig
-from eagle_core.draft_vocabulary import DraftVocabulary
-from eagle_core.target_config import TargetConfig
-from eagle_core.tokens import TokenFile
-from eagle_core.training_config import TrainingConfig
+from eagle_core.data.build import load_conversations
+from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.vocabulary import DraftVocabulary
+from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.config import TrainingConfig
 from flows.config import StoreConfig
 from flows.draft_setup import VOCABULARY_NAME
 from flows.export import export_flow

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from prefect.logging import disable_run_logger
 
-from eagle_core.dataset import build_dataset
-from eagle_core.dataset_config import DatasetConfig
+from eagle_core.data.build import build_dataset
+from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
 from flows.watch import SourceChange, look
 from flows.workspace import Workspace

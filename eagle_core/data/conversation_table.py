@@ -1,0 +1,61 @@
+"""Conversations as rows of a Parquet table."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.tool_calls import ToolCall
+
+_TOOL_CALL = pa.struct([(name, pa.string()) for name in ("name", "arguments", "call_id")])
+_MESSAGE = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.string()),
+        ("reasoning_content", pa.string()),
+        ("tool_calls", pa.list_(_TOOL_CALL)),
+    ]
+)
+CONVERSATION_SCHEMA = pa.schema(
+    [
+        ("conversation_id", pa.string()),
+        ("content_key", pa.string()),
+        ("messages", pa.list_(_MESSAGE)),
+        ("tools", pa.string()),
+        ("rendered_text", pa.string()),
+        ("location", pa.string()),
+    ]
+)
+
+
+def to_row(conversation: Conversation, content_key: str) -> dict[str, object]:
+    """Return the row of a conversation."""
+    return {
+        "conversation_id": conversation.conversation_id,
+        "content_key": content_key,
+        "messages": [asdict(message) for message in conversation.messages],
+        "tools": conversation.tools,
+        "rendered_text": conversation.rendered_text,
+        "location": conversation.location,
+    }
+
+
+def from_row(row: dict[str, Any]) -> Conversation:
+    """Return the conversation in a row."""
+    return Conversation(
+        conversation_id=row["conversation_id"],
+        messages=tuple(map(_message, row["messages"])),
+        tools=row["tools"],
+        rendered_text=row["rendered_text"],
+        location=row.get("location") or "",  # earlier versions did not write it
+    )
+
+
+def _message(row: dict[str, Any]) -> Message:
+    return Message(
+        role=row["role"],
+        content=row["content"],
+        reasoning_content=row["reasoning_content"],
+        tool_calls=tuple(ToolCall(**call) for call in row["tool_calls"]),
+    )

@@ -1,0 +1,323 @@
+"""Conversations: one clean form for every way people write them down.
+
+A conversation is an optional system turn, then user and assistant turns that alternate (tool
+results may stand between two assistant turns), and ends with the assistant. Whatever cannot be
+brought into that form is a `RejectedRecord`; nothing is guessed and nothing is silently repaired.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Literal, Self
+
+import xxhash
+
+from eagle_core.data.columns import Columns, as_turns
+from eagle_core.data.ledger import Change, Reason, RejectedRecord
+from eagle_core.data.tool_calls import (
+    ToolCall,
+    parse_function_call,
+    parse_tool_calls,
+    parse_tools,
+)
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_MAY_FOLLOW: Mapping[Role | None, frozenset[Role]] = {
+    None: frozenset({"system", "user"}),
+    "system": frozenset({"user"}),
+    "user": frozenset({"assistant"}),
+    "assistant": frozenset({"user", "tool"}),
+    "tool": frozenset({"assistant", "tool"}),
+}
+_MESSAGE_KEYS = ("conversations", "conversation", "messages")
+_THINK_END = "</think>"
+_ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+    reasoning_content: str = ""
+    """What the assistant thought before it wrote `content`."""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought, whether it stands apart or, between think tags, in the content."""
+        if self.reasoning_content or _THINK_END not in self.content:
+            return self.reasoning_content
+        return self.content.partition(_THINK_END)[0].strip().removeprefix("<think>").strip()
+
+    def without_reasoning(self) -> Self:
+        """Return the message with the answer alone."""
+        answer = self.content
+        if self.role == "assistant" and _THINK_END in answer:
+            answer = answer.partition(_THINK_END)[2].lstrip("\n")
+        return replace(self, content=answer, reasoning_content="")
+
+    def as_openai(self) -> dict[str, object]:
+        """Return the message as chat templates read it; gpt-oss reads reasoning as `thinking`."""
+        message: dict[str, object] = {"role": self.role, "content": self.content}
+        if self.reasoning_content:
+            message["reasoning_content"] = message["thinking"] = self.reasoning_content
+        if self.tool_calls:
+            message["content"] = self.content or None
+            message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
+        return message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Turns in order, the last one the assistant's; or the text that a chat template made of them.
+
+    Such a text is read back into turns where the template is known: when it is tokenised.
+    """
+
+    conversation_id: str
+    messages: tuple[Message, ...]
+    tools: str = ""
+    """JSON text of the tools on offer; empty if there are none."""
+    rendered_text: str = ""
+    """Instead of messages."""
+    location: str = field(default="", compare=False)
+    """File and record that it was read from; empty in a data set of an earlier version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalised:
+    """A conversation and what had to be changed to get it."""
+
+    conversation: Conversation
+    changes: tuple[Change, ...]
+
+
+def normalise(
+    record: object,
+    *,
+    location: str,
+    columns: Columns | None = None,
+    rendered_text: str | None = None,
+) -> Normalised:
+    """Return the conversation in a ShareGPT, OpenAI, question-and-answer or rendered record.
+
+    ShareGPT turns have `from` and `value`, OpenAI's `role` and `content`. `columns` names question
+    and answer; without it the usual names count, where there is no list of turns. `rendered_text`
+    names the column of a text that a chat template made.
+
+    Two things are changed, and said in `changes`. Assistant turns that come before any user turn
+    are cut: they answer something that is not there. Turns after the last assistant turn are cut:
+    nothing in them is learned. Raises `RejectedRecord` with a reason for everything else.
+    """
+    if not isinstance(record, Mapping):
+        raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(record).__name__}")
+    if rendered_text is not None:
+        conversation = Conversation(
+            conversation_id=_named(record, location),
+            messages=(),
+            rendered_text=_rendered(record, rendered_text, location),
+            location=location,
+        )
+        return Normalised(conversation=_with_id(conversation), changes=())
+    messages = [
+        _message(turn, location=f"{location}, turn {index}")
+        for index, turn in enumerate(_turns(record, columns, location))
+    ]
+    kept, changes = _cut_ends(messages)
+    if not any(message.role == "assistant" for message in kept):
+        raise RejectedRecord(Reason.NO_ASSISTANT_TURN, location, f"{len(messages)} turns")
+    _check_turns(kept, location)
+    conversation = Conversation(
+        conversation_id=_named(record, location),
+        messages=tuple(kept),
+        tools=parse_tools(record.get("tools"), location=location),
+        location=location,
+    )
+    return Normalised(conversation=_with_id(conversation), changes=changes)
+
+
+def content_key(conversation: Conversation) -> str:
+    """Return xxh3_128 of all that was said, 32 hex digits: equal exactly for equal turns."""
+    digest = xxhash.xxh3_128()
+    for message in conversation.messages:
+        content = message.content.encode()
+        digest.update(f"{message.role} {len(content)}\n".encode())  # the length keeps turns apart
+        digest.update(content)
+        if message.reasoning_content or message.tool_calls:
+            calls = [astuple(call) for call in message.tool_calls]
+            digest.update(b"\n" + json.dumps([message.reasoning_content, calls]).encode())
+    if conversation.tools:
+        digest.update(b"\ntools " + conversation.tools.encode())
+    if conversation.rendered_text:
+        digest.update(b"\ntext " + conversation.rendered_text.encode())
+    return digest.hexdigest()
+
+
+def piece_key(conversation: Conversation) -> str:
+    """Return the key that all pieces of one chat share: ids `X_0`, `X_1`, ... give that of `X`.
+
+    ShareGPT was published cut into such pieces. An id of another form gives the content key.
+    """
+    stem, mark, number = conversation.conversation_id.rpartition("_")
+    if not stem or not mark or not number.isdecimal():
+        return content_key(conversation)
+    return xxhash.xxh3_128_hexdigest(stem.encode())
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Return whether the conversation with this content or piece key is held out.
+
+    Depends on the key alone: adding data moves no conversation, and a larger fraction only adds to
+    the held-out ones.
+    """
+    return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
+
+
+def _named(record: Mapping[str, object], location: str) -> str:
+    """Return the id that the record gives, empty if it gives none."""
+    named = next((record[key] for key in _ID_KEYS if record.get(key) not in (None, "")), None)
+    return _encodable(str(named), location) if named is not None else ""
+
+
+def _with_id(conversation: Conversation) -> Conversation:
+    if conversation.conversation_id:
+        return conversation
+    return replace(conversation, conversation_id=content_key(conversation))
+
+
+def _rendered(record: Mapping[str, object], column: str, location: str) -> str:
+    text = record.get(column)
+    if text is None:
+        found = ", ".join(sorted(map(str, record))[:8])
+        raise RejectedRecord(Reason.NO_MESSAGES, location, f"no column {column}: {found}")
+    if not isinstance(text, str):
+        raise RejectedRecord(Reason.NOT_TEXT, location, f"{column} is {type(text).__name__}")
+    if not text.strip():
+        raise RejectedRecord(Reason.EMPTY_TURN, location, f"{column} is empty")
+    return _encodable(text, location)
+
+
+def _turns(
+    record: Mapping[str, object], columns: Columns | None, location: str
+) -> Sequence[object]:
+    for key in () if columns else _MESSAGE_KEYS:
+        turns = record.get(key)
+        if isinstance(turns, Sequence) and not isinstance(turns, str | bytes):
+            if not turns:
+                raise RejectedRecord(Reason.NO_MESSAGES, location, f"{key} is empty")
+            return turns
+    pair = as_turns(record, columns)
+    if pair is not None:
+        return pair
+    found = ", ".join(sorted(map(str, record))[:8])
+    raise RejectedRecord(Reason.NO_MESSAGES, location, f"neither turns nor question: {found}")
+
+
+def _message(turn: object, *, location: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(turn).__name__}")
+    name = _first(turn, "role", "from")
+    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise RejectedRecord(Reason.UNKNOWN_ROLE, location, f"role {str(name)[:40]!a}")
+    content = _text(_first(turn, "content", "value"), location)
+    if name == "function_call":
+        call = parse_function_call(content, location=location)
+        return Message(role=role, content="", tool_calls=(call,))
+    if role != "assistant":
+        return Message(role=role, content=content)
+    return Message(
+        role=role,
+        content=content,
+        reasoning_content=_text(_first(turn, "reasoning_content", "reasoning"), location),
+        tool_calls=parse_tool_calls(turn.get("tool_calls"), location=location),
+    )
+
+
+def _first(turn: Mapping[str, object], *names: str) -> object:
+    """Return the first of the fields that holds something: tables fill absent ones with null."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
+
+
+def _text(content: object, location: str) -> str:
+    if isinstance(content, str):
+        return _encodable(content, location)
+    if content is None:
+        return ""
+    if isinstance(content, Sequence) and not isinstance(content, bytes):
+        return "".join(_part_text(part, location) for part in content)
+    raise RejectedRecord(Reason.NOT_TEXT, location, f"content is {type(content).__name__}")
+
+
+def _part_text(part: object, location: str) -> str:
+    """Return the text of one OpenAI content part; images and audio are refused."""
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return _encodable(part["text"], location)
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise RejectedRecord(Reason.NOT_TEXT, location, f"content part {str(kind)[:40]!a}")
+
+
+def _encodable(text: str, location: str) -> str:
+    """Return `text`; JSON can escape half a surrogate pair, which no UTF-8 file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RejectedRecord(
+            Reason.BROKEN_UTF8, location, f"lone surrogate at character {error.start}"
+        ) from error
+    return text
+
+
+def _cut_ends(messages: Sequence[Message]) -> tuple[list[Message], tuple[Change, ...]]:
+    """Return what lies between the first user turn and the last assistant turn, system included."""
+    changes = []
+    start = 1 if messages[0].role == "system" else 0
+    first = start
+    while first < len(messages) and messages[first].role == "assistant":
+        first += 1
+    kept = [*messages[:start], *messages[first:]]
+    if first > start:
+        changes.append(Change.LEADING_ASSISTANT_TURNS_CUT)
+    end = len(kept)
+    while end > 0 and kept[end - 1].role != "assistant":
+        end -= 1
+    if end < len(kept):
+        changes.append(Change.TRAILING_TURNS_CUT)
+    return kept[:end], tuple(changes)
+
+
+def _check_turns(messages: Sequence[Message], location: str) -> None:
+    previous: Role | None = None
+    for index, message in enumerate(messages):
+        if message.role not in _MAY_FOLLOW[previous]:
+            raise RejectedRecord(
+                Reason.WRONG_ALTERNATION,
+                location,
+                f"turn {index} is {message.role} after {previous or 'nothing'}",
+            )
+        if not message.content.strip() and not message.tool_calls:
+            raise RejectedRecord(
+                Reason.EMPTY_TURN, location, f"turn {index} ({message.role}) is empty"
+            )
+        previous = message.role

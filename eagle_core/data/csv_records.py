@@ -1,0 +1,44 @@
+"""Records of a CSV file with a header line, streamed."""
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+
+from eagle_core.data.source_record import SourceRecord
+from eagle_core.errors import CorruptError
+
+_MAX_FIELD_CHARACTERS = 1 << 28
+
+
+def read_csv(
+    stream: io.RawIOBase, *, path: str, fraction: Callable[[], float]
+) -> Iterator[SourceRecord]:
+    """Yield one mapping a row, column to text.
+
+    Raises `CorruptError` for a row with more or fewer cells than the header, which is what a file
+    that was cut, or has a stray quote, looks like, and for bytes that are not UTF-8.
+    """
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    row = 0
+    try:
+        with io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, strict=True)
+            header = next(reader, [])
+            for row, cells in enumerate(reader):
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise CorruptError(
+                        f"{path}, row {row} (line {reader.line_num}) has {len(cells)} cells, the "
+                        f"header has {len(header)}; replace the file and run again"
+                    )
+                yield SourceRecord(
+                    value=dict(zip(header, cells, strict=True)),
+                    location=f"{PurePosixPath(path).name}, row {row}",
+                    fraction_read=fraction(),
+                )
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CorruptError(
+            f"{path} is not whole CSV in UTF-8 after row {row}: {error}; replace it and run again"
+        ) from error

@@ -1,0 +1,56 @@
+"""Keeps the ledger: counts by reason, and one row for every dropped or changed record."""
+
+from collections import Counter
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+
+from eagle_core.data.ledger import Change, LedgerEntry, RejectedRecord
+from eagle_core.data.row_writer import RowWriter
+
+LEDGER_SCHEMA = pa.schema([(field.name, pa.string()) for field in fields(LedgerEntry)])
+
+
+class LedgerWriter:
+    """A context around one run of cleaning or of tokenising; its `drop` fits `on_rejected`."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows = RowWriter(path, LEDGER_SCHEMA)
+        self.dropped: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        """Take entries from here on."""
+        self._rows.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finish the file, or remove it after an error."""
+        self._rows.__exit__(kind, error, traceback)
+
+    def drop(self, rejected: RejectedRecord, *, conversation_id: str = "") -> None:
+        """Enter that a record was left out."""
+        self.dropped[rejected.reason.value] += 1
+        self._rows.add(asdict(LedgerEntry.of(rejected, conversation_id=conversation_id)))
+
+    def change(
+        self, change: Change, *, location: str, conversation_id: str, detail: str = ""
+    ) -> None:
+        """Enter that a record was kept with a change."""
+        self.changed[change.value] += 1
+        entry = LedgerEntry(
+            location=location,
+            conversation_id=conversation_id,
+            action="changed",
+            reason=change.value,
+            detail=detail,
+        )
+        self._rows.add(asdict(entry))

@@ -1,0 +1,160 @@
+"""Chain drafting: the EAGLE-3 recurrence run forward, with the draft's own key-value cache.
+
+Entry t of the draft's cache reads the embedding of token t+1 and the fused aux states of token t,
+sits at rotary position t and predicts token t+2. The invariant: entries that stay were made from
+the target's aux states alone; whatever a chain appended from its own hidden states is cropped
+before the next true entries are written. The sequences of a batch may be of any lengths: each has
+its own positions, and no row sees what only fills another one up.
+
+Shapes: B batch, T tokens, H draft hidden, Ht target hidden, D draft vocabulary, V target
+vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from eagle_core.decoding.verification import sample_token
+from eagle_core.draft.model import DraftCache
+from eagle_core.errors import ConfigError
+
+
+class DraftNetwork(Protocol):
+    """What drafting asks of a draft model; `DraftModel` is one."""
+
+    d2t: Tensor
+    """[D] target id minus draft id."""
+    t2d: Tensor
+    """[V] whether the draft vocabulary has the token."""
+    fc: nn.Linear
+    """Fuses the aux states; its dtype is the draft's."""
+
+    def fuse(self, aux: Tensor, /) -> Tensor:
+        """Return the fused state [..., H] of aux states [..., 3Ht]."""
+
+    def decode(
+        self, input_ids: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache, /
+    ) -> Tensor:
+        """Return the pre-norm state [B, T, H] of ids [B, T] and states [B, T, H] behind `cache`."""
+
+    def recurrent(self, hidden: Tensor, /) -> Tensor:
+        """Return what the next drafted token reads of pre-norm states [..., H]."""
+
+    def logits(self, hidden: Tensor, /) -> Tensor:
+        """Return the draft's logits [..., D] for pre-norm states [..., H]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proposal:
+    """A drafted chain."""
+
+    tokens: tuple[int, ...]
+    """[K] target-vocabulary ids."""
+    probabilities: Tensor | None
+    """[K, V] what each token was drawn from; None when drafted greedily."""
+
+
+class ChainDrafter:
+    """Drafts for a batch of sequences; feed it the target's states, ask it for chains."""
+
+    def __init__(
+        self,
+        draft: DraftNetwork,
+        *,
+        temperature: float = 0.0,
+        generators: Sequence[torch.Generator] = (),
+    ) -> None:
+        """Draw from one generator for each sequence; none is needed at temperature 0."""
+        if temperature > 0 and not generators:
+            raise ConfigError("drafting at a temperature above 0 needs a generator a sequence")
+        self._draft = draft
+        self._cache = DraftCache()
+        self._temperature = temperature
+        self._generators = list(generators)
+        self._num_entries = 0
+        self._hidden: Tensor | None = None
+        self.lengths: Tensor | None = None
+        """[B] entries of each sequence made from the target's states; None before the first."""
+
+    def observe(self, next_ids: Sequence[Sequence[int]], aux: Sequence[Tensor]) -> None:
+        """Append true entries to each of B sequences: `aux` [T, 3Ht] of T tokens and, for each, the
+        id of the token after it. T may differ from sequence to sequence.
+
+        Replaces what the last chain appended from its own hidden states.
+        """
+        device = aux[0].device
+        self._cache.crop(self._num_entries)
+        counts = torch.tensor([len(ids) for ids in next_ids], device=device)
+        ids = pad_sequence([torch.tensor(row, device=device) for row in next_ids], batch_first=True)
+        fused = self._draft.fuse(pad_sequence(list(aux), batch_first=True).to(self._dtype))
+        start = torch.zeros_like(counts) if self.lengths is None else self.lengths
+        hidden = self._decode(ids, fused, start)
+        is_true = torch.arange(ids.shape[1], device=device) < counts.unsqueeze(1)
+        if not is_true.all():
+            self._cache.hide(is_true)
+        rows = torch.arange(len(counts), device=device)
+        self._hidden = hidden[rows, counts - 1].unsqueeze(1)
+        self.lengths = start + counts
+        self._num_entries += ids.shape[1]
+
+    def propose(self, num_tokens: int) -> list[Proposal]:
+        """Draft a chain of `num_tokens` behind the last observed token of each sequence."""
+        if self._hidden is None or self.lengths is None:
+            raise ConfigError("a drafter must observe the prompt before it can propose")
+        hidden = self._hidden
+        tokens: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        for step in range(num_tokens):
+            if step:
+                hidden = self._draft.recurrent(hidden)
+                hidden = self._decode(tokens[-1], hidden, self.lengths + step - 1)
+            logits = self._draft.logits(hidden)[:, 0]
+            if self._temperature == 0:
+                drafted = logits.argmax(dim=-1)
+            else:
+                draft_probabilities = torch.softmax(logits.double() / self._temperature, dim=-1)
+                drafted = self._sample(draft_probabilities)
+                probabilities.append(self._in_target_vocabulary(draft_probabilities))
+            tokens.append((drafted + self._draft.d2t[drafted]).unsqueeze(1))
+        chains = torch.cat(tokens, dim=1).tolist()
+        spread = torch.stack(probabilities, dim=1) if probabilities else [None] * len(chains)
+        return [
+            Proposal(tokens=tuple(chain), probabilities=drawn_from)
+            for chain, drawn_from in zip(chains, spread, strict=True)
+        ]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the sequences at `rows` alone, in that order."""
+        if self._generators:
+            self._generators = [self._generators[row] for row in rows]
+        if self.lengths is None or len(rows) == len(self.lengths):
+            return
+        kept = torch.tensor(rows, device=self.lengths.device)
+        self._cache.keep(kept)
+        self.lengths = self.lengths[kept]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        weight: Tensor = self._draft.fc.weight
+        return weight.dtype
+
+    def _decode(self, ids: Tensor, hidden: Tensor, start: Tensor) -> Tensor:
+        """Run ids [B, T] and states [B, T, H] at positions from `start` [B] on."""
+        positions = start.unsqueeze(1) + torch.arange(ids.shape[1], device=ids.device)
+        return self._draft.decode(ids, hidden, positions, self._cache)
+
+    def _sample(self, probabilities: Tensor) -> Tensor:
+        """Return [B] draft ids drawn from [B, D], each with its sequence's own generator."""
+        drawn = map(sample_token, probabilities, self._generators)
+        return torch.tensor(list(drawn), device=probabilities.device)
+
+    def _in_target_vocabulary(self, probabilities: Tensor) -> Tensor:
+        """Spread [B, D] draft probabilities over [B, V]; others than the draft's ids get 0."""
+        count, size = probabilities.shape
+        target_ids = torch.arange(size, device=probabilities.device) + self._draft.d2t
+        spread = probabilities.new_zeros(count, len(self._draft.t2d))
+        return spread.index_copy_(1, target_ids, probabilities)

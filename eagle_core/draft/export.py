@@ -1,0 +1,239 @@
+"""Trained drafts as folders that serving engines load.
+
+Two layouts: `serving` for SGLang and vLLM (`LlamaForCausalLMEagle3`) and `speculators` for the
+speculators library and vLLM's loader of it. A folder appears only when it is complete. An export
+always names the aux layers: engines that miss them fall back to a default without a word, and
+SGLang counts layers from 0 where vLLM and speculators count from 1.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from eagle_core.atomic_files import atomic_folder
+from eagle_core.bfloat16 import DTYPES, require_finite
+from eagle_core.draft.layout import EMBEDDING, VOCABULARY, to_speculators
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.errors import ConfigError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+ExportLayout = Literal["serving", "speculators"]
+
+
+class ExportConfig(BaseModel):
+    """How a trained draft is written for serving."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layouts: tuple[ExportLayout, ...] = Field(
+        default=("serving", "speculators"),
+        min_length=1,
+        description="serving: what SGLang and vLLM load; speculators: what the speculators "
+        "library loads. Each becomes a folder of that name.",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="Type of the exported weights; training keeps float32."
+    )
+    with_embedding: bool = Field(
+        default=False,
+        description="Write the target's embedding into the serving layout too. SGLang and vLLM "
+        "share the target's, so this only makes the file larger.",
+    )
+    speculative_tokens: int = Field(
+        default=5, gt=0, description="Drafted tokens a round that speculators writes as default."
+    )
+    verifier: str | None = Field(
+        default=None,
+        description="Hugging Face id or folder of the target, as the speculators config names it; "
+        "empty means the target's own `model`.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedTarget:
+    """What an export says about the model that verifies."""
+
+    name_or_path: str
+    architectures: tuple[str, ...]
+    aux_layers: tuple[int, int, int]
+    """0-based decoder layers whose outputs the draft reads, low to high."""
+    bos_token_id: int | list[int] | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+
+    @classmethod
+    def of(
+        cls, config: PretrainedConfig, *, name_or_path: str, aux_layers: tuple[int, int, int]
+    ) -> Self:
+        """Return what `config`, the target's own, says."""
+        return cls(
+            name_or_path=name_or_path,
+            architectures=tuple(config.architectures or ()),
+            aux_layers=aux_layers,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+
+
+def export(
+    draft: DraftModel, target: ServedTarget, folder: Path, config: ExportConfig
+) -> dict[ExportLayout, Path]:
+    """Write every layout of `config` to a folder under `folder`; return where.
+
+    Raises:
+        ConfigError: a folder holds something else, or a layout cannot express the draft.
+        CorruptError: a weight is not finite; nothing is written.
+
+    """
+    written: dict[ExportLayout, Path] = {}
+    for layout in config.layouts:
+        # speculators saves the embedding itself, and beside transformers 5.23 it takes
+        # uninitialised memory for a missing one: it looks for NaN, which is no longer left there.
+        with_embedding = config.with_embedding or layout == "speculators"
+        tensors = _tensors(draft, config, with_embedding=with_embedding)
+        cure = "export another checkpoint, or with export.dtype=float32"
+        require_finite(tensors, where=f"the draft for {folder / layout}", cure=cure)
+        if layout == "speculators":
+            document = speculators_config(draft.config, target, config)
+            tensors = {to_speculators(name): tensor for name, tensor in tensors.items()}
+        else:
+            document = serving_config(draft.config, target, config)
+        _write(folder / layout, document, tensors)
+        written[layout] = folder / layout
+    return written
+
+
+def serving_config(
+    draft: DraftConfig, target: ServedTarget, config: ExportConfig
+) -> dict[str, object]:
+    """Return the config.json that SGLang and vLLM read."""
+    engine_layers = _layers_from_one(target)
+    document: dict[str, object] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **_layer_config(draft, target),
+        "draft_vocab_size": draft.draft_vocab_size,
+        "torch_dtype": config.dtype,
+        "eagle_config": {
+            # SGLang adds 1 to these and takes the outputs of the layers they name.
+            "eagle_aux_hidden_state_layer_ids": list(target.aux_layers),
+            "use_aux_hidden_state": True,
+        },
+        # vLLM takes these as they are: j is the output of decoder layer j - 1.
+        "eagle_aux_hidden_state_layer_ids": engine_layers,
+    }
+    document.update(_norms(draft))
+    if draft.target_hidden_size != draft.hidden_size:
+        document["target_hidden_size"] = draft.target_hidden_size
+    return document
+
+
+def speculators_config(
+    draft: DraftConfig, target: ServedTarget, config: ExportConfig
+) -> dict[str, object]:
+    """Return the config.json that speculators reads.
+
+    Raises:
+        ConfigError: the draft is not as wide as the target, which speculators cannot load.
+
+    """
+    if draft.target_hidden_size != draft.hidden_size:
+        raise ConfigError(
+            f"the speculators layout needs a draft as wide as its target; this one has "
+            f"{draft.hidden_size}, the target {draft.target_hidden_size}; export layout serving"
+        )
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": config.speculative_tokens,
+        "accept_tolerance": 0.0,
+        "verifier_accept_k": 1,
+    }
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "draft_vocab_size": draft.draft_vocab_size,
+        "eagle_aux_hidden_state_layer_ids": _layers_from_one(target),
+        "norm_before_residual": False,
+        **_norms(draft),
+        "torch_dtype": config.dtype,
+        "tie_word_embeddings": False,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {
+                "name_or_path": config.verifier or target.name_or_path,
+                "architectures": list(target.architectures),
+            },
+        },
+        "transformer_layer_config": _layer_config(draft, target),
+    }
+
+
+def _norms(draft: DraftConfig) -> dict[str, object]:
+    """Return the flags of EAGLE-3.1, if the draft has any: plain drafts keep their plain config."""
+    flags = {"fc_norm": draft.fc_norm, "norm_output": draft.norm_output}
+    return {name: True for name, is_set in flags.items() if is_set}
+
+
+def _layers_from_one(target: ServedTarget) -> list[int]:
+    return [layer + 1 for layer in target.aux_layers]
+
+
+def _layer_config(draft: DraftConfig, target: ServedTarget) -> dict[str, object]:
+    """Return the decoder layer's configuration, the same words in both layouts."""
+    return {
+        "model_type": "llama",
+        "vocab_size": draft.vocab_size,
+        "hidden_size": draft.hidden_size,
+        "intermediate_size": draft.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": draft.num_attention_heads,
+        "num_key_value_heads": draft.num_key_value_heads,
+        "head_dim": draft.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": draft.rms_norm_eps,
+        "max_position_embeddings": draft.max_position_embeddings,
+        "rope_theta": draft.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": draft.rope_theta},
+        "tie_word_embeddings": False,
+        "bos_token_id": target.bos_token_id,
+        "eos_token_id": target.eos_token_id,
+        "pad_token_id": target.pad_token_id,
+    }
+
+
+def _tensors(draft: DraftModel, config: ExportConfig, *, with_embedding: bool) -> dict[str, Tensor]:
+    dtype = DTYPES[config.dtype]
+    left_out = set() if with_embedding else {EMBEDDING}
+    if draft.config.draft_vocab_size == draft.config.vocab_size:
+        # vLLM and speculators have no mapping at all where both vocabularies are the same: vLLM
+        # refuses one that it has no place for.
+        left_out |= set(VOCABULARY)
+    return {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in draft.state_dict().items()
+        if name not in left_out
+    }
+
+
+def _write(folder: Path, document: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
+    if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME}:
+        raise ConfigError(
+            f"{folder} holds files that no export wrote; move them away or export somewhere else"
+        )
+    with atomic_folder(folder) as partial:
+        save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(document, indent=2)
+        (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,174 @@
+"""What a draft is worth, from the traces of real speculative decoding: pure aggregation.
+
+Acceptance length is the mean number of tokens that one verifying forward of the target gives: the
+accepted drafted tokens and the target's own one. Plain decoding has 1; K + 1 is the most.
+Intervals are bootstrapped over prompts, not over rounds: rounds of one text are not independent.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator
+
+from eagle_core.decoding.speculative import GenerationTrace, VerificationRound
+from eagle_core.errors import ConfigError
+
+_RESAMPLES = 2000
+_INTERVAL = (0.025, 0.975)
+
+FloatOrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A figure that may not exist; JSON has null for it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptResult:
+    """One prompt, decoded speculatively and, if asked for, plainly."""
+
+    speculative: GenerationTrace
+    plain: GenerationTrace | None = None
+    sampled: bool = False
+    """Whether tokens were drawn at a temperature: then the two texts need not be the same."""
+    category: str = ""
+    """What the prompt is grouped by in reports; empty for none."""
+    mismatch_margin: float | None = None
+    """Where the two texts differ: by how much the target's logit of its plain choice exceeded that
+    of the other text's token. About 1e-4 or less is a tie broken by rounding; more is a bug."""
+
+    @property
+    def matches_plain(self) -> bool:
+        """Whether both texts are the same tokens; False where there is no plain one."""
+        return self.plain is not None and self.plain.tokens == self.speculative.tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptanceReport:
+    """The outcome of one evaluation."""
+
+    num_prompts: int
+    num_tokens: int
+    """Tokens generated speculatively."""
+    num_rounds: int
+    """Verifying forwards of the target, prefills not counted."""
+    acceptance_length: FloatOrNan
+    """Mean tokens of one verifying forward, 1..K+1; NaN without a single round."""
+    acceptance_interval: tuple[FloatOrNan, FloatOrNan]
+    """95 % bootstrap interval over prompts."""
+    acceptance_by_depth: tuple[FloatOrNan, ...]
+    """[K] P(drafted token i is accepted | the tokens before it were); NaN where never reached."""
+    acceptance_to_depth: tuple[float, ...]
+    """[K] P(drafted tokens 1..i are all accepted): the running product of the above, which
+    corrects for rounds that a stop token ended early; 0 at depths never reached."""
+    tokens_per_second: float
+    """Speculative decoding, prefill included, over the prompts decoded both ways (or over all)."""
+    plain_tokens_per_second: float | None
+    """Plain decoding of the same prompts in the same run; None if none was decoded plainly."""
+    num_compared: int
+    """Prompts whose text was compared with plain decoding: greedy ones, decoded both ways."""
+    num_matching: int
+    """Of these, the ones with the same tokens."""
+    largest_mismatch_margin: float | None
+    """The largest logit margin at a first difference; None when every text matches."""
+
+    @property
+    def matches_plain(self) -> bool:
+        """Whether every compared text equals the target's plain decoding."""
+        return self.num_matching == self.num_compared
+
+    @property
+    def speedup(self) -> float | None:
+        """Speculative over plain tokens per second."""
+        if self.plain_tokens_per_second is None:
+            return None
+        return self.tokens_per_second / self.plain_tokens_per_second
+
+
+def summarise(
+    results: Sequence[PromptResult], *, draft_tokens: int, seed: int = 0
+) -> AcceptanceReport:
+    """Return the report of `results`, drafted `draft_tokens` (K) at a time."""
+    if not results:
+        raise ConfigError("nothing to report: no prompt was evaluated; give at least one")
+    traces = [result.speculative for result in results]
+    gained = np.array([sum(r.gained for r in trace.rounds) for trace in traces], dtype=np.int64)
+    rounds = np.array([len(trace.rounds) for trace in traces], dtype=np.int64)
+    by_depth = depth_acceptance(traces, draft_tokens=draft_tokens)
+    timed = [result for result in results if result.plain is not None]
+    compared = [result for result in timed if not result.sampled]
+    margins = [r.mismatch_margin for r in compared if r.mismatch_margin is not None]
+    return AcceptanceReport(
+        num_prompts=len(results),
+        num_tokens=sum(len(trace.tokens) for trace in traces),
+        num_rounds=int(rounds.sum()),
+        acceptance_length=_ratio(gained.sum(), rounds.sum()),
+        acceptance_interval=bootstrap_ratio(gained, rounds, seed=seed),
+        acceptance_by_depth=tuple(by_depth.tolist()),
+        acceptance_to_depth=tuple(np.cumprod(np.nan_to_num(by_depth)).tolist()),
+        tokens_per_second=_speed([result.speculative for result in timed or results]),
+        plain_tokens_per_second=_speed([r.plain for r in timed if r.plain]) if timed else None,
+        num_compared=len(compared),
+        num_matching=sum(result.matches_plain for result in compared),
+        largest_mismatch_margin=max(margins, default=None),
+    )
+
+
+def summarise_by_category(
+    results: Sequence[PromptResult], *, draft_tokens: int
+) -> dict[str, AcceptanceReport]:
+    """Return one report for each category that occurs, in alphabetical order."""
+    return {
+        category: summarise(
+            [result for result in results if result.category == category],
+            draft_tokens=draft_tokens,
+        )
+        for category in sorted({result.category for result in results})
+    }
+
+
+def depth_acceptance(
+    traces: Sequence[GenerationTrace], *, draft_tokens: int
+) -> NDArray[np.float64]:
+    """Return [K] the share of drafted tokens at each depth that were accepted once reached."""
+    rounds = [verification for trace in traces for verification in trace.rounds]
+    reached, accepted = depth_counts(rounds, draft_tokens=draft_tokens)
+    shares = np.full(draft_tokens, np.nan)
+    np.divide(accepted, reached, out=shares, where=reached > 0)
+    return shares
+
+
+def depth_counts(
+    rounds: Sequence[VerificationRound], *, draft_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ([K] rounds that reached each depth with a verdict, [K] that accepted there)."""
+    reached = np.zeros(draft_tokens, dtype=np.int64)
+    accepted = np.zeros(draft_tokens, dtype=np.int64)
+    for verification in rounds:
+        accepted[: verification.accepted] += 1
+        reached[: min(verification.accepted + 1, verification.verified)] += 1
+    return reached, accepted
+
+
+def bootstrap_ratio(
+    numerators: NDArray[np.int64], denominators: NDArray[np.int64], *, seed: int
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of sum/sum when the pairs are drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(numerators), size=(_RESAMPLES, len(numerators)))
+    sums = denominators[drawn].sum(axis=1)
+    usable = sums > 0
+    if not usable.any():
+        return (float("nan"), float("nan"))
+    ratios = numerators[drawn].sum(axis=1)[usable] / sums[usable]
+    low, high = np.quantile(ratios, _INTERVAL)
+    return (float(low), float(high))
+
+
+def _ratio(numerator: int, denominator: int) -> float:
+    return float(numerator / denominator) if denominator else float("nan")
+
+
+def _speed(traces: Sequence[GenerationTrace]) -> float:
+    return sum(len(trace.tokens) for trace in traces) / sum(trace.seconds for trace in traces)

@@ -1,0 +1,161 @@
+"""Evaluation of a draft on held-out prompts, by real speculative decoding next to plain decoding.
+
+Generation is here; what its traces mean is in `eagle_core.evaluation.acceptance`. Both decodings of a batch
+run one after the other in the same process, so that their speeds can be compared.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from pydantic import Field
+
+from eagle_core.data.address import Address
+from eagle_core.decoding.chain_drafter import DraftNetwork
+from eagle_core.decoding.speculative import (
+    CachedTarget,
+    CacheT,
+    DecodingConfig,
+    GenerationTrace,
+    generate_plain_batch,
+    generate_speculative,
+    generate_speculative_batch,
+)
+from eagle_core.errors import ConfigError
+from eagle_core.evaluation.acceptance import PromptResult
+from eagle_core.evaluation.prompts import Prompt
+from eagle_core.training.checkpoint import CheckpointChoice
+
+_WARM_UP_TOKENS = 2
+
+
+class EvaluationConfig(DecodingConfig):
+    """How a draft is evaluated."""
+
+    checkpoint: CheckpointChoice = Field(
+        default="best",
+        description="best: the checkpoint with the longest held-out acceptance, which is the one "
+        "that export serves, or the newest where nothing was held out.",
+    )
+    prompts: Address | None = Field(
+        default=None,
+        description="Questions to ask instead of the held-out conversations: JSON, JSON lines, "
+        "Parquet or CSV at a path or URL, or hf:ORG/NAME, with turns, messages or a column such as "
+        "prompt or question; the report groups by their category.",
+    )
+    max_turns: int = Field(
+        default=1,
+        gt=0,
+        description="First assistant turns of each held-out conversation that are asked for; later "
+        "ones keep the data's own earlier answers. The report groups by turn.",
+    )
+    num_prompts: int = Field(
+        default=16, gt=0, description="Prompts that are decoded speculatively."
+    )
+    num_plain_prompts: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of these, the first ones that are decoded plainly too, to compare tokens and "
+        "speed; empty means all, 0 none (which takes less than half the time).",
+    )
+    max_prompt_tokens: int = Field(
+        default=1024, gt=0, description="Longer prompts are left out, not cut."
+    )
+    batch_prompts: int = Field(
+        default=1,
+        gt=0,
+        description="Prompts that are decoded side by side: the texts are the same, and the whole "
+        "takes less time. 1 measures the speed that one user sees; targets with sliding windows "
+        "take no more.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationProgress:
+    """Told after each prompt."""
+
+    num_done: int
+    num_prompts: int
+    result: PromptResult
+
+
+def decode_prompts(
+    target: CachedTarget[CacheT],
+    draft: DraftNetwork,
+    prompts: Sequence[Prompt],
+    config: EvaluationConfig,
+    *,
+    stop_ids: Collection[int] = (),
+    on_progress: Callable[[EvaluationProgress], None] | None = None,
+) -> Iterator[PromptResult]:
+    """Yield what decoding each prompt gave, speculatively and plainly.
+
+    Raises:
+        ConfigError: there is no prompt.
+
+    """
+    chosen = prompts[: config.num_prompts]
+    if not chosen:
+        raise ConfigError(
+            "no held-out prompt is left to evaluate; raise max_prompt_tokens or the split"
+        )
+    num_plain = len(chosen) if config.num_plain_prompts is None else config.num_plain_prompts
+    warm_up = config.model_copy(update={"max_new_tokens": _WARM_UP_TOKENS})
+    generate_speculative(
+        target, draft, chosen[0].input_ids, warm_up
+    )  # else it pays for first calls
+    for first in range(0, len(chosen), config.batch_prompts):
+        batch = chosen[first : first + config.batch_prompts]
+        ids = [prompt.input_ids for prompt in batch]
+        texts = generate_speculative_batch(target, draft, ids, config, stop_ids)
+        plain_ids = ids[: max(num_plain - first, 0)]
+        plain_texts = generate_plain_batch(target, plain_ids, config, stop_ids) if plain_ids else []
+        for place, (prompt, text, plain) in enumerate(zip_longest(batch, texts, plain_texts)):
+            result = PromptResult(
+                speculative=text,
+                plain=plain,
+                sampled=config.temperature > 0,
+                category=prompt.category,
+                mismatch_margin=None
+                if config.temperature > 0
+                else _margin(target, prompt.input_ids, text, plain),
+            )
+            if on_progress is not None:
+                num_done = first + place + 1
+                on_progress(
+                    EvaluationProgress(num_done=num_done, num_prompts=len(chosen), result=result)
+                )
+            yield result
+
+
+def _margin(
+    target: CachedTarget[CacheT],
+    prompt_ids: Sequence[int],
+    speculative: GenerationTrace,
+    plain: GenerationTrace | None,
+) -> float | None:
+    if plain is None or plain.tokens == speculative.tokens:
+        return None
+    return mismatch_margin(target, prompt_ids, plain.tokens, speculative.tokens)
+
+
+@torch.inference_mode()
+def mismatch_margin(
+    target: CachedTarget[CacheT],
+    prompt_ids: Sequence[int],
+    expected: Sequence[int],
+    found: Sequence[int],
+) -> float:
+    """Return how far apart the target's logits of two texts are where they first differ.
+
+    Zero for a perfect tie; infinity when one text merely ends before the other.
+    """
+    pairs = list(zip(expected, found, strict=False))
+    first = next((i for i, (left, right) in enumerate(pairs) if left != right), None)
+    if first is None:
+        return float("inf")
+    ids = torch.tensor([[*prompt_ids, *expected[:first]]], device=target.device)
+    last, _, _ = target.forward_cached(ids, None)
+    logits = target.logits(last[0, -1])
+    return abs(float(logits[expected[first]] - logits[found[first]]))

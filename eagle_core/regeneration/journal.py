@@ -1,0 +1,121 @@
+"""The journal of answers: one line for every finished conversation, on disk before it counts.
+
+A line is the xxh3_64 of its JSON, a space and the JSON. Whatever does not fit its digest (the last
+line of a killed run, a damaged one) is as if it had never been written: that conversation is asked
+about again. One process writes at a time.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eagle_core.data.conversations import Message
+from eagle_core.data.ledger import Reason
+from eagle_core.errors import ConfigError, CorruptError
+
+_DIGEST_CHARS = 16
+
+
+class FinishedConversation(BaseModel):
+    """What the target said in one conversation, and why it said no more."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    """Content key of the conversation that was asked about."""
+    conversation_id: str
+    answers: tuple[Message, ...]
+    """In order; fewer than the conversation has assistant turns if it ended early."""
+    failure: Reason | None = None
+    """Why the next answer is missing; None if none is, or if a tool was called."""
+    detail: str = ""
+    num_tokens: int = 0
+
+
+class AnswerJournal:
+    """A context that holds the journal's lock; only places in the file are in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[bytes, int] = {}
+        self.num_damaged = 0
+        """Lines that did not fit their digest when the journal was opened."""
+
+    def __enter__(self) -> Self:
+        """Lock, read, and end the half line of a killed run; ConfigError if it is in use."""
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ConfigError(
+                f"{self.path} is in use: another run asks the same questions; wait for it"
+            ) from error
+        self._index()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release the lock."""
+        self._file.close()
+
+    def __contains__(self, key: str) -> bool:
+        """Tell whether the conversation with this content key is finished."""
+        return bytes.fromhex(key) in self._places
+
+    def add(self, finished: FinishedConversation) -> None:
+        """Append a conversation; it is on disk when this returns."""
+        place = self._file.seek(0, os.SEEK_END)
+        self._file.write(_line(finished))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._places[bytes.fromhex(finished.key)] = place
+
+    def find(self, key: str) -> FinishedConversation | None:
+        """Return the finished conversation, or None; CorruptError if it was damaged meanwhile."""
+        place = self._places.get(bytes.fromhex(key))
+        if place is None:
+            return None
+        self._file.seek(place)
+        found = _parse(self._file.readline())
+        if found is None or found.key != key:
+            raise CorruptError(f"{self.path} changed at byte {place} while it was read; run again")
+        return found
+
+    def _index(self) -> None:
+        self._file.seek(0)
+        place = 0
+        line = b"\n"
+        for line in self._file:
+            finished = _parse(line)
+            if finished is not None:
+                self._places[bytes.fromhex(finished.key)] = place
+            elif line != b"\n":
+                self.num_damaged += 1
+            place += len(line)
+        if not line.endswith(b"\n"):
+            self._file.write(b"\n")  # what is appended next begins a line of its own
+
+
+def _line(finished: FinishedConversation) -> bytes:
+    text = finished.model_dump_json(exclude_defaults=True).encode()
+    return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
+
+
+def _parse(line: bytes) -> FinishedConversation | None:
+    digest, text = line[:_DIGEST_CHARS], line[_DIGEST_CHARS + 1 : -1]
+    if not line.endswith(b"\n") or digest != xxhash.xxh3_64_hexdigest(text).encode():
+        return None
+    try:
+        return FinishedConversation.model_validate_json(text)
+    except ValidationError:  # of another version
+        return None

@@ -1,0 +1,94 @@
+"""The target loaded here: one answer at a time, one token per forward. For a small set, or a check.
+
+A server batches; use one for a whole data set.
+"""
+
+from collections.abc import Mapping
+
+from transformers import AutoTokenizer
+
+from eagle_core.data.conversations import Message
+from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.decoding.speculative import DecodingConfig, generate_plain
+from eagle_core.regeneration.answers import Answer, NoAnswer, Question, usable
+from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+
+
+class LocalAnswers:
+    """The target's weights, loaded when the first question comes."""
+
+    concurrency = 1
+
+    def __init__(self, target: TargetConfig, config: RegenerationConfig) -> None:
+        self._target_config = target
+        self._config = config
+        folder = weights.locate(target)
+        self._tokenizer = ConversationTokenizer(
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=target.trust_remote_code),
+            target.template,
+        )
+        self._identity = {
+            "weights": weights.weight_digests(folder),
+            "dtype": target.dtype,
+            "attention": target.attention,
+            "tokenizer": self._tokenizer.tokenizer_fingerprint,
+            "template": self._tokenizer.template_fingerprint,
+        }
+        self._target: TargetModel | None = None
+
+    def identity(self) -> Mapping[str, object]:
+        """Return the digests of weights, tokenizer and template, and the arithmetic."""
+        return self._identity
+
+    async def close(self) -> None:
+        """Let go of the weights."""
+        self._target = None
+
+    async def ask(self, question: Question) -> Answer:
+        """Return the target's answer; nothing else happens meanwhile.
+
+        Raises:
+            NoAnswer: empty, cut, too long, or with tokens that only the model's server can read.
+
+        """
+        if question.tools:
+            raise NoAnswer(
+                Reason.TOOLS_NEED_SERVER, "each model writes calls its own way; set base_url"
+            )
+        target = self._loaded()
+        try:
+            prompt = self._tokenizer.prompt(
+                question.messages, tools=question.tools, thinking=self._config.thinking
+            )
+            ids = self._generate(target, prompt.tolist(), question.seed)
+            text = self._tokenizer.answer_text(ids)
+        except RejectedRecord as error:
+            raise NoAnswer(error.reason, error.detail) from error
+        return Answer(message=usable(Message(role="assistant", content=text)), num_tokens=len(ids))
+
+    def _generate(self, target: TargetModel, prompt: list[int], seed: int) -> list[int]:
+        """Return the answer's ids without the one that ends it."""
+        longest: int | None = getattr(target.model_config, "max_position_embeddings", None)
+        if longest is not None and len(prompt) + self._config.max_tokens > longest:
+            raise NoAnswer(
+                Reason.CONTEXT_TOO_LONG,
+                f"{len(prompt)} tokens and {self._config.max_tokens} to come, of {longest}",
+            )
+        decoding = DecodingConfig(
+            max_new_tokens=self._config.max_tokens, temperature=self._config.temperature, seed=seed
+        )
+        ids = list(generate_plain(target, prompt, decoding, target.stop_ids).tokens)
+        if ids[-1] in target.stop_ids:
+            return ids[:-1]
+        if self._config.cut_answers == "drop":
+            raise NoAnswer(Reason.ANSWER_CUT, f"after {len(ids)} tokens")
+        return ids
+
+    def _loaded(self) -> TargetModel:
+        if self._target is None:
+            self._target = TargetModel.load(self._target_config)
+        return self._target

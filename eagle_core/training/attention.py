@@ -1,0 +1,212 @@
+"""Attention of training-time test: causal over step-0 keys, plus the index's own later keys.
+
+No T x T x steps matrix: a query at step i sees the step-0 keys at or before its index in its own
+sequence, and the i keys that its own index made in steps 1..i. Scores exist for one block of
+queries at a time, against all keys that the block can see; the backward pass makes them again (as
+FlashAttention does, arXiv 2205.14135, with the own keys as further columns).
+
+Shapes: Q queries, B queries of a block, S step-0 keys of one sequence, s keys that a block sees, I
+own keys a query, N heads, K key-value heads, G = N / K, E head size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_core.bfloat16 import widened
+
+BLOCK_QUERIES = 256
+
+
+def ttt_attention(
+    query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, index: Tensor
+) -> Tensor:
+    """Return mixed values [Q, N, E] for the queries of one sequence.
+
+    Args:
+        query: [Q, N, E]
+        keys: [S, K, E], step 0; keys behind the last query may be left out.
+        values: [S, K, E]
+        own_keys: [Q, I, K, E], steps 1..i, oldest first.
+        own_values: [Q, I, K, E]
+        index: [Q] index of each query in its sequence, ascending.
+
+    """
+    with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
+        mixed: Tensor = _TttAttention.apply(query, keys, values, own_keys, own_values, index)  # type: ignore[no-untyped-call]  # torch
+    return mixed
+
+
+def packed_ttt_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    indices: Tensor,
+    first: Tensor,
+) -> Tensor:
+    """Return mixed values [A, N, E] for the A queries of a packed batch, a sequence at a time.
+
+    Args:
+        query: [A, N, E]
+        keys: [S, K, E], step 0, of all sequences behind one another.
+        values: [S, K, E]
+        own_keys: [A, I, K, E], steps 1..i, oldest first.
+        own_values: [A, I, K, E]
+        indices: [A] place of each query in the batch, ascending.
+        first: [A] place of the first token of its sequence.
+
+    """
+    if not len(query):
+        return no_queries(query, keys, values)
+    starts, counts = torch.unique_consecutive(first, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    mixed = []
+    for start, begin, end in zip(starts.tolist(), [0, *ends], ends, strict=False):
+        members = slice(begin, end)
+        visible = slice(start, int(indices[end - 1]) + 1)  # keys behind the last query are left out
+        mixed.append(
+            ttt_attention(
+                query[members],
+                keys[visible],
+                values[visible],
+                own_keys[members],
+                own_values[members],
+                indices[members] - start,
+            )
+        )
+    return torch.cat(mixed)
+
+
+def no_queries(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return [0, N, E] that still depends on all three.
+
+    Ranks that share gradients wait for each other's, zero or not: a batch without a position that
+    counts must have a gradient for every parameter too.
+    """
+    return query + (keys.sum() + values.sum()) * 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Block:
+    """Some queries of a sequence."""
+
+    rows: slice
+    num_keys: int
+    """s: no query of the block sees more."""
+    index: Tensor
+    """[B]"""
+
+    def hide(self, scores: Tensor) -> None:
+        """Set scores [K, B, G, s + I] of keys behind their query to minus infinity."""
+        seen_by_all = int(self.index[0]) + 1
+        later = torch.arange(seen_by_all, self.num_keys, device=scores.device)
+        hidden = later > self.index.unsqueeze(1)  # [B, s - seen_by_all]
+        scores[..., seen_by_all : self.num_keys].masked_fill_(hidden.unsqueeze(1), float("-inf"))
+
+
+def _blocks(index: Tensor) -> Iterator[_Block]:
+    for first in range(0, len(index), BLOCK_QUERIES):
+        members = index[first : first + BLOCK_QUERIES]
+        rows = slice(first, first + len(members))
+        yield _Block(rows=rows, num_keys=int(members[-1]) + 1, index=members)
+
+
+class _TttAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+        index: Tensor,
+    ) -> Tensor:
+        grouped, by_head = _grouped(query, keys.shape[1]), keys.transpose(0, 1).contiguous()
+        values_by_head = values.transpose(0, 1).contiguous()
+        mixed = torch.empty_like(grouped)
+        for block in _blocks(index):
+            own = own_keys[block.rows].permute(2, 0, 1, 3)
+            weights = _weights(grouped[:, block.rows], by_head, own, block).to(query.dtype)
+            mixed[:, block.rows] = _mix(weights, values_by_head, own_values[block.rows], block)
+        ctx.save_for_backward(grouped, by_head, values_by_head, own_keys, own_values, index)
+        ctx.mixed = mixed
+        return _ungrouped(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        grouped, keys, values, own_keys, own_values, index = ctx.saved_tensors
+        grad_mixed = _grouped(grads[0], keys.shape[0])
+        offset = widened(grad_mixed * ctx.mixed).sum(dim=-1, keepdim=True)
+        grad_query = torch.empty_like(grouped)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        grad_own_keys = torch.empty_like(own_keys)
+        grad_own_values = torch.empty_like(own_values)
+        scale = grouped.shape[-1] ** -0.5
+        for block in _blocks(index):
+            rows, seen = block.rows, slice(0, block.num_keys)
+            query, grad = grouped[:, rows], grad_mixed[:, rows]
+            own_key = own_keys[rows].permute(2, 0, 1, 3)  # [K, B, I, E]
+            own_value = own_values[rows].permute(2, 0, 1, 3)
+            weights = _weights(query, keys, own_key, block)
+            slope = _scores_of(grad, values[:, seen], own_value)
+            slope.sub_(offset[:, rows]).mul_(weights).mul_(scale)
+            weights, slope = weights.to(query.dtype), slope.to(query.dtype)
+            flat_weights, flat_slope = (x[..., seen].flatten(1, 2) for x in (weights, slope))
+            flat_query, flat_grad = query.flatten(1, 2), grad.flatten(1, 2)
+            grad_values[:, seen] += flat_weights.transpose(1, 2) @ flat_grad
+            grad_keys[:, seen] += flat_slope.transpose(1, 2) @ flat_query
+            grad_query[:, rows] = (flat_slope @ keys[:, seen]).view_as(query)
+            own_weights, own_slope = weights[..., block.num_keys :], slope[..., block.num_keys :]
+            if own_slope.shape[-1]:
+                grad_query[:, rows] += own_slope @ own_key
+                grad_own_keys[rows] = (own_slope.transpose(2, 3) @ query).permute(1, 2, 0, 3)
+                grad_own_values[rows] = (own_weights.transpose(2, 3) @ grad).permute(1, 2, 0, 3)
+        return (
+            _ungrouped(grad_query),
+            grad_keys.transpose(0, 1),
+            grad_values.transpose(0, 1),
+            grad_own_keys,
+            grad_own_values,
+            None,
+        )
+
+
+def _weights(query: Tensor, keys: Tensor, own_keys: Tensor, block: _Block) -> Tensor:
+    """Return attention weights [K, B, G, s + I] in float32, 0 where a key is hidden."""
+    scores = _scores_of(query, keys[:, : block.num_keys], own_keys).mul_(query.shape[-1] ** -0.5)
+    block.hide(scores)
+    return scores.softmax(dim=-1)
+
+
+def _scores_of(left: Tensor, shared: Tensor, own: Tensor) -> Tensor:
+    """Return products [K, B, G, s + I] of left [K, B, G, E], shared [K, s, E], own [K, B, I, E]."""
+    of_shared = (left.flatten(1, 2) @ shared.transpose(1, 2)).view(*left.shape[:3], -1)
+    if not own.shape[2]:
+        return widened(of_shared)
+    return widened(torch.cat([of_shared, left @ own.transpose(2, 3)], dim=-1))
+
+
+def _mix(weights: Tensor, values: Tensor, own_values: Tensor, block: _Block) -> Tensor:
+    """Return mixed values [K, B, G, E] for weights [K, B, G, s + I]."""
+    of_shared = weights[..., : block.num_keys].flatten(1, 2) @ values[:, : block.num_keys]
+    mixed = of_shared.view(*weights.shape[:3], -1)
+    if own_values.shape[1]:
+        mixed = mixed + weights[..., block.num_keys :] @ own_values.permute(2, 0, 1, 3)
+    return mixed
+
+
+def _grouped(states: Tensor, num_groups: int) -> Tensor:
+    """Return [K, Q, G, E] for [Q, N, E]."""
+    num_queries, _, head_dim = states.shape
+    return states.reshape(num_queries, num_groups, -1, head_dim).transpose(0, 1).contiguous()
+
+
+def _ungrouped(states: Tensor) -> Tensor:
+    """Return [Q, N, E] for [K, Q, G, E]."""
+    return states.transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,121 @@
+"""How a draft is trained."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from eagle_core.training.precision import TrainingDtype
+
+
+class TrainingConfig(BaseModel):
+    """Settings of one training run; everything but the lengths is part of its fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    draft_vocab_size: int = Field(
+        default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="Folder of an EAGLE-3 draft to start from, in any layout that engines load; by "
+        "default the draft starts at random.",
+    )
+    ttt_length: int = Field(
+        default=7,
+        ge=1,
+        le=7,
+        description="Training-time-test steps; stores keep the states that 7 steps need.",
+    )
+    step_decay: float = Field(default=0.8, gt=0, le=1, description="Step i weighs step_decay**i.")
+    loss_positions: Literal["eagle3", "predicted"] = Field(
+        default="predicted",
+        description="Which token must be the assistant's for a position to count: token t, as "
+        "EAGLE-3 does, or the token that is predicted, which is what serving asks for.",
+    )
+    loss_reduction: Literal["positions", "tokens", "sequence"] = Field(
+        default="tokens",
+        description="Divide the loss by all positions, by the supervised ones, or average the "
+        "means of the sequences.",
+    )
+    objective: Literal["cross_entropy", "lk_alpha", "lk_hybrid"] = Field(
+        default="cross_entropy",
+        description="What is minimised: cross-entropy as EAGLE-3 does, or the LK losses of arXiv "
+        "2602.23881, -log of the acceptance and its mixture with cross-entropy.",
+    )
+    lk_eta: float = Field(default=3.0, gt=0, description="Of lk_hybrid: how fast it turns over.")
+    fc_norm: bool = Field(
+        default=False, description="EAGLE-3.1: normalise each aux state before they are fused."
+    )
+    norm_output: bool = Field(
+        default=False, description="EAGLE-3.1: feed the final norm's output back to the draft."
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="AdamW, or Muon for the layer's matrices with AdamW for heads and norms.",
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Decay after the warm-up, down to final_lr_ratio."
+    )
+    final_lr_ratio: float = Field(default=0.05, ge=0, le=1, description="Last over peak rate.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas.")
+    max_grad_norm: float = Field(default=0.5, gt=0, description="Clip gradients to this 2-norm.")
+    epochs: int = Field(
+        default=1, gt=0, description="Passes over the data, unless max_steps ends it."
+    )
+    max_steps: int | None = Field(default=None, gt=0, description="Stop exactly after this step.")
+    batch_tokens: int = Field(
+        default=8192, gt=0, description="Tokens of one packed batch; a longer sample is its own."
+    )
+    batches_per_step: int = Field(
+        default=1, gt=0, description="Packed batches of each process whose gradients make one step."
+    )
+    dtype: TrainingDtype = Field(
+        default="auto",
+        description="Of matrix products; weights, norms, sums and losses are float32. auto: "
+        "bfloat16 on GPUs and processors that multiply it themselves, float32 on others, where "
+        "bfloat16 would be a hundred times slower.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Fuse the loss's element-wise work with torch.compile and, on a GPU, attention "
+        "(FlexAttention). It needs a compiler, and up to half a minute before the first step; a "
+        "CPU gains nothing.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Less memory for about a tenth more time."
+    )
+    num_processes: int = Field(
+        default=1,
+        gt=0,
+        description="Processes that train side by side on this machine, one per GPU.",
+    )
+    sharding: Literal["replicate", "shard"] = Field(
+        default="replicate",
+        description="With several processes: each holds the whole draft (DDP) or a part (FSDP2).",
+    )
+    shuffle_window: int = Field(
+        default=8, gt=0, description="Shards whose samples are shuffled together; what is cached."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of initial weights and order.")
+    checkpoint_every: int = Field(default=200, gt=0, description="Steps between checkpoints.")
+    keep_last: int = Field(
+        default=2, gt=0, description="Newest checkpoints that are kept, beside the best one."
+    )
+    held_out_every: int = Field(
+        default=200, gt=0, description="Steps between measurements on the held-out split."
+    )
+    held_out_tokens: int = Field(
+        default=65536, gt=0, description="Held-out tokens that a measurement reads at most."
+    )
+    log_every: int = Field(default=5, gt=0, description="Steps between lines in the trackers.")
+
+    def identity(self) -> dict[str, object]:
+        """Return the fields that a resumed run must share with its checkpoint."""
+        free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
+        free |= {"held_out_every", "held_out_tokens", "gradient_checkpointing"}
+        # Processes may come and go between two runs.
+        free |= {"num_processes", "sharding", "batches_per_step"}
+        return self.model_dump(mode="json", exclude=free)

@@ -1,0 +1,117 @@
+"""Attention of training-time test in torch's FlexAttention: one fused kernel over a whole batch.
+
+The step-0 keys that a query sees are mixed by the kernel, which hands back the log of their sum of
+exponentials. To the query's own later keys that is one more key: its score is this logarithm, its
+value the mixture. Autograd differentiates both, the logarithm included.
+
+Only for GPUs, and with torch.compile: elsewhere `eagle_core.training.attention` does the same.
+
+Shapes: A queries, S step-0 keys, I own keys a query, Hq heads, K key-value heads,
+G = Hq / K, E head size.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+from eagle_core.bfloat16 import widened
+from eagle_core.errors import ConfigError
+from eagle_core.training.attention import no_queries, packed_ttt_attention
+
+_CHECKED_TOKENS = 400
+_CHECKED_STARTS = (0, 170, 172)
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
+
+def flex_ttt_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    indices: Tensor,
+    first: Tensor,
+) -> Tensor:
+    """Return what `packed_ttt_attention` returns, for the same arguments."""
+    if not len(query):
+        return no_queries(query, keys, values)
+    with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
+        grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [A, K, G, E]
+        mixed, logsumexp = _mix_shared(query, keys, values, indices, first)
+        scores = torch.einsum("akge,aike->akgi", grouped, own_keys) * query.shape[-1] ** -0.5
+        scores = torch.cat([logsumexp.view_as(grouped[..., :1]), widened(scores)], dim=-1)
+        weights = scores.softmax(dim=-1).to(query.dtype)
+        shared = weights[..., :1] * mixed.view_as(grouped)
+        own = torch.einsum("akgi,aike->akge", weights[..., 1:], own_values)
+        return (shared + own).flatten(1, 2)
+
+
+def _mix_shared(
+    query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, first: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return [A, Hq, E] mixed values of step 0, and [A, Hq] log-sum-exp of their scores."""
+
+    def is_visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (first[row] <= key) & (key <= indices[row])
+
+    mask = create_block_mask(is_visible, None, None, len(query), len(keys), device=query.device)
+    mixed, extra = _compiled()(
+        *(states.transpose(0, 1).unsqueeze(0) for states in (query, keys, values)),
+        block_mask=mask,
+        enable_gqa=query.shape[1] != keys.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return mixed[0].transpose(0, 1), extra.lse[0].T
+
+
+def require_agreement(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compare the kernel, and its gradients, with our own attention on a small case.
+
+    A kernel that is wrong for a GPU or a size would train a useless draft without a word.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+
+    borders = torch.tensor(_CHECKED_STARTS, device=device)
+    indices = torch.arange(_CHECKED_TOKENS, device=device)
+    indices = indices[indices % 5 > 0]  # holes, as prompts leave them
+    first = borders[torch.searchsorted(borders, indices, right=True) - 1]
+    query = random(len(indices), num_heads, head_dim)
+    keys, values = (random(_CHECKED_TOKENS, num_kv_heads, head_dim) for _ in range(2))
+    own_keys, own_values = (random(len(indices), 2, num_kv_heads, head_dim) for _ in range(2))
+    inputs = (query, keys, values, own_keys, own_values)
+    slope = random(*query.shape).detach()
+    of_both = (
+        attend(*inputs, indices, first) for attend in (flex_ttt_attention, packed_ttt_attention)
+    )
+    found, expected = ([mixed, *torch.autograd.grad(mixed, inputs, slope)] for mixed in of_both)
+    deviations = [
+        (one - other).float().norm() / other.float().norm()
+        for one, other in zip(found, expected, strict=True)
+    ]
+    worst = float(torch.stack(deviations).max())  # NaN if any of them is
+    if not worst <= _ROUNDING[dtype]:
+        raise ConfigError(
+            f"training.compile: FlexAttention is off by {worst:.1e} of our own attention on "
+            f"{device} in {dtype} ({num_heads} heads of {head_dim}, {num_kv_heads} for keys), more "
+            f"than the {_ROUNDING[dtype]:.0e} of rounding: set training.compile to false"
+        )
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    """Return the fused kernel; the first call takes seconds."""
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
+    return compiled

@@ -1,0 +1,318 @@
+"""Soft cross-entropy against the target over the draft vocabulary, without keeping any logits.
+
+Logits exist for one chunk of rows at a time: the chunk's gradient is made in the forward pass and
+only [R, H] and [D, H] gradients are kept. Rows that share a teacher token share its distribution,
+which is computed once.
+
+Shapes: R rows (position, step), U teacher tokens, H draft hidden, Ht target hidden, D draft
+vocabulary.
+"""
+
+import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eagle_core.bfloat16 import widened
+
+Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
+
+CHUNK_ROWS = 1024
+TILE_BYTES = 1 << 21
+_ADDED_ROWS = 500
+_NUM_FIGURES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """What the target says about the U tokens that some row is taught by."""
+
+    last_hidden_state: Tensor
+    """[U, Ht] after the final norm"""
+    head: Tensor
+    """[D, Ht] rows of the target's head that are in the draft vocabulary"""
+    logsumexp: Tensor
+    """[U] over the full target vocabulary"""
+    choice: Tensor
+    """[U] int64 draft id of the target's argmax; -1 if the draft vocabulary lacks it"""
+    token_of_row: Tensor
+    """[R] int64, non-decreasing: which teacher token teaches the row"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowOutcome:
+    """What became of each row; carries no gradient."""
+
+    cross_entropy: Tensor
+    """[R] nats"""
+    correct: Tensor
+    """[R] bool: the draft's argmax is the target's"""
+    acceptance: Tensor
+    """[R] sum of min(p, q), p over the full vocabulary: chance of acceptance when sampling
+
+    NaN where gradients were made for `cross_entropy`, which does not need it.
+    """
+    objective: Tensor
+    """[R] what is minimised"""
+
+
+def distillation_loss(
+    hidden: Tensor,
+    head: Tensor,
+    weights: Tensor,
+    teacher: Teacher,
+    *,
+    objective: Objective = "cross_entropy",
+    lk_eta: float = 3.0,
+    compiled: bool = False,
+) -> tuple[Tensor, RowOutcome]:
+    """Return (sum of weights times the objective, each row's outcome).
+
+    With a the acceptance of a row, p the target's and q the draft's distribution:
+
+    * `cross_entropy`: of q under p renormalised over the draft vocabulary, as EAGLE-3 trains.
+    * `lk_alpha`: -log a (LK losses, arXiv 2602.23881).
+    * `lk_hybrid`: k * cross-entropy + (1 - k) * (1 - a) with k = exp(-lk_eta * a), not
+      differentiated: divergence while acceptance is low, acceptance itself when it is high.
+
+    Args:
+        hidden: [R, H] the draft's states after its final norm, in the dtype of computation.
+        head: [D, H] the draft's head.
+        weights: [R] factor of each row.
+        teacher: what the rows learn from.
+        objective: what is minimised.
+        lk_eta: of `lk_hybrid`.
+        compiled: whether to fuse the element-wise work with torch.compile, which needs a compiler.
+
+    """
+    task = _Task(
+        objective=objective,
+        lk_eta=lk_eta,
+        compiled=compiled,
+        wants_gradient=torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad),
+    )
+    with torch.autocast(hidden.device.type, enabled=False):  # dtypes are chosen here
+        loss, *figures = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
+            hidden, head, weights, teacher, task
+        )
+    cross_entropy, correct, acceptance, minimised = figures
+    outcome = RowOutcome(
+        cross_entropy=cross_entropy,
+        correct=correct.bool(),
+        acceptance=acceptance,
+        objective=minimised,
+    )
+    return loss, outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    objective: Objective
+    lk_eta: float
+    compiled: bool
+    wants_gradient: bool
+
+    @property
+    def measures_acceptance(self) -> bool:
+        return not self.wants_gradient or self.objective != "cross_entropy"
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        head: Tensor,
+        weights: Tensor,
+        teacher: Teacher,
+        task: _Task,
+    ) -> tuple[Tensor, ...]:
+        wide = widened(hidden[:1])
+        figures = tuple(wide.new_zeros(len(hidden)) for _ in range(_NUM_FIGURES))
+        turn_into_gradient = _compiled() if task.compiled else _turn_into_gradient
+        grad_hidden = torch.empty_like(hidden) if task.wants_gradient else None
+        grad_head = torch.zeros_like(head) if task.wants_gradient else None
+        compute_head = head.to(hidden.dtype)
+        spans = _Spans(teacher.token_of_row)
+        memory = hidden.new_empty(spans.longest(CHUNK_ROWS), len(head))
+        for chunk in spans.of(spans.everything, max_rows=CHUNK_ROWS):
+            states = hidden[chunk.rows]
+            logits = torch.mm(states, compute_head.T, out=memory[: chunk.num_rows])
+            taught = teacher.last_hidden_state[chunk.tokens] @ teacher.head.T
+            for tile in spans.of(chunk, max_rows=_tile_rows(logits, compiled=task.compiled)):
+                local = teacher.token_of_row[tile.rows] - tile.tokens.start
+                found = turn_into_gradient(
+                    logits[_within(tile.rows, chunk.rows)],
+                    taught[_within(tile.tokens, chunk.tokens)],
+                    teacher.logsumexp[tile.tokens],
+                    local,
+                    teacher.choice[tile.tokens][local],
+                    weights[tile.rows],
+                    task.objective,
+                    task.lk_eta,
+                    measures_acceptance=task.measures_acceptance,
+                )
+                for kept, values in zip(figures, found, strict=True):
+                    kept[tile.rows] = values
+            if grad_hidden is not None and grad_head is not None:
+                torch.mm(logits, compute_head, out=grad_hidden[chunk.rows])
+                _add_product(grad_head, logits, states)
+        ctx.gradients = grad_hidden, grad_head
+        ctx.mark_non_differentiable(*figures)
+        return (weights * figures[-1]).sum(), *figures
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        grad_hidden, grad_head = ctx.gradients
+        ctx.gradients = None  # they are scaled in place, and so good for one backward pass only
+        if grads[0].device.type != "cpu" or grads[0] != 1:  # a GPU must not wait for the answer
+            grad_hidden.mul_(grads[0])
+            grad_head.mul_(grads[0])
+        return grad_hidden, grad_head, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T [D, r] times right [r, H] to `total` [D, H], some rows at a time.
+
+    The product of narrow numbers is widened while it is in the cache: adding all of it at once
+    takes a third as long as the multiplication.
+    """
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+        return
+    for first in range(0, len(total), _ADDED_ROWS):
+        rows = slice(first, first + _ADDED_ROWS)
+        total[rows].add_(left[:, rows].T @ right)
+
+
+def _turn_into_gradient(
+    logits: Tensor,
+    taught: Tensor,
+    logsumexp: Tensor,
+    local: Tensor,
+    choice: Tensor,
+    weights: Tensor,
+    objective: Objective,
+    lk_eta: float,
+    *,
+    measures_acceptance: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Overwrite logits [r, D] with the loss's derivative; return how the rows fare.
+
+    Few passes over few rows: a tile stays in the processor's cache, and softmax is the one pass
+    that exponentiates.
+
+    Args:
+        logits: [r, D]
+        taught: [u, D] the target's logits of the tile's tokens.
+        logsumexp: [u] of the target's full vocabulary.
+        local: [r] which of the tokens teaches a row.
+        choice: [r] draft id of the target's argmax, or -1.
+        weights: [r]
+        objective: what is minimised.
+        lk_eta: of `lk_hybrid`.
+        measures_acceptance: whether to; other objectives than `cross_entropy` need it.
+
+    Returns:
+        [r] each: cross-entropy, correct (0 or 1), acceptance (or NaN), objective.
+
+    """
+    probability, target_lse, _ = _softmax(widened(taught))
+    p = probability.index_select(0, local)
+    values = widened(logits)
+    mean_logit = torch.linalg.vecdot(p, values)
+    chosen = values.gather(1, choice.clamp(min=0).unsqueeze(1)).squeeze(1)
+    first = values.argmax(dim=-1) if measures_acceptance else choice
+    q, lse, highest = _softmax(values)
+    # Among equals, common in bfloat16, decoding takes the first; of a loss nobody decodes anything.
+    is_highest = first == choice if measures_acceptance else chosen >= highest
+    correct = is_highest & (choice >= 0)
+    cross_entropy = lse - mean_logit
+    acceptance = torch.full_like(cross_entropy, float("nan"))
+    if measures_acceptance:
+        share = (target_lse - logsumexp).exp().clamp(max=1.0)
+        scaled = (probability * share.unsqueeze(-1)).index_select(0, local)
+        acceptance = torch.minimum(scaled, q).sum(dim=-1)
+    if objective == "cross_entropy":
+        minimised, slope = cross_entropy, q.sub_(p)
+    else:
+        lacking = torch.where(q < scaled, q, 0)  # more of these would be accepted
+        away = q * lacking.sum(dim=-1, keepdim=True) - lacking  # slope of 1 - acceptance
+        if objective == "lk_alpha":
+            floor = acceptance.clamp(min=torch.finfo(acceptance.dtype).tiny)
+            minimised, slope = -floor.log(), away / floor.unsqueeze(-1)
+        else:
+            kept = torch.exp(-lk_eta * acceptance)
+            minimised = kept * cross_entropy + (1 - kept) * (1 - acceptance)
+            slope = torch.lerp(away, q.sub_(p), kept.unsqueeze(-1))
+    logits.copy_(slope.mul_(weights.unsqueeze(-1)))
+    return cross_entropy, correct.to(acceptance.dtype), acceptance, minimised
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (softmax, log-sum-exp, maximum) over the last dimension.
+
+    The largest probability is exp(0) over the sum of exponentials, which is all that is wanted.
+    """
+    probability, highest = torch.softmax(logits, dim=-1), logits.amax(dim=-1)
+    return probability, highest - probability.amax(dim=-1).log(), highest
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return `_turn_into_gradient` as one fused kernel; the first call takes seconds."""
+    compiled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.compile(
+        _turn_into_gradient, dynamic=True
+    )
+    return compiled
+
+
+def _tile_rows(logits: Tensor, *, compiled: bool) -> int:
+    """Return how many rows are worked on at once: all of a chunk where few are of no use."""
+    if compiled or logits.device.type != "cpu":
+        return len(logits)
+    return TILE_BYTES // (4 * logits.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Span:
+    """Teacher tokens behind one another, and the rows that they teach."""
+
+    rows: slice
+    tokens: slice
+
+    @property
+    def num_rows(self) -> int:
+        return len(range(self.rows.start, self.rows.stop))
+
+
+class _Spans:
+    """Cuts rows between two teacher tokens."""
+
+    def __init__(self, token_of_row: Tensor) -> None:
+        counts = torch.bincount(token_of_row).cpu()
+        self._ends = [0, *counts.cumsum(0).tolist()]
+        self.everything = _Span(rows=slice(0, len(token_of_row)), tokens=slice(0, len(counts)))
+
+    def of(self, whole: _Span, *, max_rows: int) -> Iterator[_Span]:
+        """Yield parts of `whole` of `max_rows` rows at most, or of a single token's."""
+        first, end = whole.tokens.start, whole.tokens.stop
+        while first < end:
+            start = self._ends[first]
+            last = bisect.bisect_right(self._ends, start + max_rows, lo=first, hi=end + 1) - 1
+            last = max(last, first + 1)
+            yield _Span(rows=slice(start, self._ends[last]), tokens=slice(first, last))
+            first = last
+
+    def longest(self, max_rows: int) -> int:
+        """Return the rows of the longest part of everything."""
+        parts = self.of(self.everything, max_rows=max_rows)
+        return max((part.num_rows for part in parts), default=0)
+
+
+def _within(span: slice, whole: slice) -> slice:
+    return slice(span.start - whole.start, span.stop - whole.start)

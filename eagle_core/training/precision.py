@@ -1,0 +1,31 @@
+"""The dtype in which training multiplies matrices: bfloat16 where the hardware does so itself."""
+
+from typing import Literal
+
+import torch
+
+from eagle_core.bfloat16 import DTYPES
+
+TrainingDtype = Literal["auto", "float32", "bfloat16"]
+
+
+def multiplying_dtype(wanted: TrainingDtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that is wanted; for "auto" the one that `device` is fast with."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what configurations call it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        has_units: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return has_units
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return False

@@ -1,0 +1,59 @@
+"""How fast a run goes, what it waits for, and what memory it takes."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from eagle_core.training.loader import LoadedStep
+
+
+class Meter:
+    """Counts from its making on."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Measure the memory of `device`."""
+        self._device = device
+        self._started = time.monotonic()
+        self._num_tokens = self._num_supervised = 0
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in the block as waiting for data."""
+        begun = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begun
+
+    def add(self, loaded: LoadedStep) -> None:
+        """Count the tokens of a step."""
+        for batch in loaded.batches:
+            self._num_tokens += batch.num_tokens
+            self._num_supervised += int(batch.loss_mask.sum())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the tokens of this process a second; 0 before the first step."""
+        return self._num_tokens / max(self._seconds, 1e-9)
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def scalars(self) -> dict[str, float]:
+        """Return everything by name: shares are 0 to 1, memory is the peak in GiB."""
+        return {
+            "tokens_per_second": self.tokens_per_second,
+            "supervised_fraction": self._num_supervised / max(1, self._num_tokens),
+            "data_wait_fraction": self._waited / max(self._seconds, 1e-9),
+            "peak_memory_gib": self._peak_bytes() / 2**30,
+        }
+
+    def _peak_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,365 @@
+"""The training loop: exact, resumable, and ignorant of where its samples come from.
+
+Invariant: a run interrupted after any checkpoint and resumed ends in the same bits as one that
+never was. All that the next step depends on is in the checkpoint or a pure function of the step.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_core.bfloat16 import require_finite
+from eagle_core.draft.model import DraftModel
+from eagle_core.errors import CorruptError
+from eagle_core.samples import SampleSource
+from eagle_core.tracking.tracker import Tracker
+from eagle_core.training import checkpoint
+from eagle_core.training.checkpoint import Checkpoint
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.distributed import Processes, join_processes, whole, without_sync
+from eagle_core.training.flex_attention import require_agreement
+from eagle_core.training.loader import LoadedStep, LoaderState, steps
+from eagle_core.training.optimizers import (
+    make_optimizers,
+    restore_state,
+    set_learning_rate,
+    state_tensors,
+)
+from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.precision import dtype_name, multiplying_dtype
+from eagle_core.training.result import Figures, Progress, TrainingResult
+from eagle_core.training.schedule import learning_rate, step_shape, total_steps
+from eagle_core.training.stop_request import stop_request
+from eagle_core.training.throughput import Meter
+from eagle_core.training.ttt import TttModule, TttOptions, TttOutcome, fuses_attention, loss_totals
+from eagle_core.training.validation import measure_held_out
+
+
+def train(
+    *,
+    config: TrainingConfig,
+    draft: DraftModel,
+    target_lm_head: Tensor,
+    source: SampleSource,
+    held_out: SampleSource | None,
+    run_path: Path,
+    tracker: Tracker,
+    on_progress: Callable[[Progress], None] = lambda _progress: None,
+) -> TrainingResult:
+    """Train `draft` in place, from the newest good checkpoint of `run_path` if there is one.
+
+    Under torchrun every process calls this alike; the first writes checkpoints, and only its
+    tracker and callback should say anything.
+
+    Args:
+        config: settings; all but the lengths must equal those of the checkpoint.
+        draft: initialised draft on the device to train on, the same on all processes.
+        target_lm_head: [V, Ht] the target's head.
+        source: training samples.
+        held_out: samples to measure on, if any.
+        run_path: folder of the run; checkpoints go below it.
+        tracker: takes the figures.
+        on_progress: called after every step.
+
+    Raises:
+        ConfigError: FlexAttention, where `compile` asks for it, is not right on this GPU.
+        MismatchError: the checkpoint belongs to other data or settings; names the fields.
+        CorruptError: the loss or the gradient is not finite (names the samples of the batch), or
+            the weights that are to be saved.
+
+    """
+    with join_processes() as processes, stop_request() as stop_asked:
+        # No name for it: what holds a process group must be gone when the block ends.
+        return _Run(
+            config, draft, target_lm_head, source, held_out, run_path, processes
+        ).until_done(tracker, on_progress, stop_asked.is_set)
+
+
+class _Run:
+    """One attempt at a run, in one of its processes."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        draft: DraftModel,
+        target_lm_head: Tensor,
+        source: SampleSource,
+        held_out: SampleSource | None,
+        run_path: Path,
+        processes: Processes,
+    ) -> None:
+        self.config, self.draft, self.source, self.held_out = config, draft, source, held_out
+        self.run_path, self.processes = run_path, processes
+        self.dtype = multiplying_dtype(config.dtype, draft.lm_head.weight.device)
+        self.target_head = target_lm_head[draft.t2d].to(self.dtype)
+        self.identity = _identity(config, draft, source, self.dtype)
+        self.total_steps = total_steps(
+            config, source.lengths, source.groups, world_size=processes.world_size
+        )
+        self.step = 0
+        self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
+        self.figures: Figures | None = None
+        self.saved: Path | None = None
+        self.best_length = 0.0
+        """On the held-out split, of the checkpoints that are there."""
+        self._resume_weights()
+        self.module_options = _options(config)
+        if fuses_attention(self.module_options, self._device):
+            require_agreement(
+                num_heads=draft.config.num_attention_heads,
+                num_kv_heads=draft.config.num_key_value_heads,
+                head_dim=draft.config.head_dim,
+                dtype=self.dtype,
+                device=self._device,
+            )
+        self.module = processes.parallel(TttModule(draft, self.module_options), config.sharding)
+        self.trained = [p for p in draft.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(draft, config)
+        if self.saved is not None:
+            restore_state(self.optimizers, draft, checkpoint.load_optimizer(self.saved))
+
+    def _resume_weights(self) -> None:
+        folder = checkpoint.newest(self.run_path)
+        if folder is None:
+            return
+        found = checkpoint.read(folder)
+        checkpoint.require_identity(folder, found.identity, self.identity)
+        checkpoint.load_weights(self.draft, folder)
+        self.step, self.loader, self.saved = found.step, found.loader, folder
+        self.figures = Figures(**{name: _as_tuple(value) for name, value in found.figures.items()})
+        best = checkpoint.best(self.run_path)
+        if best is not None:
+            self.best_length = checkpoint.read(best).figures["held_out_length"]
+
+    def until_done(
+        self,
+        tracker: Tracker,
+        on_progress: Callable[[Progress], None],
+        stop_asked: Callable[[], bool],
+    ) -> TrainingResult:
+        meter = Meter(self.draft.lm_head.weight.device)
+        stream = steps(
+            self.source,
+            self.loader,
+            step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
+        )
+        # Before the first step there is nothing to write: a stop is answered after it.
+        while not self._is_done() and not (self.figures and self.processes.any(stop_asked())):
+            with meter.waiting():
+                loaded = next(stream)
+            outcomes, rate = self._one_step(loaded)
+            meter.add(loaded)
+            self._remember(outcomes)
+            on_progress(Progress(step=self.step, loss=self._figures.loss))
+            if self.step % self.config.log_every == 0 or self._is_done():
+                tracker.log({**_scalars(self._figures), "learning_rate": rate}, step=self.step)
+                tracker.log(meter.scalars(), step=self.step)
+            is_best = False
+            if self.step % self.config.held_out_every == 0 or self._is_done():
+                is_best = self._measure(tracker)
+            if is_best or self.step % self.config.checkpoint_every == 0 or self._is_done():
+                self._save()
+        stream.close()  # type: ignore[attr-defined]  # a generator
+        if self.saved is None or checkpoint.read(self.saved).step != self.step:
+            self._save()
+        assert self.saved is not None  # noqa: S101
+        return TrainingResult(
+            num_steps=self.step,
+            figures=self._figures,
+            tokens_per_second=meter.tokens_per_second * self.processes.world_size,
+            dtype=dtype_name(self.dtype),
+            checkpoint_path=self.saved,
+            stopped=not self._is_done(),
+        )
+
+    @property
+    def _figures(self) -> Figures:
+        assert self.figures is not None  # noqa: S101 (at least one step is done)
+        return self.figures
+
+    def _is_done(self) -> bool:
+        if self.config.max_steps is not None:
+            return self.step >= self.config.max_steps
+        return self.loader.epoch >= self.config.epochs
+
+    def _one_step(self, loaded: LoadedStep) -> tuple[list[TttOutcome], float]:
+        rate = learning_rate(self.config, self.step, self.total_steps)
+        set_learning_rate(self.optimizers, rate)
+        own = [batch.to(self._device) for batch in loaded.batches]
+        counts = [loss_totals(self.draft.t2d, batch, self.module_options) for batch in own]
+        totals = self.processes.total(sum(counts, self._blank))
+        outcomes = [
+            self._backward(batch, totals, is_last=number == loaded.most_batches - 1)
+            for number, batch in enumerate(own)
+        ]
+        for number in range(len(own), loaded.most_batches):
+            # All processes must meet as often: whoever has fewer batches adds one times zero.
+            self._backward(self._filler, None, is_last=number == loaded.most_batches - 1)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        if self.processes.any(not torch.isfinite(whole(norm))):
+            self._refuse(own, f"the gradient has norm {whole(norm).item()}")
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.loader = loaded.after
+        return outcomes, rate
+
+    def _backward(self, batch: PackedBatch, totals: Tensor | None, *, is_last: bool) -> TttOutcome:
+        with nullcontext() if is_last else without_sync(self.module):
+            outcome = self._forward(batch, self.target_head, totals)
+            if self.processes.any(not torch.isfinite(outcome.loss)):
+                self._refuse([batch], f"the loss is {outcome.loss.item()}")
+            factor = 0 if totals is None else self.processes.world_size  # they average
+            (outcome.loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
+        return outcome
+
+    def _forward(
+        self, batch: PackedBatch, target_head: Tensor, totals: Tensor | None = None
+    ) -> TttOutcome:
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(self._device.type, dtype=self.dtype, enabled=is_mixed):
+            outcome: TttOutcome = self.module(batch, target_head, totals)
+        return outcome
+
+    def _refuse(self, batches: Sequence[PackedBatch], what: str) -> None:
+        names = [name for batch in batches for name in batch.sample_ids]
+        origins = ", ".join(f"{name} ({self.source.origin(name)})" for name in names)
+        raise CorruptError(
+            f"step {self.step + 1}: {what} on samples {origins}, or is not finite on another "
+            f"process; no weight was changed. {self._cure}"
+        )
+
+    @property
+    def _cure(self) -> str:
+        newest = f"The newest checkpoint is {self.saved}. " if self.saved else ""
+        return (
+            f"{newest}Verify the store (eyas verify --deep). If it is sound, train another run "
+            "(--run) with a lower training.learning_rate; it may begin with this one's draft (eyas "
+            "run export, then training.start_from)"
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.target_head.device
+
+    @cached_property
+    def _filler(self) -> PackedBatch:
+        return pack([self.source.fetch(0)]).to(self._device)
+
+    @cached_property
+    def _blank(self) -> Tensor:
+        return torch.zeros(self.config.ttt_length, device=self._device)
+
+    def _remember(self, outcomes: Sequence[TttOutcome]) -> None:
+        losses = torch.stack([o.loss.detach().float() for o in outcomes]).sum() if outcomes else 0.0
+        loss = self.processes.total(torch.as_tensor(losses, device=self._device)).item()
+        accuracies = self._summed(o.step_correct for o in outcomes) / self._summed(
+            o.step_supervised for o in outcomes
+        ).clamp(min=1)
+        self.figures = dataclasses.replace(
+            self.figures or Figures(loss=loss, first_loss=loss),
+            loss=loss,
+            step_losses=tuple(self._summed(o.step_losses for o in outcomes).tolist()),
+            step_accuracies=tuple(accuracies.tolist()),
+        )
+
+    def _summed(self, values: Iterable[Tensor]) -> Tensor:
+        """Return [L] the sum over this process's batches, and over all processes."""
+        return self.processes.total(sum(values, self._blank))
+
+    def _measure(self, tracker: Tracker) -> bool:
+        """Measure on the held-out split; tell whether the draft was never as good before."""
+        if self.held_out is None:
+            return False
+        found = measure_held_out(
+            self._forward,
+            self.held_out,
+            self.target_head,
+            batch_tokens=self.config.batch_tokens,
+            max_tokens=self.config.held_out_tokens,
+        )
+        self.figures = dataclasses.replace(
+            self._figures,
+            held_out_step=self.step,
+            held_out_length=found.length,
+            held_out_accuracies=found.accuracies,
+            held_out_acceptances=found.acceptances,
+            held_out_prefixes=found.prefixes,
+        )
+        named = {
+            "accuracy": found.accuracies,
+            "acceptance": found.acceptances,
+            "prefix": found.prefixes,
+        }
+        scalars = {
+            f"held_out/{name}_{step}": value
+            for name, values in named.items()
+            for step, value in enumerate(values)
+        }
+        tracker.log({**scalars, "held_out/acceptance_length": found.length}, step=self.step)
+        is_best = self.processes.any(found.length > self.best_length)  # all save, or none
+        self.best_length = max(self.best_length, found.length)
+        return is_best
+
+    def _save(self) -> None:
+        weights = {name: whole(tensor) for name, tensor in self.draft.state_dict().items()}
+        where = f"step {self.step}: no checkpoint is written"
+        require_finite(weights, where=where, cure=self._cure)
+        optimizer = state_tensors(self.optimizers, self.draft)
+        if self.processes.is_first:
+            record = Checkpoint(
+                step=self.step,
+                loader=self.loader,
+                identity=self.identity,
+                figures=dataclasses.asdict(self._figures),
+            )
+            keep_last = self.config.keep_last
+            checkpoint.save(self.run_path, record, weights, optimizer, keep_last=keep_last)
+        self.processes.wait()
+        self.saved = checkpoint.newest(self.run_path)
+
+
+def _options(config: TrainingConfig) -> TttOptions:
+    return TttOptions(
+        ttt_length=config.ttt_length,
+        step_decay=config.step_decay,
+        loss_positions=config.loss_positions,
+        loss_reduction=config.loss_reduction,
+        objective=config.objective,
+        lk_eta=config.lk_eta,
+        compile=config.compile,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _identity(
+    config: TrainingConfig, draft: DraftModel, source: SampleSource, dtype: torch.dtype
+) -> Mapping[str, Any]:
+    vocabulary = draft.t2d.cpu().numpy().tobytes()
+    return {
+        "source_id": source.source_id,
+        # What "auto" was on this machine: a run does not change its dtype on another one.
+        "training": {**config.identity(), "dtype": dtype_name(dtype)},
+        "draft": draft.config.model_dump(mode="json"),
+        "draft_vocabulary": hashlib.sha256(vocabulary).hexdigest(),
+    }
+
+
+def _as_tuple(value: Any) -> Any:  # noqa: ANN401 (a JSON value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _scalars(figures: Figures) -> dict[str, float]:
+    return {
+        "loss": figures.loss,
+        **{f"loss/step_{step}": value for step, value in enumerate(figures.step_losses)},
+        **{f"accuracy/step_{step}": value for step, value in enumerate(figures.step_accuracies)},
+    }

@@ -1,0 +1,58 @@
+"""The draft on the held-out split, from stored or computed states; no gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from eagle_core.samples import SampleSource
+from eagle_core.training.loader import batch_end
+from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.ttt import TttOutcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutFigures:
+    """Means over the held-out positions, by training-time-test step."""
+
+    accuracies: tuple[float, ...]
+    """[L] share of supervised positions where draft and target choose the same token."""
+    acceptances: tuple[float, ...]
+    """[L] mean of sum(min(p, q)); 0 where the target's choice is outside the draft vocabulary."""
+    prefixes: tuple[float, ...]
+    """[L] share of positions where the draft is right in this step and in all before it."""
+
+    @property
+    def length(self) -> float:
+        """Return the tokens of one verifying forward, 1 to L + 1, if drafted greedily from here."""
+        return 1 + sum(self.prefixes)
+
+
+@torch.no_grad()
+def measure_held_out(
+    step: Callable[[PackedBatch, torch.Tensor], TttOutcome],
+    source: SampleSource,
+    target_head: torch.Tensor,
+    *,
+    batch_tokens: int,
+    max_tokens: int,
+) -> HeldOutFigures:
+    """Return the draft's figures on the first `max_tokens` tokens of `source`, in its own order."""
+    order = torch.arange(len(source.lengths)).numpy()
+    outcomes: list[TttOutcome] = []
+    first = num_tokens = 0
+    while first < len(order) and num_tokens < max_tokens:
+        end = batch_end(order, source.lengths, first=first, batch_tokens=batch_tokens)
+        batch = pack([source.fetch(index) for index in range(first, end)]).to(target_head.device)
+        outcomes.append(step(batch, target_head))
+        first, num_tokens = end, num_tokens + batch.num_tokens
+    supervised = sum(outcome.step_supervised for outcome in outcomes)
+    correct = sum(outcome.step_correct for outcome in outcomes)
+    acceptance = sum(outcome.step_acceptance for outcome in outcomes)
+    prefix = sum(outcome.step_prefix for outcome in outcomes)
+    supervised = torch.as_tensor(supervised).clamp(min=1)
+    return HeldOutFigures(
+        accuracies=tuple(torch.as_tensor(correct / supervised).tolist()),
+        acceptances=tuple(torch.as_tensor(acceptance / supervised).tolist()),
+        prefixes=tuple(torch.as_tensor(prefix / supervised[0]).tolist()),
+    )
