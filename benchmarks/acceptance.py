@@ -35,11 +35,11 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.trainer import train
-from flows.draft_setup import choose_vocabulary, set_up_draft
-from flows.identity import left_out
-from flows.online_source import OnlineSource
-from flows.recompute import partial_target
-from flows.stored_source import StoredSource, to_stored
+from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
+from flows.bridge.online_source import OnlineSource
+from flows.bridge.recompute import partial_target
+from flows.bridge.store_identity import left_out
+from flows.bridge.stored_source import StoredSource, to_stored
 from flows.workspace import Workspace
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedShard

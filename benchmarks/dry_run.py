@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-import flows.shard_processes
+import flows.workers.pool
 from deployments.recipe import load_recipe
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.tokenization.token_file import TokenFile
+from flows.bridge.stored_source import to_stored
 from flows.hidden_states import hidden_states
-from flows.shard_worker import ShardJob, ShardReport
-from flows.stored_source import to_stored
+from flows.workers.shard_worker import ShardJob, ShardReport
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedSample
 from storage.store import Store
@@ -114,7 +114,7 @@ def main() -> None:
         made = Store.open(str(recipe.store.root))
         make_bare(made, arguments.bare, files, each=recipe.store.shards_per_task)
     else:
-        flows.shard_processes.Child = DryChild  # type: ignore[assignment,attr-defined]  # in its place
+        flows.workers.pool.Child = DryChild  # type: ignore[assignment,attr-defined]  # in its place
         hidden_states(recipe.target, recipe.dataset, recipe.store, home=arguments.home)
     print(json.dumps([time.monotonic() - begun, time.process_time() - begun_cpu]))
 

@@ -25,8 +25,8 @@ from eagle_core.evaluation.decode_prompts import EvaluationConfig, decode_prompt
 from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
-from flows.draft_setup import set_up_draft
-from flows.trained_run import choose_checkpoint, load_checkpoint
+from flows.bridge.draft_setup import set_up_draft
+from flows.bridge.trained_run import choose_checkpoint, load_checkpoint
 from flows.workspace import Workspace
 
 ROUNDS = "vllm:spec_decode_num_drafts_total"

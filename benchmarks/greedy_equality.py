@@ -28,7 +28,7 @@ from eagle_core.evaluation.prompts import sample_prompts
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.checkpoint import newest
-from flows.draft_setup import choose_vocabulary, load_trained, set_up_draft
+from flows.bridge.draft_setup import choose_vocabulary, load_trained, set_up_draft
 from flows.workspace import Workspace
 
 REPORT = """\

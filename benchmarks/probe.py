@@ -23,7 +23,7 @@ from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.model import TargetModel, batches_by_length, log_probabilities
 from eagle_core.tokenization.token_file import TokenFile
-from flows.stored_source import to_stored
+from flows.bridge.stored_source import to_stored
 from storage.probe import NUM_POINTS
 from storage.records.identity import PROFILES, StoreIdentity
 from storage.records.plan import PlannedSample

@@ -35,9 +35,9 @@ from deployments.recipe import load_recipe
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.model import TargetModel, batches_by_length
 from eagle_core.target.partial import DerivedStates, KeptStates, PartialTarget
-from flows.identity import left_out
-from flows.recompute import completed
-from flows.stored_source import to_stored
+from flows.bridge.recompute import completed
+from flows.bridge.store_identity import left_out
+from flows.bridge.stored_source import to_stored
 from flows.workspace import DEFAULT_HOME
 from storage.records.plan import PlannedShard
 from storage.samples import StoredSample, last_needed

@@ -25,9 +25,9 @@ from eagle_core.atomic_files import file_digest
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.training.checkpoint import newest
-from flows.config import StoreConfig
-from flows.identity import store_identity
-from flows.prepare import prepare
+from flows.bridge.store_identity import store_identity
+from flows.config.store import StoreConfig
+from flows.tasks.prepare import prepare
 from storage.errors import ConfigError
 from storage.maintenance.gc import find_garbage
 from storage.records.commit_record import CommitRecord

@@ -5,7 +5,7 @@ from pathlib import Path
 from deployments.recipe import load_recipe
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
-from flows.stored_source import to_stored
+from flows.bridge.stored_source import to_stored
 from flows.workspace import Workspace
 from storage.records.identity import LeftOut, StoreIdentity
 from storage.samples import StoredSample

@@ -28,8 +28,8 @@ from rich.console import Console
 from benchmarks.machine import describe
 from benchmarks.peer_formats import BATCH_SAMPLES, PEERS, padded_tokens, turn_ends
 from benchmarks.states import capture, identity, load_target, token_file
-from flows.bill import encoding_name
-from flows.config import StoreConfig
+from flows.config.store import StoreConfig
+from flows.reports.cost import encoding_name
 from flows.workspace import DEFAULT_HOME
 from storage.encoding.profiles import bf16_to_float, decode_states, write_states
 from storage.encoding.state_rows import StateRows

@@ -4,7 +4,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED, dataset_resource, store_resource
+from flows.orchestration.event_names import (
+    DATASET_CHANGED,
+    SNAPSHOT_PUBLISHED,
+    dataset_resource,
+    store_resource,
+)
 from flows.workspace import DEFAULT_HOME
 
 

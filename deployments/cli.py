@@ -137,7 +137,7 @@ def _parameters(
 ) -> dict[str, Any]:
     """Return the parameters of a flow, from a recipe or from the folder of a run."""
     from deployments.recipe import load_recipe, recipe_of_run  # noqa: PLC0415 (see above)
-    from flows.run_file import read_run  # noqa: PLC0415 (see above)
+    from flows.bridge.run import read_run  # noqa: PLC0415 (see above)
     from flows.workspace import require_run_name  # noqa: PLC0415 (see above)
 
     if "run" in own and "run" not in entry.own_parameters:

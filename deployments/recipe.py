@@ -15,10 +15,10 @@ from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.hosted import TrackingConfig
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
-from flows.export_config import RunExportConfig
-from flows.run_file import Run
-from flows.runner_config import RunnerConfig
+from flows.bridge.run import Run
+from flows.config.export import RunExportConfig
+from flows.config.runner import RunnerConfig
+from flows.config.store import StoreConfig
 
 FOLDER = Path(__file__).parent
 

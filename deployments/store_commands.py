@@ -7,10 +7,10 @@ import typer
 from rich.progress import Progress
 
 from deployments.console import ERRORS, OUT, one_message
-from flows.health import SIZES, VerifySummary
-from flows.inspection import look
-from flows.store_tables import garbage_rows, store_rows, verify_rows
-from flows.table import print_table
+from flows.reports.health import SIZES, VerifySummary
+from flows.reports.inspection import look
+from flows.reports.store_tables import garbage_rows, store_rows, verify_rows
+from flows.reports.table import print_table
 from storage.maintenance.gc import OLDER_THAN_HOURS, collect, find_garbage, snapshots_to_keep
 from storage.maintenance.verify import scrub
 from storage.store import Store

@@ -3,11 +3,11 @@
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.prepare import prepare_dataset
-from flows.run_name import run_name
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
 from flows.summaries import DatasetSummary
+from flows.tasks.prepare import prepare_dataset
 from flows.workspace import DEFAULT_HOME, Workspace
 
 

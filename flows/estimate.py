@@ -12,22 +12,22 @@ from eagle_core.samples import HiddenStateSample
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.partial import PartialTarget
 from eagle_core.training.config import TrainingConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.best_effort import best_effort
-from flows.config import StoreConfig
-from flows.draft_setup import DraftSetup
-from flows.identity import open_store
-from flows.progress import StageProgress, stage_progress
-from flows.recompute import partial_target
-from flows.run_name import run_name
-from flows.run_page import write_run_page
-from flows.run_record import ESTIMATE_NAME, write_stage
-from flows.store_root import store_root
-from flows.stored_source import StoredSource
+from flows.bridge.draft_setup import DraftSetup
+from flows.bridge.recompute import partial_target
+from flows.bridge.store_identity import open_store
+from flows.bridge.stored_source import StoredSource
+from flows.bridge.trained_run import TrainedRun, open_run
+from flows.config.store import StoreConfig
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.best_effort import best_effort
+from flows.orchestration.credentials import store_root
+from flows.orchestration.progress import StageProgress, stage_progress
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.run_page import write_run_page
+from flows.reports.run_record import ESTIMATE_NAME, write_stage
+from flows.reports.table import print_table
 from flows.summaries import EstimateSummary
-from flows.table import print_table
-from flows.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 from storage.reader import SnapshotReader
 from storage.records.snapshot import Snapshot

@@ -17,17 +17,17 @@ from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.training.config import TrainingConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.best_effort import best_effort
-from flows.draft_setup import set_up_draft
-from flows.progress import stage_progress
-from flows.run_name import run_name
-from flows.run_page import acceptance_plot, write_run_page
-from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
+from flows.bridge.draft_setup import set_up_draft
+from flows.bridge.target_tokenizer import conversation_tokenizer
+from flows.bridge.trained_run import TrainedRun, open_run
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.best_effort import best_effort
+from flows.orchestration.progress import stage_progress
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.run_page import acceptance_plot, write_run_page
+from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
-from flows.target_tokenizer import conversation_tokenizer
-from flows.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
 

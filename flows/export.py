@@ -14,13 +14,13 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import aux_layers, read_model_config
 from eagle_core.training.config import TrainingConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.export_config import RunExportConfig
-from flows.run_name import run_name
+from flows.bridge.trained_run import open_run
+from flows.config.export import RunExportConfig
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.table import print_table
 from flows.summaries import ExportedLayout, ExportSummary
-from flows.table import print_table
-from flows.trained_run import open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
 FOLDER_NAME = "export"

@@ -10,19 +10,19 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import CorruptError
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.config import StoreConfig
-from flows.event_names import SNAPSHOT_PUBLISHED, store_resource
-from flows.events import send
-from flows.identity import store_identity
-from flows.make_shards import MissingShards, make_shards
-from flows.preflight import preflight, wanted_samples
-from flows.prepare import prepare
-from flows.run_name import run_name
-from flows.runner_config import RunnerConfig
-from flows.store_root import store_root
+from flows.bridge.store_identity import store_identity
+from flows.config.runner import RunnerConfig
+from flows.config.store import StoreConfig
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.credentials import store_root
+from flows.orchestration.event_names import SNAPSHOT_PUBLISHED, store_resource
+from flows.orchestration.events import send
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
 from flows.summaries import HiddenStatesSummary, TokensSummary
+from flows.tasks.make_shards import MissingShards, make_shards
+from flows.tasks.preflight import preflight, wanted_samples
+from flows.tasks.prepare import prepare
 from flows.workspace import DEFAULT_HOME, Workspace
 from storage.store import Store
 

@@ -9,17 +9,17 @@ from eagle_core.evaluation.decode_prompts import EvaluationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.hosted import TrackingConfig, require_trackers
 from eagle_core.training.config import TrainingConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.config import StoreConfig
+from flows.bridge.run import begun_run
+from flows.config.runner import RunnerConfig
+from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
-from flows.run_file import begun_run
-from flows.run_name import run_name
-from flows.runner_config import RunnerConfig
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.table import print_table
 from flows.summaries import OfflineSummary
-from flows.table import print_table
 from flows.train import train_flow
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 

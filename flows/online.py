@@ -17,31 +17,31 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.hosted import TrackingConfig, require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.config import StoreConfig
-from flows.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
+from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
+from flows.bridge.keep_online_states import StateKeeper
+from flows.bridge.online_source import OnlineSource
+from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.bridge.run import Run, begun_run, write_run
+from flows.bridge.run_lock import sole_training
+from flows.bridge.store_identity import store_identity
+from flows.bridge.training_data import own_dataset, was_replaced
+from flows.config.store import StoreConfig
 from flows.evaluate import evaluate_flow
-from flows.identity import store_identity
-from flows.online_source import OnlineSource
-from flows.preflight import preflight
-from flows.prepare import (
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.credentials import store_root
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.run_record import StorageBill, write_settings
+from flows.reports.table import print_table
+from flows.summaries import OnlineSummary, TokensSummary
+from flows.tasks.preflight import preflight
+from flows.tasks.prepare import (
     current_content,
     prepare,
     prepare_weights,
     tokens_of_run,
 )
-from flows.recompute import TargetRecompute, partial_target
-from flows.run_file import Run, begun_run, write_run
-from flows.run_lock import sole_training
-from flows.run_name import run_name
-from flows.run_record import StorageBill, write_settings
-from flows.state_keeper import StateKeeper
-from flows.store_root import store_root
-from flows.summaries import OnlineSummary, TokensSummary
-from flows.table import print_table
 from flows.train import run_training, warn_of_another_length
-from flows.training_data import own_dataset, was_replaced
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
 

@@ -4,16 +4,16 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.bill import Bill, require_fits
-from flows.config import StoreConfig
-from flows.preflight import draw_up
-from flows.prepare import prepare
-from flows.run_name import run_name
-from flows.store_root import store_root
-from flows.store_tables import bill_rows
-from flows.table import print_table
+from flows.config.store import StoreConfig
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.credentials import store_root
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.cost import Bill, require_fits
+from flows.reports.store_tables import bill_rows
+from flows.reports.table import print_table
+from flows.tasks.preflight import draw_up
+from flows.tasks.prepare import prepare
 from flows.workspace import DEFAULT_HOME
 
 

@@ -24,14 +24,14 @@ from eagle_core.regeneration.local import LocalAnswers
 from eagle_core.regeneration.regenerate import Regenerated, Regeneration
 from eagle_core.regeneration.server import AnswerServer
 from eagle_core.target.config import TargetConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.prepare import prepare_dataset
-from flows.progress import stage_progress
-from flows.retry import is_transient
-from flows.run_name import run_name
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.progress import stage_progress
+from flows.orchestration.retry import is_transient
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.table import Row, print_table
 from flows.summaries import DatasetSummary
-from flows.table import Row, print_table
+from flows.tasks.prepare import prepare_dataset
 from flows.workspace import DEFAULT_HOME, Workspace
 
 

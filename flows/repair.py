@@ -8,22 +8,22 @@ from prefect import flow
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.config import StoreConfig
-from flows.damage import find_damage, probe_recompute
+from flows.bridge.store_identity import store_identity
+from flows.config.runner import RunnerConfig
+from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
-from flows.health import RepairSummary
 from flows.hidden_states import publish
-from flows.identity import store_identity
-from flows.make_shards import MissingShards, make_shards
-from flows.prepare import prepare
-from flows.run_name import run_name
-from flows.runner_config import RunnerConfig
-from flows.store_root import store_root
-from flows.store_tables import repair_rows
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.credentials import store_root
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.health import RepairSummary
+from flows.reports.store_tables import repair_rows
+from flows.reports.table import print_table
 from flows.summaries import TokensSummary
-from flows.table import print_table
+from flows.tasks.find_damage import find_damage, probe_recompute
+from flows.tasks.make_shards import MissingShards, make_shards
+from flows.tasks.prepare import prepare
 from flows.workspace import DEFAULT_HOME
 from storage.errors import CorruptError
 from storage.maintenance.repair import damaged_shards

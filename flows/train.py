@@ -20,27 +20,33 @@ from eagle_core.training.config import TrainingConfig
 from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.schedule import learning_rate, total_steps
 from eagle_core.training.trainer import train
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.best_effort import best_effort
-from flows.config import StoreConfig
-from flows.draft_setup import VOCABULARY_NAME, DraftSetup, choose_vocabulary, set_up_draft
+from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup, choose_vocabulary, set_up_draft
+from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.bridge.run import Run, write_run
+from flows.bridge.run_lock import RunLock, sole_training
+from flows.bridge.semantic_probe import require_sound
+from flows.bridge.store_identity import open_store
+from flows.bridge.training_data import held_by_run, training_data
+from flows.config.store import StoreConfig
 from flows.errors import TrainingStoppedError
-from flows.identity import open_store
-from flows.prepare import prepare_weights
-from flows.progress import stage_progress
-from flows.recompute import TargetRecompute, partial_target
-from flows.run_file import Run, write_run
-from flows.run_lock import RunLock, sole_training
-from flows.run_name import run_name
-from flows.run_page import loss_plot, read_curves, write_run_page
-from flows.run_record import TRAINING_NAME, RunRecord, StorageBill, write_settings, write_stage
-from flows.semantic_probe import require_sound
-from flows.store_root import store_root
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.best_effort import best_effort
+from flows.orchestration.credentials import store_root
+from flows.orchestration.progress import stage_progress
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.run_page import loss_plot, read_curves, write_run_page
+from flows.reports.run_record import (
+    TRAINING_NAME,
+    RunRecord,
+    StorageBill,
+    write_settings,
+    write_stage,
+)
 from flows.summaries import TrainSummary
-from flows.train_ranks import train_ranks
-from flows.train_worker import TrainJob, open_sources, tracked_run
-from flows.training_data import held_by_run, training_data
+from flows.tasks.prepare import prepare_weights
+from flows.workers.ranks import train_ranks
+from flows.workers.train_worker import TrainJob, open_sources, tracked_run
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.records.snapshot import Snapshot
 from storage.store import Store

@@ -6,17 +6,17 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
-from flows import report
-from flows.artifact_key import artifact_key
-from flows.config import StoreConfig
-from flows.damage import find_damage, probe_recompute
+from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
-from flows.health import SIZES, VerifySummary
-from flows.prepare import prepare_weights
-from flows.run_name import run_name
-from flows.store_root import store_root
-from flows.store_tables import verify_rows
-from flows.table import print_table
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.credentials import store_root
+from flows.orchestration.run_name import run_name
+from flows.reports import rows as report
+from flows.reports.health import SIZES, VerifySummary
+from flows.reports.store_tables import verify_rows
+from flows.reports.table import print_table
+from flows.tasks.find_damage import find_damage, probe_recompute
+from flows.tasks.prepare import prepare_weights
 from flows.workspace import DEFAULT_HOME, Workspace
 from storage.store import Store
 

@@ -16,10 +16,10 @@ from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.data.manifest import MANIFEST_NAME, load_manifest
 from eagle_core.data.sources import find_source, identify
 from eagle_core.errors import ConfigError
-from flows.event_names import DATASET_CHANGED, dataset_resource
-from flows.events import send
-from flows.retry import is_transient
-from flows.run_name import run_name
+from flows.orchestration.event_names import DATASET_CHANGED, dataset_resource
+from flows.orchestration.events import send
+from flows.orchestration.retry import is_transient
+from flows.orchestration.run_name import run_name
 from flows.workspace import DEFAULT_HOME, Workspace
 
 

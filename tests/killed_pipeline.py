@@ -31,11 +31,11 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.trainer import train
-from flows.draft_setup import choose_vocabulary, set_up_draft
-from flows.recompute import TargetRecompute
-from flows.semantic_probe import require_sound
-from flows.shard_worker import ShardJob, ShardMaker
-from flows.stored_source import StoredSource
+from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
+from flows.bridge.recompute import TargetRecompute
+from flows.bridge.semantic_probe import require_sound
+from flows.bridge.stored_source import StoredSource
+from flows.workers.shard_worker import ShardJob, ShardMaker
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedSample
@@ -187,7 +187,7 @@ def main() -> None:
     with (
         mock.patch("storage.records.compaction.COMPACT_FROM", 3),
         mock.patch("storage.records.compaction.SETTLE_SECONDS", -60.0),
-        mock.patch("flows.shard_worker.say"),
+        mock.patch("flows.workers.shard_worker.say"),
     ):
         with tempfile.TemporaryDirectory() as warm:
             live(settings, Path(warm))  # so that a child imports and compiles nothing more

@@ -10,7 +10,7 @@ from deployments import prefect_yaml, recipe
 from deployments.automation import AutomationConfig, schedules, triggers
 from deployments.recipe import load_recipe, recipe_names
 from eagle_core.errors import ConfigError
-from flows.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED
+from flows.orchestration.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED
 
 EVERYTHING = AutomationConfig(watch_cron="0 * * * *", on_new_data=True, train_on_snapshot=True)
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deployments.environment import settle_environment
-from flows.run_record import RunRecord
+from flows.reports.run_record import RunRecord
 from tests import tiny
 from tests.deployments.terminal import ROOT, eyas, eyas_here
 

@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import pytest
 import yaml
 
-from flows.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED
+from flows.orchestration.event_names import DATASET_CHANGED, SNAPSHOT_PUBLISHED
 from storage.store import Store
 from tests import tiny
 from tests.deployments.server import (

@@ -13,8 +13,8 @@ from eagle_core.data.conversations import Conversation, Message
 from eagle_core.draft.model import DraftConfig, DraftModel
 from eagle_core.target import weights
 from eagle_core.target.model import aux_layers, read_model_config
-from flows.preflight import _bare_bytes_per_token
-from flows.target_tokenizer import conversation_tokenizer
+from flows.bridge.target_tokenizer import conversation_tokenizer
+from flows.tasks.preflight import _bare_bytes_per_token
 from tests.deployments.architectures import ARCHITECTURES, Architecture
 from tests.eagle_core.test_template_families import train
 

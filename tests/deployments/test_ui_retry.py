@@ -235,7 +235,7 @@ def _shard_process(server: Server) -> int:
             with suppress(OSError):  # it has ended meanwhile
                 command = (entry / "cmdline").read_bytes()
                 if (
-                    b"flows.shard_worker" in command
+                    b"flows.workers.shard_worker" in command
                     and (entry / "cwd").readlink() == server.project
                 ):
                     found.append(int(entry.name))

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
-from flows.child_process import Child
-from flows.config import StoreConfig
-from flows.shard_processes import ShardProcesses
+from flows.config.store import StoreConfig
+from flows.workers.child_process import Child
+from flows.workers.pool import ShardProcesses
 from tests import tiny
 
 NUM_CONVERSATIONS = 40
@@ -41,7 +41,7 @@ def shard_process() -> Iterator[None]:
         is_alike = len(places) == 1 and _object_store() == at_first
         return shared if is_alike else ShardProcesses(places)
 
-    with mock.patch("flows.runner.ShardProcesses", processes):
+    with mock.patch("flows.orchestration.task_runners.ShardProcesses", processes):
         yield
     ShardProcesses.close(shared)
 
@@ -56,7 +56,7 @@ def measuring_process() -> Iterator[None]:
             children.append(Child(module, environment={}))
         yield from children[-1].ask(request, what=what)
 
-    with mock.patch("flows.preflight.ask", ask):
+    with mock.patch("flows.tasks.preflight.ask", ask):
         yield
     for child in children:
         child.close()

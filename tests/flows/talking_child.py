@@ -5,7 +5,7 @@ import time
 
 from pydantic import BaseModel
 
-from flows.channel import say, serve
+from flows.workers.channel import say, serve
 
 _KINDS = {kind.__name__: kind for kind in (TypeError, RuntimeError, MemoryError)}
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from flows.channel import answer, say
+from flows.workers.channel import answer, say
 from tests.flows.talking_child import Talk
 
 

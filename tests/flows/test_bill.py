@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from flows.bill import HEADROOM, Bill, require_fits
 from flows.errors import DoesNotFitError
+from flows.reports.cost import HEADROOM, Bill, require_fits
 
 GB = 10**9
 BILL = Bill(

@@ -11,7 +11,7 @@ from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState
-from flows.draft_setup import VOCABULARY_NAME, choose_vocabulary
+from flows.bridge.draft_setup import VOCABULARY_NAME, choose_vocabulary
 
 TRAINING = TrainingConfig(draft_vocab_size=10)
 

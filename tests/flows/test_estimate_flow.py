@@ -17,14 +17,14 @@ from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.config import TrainingConfig
-from flows import report
-from flows.config import StoreConfig
-from flows.draft_setup import load_trained, set_up_draft
+from flows.bridge.draft_setup import load_trained, set_up_draft
+from flows.bridge.online_source import OnlineSource
+from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
 from flows.export import export_flow
 from flows.hidden_states import hidden_states
-from flows.online_source import OnlineSource
-from flows.prepare import prepare
+from flows.reports import rows as report
+from flows.tasks.prepare import prepare
 from flows.train import train_flow
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
@@ -64,7 +64,7 @@ def test_the_store_says_what_the_target_says_and_the_target_is_not_loaded(
     train_flow(target, dataset, store, TRAINING, home=home)
     expected = by_the_target(target, dataset, home)
     monkeypatch.delattr(TargetModel, "load")
-    monkeypatch.delattr("flows.prepare.build_dataset")  # the run knows what it needs
+    monkeypatch.delattr("flows.tasks.prepare.build_dataset")  # the run knows what it needs
     summary = estimate_flow(target, dataset, store, TRAINING, EVALUATION, home=home)
     found = summary.estimate
     assert summary.checkpoint_step == 30

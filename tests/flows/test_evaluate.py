@@ -7,7 +7,7 @@ from pathlib import Path
 from eagle_core.decoding.speculative import GenerationTrace, VerificationRound
 from eagle_core.evaluation.acceptance import PromptResult, summarise
 from eagle_core.evaluation.decode_prompts import EvaluationConfig
-from flows.run_record import EVALUATION_NAME, RunRecord, write_stage
+from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
 
 

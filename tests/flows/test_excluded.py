@@ -15,18 +15,18 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.bridge.store_identity import store_identity
+from flows.bridge.stored_source import to_stored
+from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states, publish
-from flows.identity import store_identity
-from flows.inspection import look
 from flows.plan import plan as plan_flow
-from flows.preflight import wanted_samples
-from flows.prepare import prepare
 from flows.repair import repair_flow
-from flows.run_record import RunRecord
-from flows.store_tables import store_rows
-from flows.stored_source import to_stored
+from flows.reports.inspection import look
+from flows.reports.run_record import RunRecord
+from flows.reports.store_tables import store_rows
+from flows.tasks.preflight import wanted_samples
+from flows.tasks.prepare import prepare
 from flows.train import train_flow
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.records.exclusions import Exclusion

@@ -19,12 +19,12 @@ from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState
-from flows import report
-from flows.draft_setup import choose_vocabulary, set_up_draft
+from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
+from flows.config.export import RunExportConfig
 from flows.export import export_flow
-from flows.export_config import RunExportConfig
-from flows.prepare import prepare
+from flows.reports import rows as report
 from flows.summaries import ExportedLayout, ExportSummary
+from flows.tasks.prepare import prepare
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 

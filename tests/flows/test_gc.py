@@ -7,7 +7,7 @@ import pytest
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.gc import gc_flow
-from flows.inspection import look
+from flows.reports.inspection import look
 from storage.errors import ConfigError, CorruptError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.store import Store

@@ -21,14 +21,14 @@ from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training.config import TrainingConfig
-from flows.artifact_key import artifact_key
-from flows.channel import Channel
-from flows.config import StoreConfig
+from flows.bridge.run import read_run
+from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states, plan_missing_shards
-from flows.prepare import prepare_dataset, tokenize
-from flows.run_file import read_run
-from flows.shard_worker import ShardJob, ShardReport, _samples_of
+from flows.orchestration.artifact_key import artifact_key
+from flows.tasks.prepare import prepare_dataset, tokenize
 from flows.train import train_flow
+from flows.workers.channel import Channel
+from flows.workers.shard_worker import ShardJob, ShardReport, _samples_of
 from flows.workspace import Workspace
 from storage.errors import MismatchError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
@@ -166,7 +166,7 @@ def test_what_every_batch_meets_is_met_three_times(
     (root / "shards").write_text("a file where the folder of all shards belongs")
     computed: list[int] = []
     monkeypatch.setattr(
-        "flows.progress.StageProgress.advance",
+        "flows.orchestration.progress.StageProgress.advance",
         lambda _self, amount=1, **_note: computed.append(amount),
     )
     with pytest.raises(storage.errors.ConfigError, match="cannot use"):
@@ -240,7 +240,7 @@ def _kill_in_second_shard(job: ShardJob) -> None:
     """Run the shard process and kill it as soon as it has computed a sample of its second shard."""
     channel = Channel()
     child = subprocess.Popen(
-        [sys.executable, "-m", "flows.shard_worker"],
+        [sys.executable, "-m", "flows.workers.shard_worker"],
         stdin=subprocess.PIPE,
         text=True,
         env={**os.environ, **channel.environment},

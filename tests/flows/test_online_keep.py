@@ -16,11 +16,11 @@ from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import TENSORBOARD_FOLDER
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.config.store import StoreConfig
 from flows.online import online
-from flows.prepare import prepare
-from flows.run_page import read_curves
-from flows.run_record import RunRecord
+from flows.reports.run_page import read_curves
+from flows.reports.run_record import RunRecord
+from flows.tasks.prepare import prepare
 from flows.workspace import Workspace
 from storage.store import Store
 from tests import tiny

@@ -13,7 +13,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training.loader import LoaderState, StepShape, steps
-from flows.online_source import OnlineSource
+from flows.bridge.online_source import OnlineSource
 from tests.eagle_core.test_target import tokenized
 
 WINDOW = 3

@@ -7,11 +7,11 @@ from pydantic import ValidationError
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
-from flows.bill import encoding_name
-from flows.config import StoreConfig
+from flows.config.store import StoreConfig
 from flows.errors import DoesNotFitError
 from flows.hidden_states import hidden_states
 from flows.plan import plan
+from flows.reports.cost import encoding_name
 from storage.records.identity import PROFILES
 from storage.store import Store
 

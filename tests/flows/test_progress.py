@@ -11,8 +11,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.objects import Artifact
 
-from flows import progress, report
-from flows.progress import moving, stage_progress
+from flows.orchestration import progress
+from flows.orchestration.progress import moving, stage_progress
+from flows.reports import rows as report
 
 
 @pytest.fixture

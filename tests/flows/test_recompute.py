@@ -14,11 +14,11 @@ from eagle_core.target.partial import PartialTarget
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.bridge.stored_source import StoredSource, to_stored
+from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states
 from flows.repair import repair_flow
-from flows.stored_source import StoredSource, to_stored
 from flows.train import train_flow
 from storage.errors import ConfigError, MismatchError, ShardCorruptError
 from storage.probe import NUM_POINTS

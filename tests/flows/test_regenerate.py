@@ -13,11 +13,11 @@ from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.token_file import TokenFile
-from flows.config import StoreConfig
+from flows.bridge.target_tokenizer import conversation_tokenizer
+from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
-from flows.prepare import prepare_dataset, tokenize
 from flows.regenerate import answer_source, regenerate_flow, summary_rows
-from flows.target_tokenizer import conversation_tokenizer
+from flows.tasks.prepare import prepare_dataset, tokenize
 from flows.workspace import Workspace
 from tests.eagle_core.answer_server import serving
 

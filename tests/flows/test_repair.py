@@ -10,11 +10,11 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
-from flows.config import StoreConfig
+from flows.bridge.stored_source import to_stored
+from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
 from flows.hidden_states import hidden_states
 from flows.repair import repair_flow
-from flows.stored_source import to_stored
 from flows.verify import verify_flow
 from flows.workspace import Workspace
 from storage.errors import MismatchError

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from flows import run_lock
+from flows.bridge import run_lock
+from flows.bridge.run_lock import LOCK_NAME, sole_training
 from flows.errors import RunBusyError
-from flows.run_lock import LOCK_NAME, sole_training
 from tests.waiting import wait_for
 
 _HOLD = """
 import sys
 from pathlib import Path
-from flows.run_lock import sole_training
+from flows.bridge.run_lock import sole_training
 with sole_training(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -63,7 +63,7 @@ def test_a_second_training_of_a_run_is_refused_until_the_first_has_ended(
 @pytest.fixture
 def two_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """No lock of the other host is seen here, and its signs of life come quickly."""
-    monkeypatch.setattr("flows.run_lock.fcntl.flock", _refuse)
+    monkeypatch.setattr("flows.bridge.run_lock.fcntl.flock", _refuse)
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "DEAD_SECONDS", 2.0)
 

@@ -13,12 +13,12 @@ from eagle_core.evaluation.decode_prompts import EvaluationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.tracker import TensorBoardTracker
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
-from flows.run_page import read_curves, write_run_page
-from flows.run_record import EVALUATION_NAME, REPORT_NAME
+from flows.reports.run_page import read_curves, write_run_page
+from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.train import train_flow
 from tests import needs
 from tests.browser import browser_page

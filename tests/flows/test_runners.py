@@ -21,18 +21,18 @@ import storage.errors
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
-from flows import child_process
-from flows import runner as runner_module
-from flows.channel import VARIABLE
-from flows.child_process import Child
-from flows.config import StoreConfig
+from flows.config.runner import RunnerConfig
+from flows.config.store import StoreConfig
 from flows.errors import ChildFailedError, ChildKilledError, FlowError
 from flows.hidden_states import hidden_states
-from flows.make_shards import _Failures
-from flows.retry import RETRYABLE
-from flows.runner_config import RunnerConfig
-from flows.shard_processes import gpus_in_turn
+from flows.orchestration import task_runners as runner_module
+from flows.orchestration.retry import RETRYABLE
 from flows.summaries import HiddenStatesSummary
+from flows.tasks.make_shards import _Failures
+from flows.workers import child_process
+from flows.workers.channel import VARIABLE
+from flows.workers.child_process import Child
+from flows.workers.pool import gpus_in_turn
 from storage.store import Store
 from tests.flows.talking_child import Talk
 from tests.flows.trees import digests
@@ -121,7 +121,7 @@ def test_a_batch_that_is_tried_again_makes_only_the_rest(
             time.sleep(0.002)
             seen[:] = range(len(list(root.glob("commits/*.json"))))
         for child in psutil.Process().children():
-            if "flows.shard_worker" in child.cmdline():
+            if "flows.workers.shard_worker" in child.cmdline():
                 child.kill()
 
     root = tmp_path / "stores" / "tiny-facts"

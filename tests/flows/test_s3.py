@@ -11,10 +11,10 @@ from prefect.blocks.system import Secret
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
+from flows.orchestration.credentials import store_root
 from flows.repair import repair_flow
-from flows.store_root import store_root
 from flows.train import train_flow
 from flows.workspace import Workspace
 from storage.errors import ConfigError

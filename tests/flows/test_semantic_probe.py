@@ -16,10 +16,10 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.bridge.recompute import TargetRecompute
+from flows.bridge.stored_source import to_stored
+from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
-from flows.recompute import TargetRecompute
-from flows.stored_source import to_stored
 from flows.train import train_flow
 from storage.errors import ShardCorruptError
 from storage.probe import NUM_POINTS, ProbePoint, left_out_channels

@@ -10,7 +10,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.tracking import hosted as hosted_trackers
 from eagle_core.tracking.hosted import TrackingConfig
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.offline import offline
 from flows.train import train_flow

@@ -17,7 +17,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
+from flows.config.store import StoreConfig
 from flows.errors import ChildKilledError, TrainingStoppedError
 from flows.hidden_states import hidden_states
 from flows.online import online
@@ -118,7 +118,7 @@ def _rank_pids(parent: int) -> Iterator[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     for pid in sorted(pid for pid, above in parents.items() if parents.get(above) == parent):
-        if "flows.train_worker" in Path(f"/proc/{pid}/cmdline").read_text():
+        if "flows.workers.train_worker" in Path(f"/proc/{pid}/cmdline").read_text():
             yield pid
 
 

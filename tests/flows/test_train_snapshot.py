@@ -16,13 +16,13 @@ from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.config import TrainingConfig
-from flows.config import StoreConfig
-from flows.draft_setup import VOCABULARY_NAME
+from flows.bridge.draft_setup import VOCABULARY_NAME
+from flows.bridge.run import RUN_NAME, Run, read_run
+from flows.config.store import StoreConfig
 from flows.export import export_flow
 from flows.gc import gc_flow
 from flows.hidden_states import hidden_states
-from flows.run_file import RUN_NAME, Run, read_run
-from flows.run_record import TRAINING_NAME, RunRecord
+from flows.reports.run_record import TRAINING_NAME, RunRecord
 from flows.summaries import HiddenStatesSummary, TrainSummary
 from flows.train import train_flow
 from storage.maintenance.gc import snapshots_to_keep
@@ -165,7 +165,7 @@ def test_a_run_that_has_begun_goes_on_with_its_own_snapshot_and_reads_no_data_se
         data.train(max_steps=1)  # an exit status of 0 would say that it learned from the new data
     (data.home / "grows.json").unlink()
     with monkeypatch.context() as patched:
-        patched.delattr("flows.prepare.prepare_dataset")
+        patched.delattr("flows.tasks.prepare.prepare_dataset")
         gone_on = data.train(max_steps=2)
     assert (gone_on.source_id, gone_on.num_steps) == (old.snapshot_id, 2)
     assert f"is snapshot {new.snapshot_id}" in caplog.text

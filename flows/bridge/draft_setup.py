@@ -1,0 +1,108 @@
+"""The draft of one run: its vocabulary, and its weights before and after training."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eagle_core.draft.importing import read_draft, warm_start
+from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.vocabulary import DraftVocabulary, count_supervised_tokens
+from eagle_core.errors import MismatchError
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import aux_layers, read_model_config, resolve_device
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.checkpoint import load_draft, newest
+from eagle_core.training.config import TrainingConfig
+from flows.bridge.target_tokenizer import conversation_tokenizer
+
+VOCABULARY_NAME = "draft_vocabulary.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftSetup:
+    """An untrained draft and what training needs beside it."""
+
+    run_path: Path
+    draft: DraftModel
+    target_lm_head: Tensor
+    """[V, H] the target's head, frozen."""
+
+
+def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path) -> DraftSetup:
+    """Return the untrained draft of a run, whose vocabulary is chosen already.
+
+    Reads two tensors of the target (embedding and head), never the layers between them.
+    """
+    folder = weights.locate(target)
+    model_config = read_model_config(target, folder)
+    device = resolve_device(target.device)
+    embedding, lm_head = weights.load_ends(folder, dtype=torch.float32)
+    vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
+    config = DraftConfig.from_target(
+        model_config,
+        draft_vocab_size=len(vocabulary),
+        fc_norm=training.fc_norm,
+        norm_output=training.norm_output,
+    )
+    draft = DraftModel(config)
+    draft.initialise(
+        embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed
+    )
+    if training.start_from is not None:
+        _start_from(
+            draft, Path(training.start_from), aux_layers(target, model_config.num_hidden_layers)
+        )
+    return DraftSetup(run_path=run_path, draft=draft.to(device), target_lm_head=lm_head.to(device))
+
+
+def load_trained(setup: DraftSetup) -> DraftModel:
+    """Return the draft of the run's newest good checkpoint; ConfigError if there is none."""
+    draft = DraftModel(setup.draft.config).to(setup.target_lm_head.device)
+    load_draft(draft, setup.run_path)
+    return draft
+
+
+def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> None:
+    imported = read_draft(folder)
+    if imported.aux_layers not in {None, layers}:
+        raise MismatchError(
+            f"the draft in {folder} reads the aux layers {imported.aux_layers}, the states of this "
+            f"target are of {layers}; set target.aux_layers, or start from another draft"
+        )
+    num_rows = warm_start(draft, imported)
+    logger.info(
+        "starts from %s, with the head rows of %d of %d draft tokens",
+        folder,
+        num_rows,
+        draft.config.draft_vocab_size,
+    )
+
+
+def choose_vocabulary(
+    target: TargetConfig, training: TrainingConfig, tokens: TokenFile, run_path: Path
+) -> float:
+    """Choose the vocabulary of a run, once; return the share of supervised tokens that it covers.
+
+    One of other data or size is kept only if the run has a checkpoint of it. Whether that
+    checkpoint's data may be left is not decided here: it carries their snapshot id.
+    """
+    vocab_size = read_model_config(target, weights.locate(target)).vocab_size
+    counts = count_supervised_tokens(tokens, vocab_size)
+    path, size = run_path / VOCABULARY_NAME, min(training.draft_vocab_size, vocab_size)
+    if path.exists():
+        found = DraftVocabulary.load(path)
+        is_wanted = found.source_id == tokens.path.stem and len(found) == size
+        if is_wanted or newest(run_path) is not None:
+            return found.coverage(counts)
+        logger.info("no step was trained with the draft vocabulary of %s: chosen again", path)
+    always = conversation_tokenizer(target).special_token_ids()
+    vocabulary = DraftVocabulary.build(counts, size=size, always=always, source_id=tokens.path.stem)
+    run_path.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(path)
+    return vocabulary.coverage(counts)

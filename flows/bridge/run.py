@@ -1,0 +1,203 @@
+"""`run.json`: what a run was made with, from its first step on.
+
+Whatever comes later (going on, estimate, evaluation, export) reads it, and no data set again. Later
+attempts change nothing in it but `training`, `store` and `tracking`, as far as a run may change
+these.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eagle_core.atomic_files import write_text
+from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.model import DraftConfig
+from eagle_core.draft.vocabulary import DraftVocabulary
+from eagle_core.errors import ConfigError, CorruptError, MismatchError
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import fingerprint_fields, read_stop_ids
+from eagle_core.tracking.hosted import TrackingConfig
+from eagle_core.training import checkpoint
+from eagle_core.training.checkpoint import require_identity
+from eagle_core.training.config import TrainingConfig
+from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup
+from flows.bridge.target_tokenizer import conversation_tokenizer
+from flows.config.store import StoreConfig
+from flows.summaries import TokensSummary
+
+RUN_NAME = "run.json"
+FORMAT_VERSION = 1
+_HOW_STATES_ARE_MADE = frozenset({"dtype", "attention", "capture_version"})
+"""Fields of a target that matter to its states; a draft serves it with others as well."""
+
+
+class Run(BaseModel):
+    """Everything that a run was made with."""
+
+    model_config = ConfigDict(frozen=True)  # what a newer Eyas adds is passed over
+
+    format_version: int = FORMAT_VERSION
+    title: str
+    source_id: str
+    """The snapshot that it learns from, or `online-` and a digest of what the target computed."""
+    store_root: str | None
+    """None for a run that stores nothing."""
+    tokens: str
+    """Content of its token files, as `Workspace.token_file` wants it."""
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    target_fields: dict[str, str]
+    """`eagle_core.target.model.fingerprint_fields`."""
+    stop_ids: tuple[int, ...]
+    """Token ids that end an answer."""
+    draft: DraftConfig
+    draft_vocabulary: str
+    """Fingerprint of `draft_vocabulary.safetensors`."""
+    vocabulary_coverage: float
+    """Share of the supervised training tokens that the draft can propose, 0 to 1."""
+    target: TargetConfig
+    dataset: DatasetConfig
+    store: StoreConfig
+    training: TrainingConfig
+    tracking: TrackingConfig
+
+    @classmethod
+    def of(
+        cls,
+        target: TargetConfig,
+        dataset: DatasetConfig,
+        store: StoreConfig,
+        training: TrainingConfig,
+        tracking: TrackingConfig,
+        *,
+        title: str,
+        source_id: str,
+        store_root: str | None,
+        tokens: TokensSummary,
+        setup: DraftSetup,
+        vocabulary_coverage: float,
+    ) -> Self:
+        """Return the record of a run that is about to begin."""
+        folder = weights.locate(target)
+        return cls(
+            title=title,
+            source_id=source_id,
+            store_root=store_root,
+            tokens=tokens.content,
+            tokenizer_fingerprint=tokens.tokenizer_fingerprint,
+            template_fingerprint=tokens.template_fingerprint,
+            target_fields=fingerprint_fields(target, folder),
+            stop_ids=tuple(sorted(read_stop_ids(target, folder))),
+            draft=setup.draft.config,
+            draft_vocabulary=DraftVocabulary.load(setup.run_path / VOCABULARY_NAME).fingerprint,
+            vocabulary_coverage=vocabulary_coverage,
+            target=target,
+            dataset=dataset,
+            store=store,
+            training=training,
+            tracking=tracking,
+        )
+
+    def require_vocabulary(self, run_path: Path) -> None:
+        """Raise MismatchError unless the run's folder has the draft vocabulary of its beginning."""
+        found = DraftVocabulary.load(run_path / VOCABULARY_NAME).fingerprint
+        if found != self.draft_vocabulary:
+            raise MismatchError(
+                f"{run_path / VOCABULARY_NAME} is not the draft vocabulary that the run began with "
+                f"({found[:12]}, {self.draft_vocabulary[:12]} in {RUN_NAME}); restore it, or "
+                "delete it: going on with the run (eyas run train) makes it again"
+            )
+
+    def require_target(self, target: TargetConfig, run_path: Path) -> None:
+        """Raise MismatchError naming what differs unless `target` is what the run learns from.
+
+        Device, arithmetic and attention kernel may be others: a draft serves a target with any.
+        """
+        tokenizer = conversation_tokenizer(target)
+        fields = fingerprint_fields(target, weights.locate(target))
+        own = {"tokenizer": self.tokenizer_fingerprint, "template": self.template_fingerprint}
+        now = {
+            "tokenizer": tokenizer.tokenizer_fingerprint,
+            "template": tokenizer.template_fingerprint,
+        }
+        for name in fields.keys() - _HOW_STATES_ARE_MADE:
+            own[f"target.{name}"] = self.target_fields.get(name, "")
+            now[f"target.{name}"] = fields[name]
+        require_identity(run_path / RUN_NAME, own, now)
+
+
+def read_run(run_path: Path) -> Run | None:
+    """Return the record of a run, None where there is none.
+
+    Raises:
+        CorruptError: it is damaged.
+
+    """
+    path = run_path / RUN_NAME
+    try:
+        run = Run.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CorruptError(
+            f"{path} is damaged, or of a newer version of Eyas "
+            f"({'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}); restore it, or "
+            "delete it: it is then made again from the recipe"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if run.format_version > FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has version {run.format_version}, and this version of Eyas reads up to "
+            f"{FORMAT_VERSION}; use the newer one that wrote it"
+        )
+    return run
+
+
+def write_run(run_path: Path, run: Run, *, begun: Run | None) -> None:
+    """Write the record of a run; of one that had `begun`, what may differ between attempts."""
+    if begun is not None:
+        changed = {name: getattr(run, name) for name in ("training", "store", "tracking")}
+        run = begun.model_copy(update=changed)
+    write_text(run_path / RUN_NAME, run.model_dump_json(indent=2) + "\n")
+
+
+def own_tokens(run_path: Path, run: Run | None) -> str | None:
+    """Return the content of the token files that a run learns from, if its folder says so.
+
+    A run of a version that wrote no `run.json` says it by its draft vocabulary.
+    """
+    if run is not None:
+        return run.tokens
+    path = run_path / VOCABULARY_NAME
+    if not path.exists():  # made again from the data set; the checkpoint tells whether it is that
+        return None
+    return DraftVocabulary.load(path).source_id.removeprefix("train-")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BegunRun:
+    """Where a run with a checkpoint stands, read once: its files may be gigabytes to digest."""
+
+    step: int
+    source_id: str
+    tokens: str
+    """Content of its token files."""
+    record: Run | None
+    """None for a run of a version without `run.json`."""
+
+
+def begun_run(run_path: Path) -> BegunRun | None:
+    """Return where a run stands; None before its first checkpoint."""
+    folder = checkpoint.newest(run_path)
+    if folder is None:
+        return None
+    record, found = read_run(run_path), checkpoint.read(folder)
+    tokens = own_tokens(run_path, record)
+    if tokens is None:
+        return None
+    return BegunRun(step=found.step, source_id=found.loader.source_id, tokens=tokens, record=record)

@@ -1,0 +1,79 @@
+"""What a store's states are made with, as `storage` wants to know it."""
+
+from typing import Protocol
+
+from transformers import PretrainedConfig
+
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import (
+    NORM_CONVENTION,
+    aux_layers,
+    fingerprint,
+    fingerprint_fields,
+    read_model_config,
+)
+from eagle_core.target.partial import derived_layers, slice_config
+from flows.bridge.target_tokenizer import conversation_tokenizer
+from flows.config.store import StoreConfig
+from storage.records.identity import LeftOut, StoreIdentity
+from storage.store import Store
+
+
+class Tokenizing(Protocol):
+    """What decides the tokens: a tokenizer, or what was made with one."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer."""
+
+    @property
+    def template_fingerprint(self) -> str:
+        """Of the chat template, and of which answers are learned from."""
+
+
+def open_store(target: TargetConfig, config: StoreConfig, root: str) -> Store:
+    """Open the store at `root`, which must be of this target, tokenizer, template and profile.
+
+    Raises:
+        ConfigError: there is none.
+        MismatchError: it is of something else; names the fields.
+
+    """
+    opened = Store.open(root)
+    expected = store_identity(target, config, conversation_tokenizer(target))
+    opened.identity.require_equal(expected, where=f"the store at {opened.root.url}")
+    return opened
+
+
+def store_identity(target: TargetConfig, store: StoreConfig, tokens: Tokenizing) -> StoreIdentity:
+    """Return the identity of the store for this target, tokenizer, template and profile."""
+    folder = weights.locate(target)
+    model_config = read_model_config(target, folder)
+    fields = fingerprint_fields(target, folder)
+    return StoreIdentity(
+        target_fingerprint=fingerprint(fields),
+        target_fields=fields,
+        tokenizer_fingerprint=tokens.tokenizer_fingerprint,
+        template_fingerprint=tokens.template_fingerprint,
+        aux_layers=aux_layers(target, model_config.num_hidden_layers),
+        hidden_size=model_config.hidden_size,
+        vocab_size=model_config.vocab_size,
+        norm_convention=NORM_CONVENTION,
+        profile=store.profile,
+        left_out=left_out(target, model_config) if store.recompute else None,
+    )
+
+
+def left_out(target: TargetConfig, model_config: PretrainedConfig) -> LeftOut:
+    """Return which states a store of this target may leave out, and how they are made again.
+
+    Raises:
+        ConfigError: the layers of this architecture cannot be run alone.
+
+    """
+    num_layers = model_config.num_hidden_layers
+    early, last = derived_layers(aux_layers(target, num_layers), num_layers)
+    for layers in (early, last):
+        slice_config(model_config, layers)
+    return LeftOut(mode="one_sequence", early_layers=tuple(early), last_layers=tuple(last))

@@ -1,0 +1,135 @@
+"""A run that has a checkpoint, for what comes after training: no data set is read for it."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle_core.data.config import DatasetConfig
+from eagle_core.errors import ConfigError
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import read_stop_ids
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training import checkpoint
+from eagle_core.training.checkpoint import Checkpoint, CheckpointChoice
+from eagle_core.training.config import TrainingConfig
+from flows.bridge.draft_setup import DraftSetup, set_up_draft
+from flows.bridge.run import Run, own_tokens, read_run
+from flows.tasks.prepare import prepare_weights, tokens_of_run
+from flows.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedRun:
+    """A run, the target as it is now, and the checkpoint that is used."""
+
+    path: Path
+    checkpoint_path: Path
+    space: Workspace
+    target: TargetConfig
+    dataset: DatasetConfig
+    training: TrainingConfig
+    content: str
+    """Of its token files."""
+    stop_ids: Collection[int]
+    """Token ids that end an answer."""
+
+    def load_draft(self) -> tuple[DraftSetup, Checkpoint]:
+        """Return the trained draft, and the record of its checkpoint."""
+        setup = set_up_draft(self.target, self.training, self.path)
+        return setup, self.load_weights(setup)
+
+    def load_weights(self, setup: DraftSetup) -> Checkpoint:
+        """Give the run's untrained draft the weights of the checkpoint, and return its record.
+
+        Raises:
+            MismatchError: the draft has another shape than the settings give.
+
+        """
+        return load_checkpoint(setup, self.checkpoint_path)
+
+    def held_out(self) -> TokenFile:
+        """Return the samples that this run never learned from.
+
+        Raises:
+            ConfigError: their file is gone, and the data set has changed since.
+
+        """
+        path = self.space.token_file("held_out", self.content)
+        if not path.exists():
+            tokens_of_run(self.target, self.dataset, self.space, self.path.name, self.content)
+        return TokenFile(path)
+
+
+def open_run(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    training: TrainingConfig,
+    home: str,
+    name: str,
+    choice: CheckpointChoice,
+) -> TrainedRun:
+    """Return a run by the names of its target and data set and its own.
+
+    What it was made with is read from its folder; `target` says where the weights are now, and on
+    which device they work. `dataset` and `training` are used only for a run of a version that did
+    not write that down.
+
+    Raises:
+        ConfigError: there is no such run, or it has no checkpoint yet.
+        MismatchError: `target` is another one, or has another tokenizer or template.
+
+    """
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
+    path = space.run_path(name)
+    folder = choose_checkpoint(path, choice)
+    prepare_weights(target)
+    run = read_run(path)
+    if run is not None:
+        run.require_vocabulary(path)
+        run.require_target(target, path)
+    return TrainedRun(
+        path=path,
+        checkpoint_path=folder,
+        space=space,
+        target=target,
+        dataset=dataset if run is None else run.dataset,
+        training=training if run is None else run.training,
+        content=own_tokens(path, run) or "",
+        stop_ids=_stop_ids(run, target),
+    )
+
+
+def choose_checkpoint(run_path: Path, choice: CheckpointChoice) -> Path:
+    """Return the folder of a run's best checkpoint, or of its newest; ConfigError without any.
+
+    A run that was never measured on held-out data has no best one: its newest stands in.
+    """
+    best = checkpoint.best(run_path) if choice == "best" else None
+    chosen = best or checkpoint.newest(run_path)
+    if chosen is None:
+        raise ConfigError(f"{run_path} has no checkpoint yet; run the train flow first")
+    return chosen
+
+
+def load_checkpoint(setup: DraftSetup, folder: Path) -> Checkpoint:
+    """Give the draft of `setup` the weights of a checkpoint, and return its record.
+
+    A checkpoint is never loaded into a draft of another shape: the fields that differ are named.
+
+    Raises:
+        MismatchError: the run's draft has another shape than the settings give.
+
+    """
+    found = checkpoint.read(folder)
+    checkpoint.require_identity(
+        folder,
+        {"draft": found.identity["draft"]},
+        {"draft": setup.draft.config.model_dump(mode="json")},
+    )
+    checkpoint.load_weights(setup.draft, folder)
+    return found
+
+
+def _stop_ids(run: Run | None, target: TargetConfig) -> Collection[int]:
+    return read_stop_ids(target, weights.locate(target)) if run is None else run.stop_ids

@@ -1,0 +1,72 @@
+"""Starts what runs the batches of shards: threads with a child each, or a cluster's workers."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from eagle_core.target.config import TargetConfig
+from flows.config.runner import RunnerConfig
+from flows.errors import FlowError
+from flows.tasks.generate import Here, ShardBatch, generate_shards
+from flows.workers.made_shard import MadeShard
+from flows.workers.pool import ShardProcesses, places_here
+from flows.workers.shard_worker import ShardReport
+
+Submit = Callable[[ShardBatch], PrefectFuture[tuple[MadeShard, ...]]]
+
+
+@contextmanager
+def running(
+    runner: RunnerConfig, target: TargetConfig, *, on_report: Callable[[ShardReport], None]
+) -> Iterator[Submit]:
+    """Yield what submits a batch; everything that was started ends with the block.
+
+    `on_report` hears of each sample as it is computed, unless a cluster computes it.
+
+    Raises:
+        FlowError: the package of the cluster is not installed.
+
+    """
+    if runner.kind == "processes":
+        processes = ShardProcesses(places_here(target, runner.num_workers))
+        here = Here(processes=processes, on_report=on_report)
+        with ThreadPoolTaskRunner(max_workers=runner.num_workers) as threads:  # type: ignore[var-annotated]
+            try:
+                yield lambda batch: threads.submit(generate_shards, {"batch": batch, "here": here})
+            finally:
+                processes.close()
+    else:
+        with _cluster(runner) as cluster:
+            yield lambda batch: cluster.submit(generate_shards, {"batch": batch, "here": None})
+
+
+@contextmanager
+def _cluster(runner: RunnerConfig) -> Iterator[TaskRunner[Any]]:
+    package = _package(f"prefect_{runner.kind}", runner.kind)
+    if runner.kind == "dask":
+        size = {"n_workers": runner.num_workers, "threads_per_worker": 1, "dashboard_address": None}
+        options = {"address": runner.address} if runner.address else {"cluster_kwargs": size}
+        with package.DaskTaskRunner(**options) as dask:
+            yield dask
+        return
+    size = {"num_cpus": runner.num_workers, "include_dashboard": False}
+    options = {"address": runner.address} if runner.address else {"init_kwargs": size}
+    with package.RayTaskRunner(**options) as ray:
+        has_gpus = _package("ray", "ray").cluster_resources().get("GPU", 0) > 0
+        # Ray hides every GPU from a task that asks for none.
+        with _package("prefect_ray.context", "ray").remote_options(num_gpus=int(has_gpus)):
+            yield ray
+
+
+def _package(name: str, kind: str) -> Any:  # noqa: ANN401 (it is optional)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise FlowError(
+            f"runner.kind is {kind!r}, but {name} cannot be imported here ({error}); run: "
+            f"pip install 'eyas[{kind}]', or set runner.kind to processes"
+        ) from error

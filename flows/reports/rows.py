@@ -1,0 +1,282 @@
+"""Summaries as a person reads them: rows for the terminal, artifacts for the Prefect UI."""
+
+import base64
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+
+from eagle_core.evaluation.acceptance import AcceptanceReport
+from eagle_core.evaluation.estimate import expected_length
+from eagle_core.training.result import Figures
+from flows.orchestration.best_effort import best_effort
+from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
+from flows.reports.table import Row
+from flows.reports.units import human_bytes
+from flows.summaries import (
+    DatasetSummary,
+    EstimateSummary,
+    EvaluateSummary,
+    ExportedLayout,
+    ExportSummary,
+    HiddenStatesSummary,
+    OfflineSummary,
+    OnlineSummary,
+    TrainSummary,
+)
+
+
+def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:
+    """Write `rows` as a Markdown artifact of the current run; `key` collects its history."""
+    lines = [f"## {title}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    with best_effort(f"the artifact {title!r}"):
+        create_markdown_artifact("\n".join(lines), key=key, description=title)
+
+
+def publish_plot(title: str, svg: str, *, key: str) -> None:
+    """Show a plot as an image artifact of the current run."""
+    encoded = base64.b64encode(svg.encode()).decode()
+    with best_effort(f"the artifact {title!r}"):
+        create_image_artifact(f"data:image/svg+xml;base64,{encoded}", key=key, description=title)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def dataset_rows(summary: DatasetSummary) -> list[Row]:
+    """Return the figures of a data set."""
+    return [
+        ("records read", f"{summary.num_records:,}"),
+        ("conversations to train on", f"{summary.num_train:,}"),
+        ("held out", f"{summary.num_held_out:,}"),
+        ("dropped (see ledger.parquet)", f"{summary.num_dropped:,}"),
+        ("data set", str(summary.path)),
+        ("fingerprint", summary.fingerprint),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
+def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
+    """Return the figures of a store after generation, with the bill against the raw size."""
+    return [
+        ("samples", f"{states.num_samples:,}"),
+        ("tokens", f"{states.num_tokens:,}"),
+        ("supervised tokens", f"{states.num_supervised_tokens:,}"),
+        *([("left out", _excluded(states))] if states.num_excluded else []),
+        ("shards", f"{states.num_shards:,} ({states.shards_made:,} made now)"),
+        ("bytes per token, raw", f"{states.raw_bytes_per_token:,.0f}"),
+        ("bytes per token, stored", f"{states.stored_bytes_per_token:,.0f} ({states.profile})"),
+        ("size, raw", human_bytes(states.raw_bytes)),
+        ("size, stored", f"{human_bytes(states.stored_bytes)} ({_ratio(states)} of raw)"),
+        ("snapshot", states.snapshot_id),
+        ("store", states.store_root),
+        ("seconds", f"{states.seconds:.1f}"),
+    ]
+
+
+def _excluded(states: HiddenStatesSummary) -> str:
+    samples = "1 sample" if states.num_excluded == 1 else f"{states.num_excluded:,} samples"
+    return f"{samples} without finite states (eyas inspect names them)"
+
+
+def train_rows(summary: TrainSummary) -> list[Row]:
+    """Return the figures of a training run."""
+    figures = summary.figures
+    return [
+        ("steps", f"{summary.num_steps:,}"),
+        ("loss, first and last step", f"{figures.first_loss:.3f} -> {figures.loss:.3f}"),
+        ("loss by TTT step", _series(figures.step_losses, "{:.2f}")),
+        ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
+        *_held_out_lengths(figures),
+        ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
+        ("tokens per second", f"{summary.tokens_per_second:,.0f} (products in {summary.dtype})"),
+        ("run", str(summary.run_path)),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
+def _held_out_lengths(figures: Figures) -> list[Row]:
+    """Return what every held-out position of the store would accept, greedily and sampled."""
+    if not figures.held_out_step:
+        return []
+    sampled = float(expected_length(np.array(figures.held_out_acceptances)))
+    return [
+        ("held-out length, joint prefix", f"{figures.held_out_length:.2f}"),
+        ("held-out length, total variation", f"{sampled:.2f}"),
+    ]
+
+
+def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
+    """Return acceptance before and after training, the estimate beside it, and the speed."""
+    trained, found = summary.trained, summary.estimate
+    asked = summary.evaluation.prompts or "held-out"
+    rows = [
+        ("prompts", f"{trained.num_prompts:,} ({asked})"),
+        ("acceptance length, untrained", _acceptance(summary.untrained)),
+        ("acceptance length, trained", _acceptance(trained)),
+    ]
+    rows += [
+        (f"acceptance length, {group}", f"{_acceptance(part)}, {part.num_prompts:,} prompts")
+        for group, part in summary.trained_by_group.items()
+    ]
+    if found is not None:
+        length = _tokens(found.acceptance_length, *found.acceptance_interval)
+        own = f"{found.on_policy:.0%} of the stored answers are the target's own"
+        rows.append(("acceptance length, estimated", f"{length}; {own}"))
+    rows += [
+        ("acceptance by depth, untrained", _depths(summary.untrained)),
+        ("acceptance by depth, trained", _depths(trained)),
+    ]
+    if found is not None:
+        shares = _series(found.acceptance_by_depth, "{:.0%}")
+        rows.append(("acceptance by depth, estimated", shares))
+    return [*rows, *_speed_rows(summary), ("seconds", f"{summary.seconds:.1f}")]
+
+
+def _speed_rows(summary: EvaluateSummary) -> list[Row]:
+    trained = summary.trained
+    together = summary.evaluation.batch_prompts
+    how = "one prompt at a time" if together == 1 else f"{together} prompts at a time"
+    rows = [("decoding, tokens per second", f"{trained.tokens_per_second:,.1f} ({how})")]
+    if trained.plain_tokens_per_second is not None:
+        plain = f"{trained.plain_tokens_per_second:,.1f}, so {trained.speedup:.2f}x"
+        rows.append(("plain decoding of the same prompts", plain))
+    if trained.num_compared:
+        same = f"{trained.num_matching:,} of {trained.num_compared:,}"
+        margin = trained.largest_mismatch_margin
+        if margin is not None:
+            same += f" (where they differ the target's logits are within {margin:.1e})"
+        rows.append(("texts equal to plain decoding", same))
+    return rows
+
+
+def offline_rows(summary: OfflineSummary) -> list[Row]:
+    """Return the figures of the whole way: one table, no line twice."""
+    states, training, acceptance = summary.states, summary.training, summary.acceptance
+    return [
+        *_without_seconds(hidden_states_rows(states)),
+        *_without_seconds(train_rows(training)),
+        *_without_seconds(evaluate_rows(acceptance)),
+        ("seconds: hidden states", f"{states.seconds:.1f}"),
+        ("seconds: training", f"{training.seconds:.1f}"),
+        ("seconds: evaluation", f"{acceptance.seconds:.1f}"),
+        ("seconds: everything", f"{summary.seconds:.1f}"),
+    ]
+
+
+def online_rows(summary: OnlineSummary) -> list[Row]:
+    """Return the figures of the way without a store."""
+    training, acceptance = summary.training, summary.acceptance
+    return [
+        *_without_seconds(train_rows(training)),
+        *_without_seconds(evaluate_rows(acceptance)),
+        ("seconds: target and training", f"{training.seconds:.1f}"),
+        ("seconds: evaluation", f"{acceptance.seconds:.1f}"),
+        ("seconds: everything", f"{summary.seconds:.1f}"),
+    ]
+
+
+def estimate_rows(summary: EstimateSummary) -> list[Row]:
+    """Return estimated acceptance with its interval and its shares, one row a depth."""
+    found = summary.estimate
+    low, high = found.acceptance_interval
+    depths = [
+        (f"accepted at depth {depth}, if reached", _series([share], "{:.1%}"))
+        for depth, share in enumerate(found.acceptance_by_depth, start=1)
+    ]
+    return [
+        ("run", str(summary.run_path)),
+        ("checkpoint", f"step {summary.checkpoint_step:,}"),
+        ("held-out samples", f"{found.num_samples:,} of snapshot {summary.snapshot_id}"),
+        ("rounds replayed", f"{found.num_rounds:,}"),
+        ("acceptance length, estimated", _tokens(found.acceptance_length, low, high)),
+        *depths,
+        ("answer tokens that the target would choose", f"{found.on_policy:.1%}"),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+
+
+def export_rows(summary: ExportSummary) -> list[Row]:
+    """Return where an export is, how large it is, and the commands that serve it."""
+    length = summary.held_out_length
+    measured = "not measured" if length is None else f"{length:.2f} tokens per target forward"
+    rows = [
+        ("run", str(summary.run_path)),
+        ("checkpoint", f"step {summary.checkpoint_step:,}"),
+        ("acceptance length, held out", measured),
+    ]
+    for exported in summary.layouts:
+        size = human_bytes(exported.num_bytes)
+        rows.append((f"folder: {exported.layout}", f"{exported.path} ({size})"))
+        rows += _serving_commands(exported, summary)
+    return [*rows, ("seconds", f"{summary.seconds:.1f}")]
+
+
+def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[Row]:
+    """Return the command of each engine that loads this layout, ready for a shell."""
+    folder, num_tokens = str(exported.path.resolve()), summary.speculative_tokens
+    if exported.layout == "speculators":  # it names its verifier and its drafted tokens itself
+        return [("serve with vLLM (speculators)", shlex.join(["vllm", "serve", folder]))]
+    revision = [] if summary.revision is None else ["--revision", summary.revision]
+    target = [summary.served_model, *revision]
+    draft = {"method": "eagle3", "model": folder, "num_speculative_tokens": num_tokens}
+    sglang = {
+        "--speculative-algorithm": "EAGLE3",
+        "--speculative-draft-model-path": folder,
+        "--speculative-num-steps": str(num_tokens),
+        "--speculative-eagle-topk": "1",
+        "--speculative-num-draft-tokens": str(num_tokens + 1),
+    }
+    options = [word for option in sglang.items() for word in option]
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target, *options]
+    serve = ["vllm", "serve", *target, "--speculative-config", json.dumps(draft)]
+    return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
+
+
+def where_a_run_is(run_path: Path) -> list[Row]:
+    """Return how to see the curves of a run, and its report."""
+    return [
+        ("loss curves", f"tensorboard --logdir {run_path.parent}"),
+        ("report", str(run_path / REPORT_NAME)),
+    ]
+
+
+def where_to_look(run_path: Path) -> list[Row]:
+    """Return what a person would open next."""
+    curves, page = where_a_run_is(run_path)
+    return [
+        curves,
+        ("acceptance in full", str(run_path / EVALUATION_NAME)),
+        ("Prefect UI", "make server, then http://127.0.0.1:4200"),
+        page,
+    ]
+
+
+def _without_seconds(rows: Sequence[Row]) -> list[Row]:
+    return [(name, value) for name, value in rows if name != "seconds"]
+
+
+def _ratio(states: HiddenStatesSummary) -> str:
+    return f"{states.stored_bytes / max(states.raw_bytes, 1):.1%}"
+
+
+def _series(values: Sequence[float], form: str) -> str:
+    return "  ".join("-" if math.isnan(value) else form.format(value) for value in values)
+
+
+def _acceptance(report: AcceptanceReport) -> str:
+    return _tokens(report.acceptance_length, *report.acceptance_interval)
+
+
+def _tokens(length: float, low: float, high: float) -> str:
+    return f"{length:.2f} tokens per target forward (95 %: {low:.2f} to {high:.2f})"
+
+
+def _depths(report: AcceptanceReport) -> str:
+    return _series(report.acceptance_by_depth, "{:.0%}")

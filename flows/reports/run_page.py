@@ -1,0 +1,305 @@
+"""One HTML page for a run, made from the files in its folder: it can be mailed as it is.
+
+Everything is inside: style, tables, plots as SVG. There is no script, and nothing is fetched.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from eagle_core.atomic_files import write_text
+from eagle_core.tracking.tracker import TENSORBOARD_FOLDER
+from flows.reports import plots
+from flows.reports import rows as report
+from flows.reports.plots import Series
+from flows.reports.run_record import (
+    REPORT_NAME,
+    RunRecord,
+    RunSettings,
+    SplitFigures,
+    StorageBill,
+    as_text,
+)
+from flows.reports.table import Row
+from flows.reports.units import human_bytes
+from flows.summaries import EvaluateSummary
+
+_ALL_SCALARS = {"scalars": 0}
+_MOST_POINTS = 500
+
+Curves = Mapping[str, Series]
+"""Tag of a scalar to its values by step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One part of the page."""
+
+    title: str
+    note: str = ""
+    rows: Sequence[Row] = ()
+    plots: Sequence[tuple[str, Markup]] = ()
+    """Caption and SVG."""
+
+
+def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
+    """Write the report of the run in `run_path` from what lies there, and return its path."""
+    record = RunRecord.read(run_path)
+    if curves is None:
+        curves = read_curves(run_path / TENSORBOARD_FOLDER)
+    settings = record.settings
+    environment = Environment(
+        loader=PackageLoader("flows", "pages"), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("run.html").render(
+        title=settings.title if settings else run_path.name,
+        outdated=record.outdated,
+        headlines=_headlines(record),
+        sections=[
+            _acceptance(record),
+            _training(record, curves),
+            _speed(record, curves),
+            _data(settings),
+            _storage(settings),
+        ],
+        configuration=_configuration(record),
+    )
+    path = run_path / REPORT_NAME
+    write_text(path, page)
+    return path
+
+
+def read_curves(folder: Path) -> Curves:
+    """Return the scalars of TensorBoard's event files; of a step that was done twice the last.
+
+    The time inside of an event says which came last: names of files sort otherwise where two
+    began within one second.
+    """
+    if not folder.is_dir():
+        return {}
+    events = EventAccumulator(str(folder), size_guidance=_ALL_SCALARS)
+    events.Reload()
+    found: dict[str, Series] = {}
+    for tag in events.Tags()["scalars"]:
+        in_time = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+        by_step = {event.step: event.value for event in in_time}
+        steps = sorted(by_step)
+        kept = steps[:: math.ceil(len(steps) / _MOST_POINTS)]
+        if kept[-1] != steps[-1]:
+            kept.append(steps[-1])
+        found[tag] = Series(label=tag, x=kept, y=[by_step[step] for step in kept])
+    return found
+
+
+def _headlines(record: RunRecord) -> list[Row]:
+    """Return what a person wants to know first: a name and a figure each."""
+    found: list[Row] = []
+    if record.evaluation is not None:
+        trained = record.evaluation.trained
+        low, high = trained.acceptance_interval
+        length = f"{trained.acceptance_length:.2f} ({low:.2f} to {high:.2f})"
+        found.append(("tokens per target forward", length))
+        if trained.speedup is not None:
+            found.append(("speed against plain decoding", f"{trained.speedup:.2f}x"))
+    if record.training is not None:
+        figures = record.training.figures
+        found.append(("steps", f"{record.training.num_steps:,}"))
+        found.append(("loss", f"{figures.first_loss:.2f} → {figures.loss:.2f}"))
+    bill = record.settings.bill if record.settings else None
+    if bill is not None and bill.raw_bytes:
+        found.append(("of the raw size stored", f"{bill.stored_bytes / bill.raw_bytes:.1%}"))
+    return found
+
+
+def loss_plot(curves: Curves) -> tuple[str, Markup] | None:
+    """Return "Loss" and its plot over the steps, or None if TensorBoard did not record the run."""
+    return _curves(curves, {"loss": "loss"}, "Loss", "nats, weighted over TTT steps")
+
+
+def acceptance_plot(found: EvaluateSummary) -> str:
+    """Return bars of acceptance by depth: measured, and what the store's states said before."""
+    shares: dict[str, Sequence[float]] = {
+        "untrained": found.untrained.acceptance_by_depth,
+        "trained": found.trained.acceptance_by_depth,
+    }
+    if found.estimate is not None:
+        shares["estimated from the store"] = found.estimate.acceptance_by_depth
+    return plots.bars(
+        [Series(label=label, x=_counted(each), y=each) for label, each in shares.items()],
+        name="Acceptance by depth",
+        x_label="drafted token",
+        y_label="accepted, if reached",
+        share=True,
+    )
+
+
+def _acceptance(record: RunRecord) -> Section:
+    title, found, estimate = "Acceptance", record.evaluation, record.estimate
+    if found is not None:
+        caption = "Share of drafted tokens accepted at each depth, once reached"
+        return Section(
+            title=title,
+            note="Real speculative decoding; intervals are 95 %, by bootstrap over prompts.",
+            rows=_without_seconds(report.evaluate_rows(found)),
+            plots=[(caption, Markup(acceptance_plot(found)))],  # noqa: S704 (ours)
+        )
+    note = "Not measured yet: run the evaluate flow."
+    if estimate is None:
+        return Section(title=title, note=note)
+    return Section(
+        title=title,
+        note=f"{note} The stored states say:",
+        rows=_without_seconds(report.estimate_rows(estimate))[1:],
+    )
+
+
+def _counted(values: Sequence[float]) -> list[float]:
+    return [float(number) for number in range(1, len(values) + 1)]
+
+
+def _training(record: RunRecord, curves: Curves) -> Section:
+    if record.training is None and not curves:
+        return Section(title="Training", note="Not ended yet: run the train flow.")
+    drawn = [
+        loss_plot(curves),
+        _curves(curves, _stepped(curves, "loss/step_"), "Loss by TTT step", "nats"),
+        _curves(
+            curves,
+            {"held_out/acceptance_length": "held out"},
+            "Held-out acceptance length",
+            "tokens per target forward",
+        ),
+        _curves(
+            curves,
+            _stepped(curves, "held_out/accuracy_"),
+            "Held-out accuracy by TTT step",
+            "draft and target agree",
+            share=True,
+        ),
+    ]
+    rows = [] if record.training is None else _without_seconds(report.train_rows(record.training))
+    note = "" if curves else "No curves: tracking.trackers of this run lacks tensorboard."
+    return Section(title="Training", note=note, rows=rows, plots=[plot for plot in drawn if plot])
+
+
+def _stepped(curves: Curves, prefix: str) -> dict[str, str]:
+    return {tag: f"step {tag.removeprefix(prefix)}" for tag in curves if tag.startswith(prefix)}
+
+
+def _curves(
+    curves: Curves, labels: Mapping[str, str], caption: str, y_label: str, *, share: bool = False
+) -> tuple[str, Markup] | None:
+    series = [
+        Series(label=label, x=curves[tag].x, y=curves[tag].y)
+        for tag, label in labels.items()
+        if tag in curves
+    ]
+    if not series:
+        return None
+    svg = plots.lines(series, name=caption, x_label="step", y_label=y_label, share=share)
+    return caption, Markup(svg)  # noqa: S704 (ours)
+
+
+def _speed(record: RunRecord, curves: Curves) -> Section:
+    rows: list[Row] = []
+    decoding: list[tuple[str, float]] = []
+    if record.training is not None:
+        rate = f"{record.training.tokens_per_second:,.0f}"
+        rows.append(("training, tokens per second", rate))
+        rows.append(("training, seconds", f"{record.training.seconds:,.1f}"))
+    for tag, name, form in (
+        ("data_wait_fraction", "training, share of the time spent waiting for data", "{:.1%}"),
+        ("peak_memory_gib", "training, peak memory in GiB", "{:.2f}"),
+    ):
+        if tag in curves:
+            rows.append((name, form.format(curves[tag].y[-1])))
+    if record.evaluation is not None:
+        trained = record.evaluation.trained
+        decoding = [("speculative", trained.tokens_per_second)]
+        if trained.plain_tokens_per_second is not None:
+            decoding.insert(0, ("plain", trained.plain_tokens_per_second))
+    if not rows and not decoding:
+        return Section(title="Speed", note="Not measured yet.")
+    drawn = []
+    if decoding:
+        svg = plots.named_bars(
+            decoding, name="Decoding speed", x_label="tokens per second", form="{:,.4g}".format
+        )
+        drawn = [("Decoding the same prompts in the same run", Markup(svg))]  # noqa: S704 (ours)
+    return Section(title="Speed", rows=rows, plots=drawn)
+
+
+def _data(settings: RunSettings | None) -> Section:
+    if settings is None:
+        return Section(title="Data", note="Not recorded: run the train flow.")
+    train = settings.train
+    svg = plots.lengths(train.length_edges, train.length_counts)
+    return Section(
+        title="Data",
+        rows=[
+            ("samples to train on", _split(train)),
+            ("held out", _split(settings.held_out)),
+            ("source", settings.source_id),
+        ],
+        plots=[("Lengths of the samples to train on", Markup(svg))],  # noqa: S704 (ours)
+    )
+
+
+def _split(figures: SplitFigures) -> str:
+    share = figures.num_supervised / max(figures.num_tokens, 1)
+    return (
+        f"{figures.num_samples:,}, with {figures.num_tokens:,} tokens, {figures.num_supervised:,} "
+        f"of them supervised ({share:.1%})"
+    )
+
+
+def _storage(settings: RunSettings | None) -> Section:
+    bill = settings.bill if settings else None
+    if bill is None:
+        note = "Nothing is stored: the target computed the states during training."
+        return Section(title="Storage", note=note if settings else "Not recorded.")
+    svg = plots.named_bars(
+        [("bare arrays", bill.raw_bytes), (f"stored, {bill.profile}", bill.stored_bytes)],
+        name="Storage bill",
+        form=human_bytes,
+    )
+    return Section(
+        title="Storage",
+        rows=_bill_rows(bill),
+        plots=[("Hidden states of both splits", Markup(svg))],  # noqa: S704 (ours)
+    )
+
+
+def _bill_rows(bill: StorageBill) -> list[Row]:
+    tokens = max(bill.num_tokens, 1)
+    return [
+        ("size, raw", f"{human_bytes(bill.raw_bytes)}, {bill.raw_bytes / tokens:,.0f} B a token"),
+        (
+            "size, stored",
+            f"{human_bytes(bill.stored_bytes)}, {bill.stored_bytes / tokens:,.0f} B a token",
+        ),
+        ("stored of raw", f"{bill.stored_bytes / max(bill.raw_bytes, 1):.1%}"),
+        ("profile", bill.profile),
+        ("shards", f"{bill.num_shards:,}"),
+        ("tokens", f"{bill.num_tokens:,}"),
+        ("store", bill.root),
+    ]
+
+
+def _configuration(record: RunRecord) -> Mapping[str, Sequence[Row]]:
+    sections = dict(record.settings.configuration) if record.settings else {}
+    if record.evaluation is not None:
+        sections["evaluation"] = record.evaluation.evaluation.model_dump(mode="json")
+    return {
+        section: [(key, as_text(value)) for key, value in values.items()]
+        for section, values in sections.items()
+    }
+
+
+def _without_seconds(rows: Sequence[Row]) -> list[Row]:
+    return [(name, value) for name, value in rows if name != "seconds"]

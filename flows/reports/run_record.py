@@ -1,0 +1,179 @@
+"""What a run leaves behind for its report: the settings of its newest attempt, and every result.
+
+All are JSON files in the run's folder. A stage that has not ended has no file.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from eagle_core.atomic_files import write_text
+from eagle_core.tokenization.token_file import TokenFile
+from flows.bridge.run import Run
+from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
+from storage.records.commits import Commits
+from storage.store import Store
+
+SETTINGS_NAME = "settings.json"
+TRAINING_NAME = "training.json"
+EVALUATION_NAME = "evaluation.json"
+ESTIMATE_NAME = "estimate.json"
+REPORT_NAME = "report.html"
+_LENGTH_BINS = 24
+
+Stage = TypeVar("Stage")
+
+
+class SplitFigures(BaseModel):
+    """What one split of the data holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_samples: int
+    num_tokens: int
+    num_supervised: int
+    length_edges: tuple[int, ...]
+    """[B + 1] in tokens, from the shortest sample to the longest."""
+    length_counts: tuple[int, ...]
+    """[B] samples between two edges."""
+
+    @classmethod
+    def of(cls, tokens: TokenFile, *, without: Collection[str] = ()) -> "SplitFigures":
+        """Count the samples of a token file, less some."""
+        left_out = [name for name in without if name in tokens]
+        num_supervised = tokens.num_supervised if len(tokens) else 0
+        num_supervised -= sum(int(one.loss_mask.sum()) for one in tokens.by_id(left_out))
+        lengths = tokens.lengths
+        if left_out:
+            lengths = lengths[~np.isin(tokens.sample_ids, left_out)]
+        last = int(lengths.max()) + 1 if len(lengths) else 1
+        first = int(lengths.min()) if len(lengths) else 0
+        num_bins = max(1, min(_LENGTH_BINS, last - first))
+        counts, edges = np.histogram(lengths, np.linspace(first, last, num_bins + 1).astype(int))
+        return cls(
+            num_samples=len(lengths),
+            num_tokens=int(lengths.sum()),
+            num_supervised=num_supervised,
+            length_edges=tuple(edges.tolist()),
+            length_counts=tuple(counts.tolist()),
+        )
+
+
+class StorageBill(BaseModel):
+    """What the states of a store take, and what they would take as bare arrays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: str
+    profile: str
+    num_shards: int
+    num_tokens: int
+    raw_bytes: int
+    stored_bytes: int
+
+    @classmethod
+    def of(cls, store: Store, commits: Commits | None = None) -> "StorageBill":
+        """Add up the commit records of a store; `commits` spares reading them again."""
+        totals = (store.commits() if commits is None else commits).totals
+        return cls(
+            root=store.root.url,
+            profile=store.identity.profile,
+            num_shards=totals.num_shards,
+            num_tokens=totals.num_tokens,
+            raw_bytes=totals.raw_bytes,
+            stored_bytes=totals.stored_bytes,
+        )
+
+
+class RunSettings(BaseModel):
+    """What a run is made with, written before its first step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    source_id: str
+    configuration: dict[str, dict[str, JsonValue]]
+    """Section to key to value, to be read by people."""
+    train: SplitFigures
+    held_out: SplitFigures
+    bill: StorageBill | None
+    """None for a run that stores nothing."""
+    total_steps: int | None = None
+    """That the attempt was to reach; None in files of versions before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """Everything a run's report is made from; None where a stage has not ended."""
+
+    settings: RunSettings | None
+    training: TrainSummary | None
+    evaluation: EvaluateSummary | None
+    estimate: EstimateSummary | None
+    outdated: tuple[str, ...]
+    """Names of files that another version of Eyas wrote: they count as absent."""
+
+    @classmethod
+    def read(cls, run_path: Path) -> "RunRecord":
+        """Read what is there."""
+        outdated: list[str] = []
+
+        def read(name: str, kind: type[Stage]) -> Stage | None:
+            try:
+                return TypeAdapter(kind).validate_json((run_path / name).read_bytes())
+            except FileNotFoundError:
+                return None
+            except ValidationError:
+                outdated.append(name)
+                return None
+
+        return cls(
+            settings=read(SETTINGS_NAME, RunSettings),
+            training=read(TRAINING_NAME, TrainSummary),
+            evaluation=read(EVALUATION_NAME, EvaluateSummary),
+            estimate=read(ESTIMATE_NAME, EstimateSummary),
+            outdated=tuple(outdated),
+        )
+
+
+def write_settings(
+    run_path: Path,
+    run: Run,
+    tokens: TokensSummary,
+    bill: StorageBill | None,
+    *,
+    total_steps: int,
+    excluded: Collection[str] = (),
+) -> None:
+    """Write what this attempt at a run is made with, less what the store leaves out, for people."""
+    sections = ("target", "dataset", "store", "training", "tracking")
+    settings = RunSettings(
+        title=run.title,
+        source_id=run.source_id,
+        configuration={name: getattr(run, name).model_dump(mode="json") for name in sections},
+        train=SplitFigures.of(TokenFile(tokens.train_path), without=excluded),
+        held_out=SplitFigures.of(TokenFile(tokens.held_out_path), without=excluded),
+        bill=bill,
+        total_steps=total_steps,
+    )
+    write_text(run_path / SETTINGS_NAME, settings.model_dump_json(indent=2) + "\n")
+
+
+def write_stage(path: Path, summary: TrainSummary | EvaluateSummary | EstimateSummary) -> None:
+    """Write a stage's result as strict JSON: a figure that does not exist is null, not NaN."""
+    document = to_json(summary, indent=2, inf_nan_mode="null").decode()
+    write_text(path, document + "\n")
+
+
+def as_text(value: JsonValue) -> str:
+    """Return a setting as a recipe would have it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(as_text, value)) or "none"
+    return (
+        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -1,0 +1,48 @@
+"""Looking for damage with the target at hand: every byte, and what the states mean."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import fingerprint, fingerprint_fields, resolve_device
+from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.progress import stage_progress
+from storage.maintenance.verify import scrub
+from storage.recompute import Recompute
+from storage.records.presence import Finding
+from storage.store import Store
+
+
+def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
+    """Return how `target` reads a store's states; MismatchError if the store is another's."""
+    folder = weights.locate(target)
+    fields = fingerprint_fields(target, folder)
+    expected = dataclasses.replace(
+        store.identity, target_fields=fields, target_fingerprint=fingerprint(fields)
+    )
+    store.identity.require_equal(expected, where=f"the store at {store.root.url}")
+    _, lm_head = weights.load_ends(folder, dtype=torch.float32)
+    device = resolve_device(target.device)
+    return TargetRecompute(lm_head.to(device), partial_target(target, store.identity))
+
+
+@task(task_run_name="look for damage", cache_policy=NO_CACHE, persist_result=False)
+def find_damage(
+    store: Store, *, deep: bool, recompute: Recompute | None, title: str
+) -> Sequence[Finding]:
+    """Return everything in the store that is not as it was committed."""
+    total = len(store.shard_ids())
+    key = artifact_key("verify-progress", title)
+    with stage_progress("verifying", key=key, total=total, unit="shards") as progress:
+        return scrub(
+            store,
+            deep=deep,
+            recompute=recompute,
+            on_shard=lambda shard_id: progress.advance(note=shard_id[:8]),
+        )

@@ -1,0 +1,207 @@
+"""Makes the shards that a store lacks: in batches, on the runner that the recipe names."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from prefect.artifacts import create_table_artifact
+from prefect.futures import PrefectFuture
+
+import eagle_core.errors
+import storage.errors
+from eagle_core.target.config import TargetConfig
+from flows.bridge.exclusions import ExclusionLimit
+from flows.config.runner import RunnerConfig
+from flows.config.store import StoreConfig
+from flows.errors import ChildFailedError, ChildKilledError, MissingShardsError
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.best_effort import best_effort
+from flows.orchestration.progress import stage_progress
+from flows.orchestration.task_runners import running
+from flows.reports.store_tables import shard_table
+from flows.summaries import TokensSummary
+from flows.tasks.generate import ShardBatch
+from flows.workers.made_shard import MadeShard
+from flows.workers.shard_worker import ShardJob, ShardReport
+from storage.records.exclusions import Exclusion
+from storage.records.plan import PlannedShard
+from storage.store import Store
+
+EVERY_BATCH_MEETS = (
+    ChildFailedError,
+    ChildKilledError,
+    eagle_core.errors.ConfigError,
+    eagle_core.errors.TransientError,
+    storage.errors.ConfigError,
+    storage.errors.OutOfSpaceError,
+    storage.errors.TransientError,
+)
+"""What lies in the machine, its settings or the store; bad samples are the matter of one batch."""
+FAILURES_AT_FIRST = 3
+"""So many of these before any batch has succeeded end the run: the others would fail too."""
+EQUAL_FAILURES = 3
+"""So many of one kind and message end the run whatever has succeeded."""
+_DIGITS = re.compile(r"\d+")
+"""Numbers of shards and bytes: two failures that differ in them alone are equal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MissingShards:
+    """The shards of a plan that have no commit record."""
+
+    plan_id: str
+    shards: tuple[PlannedShard, ...]
+
+
+def make_shards(
+    target: TargetConfig,
+    config: StoreConfig,
+    runner: RunnerConfig,
+    tokens: TokensSummary,
+    root: str,
+    work: MissingShards,
+    *,
+    may_exclude: bool = True,
+) -> int:
+    """Run one task per batch of shards, wait for all of them, then name what is missing.
+
+    Returns the number of shards that were made.
+
+    Raises:
+        MissingShardsError: some batches failed; everything else is committed and stays.
+        CorruptError: more samples have states that are not finite than the store may leave out,
+            or one has, which may not be left out.
+        EagleCoreError, StorageError, FlowError: the first batches failed, all of them, or several
+            in the same way, or there is no space left.
+        FlowError: the runner's package is not installed.
+
+    """
+    store = Store.open(root)
+    exclusions = ExclusionLimit(target, config, tokens, store)
+    sizes = {shard.shard_id: shard.num_tokens for shard in work.shards}
+    total = sum(sizes.values())
+    key = artifact_key("hidden-states-progress", target.name)
+    made: list[MadeShard] = []
+    with stage_progress("hidden states", key=key, total=total, unit="tokens") as progress:
+
+        def on_report(report: ShardReport) -> None:
+            progress.advance(report.tokens, note=report.planned_id[:8])
+
+        with running(runner, target, on_report=on_report) as submit:
+            futures = [
+                submit(batch) for batch in _batches(target, config, runner, tokens, root, work)
+            ]
+            failures = _Failures()
+            for future in futures:
+                future.wait()
+                if future.state.is_completed():
+                    shards = future.result()
+                    made += shards
+                    found = [one for shard in shards for one in shard.excluded]
+                    if found and not may_exclude:
+                        raise _was_finite(target, found[0])
+                    exclusions.add(found)
+                    if runner.kind != "processes":  # a cluster says nothing in between
+                        progress.advance(sum(sizes[shard.planned_id] for shard in shards))
+                elif failures.end_the_run(_error_of(future), has_made_some=bool(made)):
+                    future.result()
+    exclusions.leave_out()
+    committed = set(store.shard_ids())
+    written = {one.planned_id: one.shard_id for one in made}
+    names = [written.get(shard.shard_id, shard.shard_id) for shard in work.shards]
+    _publish_table([name for name in names if name in committed], made, store, target)
+    missing = [name for name in names if name and name not in committed]
+    if missing:
+        _say_what_is_missing(futures, missing, num_wanted=len(names))
+    return sum(map(bool, names))
+
+
+def _was_finite(target: TargetConfig, found: Exclusion) -> eagle_core.errors.CorruptError:
+    return eagle_core.errors.CorruptError(
+        f"target {target.name}, {found}, though they were when this shard was made: other "
+        "hardware, driver or versions? Repair where it was made, or run hidden-states, which "
+        "leaves the sample out and publishes again; then runs of the earlier snapshot have to "
+        "begin anew"
+    )
+
+
+class _Failures:
+    """Those of batches so far: do they tell that all others would fail as well?"""
+
+    def __init__(self) -> None:
+        self._num_at_first = 0
+        self._equal: Counter[tuple[type[BaseException], str]] = Counter()
+
+    def end_the_run(self, error: BaseException | None, *, has_made_some: bool) -> bool:
+        """Count one more; tell whether it ends the run."""
+        if error is None:
+            return False
+        if isinstance(error, storage.errors.OutOfSpaceError):
+            return True
+        self._num_at_first += isinstance(error, EVERY_BATCH_MEETS) and not has_made_some
+        kind = type(error), _DIGITS.sub("0", str(error).partition("\n")[0])
+        self._equal[kind] += isinstance(error, ChildFailedError | eagle_core.errors.ConfigError)
+        return self._num_at_first == FAILURES_AT_FIRST or self._equal[kind] == EQUAL_FAILURES
+
+
+def _error_of(future: PrefectFuture[tuple[MadeShard, ...]]) -> BaseException | None:
+    found: object = future.result(raise_on_failure=False)
+    return found if isinstance(found, BaseException) else None
+
+
+def _batches(
+    target: TargetConfig,
+    config: StoreConfig,
+    runner: RunnerConfig,
+    tokens: TokensSummary,
+    root: str,
+    work: MissingShards,
+) -> Iterator[ShardBatch]:
+    for first in range(0, len(work.shards), config.shards_per_task):
+        members = work.shards[first : first + config.shards_per_task]
+        job = ShardJob(
+            target=target,
+            store_root=root,
+            plan_id=work.plan_id,
+            shard_ids=tuple(shard.shard_id for shard in members),
+            token_files=(tokens.train_path, tokens.held_out_path),
+        )
+        yield ShardBatch(
+            first=first,
+            last=first + len(members) - 1,
+            job=job,
+            silence_seconds=runner.silence_seconds,
+            credentials=config.credentials,
+        )
+
+
+def _publish_table(
+    done: Sequence[str], made: Sequence[MadeShard], store: Store, target: TargetConfig
+) -> None:
+    """Show the shards of this run as a table in the Prefect UI."""
+    if not done:
+        return
+    with best_effort("the table of shards"):
+        create_table_artifact(
+            shard_table(done, {shard.shard_id: shard for shard in made}, store),
+            key=artifact_key("hidden-states-shards", target.name),
+            description=f"Shards of {target.name} made by this run: {len(done):,}",
+        )
+
+
+def _say_what_is_missing(
+    futures: Sequence[PrefectFuture[tuple[MadeShard, ...]]],
+    missing: Sequence[str],
+    *,
+    num_wanted: int,
+) -> NoReturn:
+    for future in futures:
+        if future.state.is_failed():
+            future.result()  # one cause, with its own type and message: usually the same for all
+    raise MissingShardsError(
+        f"{len(missing)} of {num_wanted} shards are missing: {', '.join(missing[:5])}; "
+        "the others are committed. Press Retry in the Prefect UI, or run the flow again, to "
+        "make only these"
+    )

@@ -1,0 +1,173 @@
+"""Before the first shard: what is missing, what it costs, and whether there is room for it."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from eagle_core.samples import TokenizedSample
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import aux_layers, read_model_config
+from eagle_core.tokenization.token_file import TokenFile
+from flows.bridge.store_identity import left_out
+from flows.config.store import StoreConfig
+from flows.reports.cost import Bill, RecomputeCost, encoding_name, require_fits
+from flows.reports.units import human_bytes
+from flows.summaries import TokensSummary
+from flows.workers.child_process import ask
+from flows.workers.measure_worker import (
+    EndsCost,
+    MeasureJob,
+    Measurement,
+    ProfileCost,
+    num_last_states,
+)
+from storage.objects.object_store import Directory
+from storage.records.plan import PlannedSample, plan_shards
+from storage.store import IDENTITY_KEY, Store
+
+MEASURED_TOKENS = 4096
+SAMPLES_COUNTED = 2000
+"""Loss masks that are read to learn which share of the tokens keeps a last hidden state."""
+WORST_CASE = 1.05
+"""Of the bare bytes of all states: no profile comes near it."""
+
+
+def wanted_samples(tokens: TokensSummary) -> Iterator[PlannedSample]:
+    """Yield the samples of both splits, those to train on first."""
+    for path in (tokens.train_path, tokens.held_out_path):
+        file = TokenFile(path)
+        for sample_id, length in zip(file.sample_ids, file.lengths.tolist(), strict=True):
+            yield PlannedSample(sample_id=sample_id, num_tokens=length)
+
+
+@task(task_run_name="preflight", cache_policy=NO_CACHE, persist_result=False)
+def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str) -> None:
+    """Raise DoesNotFitError unless there is room for every missing shard.
+
+    Nothing is measured where even the worst case fits.
+    """
+    place = Directory.at(root)
+    free = place.free_bytes()
+    bare = _bare_bytes_per_token(target, recompute=config.recompute)
+    worst = int(tokens.num_tokens * bare * WORST_CASE)
+    if (free is None or worst <= free) and _within_budget(config.budget, root, worst):
+        room = "" if free is None else f", {human_bytes(free)} are free"
+        get_run_logger().info("states take at most %s%s", human_bytes(worst), room)
+        return
+    require_fits(draw_up(target, config, tokens, root))
+
+
+def _within_budget(budget: int | None, root: str, more: int) -> bool:
+    if budget is None:
+        return True
+    is_there = Directory.at(root).exists(IDENTITY_KEY)
+    stored = Store.open(root).commits().totals.stored_bytes if is_there else 0
+    return stored + more <= budget
+
+
+def _bare_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
+    model = read_model_config(target, weights.locate(target))
+    if recompute:
+        left_out(target, model)  # a clear error where that cannot be done
+    states = len(aux_layers(target, model.num_hidden_layers)) + (-1 if recompute else 1)
+    return states * 2 * int(model.hidden_size) + 16
+
+
+def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str) -> Bill:
+    """Return the bill for what the store at `root` lacks, measured with the target itself."""
+    place = Directory.at(root)
+    store = Store.open(root) if place.exists(IDENTITY_KEY) else None
+    wanted = wanted_samples(tokens)
+    plan = plan_shards(
+        store.commits().lacks(wanted) if store else wanted, shard_tokens=config.shard_tokens
+    )
+    to_make = sum(shard.num_tokens for shard in plan.shards)
+    costs: dict[str, float] = {}
+    tokens_per_second, device = 0.0, ""
+    recompute: RecomputeCost | None = None
+    chosen = encoding_name(config.profile, recompute=config.recompute)
+    if to_make:
+        get_run_logger().info("measuring the target on about %s tokens", f"{MEASURED_TOKENS:,}")
+        found = measure(target, TokenFile(tokens.train_path))
+        share = _last_share(TokenFile(tokens.train_path))
+        encodings = _encodings(found)
+        costs = {
+            name: cost.bytes_per_token + share * cost.bytes_per_last_state
+            for name, cost in encodings.items()
+        }
+        capture = found.capture_seconds
+        if found.ends is not None:
+            recompute = _recompute_cost(found.ends, found.num_tokens)
+            capture = found.ends.capture_seconds if config.recompute else capture
+        seconds = capture + encodings[chosen].write_seconds
+        tokens_per_second, device = found.num_tokens / max(seconds, 1e-9), found.device
+    return Bill(
+        store_root=root,
+        profile=chosen,
+        num_samples=tokens.num_samples,
+        num_tokens=tokens.num_tokens,
+        num_supervised_tokens=tokens.num_supervised_tokens,
+        num_shards=len(plan.shards),
+        samples_to_make=sum(len(shard.sample_ids) for shard in plan.shards),
+        tokens_to_make=to_make,
+        stored_bytes=store.commits().totals.stored_bytes if store else 0,
+        bytes_per_token=costs,
+        tokens_per_second=tokens_per_second,
+        device=device,
+        free_bytes=place.free_bytes(),
+        budget_bytes=config.budget,
+        recompute=recompute,
+    )
+
+
+def _encodings(found: Measurement) -> Mapping[str, ProfileCost]:
+    """Return what all states cost by profile, then what they cost if some are left out."""
+    every = {encoding_name(p, recompute=False): cost for p, cost in found.profiles.items()}
+    if found.ends is None:
+        return every
+    half = {encoding_name(p, recompute=True): cost for p, cost in found.ends.profiles.items()}
+    return {**every, **half}
+
+
+def _recompute_cost(ends: EndsCost, num_tokens: int) -> RecomputeCost:
+    return RecomputeCost(
+        weight_bytes=ends.weight_bytes,
+        load_seconds=ends.load_seconds,
+        tokens_per_second=num_tokens / max(ends.derive_seconds, 1e-9),
+        share_of_capture=ends.derive_seconds / max(ends.capture_seconds, 1e-9),
+    )
+
+
+def measure(target: TargetConfig, file: TokenFile) -> Measurement:
+    """Run the target on samples from all over the file and store them, in a child process."""
+    rows: list[int] = []
+    lengths = file.lengths
+    num_tokens = 0
+    for row in _spread(len(file), len(file)):
+        rows.append(row)
+        num_tokens += int(lengths[row])
+        if num_tokens >= MEASURED_TOKENS:
+            break
+    job = MeasureJob(target=target, token_file=file.path, rows=tuple(rows))
+    lines = list(
+        ask("flows.workers.measure_worker", job, what="the process that measures the target")
+    )
+    return Measurement.model_validate_json(lines[-1])
+
+
+def _last_share(file: TokenFile) -> float:
+    """Return the share of tokens that keep a last hidden state."""
+    samples: list[TokenizedSample] = [
+        file.fetch(row) for row in _spread(len(file), SAMPLES_COUNTED)
+    ]
+    return num_last_states(samples) / sum(len(sample) for sample in samples)
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Return up to `count` different rows of `total` in an order in which any start is spread."""
+    order = np.random.default_rng(0).permutation(total)
+    return [int(row) for row in order[:count]]

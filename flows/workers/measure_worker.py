@@ -1,0 +1,183 @@
+"""The child process that measures what states cost: runs the target on a few samples, stores them.
+
+Answers each `MeasureJob` with one `Measurement`.
+Bytes are those of real shards of a temporary store, one for each profile.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import NORM_CONVENTION, TargetModel
+from eagle_core.target.partial import KeptStates, PartialTarget
+from eagle_core.tokenization.token_file import TokenFile
+from flows.bridge.store_identity import left_out
+from flows.bridge.stored_source import to_stored
+from flows.workers.channel import say, serve
+from storage.encoding.shard import group_objects
+from storage.records.commit_record import CommitRecord
+from storage.records.identity import PROFILES, LeftOut, StoreIdentity
+from storage.records.plan import PlannedShard
+from storage.samples import last_needed
+from storage.store import Store
+
+LAST_STATES = "last_hidden_state"
+
+
+class MeasureJob(BaseModel):
+    """Which samples to run the target on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: TargetConfig
+    token_file: Path
+    rows: tuple[int, ...]
+
+
+class ProfileCost(BaseModel):
+    """What one profile makes of the states."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes_per_token: float
+    """Everything but last hidden states."""
+    bytes_per_last_state: float
+    """A last hidden state; not every token keeps one."""
+    write_seconds: float
+    """To encode and write the samples measured."""
+
+
+class EndsCost(BaseModel):
+    """What states that are left out cost, when they are made and made again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capture_seconds: float
+    """Of the whole target, one sequence at a time."""
+    derive_seconds: float
+    """Of its first and last layers."""
+    load_seconds: float
+    weight_bytes: int
+    profiles: dict[str, ProfileCost]
+
+
+class Measurement(BaseModel):
+    """What the samples measured cost on this machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_tokens: int
+    capture_seconds: float
+    device: str
+    profiles: dict[str, ProfileCost]
+    """Of all states."""
+    ends: EndsCost | None
+    """With states left out; None if layers of this target cannot be run alone."""
+
+
+def _measure(job: MeasureJob) -> Measurement:
+    file = TokenFile(job.token_file)
+    samples = [file.fetch(row) for row in job.rows]
+    target = TargetModel.load(job.target)
+    # What is slow only once is not measured.
+    list(target.capture(samples[:1], on_unusable=_leave_out))
+    started = time.monotonic()
+    states = list(target.capture(samples, on_unusable=_leave_out))
+    seconds = time.monotonic() - started
+    if not states:
+        raise CorruptError(
+            f"target {job.target.name}: of {len(samples)} samples that were tried, none has states "
+            "that are finite; check the weights and try dtype float32"
+        )
+    usable = {state.sample_id for state in states}
+    samples = [sample for sample in samples if sample.sample_id in usable]
+    return Measurement(
+        num_tokens=sum(len(sample) for sample in samples),
+        capture_seconds=seconds,
+        device=str(target.device),
+        profiles={profile: _cost(_identity(target, profile, None), states) for profile in PROFILES},
+        ends=_ends_cost(job.target, target, samples),
+    )
+
+
+def _leave_out(sample: TokenizedSample, reason: str) -> None:
+    """Measure without a sample that the store would leave out, too."""
+
+
+def _ends_cost(
+    config: TargetConfig, target: TargetModel, samples: Sequence[TokenizedSample]
+) -> EndsCost | None:
+    try:
+        leave_out = left_out(config, target.model_config)
+    except ConfigError:
+        return None
+    partial = PartialTarget.load(config)
+    started = time.monotonic()
+    states = list(target.capture(samples, recomputable=True))
+    captured = time.monotonic()
+    kept = [KeptStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
+    partial.derive(kept[0])  # what is slow only once is not measured
+    begun = time.monotonic()
+    for sequence in kept:
+        partial.derive(sequence)
+    return EndsCost(
+        capture_seconds=captured - started,
+        derive_seconds=time.monotonic() - begun,
+        load_seconds=partial.load_seconds,
+        weight_bytes=partial.num_bytes,
+        profiles={
+            profile: _cost(_identity(target, profile, leave_out), states) for profile in PROFILES
+        },
+    )
+
+
+def _cost(identity: StoreIdentity, states: Sequence[HiddenStateSample]) -> ProfileCost:
+    shard = PlannedShard.holding(states)
+    with tempfile.TemporaryDirectory(prefix="eyas-measure-") as folder:
+        store = Store.create(folder, identity)
+        started = time.monotonic()
+        record = store.write_shard(shard, map(to_stored, states))
+        seconds = time.monotonic() - started
+        last_bytes = _last_bytes(store, record)
+    return ProfileCost(
+        bytes_per_token=(record.stored_bytes - last_bytes) / record.num_tokens,
+        bytes_per_last_state=last_bytes / max(num_last_states(states), 1),
+        write_seconds=seconds,
+    )
+
+
+def num_last_states(samples: Sequence[TokenizedSample | HiddenStateSample]) -> int:
+    """Return for how many tokens of `samples` a store keeps the last hidden state."""
+    return sum(int(last_needed(sample.loss_mask).sum()) for sample in samples)
+
+
+def _last_bytes(store: Store, record: CommitRecord) -> int:
+    files = {key: store.root.read(f"shards/{record.shard_id}/{key}") for key in record.objects}
+    objects = group_objects(files, shard_id=record.shard_id).items()
+    return sum(len(data) for key, data in objects if key.startswith(LAST_STATES))
+
+
+def _identity(target: TargetModel, profile: str, leave_out: LeftOut | None) -> StoreIdentity:
+    return StoreIdentity(
+        target_fingerprint="",
+        target_fields={},
+        tokenizer_fingerprint="",
+        template_fingerprint="",
+        aux_layers=target.aux_layers,
+        hidden_size=target.model_config.hidden_size,
+        vocab_size=target.model_config.vocab_size,
+        norm_convention=NORM_CONVENTION,
+        profile=profile,
+        left_out=leave_out,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(serve(MeasureJob, lambda job: say(_measure(job))))

@@ -1,0 +1,104 @@
+"""A training in several processes of this machine, one per GPU, and SIGTERM passed on to them."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import resolve_device
+from eagle_core.training.result import Progress, TrainingResult
+from flows.errors import ChildKilledError
+from flows.workers.child_process import ask_ranks
+from flows.workers.train_worker import RankLine, TrainJob
+
+logger = logging.getLogger(__name__)
+
+
+def train_ranks(job: TrainJob, on_progress: Callable[[Progress], None]) -> TrainingResult:
+    """Train in several processes; the result is the first one's.
+
+    Raises:
+        ChildKilledError: one of them died; the last checkpoint is good.
+
+    """
+    num_ranks = job.training.num_processes
+    lines = ask_ranks(
+        "flows.workers.train_worker",
+        job,
+        num_ranks=num_ranks,
+        environment=_rank_environment(job.target, num_ranks),
+        what=f"training {job.title} in {num_ranks} processes (its last checkpoint is good: run the "
+        "same command again to go on)",
+    )
+    result: TrainingResult | None = None
+    try:
+        with closing(lines), _stopped_by_sigterm() as first_rank:  # type: ignore[type-var]  # a generator
+            for line in map(RankLine.model_validate_json, lines):
+                if line.progress is not None:
+                    first_rank.has_done_a_step(line.pid)
+                    on_progress(line.progress)
+                if line.warning:
+                    logger.warning("%s", line.warning)
+                if line.result is not None:
+                    first_rank.has_ended()
+                    result = line.result
+    except ChildKilledError:
+        if result is None:  # else all was done, and SIGTERM met processes that were ending
+            raise
+    assert result is not None  # noqa: S101 (the last thing that the first rank says)
+    return result
+
+
+class _FirstRank:
+    """The process that SIGTERM is passed on to, once, as soon as it has done a step."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+        self._stop_asked = False
+
+    def has_done_a_step(self, pid: int) -> None:
+        self._pid = pid
+        self._pass_on()
+
+    def has_ended(self) -> None:
+        self._pid = None
+
+    def stop(self) -> None:
+        self._stop_asked = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._stop_asked and self._pid is not None:
+            os.kill(self._pid, signal.SIGTERM)
+            self._stop_asked = False
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[_FirstRank]:
+    """Yield who gets the SIGTERM of this process; outside the main thread there is none to get."""
+    first_rank = _FirstRank()
+    if threading.current_thread() is not threading.main_thread():
+        yield first_rank
+        return
+    previous = signal.signal(signal.SIGTERM, lambda _signal, _frame: first_rank.stop())
+    try:
+        yield first_rank
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _rank_environment(target: TargetConfig, num_ranks: int) -> Mapping[str, str]:
+    """Return what the environment of the ranks adds: they share the processors and one machine."""
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    chosen = {
+        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    wanted = {name: value for name, value in chosen.items() if name not in os.environ}
+    if resolve_device(target.device).type == "cpu":
+        wanted["CUDA_VISIBLE_DEVICES"] = ""  # they would meet on GPUs that they do not use
+    return wanted

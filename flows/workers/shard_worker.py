@@ -1,0 +1,209 @@
+"""The child process that loads the target once and makes one batch of shards after the other.
+
+Takes one `ShardJob` after the other and answers each with `ShardReport`s. One shard is written
+while the target computes the next, so that neither waits for the other; a kill costs these two and
+nothing else: only what is committed shows.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile
+from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.bridge.semantic_probe import probe_points
+from flows.bridge.stored_source import to_stored
+from flows.workers.channel import say, serve
+from storage.probe import ProbePoint
+from storage.records.exclusions import Exclusion
+from storage.records.plan import Plan, PlannedShard
+from storage.store import Store
+
+
+class ShardJob(BaseModel):
+    """What a child process is asked to do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: TargetConfig
+    store_root: str
+    plan_id: str
+    shard_ids: tuple[str, ...]
+    token_files: tuple[Path, ...]
+
+
+class ShardReport(BaseModel):
+    """One line of the answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["tokens", "shard"]
+    tokens: int = 0
+    planned_id: str = ""
+    shard_id: str = ""
+    """As it was written: without the samples that are left out. Empty if none is left."""
+    excluded: tuple[Exclusion, ...] = ()
+    """Samples of the shard whose states cannot be stored."""
+    seconds: float = 0.0
+    """From the first token of a shard to its commit."""
+    made_by: str = ""
+    """Host and process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Computed:
+    """A shard that is to be written."""
+
+    planned_id: str
+    shard: PlannedShard
+    states: Sequence[HiddenStateSample]
+    probe: Sequence[ProbePoint]
+    excluded: tuple[Exclusion, ...]
+    began: float
+
+
+class ShardMaker:
+    """The target, loaded, and the store that it writes into."""
+
+    def __init__(self, target: TargetConfig, store_root: str) -> None:
+        """Load the target for the store at `store_root`."""
+        self.made_for = (target, store_root)
+        self._store = Store.open(store_root)
+        self._target = TargetModel.load(target)
+        self._recompute = TargetRecompute(
+            self._target.lm_head_weight, partial_target(target, self._store.identity)
+        )
+        self._plan: Plan | None = None
+
+    def make(self, job: ShardJob) -> None:
+        """Make the shards of a job, and say so."""
+        shards = {shard.shard_id: shard for shard in self._planned(job.plan_id).shards}
+        files = [TokenFile(path) for path in job.token_files]
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+            storing: Future[ShardReport] | None = None
+            for shard_id in job.shard_ids:
+                computed = self._compute(shards[shard_id], files)
+                _report(storing)
+                storing = writer.submit(self._store_shard, computed)
+            _report(storing)
+
+    def _compute(self, planned: PlannedShard, files: Sequence[TokenFile]) -> "_Computed":
+        """Return the states of a planned shard, less the samples whose states cannot be stored."""
+        began = time.monotonic()
+        left_out = self._store.identity.left_out is not None
+        samples = _samples_of(planned, files)
+        excluded: list[Exclusion] = []
+
+        def exclude(sample: TokenizedSample, reason: str) -> None:
+            say(ShardReport(kind="tokens", tokens=len(sample)))  # it is done with
+            excluded.append(
+                Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
+            )
+
+        captured = self._target.capture(samples, recomputable=left_out, on_unusable=exclude)
+        states = list(_counted(captured))
+        shard = planned
+        if excluded:
+            usable = {state.sample_id for state in states}
+            samples = [sample for sample in samples if sample.sample_id in usable]
+            shard = PlannedShard.holding(samples)
+        probe = probe_points(states, samples, shard_id=shard.shard_id, left_out=left_out)
+        return _Computed(
+            planned_id=planned.shard_id,
+            shard=shard,
+            states=states,
+            probe=probe,
+            excluded=tuple(excluded),
+            began=began,
+        )
+
+    def _planned(self, plan_id: str) -> Plan:
+        if self._plan is None or self._plan.plan_id != plan_id:
+            self._plan = self._store.load_plan(plan_id)
+        return self._plan
+
+    def _store_shard(self, computed: "_Computed") -> ShardReport:
+        """Write a shard, which reads it back, in a thread: the target goes on with the next one."""
+        shard = computed.shard
+        if shard.sample_ids:
+            if computed.excluded:
+                self._store.save_plan(Plan.of([shard]))  # or a collection would take it
+            self._store.write_shard(
+                shard,
+                map(to_stored, computed.states),
+                probe=computed.probe,
+                recompute=self._recompute,
+            )
+        return ShardReport(
+            kind="shard",
+            planned_id=computed.planned_id,
+            shard_id=shard.shard_id if shard.sample_ids else "",
+            excluded=computed.excluded,
+            seconds=time.monotonic() - computed.began,
+            made_by=f"{socket.gethostname()}:{os.getpid()}",
+        )
+
+
+class _Worker:
+    """Keeps the target between jobs."""
+
+    def __init__(self) -> None:
+        self._maker: ShardMaker | None = None
+
+    def make(self, job: ShardJob) -> None:
+        """Make the shards of a job."""
+        if self._maker is None or self._maker.made_for != (job.target, job.store_root):
+            self._maker = None  # before the next target is loaded
+        try:
+            self._maker = self._maker or ShardMaker(job.target, job.store_root)
+            self._maker.make(job)
+        except torch.OutOfMemoryError as error:
+            self._maker = None
+            raise ConfigError(
+                f"{error}; lower target.batch_tokens ({job.target.batch_tokens:,}), or use a GPU "
+                "with more memory"
+            ) from error
+
+
+def _report(storing: Future[ShardReport] | None) -> None:
+    if storing is not None:
+        say(storing.result())
+
+
+def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:
+    """Return a shard's samples; one that both splits have comes once."""
+    samples: list[TokenizedSample] = []
+    missing = list(shard.sample_ids)
+    for file in files:
+        samples += file.by_id([name for name in missing if name in file])
+        missing = [name for name in missing if name not in file]
+    if missing:
+        raise MismatchError(
+            f"shard {shard.shard_id} needs {len(shard.sample_ids)} samples, and {len(missing)} of "
+            f"them are in no token file, first {missing[0]}; run the hidden-states flow again to "
+            "plan anew"
+        )
+    return samples
+
+
+def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample]:
+    for sample in samples:
+        say(ShardReport(kind="tokens", tokens=len(sample)))
+        yield sample
+
+
+if __name__ == "__main__":
+    sys.exit(serve(ShardJob, _Worker().make))

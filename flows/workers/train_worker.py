@@ -1,0 +1,178 @@
+"""One of the processes that train a draft side by side, a rank under torchrun.
+
+Its argument names a file with one `TrainJob` (JSON). All ranks do the same work on their share of
+each step; the first one alone answers, with `RankLine`s, but any may report an error.
+"""
+
+import logging
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import resolve_device
+from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.tracking.hosted import TrackedRun, TrackingConfig, open_trackers
+from eagle_core.tracking.tracker import NoTracker, Tracker
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.distributed import join_processes
+from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.stop_request import stop_request
+from eagle_core.training.trainer import train
+from flows.bridge.draft_setup import set_up_draft
+from flows.bridge.recompute import partial_target
+from flows.bridge.stored_source import StoredSource
+from flows.workers.channel import answer, say, voice
+from storage.objects.object_cache import ObjectCache
+from storage.records.commits import Commits
+from storage.records.snapshot import Snapshot
+from storage.store import Store
+
+OWN_LOGGERS = ("eagle_core", "storage", "flows")
+
+
+class TrainJob(BaseModel):
+    """What is trained, and from what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: TargetConfig
+    training: TrainingConfig
+    tracking: TrackingConfig
+    title: str
+    """Name of the run where runs of all targets and data sets lie together."""
+    store_root: str
+    snapshot_id: str
+    held_out_tokens: Path
+    run_path: Path
+    object_cache: Path | None
+    """Where objects of a remote store are kept; None if the store lies on a disk of its own."""
+    object_cache_bytes: int
+
+
+class RankLine(BaseModel):
+    """One line of the first rank's answer: one of a step, a warning and the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    pid: int
+    """The process that makes all ranks stop when it gets SIGTERM, from its first step on."""
+    progress: Progress | None = None
+    warning: str = ""
+    result: TrainingResult | None = None
+
+
+class Warnings(logging.Handler):
+    """Passes our own warnings on to the parent, whose log is the one that people read."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one."""
+        say(RankLine(pid=os.getpid(), warning=record.getMessage()))
+
+
+def open_sources(
+    job: TrainJob, commits: Commits | None = None
+) -> tuple[StoredSource, StoredSource | None]:
+    """Return the samples to train on, and the held-out ones if there are any.
+
+    `commits` spares reading the store's records again.
+    """
+    store = Store.open(job.store_root)
+    commits = store.commits() if commits is None else commits
+    # Samples are shuffled inside a window of shards: with less memory than that, every sample would
+    # cost the decoding of its whole shard.
+    cache_bytes = job.training.shuffle_window * commits.totals.largest_raw_bytes
+    objects = None
+    if job.object_cache is not None:
+        objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
+    snapshot = store.snapshot(job.snapshot_id)
+    reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects)
+    partial = partial_target(job.target, store.identity)
+    source = StoredSource(reader, partial)
+    held_out_ids = commits.usable(TokenFile(job.held_out_tokens).sample_ids)
+    if not held_out_ids:
+        return source, None
+    held_out = Snapshot.of(held_out_ids, commits)
+    return source, StoredSource(store.reader(held_out, object_cache=objects), partial)
+
+
+def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id: str) -> TrackedRun:
+    """Return what trackers are told of a run."""
+    settings: dict[str, JsonValue] = {
+        "training": training.model_dump(mode="json"),
+        "source_id": source_id,
+    }
+    return TrackedRun(name=title, path=run_path, settings=settings)
+
+
+@record  # torchrun's last words hold the traceback of an error that is none of ours
+def main() -> int:
+    """Be one rank of the job that the argument names; return the exit status."""
+    voice()  # before a library prints
+    job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    is_first = os.environ["RANK"] == "0"
+    if is_first:
+        for name in OWN_LOGGERS:
+            logging.getLogger(name).addHandler(Warnings())
+    return answer(lambda: _train_joined(job, is_first=is_first))
+
+
+def _train_joined(job: TrainJob, *, is_first: bool) -> None:
+    target = job.target.model_copy(update={"device": _own_device(job.target)})
+    with join_processes():  # in a function of its own: the draft must be gone when the block ends
+        _train(job.model_copy(update={"target": target}), is_first=is_first)
+
+
+def _train(job: TrainJob, *, is_first: bool) -> None:
+    source, held_out = open_sources(job)
+    setup = set_up_draft(job.target, job.training, job.run_path)
+
+    def on_progress(progress: Progress) -> None:
+        if is_first:
+            say(RankLine(pid=os.getpid(), progress=progress))
+
+    with (
+        _tracker(job, is_first=is_first) as tracker,
+        stop_request(),  # one after the last step must not keep the result from being said
+    ):
+        result = train(
+            config=job.training,
+            draft=setup.draft,
+            target_lm_head=setup.target_lm_head,
+            source=source,
+            held_out=held_out,
+            run_path=job.run_path,
+            tracker=tracker,
+            on_progress=on_progress,
+        )
+        if is_first:
+            say(RankLine(pid=os.getpid(), result=result))
+
+
+def _own_device(target: TargetConfig) -> str:
+    """Return the GPU of this rank, where GPUs are used."""
+    device = resolve_device(target.device)
+    if device.type != "cuda":
+        return str(device)
+    number = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def _tracker(job: TrainJob, *, is_first: bool) -> AbstractContextManager[Tracker]:
+    if not is_first:
+        return nullcontext(NoTracker())
+    run = tracked_run(job.title, job.run_path, job.training, job.snapshot_id)
+    return open_trackers(job.tracking, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
