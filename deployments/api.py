@@ -93,7 +93,7 @@ def _start_server() -> str:
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     words = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (the server writes into it to its end)
     server = subprocess.Popen(
-        [sys.executable, "-m", "deployments.temporary_server", str(port)],
+        [sys.executable, "-m", "deployments.cli.temporary_server", str(port)],
         stdin=subprocess.PIPE,
         env={
             **os.environ,

@@ -10,7 +10,7 @@ from unittest import mock
 
 from typer.testing import CliRunner
 
-from deployments.cli import app
+from deployments.cli.app import app
 from tests.waiting import LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from deployments.environment import settle_environment
+from deployments.cli.environment import settle_environment
 from flows.reports.run_record import RunRecord
 from tests import tiny
 from tests.deployments.terminal import ROOT, eyas, eyas_here

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import typer
 
-from deployments.console import INTERRUPTED, one_message
+from deployments.cli.console import INTERRUPTED, one_message
 
 
 @pytest.fixture(autouse=True)

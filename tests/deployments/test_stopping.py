@@ -145,7 +145,7 @@ def test_a_kill_leaves_no_server_behind(
     )
     _wait_for(child, lambda: bool(list(home.rglob("step-*"))), what="the first checkpoint")
     below = psutil.Process(child.pid).children(recursive=True)
-    servers = [one for one in below if "deployments.temporary_server" in one.cmdline()]
+    servers = [one for one in below if "deployments.cli.temporary_server" in one.cmdline()]
     assert len(servers) == 1
     child.kill()
     child.communicate()

@@ -23,7 +23,7 @@ from tests.waiting import LIMIT_SECONDS
 SAMPLES = make_samples(12)
 WITHOUT_TORCH = """
 import sys
-from deployments.cli import app
+from deployments.cli.app import app
 try:
     app(sys.argv[1:])
 finally:

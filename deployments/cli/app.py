@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from deployments.console import ERRORS, OUT, one_message
-from deployments.environment import settle_environment
+from deployments.cli.console import ERRORS, OUT, one_message
+from deployments.cli.environment import settle_environment
+from deployments.cli.store_commands import gc, inspect, verify
 from deployments.registry import FLOWS, FlowEntry, find_flow
-from deployments.store_commands import gc, inspect, verify
 from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from deployments.console import ERRORS, OUT, one_message
+from deployments.cli.console import ERRORS, OUT, one_message
 from flows.reports.health import SIZES, VerifySummary
 from flows.reports.inspection import look
 from flows.reports.store_tables import garbage_rows, store_rows, verify_rows
