@@ -1,4 +1,4 @@
-"""Our step as a peer of `benchmarks.train_step`: `eagle_core.training.ttt` as the trainer calls it."""
+"""`eagle_core.training.ttt` as the trainer calls it, as a peer of `benchmarks.train_step`."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The published EAGLE-3 training step in eager PyTorch, to be measured against `eagle_core.training.ttt`.
+"""The published EAGLE-3 training step in eager PyTorch, a peer of `eagle_core.training.ttt`.
 
 As SpecForge does it: every position computes queries, keys, values, MLP and logits in every step,
 hidden states and embeddings are projected together, the teacher's logits cover the whole target

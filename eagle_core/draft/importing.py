@@ -231,7 +231,7 @@ def _vocabulary(
 
 
 def _aux_layers(document: Mapping[str, object]) -> tuple[int, ...] | None:
-    """Return 0-based layers from either key; they count differently (see `eagle_core.draft.export`)."""
+    """Return 0-based layers; the two keys count differently (see `eagle_core.draft.export`)."""
     eagle = document.get("eagle_config")
     key = "eagle_aux_hidden_state_layer_ids"
     if isinstance(eagle, Mapping) and isinstance(eagle.get(key), list):

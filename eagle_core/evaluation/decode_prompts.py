@@ -1,7 +1,7 @@
 """Evaluation of a draft on held-out prompts, by real speculative decoding next to plain decoding.
 
-Generation is here; what its traces mean is in `eagle_core.evaluation.acceptance`. Both decodings of a batch
-run one after the other in the same process, so that their speeds can be compared.
+Generation is here; what its traces mean is in `eagle_core.evaluation.acceptance`. Both decodings of
+a batch run one after the other in the same process, so that their speeds can be compared.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

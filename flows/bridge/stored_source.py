@@ -20,7 +20,7 @@ class StoredSource:
     """
 
     def __init__(self, reader: SnapshotReader, partial: PartialTarget | None) -> None:
-        """Read through `reader`; `partial` is what `flows.bridge.recompute.partial_target` returns."""
+        """Read through `reader`; `partial` comes from `flows.bridge.recompute`."""
         self._reader = reader
         self._partial = partial
         if reader.identity.left_out is not None:

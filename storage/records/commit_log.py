@@ -1,8 +1,8 @@
 """Which shards a store has committed: single records, and manifests of many.
 
 A record is written alone (`commits/<shard_id>.json`). When there are many, they are put into a
-manifest as well (`storage.records.compaction`) and, once that has been there for a while, removed. A single
-record counts more than a row of a manifest: it is newer. A row is taken back by
+manifest as well (`storage.records.compaction`) and, once that has been there for a while, removed.
+A single record counts more than a row of a manifest: it is newer. A row is taken back by
 `revoked/<shard_id>/<record_id>.json`, since manifests never change.
 """
 

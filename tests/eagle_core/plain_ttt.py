@@ -1,6 +1,6 @@
 """The published training-time-test step, plainly: dense attention, every position, full head.
 
-Slow and readable; what `eagle_core.training.ttt` must equal. One sequence at a time, in any float dtype.
+Slow and readable; what `eagle_core.training.ttt` must equal. One sequence at a time, any dtype.
 """
 
 import torch
