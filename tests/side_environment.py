@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
 
 
 def side_environment(name: str, *installs: Sequence[str]) -> Path:

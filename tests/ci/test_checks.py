@@ -10,11 +10,11 @@ import pytest
 
 from tests import needs
 from tests.closing import not_run
+from tests.paths import ROOT
 from tests.waiting import LIMIT_SECONDS
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 CONFTEST = """
 from tests.closing import pytest_configure, pytest_sessionfinish, pytest_terminal_summary
 """

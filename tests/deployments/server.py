@@ -20,9 +20,9 @@ from urllib.request import Request, urlopen
 import yaml
 
 from tests import tiny
+from tests.paths import ROOT
 from tests.waiting import LIMIT_SECONDS, wait_for
 
-ROOT = Path(__file__).parents[2]
 PREFECT = (sys.executable, "-m", "prefect")
 NUM_CONVERSATIONS = 100
 SECRET = "open-sesame-4711"  # noqa: S105 (planted)

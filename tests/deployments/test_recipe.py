@@ -10,8 +10,7 @@ from deployments import prefect_yaml
 from deployments.recipe import load_recipe, recipe_names
 from deployments.registry import FLOWS
 from eagle_core.errors import ConfigError
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -16,7 +16,7 @@ from eagle_core.target.model import aux_layers, read_model_config
 from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.tasks.preflight import _bare_bytes_per_token
 from tests.deployments.architectures import ARCHITECTURES, Architecture
-from tests.eagle_core.test_template_families import train
+from tests.eagle_core.tokenization.test_template_families import train
 
 SHARD_BYTES = range(100 * 10**6, 600 * 10**6)
 """Small enough to lose to a kill and to hold eight of, large enough for object stores."""

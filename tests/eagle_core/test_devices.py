@@ -19,10 +19,16 @@ from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.model import TargetModel
 from eagle_core.training.result import Figures
 from eagle_core.training.ttt import TttOptions, ttt_step
-from tests.eagle_core.float64_target import load_float64_target
+from tests.eagle_core.decoding.float64_target import load_float64_target
 from tests.eagle_core.pretend_device import MixedDevicesError, TensorElsewhere, pretend_device
-from tests.eagle_core.test_trainer import CONFIG, CPU, InterruptedHereError, interrupt_at, run
-from tests.eagle_core.test_ttt import random_case
+from tests.eagle_core.training.test_trainer import (
+    CONFIG,
+    CPU,
+    InterruptedHereError,
+    interrupt_at,
+    run,
+)
+from tests.eagle_core.training.test_ttt import random_case
 
 
 def test_tensors_of_two_places_do_not_mix() -> None:

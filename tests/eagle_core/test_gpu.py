@@ -16,7 +16,8 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.training import checkpoint
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.ttt import TttOptions, ttt_step
-from tests.eagle_core.test_trainer import CONFIG, InterruptedHereError, interrupt_at, run
+from tests.eagle_core.training.test_trainer import CONFIG, InterruptedHereError, interrupt_at, run
+from tests.paths import GOLDEN, ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning"),  # torch's own
 ]
 CUDA = torch.device("cuda")
-GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 CASE = StepCase(
     shape=SHAPES["tiny"],
     ttt_length=7,
@@ -120,7 +120,7 @@ def test_two_gpus_make_the_steps_of_one(tmp_path: Path, sharding: str) -> None:
         ],
         check=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     folder = checkpoint.newest(tmp_path / "two")
     assert folder is not None

@@ -22,10 +22,10 @@ from storage.errors import CorruptError
 from storage.store import Store
 from tests import tiny
 from tests.fixtures.make_old_run import CONVERSATIONS, MORE, recipe, training
+from tests.paths import FIXTURES
 from tests.storage.synthetic import committed_samples
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 STEPS = 4
 
 

@@ -19,7 +19,7 @@ from flows.hidden_states import hidden_states
 from flows.regenerate import answer_source, regenerate_flow, summary_rows
 from flows.tasks.prepare import prepare_dataset, tokenize
 from flows.workspace import Workspace
-from tests.eagle_core.answer_server import serving
+from tests.eagle_core.regeneration.answer_server import serving
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 

