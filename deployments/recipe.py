@@ -1,5 +1,6 @@
 """A recipe: everything the flows need to know about one target model, read from its YAML file."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from flows.config.export import RunExportConfig
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "recipes"
+FORMER_FOLDER = FOLDER.parent  # recipes were there before they had a folder
+_log = logging.getLogger(__name__)
 
 
 class Recipe(BaseModel):
-    """One YAML file of `deployments/`."""
+    """One YAML file of `deployments/recipes/`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,12 +44,18 @@ class Recipe(BaseModel):
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that ship with Eyas."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Return the names of the recipes in `deployments/recipes/`."""
+    return sorted(_paths())
+
+
+def _paths() -> dict[str, Path]:
+    """Return each recipe's file by its name."""
+    folders = (FORMER_FOLDER, FOLDER)
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe `name` (of this folder, or a path to a YAML file) with overrides applied.
+    """Return the recipe `name` (of `deployments/recipes/`, or a path to a YAML file) with overrides applied.
 
     Args:
         name: a recipe's name such as smollm2, or a path that ends in .yaml.
@@ -56,12 +65,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: no such recipe, or a key or value that does not fit; names each one.
 
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _paths().get(name)
+    if path is None or not path.is_file():
         raise ConfigError(
             f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}, or give the "
             "path of a YAML file, or the folder of a run"
         )
+    if path.parent == FORMER_FOLDER:
+        _log.warning("%s: recipes are in deployments/recipes/ now; move this one there", path)
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -54,7 +54,7 @@ def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
         curves = read_curves(run_path / TENSORBOARD_FOLDER)
     settings = record.settings
     environment = Environment(
-        loader=PackageLoader("flows", "pages"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("flows.reports", "pages"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("run.html").render(
         title=settings.title if settings else run_path.name,

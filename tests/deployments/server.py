@@ -138,7 +138,7 @@ def _set_up_project(project: Path, target: Path) -> None:
         project,
         ignore=shutil.ignore_patterns(".*", "eyas-data", "tests", "docs", "*.egg-info"),
     )
-    for path in (project / "deployments").glob("*.yaml"):
+    for path in (project / "deployments" / "recipes").glob("*.yaml"):
         path.unlink()
     source = tiny.write_conversations(project / "tiny.json", NUM_CONVERSATIONS)
     recipe = {
@@ -147,7 +147,7 @@ def _set_up_project(project: Path, target: Path) -> None:
         "store": {"shard_tokens": 1000, "shards_per_task": 6},
         "automation": {"watch_cron": "0 3 1 1 *", "on_new_data": True},
     }
-    (project / "deployments" / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    (project / "deployments" / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     rendered = subprocess.run(
         [sys.executable, "-m", "deployments", "render-deployments"],
         cwd=project,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments import prefect_yaml
+from deployments import prefect_yaml, recipe
 from deployments.recipe import load_recipe, recipe_names
 from deployments.registry import FLOWS
 from eagle_core.errors import ConfigError
@@ -16,6 +16,31 @@ from tests.paths import ROOT
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads(name: str) -> None:
     assert load_recipe(name).target.name == name
+
+
+def test_a_recipe_in_the_former_folder_is_found_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Users have files of their own there; the recipe of the new folder wins."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    monkeypatch.setattr(recipe, "FOLDER", folder)
+    monkeypatch.setattr(recipe, "FORMER_FOLDER", tmp_path)
+    document = {
+        "target": {"name": "mine", "model": "models/mine"},
+        "dataset": {"name": "chats", "source": "chats.jsonl"},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
+    assert recipe_names() == ["mine"]
+    assert load_recipe("mine").target.model == "models/mine"
+    assert "move this one there" in caplog.text
+    assert str(tmp_path / "mine.yaml") in caplog.text
+
+    caplog.clear()
+    document["target"]["model"] = "models/moved"
+    (folder / "mine.yaml").write_text(yaml.safe_dump(document))
+    assert load_recipe("mine").target.model == "models/moved"
+    assert caplog.text == ""
 
 
 def test_prefect_yaml_is_what_the_recipes_say() -> None:

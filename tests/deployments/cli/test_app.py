@@ -19,7 +19,7 @@ def test_list_names_flows_and_recipes() -> None:
     ended = eyas("list")
     assert ended.returncode == 0
     assert "hidden-states" in ended.stdout
-    recipes = {path.stem for path in (ROOT / "deployments").glob("*.yaml")}
+    recipes = {path.stem for path in (ROOT / "deployments" / "recipes").glob("*.yaml")}
     assert {"llama3", "smollm2"} <= recipes
     words = set(ended.stdout.replace(",", " ").split())
     assert recipes <= words, f"not listed: {recipes - words}"
