@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from flows.bridge.recompute import partial_target
 from flows.bridge.store_identity import left_out
 from flows.bridge.stored_source import StoredSource, to_stored
 from flows.workspace import Workspace
+from storage.profiles import ProfileName
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedShard
 from storage.records.snapshot import Snapshot
@@ -204,7 +206,7 @@ class States:
         if kind == ONLINE:
             return self._online(), "none stored"
         profile, recompute, _ = kind.partition(RECOMPUTE)
-        identity = replace(self.origin.identity, profile=profile)
+        identity = replace(self.origin.identity, profile=cast("ProfileName", profile))
         if not recompute:
             store = self._filled(kind, identity, _by_id(_source(self.origin, self.tokens)))
             return _source(store, self.tokens), _bytes_per_token(store)

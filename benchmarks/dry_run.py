@@ -45,7 +45,7 @@ class DryChild:
 def dry_run(job: ShardJob) -> Iterator[str]:
     """Make the shards of a job of random states; yield what a child would say."""
     store = Store.open(job.store_root)
-    shards = {shard.shard_id: shard for shard in store.load_plan(job.plan_id).shards}
+    shards = {shard.shard_id: shard for shard in store.plans.load(job.plan_id).shards}
     files = [TokenFile(path) for path in job.token_files]
     for shard_id in job.shard_ids:
         names = shards[shard_id].sample_ids

@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.machine import describe
-from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.objects.digests import ObjectDigest
+from storage.records.commit_record import CommitRecord
 from storage.records.compaction import MOST_SHARDS
 from storage.records.identity import StoreIdentity
 from storage.records.manifest import Manifest

@@ -25,7 +25,8 @@ from eagle_core.target.model import TargetModel, batches_by_length, log_probabil
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.stored_source import to_stored
 from storage.probe import NUM_POINTS
-from storage.records.identity import PROFILES, StoreIdentity
+from storage.profiles import PROFILES, ProfileName
+from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedSample
 from storage.samples import StoredSample
 from storage.store import Store
@@ -46,7 +47,9 @@ def capture(
             yield state, to_bfloat16_bits(passing[-1][row, : len(state)])
 
 
-def through_store(profile: str, states: Sequence[HiddenStateSample]) -> Mapping[str, StoredSample]:
+def through_store(
+    profile: ProfileName, states: Sequence[HiddenStateSample]
+) -> Mapping[str, StoredSample]:
     """Return the samples as a store of this profile gives them back."""
     identity = StoreIdentity(
         target_fingerprint="benchmark",

@@ -39,12 +39,13 @@ from flows.bridge.recompute import completed
 from flows.bridge.store_identity import left_out
 from flows.bridge.stored_source import to_stored
 from flows.workspace import DEFAULT_HOME
+from storage.profiles import ProfileName
 from storage.records.plan import PlannedShard
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 
 PACKAGES = ("zarr", "zstandard", "numpy", "torch", "transformers", "safetensors")
-PROFILES = ("raw", "lossless", "int8")
+PROFILES: Sequence[ProfileName] = ("raw", "lossless", "int8")
 LLAMA_HIDDEN, LLAMA_VOCAB = 4096, 128_256
 LLAMA_LAYER_PARAMETERS = 218_112_000
 """4096 * (4096 + 1024 + 1024 + 4096) of attention, 3 * 4096 * 14336 of the MLP, and two norms."""
@@ -79,7 +80,7 @@ For Llama-3-8B 2 + 3 of 32 layers are 5/32 = 15.6 % of the decoder. Their weight
 def _write(
     states: Sequence[StoredSample],
     folder: Path,
-    profile: str,
+    profile: ProfileName,
     *,
     recompute: bool,
     target: TargetModel,

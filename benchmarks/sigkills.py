@@ -30,8 +30,10 @@ from flows.config.store import StoreConfig
 from flows.tasks.prepare import prepare
 from storage.errors import ConfigError
 from storage.maintenance.gc import find_garbage
+from storage.maintenance.verify import verify_store
+from storage.records import keys
 from storage.records.commit_record import CommitRecord
-from storage.store import LATEST_KEY, Store
+from storage.store import Store
 from tests import killed_pipeline, tiny
 
 CONVERSATIONS, MORE = 24, 8
@@ -89,7 +91,7 @@ class State:
         committed = {name: _nameless(record) for name, record in store.commits().items()}
         lost = [key for key in committed_before if committed.get(key) != committed_before[key]]
         _require(not lost, f"committed shards were lost or changed: {lost}")
-        damaged = [f for f in store.verify(deep=True) if f.object_key != LATEST_KEY]
+        damaged = [f for f in verify_store(store, deep=True) if f.object_key != keys.LATEST]
         _require(not damaged, f"what shows is not whole: {damaged}")
         runs = sorted(path for path in (folder / "runs").glob("*") if path.is_dir())
         return cls(

@@ -16,7 +16,8 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.machine import describe
-from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.objects.digests import ObjectDigest
+from storage.records.commit_record import CommitRecord
 from storage.records.commits import Commits
 from storage.records.snapshot import Snapshot
 

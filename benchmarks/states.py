@@ -7,6 +7,7 @@ from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.stored_source import to_stored
 from flows.workspace import Workspace
+from storage.profiles import ProfileName
 from storage.records.identity import LeftOut, StoreIdentity
 from storage.samples import StoredSample
 
@@ -42,7 +43,7 @@ def capture(target: TargetModel, tokens: TokenFile, num_samples: int) -> list[St
 
 
 def identity(
-    sample: StoredSample, *, vocab_size: int, profile: str, recompute: bool = False
+    sample: StoredSample, *, vocab_size: int, profile: ProfileName, recompute: bool = False
 ) -> StoreIdentity:
     """Return the identity of a benchmark's store, with `recompute` one that leaves states out."""
     layers, hidden = sample.aux_hidden_states.shape[1:]

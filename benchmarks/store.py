@@ -31,11 +31,12 @@ from benchmarks.states import capture, identity, load_target, token_file
 from flows.config.store import StoreConfig
 from flows.reports.cost import encoding_name
 from flows.workspace import DEFAULT_HOME
-from storage.encoding.profiles import bf16_to_float, decode_states, write_states
+from storage.bfloat16 import bf16_to_float
 from storage.encoding.state_rows import StateRows
+from storage.encoding.states import decode_states, write_states
 from storage.encoding.zarr_arrays import load_arrays
 from storage.objects.buffer_pool import RecycledMemory
-from storage.records.identity import PROFILES
+from storage.profiles import PROFILES, ProfileName
 from storage.records.plan import PlannedSample
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
@@ -70,7 +71,7 @@ The states alone, coded in memory. Tokens without a supervised one near them hav
 """
 PACKAGES = ("zarr", "numcodecs", "zstandard", "numpy", "torch", "safetensors")
 KL_POSITIONS = 2000
-HALVED = ("lossless", "int8")
+HALVED: Sequence[ProfileName] = ("lossless", "int8")
 """Profiles that are also measured with states left out; making these again is not counted."""
 
 
@@ -117,7 +118,12 @@ def take_turn(write: Callable[[Path], None], read: Callable[[Path], int], *, exp
 
 
 def _write_store(
-    profile: str, samples: Sequence[StoredSample], vocab: int, folder: Path, *, recompute: bool
+    profile: ProfileName,
+    samples: Sequence[StoredSample],
+    vocab: int,
+    folder: Path,
+    *,
+    recompute: bool,
 ) -> None:
     about = identity(samples[0], vocab_size=vocab, profile=profile, recompute=recompute)
     store = Store.create(str(folder), about)
@@ -199,7 +205,7 @@ class _Nowhere:
 
 
 def measure_profile(
-    profile: str, samples: Sequence[StoredSample], head: NDArray[np.float32], *, rounds: int
+    profile: ProfileName, samples: Sequence[StoredSample], head: NDArray[np.float32], *, rounds: int
 ) -> ProfileFigures:
     """Encode and decode the stored states of all samples in memory."""
     aux = StateRows([sample.aux_hidden_states for sample in samples])
@@ -207,7 +213,7 @@ def measure_profile(
     raw_bytes = 2 * (np.prod(aux.shape) + np.prod(last.shape))
     objects = ObjectsInMemory()
     for name, rows in (("aux", aux), ("last", last)):
-        write_states(profile, name, rows, objects.open)
+        write_states(name, rows, profile, objects.open)
     encode, decode = [], []
     found: dict[str, NDArray[np.uint16]] = {}
     memory = RecycledMemory(most_free=2)  # what a reader decodes into
@@ -215,11 +221,11 @@ def measure_profile(
         found.clear()
         begun = time.process_time()
         for name, rows in (("aux", aux), ("last", last)):
-            write_states(profile, name, rows, _discard)
+            write_states(name, rows, profile, _discard)
         encoded = time.process_time()
         arrays = load_arrays(objects.written, what="benchmark")
         for name in ("aux", "last"):
-            found[name] = decode_states(profile, name, arrays, memory.empty)
+            found[name] = decode_states(name, arrays, profile, memory.empty)
         encode.append(encoded - begun)
         decode.append(time.process_time() - encoded)
     return ProfileFigures(
@@ -273,7 +279,7 @@ def format_table(turns: Mapping[str, Turn], samples: Sequence[StoredSample]) -> 
         )
 
 
-def profile_table(figures: Mapping[str, ProfileFigures]) -> Iterator[str]:
+def profile_table(figures: Mapping[ProfileName, ProfileFigures]) -> Iterator[str]:
     """Yield the rows of the profiles' table in Markdown."""
     yield PROFILE_HEAD
     yield "|---|---|---|---|---|---|"

@@ -16,7 +16,7 @@ from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
 
 HEADER = """\
-# Generated from deployments/recipes/*.yaml by `eyas render-deployments`; change those, not this file.
+# Generated from deployments/recipes/*.yaml by `eyas render-deployments`; edit those instead.
 # Register everything with: prefect --no-prompt deploy --all
 """
 

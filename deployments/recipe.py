@@ -55,10 +55,10 @@ def _paths() -> dict[str, Path]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe `name` (of `deployments/recipes/`, or a path to a YAML file) with overrides applied.
+    """Return a recipe with overrides applied.
 
     Args:
-        name: a recipe's name such as smollm2, or a path that ends in .yaml.
+        name: a name in `deployments/recipes/` such as smollm2, or a path that ends in .yaml.
         overrides: `section.key=value`, the value in YAML: `training.max_steps=100`.
 
     Raises:

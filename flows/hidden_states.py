@@ -83,7 +83,7 @@ def plan_missing_shards(
     """
     store = Store.create(root, store_identity(target, config, tokens))
     plan = store.plan(wanted_samples(tokens), shard_tokens=config.shard_tokens)
-    missing = store.missing_shards(plan)
+    missing = store.plans.missing(plan)
     get_run_logger().info(
         "%d samples wanted, %d shards to make (%s)",
         tokens.num_samples,

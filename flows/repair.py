@@ -27,7 +27,7 @@ from flows.tasks.prepare import prepare
 from flows.workspace import DEFAULT_HOME
 from storage.errors import CorruptError
 from storage.maintenance.repair import damaged_shards
-from storage.maintenance.verify import scrub
+from storage.maintenance.verify import verify_shard, verify_store
 from storage.recompute import Recompute
 from storage.records.plan import Plan, PlannedShard
 from storage.records.presence import Finding
@@ -118,7 +118,7 @@ def _make_again(
     """Make the shards; a kill in between leaves a plan that this flow or `hidden-states` ends."""
     plan = Plan.of(shards)
     is_new = not opened.root.exists(f"plans/{plan.plan_id}.json")
-    opened.save_plan(plan)  # before any record goes: it says what the shards held
+    opened.plans.save(plan)  # before any record goes: it says what the shards held
     damaged = {key for shard in shards for key in _data_keys(opened, shard)}
     for shard in shards:
         opened.revoke(shard.shard_id)
@@ -147,9 +147,9 @@ def _left(
     recompute: Recompute,
 ) -> Sequence[Finding]:
     """Return what is damaged still: sizes of everything, every byte of the shards concerned."""
-    findings = list(scrub(opened, deep=False, recompute=None))
+    findings = list(verify_store(opened, deep=False, recompute=None))
     committed = set(opened.shard_ids())
     for shard in (*remade, *foreign):
         if shard.shard_id in committed:
-            findings.extend(opened.verify_shard(shard.shard_id, recompute=recompute))
+            findings.extend(verify_shard(opened, shard.shard_id, recompute=recompute))
     return list(dict.fromkeys(findings))

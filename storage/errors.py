@@ -43,3 +43,10 @@ class ConfigError(StorageError, ValueError):
 
 class SampleRefusedError(StorageError, ValueError):
     """A sample may not be stored: wrong shape, wrong id, or states no healthy model produces."""
+
+
+REPAIR = "regenerate the shard: eyas repair"
+PUBLISH = "publish the snapshot again: eyas repair"
+RESTORE = "write it again from its copy: eyas repair"
+REPLAN = "drop the plan, what it lacks is planned again: eyas repair"
+"""What to do about damage; the last words of an error or a finding."""

@@ -10,38 +10,21 @@ Where a store leaves states out, a point also holds some channels of these, as g
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.encoding.profiles import bf16_to_float
+from storage.bfloat16 import bf16_to_float
 from storage.errors import SampleRefusedError
 from storage.objects.sealed_json import digest_json
+from storage.profiles import PROFILES
 from storage.recompute import Recompute
 from storage.records.identity import StoreIdentity
+from storage.records.probe_point import NUM_CHANNELS, ProbePoint
 from storage.samples import StoredSample, last_needed
 
 NUM_POINTS = 8
 """Points of one shard: wrong states miss nearly all of them, so that more would show no more."""
-
-TOLERANCE_NATS: Mapping[str, float] = {
-    "raw": 0.5,
-    "lossless": 0.5,
-    "int8": 1.0,
-    "int6": 2.5,
-    "int4": 6.0,
-}
-"""By profile, a few times what right states were seen to differ by (`benchmarks/probe.py`).
-
-On SmolLM2 the largest of 8,805 differences was 0.12 nats for bfloat16 states, 0.16 for int8, 0.67
-for int6, 2.4 for int4. States before the norm, of another layer or of the next token were at least
-10 nats off in one of 8 points.
-"""
-
-NUM_CHANNELS = 8
-"""Channels of a state made again that are compared: its first ones."""
 
 EARLY_TOLERANCE = 0.1
 """Of the length of these channels of the early aux state, on hardware that rounds differently.
@@ -49,42 +32,6 @@ EARLY_TOLERANCE = 0.1
 A padded batch moves it by less than 0.01 (SmolLM2 in float32); the state of another layer or token
 is another vector.
 """
-
-EXACT_PROFILES = ("raw", "lossless")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbePoint:
-    """The target's own prediction after one token."""
-
-    sample_id: str
-    position: int
-    """Index t of the token whose last hidden state predicts token t + 1."""
-    argmax: int
-    """Argmax of the target's logits at t over its full vocabulary."""
-    logprob: float
-    """Log-probability (nats) the target gave to `argmax` at t."""
-    left_out: tuple[int, ...] = ()
-    """bfloat16 bits of `NUM_CHANNELS` of the early aux state at t, then of the last state; empty
-    if the store leaves neither out."""
-
-    def to_document(self) -> dict[str, object]:
-        """Return the point as the commit record holds it."""
-        document = asdict(self)
-        if self.left_out:
-            document["left_out"] = list(self.left_out)
-        else:
-            del document["left_out"]
-        return document
-
-    @classmethod
-    def of_document(cls, document: Mapping[str, Any]) -> Self:
-        """Return the point that a commit record holds."""
-        return cls(**{**document, "left_out": tuple(document.get("left_out", ()))})
-
-    def __str__(self) -> str:
-        """Return a form for error messages."""
-        return f"probe at position {self.position} of sample {self.sample_id}"
 
 
 def probe_positions(
@@ -157,7 +104,7 @@ def disagreements(
     """
     if not points:
         return
-    tolerance_nats = TOLERANCE_NATS[identity.profile]
+    tolerance_nats = PROFILES[identity.profile].tolerance_nats
     states = np.stack([samples[p.sample_id].last_hidden_state[p.position] for p in points])
     tokens = np.array([point.argmax for point in points], dtype=np.int32)
     found = recompute.log_probabilities(states, tokens)
@@ -176,7 +123,7 @@ def _differences(
 ) -> Iterator[str]:
     found = _channels_of(sample, point)
     if exact:
-        num = None if identity.profile in EXACT_PROFILES else NUM_CHANNELS  # codes change `last`
+        num = None if PROFILES[identity.profile].is_exact else NUM_CHANNELS  # codes change `last`
         if found[:num] != point.left_out[:num]:
             yield f"{point}: states made again have other bits than the target gave them"
         return

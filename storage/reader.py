@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.encoding.shard import DecodedShard, decode_shard
-from storage.errors import ShardCorruptError, ShardMissingError
+from storage.errors import REPAIR, ShardCorruptError, ShardMissingError
 from storage.objects.buffer_pool import Allocate, RecycledMemory
+from storage.objects.digests import ObjectDigest
 from storage.objects.object_cache import ObjectCache
 from storage.objects.object_store import Directory
+from storage.records import keys
 from storage.records.commit_log import CommitLog
-from storage.records.commit_record import ObjectDigest
 from storage.records.identity import StoreIdentity
-from storage.records.presence import REPAIR
 from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
 
@@ -207,7 +207,7 @@ def _read_object(
     allocate: Allocate,
 ) -> bytes | memoryview:
     where = f"shard {shard_id}: {key}"
-    path = f"shards/{shard_id}/{key}"
+    path = keys.shard_object(shard_id, key)
     try:
         if cache is None:
             data = root.read_large(path, num_bytes=expected.num_bytes, allocate=allocate)

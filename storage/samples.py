@@ -10,11 +10,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from storage.encoding.state_rows import BLOCK_VALUES
+from storage.bfloat16 import BF16_INFINITY, BLOCK_VALUES
 from storage.errors import SampleRefusedError
 from storage.records.identity import StoreIdentity
 
-BF16_INFINITY = 0x7F80  # exponent all ones: infinity, and above it every NaN
 TTT_LENGTH = 7
 
 

@@ -5,36 +5,38 @@ whatever was interrupted, running the same thing again ends in the same bytes.
 """
 
 import logging
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from storage.errors import ConfigError, CorruptError, ShardMissingError, StorageError
-from storage.maintenance.verify import scrub
+from storage.errors import (
+    PUBLISH,
+    REPAIR,
+    ConfigError,
+    CorruptError,
+    ShardMissingError,
+    StorageError,
+)
 from storage.objects.object_cache import ObjectCache
-from storage.objects.object_store import TEMPORARY_SUFFIX, Directory
+from storage.objects.object_store import Directory
 from storage.objects.sealed_json import seal, unseal
-from storage.probe import ProbePoint
 from storage.reader import CACHE_BYTES, SnapshotReader
 from storage.recompute import Recompute
+from storage.records import keys
 from storage.records.commit_log import CommitLog
 from storage.records.commit_record import CommitRecord
 from storage.records.commits import Commits
 from storage.records.compaction import compact, is_worth_compacting
 from storage.records.identity import FORMAT_VERSION, StoreIdentity
 from storage.records.plan import Plan, PlannedSample, PlannedShard, plan_shards
-from storage.records.presence import PUBLISH, REPAIR, Finding, check_presence, check_states
+from storage.records.plans import Plans
+from storage.records.presence import check_presence
+from storage.records.probe_point import ProbePoint
 from storage.records.refs import Refs
 from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
 from storage.writer import ShardWriter
 
 logger = logging.getLogger(__name__)
-
-IDENTITY_KEY = "store.json"
-LATEST_KEY = "snapshots/latest.json"
-PLAN_SECONDS = 24 * 3600.0
-"""A plan that is younger may be at work, though all of it is published: a repair's, for one."""
 
 
 class Store:
@@ -46,6 +48,7 @@ class Store:
         self.root = root
         self.refs = Refs(root)
         self.log = CommitLog(root, identity.identity_id)
+        self.plans = Plans(root, self.log)
         self.exclusions = self.log.exclusions
         self._writer = ShardWriter(root=root, identity=identity, log=self.log)
 
@@ -53,7 +56,7 @@ class Store:
     def create(cls, root: str, identity: StoreIdentity) -> "Store":
         """Make a store, or open the one that is there; MismatchError if it holds other states."""
         directory = Directory.at(root)
-        directory.create(IDENTITY_KEY, identity.to_json())
+        directory.create(keys.IDENTITY, identity.to_json())
         store = cls.open(root)
         store.identity.require_equal(identity, where=f"the store at {directory.url}")
         return store
@@ -63,10 +66,10 @@ class Store:
         """Open the store at a local path or fsspec URL; ConfigError if there is none."""
         directory = Directory.at(root)
         try:
-            data = directory.read(IDENTITY_KEY)
+            data = directory.read(keys.IDENTITY)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"there is no store at {directory.url} (no {IDENTITY_KEY}); run a hidden-states "
+                f"there is no store at {directory.url} (no {keys.IDENTITY}); run a hidden-states "
                 "flow to make one, or correct the path"
             ) from error
         return cls(directory, StoreIdentity.from_json(data))
@@ -90,6 +93,10 @@ class Store:
         """Return one commit record; ShardMissingError if there is none, CorruptError if damaged."""
         return self.log.find(shard_id)
 
+    def shard_ids(self) -> Sequence[str]:
+        """Return the ids of all shards that have a commit record, sorted."""
+        return self.log.ids()
+
     def held(self, sample_ids: Collection[str]) -> set[str]:
         """Return those of some samples that a committed shard holds."""
         return self.commits().held(sample_ids)
@@ -109,7 +116,7 @@ class Store:
         interrupted generation ends in the same shards as an uninterrupted one.
         """
         commits = self.commits()
-        plans = self.plans()
+        plans = self.plans.all()
         unfinished = [shard for plan in plans for shard in plan.shards]
         fresh = plan_shards(
             commits.lacks(samples),
@@ -120,55 +127,8 @@ class Store:
             missing = [shard for shard in plan.shards if shard.shard_id not in commits]
             if missing == list(fresh.shards):
                 return plan
-        self.save_plan(fresh)
+        self.plans.save(fresh)
         return fresh
-
-    def plans(self) -> Sequence[Plan]:
-        """Return every persisted plan, by plan id."""
-        return [self.load_plan(plan_id) for plan_id in self._listed("plans", ".json")]
-
-    def pending_plan(self) -> Plan | None:
-        """Return a persisted plan with shards that are to be made, or None."""
-        return next((plan for plan, _ in self.unfinished()), None)
-
-    def unfinished(self) -> Sequence[tuple[Plan, Sequence[PlannedShard]]]:
-        """Return the plans with samples that are to be made, and in which of their shards.
-
-        All samples of a shard that is not committed may be in others, or left out.
-        """
-        committed = set(self.shard_ids())
-        uncommitted = [
-            (plan, [shard for shard in plan.shards if shard.shard_id not in committed])
-            for plan in self.plans()
-        ]
-        names = [name for _, shards in uncommitted for shard in shards for name in shard.sample_ids]
-        if not names:
-            return []
-        commits, _ = self.log.read_what_is_sound()
-        missing = set(commits.usable(names)) - commits.held(names)
-        still = (
-            (plan, [shard for shard in shards if not missing.isdisjoint(shard.sample_ids)])
-            for plan, shards in uncommitted
-        )
-        return [(plan, shards) for plan, shards in still if shards]
-
-    def missing_shards(self, plan: Plan) -> tuple[PlannedShard, ...]:
-        """Return the shards of a plan that are not committed, in its order."""
-        committed = set(self.shard_ids())
-        return tuple(shard for shard in plan.shards if shard.shard_id not in committed)
-
-    def save_plan(self, plan: Plan) -> None:
-        """Persist a plan; one without shards leaves nothing behind."""
-        if plan.shards:
-            self.root.publish(f"plans/{plan.plan_id}.json", plan.to_json())
-
-    def load_plan(self, plan_id: str) -> Plan:
-        """Return a persisted plan; ConfigError if there is none with this id."""
-        try:
-            data = self.root.read(f"plans/{plan_id}.json")
-        except FileNotFoundError as error:
-            raise ConfigError(f"{self.root.url} has no plan {plan_id}") from error
-        return Plan.from_json(data, plan_id=plan_id)
 
     # ---- writing
 
@@ -220,7 +180,7 @@ class Store:
         snapshot_id = snapshot.snapshot_id
         is_new = not self._has(snapshot)
         if is_new:
-            self.root.publish(f"snapshots/{snapshot_id}.parquet", snapshot.to_parquet())
+            self.root.publish(keys.snapshot(snapshot_id), snapshot.to_parquet())
         if name is not None:
             self.refs.set(name, snapshot_id, made_from=made_from)
         if as_latest:
@@ -242,7 +202,7 @@ class Store:
             if self._latest() == snapshot_id:
                 return
         latest = {"format_version": FORMAT_VERSION, "snapshot_id": snapshot_id}
-        self.root.publish(LATEST_KEY, seal(latest))
+        self.root.publish(keys.LATEST, seal(latest))
 
     def _tidy(self, snapshot: Snapshot) -> None:
         """Put many records into a manifest, and drop plans of which everything is published there.
@@ -251,23 +211,7 @@ class Store:
         """
         try:
             self.compact()
-            limit = time.time() - PLAN_SECONDS
-            written = self.root.entries("plans")
-            old = [key for key, entry in written.items() if entry.modified < limit]
-            needed = self.log.compacted().intersection(snapshot.shard_ids) if old else frozenset()
-            if not needed:
-                return
-            committed, excluded = set(self.shard_ids()), self.exclusions.sample_ids()
-            for plan in self.plans():
-                key = f"{plan.plan_id}.json"
-                others = [shard for shard in plan.shards if shard.shard_id not in needed]
-                elsewhere = {name for shard in others for name in shard.sample_ids} - excluded
-                if (
-                    key in old
-                    and committed.isdisjoint(shard.shard_id for shard in others)
-                    and snapshot.has_all(elsewhere)  # in shards made without a sample, or after it
-                ):
-                    self.root.delete(f"plans/{key}")
+            self.plans.drop_published(snapshot)
         except StorageError as error:
             logger.warning("the snapshot is published; the store was not tidied up: %s", error)
 
@@ -280,16 +224,16 @@ class Store:
         """Put records into a manifest if there are many; see `storage.records.compaction`."""
         if not is_worth_compacting(self.log):
             return
-        key = self.root.read(IDENTITY_KEY)
+        key = self.root.read(keys.IDENTITY)
         if key != self.identity.to_json():  # of version 2, whose readers know no manifests
-            self.root.publish(IDENTITY_KEY, self.identity.to_json())
+            self.root.publish(keys.IDENTITY, self.identity.to_json())
         compact(self.log)
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
         """Return a snapshot, the latest by default; ConfigError if there is none."""
         wanted = snapshot_id or self._latest()
         try:
-            data = self.root.read(f"snapshots/{wanted}.parquet")
+            data = self.root.read(keys.snapshot(wanted))
         except FileNotFoundError as error:
             known = ", ".join(self.snapshot_ids()) or "none"
             raise ConfigError(
@@ -319,7 +263,8 @@ class Store:
 
     def snapshot_ids(self) -> Sequence[str]:
         """Return the ids of all published snapshots, sorted."""
-        return self._listed("snapshots", ".parquet")
+        names = (keys.without(key, keys.PARQUET_SUFFIX) for key in self.root.sizes(keys.SNAPSHOTS))
+        return sorted(name for name in names if name is not None)
 
     def reader(
         self,
@@ -339,46 +284,14 @@ class Store:
 
     def _latest(self) -> str:
         try:
-            data = self.root.read(LATEST_KEY)
+            data = self.root.read(keys.LATEST)
         except FileNotFoundError as error:
             if self.snapshot_ids():
                 raise CorruptError(
-                    f"{self.root.where(LATEST_KEY)} is missing, but there are snapshots; {PUBLISH}"
+                    f"{self.root.where(keys.LATEST)} is missing, but there are snapshots; {PUBLISH}"
                 ) from error
             raise ConfigError(
                 f"{self.root.url} has no snapshot yet; run a hidden-states flow to the end"
             ) from error
-        latest: str = unseal(data, what=LATEST_KEY)["snapshot_id"]
+        latest: str = unseal(data, what=keys.LATEST)["snapshot_id"]
         return latest
-
-    # ---- verification
-
-    def verify(self, *, deep: bool, recompute: Recompute | None = None) -> Sequence[Finding]:
-        """Return all damage: sizes of every committed object, or with `deep` every byte.
-
-        With `recompute`, the states of every healthy shard must also reproduce its semantic probe.
-        """
-        return scrub(self, deep=deep, recompute=recompute)
-
-    def verify_shard(
-        self, shard_id: str, *, recompute: Recompute, exact: bool = False
-    ) -> Sequence[Finding]:
-        """Return the damage of one shard, every byte and its semantic probe.
-
-        With `exact`, states that are left out must be made again bit for bit, not only closely.
-        """
-        record = self.commit(shard_id)
-        return list(check_states(self.root, record, self.identity, recompute, exact=exact))
-
-    def shard_ids(self) -> Sequence[str]:
-        """Return the ids of all shards that have a commit record, sorted."""
-        return self.log.ids()
-
-    def _listed(self, prefix: str, suffix: str) -> Sequence[str]:
-        """Return the sorted names, less `suffix`, of the objects in a flat directory."""
-        keys = self.root.sizes(prefix)
-        return sorted(
-            key.removesuffix(suffix)
-            for key in keys
-            if key.endswith(suffix) and not key.endswith(TEMPORARY_SUFFIX)
-        )

@@ -21,21 +21,19 @@ from storage.errors import (
     StorageError,
     TransientError,
 )
+from storage.objects.digests import ObjectDigest, RunningDigest
 from storage.objects.object_store import Directory
-from storage.probe import ProbePoint, require_probe
+from storage.probe import require_probe
 from storage.recompute import Recompute
+from storage.records import keys
 from storage.records.commit_log import CommitLog
-from storage.records.commit_record import CommitRecord, ObjectDigest, RunningDigest
+from storage.records.commit_record import CommitRecord
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedShard
-from storage.records.presence import (
-    Finding,
-    check_digests,
-    check_meaning,
-    check_sizes,
-    read_objects,
-)
+from storage.records.presence import Finding, check_sizes
+from storage.records.probe_point import ProbePoint
 from storage.samples import StoredSample, require_storable
+from storage.shard_checks import check_digests, check_meaning, read_objects
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +57,8 @@ class ShardWriter:
             return standing
         ordered = self._checked(shard, samples)
         require_probe(probe, {sample.sample_id: sample for sample in ordered}, self.identity)
-        attempt = f"{secrets.token_hex(8)}{packed.SUFFIX}"
-        key = f"shards/{shard.shard_id}/{attempt}"
+        attempt = f"{secrets.token_hex(8)}{keys.SHARD_SUFFIX}"
+        key = keys.shard_object(shard.shard_id, attempt)
         try:
             record = CommitRecord(
                 shard_id=shard.shard_id,
@@ -98,7 +96,7 @@ class ShardWriter:
 
             with packed.packing(write) as open_object:
                 write_arrays(shard_id, samples, self.identity, open_object)
-        self.root.flush(f"shards/{shard_id}")
+        self.root.flush(keys.shard_folder(shard_id))
         return digest.value()
 
     def _require_right(self, record: CommitRecord, recompute: Recompute | None) -> None:
@@ -146,7 +144,7 @@ class ShardWriter:
             except ShardMissingError:
                 named = False
             if not named:
-                self.root.delete(f"shards/{shard_id}/{attempt}")
+                self.root.delete(keys.shard_object(shard_id, attempt))
 
     def _standing(self, shard_id: str) -> CommitRecord | None:
         """Return the record, if it is whole and all its objects are there with their sizes."""

@@ -91,7 +91,7 @@ def _make_states(settings: Settings, store: Store, tokens: Path) -> None:
         for name, length in zip(file.sample_ids, file.lengths.tolist(), strict=True)
     ]
     plan = store.plan(wanted, shard_tokens=256)
-    missing = store.missing_shards(plan)
+    missing = store.plans.missing(plan)
     if missing:
         ShardMaker(settings.target, store.root.url).make(
             ShardJob(

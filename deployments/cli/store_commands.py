@@ -12,7 +12,7 @@ from flows.reports.inspection import look
 from flows.reports.store_tables import garbage_rows, store_rows, verify_rows
 from flows.reports.table import print_table
 from storage.maintenance.gc import OLDER_THAN_HOURS, collect, find_garbage, snapshots_to_keep
-from storage.maintenance.verify import scrub
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 
 StoreArgument = Annotated[
@@ -40,7 +40,7 @@ def verify(
         total = len(opened.shard_ids())
         with Progress(console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
             row = bar.add_task("verifying", total=total)
-            findings = scrub(
+            findings = verify_store(
                 opened, deep=deep, recompute=None, on_shard=lambda _shard_id: bar.advance(row)
             )
         what = "every byte" if deep else SIZES

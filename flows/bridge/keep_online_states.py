@@ -14,8 +14,8 @@ from eagle_core.target.partial import PartialTarget
 from flows.bridge.recompute import TargetRecompute
 from flows.bridge.semantic_probe import probe_points
 from flows.bridge.stored_source import StoredSource, to_stored
-from storage.probe import ProbePoint
 from storage.records.plan import Plan, PlannedSample, PlannedShard
+from storage.records.probe_point import ProbePoint
 from storage.records.snapshot import Snapshot
 from storage.store import Store
 
@@ -66,7 +66,7 @@ class StateKeeper:
         missing = [
             [sample for sample in group if not self.holds(sample.sample_id)] for group in groups
         ]
-        self.store.save_plan(Plan.of(PlannedShard.of(members) for members in missing if members))
+        self.store.plans.save(Plan.of(PlannedShard.of(members) for members in missing if members))
 
     def holds(self, sample_id: str) -> bool:
         """Return whether the store has a sample; waits for it while it is being written."""

@@ -11,8 +11,10 @@ import numpy as np
 
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from storage.errors import ShardCorruptError
-from storage.probe import ProbePoint, left_out_channels, probe_positions
+from storage.maintenance.verify import verify_shard
+from storage.probe import left_out_channels, probe_positions
 from storage.recompute import Recompute
+from storage.records.probe_point import ProbePoint
 from storage.records.snapshot import Snapshot
 from storage.store import Store
 
@@ -71,14 +73,14 @@ def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int
     places = np.linspace(0, num_shards - 1, min(num_shards, SHARDS_AT_TRAIN_START)).astype(int)
     chosen = [snapshot.shard_ids[place] for place in places]
     for shard_id in chosen:
-        findings = store.verify_shard(shard_id, recompute=recompute)
+        findings = verify_shard(store, shard_id, recompute=recompute)
         if findings:
             raise ShardCorruptError(
                 f"shard {shard_id} must not be trained on: {findings[0]}. `eyas verify --deep "
                 f"{store.root.url}` looks at every shard"
             )
     if store.identity.left_out is not None and any(
-        store.verify_shard(shard_id, recompute=recompute, exact=True) for shard_id in chosen
+        verify_shard(store, shard_id, recompute=recompute, exact=True) for shard_id in chosen
     ):
         logger.warning(
             "states made again here differ in their last bits from those of generation (other "

@@ -1,10 +1,8 @@
 """What the flows themselves need to know; stages bring their own configuration."""
 
-from typing import Literal
-
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from storage.records.identity import DEFAULT_PROFILE
+from storage.profiles import DEFAULT_PROFILE, PROFILES, ProfileName
 
 
 class StoreConfig(BaseModel):
@@ -21,11 +19,10 @@ class StoreConfig(BaseModel):
         description="Name of a Prefect Secret block with the AWS variables of a store on S3. Empty "
         "means the usual variables and files where the flow runs.",
     )
-    profile: Literal["lossless", "int8", "int6", "int4", "raw"] = Field(
+    profile: ProfileName = Field(
         default=DEFAULT_PROFILE,
-        description="How states are encoded: bit-exact in two thirds of the bytes, int8 in half "
-        "with an error below bfloat16 noise, int6 in a third and int4 in a fifth with larger ones, "
-        "or uncompressed.",
+        description="How states are encoded. "
+        + " ".join(f"{name}: {profile.summary}." for name, profile in PROFILES.items()),
     )
     recompute: bool = Field(
         default=False,

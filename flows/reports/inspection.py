@@ -129,7 +129,7 @@ def _latest(store: Store) -> str | None:
 
 
 def _unfinished(store: Store) -> Iterator[UnfinishedPlan]:
-    for plan, missing in store.unfinished():
+    for plan, missing in store.plans.unfinished():
         yield UnfinishedPlan(
             plan_id=plan.plan_id, num_shards=len(plan.shards), num_missing=len(missing)
         )

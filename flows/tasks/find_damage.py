@@ -13,7 +13,7 @@ from eagle_core.target.model import fingerprint, fingerprint_fields, resolve_dev
 from flows.bridge.recompute import TargetRecompute, partial_target
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.progress import stage_progress
-from storage.maintenance.verify import scrub
+from storage.maintenance.verify import verify_store
 from storage.recompute import Recompute
 from storage.records.presence import Finding
 from storage.store import Store
@@ -40,7 +40,7 @@ def find_damage(
     total = len(store.shard_ids())
     key = artifact_key("verify-progress", title)
     with stage_progress("verifying", key=key, total=total, unit="shards") as progress:
-        return scrub(
+        return verify_store(
             store,
             deep=deep,
             recompute=recompute,

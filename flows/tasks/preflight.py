@@ -26,8 +26,9 @@ from flows.workers.measure_worker import (
     num_last_states,
 )
 from storage.objects.object_store import Directory
+from storage.records import keys
 from storage.records.plan import PlannedSample, plan_shards
-from storage.store import IDENTITY_KEY, Store
+from storage.store import Store
 
 MEASURED_TOKENS = 4096
 SAMPLES_COUNTED = 2000
@@ -64,7 +65,7 @@ def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, 
 def _within_budget(budget: int | None, root: str, more: int) -> bool:
     if budget is None:
         return True
-    is_there = Directory.at(root).exists(IDENTITY_KEY)
+    is_there = Directory.at(root).exists(keys.IDENTITY)
     stored = Store.open(root).commits().totals.stored_bytes if is_there else 0
     return stored + more <= budget
 
@@ -80,7 +81,7 @@ def _bare_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
 def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str) -> Bill:
     """Return the bill for what the store at `root` lacks, measured with the target itself."""
     place = Directory.at(root)
-    store = Store.open(root) if place.exists(IDENTITY_KEY) else None
+    store = Store.open(root) if place.exists(keys.IDENTITY) else None
     wanted = wanted_samples(tokens)
     plan = plan_shards(
         store.commits().lacks(wanted) if store else wanted, shard_tokens=config.shard_tokens

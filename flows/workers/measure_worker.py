@@ -22,8 +22,9 @@ from flows.bridge.store_identity import left_out
 from flows.bridge.stored_source import to_stored
 from flows.workers.channel import say, serve
 from storage.encoding.shard import group_objects
+from storage.profiles import PROFILES, ProfileName
 from storage.records.commit_record import CommitRecord
-from storage.records.identity import PROFILES, LeftOut, StoreIdentity
+from storage.records.identity import LeftOut, StoreIdentity
 from storage.records.plan import PlannedShard
 from storage.samples import last_needed
 from storage.store import Store
@@ -164,7 +165,9 @@ def _last_bytes(store: Store, record: CommitRecord) -> int:
     return sum(len(data) for key, data in objects if key.startswith(LAST_STATES))
 
 
-def _identity(target: TargetModel, profile: str, leave_out: LeftOut | None) -> StoreIdentity:
+def _identity(
+    target: TargetModel, profile: ProfileName, leave_out: LeftOut | None
+) -> StoreIdentity:
     return StoreIdentity(
         target_fingerprint="",
         target_fields={},

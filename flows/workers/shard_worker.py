@@ -27,9 +27,9 @@ from flows.bridge.recompute import TargetRecompute, partial_target
 from flows.bridge.semantic_probe import probe_points
 from flows.bridge.stored_source import to_stored
 from flows.workers.channel import say, serve
-from storage.probe import ProbePoint
 from storage.records.exclusions import Exclusion
 from storage.records.plan import Plan, PlannedShard
+from storage.records.probe_point import ProbePoint
 from storage.store import Store
 
 
@@ -132,7 +132,7 @@ class ShardMaker:
 
     def _planned(self, plan_id: str) -> Plan:
         if self._plan is None or self._plan.plan_id != plan_id:
-            self._plan = self._store.load_plan(plan_id)
+            self._plan = self._store.plans.load(plan_id)
         return self._plan
 
     def _store_shard(self, computed: "_Computed") -> ShardReport:
@@ -140,7 +140,7 @@ class ShardMaker:
         shard = computed.shard
         if shard.sample_ids:
             if computed.excluded:
-                self._store.save_plan(Plan.of([shard]))  # or a collection would take it
+                self._store.plans.save(Plan.of([shard]))  # or a collection would take it
             self._store.write_shard(
                 shard,
                 map(to_stored, computed.states),

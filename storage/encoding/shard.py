@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.encoding import zip_file as packed
-from storage.encoding.profiles import decode_states, write_states
 from storage.encoding.state_rows import StateRows
+from storage.encoding.states import decode_states, write_states
 from storage.encoding.zarr_arrays import OpenObject, load_arrays, write_small
-from storage.errors import ShardCorruptError
+from storage.errors import REPAIR, ShardCorruptError
 from storage.objects.buffer_pool import Allocate
 from storage.objects.sealed_json import canonical_json
+from storage.records import keys
 from storage.records.identity import FORMAT_VERSION, StoreIdentity
 from storage.records.plan import shard_id as shard_id_of
 from storage.samples import StoredSample, content_id, last_needed
@@ -63,7 +64,7 @@ class DecodedShard:
         if found != sample.sample_id:
             raise ShardCorruptError(
                 f"shard {self.shard_id}: sample {position} has content id {found}, expected "
-                f"{sample.sample_id}; regenerate the shard: eyas repair"
+                f"{sample.sample_id}; {REPAIR}"
             )
         return sample
 
@@ -102,11 +103,11 @@ def write_arrays(
         write_small(name, values, ("token",), open_object)
     first = len(identity.aux_layers) - len(identity.stored_aux_layers)
     aux = StateRows([sample.aux_hidden_states[:, first:] for sample in samples])
-    write_states(identity.profile, AUX_STATES, aux, open_object)
+    write_states(AUX_STATES, aux, identity.profile, open_object)
     if identity.left_out is not None:
         return
     last = StateRows([part for pair in zip(samples, needed, strict=True) for part in _kept(*pair)])
-    write_states(identity.profile, LAST_STATES, last, open_object)
+    write_states(LAST_STATES, last, identity.profile, open_object)
 
 
 def decode_shard(
@@ -127,15 +128,11 @@ def decode_shard(
         offsets = stored["offsets"].whole().astype(np.int64)
         arrays = {name: stored[name].whole().astype(kind) for name, kind in TOKEN_ARRAYS.items()}
         for name in (AUX_STATES,) if identity.left_out else (AUX_STATES, LAST_STATES):
-            arrays[name] = decode_states(identity.profile, name, stored, allocate)
+            arrays[name] = decode_states(name, stored, identity.profile, allocate)
     except KeyError as error:
-        raise ShardCorruptError(
-            f"shard {shard_id} has no array {error}; regenerate the shard: eyas repair"
-        ) from error
+        raise ShardCorruptError(f"shard {shard_id} has no array {error}; {REPAIR}") from error
     except (ValueError, RuntimeError) as error:
-        raise ShardCorruptError(
-            f"shard {shard_id} does not decode: {error}; regenerate the shard: eyas repair"
-        ) from error
+        raise ShardCorruptError(f"shard {shard_id} does not decode: {error}; {REPAIR}") from error
     for array in arrays.values():
         array.setflags(write=False)  # samples are views: who writes to one would change the next
     last_offsets = np.cumsum([0, *arrays["last_present"].astype(np.int64)])
@@ -147,7 +144,7 @@ def decode_shard(
         raise ShardCorruptError(
             f"shard {shard_id}: {len(sample_ids)} samples and offsets up to {offsets[-1]} do not "
             f"fit arrays of {lengths}, {num_layers} aux layers and {last_rows} "
-            "last hidden states; regenerate the shard: eyas repair"
+            f"last hidden states; {REPAIR}"
         )
     return DecodedShard(
         shard_id=shard_id,
@@ -168,14 +165,12 @@ def group_objects(
 
     """
     key = next(iter(objects), "")
-    if not key.endswith(packed.SUFFIX):
+    if not key.endswith(keys.SHARD_SUFFIX):
         return objects
     try:
         return packed.unpacked(objects[key])
     except ValueError as error:
-        raise ShardCorruptError(
-            f"shard {shard_id} does not unpack: {error}; regenerate the shard: eyas repair"
-        ) from error
+        raise ShardCorruptError(f"shard {shard_id} does not unpack: {error}; {REPAIR}") from error
 
 
 def _sample_ids(group: Mapping[str, bytes | memoryview], *, shard_id: str) -> tuple[str, ...]:
@@ -186,13 +181,10 @@ def _sample_ids(group: Mapping[str, bytes | memoryview], *, shard_id: str) -> tu
         found = tuple(document["attributes"]["eyas"]["sample_ids"])
     except (ValueError, LookupError, TypeError) as error:
         raise ShardCorruptError(
-            f"{what} does not say which samples it holds: {error!r}; regenerate the shard: eyas "
-            "repair"
+            f"{what} does not say which samples it holds: {error!r}; {REPAIR}"
         ) from error
     if shard_id_of(found) != shard_id:
-        raise ShardCorruptError(
-            f"{what} is of shard {shard_id_of(found)}; regenerate the shard: eyas repair"
-        )
+        raise ShardCorruptError(f"{what} is of shard {shard_id_of(found)}; {REPAIR}")
     return found
 
 

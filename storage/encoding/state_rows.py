@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Bits = NDArray[np.uint16]
+from storage.bfloat16 import BLOCK_VALUES
 
-BLOCK_VALUES = 1 << 19  # NumPy's calls cost little, and what they pass on is still in a cache
+Bits = NDArray[np.uint16]
 
 
 class StateRows:

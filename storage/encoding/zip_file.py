@@ -12,8 +12,6 @@ from contextlib import contextmanager
 
 from storage.encoding.zarr_arrays import OpenObject, Write
 
-SUFFIX = ".zarr.zip"
-
 _LOCAL_HEADER_BYTES = 30
 _LENGTHS_OFFSET = 26
 """Where a local header has the lengths of the two fields that follow it: name and extra."""

@@ -19,11 +19,10 @@ import numpy as np
 from storage.errors import ConfigError, CorruptError
 from storage.objects.listing import Entry
 from storage.objects.object_store import TEMPORARY_SUFFIX
-from storage.records.commit_log import REVOKED, revocation_key, revocations
+from storage.records import keys
+from storage.records.commit_log import revocations
 from storage.records.commits import Commits
-from storage.records.exclusions import FOLDER as EXCLUDED
-from storage.records.manifest import FOLDER as MANIFESTS
-from storage.records.manifest import KINDS, keys_of
+from storage.records.manifest import KINDS
 from storage.records.plan import Plan, PlannedShard
 from storage.records.sample_rows import is_id
 from storage.records.snapshot import Snapshot
@@ -32,6 +31,15 @@ from storage.store import Store
 OLDER_THAN_HOURS = 24.0
 """Longer than any process takes from writing something to naming it, clocks that differ included.
 """
+
+_FOLDERS_OF_RECORDS = (
+    keys.RECORDS,
+    keys.PLANS,
+    keys.SNAPSHOTS,
+    keys.MANIFESTS,
+    keys.REVOCATIONS,
+    keys.EXCLUSIONS,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +112,11 @@ def _young_snapshots(store: Store, older_than_hours: float) -> dict[str, str]:
 
     One that is damaged is none of them: it was written just now by whatever damaged it.
     """
-    entries, is_old = store.root.entries("snapshots"), _is_older(older_than_hours)
+    entries, is_old = store.root.entries(keys.SNAPSHOTS), _is_older(older_than_hours)
     young = [
         name
         for name in store.snapshot_ids()
-        if f"{name}.parquet" in entries and not is_old(entries[f"{name}.parquet"])
+        if (entry := entries.get(f"{name}{keys.PARQUET_SUFFIX}")) and not is_old(entry)
     ]
     why = f"younger than {older_than_hours:g} hours"
     return {snapshot.snapshot_id: why for snapshot in _readable(store, young)}
@@ -172,7 +180,7 @@ def find_garbage(
     """
     present = store.snapshot_ids()
     kept = _checked(store, keep, present)
-    plans, is_old = store.plans(), _is_older(older_than_hours)
+    plans, is_old = store.plans.all(), _is_older(older_than_hours)
     commits, damaged = store.log.read_what_is_sound()
     committed = commits.keys() | damaged.keys()
     objects = _objects(store, committed)
@@ -189,17 +197,18 @@ def find_garbage(
     gone = {name for name in unneeded if all(map(is_old, objects[name].values()))}
     loose = _loose(store)
     for name in (objects.keys() & needed) - unknown:
-        named = {f"shards/{name}/{key}" for key in commits.objects(name)} if name in commits else ()
+        objects_named = commits.objects(name) if name in commits else ()
+        named = {keys.shard_object(name, key) for key in objects_named}
         loose |= {key: entry for key, entry in objects[name].items() if key not in named}
     leftovers = {key: entry for key, entry in loose.items() if is_old(entry)}
     removed = [*leftovers.values(), *(e for name in gone for e in objects[name].values())]
     young = [entry for key, entry in loose.items() if key not in leftovers]
     young += [entry for name in unneeded - gone for entry in objects[name].values()]
-    written = store.root.entries("plans")
+    written = store.root.entries(keys.PLANS)
     given_up = {
         plan_id
         for plan_id in (() if keep_unfinished or not present else unfinished)
-        if is_old(written[f"{plan_id}.json"])
+        if is_old(written[f"{plan_id}{keys.JSON_SUFFIX}"])
     }
     return Garbage(
         snapshot_ids=tuple(snapshot_id for snapshot_id in present if snapshot_id not in kept),
@@ -238,23 +247,28 @@ def _shards_of(plans: Sequence[Plan], plan_ids: Collection[str]) -> set[str]:
 def _objects(store: Store, committed: Collection[str]) -> Mapping[str, Mapping[str, Entry]]:
     """Return by shard, committed or not, what lies below its folder, by key."""
     found: dict[str, dict[str, Entry]] = {shard_id: {} for shard_id in committed}
-    for key, entry in store.root.entries("shards").items():
+    for key, entry in store.root.entries(keys.SHARDS).items():
         name, _, below = key.partition("/")
         if below and is_id(name):
-            found.setdefault(name, {})[f"shards/{key}"] = entry
+            found.setdefault(name, {})[f"{keys.SHARDS}/{key}"] = entry
     return found
 
 
 def _loose(store: Store) -> dict[str, Entry]:
     """Return what no shard is made of: temporary files, and what compacting left of manifests."""
     manifests = store.log.manifests()
-    whole = {key for one in manifests for kind in KINDS for key in keys_of(one.manifest_id, kind)}
+    whole = {
+        key
+        for manifest in manifests
+        for kind in KINDS
+        for key in keys.manifest_copies(manifest.manifest_id, kind)
+    }
     return dict(store.root.temporaries()) | {
         f"{prefix}/{key}": entry
-        for prefix in ("commits", "plans", "snapshots", MANIFESTS, REVOKED, EXCLUDED)
+        for prefix in _FOLDERS_OF_RECORDS
         for key, entry in store.root.entries(prefix).items()
         if key.endswith(TEMPORARY_SUFFIX)
-        or (prefix == MANIFESTS and f"{prefix}/{key}" not in whole)
+        or (prefix == keys.MANIFESTS and f"{prefix}/{key}" not in whole)
     }
 
 
@@ -262,14 +276,14 @@ def _stale_revocations(store: Store) -> Mapping[str, Entry]:
     """Return the revocations of records that are neither alone nor in a manifest any more."""
     manifests = store.log.manifests()
     rows = {
-        revocation_key(shard_id, name)
+        keys.revocation(shard_id, name)
         for shard_id, name in revocations(store.root)
         if any(manifest.record_id_of(shard_id) == name for manifest in manifests)
     }
     return {
-        f"{REVOKED}/{key}": entry
-        for key, entry in store.root.entries(REVOKED).items()
-        if f"{REVOKED}/{key}" not in rows and key.endswith(".json")
+        f"{keys.REVOCATIONS}/{key}": entry
+        for key, entry in store.root.entries(keys.REVOCATIONS).items()
+        if f"{keys.REVOCATIONS}/{key}" not in rows and key.endswith(keys.JSON_SUFFIX)
     }
 
 
@@ -308,14 +322,14 @@ def collect(store: Store, garbage: Garbage) -> None:
     kept = set(store.shard_ids()) - gone
     for plan_id in garbage.plan_ids:
         # What stays must still be planned: a repair may know a shard's samples from nowhere else.
-        plan = store.load_plan(plan_id)
+        plan = store.plans.load(plan_id)
         left = Plan.of(shard for shard in plan.shards if shard.shard_id in kept)
         if left.plan_id != plan_id:
-            store.save_plan(left)
-            store.root.delete(f"plans/{plan_id}.json")
+            store.plans.save(left)
+            store.plans.delete(plan_id)
     for snapshot_id in garbage.snapshot_ids:  # no plan names its shards any more
         store.refs.forget(snapshot_id)
-        store.root.delete(f"snapshots/{snapshot_id}.parquet")
+        store.root.delete(keys.snapshot(snapshot_id))
     present = _readable(store, store.snapshot_ids())
     published = {shard_id for snapshot in present for shard_id in snapshot.shard_ids}
     removed = gone - published  # by another process, since the garbage was found

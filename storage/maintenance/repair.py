@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from storage.errors import CorruptError
+from storage.records import keys
 from storage.records.plan import PlannedShard, shard_id
 from storage.records.presence import Finding
 from storage.records.snapshot import Snapshot
@@ -26,7 +27,7 @@ def damaged_shards(store: Store, findings: Iterable[Finding]) -> Sequence[Planne
     if lost:
         raise CorruptError(
             f"nothing says what {len(lost)} damaged shards held, first {lost[0]}: delete "
-            f"commits/{lost[0]}.json (and the others') below {store.root.url}, then run the "
+            f"{keys.record(lost[0])} (and the others') below {store.root.url}, then run the "
             "hidden-states flow, which plans their samples again"
         )
     return [known[shard] for shard in wanted]
@@ -42,7 +43,7 @@ def _candidates(store: Store, wanted: Sequence[str]) -> Iterator[PlannedShard]:
         yield PlannedShard(
             shard_id=record.shard_id, sample_ids=record.sample_ids, num_tokens=record.num_tokens
         )
-    for plan in store.plans():
+    for plan in store.plans.all():
         yield from plan.shards
     for snapshot_id in store.snapshot_ids():
         with suppress(CorruptError):  # a finding of its own, and another one may tell

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import ConfigError, OutOfSpaceError
+from storage.objects.digests import ObjectDigest
 from storage.objects.object_store import FULL, TEMPORARY_SUFFIX
-from storage.records.commit_record import ObjectDigest
 
 OURS = re.compile(rf"[0-9a-f]{{32}}({re.escape(TEMPORARY_SUFFIX)})?")
 

@@ -17,21 +17,20 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.errors import CorruptError, ShardMissingError, TransientError
+from storage.errors import REPAIR, CorruptError, ShardMissingError, TransientError
+from storage.objects.digests import ObjectDigest
 from storage.objects.object_store import Directory
 from storage.objects.sealed_json import seal
-from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.records import keys
+from storage.records.commit_record import CommitRecord
 from storage.records.commits import Commits, Part
 from storage.records.exclusions import Exclusions
 from storage.records.identity import FORMAT_VERSION
 from storage.records.manifest import Manifest, manifest_ids, record_id
-from storage.records.presence import REPAIR
 from storage.records.sample_rows import ids_of, is_id, names_of
 
 Result = TypeVar("Result")
 
-RECORDS, REVOKED = "commits", "revoked"
-_SUFFIX = ".json"
 PAUSES_SECONDS = (0.0, 0.1, 0.5, 2.0, 5.0)
 
 
@@ -48,7 +47,11 @@ class Listing:
     @classmethod
     def of(cls, root: Directory) -> "Listing":
         """List it."""
-        names = (key.removesuffix(_SUFFIX) for key in root.sizes(RECORDS) if key.endswith(_SUFFIX))
+        names = (
+            key.removesuffix(keys.JSON_SUFFIX)
+            for key in root.sizes(keys.RECORDS)
+            if key.endswith(keys.JSON_SUFFIX)
+        )
         records = sorted(name for name in names if is_id(name))
         manifests = manifest_ids(root)
         revoked = revocations(root) if manifests else ()
@@ -191,18 +194,21 @@ class CommitLog:
             return [self._manifests[name] for name in names]
 
     def _revoked_of(self, shard_id: str) -> set[str]:
-        return {key.removesuffix(_SUFFIX) for key in self.root.sizes(f"{REVOKED}/{shard_id}")}
+        return {
+            key.removesuffix(keys.JSON_SUFFIX)
+            for key in self.root.sizes(f"{keys.REVOCATIONS}/{shard_id}")
+        }
 
     def alone(
         self, shard_ids: Sequence[str], *, absent_ok: bool = False
     ) -> dict[str, CommitRecord]:
         """Return single records by shard id; FileNotFoundError if one is not there and must be."""
-        keys = {record_key(shard_id): shard_id for shard_id in shard_ids}
+        by_key = {keys.record(shard_id): shard_id for shard_id in shard_ids}
         return {
-            keys[key]: CommitRecord.from_json(
-                data, shard_id=keys[key], identity_id=self.identity_id
+            by_key[key]: CommitRecord.from_json(
+                data, shard_id=by_key[key], identity_id=self.identity_id
             )
-            for key, data in self.root.read_many(list(keys), absent_ok=absent_ok).items()
+            for key, data in self.root.read_many(list(by_key), absent_ok=absent_ok).items()
         }
 
     def parts(self, listing: Listing, newer: Collection[str]) -> Sequence[Part]:
@@ -255,11 +261,11 @@ class CommitLog:
 
     def create(self, record: CommitRecord) -> bool:
         """Commit a shard unless it has a single record; return whether it had none."""
-        return self.root.create(record_key(record.shard_id), record.to_json())
+        return self.root.create(keys.record(record.shard_id), record.to_json())
 
     def replace(self, record: CommitRecord) -> None:
         """Commit a shard in place of a record that is damaged, or whose data is."""
-        self.root.publish(record_key(record.shard_id), record.to_json())
+        self.root.publish(keys.record(record.shard_id), record.to_json())
 
     def revoke(self, shard_id: str) -> None:
         """Take back whatever says that a shard is committed.
@@ -272,12 +278,12 @@ class CommitLog:
                 self.revoke_row(shard_id, name)
         with suppress(FileNotFoundError, CorruptError):
             self.revoke_row(shard_id, record_id(self.alone([shard_id])[shard_id]))
-        self.root.delete(record_key(shard_id))
+        self.root.delete(keys.record(shard_id))
 
     def revoke_row(self, shard_id: str, name: str) -> None:
         """Let a row of a manifest, or a record that may become one, count no more."""
         document = {"format_version": FORMAT_VERSION, "record_id": name, "shard_id": shard_id}
-        self.root.publish(revocation_key(shard_id, name), seal(document))
+        self.root.publish(keys.revocation(shard_id, name), seal(document))
 
     def compacted(self) -> frozenset[str]:
         """Return the shards that are in a manifest."""
@@ -293,18 +299,8 @@ class CommitLog:
 
 def revocations(root: Directory) -> Collection[tuple[str, str]]:
     """Return (shard id, record id) of every row of a manifest that was taken back."""
-    parts = (key.removesuffix(_SUFFIX).split("/") for key in root.sizes(REVOKED))
+    parts = (key.removesuffix(keys.JSON_SUFFIX).split("/") for key in root.sizes(keys.REVOCATIONS))
     return {(part[0], part[1]) for part in parts if len(part) == 2 and all(map(is_id, part))}
-
-
-def revocation_key(shard_id: str, name: str) -> str:
-    """Return where it stands that a row was taken back."""
-    return f"{REVOKED}/{shard_id}/{name}{_SUFFIX}"
-
-
-def record_key(shard_id: str) -> str:
-    """Return where the single record of a shard lies."""
-    return f"{RECORDS}/{shard_id}{_SUFFIX}"
 
 
 def _among(ids: NDArray[np.bytes_], names: Collection[str]) -> NDArray[np.bool_]:

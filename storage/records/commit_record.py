@@ -4,67 +4,23 @@ It binds every object of the shard to its size and digest, the shard to its samp
 identity of the store, so that a swapped, old or foreign record is an error.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import xxhash
-
-from storage.encoding.zip_file import SUFFIX
-from storage.errors import CorruptError, ShardCorruptError
-from storage.objects.sealed_json import digest_bytes, seal, unseal
-from storage.probe import ProbePoint
+from storage.errors import REPAIR, CorruptError, ShardCorruptError
+from storage.objects.digests import ObjectDigest
+from storage.objects.sealed_json import seal, unseal
+from storage.records import keys
 from storage.records.identity import FORMAT_VERSION, require_format
 from storage.records.plan import shard_id as shard_id_of
+from storage.records.probe_point import ProbePoint
 from storage.records.sample_rows import is_id
 
 MOST_BYTES = 5 << 40
 """Of one object; no server takes more."""
 SEVERAL_OBJECTS = 2
 """The format version in which a shard is not one file."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectDigest:
-    """What one object's bytes must be."""
-
-    num_bytes: int
-    xxh3_128: str
-
-    @classmethod
-    def of(cls, data: bytes | memoryview) -> Self:
-        """Return the digest of these bytes."""
-        return cls(num_bytes=len(data), xxh3_128=digest_bytes(data))
-
-    @classmethod
-    def of_pieces(cls, pieces: Iterable[bytes | memoryview]) -> "ObjectDigest":
-        """Return the digest of bytes that come piece by piece."""
-        digest = RunningDigest()
-        for piece in pieces:
-            digest.update(piece)
-        return digest.value()
-
-    def __str__(self) -> str:
-        """Return a form for error messages."""
-        return f"{self.num_bytes} bytes with xxh3_128 {self.xxh3_128}"
-
-
-class RunningDigest:
-    """The digest of an object that comes piece by piece."""
-
-    def __init__(self) -> None:
-        """Begin with no bytes."""
-        self._digest = xxhash.xxh3_128()
-        self._num_bytes = 0
-
-    def update(self, data: bytes | memoryview) -> None:
-        """Append `data`."""
-        self._digest.update(data)
-        self._num_bytes += len(data)
-
-    def value(self) -> ObjectDigest:
-        """Return the digest of all bytes so far."""
-        return ObjectDigest(num_bytes=self._num_bytes, xxh3_128=self._digest.hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,27 +80,26 @@ class CommitRecord:
     def from_json(cls, data: bytes, *, shard_id: str, identity_id: str) -> Self:
         """Parse a record; raise ShardCorruptError unless it is this shard's, in this store."""
         what = f"commit record of shard {shard_id}"
-        remedy = "regenerate the shard: eyas repair"
         try:
             document = unseal(data, what=what)
             require_format(document, what=what)
             record = cls._parse(document)
         except CorruptError as error:
-            raise ShardCorruptError(f"{error}; {remedy}") from error
+            raise ShardCorruptError(f"{error}; {REPAIR}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ShardCorruptError(
-                f"{what} lacks or garbles a field: {error!r}; {remedy}"
+                f"{what} lacks or garbles a field: {error!r}; {REPAIR}"
             ) from error
         derived = shard_id_of(record.sample_ids)
         if not record.shard_id == derived == shard_id:
             raise ShardCorruptError(
                 f"{what} is the record of shard {record.shard_id} (its samples give {derived}); "
-                f"{remedy}"
+                f"{REPAIR}"
             )
         if record.identity_id != identity_id:
             raise ShardCorruptError(
                 f"{what} belongs to a store with identity {record.identity_id}, this one is "
-                f"{identity_id}; {remedy}"
+                f"{identity_id}; {REPAIR}"
             )
         return record
 
@@ -183,7 +138,7 @@ def parse_objects(document: Any, *, format_version: int) -> Mapping[str, ObjectD
         if type(num_bytes) is not int or not 0 <= num_bytes <= MOST_BYTES or not is_id(digest):
             raise ValueError(f"object {key} has {num_bytes!r} bytes and digest {digest!r}")
         found[key] = ObjectDigest(num_bytes=num_bytes, xxh3_128=digest)
-    is_file = [key.endswith(SUFFIX) and "/" not in key for key in found]
+    is_file = [key.endswith(keys.SHARD_SUFFIX) and "/" not in key for key in found]
     if any(is_file) if format_version == SEVERAL_OBJECTS else is_file != [True]:
         raise ValueError(f"of version {format_version} it has the objects {sorted(found)[:3]}")
     return found

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.records.commit_record import CommitRecord, ObjectDigest
+from storage.objects.digests import ObjectDigest
+from storage.records.commit_record import CommitRecord
 from storage.records.manifest import Manifest
 from storage.records.plan import PlannedSample
 from storage.records.sample_rows import SampleRows, Wanted, ids_of, names_of

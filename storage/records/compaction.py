@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from storage.records.commit_log import RECORDS, CommitLog, Listing, record_key, revocations
+from storage.records import keys
+from storage.records.commit_log import CommitLog, Listing, revocations
 from storage.records.commit_record import CommitRecord
 from storage.records.commits import Commits
-from storage.records.manifest import FOLDER, Manifest, delete_manifest, record_id
+from storage.records.manifest import Manifest, delete_manifest, record_id
 
 COMPACT_FROM = 1000
 """Single records from which on a manifest is worth its files."""
@@ -99,13 +100,13 @@ def _remove_settled(log: CommitLog, settled: Sequence[CommitRecord]) -> None:
     still = _there(log, [record.shard_id for record in settled])
     gone = [one.shard_id for one in settled if still.get(one.shard_id) == one]
     for first in range(0, len(gone), REMOVED_AT_A_TIME):
-        written = log.root.entries(RECORDS)
+        written = log.root.entries(keys.RECORDS)
         limit = time.time() - SETTLE_SECONDS
-        keys = [record_key(shard_id) for shard_id in gone[first : first + REMOVED_AT_A_TIME]]
+        gone_keys = [keys.record(shard_id) for shard_id in gone[first : first + REMOVED_AT_A_TIME]]
         log.root.delete_many(
             [
                 key
-                for key in keys
+                for key in gone_keys
                 if (entry := written.get(key.partition("/")[2])) and entry.modified < limit
             ]
         )
@@ -130,5 +131,5 @@ def _written_at(log: CommitLog) -> Mapping[str, float]:
     """Return when each manifest was written, by the clock of the place."""
     return {
         key.rpartition("/")[2].partition(".")[0]: entry.modified
-        for key, entry in log.root.entries(FOLDER).items()
+        for key, entry in log.root.entries(keys.MANIFESTS).items()
     }

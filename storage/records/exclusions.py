@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from storage.errors import CorruptError
 from storage.objects.object_store import Directory
 from storage.objects.sealed_json import seal, unseal
+from storage.records import keys
 from storage.records.identity import FORMAT_VERSION
 from storage.records.presence import Finding
 from storage.records.sample_rows import is_id
 
-FOLDER = "excluded"
 RETRY_SAMPLE = "drop it, hidden-states tries the sample again: eyas repair"
-_SUFFIX = ".json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +43,12 @@ class Exclusions:
     def add(self, exclusion: Exclusion) -> None:
         """Leave a sample out from now on."""
         document = {"format_version": FORMAT_VERSION, **asdict(exclusion)}
-        self._root.publish(_key(exclusion.sample_id), seal(document))
+        self._root.publish(keys.exclusion(exclusion.sample_id), seal(document))
 
     def sample_ids(self) -> frozenset[str]:
         """Return the samples that are left out; no note is read."""
-        names = (key.removesuffix(_SUFFIX) for key in self._root.sizes(FOLDER))
-        return frozenset(name for name in names if is_id(name))
+        names = (keys.without(key, keys.JSON_SUFFIX) for key in self._root.sizes(keys.EXCLUSIONS))
+        return frozenset(name for name in names if name is not None and is_id(name))
 
     def read(self) -> Sequence[Exclusion]:
         """Return all notes that read, by sample."""
@@ -61,18 +60,18 @@ class Exclusions:
             if isinstance(note, CorruptError):
                 yield Finding(
                     shard_id=None,
-                    object_key=_key(sample_id),
+                    object_key=keys.exclusion(sample_id),
                     problem=str(note),
                     remedy=RETRY_SAMPLE,
                 )
 
     def _notes(self) -> Mapping[str, Exclusion | CorruptError]:
-        keys = {_key(sample_id): sample_id for sample_id in sorted(self.sample_ids())}
-        read = self._root.read_many(list(keys), absent_ok=True)  # one may be deleted meanwhile
-        return {keys[key]: self._note(keys[key], data) for key, data in read.items()}
+        by_key = {keys.exclusion(sample_id): sample_id for sample_id in sorted(self.sample_ids())}
+        read = self._root.read_many(list(by_key), absent_ok=True)  # one may be deleted meanwhile
+        return {by_key[key]: self._note(by_key[key], data) for key, data in read.items()}
 
     def _note(self, sample_id: str, data: bytes) -> Exclusion | CorruptError:
-        where = self._root.where(_key(sample_id))
+        where = self._root.where(keys.exclusion(sample_id))
         try:
             document = unseal(data, what=where)
         except CorruptError as error:
@@ -84,7 +83,3 @@ class Exclusions:
             reason=str(document.get("reason", "")),
             location=str(document.get("location", "")),
         )
-
-
-def _key(sample_id: str) -> str:
-    return f"{FOLDER}/{sample_id}{_SUFFIX}"

@@ -6,17 +6,16 @@ Two stores with equal identities hold interchangeable shards. A difference in an
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from storage.errors import ConfigError, CorruptError, MismatchError
 from storage.objects.sealed_json import digest_json, seal, unseal
+from storage.profiles import PROFILES, ProfileName
 
 FORMAT = "eyas-store"
 FORMAT_VERSION = 3
 READ_VERSIONS = (2, 3)
 """In a store of version 2 a shard is many objects; shards that are added to it are of version 3."""
-PROFILES = ("raw", "lossless", "int8", "int6", "int4")
-DEFAULT_PROFILE: Final = "lossless"
 NORM_CONVENTIONS = ("post_norm",)
 RECOMPUTE_MODES = ("one_sequence",)
 
@@ -59,7 +58,7 @@ class StoreIdentity:
     vocab_size: int
     norm_convention: str
     """`post_norm`: the last hidden state is the state after the final norm."""
-    profile: str
+    profile: ProfileName
     """How states are encoded; see `docs/store-format.md`."""
     left_out: LeftOut | None = None
     """None if every state is stored."""

@@ -19,14 +19,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.errors import CorruptError, MovedError
+from storage.objects.digests import ObjectDigest
 from storage.objects.object_store import Directory
 from storage.objects.sealed_json import canonical_json, digest_bytes
-from storage.probe import ProbePoint
-from storage.records.commit_record import CommitRecord, ObjectDigest, parse_objects
+from storage.records import keys
+from storage.records.commit_record import CommitRecord, parse_objects
 from storage.records.identity import FORMAT_VERSION
+from storage.records.probe_point import ProbePoint
 from storage.records.sample_rows import ID_BYTES, SampleRows, ids_of, is_id
 
-FOLDER = "manifests"
 SHARDS, SAMPLES = "shards", "samples"
 KINDS = (SHARDS, SAMPLES)
 MISSING = "is missing"
@@ -77,7 +78,7 @@ class Manifest:
         shards = _shards_file(ordered, identity_id=identity_id, samples=digest_bytes(samples))
         manifest_id = digest_bytes(shards)
         for kind, data in ((SAMPLES, samples), (SHARDS, shards)):  # it is there with its shards
-            for key in keys_of(manifest_id, kind):
+            for key in keys.manifest_copies(manifest_id, kind):
                 root.publish(key, data)
         manifest = cls.read(root, manifest_id, identity_id=identity_id)
         manifest.require_whole()
@@ -132,7 +133,7 @@ class Manifest:
         """Yield the key of each copy that is not whole, and what is wrong with it."""
         digests = {SHARDS: self.manifest_id, SAMPLES: self.samples_digest}
         for kind, digest in digests.items():
-            for key in keys_of(self.manifest_id, kind):
+            for key in keys.manifest_copies(self.manifest_id, kind):
                 try:
                     found = digest_bytes(self.root.read(key))
                 except FileNotFoundError:
@@ -230,25 +231,17 @@ class Manifest:
 _REMEDY = "delete its files below manifests, then run hidden-states: what they held is made again"
 
 
-def keys_of(manifest_id: str, kind: str) -> Sequence[str]:
-    """Return where both copies of a file lie."""
-    return [
-        f"{FOLDER}/{manifest_id}.{kind}.parquet",
-        f"{FOLDER}/copies/{manifest_id}.{kind}.parquet",
-    ]
-
-
 def manifest_ids(root: Directory) -> Sequence[str]:
     """Return the ids of all manifests, of which one copy is enough, sorted."""
     ending = f".{SHARDS}.parquet"
-    names = (key.rpartition("/")[2] for key in root.sizes(FOLDER))
+    names = (key.rpartition("/")[2] for key in root.sizes(keys.MANIFESTS))
     return sorted({name.removesuffix(ending) for name in names if name.endswith(ending)})
 
 
 def delete_manifest(root: Directory, manifest_id: str) -> None:
     """Remove a manifest whose shards are in others."""
     for kind in KINDS:
-        for key in reversed(keys_of(manifest_id, kind)):
+        for key in reversed(keys.manifest_copies(manifest_id, kind)):
             root.delete(key)
 
 
@@ -260,7 +253,8 @@ def record_id(record: CommitRecord) -> str:
 def _whole(root: Directory, manifest_id: str, kind: str, *, digest: str) -> bytes:
     """Return a file from whichever copy is whole."""
     absent = 0
-    for key in keys_of(manifest_id, kind):
+    copies = keys.manifest_copies(manifest_id, kind)
+    for key in copies:
         try:
             data = root.read(key)
         except FileNotFoundError:
@@ -268,12 +262,12 @@ def _whole(root: Directory, manifest_id: str, kind: str, *, digest: str) -> byte
             continue
         if digest_bytes(data) == digest:
             return data
-    if absent == len(keys_of(manifest_id, kind)) and not (
-        kind == SAMPLES and any(map(root.exists, keys_of(manifest_id, SHARDS)))
+    if absent == len(copies) and not (
+        kind == SAMPLES and any(map(root.exists, keys.manifest_copies(manifest_id, SHARDS)))
     ):
         raise MovedError(
-            f"{root.where(keys_of(manifest_id, kind)[0])} is not there any more: it was put into "
-            "another one since it was read. Run the same command again"
+            f"{root.where(copies[0])} is not there any more: it was put into another one since it "
+            "was read. Run the same command again"
         )
     raise CorruptError(
         f"manifest {manifest_id} ({kind}) is damaged or lost, and so is its copy; {_REMEDY}"

@@ -9,15 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from storage.errors import CorruptError
+from storage.errors import PUBLISH, CorruptError
 from storage.objects.object_store import Directory
 from storage.objects.sealed_json import seal, unseal
+from storage.records import keys
 from storage.records.identity import FORMAT_VERSION
-from storage.records.presence import PUBLISH, Finding
+from storage.records.presence import Finding
 
-FOLDER = "snapshots/refs"
 _RUNS = "runs/"
-_SUFFIX = ".json"
 
 
 class Refs:
@@ -38,7 +37,7 @@ class Refs:
             found = self._document(name) or {}
             if {**found, "format_version": FORMAT_VERSION} == document:
                 return  # such a store may be read-only
-        self._root.publish(_key(name), seal(document))
+        self._root.publish(keys.ref(name), seal(document))
 
     def get(self, name: str) -> str | None:
         """Return the id of the snapshot of this name, None if there is none.
@@ -56,12 +55,12 @@ class Refs:
 
     def _document(self, name: str) -> dict[str, Any] | None:
         try:
-            data = self._root.read(_key(name))
+            data = self._root.read(keys.ref(name))
         except FileNotFoundError:
             return None
-        document = unseal(data, what=f"{self._root.where(_key(name))} ({PUBLISH})")
+        document = unseal(data, what=f"{self._root.where(keys.ref(name))} ({PUBLISH})")
         if not isinstance(document.get("snapshot_id"), str):
-            raise CorruptError(f"{self._root.where(_key(name))} names no snapshot; {PUBLISH}")
+            raise CorruptError(f"{self._root.where(keys.ref(name))} names no snapshot; {PUBLISH}")
         return document
 
     def names(self) -> Mapping[str, str]:
@@ -75,7 +74,7 @@ class Refs:
 
     def release(self, run: str, snapshot_id: str) -> None:
         """Keep a snapshot for a run no longer."""
-        self._root.delete(_key(f"{_RUNS}{run}/{snapshot_id}"))
+        self._root.delete(keys.ref(f"{_RUNS}{run}/{snapshot_id}"))
 
     def release_all(self, run: str) -> int:
         """Keep nothing for a run any longer; return how many snapshots it held."""
@@ -93,7 +92,7 @@ class Refs:
         """Drop every name of a snapshot."""
         for name, named in self.names().items():
             if named == snapshot_id:
-                self._root.delete(_key(name))
+                self._root.delete(keys.ref(name))
         for run, held in self.held():
             if held == snapshot_id:
                 self.release(run, held)
@@ -111,13 +110,10 @@ class Refs:
             except CorruptError as error:
                 problem = str(error)
             if problem is not None:
-                yield Finding(shard_id=None, object_key=_key(name), problem=problem, remedy=PUBLISH)
+                yield Finding(
+                    shard_id=None, object_key=keys.ref(name), problem=problem, remedy=PUBLISH
+                )
 
     def _listed(self) -> Sequence[str]:
-        return sorted(
-            key.removesuffix(_SUFFIX) for key in self._root.sizes(FOLDER) if key.endswith(_SUFFIX)
-        )
-
-
-def _key(name: str) -> str:
-    return f"{FOLDER}/{name}{_SUFFIX}"
+        names = (keys.without(key, keys.JSON_SUFFIX) for key in self._root.sizes(keys.REFS))
+        return sorted(name for name in names if name is not None)

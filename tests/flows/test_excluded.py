@@ -29,6 +29,7 @@ from flows.tasks.preflight import wanted_samples
 from flows.tasks.prepare import prepare
 from flows.train import train_flow
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.verify import verify_store
 from storage.records.exclusions import Exclusion
 from storage.records.plan import Plan, PlannedShard
 from storage.store import Store
@@ -99,7 +100,7 @@ def test_one_bad_sample_is_left_out_and_named(
     (note,) = opened.exclusions.read()
     assert note.reason == "its aux states are not finite"
     assert note.location.startswith("facts.json, record 5"), note.location
-    assert opened.verify(deep=True) == []
+    assert verify_store(opened, deep=True) == []
     kept = snapshots_to_keep(opened, older_than_hours=0)
     assert not find_garbage(opened, keep=kept, older_than_hours=0)
     figures = look(made.store_root)
@@ -192,7 +193,7 @@ def test_repair_leaves_nothing_out_and_collection_nothing_behind(
     assert (made.shards_made, made.num_samples, made.num_excluded) == (0, len(every) - 1, 1)
     kept = snapshots_to_keep(store, older_than_hours=0)
     collect(store, find_garbage(store, keep=kept, older_than_hours=0))
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_estimate_does_without_what_is_left_out(tmp_path: Path, poisoned: TargetConfig) -> None:
@@ -249,14 +250,14 @@ def test_a_damaged_note_is_found_and_its_sample_tried_again(
     (sample_id,) = opened.exclusions.sample_ids()
     key = f"excluded/{sample_id}.json"
     opened.root.publish(key, b"{}")
-    (finding,) = opened.verify(deep=False)
+    (finding,) = verify_store(opened, deep=False)
     assert finding.object_key == key
     assert key in dict(store_rows(look(made.store_root)))["does not read"]
     repair_flow(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
     assert not opened.exclusions.sample_ids()
     hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
     assert opened.exclusions.sample_ids() == {sample_id}
-    assert opened.verify(deep=False) == []
+    assert verify_store(opened, deep=False) == []
 
 
 def test_a_plan_is_at_an_end_when_other_shards_have_its_samples(
@@ -266,31 +267,31 @@ def test_a_plan_is_at_an_end_when_other_shards_have_its_samples(
     samples = make_samples(3, seed=1, tokens=(5, 9))
     (whole,) = store.plan(planned(samples), shard_tokens=100).shards
     bad = Exclusion(sample_id=samples[1].sample_id, reason="its last states are not finite")
-    assert store.pending_plan() is not None
+    assert len(store.plans.unfinished()) == 1
     for sample in samples[::2]:
         (alone,) = Plan.of([PlannedShard.of(planned([sample]))]).shards
         store.write_shard(alone, [sample])
-    assert store.pending_plan() is not None
+    assert len(store.plans.unfinished()) == 1
     store.exclusions.add(bad)
-    assert store.pending_plan() is None
+    assert store.plans.unfinished() == []
     assert list(store.commits().lacks(planned(samples))) == []
     store.root.delete(f"excluded/{bad.sample_id}.json")
     (again,) = store.plan(planned(samples), shard_tokens=100).shards
     assert again.sample_ids == (bad.sample_id,) != whole.sample_ids
     store.write_shard(again, [samples[1]])  # it can be computed by now
-    assert store.pending_plan() is None
+    assert store.plans.unfinished() == []
     store.publish([sample.sample_id for sample in samples])
     kept = snapshots_to_keep(store, older_than_hours=0)
     assert not find_garbage(store, keep=kept, older_than_hours=0)
 
     monkeypatch.setattr("storage.records.compaction.COMPACT_FROM", 1)
-    monkeypatch.setattr("storage.store.PLAN_SECONDS", -60.0)
+    monkeypatch.setattr("storage.records.plans.MIN_AGE_SECONDS", -60.0)
     store.publish([samples[0].sample_id])
-    assert len(store.plans()) == 2, "not all of their samples are in this snapshot"
+    assert len(store.plans.all()) == 2, "not all of their samples are in this snapshot"
     more = make_samples(1, seed=2)
     store.write_shard(PlannedShard.holding(more), more)
     store.publish([sample.sample_id for sample in (*samples, *more)])
-    assert store.plans() == []
+    assert store.plans.all() == []
 
 
 def test_the_target_alone_names_file_and_record(tmp_path: Path, poisoned: TargetConfig) -> None:

@@ -10,6 +10,7 @@ from flows.gc import gc_flow
 from flows.reports.inspection import look
 from storage.errors import ConfigError, CorruptError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.storage.synthetic import (
     committed_samples,
@@ -48,7 +49,7 @@ def test_the_held_out_split_stays_and_earlier_versions_go(store: Store) -> None:
     )
     assert len(garbage.snapshot_ids) == 2
     collect(store, garbage)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     assert committed_samples(store) >= {*IDS[:18], *IDS[20:26]}
     assert not find_garbage(
         store, keep=snapshots_to_keep(store, older_than_hours=0), older_than_hours=0
@@ -95,7 +96,7 @@ def test_what_has_a_name_or_is_held_by_a_run_stays(store: Store) -> None:
     only = snapshots_to_keep(store, named=[begun], older_than_hours=0)
     collect(store, find_garbage(store, keep=only, older_than_hours=0))
     assert store.refs.names() == {"chat-train": chat}, "no name of what is not there"
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_a_damaged_name_is_found_and_nothing_is_garbage_meanwhile(store: Store) -> None:
@@ -103,12 +104,12 @@ def test_a_damaged_name_is_found_and_nothing_is_garbage_meanwhile(store: Store) 
     key = "snapshots/refs/facts-train.json"
     sound = store.root.read(key)
     store.root.write(key, sound.replace(b"2", b"3", 1))
-    assert [finding.object_key for finding in store.verify(deep=False)] == [key]
+    assert [finding.object_key for finding in verify_store(store, deep=False)] == [key]
     with pytest.raises(CorruptError, match=r"facts-train\.json.*eyas repair"):
         snapshots_to_keep(store, older_than_hours=0)
     assert look(store.root.root).damaged == ("the name of a snapshot",)
     store.refs.set("facts-train", "f" * 32)
-    assert "which is not there" in store.verify(deep=False)[0].problem
+    assert "which is not there" in verify_store(store, deep=False)[0].problem
     assert list(snapshots_to_keep(store, older_than_hours=0)) == [train]
 
 
@@ -159,7 +160,7 @@ def test_an_unfinished_plan_stays_until_it_is_given_up(store: Store) -> None:
     assert garbage.shard_ids == (begun.shard_id,)
     collect(store, garbage)
     assert look(store.root.root).unfinished == ()
-    assert store.pending_plan() is None
+    assert store.plans.unfinished() == []
 
 
 @pytest.mark.server

@@ -32,6 +32,7 @@ from flows.workers.shard_worker import ShardJob, ShardReport, _samples_of
 from flows.workspace import Workspace
 from storage.errors import MismatchError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.verify import verify_store
 from storage.records.plan import PlannedSample, PlannedShard, plan_shards
 from storage.samples import TTT_LENGTH
 from storage.store import Store
@@ -60,7 +61,7 @@ def test_makes_a_complete_store_and_then_has_nothing_left_to_do(
     first = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
     assert first.shards_made == first.num_shards > 2
     opened = Store.open(first.store_root)
-    assert opened.verify(deep=True) == []
+    assert verify_store(opened, deep=True) == []
     assert opened.snapshot().snapshot_id == first.snapshot_id
     before = digests(Path(first.store_root))
 
@@ -171,7 +172,7 @@ def test_what_every_batch_meets_is_met_three_times(
     )
     with pytest.raises(storage.errors.ConfigError, match="cannot use"):
         hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
-    (plan,) = Store.open(str(root)).plans()
+    (plan,) = Store.open(str(root)).plans.all()
     assert len(plan.shards) > 8
     first = sum(shard.num_tokens for shard in plan.shards[:3])
     assert first <= sum(computed) < first + sum(s.num_tokens for s in plan.shards[3:6])

@@ -19,6 +19,7 @@ from flows.hidden_states import hidden_states
 from flows.repair import repair_flow
 from flows.train import train_flow
 from storage.errors import CorruptError
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests import tiny
 from tests.fixtures.make_old_run import CONVERSATIONS, MORE, recipe, training
@@ -63,7 +64,7 @@ def _weights(home: str) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_a_run_goes_on_and_is_evaluated(old: Path) -> None:
     """It ends as one that this release made from the first step on."""
-    assert _store().verify(deep=True) == []
+    assert verify_store(_store(), deep=True) == []
     begun = json.loads(Path("home/runs/tiny-grows-main/run.json").read_text())["source_id"]
     done = train_flow(**recipe(old), training=training(STEPS), run="main")
     assert done.num_steps == STEPS
@@ -97,7 +98,7 @@ def test_a_store_is_added_to_repaired_and_collected(format_2: Path) -> None:
     added = {name: record for name, record in store.commits().items() if name not in before}
     assert {record.format_version for record in added.values()} == {3}
     assert {name: store.commit(name) for name in before} == before, "nothing is written again"
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
     damaged = min(before)
     shutil.rmtree(old / "home/stores/tiny-grows/shards" / damaged / "input_ids")
@@ -106,12 +107,12 @@ def test_a_store_is_added_to_repaired_and_collected(format_2: Path) -> None:
     repaired = repair_flow(**recipe(old))
     assert repaired.remade == (damaged,)
     assert store.commit(damaged).format_version == 3
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     names = set(store.root.sizes(f"shards/{damaged}"))
     assert names == set(store.commit(damaged).objects), "the old objects went"
 
     gc_flow(**recipe(old), older_than_hours=0, delete=True)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     assert committed_samples(store) >= {
         store.snapshot().sample_id(row) for row in range(store.snapshot().num_samples)
     }

@@ -22,6 +22,7 @@ from flows.reports.run_page import read_curves
 from flows.reports.run_record import RunRecord
 from flows.tasks.prepare import prepare
 from flows.workspace import Workspace
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests import tiny
 
@@ -92,10 +93,10 @@ def test_states_are_computed_once_and_the_losses_are_those_of_forgetting(
     assert sorted(computed) == wanted
     computed.clear()
     kept = Store.open(str(space.store_root))
-    assert kept.verify(deep=True) == []
+    assert verify_store(kept, deep=True) == []
     assert sorted(map(kept.snapshot().sample_id, range(len(wanted)))) == wanted
     assert all(commit.probe for commit in kept.commits().values())
-    assert kept.pending_plan() is None
+    assert kept.plans.unfinished() == []
     settings = RunRecord.read(space.run_path("keeps")).settings
     assert settings is not None
     assert settings.bill is not None

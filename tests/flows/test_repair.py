@@ -18,6 +18,7 @@ from flows.repair import repair_flow
 from flows.verify import verify_flow
 from flows.workspace import Workspace
 from storage.errors import MismatchError
+from storage.maintenance.verify import verify_store
 from storage.records.plan import PlannedShard
 from storage.store import Store
 from tests import tiny
@@ -184,7 +185,7 @@ def test_states_that_do_not_say_what_the_target_said_are_made_again(
     before = digests(root)
     store = Store.open(str(root))
     shard_id = _wrong_states(store, home, outspoken)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     assert not verify_flow(target=outspoken, dataset=facts, home=str(home), deep=False).findings
     with pytest.raises(DamagedStoreError, match=f"{shard_id}.*log-probability"):
         verify_flow(target=outspoken, dataset=facts, home=str(home))
@@ -267,10 +268,10 @@ def test_a_shard_of_other_data_is_named_and_not_taken_back(
         repair_flow(target=outspoken, dataset=facts, store=shared, home=str(home))
     store = Store.open(str(root))
     assert foreign in store.shard_ids()
-    assert {finding.shard_id for finding in store.verify(deep=True)} == {foreign}
+    assert {finding.shard_id for finding in verify_store(store, deep=True)} == {foreign}
     assert ours <= set(store.shard_ids())
     repair_flow(target=outspoken, dataset=other, store=shared, home=str(home))
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_the_store_of_another_target_is_refused_by_name(
@@ -292,4 +293,4 @@ def test_unknown_plans_of_synthetic_samples_stay(
     plan = store.plan(planned(make_samples(3)), shard_tokens=100)
     _flip_one_bit(root)
     repair_flow(target=outspoken, dataset=facts, store=STORE, home=str(home))
-    assert store.load_plan(plan.plan_id) == plan
+    assert store.plans.load(plan.plan_id) == plan

@@ -18,6 +18,7 @@ from flows.repair import repair_flow
 from flows.train import train_flow
 from flows.workspace import Workspace
 from storage.errors import ConfigError
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.flows.trees import digests
 from tests.storage.seaweed import BUCKET, seaweed
@@ -46,7 +47,7 @@ def test_a_store_on_s3_holds_and_teaches_the_same(
         there = hidden_states(target=target, dataset=dataset, store=remote, home=str(tmp_path))
         assert there.snapshot_id == here.snapshot_id
         stored = Store.open(there.store_root)
-        assert stored.verify(deep=True) == []
+        assert verify_store(stored, deep=True) == []
         assert nameless_commits(stored) == nameless_commits(Store.open(here.store_root))
         losses = [
             train_flow(
@@ -69,7 +70,7 @@ def test_a_store_on_s3_holds_and_teaches_the_same(
         repaired = repair_flow(target=target, dataset=dataset, store=remote, home=str(tmp_path))
         assert repaired.remade == (damaged,)
         assert nameless_commits(stored) == nameless_commits(Store.open(here.store_root))
-        assert stored.verify(deep=True) == []
+        assert verify_store(stored, deep=True) == []
         assert str(remote.root) in caplog.text, "the log was listened to"
         assert server.secret_key not in caplog.text
 

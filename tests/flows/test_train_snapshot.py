@@ -26,6 +26,7 @@ from flows.reports.run_record import TRAINING_NAME, RunRecord
 from flows.summaries import HiddenStatesSummary, TrainSummary
 from flows.train import train_flow
 from storage.maintenance.gc import snapshots_to_keep
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests import tiny
 from tests.storage.synthetic import committed_samples
@@ -212,7 +213,7 @@ def test_garbage_collection_keeps_what_a_run_needs_that_has_not_ended(
     assert not data.store.refs.held()
     data.gc()
     assert old.snapshot_id not in data.store.snapshot_ids()
-    assert data.store.verify(deep=True) == []
+    assert verify_store(data.store, deep=True) == []
     with pytest.raises(eagle_core.errors.MismatchError, match=r"1 of 6 samples that .* holds out"):
         data.train(max_steps=3)
 

@@ -58,7 +58,7 @@ def fill(store: Store, samples: Sequence[StoredSample], *, shard_tokens: int = 1
     """Plan, write and commit every sample the store lacks."""
     by_id = {sample.sample_id: sample for sample in samples}
     plan = store.plan(planned(samples), shard_tokens=shard_tokens)
-    for shard in store.missing_shards(plan):
+    for shard in store.plans.missing(plan):
         store.write_shard(shard, [by_id[sample_id] for sample_id in shard.sample_ids])
 
 

@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.maintenance.verify import verify_store
 from storage.objects.object_store import Directory
 from storage.samples import StoredSample
 from storage.store import Store
@@ -54,7 +55,7 @@ def test_processes_on_one_disk_end_in_one_valid_store(tmp_path: Path) -> None:
     alone = Store.create(str(tmp_path / "alone"), make_identity())
     fill(alone, make_samples(20))
     store = Store.open(root)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     shards = {k: v for k, v in tree_digests(store).items() if not k.startswith("plans/")}
     assert shards == {k: v for k, v in tree_digests(alone).items() if not k.startswith("plans/")}
 
@@ -66,7 +67,7 @@ def test_processes_with_different_bytes_on_one_disk_end_in_one_valid_store(tmp_p
         root = str(tmp_path / str(number))
         run_writers(root, [0, 1, 2, 3, 4])
         store = Store.open(root)
-        assert store.verify(deep=True) == []
+        assert verify_store(store, deep=True) == []
         assert committed_samples(store) == {sample.sample_id for sample in make_samples(20)}
 
 
@@ -74,7 +75,7 @@ def test_processes_with_different_bytes_on_one_disk_end_in_one_valid_store(tmp_p
 def test_processes_with_different_bytes_on_s3_end_in_one_valid_store(s3_root: str) -> None:
     run_writers(s3_root, [0, 1, 2])
     store = Store.open(s3_root)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     assert committed_samples(store) == {sample.sample_id for sample in make_samples(20)}
 
 
@@ -93,7 +94,7 @@ class Rivalry:
 
     def require_whole(self) -> None:
         """Raise unless exactly one of the versions stands."""
-        assert self.store.verify(deep=True) == []
+        assert verify_store(self.store, deep=True) == []
         reader = self.store.reader(self.store.publish(self.shard.sample_ids))
         found = {read.sample_id: read for read in (reader.fetch(0), reader.fetch(1))}
         assert any(self._is(version, found) for version in self.versions)
@@ -185,7 +186,7 @@ def _write_while_another_commits(rivalry: Rivalry, *, paused_at: int) -> int:
         yield
         if steps >= paused_at:
             assert rivalry.store.shard_ids() == [rivalry.shard.shard_id]
-            assert rivalry.store.verify(deep=False) == []
+            assert verify_store(rivalry.store, deep=False) == []
         steps += 1
 
     stepped = SteppedDirectory.over(rivalry.store.root, step)
@@ -202,7 +203,7 @@ def test_a_killed_rival_leaves_nothing_that_reads_wrong(root: str) -> None:
     for last in range(40):
         rivalry = Rivalry(f"{root}/{last}")
         was_killed = _is_killed_after_another_commits(rivalry, last=last)
-        assert rivalry.store.verify(deep=True) == []
+        assert verify_store(rivalry.store, deep=True) == []
         rivalry.write(0)
         rivalry.require_whole()
         if not was_killed:

@@ -8,6 +8,7 @@ import pytest
 from storage.errors import ConfigError, CorruptError, MismatchError, ShardMissingError
 from storage.maintenance.gc import collect, find_garbage
 from storage.maintenance.repair import damaged_shards
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.storage.synthetic import (
     data_key,
@@ -38,7 +39,7 @@ def test_conforms(root: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             found.aux_hidden_states, by_id[found.sample_id].aux_hidden_states
         )
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     with pytest.raises(MismatchError, match="hidden_size"):
         Store.create(root, make_identity(hidden_size=32))
 
@@ -63,7 +64,7 @@ def test_damage_is_found_and_repaired(root: str, damage: str) -> None:
         store.root.write(key, data[:-1])
     else:
         store.root.write(key, bytes([data[0] ^ 1]) + data[1:])
-    assert [finding.object_key for finding in store.verify(deep=True)] == [key]
+    assert [finding.object_key for finding in verify_store(store, deep=True)] == [key]
     with pytest.raises(CorruptError, match="eyas repair"):
         store.reader(snapshot).fetch(0)
     store.revoke(record.shard_id)
@@ -81,9 +82,9 @@ def test_a_plan_is_resumed_and_only_what_is_new_is_planned(root: str) -> None:
     assert others
     store.write_shard(first, [by_id[sample_id] for sample_id in first.sample_ids])
     again = Store.open(root)
-    assert again.pending_plan() == plan
+    assert [found for found, _ in again.plans.unfinished()] == [plan]
     assert again.plan(planned(samples), shard_tokens=99) == plan
-    assert again.missing_shards(plan) == tuple(others)
+    assert again.plans.missing(plan) == tuple(others)
     with pytest.raises(ConfigError, match="no committed shard"):
         again.publish(by_id)
     fill(again, samples, shard_tokens=80)
@@ -108,7 +109,7 @@ def test_snapshots_are_kept_and_the_latest_is_named(root: str) -> None:
     store.root.write(key, data[:-9])
     with pytest.raises(CorruptError, match=part.snapshot_id):
         store.snapshot()
-    assert [finding.object_key for finding in store.verify(deep=False)] == [key]
+    assert [finding.object_key for finding in verify_store(store, deep=False)] == [key]
 
 
 def test_repair_remakes_the_same_shard_even_without_its_record(root: str) -> None:
@@ -121,7 +122,7 @@ def test_repair_remakes_the_same_shard_even_without_its_record(root: str) -> Non
     damaged = store.shard_ids()[0]
     store.root.delete(data_key(store, damaged))
     store.root.write(f"commits/{damaged}.json", b"{}")
-    (shard,) = damaged_shards(store, store.verify(deep=True))
+    (shard,) = damaged_shards(store, verify_store(store, deep=True))
     store.revoke(shard.shard_id)
     store.write_shard(shard, [by_id[sample_id] for sample_id in shard.sample_ids])
     assert tree_digests(store) == whole
@@ -137,7 +138,7 @@ def test_collection_drops_only_what_no_kept_snapshot_needs(root: str) -> None:
     collect(store, find_garbage(store, keep=[kept.snapshot_id], older_than_hours=0))
     assert set(store.shard_ids()) == set(kept.shard_ids) < before
     assert shard_sizes(store).keys() == set(kept.shard_ids)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     assert store.reader(store.snapshot()).fetch(0).sample_id == samples[0].sample_id
 
 

@@ -15,6 +15,7 @@ from tests.storage.synthetic import fill, make_identity, make_samples, tree_dige
 FULL_DISKS = """
 import json, subprocess, sys
 from storage.errors import OutOfSpaceError
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples, tree_digests
 
@@ -42,7 +43,7 @@ for size in json.loads(sys.argv[2]):
     else:
         keys = list(store.root.sizes(""))
         found["committed"] = len(store.commits())
-        found["damaged"] = [str(finding) for finding in store.verify(deep=True)]
+        found["damaged"] = [str(finding) for finding in verify_store(store, deep=True)]
         found["temporary"] = [key for key in keys if key.endswith(".tmp")]
         shards = {key.split("/")[1] for key in keys if key.startswith("shards/")}
         found["leftovers"] = sorted(shards - set(store.shard_ids()))

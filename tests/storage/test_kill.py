@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import ConfigError
-from storage.store import LATEST_KEY, Store
+from storage.maintenance.verify import verify_store
+from storage.records import keys
+from storage.store import Store
 from tests.storage.synthetic import drop_leftovers, make_identity, tree_digests
 
 KILLS = 50
@@ -110,8 +112,8 @@ def require_sound(root: Path, committed: dict[str, bytes]) -> dict[str, bytes]:
         return committed
     records = {name: record.to_json() for name, record in store.commits().items()}
     assert committed.items() <= records.items(), "a kill lost a committed shard"
-    findings = {finding.object_key for finding in store.verify(deep=True)}
-    assert findings <= {LATEST_KEY}, "a kill left something visible that is not whole"
+    findings = {finding.object_key for finding in verify_store(store, deep=True)}
+    assert findings <= {keys.LATEST}, "a kill left something visible that is not whole"
     assert store.identity == make_identity()
-    assert all(plan.shards for plan in store.plans())
+    assert all(plan.shards for plan in store.plans.all())
     return records

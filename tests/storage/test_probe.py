@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from storage.encoding.profiles import bf16_to_float
+from storage.bfloat16 import bf16_to_float
 from storage.errors import SampleRefusedError
-from storage.probe import ProbePoint
+from storage.maintenance.verify import verify_shard, verify_store
+from storage.records.probe_point import ProbePoint
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.synthetic import HIDDEN, VOCAB, planned
@@ -41,17 +42,17 @@ def test_wrong_states_do_not_reproduce_the_probe(store: Store, samples: list[Sto
     good = point_of(samples[2], len(samples[2]) - 1)
     record = store.write_shard(plan.shards[0], samples, probe=[good])
     assert store.commit(record.shard_id).probe == (good,)
-    assert store.verify(deep=True, recompute=recompute) == []
+    assert verify_store(store, deep=True, recompute=recompute) == []
 
     store.revoke(record.shard_id)
     other_norm = replace(samples[2], last_hidden_state=samples[2].last_hidden_state ^ 0x8000)
     wrong = [other_norm if s.sample_id == other_norm.sample_id else s for s in samples]
     store.write_shard(plan.shards[0], wrong, probe=[good])
-    assert store.verify(deep=True) == []
-    (finding,) = store.verify(deep=True, recompute=recompute)
+    assert verify_store(store, deep=True) == []
+    (finding,) = verify_store(store, deep=True, recompute=recompute)
     assert finding.shard_id == record.shard_id
     assert f"position {good.position} of sample {good.sample_id}" in finding.problem
-    assert store.verify_shard(record.shard_id, recompute=recompute) == [finding]
+    assert verify_shard(store, record.shard_id, recompute=recompute) == [finding]
 
 
 @pytest.mark.parametrize(

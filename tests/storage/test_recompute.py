@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.encoding.profiles import bf16_to_float
+from storage.bfloat16 import bf16_to_float
 from storage.errors import ConfigError, MismatchError, SampleRefusedError
+from storage.maintenance.verify import verify_shard, verify_store
 from storage.objects.sealed_json import unseal
-from storage.probe import NUM_CHANNELS, ProbePoint, left_out_channels
+from storage.probe import left_out_channels
 from storage.records.identity import LeftOut, StoreIdentity
+from storage.records.probe_point import NUM_CHANNELS, ProbePoint
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 from tests.storage.synthetic import HIDDEN, VOCAB, fill, make_identity, planned, zarr_objects
@@ -98,16 +100,16 @@ def test_the_probe_covers_states_that_are_made_again(
     point = point_of(samples[2], maker)
     shard_id = store.write_shard(plan.shards[0], samples, probe=[point]).shard_id
     assert store.commit(shard_id).probe == (point,)
-    assert store.verify_shard(shard_id, recompute=maker, exact=True) == []
-    assert store.verify(deep=True, recompute=maker) == []
+    assert verify_shard(store, shard_id, recompute=maker, exact=True) == []
+    assert verify_store(store, deep=True, recompute=maker) == []
 
-    (rounded,) = store.verify_shard(shard_id, recompute=Maker(samples, early_ulps=1), exact=True)
+    (rounded,) = verify_shard(store, shard_id, recompute=Maker(samples, early_ulps=1), exact=True)
     assert "other bits" in rounded.problem
-    assert store.verify(deep=True, recompute=Maker(samples, early_ulps=1)) == []
-    (another,) = store.verify(deep=True, recompute=Maker(samples, early_ulps=1 << 7))
+    assert verify_store(store, deep=True, recompute=Maker(samples, early_ulps=1)) == []
+    (another,) = verify_store(store, deep=True, recompute=Maker(samples, early_ulps=1 << 7))
     assert f"{point}: the early aux state made again is another one" in another.problem
     elsewhere = [replace(s, last_hidden_state=s.last_hidden_state ^ 0x8000) for s in samples]
-    (wrong,) = store.verify(deep=True, recompute=Maker(elsewhere))
+    (wrong,) = verify_store(store, deep=True, recompute=Maker(elsewhere))
     assert "log-probability" in wrong.problem
 
 

@@ -30,13 +30,14 @@ from hypothesis.stateful import (
 from storage.errors import ConfigError, CorruptError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.maintenance.repair import damaged_shards
+from storage.maintenance.verify import verify_store
 from storage.objects.object_store import TEMPORARY_SUFFIX, Directory
 from storage.objects.sealed_json import seal, unseal
 from storage.reader import read_shard
-from storage.records import compaction
+from storage.records import compaction, keys
 from storage.records.plan import Plan, PlannedShard
 from storage.samples import StoredSample, last_needed
-from storage.store import LATEST_KEY, Store
+from storage.store import Store
 from tests.storage.synthetic import fill, make_identity, make_samples, planned
 
 SAMPLES = make_samples(5, tokens=(3, 8))
@@ -392,10 +393,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(fuse=fuses)
     def repair(self, fuse: int | None) -> None:
         store = Store.open(self.url)
-        found = damaged_shards(store, store.verify(deep=True))
+        found = damaged_shards(store, verify_store(store, deep=True))
         plan = Plan.of(found)
         is_new = not self.root.exists(f"plans/{plan.plan_id}.json")
-        if not self.run(fuse, lambda store: store.save_plan(plan)):
+        if not self.run(fuse, lambda store: store.plans.save(plan)):
             return
         for shard in found:
             lived = self.run(fuse, lambda store, shard=shard: store.revoke(shard.shard_id))
@@ -451,7 +452,7 @@ class StoreMachine(RuleBasedStateMachine):
     def collect_garbage(self, others: set[int], fuse: int | None) -> None:
         store = Store.open(self.url)
         present = store.snapshot_ids()
-        if not present or not self.root.exists(LATEST_KEY):
+        if not present or not self.root.exists(keys.LATEST):
             return
         keep = {present[which % len(present)] for which in others}
         keep.add(store.snapshot().snapshot_id)
@@ -498,7 +499,7 @@ class StoreMachine(RuleBasedStateMachine):
     def collect_what_nothing_needs(self, fuse: int | None) -> None:
         """As the command does; what is named, held or unfinished loses nothing, killed or not."""
         store = Store.open(self.url)
-        if not store.snapshot_ids() or not self.root.exists(LATEST_KEY):
+        if not store.snapshot_ids() or not self.root.exists(keys.LATEST):
             return
         refs = store.refs
         wanted = {store.snapshot().snapshot_id, *refs.names().values()}
@@ -509,7 +510,7 @@ class StoreMachine(RuleBasedStateMachine):
         published = {s for name in store.snapshot_ids() for s in self.members(store, name)}
         unpublished = {
             name
-            for plan in store.plans()
+            for plan in store.plans.all()
             for shard in plan.shards
             for name in [shard.shard_id]
             if not set(shard.sample_ids) <= published
@@ -567,10 +568,10 @@ class StoreMachine(RuleBasedStateMachine):
                 by_size |= {name} if self.seen_by_size(name, raw) else set()
         needed = {s for name in store.snapshot_ids() for s in store.snapshot(name).shard_ids}
         missing = {f"commits/{s}.json" for s in needed if self.condition[s] == absent}
-        latest_missing = {LATEST_KEY} if store.snapshot_ids() and LATEST_KEY not in raw else set()
-        deep = {finding.object_key for finding in store.verify(deep=True)}
+        latest_missing = {keys.LATEST} if store.snapshot_ids() and keys.LATEST not in raw else set()
+        deep = {finding.object_key for finding in verify_store(store, deep=True)}
         assert deep == expected | missing | latest_missing | self.torn_copies & raw.keys()
-        quick = {finding.shard_id for finding in store.verify(deep=False)} - {None}
+        quick = {finding.shard_id for finding in verify_store(store, deep=False)} - {None}
         assert quick == by_size | {s for s in needed if self.condition[s] == absent}
 
     @invariant()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from storage.errors import ConfigError, MismatchError, SampleRefusedError
+from storage.maintenance.verify import verify_store
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedShard
 from storage.samples import StoredSample, last_needed
@@ -93,14 +94,14 @@ def test_increment_computes_only_what_is_new(filled: Store, samples: list[Stored
 
 def test_unfinished_plan_is_resumed_as_persisted(store: Store, samples: list[StoredSample]) -> None:
     plan = store.plan(planned(samples), shard_tokens=100)
-    assert store.pending_plan() == plan
+    assert [found for found, _ in store.plans.unfinished()] == [plan]
     by_id = {sample.sample_id: sample for sample in samples}
     store.write_shard(plan.shards[1], [by_id[i] for i in plan.shards[1].sample_ids])
     again = store.plan(planned(samples), shard_tokens=77)  # other settings, same work left
     assert again == plan
-    assert store.missing_shards(again) == (plan.shards[0], *plan.shards[2:])
+    assert store.plans.missing(again) == (plan.shards[0], *plan.shards[2:])
     fill(store, samples)
-    assert store.pending_plan() is None
+    assert store.plans.unfinished() == []
 
 
 def test_two_identities_never_share_a_record(
@@ -112,7 +113,7 @@ def test_two_identities_never_share_a_record(
     target.mkdir()
     for record in source.iterdir():
         (target / record.name).write_bytes(record.read_bytes())
-    findings = other.verify(deep=False)
+    findings = verify_store(other, deep=False)
     assert len(findings) == len(filled.commits())
     assert all("belongs to a store with identity" in finding.problem for finding in findings)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.deployments.cli.terminal import ROOT, eyas_here
 from tests.storage.synthetic import (
@@ -77,7 +78,7 @@ def test_inspect_shows_what_is_there_without_torch(store: Store) -> None:
     (latest,) = (line for line in lines if "latest snapshot" in line)
     assert store.snapshot().snapshot_id in latest
     assert all(snapshot_id in ended.stdout for snapshot_id in store.snapshot_ids())
-    assert all(plan.plan_id in ended.stdout for plan in store.plans()[1:])
+    assert all(plan.plan_id in ended.stdout for plan in store.plans.all()[1:])
 
 
 def test_inspect_goes_on_where_a_record_does_not_read(store: Store) -> None:
@@ -129,11 +130,10 @@ def test_gc_shows_and_deletes_only_with_yes(store: Store) -> None:
     assert not set(gone) & set(store.shard_ids())
     assert len(store.snapshot_ids()) == 2
     kept = set(store.shard_ids())
-    unfinished = store.pending_plan()
-    assert unfinished is not None
-    for plan in store.plans():  # what a plan has lost, nobody plans any more
+    ((unfinished, _),) = store.plans.unfinished()
+    for plan in store.plans.all():  # what a plan has lost, nobody plans any more
         assert plan == unfinished or {shard.shard_id for shard in plan.shards} <= kept
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_gc_keeps_the_named_and_drops_the_unfinished(store: Store) -> None:
@@ -143,7 +143,7 @@ def test_gc_keeps_the_named_and_drops_the_unfinished(store: Store) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert store.snapshot_ids() == [latest]
-    assert store.pending_plan() is None
+    assert store.plans.unfinished() == []
     wrong = eyas_here("gc", store.root.root, "--keep", "feed")
     assert wrong.returncode == 1
     assert "has no snapshot feed" in wrong.stderr

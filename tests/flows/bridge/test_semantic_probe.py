@@ -22,9 +22,10 @@ from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.train import train_flow
 from storage.errors import ShardCorruptError
-from storage.probe import NUM_POINTS, ProbePoint, left_out_channels
+from storage.probe import NUM_POINTS, left_out_channels
 from storage.records.identity import LeftOut
 from storage.records.plan import PlannedShard
+from storage.records.probe_point import ProbePoint
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.flows.outspoken import write_biased_target, write_outspoken_target

@@ -12,7 +12,7 @@ from flows.errors import DoesNotFitError
 from flows.hidden_states import hidden_states
 from flows.plan import plan
 from flows.reports.cost import encoding_name
-from storage.records.identity import PROFILES
+from storage.profiles import PROFILES
 from storage.store import Store
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]

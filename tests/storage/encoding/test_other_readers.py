@@ -10,7 +10,7 @@ import zarr
 from zarr.storage import ZipStore
 
 from storage.encoding.zarr_arrays import LoadedArray, load_arrays
-from storage.records.identity import PROFILES
+from storage.profiles import PROFILES
 from storage.store import Store
 from tests.storage.synthetic import (
     change_inside,
@@ -54,7 +54,7 @@ def test_every_array_reads_the_same(
     read: Callable[[Path, str], np.ndarray],
 ) -> None:
     monkeypatch.setattr(
-        "storage.encoding.profiles.CHUNK_VALUES", 64 * 20
+        "storage.encoding.state_chunks.CHUNK_VALUES", 64 * 20
     )  # several chunks, a padded one
     monkeypatch.setattr("storage.encoding.zarr_arrays.INNER_CHUNK_BYTES", 64)
     store = Store.create(str(tmp_path / "store"), make_identity(profile=profile))

@@ -8,8 +8,9 @@ import pytest
 import zarr
 from zarr.storage import ZipStore
 
-from storage.encoding.profiles import bf16_to_float, decode_states, float_to_bf16, write_states
+from storage.bfloat16 import bf16_to_float, float_to_bf16
 from storage.encoding.state_rows import StateRows
+from storage.encoding.states import decode_states, write_states
 from storage.encoding.zarr_arrays import load_arrays
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
@@ -25,8 +26,8 @@ from tests.storage.synthetic import (
 
 def through(profile: str, *parts: np.ndarray) -> np.ndarray:
     objects = ObjectsInMemory()
-    write_states(profile, "x", StateRows(parts), objects.open)
-    return decode_states(profile, "x", load_arrays(objects.written, what="test"))
+    write_states("x", StateRows(parts), profile, objects.open)
+    return decode_states("x", load_arrays(objects.written, what="test"), profile)
 
 
 @pytest.mark.parametrize("profile", ["raw", "lossless"])
@@ -42,9 +43,10 @@ def test_every_bit_pattern_survives(profile: str) -> None:
 def test_many_chunks_of_many_parts_survive(
     profile: str, hidden: int, num_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.encoding.profiles.CHUNK_VALUES", 40 * hidden)
+    monkeypatch.setattr("storage.encoding.state_chunks.CHUNK_VALUES", 40 * hidden)
     monkeypatch.setattr("storage.encoding.state_rows.BLOCK_VALUES", 7 * hidden)
-    monkeypatch.setattr("storage.encoding.profiles.BLOCK_VALUES", 7 * hidden)
+    monkeypatch.setattr("storage.encoding.state_chunks.BLOCK_VALUES", 7 * hidden)
+    monkeypatch.setattr("storage.encoding.quantized.BLOCK_VALUES", 7 * hidden)
     rng = np.random.default_rng(0)
     shape = (num_layers, hidden) if num_layers else (hidden,)
     parts = [rng.integers(0, 1 << 16, (rows, *shape), dtype=np.uint16) for rows in (3, 0, 90, 1, 8)]
@@ -58,7 +60,7 @@ def test_rows_that_repeat_take_no_room() -> None:
     sizes = []
     for parts in ([prompt, answers[0]], [part for answer in answers for part in (prompt, answer)]):
         objects = ObjectsInMemory()
-        write_states("lossless", "x", StateRows(parts), objects.open)
+        write_states("x", StateRows(parts), "lossless", objects.open)
         sizes.append(len(objects.written["x_mantissas/c.0.0.0"]))
     assert sizes[1] < sizes[0] + 3 * answers[0].nbytes // 2 + 3 * 200 * 2  # not 3 prompts more
 

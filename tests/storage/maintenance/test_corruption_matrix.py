@@ -29,8 +29,9 @@ import pytest
 from storage.encoding import zip_file as packed
 from storage.encoding.shard import write_arrays
 from storage.errors import CorruptError
+from storage.maintenance.verify import verify_store
+from storage.objects.digests import ObjectDigest
 from storage.objects.sealed_json import seal, unseal
-from storage.records.commit_record import ObjectDigest
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.steps import SteppedDirectory
@@ -93,7 +94,7 @@ def healthy(lasting_root: str) -> tuple[Victim, dict[str, bytes]]:
     fill(store, samples, shard_tokens=24)
     store.publish([sample.sample_id for sample in samples])
     assert len(store.shard_ids()) == 2
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     victim = Victim(store, samples)
     victim.read_all()
     return victim, {key: store.root.read(key) for key in store.root.sizes("")}
@@ -154,7 +155,7 @@ def put_old_record_over_new_data(victim: Victim) -> str:
     victim.store.revoke(victim.first)
     new = [replace(s, target_logsumexp=s.target_logsumexp * 2) for s in victim.samples]
     fill(victim.store, new, shard_tokens=24)
-    assert victim.store.verify(deep=True) == []
+    assert verify_store(victim.store, deep=True) == []
     victim.store.root.write(key, old)
     return data
 
@@ -231,8 +232,8 @@ MATRIX: dict[str, Damage] = {
 def test_damage_is_found_and_never_read(victim: Victim, damage: Damage) -> None:
     first = victim.first
     damage.apply(victim)
-    quick = {finding.shard_id for finding in victim.store.verify(deep=False)}
-    deep = {finding.shard_id for finding in victim.store.verify(deep=True)}
+    quick = {finding.shard_id for finding in verify_store(victim.store, deep=False)}
+    deep = {finding.shard_id for finding in verify_store(victim.store, deep=True)}
     if damage.quick is not None:
         assert (first in quick) is damage.quick
     assert (first in deep) is damage.deep
@@ -243,7 +244,7 @@ def test_damage_is_found_and_never_read(victim: Victim, damage: Damage) -> None:
 
 def test_an_old_record_still_has_its_data(victim: Victim) -> None:
     put_old_record_over_new_data(victim)
-    assert victim.store.verify(deep=True) == []
+    assert verify_store(victim.store, deep=True) == []
     victim.read_all()
 
 
@@ -258,8 +259,8 @@ def test_stale_temporaries_are_no_damage(victim: Victim) -> None:
     }
     for key, data in stale.items():
         victim.store.root.write(key, data)
-    assert victim.store.verify(deep=True) == []
-    assert victim.store.pending_plan() is None
+    assert verify_store(victim.store, deep=True) == []
+    assert victim.store.plans.unfinished() == []
     assert len(victim.store.snapshot_ids()) == 1
     victim.read_all()
     assert {k: v for k, v in tree_digests(victim.store).items() if k not in stale} == whole

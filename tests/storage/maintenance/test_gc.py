@@ -7,6 +7,7 @@ import pytest
 from storage.errors import ConfigError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.maintenance.repair import damaged_shards
+from storage.maintenance.verify import verify_store
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.synthetic import (
@@ -32,9 +33,9 @@ def test_drops_only_what_nothing_needs(filled: Store, samples: list[StoredSample
     assert garbage.snapshot_ids == (old.snapshot_id,)
     assert set(garbage.shard_ids) == filled.commits().keys() - set(latest.shard_ids)
     collect(filled, garbage)
-    assert filled.verify(deep=True) == []
+    assert verify_store(filled, deep=True) == []
     assert filled.commits().keys() == set(latest.shard_ids)
-    assert filled.pending_plan() is None
+    assert filled.plans.unfinished() == []
     reader = filled.reader(filled.snapshot())
     assert {reader.fetch(i).sample_id for i in range(len(reader))} == set(few)
 
@@ -79,7 +80,7 @@ def test_a_damaged_snapshot_goes_and_its_shards_stay(filled: Store) -> None:
     garbage = find_garbage(filled, keep=kept, older_than_hours=0)
     assert (garbage.snapshot_ids, garbage.shard_ids) == ((old.snapshot_id,), ())
     collect(filled, garbage)
-    assert filled.verify(deep=True) == []
+    assert verify_store(filled, deep=True) == []
     assert not find_garbage(
         filled, keep=kept, older_than_hours=0
     )  # to be published again by its own recipe
@@ -99,7 +100,7 @@ def test_repair_remakes_the_same_shard(
         for path in (root / "plans").iterdir():
             path.unlink()
         whole = {key: value for key, value in whole.items() if not key.startswith("plans/")}
-    (shard,) = damaged_shards(filled, filled.verify(deep=True))
+    (shard,) = damaged_shards(filled, verify_store(filled, deep=True))
     assert shard.sample_ids == record.sample_ids
     filled.revoke(shard.shard_id)
     by_id = {sample.sample_id: sample for sample in samples}
@@ -119,7 +120,7 @@ def test_a_damaged_snapshot_stops_no_repair(filled: Store, samples: list[StoredS
         path.unlink()
     shard_id = filled.shard_ids()[0]
     (root / "commits" / f"{shard_id}.json").write_bytes(b"{}")
-    (shard,) = damaged_shards(filled, filled.verify(deep=False))
+    (shard,) = damaged_shards(filled, verify_store(filled, deep=False))
     assert shard.shard_id == shard_id
 
 
@@ -133,6 +134,6 @@ def test_a_shard_that_stays_is_still_planned(tmp_path: Path) -> None:
     collect(store, find_garbage(store, keep=[part.snapshot_id], older_than_hours=0))
     (shard_id,) = part.shard_ids
     store.root.write(f"commits/{shard_id}.json", b"{}")
-    (shard,) = damaged_shards(store, store.verify(deep=True))
+    (shard,) = damaged_shards(store, verify_store(store, deep=True))
     assert shard.shard_id == shard_id
     assert find_garbage(store, keep=[part.snapshot_id], older_than_hours=0).plan_ids == ()

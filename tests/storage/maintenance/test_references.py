@@ -11,11 +11,12 @@ import pytest
 
 from storage.errors import CorruptError, TransientError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.verify import verify_store
+from storage.objects.digests import ObjectDigest
 from storage.objects.listing import _entry
 from storage.objects.object_store import Directory
 from storage.objects.retry import PAUSES_SECONDS, retried
 from storage.objects.sealed_json import seal, unseal
-from storage.records.commit_record import ObjectDigest
 from storage.store import Store
 from tests.storage.steps import SteppedDirectory
 from tests.storage.synthetic import (
@@ -105,13 +106,13 @@ def test_a_plan_of_which_all_is_committed_stays_planned(filled: Store) -> None:
     more = make_samples(4, seed=8)
     fill(filled, more, shard_tokens=60)  # finished, and not published
     latest = filled.snapshot().snapshot_id
-    plans = {plan.plan_id for plan in filled.plans()}
+    plans = {plan.plan_id for plan in filled.plans.all()}
     found = find_garbage(filled, keep=[latest], keep_unfinished=False)
     assert not found.shard_ids, "they are young"
     make_old(filled)
     found = find_garbage(filled, keep=[latest], keep_unfinished=False)
     collect(filled, replace(found, shard_ids=()))
-    assert {plan.plan_id for plan in filled.plans()} == plans
+    assert {plan.plan_id for plan in filled.plans.all()} == plans
 
 
 def test_a_snapshot_that_was_damaged_a_moment_ago_stops_no_collection(filled: Store) -> None:
@@ -135,7 +136,7 @@ def test_what_is_not_ours_is_neither_read_nor_collected(filled: Store) -> None:
     collect_by_default(filled)
     assert all(path.exists() for path in strange)
     assert filled.shard_ids() == ids
-    assert filled.verify(deep=True) == []
+    assert verify_store(filled, deep=True) == []
 
 
 ELSEWHERE = ["../../store.json", "/etc/passwd", "a/../../b.zarr.zip", "./x.zarr.zip", "a//b", ""]
@@ -171,7 +172,7 @@ def _spoil(store: Store, change) -> None:  # noqa: ANN001
     key = f"commits/{shard_id}.json"
     document = unseal(store.root.read(key), what=key)
     store.root.write(key, seal({**document, "objects": change(document["objects"])}))
-    assert [f.object_key for f in store.verify(deep=False)] == [key]
+    assert [f.object_key for f in verify_store(store, deep=False)] == [key]
     with pytest.raises(CorruptError, match=f"{shard_id}.*eyas repair"):
         store.commits()
     with pytest.raises(CorruptError, match=f"{shard_id}.*eyas repair"):
@@ -209,7 +210,7 @@ def test_a_passing_fault_of_a_disk_ends_no_verification(
         yield from pieces(self, key, num_bytes=num_bytes)
 
     with mock.patch.object(Directory, "pieces", stale):
-        assert filled.verify(deep=True) == []
+        assert verify_store(filled, deep=True) == []
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOTTY, 524, errno.EACCES])
@@ -220,7 +221,7 @@ def test_a_disk_without_links_holds_a_store(tmp_path: Path, number: int) -> None
     with mock.patch.object(Path, "hardlink_to", no_links):
         store = Store.create(str(tmp_path / "s"), make_identity())
         fill(store, make_samples(3), shard_tokens=60)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     assert not [key for key in store.root.sizes("") if key.endswith(".tmp")]
 
 
@@ -237,7 +238,7 @@ def test_data_that_is_collected_before_it_is_named_is_an_error(store: Store) -> 
     with pytest.raises(TransientError, match=r"does a collection of garbage \(gc\) run"):
         stepped.write_shard(shard, samples)
     store.write_shard(shard, samples)
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_what_nobody_says_the_age_of_is_young() -> None:
@@ -258,7 +259,7 @@ def test_a_large_object_that_was_cut_is_a_finding(
     monkeypatch.setattr("storage.objects.object_store.RANGE_BYTES", 4096)
     key = data_key(store, snapshot.shard_ids[0])
     store.root.write(key, store.root.read(key)[:left])
-    (finding,) = store.verify(deep=True)
+    (finding,) = verify_store(store, deep=True)
     assert f"has {ObjectDigest.of(store.root.read(key))}" in finding.problem
     with pytest.raises(CorruptError, match="eyas repair"):
         store.reader(snapshot).fetch(0)

@@ -7,6 +7,7 @@ import pytest
 
 from storage.errors import CorruptError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.verify import verify_store
 from storage.samples import StoredSample
 from storage.store import Store
 from tests.storage.synthetic import drop_leftovers, fill, tree_digests
@@ -57,13 +58,13 @@ def test_damage_is_found_read_and_repaired(
     for number in range(len(object_paths(filled))):
         path = object_paths(filled)[number]
         damage(path)
-        findings = filled.verify(deep=True)
+        findings = verify_store(filled, deep=True)
         key = path.relative_to(filled.root.root).as_posix()
         assert [finding.object_key for finding in findings] == [key]
         with pytest.raises(CorruptError, match="eyas repair"):
             read_all(filled)
         if damage not in (flip, zero):
-            assert [finding.object_key for finding in filled.verify(deep=False)] == [key]
+            assert [finding.object_key for finding in verify_store(filled, deep=False)] == [key]
         for finding in findings:
             assert finding.shard_id
             filled.revoke(finding.shard_id)
@@ -81,7 +82,7 @@ def test_damaged_snapshot_is_found(filled: Store) -> None:
         with pytest.raises(CorruptError, match=snapshot_id):
             filled.snapshot()
     path.write_bytes(b"")
-    assert [finding.shard_id for finding in filled.verify(deep=False)] == [None]
+    assert [finding.shard_id for finding in verify_store(filled, deep=False)] == [None]
 
 
 def test_what_kills_leave_behind_is_ignored_until_it_is_collected(
@@ -92,10 +93,10 @@ def test_what_kills_leave_behind_is_ignored_until_it_is_collected(
     record = next(iter(filled.commits().values()))
     (root / "commits" / f"{record.shard_id}.json.0a1b2c3d.tmp").write_bytes(b"half a rec")
     (root / "shards" / record.shard_id / "0123456789abcdef.zarr.zip").write_bytes(b"half")
-    assert filled.verify(deep=True) == []
+    assert verify_store(filled, deep=True) == []
     filled.revoke(record.shard_id)
     fill(filled, samples)
-    assert filled.verify(deep=True) == []
+    assert verify_store(filled, deep=True) == []
     keep = snapshots_to_keep(filled)
     young = find_garbage(filled, keep=keep)
     assert not young

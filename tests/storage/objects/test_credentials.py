@@ -9,6 +9,7 @@ import pytest
 import s3fs
 
 from storage.errors import ConfigError
+from storage.maintenance.verify import verify_store
 from storage.objects.object_store import Directory
 from storage.store import Store
 from tests.storage.seaweed import S3Server
@@ -36,7 +37,7 @@ def test_they_are_nowhere_but_in_their_place(
     fill(store, samples)
     reader = store.reader(store.publish([sample.sample_id for sample in samples]))
     copies = [pickle.loads(pickle.dumps(one)) for one in (store, store.root, reader)]  # noqa: S301
-    assert copies[0].verify(deep=True) == []
+    assert verify_store(copies[0], deep=True) == []
     assert copies[1].exists("store.json")
     assert copies[2].fetch(0).sample_id == reader.fetch(0).sample_id
     shown = [

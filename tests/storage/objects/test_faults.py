@@ -10,6 +10,7 @@ import pytest
 import s3fs
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
+from storage.maintenance.verify import verify_store
 from storage.objects.object_store import Directory
 from storage.objects.retry import PAUSES_SECONDS, retried
 from storage.store import Store
@@ -62,7 +63,7 @@ def test_what_fails_for_a_while_succeeds(proxy: FaultyProxy, s3_root: str, answe
     snapshot = store.publish([sample.sample_id for sample in samples])
     assert store.reader(snapshot).fetch(1).sample_id in {s.sample_id for s in samples}
     proxy.fault = lambda method, path: None  # noqa: ARG005
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     quiet = Store.create(f"{s3_root}-quiet", make_identity())
     fill(quiet, samples, shard_tokens=10**6)
     quiet.publish([sample.sample_id for sample in samples])

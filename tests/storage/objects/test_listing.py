@@ -14,6 +14,7 @@ import s3fs
 
 from storage.errors import ConfigError, TransientError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
+from storage.maintenance.verify import verify_store
 from storage.objects.retry import PAUSES_SECONDS, retried
 from storage.store import Store
 from tests.storage.seaweed import SLOW_DOWN, Answer, S3Server, faulty_proxy
@@ -73,7 +74,7 @@ def test_a_folder_within_that_fails_is_no_missing_object(filled: Store) -> None:
         failing(f"shards/{shard_id}", errno.EIO),
         pytest.raises(TransientError, match=shard_id),
     ):
-        filled.verify(deep=False)
+        verify_store(filled, deep=False)
 
 
 def test_what_vanishes_while_it_is_listed_is_left_out(filled: Store) -> None:
@@ -92,7 +93,7 @@ def test_what_others_left_among_the_shards_stops_nothing(filled: Store) -> None:
     (shards / ".DS_Store").write_bytes(b"desktop")
     (shards / filled.shard_ids()[0] / "loop").symlink_to("loop")
     assert {**filled.root.sizes("shards")} == {**expected, ".DS_Store": 7}
-    assert filled.verify(deep=True) == []
+    assert verify_store(filled, deep=True) == []
     part = filled.publish([make_samples(12)[0].sample_id])
     collect(filled, find_garbage(filled, keep=[part.snapshot_id], older_than_hours=0))
     assert set(filled.shard_ids()) == set(part.shard_ids)
@@ -100,7 +101,7 @@ def test_what_others_left_among_the_shards_stops_nothing(filled: Store) -> None:
     (kept,) = part.shard_ids
     shutil.rmtree(shards / kept)
     (shards / kept).write_bytes(b"a file where the shard's folder belongs")
-    assert {finding.shard_id for finding in filled.verify(deep=False)} == {kept}
+    assert {finding.shard_id for finding in verify_store(filled, deep=False)} == {kept}
 
 
 @pytest.mark.s3

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, OutOfSpaceError, ShardCorruptError
+from storage.objects.digests import ObjectDigest
 from storage.objects.object_cache import ObjectCache
-from storage.records.commit_record import ObjectDigest
 from storage.store import Store
 from tests.storage.synthetic import data_key, fill, make_identity, make_samples
 

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from storage.errors import CorruptError, MovedError, ShardMissingError, TransientError
 from storage.maintenance.gc import collect, find_garbage
 from storage.maintenance.repair import damaged_shards
+from storage.maintenance.verify import verify_store
 from storage.objects.sealed_json import seal, unseal
 from storage.records.commits import Commits
-from storage.records.manifest import keys_of, manifest_ids
+from storage.records.keys import manifest_copies
+from storage.records.manifest import manifest_ids
 from storage.records.plan import PlannedShard
 from storage.records.sample_rows import Wanted, ids_of, names_of
 from storage.records.snapshot import Snapshot
@@ -88,7 +90,7 @@ def test_a_store_says_the_same_before_between_and_after(store: Store) -> None:
     assert again.snapshot_id == samples.snapshot_id
     assert again.to_parquet() == samples.to_parquet()
     after.require_present(again)
-    assert after.verify(deep=True) == []
+    assert verify_store(after, deep=True) == []
     assert set(read_all(after)) == set(IDS)
     assert after.plan(planned(SAMPLES), shard_tokens=30).shards == ()
     more = [*SAMPLES, *make_samples(2, seed=9)]
@@ -113,8 +115,8 @@ def test_what_is_revoked_is_missing_and_can_be_made_again(store: Store) -> None:
             opened.commit(name)
         with pytest.raises(ShardMissingError, match=name):
             read_all(opened)
-    assert {f.shard_id for f in store.verify(deep=True)} == {name}
-    (shard,) = damaged_shards(store, store.verify(deep=True))
+    assert {f.shard_id for f in verify_store(store, deep=True)} == {name}
+    (shard,) = damaged_shards(store, verify_store(store, deep=True))
     by_id = {sample.sample_id: sample for sample in SAMPLES}
     made = other.write_shard(shard, [by_id[i] for i in shard.sample_ids])
     assert made.objects != record.objects
@@ -125,7 +127,7 @@ def test_what_is_revoked_is_missing_and_can_be_made_again(store: Store) -> None:
     store.compact()
     assert single(store) == set()
     assert store.commit(name) == made, "the row that was revoked does not come back"
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_a_record_counts_more_than_a_row(store: Store) -> None:
@@ -145,7 +147,7 @@ def test_a_record_counts_more_than_a_row(store: Store) -> None:
         assert Store.open(store.root.url).commit(name) == made
         assert Store.open(store.root.url).commits()[name] == made
     assert single(store) == set()
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_small_manifests_are_merged_into_larger_ones(
@@ -165,7 +167,7 @@ def test_small_manifests_are_merged_into_larger_ones(
     assert 2 <= len(manifests) <= 4
     assert max(len(one.shard_ids) for one in manifests) <= 40
     assert sum(len(one.shard_ids) for one in manifests) == len(store.shard_ids())
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
     kept = store.publish(IDS).snapshot_id
     drop = find_garbage(store, keep=[kept], keep_unfinished=False, older_than_hours=0)
     collect(store, drop)
@@ -176,20 +178,20 @@ def test_small_manifests_are_merged_into_larger_ones(
 def test_an_old_plan_goes_when_manifest_and_snapshot_have_its_shards(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(store.plans()) == 1
+    assert len(store.plans.all()) == 1
     store.publish(IDS[:-1])
-    assert len(store.plans()) == 1, "a shard of it may be in no snapshot yet"
+    assert len(store.plans.all()) == 1, "a shard of it may be in no snapshot yet"
     store.publish(IDS)
-    assert len(store.plans()) == 1, "it is young: somebody may be at work on it"
-    monkeypatch.setattr("storage.store.PLAN_SECONDS", -60.0)
+    assert len(store.plans.all()) == 1, "it is young: somebody may be at work on it"
+    monkeypatch.setattr("storage.records.plans.MIN_AGE_SECONDS", -60.0)
     store.publish(IDS[:3])
-    assert len(store.plans()) == 1
+    assert len(store.plans.all()) == 1
     (store_snapshot,) = [s for s in store.snapshot_ids() if store.snapshot(s).num_samples == 24]
     store.root.delete(f"snapshots/{store_snapshot}.parquet")
     store.publish(IDS)
-    assert store.plans() == []
+    assert store.plans.all() == []
     store.root.write(f"commits/{store.shard_ids()[0]}.json", b"{}")
-    (shard,) = damaged_shards(store, store.verify(deep=False))
+    (shard,) = damaged_shards(store, verify_store(store, deep=False))
     assert shard.shard_id == store.shard_ids()[0], "the manifest says what it held"
 
 
@@ -201,7 +203,7 @@ def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(
     records = dict(store.commits())
     (manifest_id,) = manifest_ids(store.root)
     for kind in ("shards", "samples"):
-        for key in keys_of(manifest_id, kind):
+        for key in manifest_copies(manifest_id, kind):
             whole = store.root.read(key)
             for damage in (
                 whole[:-1],
@@ -210,25 +212,25 @@ def test_either_copy_will_do_and_a_damaged_one_is_found_and_mended(
                 store.root.write(key, damage)
                 opened = Store.open(store.root.url)
                 assert dict(opened.commits()) == records
-                assert [f.object_key for f in opened.verify(deep=False)] == [key]
+                assert [f.object_key for f in verify_store(opened, deep=False)] == [key]
                 opened.mend_manifests()
                 assert store.root.read(key) == whole
             store.root.delete(key)
             opened = Store.open(store.root.url)
             assert dict(opened.commits()) == records
-            assert opened.verify(deep=True) == [], "as while it is written"
+            assert verify_store(opened, deep=True) == [], "as while it is written"
             with monkeypatch.context() as later:
                 later.setattr("storage.maintenance.verify.WRITING_SECONDS", -60.0)
-                assert [f.object_key for f in opened.verify(deep=True)] == [key]
+                assert [f.object_key for f in verify_store(opened, deep=True)] == [key]
             opened.mend_manifests()
-            assert opened.verify(deep=True) == []
+            assert verify_store(opened, deep=True) == []
 
 
 def test_lost_samples_of_a_manifest_are_an_error_that_names_it(store: Store) -> None:
     store.publish(IDS)
     store.compact()
     (manifest_id,) = manifest_ids(store.root)
-    for key in keys_of(manifest_id, "samples"):
+    for key in manifest_copies(manifest_id, "samples"):
         store.root.delete(key)
     opened = Store.open(store.root.url)
     assert len(opened.shard_ids()) > 8
@@ -298,7 +300,7 @@ def test_a_newer_record_counts_though_a_kill_ended_its_compaction(store: Store) 
         store.compact()
     assert single(store) == set()
     assert {name: Store.open(store.root.url).commit(name) for name in lost} == newer
-    assert store.verify(deep=True) == []
+    assert verify_store(store, deep=True) == []
 
 
 def test_what_was_read_before_serves_while_others_put_together(store: Store) -> None:
@@ -360,10 +362,10 @@ def test_both_copies_damaged_is_an_error_that_names_the_manifest(store: Store) -
     store.publish(IDS)
     store.compact()
     (manifest_id,) = manifest_ids(store.root)
-    for key in keys_of(manifest_id, "shards"):
+    for key in manifest_copies(manifest_id, "shards"):
         store.root.write(key, b"PAR1")
     opened = Store.open(store.root.url)
-    for operation in (opened.commits, opened.shard_ids, lambda: opened.verify(deep=False)):
+    for operation in (opened.commits, opened.shard_ids, lambda: verify_store(opened, deep=False)):
         with pytest.raises(CorruptError, match=f"{manifest_id}.*hidden-states"):
             operation()
 
