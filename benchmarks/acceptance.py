@@ -25,12 +25,15 @@ from rich.console import Console
 
 from benchmarks.machine import describe
 from deployments.recipe import Recipe, load_recipe
-from eagle_core.evaluation.decode_prompts import EvaluationConfig, decode_prompts
+from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.decode_prompts import decode_prompts
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.samples import HiddenStateSample, SampleSource
 from eagle_core.target import weights
-from eagle_core.target.model import TargetModel, read_model_config
+from eagle_core.target.capture import capture_states
+from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import read_model_config
 from eagle_core.target.partial import PartialTarget
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
@@ -221,7 +224,7 @@ class States:
     @cached_property
     def _captured(self) -> Mapping[str, HiddenStateSample]:
         samples = self.tokens.by_id(self.tokens.sample_ids)
-        states = self.target.capture(samples, recomputable=True)
+        states = capture_states(self.target, samples, recomputable=True)
         return {state.sample_id: state for state in states}
 
     def _filled(

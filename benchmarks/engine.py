@@ -21,7 +21,8 @@ from rich.console import Console
 
 from benchmarks.machine import describe
 from deployments.recipe import load_recipe
-from eagle_core.evaluation.decode_prompts import EvaluationConfig, decode_prompts
+from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.decode_prompts import decode_prompts
 from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile

@@ -18,7 +18,8 @@ from benchmarks.step_case import (
 )
 from benchmarks.step_worker import Peer, serve
 from eagle_core.bfloat16 import DTYPES
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.ttt import TttOptions, ttt_step
 

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.ttt import TttOptions, ttt_step
 

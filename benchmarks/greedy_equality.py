@@ -17,12 +17,9 @@ from rich.console import Console
 from benchmarks.machine import describe
 from deployments.recipe import Recipe, load_recipe
 from eagle_core.decoding.chain_drafter import DraftNetwork
-from eagle_core.decoding.speculative import (
-    DecodingConfig,
-    GenerationTrace,
-    generate_plain_batch,
-    generate_speculative_batch,
-)
+from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.speculative import generate_plain_batch, generate_speculative_batch
+from eagle_core.decoding.trace import GenerationTrace
 from eagle_core.evaluation.decode_prompts import mismatch_margin
 from eagle_core.evaluation.prompts import sample_prompts
 from eagle_core.target.model import TargetModel

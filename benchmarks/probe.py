@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from deployments.recipe import load_recipe
 from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target.model import TargetModel, batches_by_length, log_probabilities
+from eagle_core.target.capture import batches_by_length, capture_states
+from eagle_core.target.head import log_probabilities
+from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.stored_source import to_stored
 from storage.probe import NUM_POINTS
@@ -43,7 +45,7 @@ def capture(
     norm = target._decoder.get_submodule("norm")  # noqa: SLF001 (a benchmark may look inside)
     norm.register_forward_pre_hook(lambda _module, inputs: passing.append(inputs[0]))
     for batch in batches_by_length(samples, batch_tokens=target.config.batch_tokens):
-        for row, state in enumerate(target.capture(batch)):
+        for row, state in enumerate(capture_states(target, batch)):
             yield state, to_bfloat16_bits(passing[-1][row, : len(state)])
 
 

@@ -33,7 +33,8 @@ from benchmarks.states import identity, load_target, token_file
 from benchmarks.store import teacher_kl
 from deployments.recipe import load_recipe
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target.model import TargetModel, batches_by_length
+from eagle_core.target.capture import batches_by_length, capture_states
+from eagle_core.target.model import TargetModel
 from eagle_core.target.partial import DerivedStates, KeptStates, PartialTarget
 from flows.bridge.recompute import completed
 from flows.bridge.store_identity import left_out
@@ -270,8 +271,8 @@ def report(arguments: argparse.Namespace) -> str:
     target = load_target(arguments.recipe)
     config = target.config
     samples = list(token_file(arguments.recipe, arguments.home))[: arguments.samples]
-    captured = list(target.capture(samples, recomputable=True))
-    plain = {state.sample_id: state for state in target.capture(samples)}
+    captured = list(capture_states(target, samples, recomputable=True))
+    plain = {state.sample_id: state for state in capture_states(target, samples)}
     partial = PartialTarget.load(config)
     head = target.lm_head_weight.float().numpy()
     batch_tokens = load_recipe(arguments.recipe).target.batch_tokens

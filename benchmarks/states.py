@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deployments.recipe import load_recipe
+from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.stored_source import to_stored
@@ -38,7 +39,7 @@ def token_file(recipe: str, home: Path) -> TokenFile:
 def capture(target: TargetModel, tokens: TokenFile, num_samples: int) -> list[StoredSample]:
     """Return the first samples of a token file, in its order, with the target's states."""
     wanted = list(tokens)[:num_samples]
-    by_id = {state.sample_id: to_stored(state) for state in target.capture(wanted)}
+    by_id = {state.sample_id: to_stored(state) for state in capture_states(target, wanted)}
     return [by_id[sample.sample_id] for sample in wanted]
 
 

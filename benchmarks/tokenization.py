@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.machine import describe
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversations import Conversation
+from eagle_core.data.conversation import Conversation
 from eagle_core.data.source_record import SourceRecord
 from eagle_core.data.sources import read_records
 from eagle_core.target import weights

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from deployments.automation import AutomationConfig
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
-from eagle_core.tracking.hosted import TrackingConfig
+from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.run import Run
 from flows.config.export import RunExportConfig

@@ -6,7 +6,7 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target.config import TargetConfig

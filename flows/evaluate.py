@@ -10,7 +10,8 @@ from prefect import flow
 from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.evaluation.acceptance import PromptResult, summarise, summarise_by_category
-from eagle_core.evaluation.decode_prompts import EvaluationConfig, decode_prompts
+from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.decode_prompts import decode_prompts
 from eagle_core.evaluation.estimate import AcceptanceEstimate
 from eagle_core.evaluation.prompt_file import read_prompts
 from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts

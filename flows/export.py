@@ -12,7 +12,7 @@ from eagle_core.draft.export import ServedTarget
 from eagle_core.draft.export import export as write_layouts
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import aux_layers, read_model_config
+from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.trained_run import open_run
 from flows.config.export import RunExportConfig

@@ -5,9 +5,10 @@ import time
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
-from eagle_core.tracking.hosted import TrackingConfig, require_trackers
+from eagle_core.tracking.config import TrackingConfig
+from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.run import begun_run
 from flows.config.runner import RunnerConfig

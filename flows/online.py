@@ -9,12 +9,14 @@ from prefect.logging import get_run_logger
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import TargetModel, fingerprint, fingerprint_fields
+from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
+from eagle_core.target.model import TargetModel
 from eagle_core.target.weights import locate
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.tracking.hosted import TrackingConfig, require_trackers
+from eagle_core.tracking.config import TrackingConfig
+from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
 from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, set_up_draft

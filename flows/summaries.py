@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eagle_core.draft.export import ExportLayout
 from eagle_core.evaluation.acceptance import AcceptanceReport
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate
 from eagle_core.training.result import Figures
 

@@ -12,10 +12,11 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.samples import SampleSource
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import resolve_device
+from eagle_core.target.model_config import resolve_device
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.tracking.hosted import TrackingConfig, open_trackers, require_trackers
-from eagle_core.tracking.tracker import TENSORBOARD_FOLDER
+from eagle_core.tracking.config import TrackingConfig
+from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
+from eagle_core.tracking.trackers import open_trackers, require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.schedule import learning_rate, total_steps

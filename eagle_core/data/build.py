@@ -13,18 +13,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
+from eagle_core.data.conversation import Conversation, content_key
 from eagle_core.data.conversation_table import from_row, to_row
-from eagle_core.data.conversations import (
-    Conversation,
-    content_key,
-    is_held_out,
-    normalise,
-    piece_key,
-)
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.data.manifest import DatasetManifest, FileDigest, load_manifest
+from eagle_core.data.normalise import normalise
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.data.sources import find_source, identify, read_records
+from eagle_core.data.splits import is_held_out, piece_key
 from eagle_core.data.writer import (
     DatasetWriters,
     Split,

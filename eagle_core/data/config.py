@@ -5,8 +5,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from eagle_core.address import Address
 from eagle_core.atomic_files import FOLDER_NAME
-from eagle_core.data.address import Address
 from eagle_core.data.columns import Columns
 from eagle_core.data.presets import PRESETS
 

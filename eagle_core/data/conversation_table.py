@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.data.tool_calls import ToolCall
 
 _TOOL_CALL = pa.struct([(name, pa.string()) for name in ("name", "arguments", "call_id")])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle_core.decoding.verification import sample_token
-from eagle_core.draft.model import DraftCache
+from eagle_core.draft.kv_cache import DraftCache
 from eagle_core.errors import ConfigError
 
 

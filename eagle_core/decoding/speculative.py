@@ -16,112 +16,17 @@ Shapes: B batch, T tokens, S entries of a cache, H target hidden, V target vocab
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from eagle_core.decoding.chain_drafter import ChainDrafter, DraftNetwork, Proposal
+from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.target_cache import CachedTarget, CacheT, TargetCache
+from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.decoding.verification import Verdict, sample_token, verify_greedy, verify_sampled
 from eagle_core.errors import ConfigError
-
-_RECORD_PAST = "activate_past_recording"
-
-
-class CroppableCache(Protocol):
-    """A key-value cache that can forget its newest tokens (transformers' `DynamicCache`)."""
-
-    def crop(self, tokens_to_remove: int, /) -> None:
-        """Forget `-tokens_to_remove` tokens; a negative number or 0."""
-
-    def batch_select_indices(self, indices: Tensor, /) -> None:
-        """Forget all sequences but those at `indices`."""
-
-
-CacheT = TypeVar("CacheT", bound=CroppableCache)
-
-
-class CachedTarget(Protocol[CacheT]):
-    """What speculative decoding asks of a target model; `TargetModel` is one."""
-
-    device: torch.device
-
-    @property
-    def decodes_batches(self) -> bool:
-        """Whether texts of different lengths can share a cache."""
-
-    def forward_cached(
-        self,
-        input_ids: Tensor,
-        past: CacheT | None,
-        /,
-        *,
-        is_true: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, CacheT]:
-        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
-
-        `is_true` [B, S + T] is False for entries that no token may see, `positions` [B, T] are the
-        tokens' places in their texts; without them all S + T are tokens of texts of one length.
-        """
-
-    def logits(self, last: Tensor, /) -> Tensor:
-        """Return the target's logits [..., V] for post-norm states [..., H]."""
-
-
-class DecodingConfig(BaseModel):
-    """How text is decoded, plainly or speculatively."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    max_new_tokens: int = Field(
-        default=64, gt=0, description="Most tokens generated for one prompt."
-    )
-    draft_tokens: int = Field(
-        default=5, gt=0, le=32, description="K, tokens drafted for each forward of the target."
-    )
-    temperature: float = Field(
-        default=0.0,
-        ge=0.0,
-        description="0 decodes greedily; above, tokens are sampled, and rejection sampling keeps "
-        "the target's own distribution.",
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of sampling; unused at temperature 0.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerificationRound:
-    """What one target forward over a drafted chain gave."""
-
-    verified: int
-    """Drafted tokens with a known verdict: K, or fewer where a stop token ended the text."""
-    accepted: int
-    """Of these, the accepted ones."""
-    gained: int
-    """Tokens of the text: accepted + 1, or accepted where the stop token was itself drafted."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationTrace:
-    """One generated text and what it took."""
-
-    tokens: tuple[int, ...]
-    """The new tokens, a stop token included."""
-    rounds: tuple[VerificationRound, ...] = ()
-    """One for each verifying forward; empty when decoded plainly. The last one counts in full even
-    where `max_new_tokens` cut its tokens, so that short texts do not look worse than long ones."""
-    seconds: float
-    """Wall time, prefill included; of texts decoded side by side, an equal share of it."""
-    prefill_seconds: float
-    """Of it, until the first token."""
-
-    @property
-    def accepted(self) -> tuple[int, ...]:
-        """Drafted tokens accepted in each round, 0..K."""
-        return tuple(verification.accepted for verification in self.rounds)
 
 
 def generate_speculative(
@@ -228,7 +133,7 @@ class _Batch(Generic[CacheT]):
         self._prefill_seconds = 0.0
         self._prompts, self._config, self._stop_ids = prompts, config, stop_ids
         self._target = target
-        self._cache = _TargetCache(target)
+        self._cache = TargetCache(target)
         self._texts = [_Text(config.seed) for _ in prompts]
         self.active = list(self._texts)
 
@@ -310,57 +215,6 @@ class _Batch(Generic[CacheT]):
     def _has_ended(self, text: _Text) -> bool:
         is_full = len(text.tokens) >= self._config.max_new_tokens
         return is_full or text.tokens[-1] in self._stop_ids
-
-
-class _TargetCache(Generic[CacheT]):
-    """The target's cache of a batch, and which of its entries are tokens of their texts."""
-
-    def __init__(self, target: CachedTarget[CacheT]) -> None:
-        self._target = target
-        self._past: CacheT | None = None
-        self._is_true = torch.ones(0, 0, dtype=torch.bool, device=target.device)
-        self._lengths = torch.zeros(0, dtype=torch.int64, device=target.device)
-
-    def run(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Append tokens to every text; return (last [B, T, H], aux [B, T, 3H]), padded behind."""
-        device = self._target.device
-        input_ids = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
-        counts = torch.tensor([len(row) for row in ids], device=device)
-        if self._past is None:
-            # Behind a text there is nothing that it could see: padding needs no mask.
-            self._is_true = torch.ones(len(ids), 0, dtype=torch.bool, device=device)
-            self._lengths = torch.zeros_like(counts)
-        steps = torch.arange(input_ids.shape[1], device=device)
-        is_true = torch.cat([self._is_true, steps < counts.unsqueeze(1)], dim=1)
-        if self._past is None or is_true.all():
-            last, aux, self._past = self._target.forward_cached(input_ids, self._past)
-        else:
-            positions = self._lengths.unsqueeze(1) + steps
-            last, aux, self._past = self._target.forward_cached(
-                input_ids, self._past, is_true=is_true, positions=positions
-            )
-        if hasattr(self._past, _RECORD_PAST):  # else a full sliding window could not be cropped
-            getattr(self._past, _RECORD_PAST)()
-        self._is_true, self._lengths = is_true, self._lengths + counts
-        return last, aux
-
-    def forget(self, counts: Sequence[int]) -> None:
-        """Forget the newest tokens of every text, so many of each."""
-        assert self._past is not None  # noqa: S101 (something ran)
-        common = min(counts)
-        self._past.crop(-common)
-        self._is_true = self._is_true[:, : self._is_true.shape[1] - common]
-        left = torch.tensor(counts, device=self._target.device)
-        behind = torch.arange(self._is_true.shape[1], 0, -1, device=self._target.device)
-        self._is_true = self._is_true & (behind > (left - common).unsqueeze(1))
-        self._lengths = self._lengths - left
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with the texts at `rows` alone."""
-        assert self._past is not None  # noqa: S101 (something ran)
-        kept = torch.tensor(rows, device=self._target.device)
-        self._past.batch_select_indices(kept)
-        self._is_true, self._lengths = self._is_true[kept], self._lengths[kept]
 
 
 def _verify(

@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 
 from eagle_core.atomic_files import atomic_folder
 from eagle_core.bfloat16 import DTYPES, require_finite
+from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.layout import EMBEDDING, VOCABULARY, to_speculators
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError
 
 CONFIG_NAME = "config.json"

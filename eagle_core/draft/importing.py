@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_core.bfloat16 import require_finite
+from eagle_core.draft.config import NUM_AUX_LAYERS, DraftConfig
 from eagle_core.draft.layout import EMBEDDING, VOCABULARY, from_any_layout, require_shapes
-from eagle_core.draft.model import NUM_AUX_LAYERS, DraftConfig, DraftModel
+from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.target.weights import weight_files
+from eagle_core.safetensors_files import weight_files
 
 _CONFIG_NAME = "config.json"
 _PICKLED_NAME = "pytorch_model.bin"

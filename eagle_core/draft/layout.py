@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from eagle_core.draft.model import NUM_AUX_LAYERS, DraftConfig
+from eagle_core.draft.config import NUM_AUX_LAYERS, DraftConfig
 from eagle_core.errors import ConfigError, MismatchError
 
 EMBEDDING = "embed_tokens.weight"

@@ -9,136 +9,15 @@ vocabulary, N heads, K key-value heads, E head size.
 """
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PretrainedConfig
 
+from eagle_core.draft.config import NUM_AUX_LAYERS, DraftConfig
+from eagle_core.draft.kv_cache import DraftCache
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
-
-NUM_AUX_LAYERS = 3
-
-
-class DraftConfig(BaseModel):
-    """Sizes of a draft model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hidden_size: int = Field(gt=0)
-    target_hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    vocab_size: int = Field(gt=0, description="V, the target's vocabulary.")
-    draft_vocab_size: int = Field(gt=0, description="D, what the draft can propose.")
-    rms_norm_eps: float = Field(default=1e-5, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
-    max_position_embeddings: int = Field(default=2048, gt=0)
-    fc_norm: bool = Field(
-        default=False, description="EAGLE-3.1: normalise each aux state before they are fused."
-    )
-    norm_output: bool = Field(
-        default=False, description="EAGLE-3.1: the recurrent state is the final norm's output."
-    )
-
-    @classmethod
-    def from_target(
-        cls,
-        target: PretrainedConfig,
-        *,
-        draft_vocab_size: int,
-        fc_norm: bool = False,
-        norm_output: bool = False,
-    ) -> Self:
-        """Return a draft of the target's own width, one layer deep."""
-        rope = getattr(target, "rope_parameters", None) or {}
-        if "full_attention" in rope:  # models that mix attention kinds keep one set for each
-            rope = rope["full_attention"]
-        heads = target.num_attention_heads
-        return cls(
-            hidden_size=target.hidden_size,
-            target_hidden_size=target.hidden_size,
-            intermediate_size=target.intermediate_size,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
-            head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=min(draft_vocab_size, target.vocab_size),
-            rms_norm_eps=target.rms_norm_eps,
-            rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", 10000.0))),
-            max_position_embeddings=target.max_position_embeddings,
-            fc_norm=fc_norm,
-            norm_output=norm_output,
-        )
-
-
-class DraftCache:
-    """Keys and values of the entries so far, [B, K, length, E] each.
-
-    The sequences of a batch may differ in length: entries that only fill a row up are hidden.
-    """
-
-    def __init__(self) -> None:
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self._is_true: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Return the number of entries."""
-        return 0 if self._keys is None else self._keys.shape[2]
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add entries [B, K, T, E]; return all keys and values."""
-        if self._keys is not None and self._values is not None:
-            keys = torch.cat([self._keys, keys], dim=2)
-            values = torch.cat([self._values, values], dim=2)
-        self._keys, self._values = keys, values
-        return keys, values
-
-    def crop(self, length: int) -> None:
-        """Forget every entry from `length` on."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys[:, :, :length]
-            self._values = self._values[:, :, :length]
-        if self._is_true is not None:
-            self._is_true = self._is_true[:, :length]
-
-    def hide(self, is_true: Tensor) -> None:
-        """Hide from every later entry those of the newest [B, T] that are False."""
-        before = self._is_true_of(self.length - is_true.shape[1], is_true)
-        self._is_true = torch.cat([before, is_true], dim=1)
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but those at `rows`."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._keys[rows], self._values[rows]
-        if self._is_true is not None:
-            self._is_true = self._is_true[rows]
-
-    def visible(self, num_new: int) -> Tensor | None:
-        """Return which entries each of the newest `num_new` sees, [B or 1, 1, T, length].
-
-        All of its sequence at or before it; None if that is everything.
-        """
-        if self._keys is None or (num_new == 1 and self._is_true is None):
-            return None
-        causal = torch.ones(num_new, self.length, dtype=torch.bool, device=self._keys.device)
-        causal = causal.tril(self.length - num_new)[None, None]
-        if self._is_true is None:
-            return causal
-        is_true = self._is_true_of(self.length, self._is_true)
-        return causal & is_true[:, None, None]
-
-    def _is_true_of(self, length: int, like: Tensor) -> Tensor:
-        """Return [B, length], True for entries that nobody spoke of."""
-        known = like[:, :0] if self._is_true is None else self._is_true
-        return functional.pad(known, (0, length - known.shape[1]), value=True)
 
 
 class Attention(nn.Module):

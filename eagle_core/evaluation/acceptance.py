@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator
 
-from eagle_core.decoding.speculative import GenerationTrace, VerificationRound
+from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.errors import ConfigError
 
 _RESAMPLES = 2000

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from eagle_core.bfloat16 import from_bfloat16_bits
 from eagle_core.decoding.chain_drafter import ChainDrafter, DraftNetwork
-from eagle_core.decoding.speculative import VerificationRound
+from eagle_core.decoding.trace import VerificationRound
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import FloatOrNan, depth_counts
 from eagle_core.samples import HiddenStateSample, SampleSource

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversations import Message, normalise
+from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import RejectedRecord
+from eagle_core.data.normalise import normalise
 from eagle_core.data.source_record import DamagedRecord
 from eagle_core.data.sources import read_records
 from eagle_core.errors import ConfigError

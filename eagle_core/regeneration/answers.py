@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from eagle_core.data.conversations import Message
+from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason
 from eagle_core.errors import EagleCoreError
 

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from eagle_core.address import Address
 from eagle_core.atomic_files import FOLDER_NAME
-from eagle_core.data.address import Address
 
 
 class RegenerationConfig(BaseModel):

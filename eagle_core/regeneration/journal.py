@@ -14,7 +14,7 @@ from typing import Self
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from eagle_core.data.conversations import Message
+from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason
 from eagle_core.errors import ConfigError, CorruptError
 

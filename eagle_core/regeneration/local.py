@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from transformers import AutoTokenizer
 
-from eagle_core.data.conversations import Message
+from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
-from eagle_core.decoding.speculative import DecodingConfig, generate_plain
+from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.speculative import generate_plain
 from eagle_core.regeneration.answers import Answer, NoAnswer, Question, usable
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target import weights

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eagle_core.data.build import RULES_VERSION, load_conversations
+from eagle_core.data.conversation import Conversation, Message, content_key
 from eagle_core.data.conversation_table import to_row
-from eagle_core.data.conversations import Conversation, Message, content_key
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
 from eagle_core.data.manifest import DatasetManifest, load_manifest
 from eagle_core.data.writer import (

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import httpx
 
-from eagle_core.data.conversations import Message
+from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.data.tool_calls import parse_tool_calls
 from eagle_core.errors import ConfigError, TransientError

@@ -5,7 +5,7 @@ run from the late aux state. Both parts are built by the target's own transforme
 slice of its configuration, and of its weights nothing else is read.
 
 Run one sequence at a time, on the machine and with the kernels of the capture, they give the bits
-of `TargetModel.capture(..., recomputable=True)`. Sequences run together are padded, which makes
+of `capture(TargetModel, ..., recomputable=True)`. Sequences run together are padded, which makes
 matrix products round differently. Refused are targets whose layers are not a chain: those that
 share keys and values, or take inputs of their own.
 
@@ -28,9 +28,10 @@ from transformers import AutoModel, PretrainedConfig
 
 from eagle_core.bfloat16 import DTYPES, from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.errors import ConfigError
+from eagle_core.safetensors_files import load_tensor, only_tensor, tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import aux_layers, read_model_config, resolve_device
+from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 
 if TYPE_CHECKING:  # it takes 2 of 8 seconds until a flow starts, and only running a model needs it
     from transformers import PreTrainedModel
@@ -100,7 +101,7 @@ class PartialTarget:
         whole = read_model_config(config, folder)
         num_layers = whole.num_hidden_layers
         early, last = derived_layers(aux_layers(config, num_layers), num_layers)
-        files = weights.tensor_files(folder)
+        files = tensor_files(folder)
         device = resolve_device(config.device)
         first = _load_slice(config, whole, files, folder, early)
         final = _load_slice(config, whole, files, folder, last)
@@ -247,7 +248,7 @@ def _slice_tensors(
     files: Mapping[str, Path], folder: Path, layers: range
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of `layers`, numbered from 0, with the embedding and the norm."""
-    embedding = weights.only_tensor(files, "embed_tokens.weight", folder)
+    embedding = only_tensor(files, "embed_tokens.weight", folder)
     prefix = embedding.removesuffix("embed_tokens.weight")
     for name in files:
         inner = name.removeprefix(prefix)
@@ -261,4 +262,4 @@ def _slice_tensors(
             inner = f"layers.{int(number) - layers.start}.{inside}"
         elif kind == "lm_head" or (kind == "embed_tokens" and layers.start):
             continue
-        yield inner, weights.load_tensor(files, name)
+        yield inner, load_tensor(files, name)

@@ -4,25 +4,22 @@ A model folder appears only when it is complete: conversion and download go to a
 that is renamed into place.
 """
 
-import json
 import os
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.errors import ConfigError
+from eagle_core.safetensors_files import load_tensor, only_tensor, tensor_files, weight_files
 from eagle_core.target.config import TargetConfig
 
 PACKAGE_SCHEME = "package:"
-_INDEX = "model.safetensors.index.json"
 
 
 def cache_path() -> Path:
@@ -111,20 +108,6 @@ def _convert_gguf(gguf_path: Path, folder: Path) -> None:
         )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, sorted by name."""
-    index = folder / _INDEX
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ConfigError(f"cannot list the weights in {folder}: {error}") from error
-
-
 def weight_digests(folder: Path) -> dict[str, str]:
     """Return file name -> xxh3_128 of every weight file and of config.json."""
     return {
@@ -143,31 +126,3 @@ def load_ends(folder: Path, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if not any(name.endswith("lm_head.weight") for name in names):
         return embedding, embedding
     return embedding, load_tensor(names, only_tensor(names, "lm_head.weight", folder)).to(dtype)
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor of a model folder; an index spares opening the files."""
-    index = folder / _INDEX
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    found: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
-
-
-def only_tensor(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
-    """Return the one tensor name that ends so; ConfigError if there are none or several."""
-    matches = [name for name in names if name.endswith(suffix)]
-    if len(matches) != 1:
-        raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
-    return matches[0]
-
-
-def load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
-    """Return one tensor in the type it is stored in, and read no other."""
-    with safe_open(files[name], framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eagle_core.data.conversations import Conversation
+from eagle_core.data.conversation import Conversation
 from eagle_core.tokenization.chat_template import ChatTemplate, Rendering, TemplateRefusedError
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample, sample_id

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
-from eagle_core.data.conversations import Conversation
+from eagle_core.data.conversation import Conversation
 from eagle_core.data.ledger import RejectedRecord
 from eagle_core.errors import TransientError
 from eagle_core.samples import TokenizedSample

@@ -9,7 +9,7 @@ could not be told from a turn, and every text is refused.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from eagle_core.data.conversations import Message, Role
+from eagle_core.data.conversation import Message, Role
 from eagle_core.errors import EagleCoreError
 from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
@@ -25,8 +25,6 @@ from eagle_core.bfloat16 import require_finite
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.training.loader import LoaderState
-
-CheckpointChoice = Literal["best", "newest"]
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.importing import read_draft, warm_start
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary, count_supervised_tokens
 from eagle_core.errors import MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import aux_layers, read_model_config, resolve_device
+from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.checkpoint import load_draft, newest
 from eagle_core.training.config import TrainingConfig

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagle_core.samples import HiddenStateSample
+from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.keep_online_states import StateKeeper
@@ -109,10 +110,10 @@ class OnlineSource:
         if self._target is None:
             self._target = self._load_target()
         if self._keeper is None:
-            states = self._target.capture(self._tokens.by_id(members))
+            states = capture_states(self._target, self._tokens.by_id(members))
         else:
             missing = [name for name in members if not self._keeper.holds(name)]
             recomputable = self._keeper.store.identity.left_out is not None
-            capture = partial(self._target.capture, recomputable=recomputable)
+            capture = partial(capture_states, self._target, recomputable=recomputable)
             states = iter(self._keeper.compute(self._tokens.by_id(missing), capture))
         return {sample.sample_id: sample for sample in states}

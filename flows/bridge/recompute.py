@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import log_probabilities
+from eagle_core.target.head import log_probabilities
 from eagle_core.target.partial import KeptStates, PartialTarget
 from storage.errors import ConfigError
 from storage.records.identity import StoreIdentity

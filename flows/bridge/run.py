@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eagle_core.atomic_files import write_text
 from eagle_core.data.config import DatasetConfig
-from eagle_core.draft.model import DraftConfig
+from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import fingerprint_fields, read_stop_ids
-from eagle_core.tracking.hosted import TrackingConfig
+from eagle_core.target.fingerprint import fingerprint_fields
+from eagle_core.target.model_config import read_stop_ids
+from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import require_identity
 from eagle_core.training.config import TrainingConfig
@@ -50,7 +51,7 @@ class Run(BaseModel):
     tokenizer_fingerprint: str
     template_fingerprint: str
     target_fields: dict[str, str]
-    """`eagle_core.target.model.fingerprint_fields`."""
+    """`eagle_core.target.fingerprint.fingerprint_fields`."""
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
     draft: DraftConfig

@@ -6,13 +6,8 @@ from transformers import PretrainedConfig
 
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import (
-    NORM_CONVENTION,
-    aux_layers,
-    fingerprint,
-    fingerprint_fields,
-    read_model_config,
-)
+from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
+from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.target.partial import derived_layers, slice_config
 from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.config import CheckpointChoice
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import read_stop_ids
+from eagle_core.target.model_config import read_stop_ids
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint
-from eagle_core.training.checkpoint import Checkpoint, CheckpointChoice
+from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import DraftSetup, set_up_draft
 from flows.bridge.run import Run, own_tokens, read_run

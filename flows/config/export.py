@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
+from eagle_core.draft.config import CheckpointChoice
 from eagle_core.draft.export import ExportConfig
-from eagle_core.training.checkpoint import CheckpointChoice
 
 
 class RunExportConfig(ExportConfig):

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eagle_core.atomic_files import write_text
-from eagle_core.tracking.tracker import TENSORBOARD_FOLDER
+from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
 from flows.reports import plots
 from flows.reports import rows as report
 from flows.reports.plots import Series

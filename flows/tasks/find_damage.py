@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import fingerprint, fingerprint_fields, resolve_device
+from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
+from eagle_core.target.model_config import resolve_device
 from flows.bridge.recompute import TargetRecompute, partial_target
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.progress import stage_progress

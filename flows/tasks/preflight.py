@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from eagle_core.samples import TokenizedSample
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import aux_layers, read_model_config
+from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.store_identity import left_out
 from flows.config.store import StoreConfig

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict
 
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import NORM_CONVENTION, TargetModel
+from eagle_core.target.fingerprint import NORM_CONVENTION
+from eagle_core.target.model import TargetModel
 from eagle_core.target.partial import KeptStates, PartialTarget
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.store_identity import left_out
@@ -88,9 +90,9 @@ def _measure(job: MeasureJob) -> Measurement:
     samples = [file.fetch(row) for row in job.rows]
     target = TargetModel.load(job.target)
     # What is slow only once is not measured.
-    list(target.capture(samples[:1], on_unusable=_leave_out))
+    list(capture_states(target, samples[:1], on_unusable=_leave_out))
     started = time.monotonic()
-    states = list(target.capture(samples, on_unusable=_leave_out))
+    states = list(capture_states(target, samples, on_unusable=_leave_out))
     seconds = time.monotonic() - started
     if not states:
         raise CorruptError(
@@ -121,7 +123,7 @@ def _ends_cost(
         return None
     partial = PartialTarget.load(config)
     started = time.monotonic()
-    states = list(target.capture(samples, recomputable=True))
+    states = list(capture_states(target, samples, recomputable=True))
     captured = time.monotonic()
     kept = [KeptStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
     partial.derive(kept[0])  # what is slow only once is not measured

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import torch
 
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import resolve_device
+from eagle_core.target.model_config import resolve_device
 from flows.errors import ChildKilledError, RunStoppedError
 from flows.workers.child_process import Child
 from flows.workers.shard_worker import ShardJob, ShardReport

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import resolve_device
+from eagle_core.target.model_config import resolve_device
 from eagle_core.training.result import Progress, TrainingResult
 from flows.errors import ChildKilledError
 from flows.workers.child_process import ask_ranks

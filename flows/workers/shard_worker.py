@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
@@ -113,7 +114,7 @@ class ShardMaker:
                 Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
             )
 
-        captured = self._target.capture(samples, recomputable=left_out, on_unusable=exclude)
+        captured = capture_states(self._target, samples, recomputable=left_out, on_unusable=exclude)
         states = list(_counted(captured))
         shard = planned
         if excluded:

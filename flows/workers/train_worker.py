@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import resolve_device
+from eagle_core.target.model_config import resolve_device
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.tracking.hosted import TrackedRun, TrackingConfig, open_trackers
+from eagle_core.tracking.config import TrackedRun, TrackingConfig
 from eagle_core.tracking.tracker import NoTracker, Tracker
+from eagle_core.tracking.trackers import open_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.distributed import join_processes
 from eagle_core.training.result import Progress, TrainingResult

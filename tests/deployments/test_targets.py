@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from deployments.recipe import Recipe, load_recipe, recipe_names
-from eagle_core.data.conversations import Conversation, Message
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.data.conversation import Conversation, Message
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.target import weights
-from eagle_core.target.model import aux_layers, read_model_config
+from eagle_core.target.model_config import aux_layers, read_model_config
 from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.tasks.preflight import _bare_bytes_per_token
 from tests.deployments.architectures import ARCHITECTURES, Architecture

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import HiddenStateSample, sample_id
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_core.decoding.speculative import (
-    DecodingConfig,
-    generate_plain_batch,
-    generate_speculative_batch,
-)
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.speculative import generate_plain_batch, generate_speculative_batch
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import TokenizedSample, sample_id
+from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
 from eagle_core.training.result import Figures
 from eagle_core.training.ttt import TttOptions, ttt_step
@@ -102,9 +101,9 @@ def test_a_target_gives_its_states_there(tiny_target_path: Path) -> None:
         mask = np.arange(length) % 3 == 0
         name = sample_id(ids, mask)
         samples.append(TokenizedSample(sample_id=name, input_ids=ids, loss_mask=mask))
-    expected = list(target.capture(samples))
+    expected = list(capture_states(target, samples))
     with pretend_device() as device:
-        found = list(_moved(target, device).capture(samples))
+        found = list(capture_states(_moved(target, device), samples))
     for one, other in zip(found, expected, strict=True):
         assert one.sample_id == other.sample_id
         np.testing.assert_array_equal(one.aux_hidden_states, other.aux_hidden_states)

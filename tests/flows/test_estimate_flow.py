@@ -10,7 +10,7 @@ from prefect import flow
 from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel

@@ -4,9 +4,9 @@ import json
 import math
 from pathlib import Path
 
-from eagle_core.decoding.speculative import GenerationTrace, VerificationRound
+from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.evaluation.acceptance import PromptResult, summarise
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
@@ -174,7 +175,7 @@ def test_repair_leaves_nothing_out_and_collection_nothing_behind(
     files = [TokenFile(path) for path in (tokens.train_path, tokens.held_out_path)]
     every = {sample.sample_id: sample for file in files for sample in file}
     for shard in store.plan(wanted_samples(tokens), shard_tokens=600).shards:
-        states = elsewhere.capture([every[name] for name in shard.sample_ids])
+        states = capture_states(elsewhere, [every[name] for name in shard.sample_ids])
         store.write_shard(shard, map(to_stored, states))
     publish(tokens, space, store.root.url, shards_made=0, started=0.0)
     (bad,) = [name for name, sample in every.items() if "record 5 " in sample.location]
@@ -304,4 +305,4 @@ def test_the_target_alone_names_file_and_record(tmp_path: Path, poisoned: Target
         bad = [sample for sample in TokenFile(path) if "record 5" in sample.location]
         for sample in bad:
             with pytest.raises(CorruptError, match=r"\(facts\.json, record 5.*aux states are not"):
-                list(target.capture([sample]))
+                list(capture_states(target, [sample]))

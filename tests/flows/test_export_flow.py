@@ -12,7 +12,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.importing import read_draft
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint

@@ -9,12 +9,12 @@ import pytest
 from eagle_core.atomic_files import file_digest
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import MismatchError
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.tracking.tracker import TENSORBOARD_FOLDER
+from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
 from eagle_core.training.config import TrainingConfig
 from flows.config.store import StoreConfig
 from flows.online import online

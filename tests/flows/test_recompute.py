@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.target.partial import PartialTarget
@@ -84,7 +85,7 @@ def _write_whole(half: Store, root: Path, home: Path, target: TargetConfig) -> N
             for file in files
             for sample in file.by_id([name for name in record.sample_ids if name in file])
         ]
-        states = model.capture(samples, recomputable=True)
+        states = capture_states(model, samples, recomputable=True)
         whole.write_shard(shard, map(to_stored, states))
     whole.publish([half.snapshot().sample_id(i) for i in range(half.snapshot().num_samples)])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
@@ -204,7 +205,7 @@ def _wrong_states(store: Store, home: Path, target: TargetConfig) -> str:
         for file in [TokenFile(path)]
         for sample in file.by_id([name for name in record.sample_ids if name in file])
     ]
-    states = [to_stored(state) for state in TargetModel.load(target).capture(wanted)]
+    states = [to_stored(state) for state in capture_states(TargetModel.load(target), wanted)]
     for state in states:
         state.last_hidden_state[:] = state.aux_hidden_states[:, -1]
     shard = PlannedShard(

@@ -35,6 +35,7 @@ from storage.objects.object_store import TEMPORARY_SUFFIX, Directory
 from storage.objects.sealed_json import seal, unseal
 from storage.reader import read_shard
 from storage.records import compaction, keys
+from storage.records.manifest import manifest_ids
 from storage.records.plan import Plan, PlannedShard
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
@@ -366,8 +367,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=indices)
     def tear_a_manifest(self, which: int) -> None:
-        """Of one of its two copies only: both at once are a loss that nothing hides."""
-        keys = sorted(key for key in self.raw() if key.startswith("manifests/"))
+        """Of one of its two copies only: both at once are a loss that nothing hides.
+
+        A kill may leave its samples alone: without its shards it is not a manifest yet.
+        """
+        written = manifest_ids(self.root)
+        keys = sorted(
+            key
+            for key in self.raw()
+            if key.startswith("manifests/") and key.rpartition("/")[2].partition(".")[0] in written
+        )
         if keys:
             key = keys[which % len(keys)]
             twin = (

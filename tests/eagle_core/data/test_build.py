@@ -14,9 +14,10 @@ import pytest
 
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversations import content_key, is_held_out
+from eagle_core.data.conversation import content_key
 from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import DatasetManifest, load_manifest
+from eagle_core.data.splits import is_held_out
 from eagle_core.data.writer import Split
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.columns import Columns
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversations import Conversation, Message, content_key, normalise
+from eagle_core.data.conversation import Conversation, Message, content_key
 from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.normalise import normalise
 from eagle_core.data.presets import PRESETS
 from eagle_core.data.source_record import SourceRecord
 from eagle_core.data.sources import read_records

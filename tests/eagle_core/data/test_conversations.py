@@ -6,14 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_core.data.conversations import (
-    Conversation,
-    Message,
-    content_key,
-    is_held_out,
-    normalise,
-)
+from eagle_core.data.conversation import Conversation, Message, content_key
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
+from eagle_core.data.normalise import normalise
+from eagle_core.data.splits import is_held_out
 
 
 def sharegpt(*turns: tuple[str, str]) -> dict[str, object]:

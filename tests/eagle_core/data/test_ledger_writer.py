@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.data.ledger import Reason
 from eagle_core.data.ledger_writer import LedgerWriter
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer

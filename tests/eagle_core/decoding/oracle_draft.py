@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from eagle_core.draft.model import DraftCache
+from eagle_core.draft.kv_cache import DraftCache
 
 
 class OracleDraft:

@@ -7,14 +7,16 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import (
-    DecodingConfig,
     generate_plain,
     generate_plain_batch,
     generate_speculative,
     generate_speculative_batch,
 )
-from eagle_core.draft.model import DraftCache, DraftConfig, DraftModel
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.kv_cache import DraftCache
+from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.export import ExportConfig, ExportLayout, ServedTarget, export
 from eagle_core.draft.importing import read_draft, warm_start
+from eagle_core.draft.kv_cache import DraftCache
 from eagle_core.draft.layout import expected_shapes
-from eagle_core.draft.model import DraftCache, DraftConfig, DraftModel
+from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target import weights

@@ -18,11 +18,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from eagle_core.decoding.chain_drafter import ChainDrafter, Proposal
-from eagle_core.decoding.speculative import DecodingConfig, generate_speculative
+from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.speculative import generate_speculative
 from eagle_core.draft.export import ExportConfig, ExportLayout, ServedTarget, export
 from eagle_core.draft.model import DraftModel
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import TargetModel, aux_layers
+from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import aux_layers
 from tests.eagle_core.draft.test_export import make_draft
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")

@@ -5,7 +5,7 @@ import math
 import pytest
 from numpy import array
 
-from eagle_core.decoding.speculative import GenerationTrace, VerificationRound
+from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import PromptResult, bootstrap_ratio, summarise
 

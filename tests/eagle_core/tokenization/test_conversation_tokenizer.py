@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample, sample_id

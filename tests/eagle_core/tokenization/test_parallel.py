@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.data.ledger import RejectedRecord
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 from eagle_core.tokenization.parallel import tokenize_in_processes

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.data.conversations import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import TokenizedSample
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer

@@ -18,8 +18,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversations import Conversation, Message, normalise
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.normalise import normalise
 from eagle_core.data.source_record import SourceRecord
 from eagle_core.data.sources import read_records
 from eagle_core.data.tool_calls import ToolCall

@@ -14,12 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eagle_core.tracking.hosted import (
-    TrackedRun,
-    TrackingConfig,
-    hosted_run_id,
-    open_trackers,
-)
+from eagle_core.tracking.config import TrackedRun, TrackingConfig
+from eagle_core.tracking.hosted import hosted_run_id
+from eagle_core.tracking.trackers import open_trackers
 
 NAME = "smollm2-facts.v2-main"
 FIRST, SECOND = (1, 2, 3), (4, 5)

@@ -12,12 +12,9 @@ from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eagle_core.errors import ConfigError
-from eagle_core.tracking.hosted import (
-    TrackedRun,
-    TrackingConfig,
-    hosted_run_id,
-    open_trackers,
-)
+from eagle_core.tracking.config import TrackedRun, TrackingConfig
+from eagle_core.tracking.hosted import hosted_run_id
+from eagle_core.tracking.trackers import open_trackers
 from tests.paths import ROOT
 from tests.side_environment import side_environment
 from tests.waiting import LIMIT_SECONDS

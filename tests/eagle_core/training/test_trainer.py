@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.tracking.tracker import TensorBoardTracker
+from eagle_core.tracking.tensorboard import TensorBoardTracker
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState

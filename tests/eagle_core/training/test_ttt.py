@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import golden
-from eagle_core.draft.model import DraftConfig, DraftModel
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.ttt import TttOptions, ttt_step
 from tests import needs

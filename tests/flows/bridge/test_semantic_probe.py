@@ -12,6 +12,7 @@ import torch
 from eagle_core.bfloat16 import to_bfloat16_bits
 from eagle_core.data.config import DatasetConfig
 from eagle_core.samples import HiddenStateSample
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
@@ -117,7 +118,7 @@ def _store_again(
         for file in _token_files(home)
         for sample in file.by_id([name for name in record.sample_ids if name in file])
     ]
-    states = [to(state, target) for state in target.capture(wanted)]
+    states = [to(state, target) for state in capture_states(target, wanted)]
     store.revoke(shard_id)
     stored = [to_stored(state) for state in states]
     store.write_shard(shard, stored, probe=record.probe, recompute=recompute)

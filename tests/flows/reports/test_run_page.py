@@ -9,9 +9,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
-from eagle_core.tracking.tracker import TensorBoardTracker
+from eagle_core.tracking.tensorboard import TensorBoardTracker
 from eagle_core.training.config import TrainingConfig
 from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.evaluation.decode_prompts import EvaluationConfig
+from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.regeneration.config import RegenerationConfig
 
 SECRETS = [

@@ -5,23 +5,17 @@ results may stand between two assistant turns), and ends with the assistant. Wha
 brought into that form is a `RejectedRecord`; nothing is guessed and nothing is silently repaired.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from typing import Literal, Self
-
-import xxhash
+from dataclasses import dataclass, replace
 
 from eagle_core.data.columns import Columns, as_turns
+from eagle_core.data.conversation import Conversation, Message, Role, content_key
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
 from eagle_core.data.tool_calls import (
-    ToolCall,
     parse_function_call,
     parse_tool_calls,
     parse_tools,
 )
-
-Role = Literal["system", "user", "assistant", "tool"]
 
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -41,6 +35,8 @@ _ROLES: Mapping[str, Role] = {
     "observation": "tool",
     "function_response": "tool",
 }
+
+
 _MAY_FOLLOW: Mapping[Role | None, frozenset[Role]] = {
     None: frozenset({"system", "user"}),
     "system": frozenset({"user"}),
@@ -48,61 +44,12 @@ _MAY_FOLLOW: Mapping[Role | None, frozenset[Role]] = {
     "assistant": frozenset({"user", "tool"}),
     "tool": frozenset({"assistant", "tool"}),
 }
+
+
 _MESSAGE_KEYS = ("conversations", "conversation", "messages")
-_THINK_END = "</think>"
+
+
 _ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    """One turn."""
-
-    role: Role
-    content: str
-    reasoning_content: str = ""
-    """What the assistant thought before it wrote `content`."""
-    tool_calls: tuple[ToolCall, ...] = ()
-
-    @property
-    def reasoning(self) -> str:
-        """What was thought, whether it stands apart or, between think tags, in the content."""
-        if self.reasoning_content or _THINK_END not in self.content:
-            return self.reasoning_content
-        return self.content.partition(_THINK_END)[0].strip().removeprefix("<think>").strip()
-
-    def without_reasoning(self) -> Self:
-        """Return the message with the answer alone."""
-        answer = self.content
-        if self.role == "assistant" and _THINK_END in answer:
-            answer = answer.partition(_THINK_END)[2].lstrip("\n")
-        return replace(self, content=answer, reasoning_content="")
-
-    def as_openai(self) -> dict[str, object]:
-        """Return the message as chat templates read it; gpt-oss reads reasoning as `thinking`."""
-        message: dict[str, object] = {"role": self.role, "content": self.content}
-        if self.reasoning_content:
-            message["reasoning_content"] = message["thinking"] = self.reasoning_content
-        if self.tool_calls:
-            message["content"] = self.content or None
-            message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
-        return message
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conversation:
-    """Turns in order, the last one the assistant's; or the text that a chat template made of them.
-
-    Such a text is read back into turns where the template is known: when it is tokenised.
-    """
-
-    conversation_id: str
-    messages: tuple[Message, ...]
-    tools: str = ""
-    """JSON text of the tools on offer; empty if there are none."""
-    rendered_text: str = ""
-    """Instead of messages."""
-    location: str = field(default="", compare=False)
-    """File and record that it was read from; empty in a data set of an earlier version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,43 +102,6 @@ def normalise(
         location=location,
     )
     return Normalised(conversation=_with_id(conversation), changes=changes)
-
-
-def content_key(conversation: Conversation) -> str:
-    """Return xxh3_128 of all that was said, 32 hex digits: equal exactly for equal turns."""
-    digest = xxhash.xxh3_128()
-    for message in conversation.messages:
-        content = message.content.encode()
-        digest.update(f"{message.role} {len(content)}\n".encode())  # the length keeps turns apart
-        digest.update(content)
-        if message.reasoning_content or message.tool_calls:
-            calls = [astuple(call) for call in message.tool_calls]
-            digest.update(b"\n" + json.dumps([message.reasoning_content, calls]).encode())
-    if conversation.tools:
-        digest.update(b"\ntools " + conversation.tools.encode())
-    if conversation.rendered_text:
-        digest.update(b"\ntext " + conversation.rendered_text.encode())
-    return digest.hexdigest()
-
-
-def piece_key(conversation: Conversation) -> str:
-    """Return the key that all pieces of one chat share: ids `X_0`, `X_1`, ... give that of `X`.
-
-    ShareGPT was published cut into such pieces. An id of another form gives the content key.
-    """
-    stem, mark, number = conversation.conversation_id.rpartition("_")
-    if not stem or not mark or not number.isdecimal():
-        return content_key(conversation)
-    return xxhash.xxh3_128_hexdigest(stem.encode())
-
-
-def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether the conversation with this content or piece key is held out.
-
-    Depends on the key alone: adding data moves no conversation, and a larger fraction only adds to
-    the held-out ones.
-    """
-    return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
 
 
 def _named(record: Mapping[str, object], location: str) -> str:

@@ -1,0 +1,85 @@
+"""A conversation: turns in order, the last one the assistant's."""
+
+import json
+from dataclasses import astuple, dataclass, field, replace
+from typing import Literal, Self
+
+import xxhash
+
+from eagle_core.data.tool_calls import (
+    ToolCall,
+)
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+_THINK_END = "</think>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+    reasoning_content: str = ""
+    """What the assistant thought before it wrote `content`."""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought, whether it stands apart or, between think tags, in the content."""
+        if self.reasoning_content or _THINK_END not in self.content:
+            return self.reasoning_content
+        return self.content.partition(_THINK_END)[0].strip().removeprefix("<think>").strip()
+
+    def without_reasoning(self) -> Self:
+        """Return the message with the answer alone."""
+        answer = self.content
+        if self.role == "assistant" and _THINK_END in answer:
+            answer = answer.partition(_THINK_END)[2].lstrip("\n")
+        return replace(self, content=answer, reasoning_content="")
+
+    def as_openai(self) -> dict[str, object]:
+        """Return the message as chat templates read it; gpt-oss reads reasoning as `thinking`."""
+        message: dict[str, object] = {"role": self.role, "content": self.content}
+        if self.reasoning_content:
+            message["reasoning_content"] = message["thinking"] = self.reasoning_content
+        if self.tool_calls:
+            message["content"] = self.content or None
+            message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
+        return message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Turns in order, the last one the assistant's; or the text that a chat template made of them.
+
+    Such a text is read back into turns where the template is known: when it is tokenised.
+    """
+
+    conversation_id: str
+    messages: tuple[Message, ...]
+    tools: str = ""
+    """JSON text of the tools on offer; empty if there are none."""
+    rendered_text: str = ""
+    """Instead of messages."""
+    location: str = field(default="", compare=False)
+    """File and record that it was read from; empty in a data set of an earlier version."""
+
+
+def content_key(conversation: Conversation) -> str:
+    """Return xxh3_128 of all that was said, 32 hex digits: equal exactly for equal turns."""
+    digest = xxhash.xxh3_128()
+    for message in conversation.messages:
+        content = message.content.encode()
+        digest.update(f"{message.role} {len(content)}\n".encode())  # the length keeps turns apart
+        digest.update(content)
+        if message.reasoning_content or message.tool_calls:
+            calls = [astuple(call) for call in message.tool_calls]
+            digest.update(b"\n" + json.dumps([message.reasoning_content, calls]).encode())
+    if conversation.tools:
+        digest.update(b"\ntools " + conversation.tools.encode())
+    if conversation.rendered_text:
+        digest.update(b"\ntext " + conversation.rendered_text.encode())
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""The files of a source, at any place that fsspec reaches or in a Python package."""
+
+import fnmatch
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from eagle_core.errors import ConfigError, CorruptError, TransientError
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
+
+
+_COMPRESSIONS = (".gz", ".zst")
+
+
+BLOCK_BYTES = 8 << 20
+
+
+_AWAY = (TimeoutError, ConnectionError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile:
+    """One file of a source."""
+
+    filesystem: Any
+    """An fsspec file system."""
+    path: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Last part of the path: what messages and the ledger call the file."""
+        return PurePosixPath(self.path).name
+
+    def digest(self) -> str:
+        """Return xxh3_128 of a local file's bytes; elsewhere the file system's own checksum."""
+        if not isinstance(self.filesystem, fsspec.get_filesystem_class("file")):
+            with server_errors(self.path):
+                return f"checksum:{self.filesystem.checksum(self.path)}"
+        digest = xxhash.xxh3_128()
+        with self.filesystem.open(self.path, "rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+        return f"xxh3_128:{digest.hexdigest()}"
+
+
+def data_suffix(name: str) -> str:
+    """Return the suffix without that of a compression: `.json` for `a.json.gz`."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() in _COMPRESSIONS:
+        path = PurePosixPath(path.stem)
+    return path.suffix.lower()
+
+
+def package_file(name: str) -> SourceFile:
+    package, _, inner = name.partition("/")
+    try:
+        files = metadata.files(package)
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"Python package {package} is not installed; run `pip install {package}` or name "
+            "another source"
+        ) from error
+    found = [
+        file
+        for file in files or ()
+        if (str(file) == inner or (not inner and data_suffix(file.name) in _DATA_SUFFIXES))
+        and not file.parts[0].endswith(".dist-info")
+    ]
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "none"
+        raise ConfigError(
+            f"Python package {package} should have one data file ({', '.join(_DATA_SUFFIXES)}), "
+            f"found {names}; name it as `package:{package}/PATH`"
+        )
+    path = Path(str(found[0].locate()))
+    if not path.is_file():
+        raise CorruptError(f"{path} is missing; reinstall {package}")
+    return SourceFile(
+        filesystem=fsspec.filesystem("file"), path=str(path), size=path.stat().st_size
+    )
+
+
+def files_of(source: str) -> list[SourceFile]:
+    filesystem, path = fsspec.core.url_to_fs(source)
+    try:
+        with server_errors(source):
+            return _found(filesystem, path, source)
+    except OSError as error:
+        raise ConfigError(f"cannot read what {source} names: {error}") from error
+
+
+@contextmanager
+def server_errors(where: str) -> Iterator[None]:
+    """Say of a server that is away or slow that it may be back; Prefect takes a bare timeout for
+    its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        status = getattr(error, "status", None)
+        if _is_http(error) and isinstance(status, int) and 400 <= status < 500:
+            raise ConfigError(
+                f"{where}: the server refuses it with status {status} ({error}); correct the "
+                "address or the credentials, or download the file and name its path"
+            ) from error
+        if not is_away(error):
+            raise
+        raise TransientError(
+            f"{where}: the server does not answer ({type(error).__name__}: {error}); run again, or "
+            "download the file and name its path"
+        ) from error
+
+
+def is_away(error: Exception) -> bool:
+    return isinstance(error, _AWAY) or _is_http(error)
+
+
+def _is_http(error: Exception) -> bool:
+    return type(error).__module__.startswith("aiohttp")
+
+
+def _found(filesystem: fsspec.AbstractFileSystem, path: str, source: str) -> list[SourceFile]:
+    is_pattern = glob.has_magic(path) and not filesystem.exists(path)
+    if not is_pattern:
+        paths = [path]
+    elif isinstance(filesystem, LocalFileSystem):
+        paths = sorted(set(_matching("/", path.strip("/").split("/"))))
+    else:
+        paths = sorted(filesystem.glob(path))
+    files = [_file(filesystem, found, source, is_pattern=is_pattern) for found in paths]
+    found_files = [file for file in files if file is not None]
+    if not found_files:
+        raise ConfigError(
+            f"no file at {source}: expected JSON, JSON lines or Parquet; correct `source`, or use "
+            "`package:NAME` or `hf:ORG/NAME`"
+        )
+    return found_files
+
+
+def _file(
+    filesystem: fsspec.AbstractFileSystem, path: str, source: str, *, is_pattern: bool
+) -> SourceFile | None:
+    """Return one file; None where a path leads nowhere, or a pattern to a folder."""
+    try:
+        entry = filesystem.info(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not is_pattern:
+            return None
+        raise ConfigError(
+            f"{path}, which {source} names, is not there: a dangling link? Restore or remove it, "
+            "or correct `source`"
+        ) from error
+    if entry["type"] != "directory":
+        return SourceFile(filesystem=filesystem, path=path, size=entry["size"])
+    if is_pattern:
+        return None
+    raise ConfigError(
+        f"{source} is a directory; name its files with a glob such as {source}/*.jsonl"
+    )
+
+
+def _matching(folder: str, pattern: Sequence[str]) -> Iterator[str]:
+    """Yield the paths on this disk that a pattern, in parts, names below a folder.
+
+    A folder that it leads to and that cannot be listed is an error; fsspec and Python's own glob
+    leave it out.
+    """
+    part, *rest = pattern
+    if part == "**":
+        for below in _folders_below(folder):
+            yield from _matching(below, rest or ["*"])
+        return
+    if glob.has_magic(part):
+        names = [entry.name for entry in _entries(folder) if fnmatch.fnmatchcase(entry.name, part)]
+    else:
+        names = [part]
+    for path in (Path(folder, name) for name in names):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if not rest:
+            yield str(path)
+        elif path.is_dir():
+            yield from _matching(str(path), rest)
+
+
+def _folders_below(folder: str) -> Iterator[str]:
+    """Yield a folder and all below it; links are not followed, for one may lead back up."""
+    yield folder
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _folders_below(entry.path)
+
+
+def _entries(folder: str) -> "list[os.DirEntry[str]]":
+    try:
+        with os.scandir(folder) as listed:
+            return list(listed)
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,25 @@
+"""Which conversations are held out: decided by their content or by the chat they are a piece of."""
+
+import xxhash
+
+from eagle_core.data.conversation import Conversation, content_key
+
+
+def piece_key(conversation: Conversation) -> str:
+    """Return the key that all pieces of one chat share: ids `X_0`, `X_1`, ... give that of `X`.
+
+    ShareGPT was published cut into such pieces. An id of another form gives the content key.
+    """
+    stem, mark, number = conversation.conversation_id.rpartition("_")
+    if not stem or not mark or not number.isdecimal():
+        return content_key(conversation)
+    return xxhash.xxh3_128_hexdigest(stem.encode())
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Return whether the conversation with this content or piece key is held out.
+
+    Depends on the key alone: adding data moves no conversation, and a larger fraction only adds to
+    the held-out ones.
+    """
+    return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float

@@ -1,0 +1,72 @@
+"""The draft's own key-value cache, for texts of different lengths side by side.
+
+Shapes: B batch, T tokens, K key-value heads, E head size.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class DraftCache:
+    """Keys and values of the entries so far, [B, K, length, E] each.
+
+    The sequences of a batch may differ in length: entries that only fill a row up are hidden.
+    """
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._is_true: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Return the number of entries."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add entries [B, K, T, E]; return all keys and values."""
+        if self._keys is not None and self._values is not None:
+            keys = torch.cat([self._keys, keys], dim=2)
+            values = torch.cat([self._values, values], dim=2)
+        self._keys, self._values = keys, values
+        return keys, values
+
+    def crop(self, length: int) -> None:
+        """Forget every entry from `length` on."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys[:, :, :length]
+            self._values = self._values[:, :, :length]
+        if self._is_true is not None:
+            self._is_true = self._is_true[:, :length]
+
+    def hide(self, is_true: Tensor) -> None:
+        """Hide from every later entry those of the newest [B, T] that are False."""
+        before = self._is_true_of(self.length - is_true.shape[1], is_true)
+        self._is_true = torch.cat([before, is_true], dim=1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all sequences but those at `rows`."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys[rows], self._values[rows]
+        if self._is_true is not None:
+            self._is_true = self._is_true[rows]
+
+    def visible(self, num_new: int) -> Tensor | None:
+        """Return which entries each of the newest `num_new` sees, [B or 1, 1, T, length].
+
+        All of its sequence at or before it; None if that is everything.
+        """
+        if self._keys is None or (num_new == 1 and self._is_true is None):
+            return None
+        causal = torch.ones(num_new, self.length, dtype=torch.bool, device=self._keys.device)
+        causal = causal.tril(self.length - num_new)[None, None]
+        if self._is_true is None:
+            return causal
+        is_true = self._is_true_of(self.length, self._is_true)
+        return causal & is_true[:, None, None]
+
+    def _is_true_of(self, length: int, like: Tensor) -> Tensor:
+        """Return [B, length], True for entries that nobody spoke of."""
+        known = like[:, :0] if self._is_true is None else self._is_true
+        return functional.pad(known, (0, length - known.shape[1]), value=True)

@@ -1,0 +1,54 @@
+"""The safetensors files of a model folder: which there are, and single tensors of them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from eagle_core.errors import ConfigError
+
+_INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder, sorted by name."""
+    index = folder / _INDEX
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot list the weights in {folder}: {error}") from error
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a model folder; an index spares opening the files."""
+    index = folder / _INDEX
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    found: dict[str, Path] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def only_tensor(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
+    """Return the one tensor name that ends so; ConfigError if there are none or several."""
+    matches = [name for name in names if name.endswith(suffix)]
+    if len(matches) != 1:
+        raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
+    return matches[0]
+
+
+def load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
+    """Return one tensor in the type it is stored in, and read no other."""
+    with safe_open(files[name], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor

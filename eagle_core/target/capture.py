@@ -1,0 +1,148 @@
+"""The hidden states of samples, as they are stored.
+
+Shapes: T tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eagle_core.bfloat16 import to_bfloat16_bits
+from eagle_core.errors import CorruptError
+from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+
+OnUnusable = Callable[[TokenizedSample, str], None]
+"""Takes a sample whose states cannot be stored, and why."""
+
+
+_LOGITS_CHUNK_TOKENS = 1024
+
+
+def capture_states(
+    target: TargetModel,
+    samples: Sequence[TokenizedSample],
+    *,
+    recomputable: bool = False,
+    on_unusable: OnUnusable | None = None,
+) -> Iterator[HiddenStateSample]:
+    """Yield the hidden states of `samples`, longest first, in batches of similar length.
+
+    Batches are a pure function of the given samples: the same shard gives the same bytes.
+
+    With `recomputable`, in the given order and one sequence at a time, the layers behind the last
+    aux layer fed with its output as it is stored, in bfloat16: `RecomputeModel` computes the early
+    and the last states again from what is stored, bit for bit.
+
+    A sample with a state that is not finite goes to `on_unusable`, with the reason.
+
+    Raises:
+        CorruptError: there is such a sample and nothing to take it; names it and the state.
+
+    """
+    batches: Iterable[Sequence[TokenizedSample]] = (
+        ([sample] for sample in samples)
+        if recomputable
+        else batches_by_length(samples, batch_tokens=target.config.batch_tokens)
+    )
+    for batch in batches:
+        yield from _capture_batch(
+            target, batch, on_unusable or partial(_refuse, target.config), round_late=recomputable
+        )
+
+
+def _refuse(config: TargetConfig, sample: TokenizedSample, reason: str) -> NoReturn:
+    where = f" ({sample.location})" if sample.location else ""
+    raise CorruptError(
+        f"target {config.name}: sample {sample.sample_id}{where}: {reason}; check the weights, try "
+        "dtype float32, or take this record out of the data set"
+    )
+
+
+@torch.inference_mode()
+def _capture_batch(
+    target: TargetModel,
+    batch: Sequence[TokenizedSample],
+    on_unusable: OnUnusable,
+    *,
+    round_late: bool,
+) -> Iterator[HiddenStateSample]:
+    # Right padding needs no attention mask: under causal attention no real token sees it.
+    ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
+    for row, sample in enumerate(batch):
+        ids[row, : len(sample)] = sample.input_ids
+    last, aux = target.run(
+        torch.from_numpy(ids).to(target.device), use_cache=False, round_late=round_late
+    )
+    stacked = torch.stack(aux, dim=2)
+    for row, sample in enumerate(batch):
+        argmax, logsumexp, logprob = _teacher(target, last[row, : len(sample)])
+        # As they are stored: what float32 holds can be too large for bfloat16.
+        sample_aux = stacked[row, : len(sample)].to(torch.bfloat16)
+        sample_last = last[row, : len(sample)].to(torch.bfloat16)
+        reason = _why_unusable(sample_aux, sample_last, logsumexp)
+        if reason:
+            on_unusable(sample, reason)
+            continue
+        yield HiddenStateSample(
+            sample_id=sample.sample_id,
+            input_ids=sample.input_ids,
+            loss_mask=sample.loss_mask,
+            aux_hidden_states=to_bfloat16_bits(sample_aux),
+            last_hidden_state=to_bfloat16_bits(sample_last),
+            target_argmax=argmax,
+            target_logsumexp=logsumexp,
+            argmax_logprob=logprob,
+        )
+
+
+def _teacher(target: TargetModel, last: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return argmax (int32), logsumexp and log-probability of the argmax (float32), each [T].
+
+    All are over the full vocabulary.
+    """
+    argmax, logsumexp, logprob = [], [], []
+    for chunk in torch.split(last, _LOGITS_CHUNK_TOKENS):
+        logits = target.logits(chunk).float()
+        index = logits.argmax(dim=-1)
+        argmax.append(index.to(torch.int32))
+        logsumexp.append(logits.logsumexp(dim=-1))
+        logprob.append(logits.gather(-1, index[:, None])[:, 0] - logsumexp[-1])
+    return _joined(argmax), _joined(logsumexp), _joined(logprob)
+
+
+def _why_unusable(aux: Tensor, last: Tensor, logsumexp: NDArray[np.float32]) -> str:
+    """Return what of a sample is NaN or infinite, empty if nothing is."""
+    if not torch.isfinite(aux).all():
+        return "its aux states are not finite"
+    if not torch.isfinite(last).all():
+        return "its last states are not finite"
+    return "" if np.isfinite(logsumexp).all() else "its logits are not finite"
+
+
+def _joined(chunks: Sequence[Tensor]) -> np.ndarray:
+    joined: np.ndarray = torch.cat(list(chunks)).cpu().numpy()
+    return joined
+
+
+def batches_by_length(
+    samples: Sequence[TokenizedSample], *, batch_tokens: int
+) -> Iterator[list[TokenizedSample]]:
+    """Yield batches, longest samples first, whose padded size stays within `batch_tokens`.
+
+    A sample longer than the budget is a batch of its own. Ties are broken by sample id.
+    """
+    batch: list[TokenizedSample] = []
+    for sample in sorted(samples, key=lambda sample: (-len(sample), sample.sample_id)):
+        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch

@@ -1,0 +1,35 @@
+"""What decides the bytes of a target's hidden states."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model_config import aux_layers, read_model_config
+
+CAPTURE_VERSION = 1
+"""Raised whenever the same weights and ids could give other stored bytes."""
+
+
+NORM_CONVENTION = "post_norm"
+
+
+def fingerprint_fields(config: TargetConfig, folder: Path) -> dict[str, str]:
+    """Return what decides the bytes of the hidden states, by a name a person can read."""
+    model_config = read_model_config(config, folder)
+    return {
+        "aux_layers": json.dumps(aux_layers(config, model_config.num_hidden_layers)),
+        "attention": config.attention,
+        "capture_version": str(CAPTURE_VERSION),
+        "dtype": config.dtype,
+        "norm_convention": NORM_CONVENTION,
+        "weights": json.dumps(weights.weight_digests(folder), sort_keys=True),
+    }
+
+
+def fingerprint(fields: Mapping[str, str]) -> str:
+    """Return the sha256 over the sorted compact JSON of `fields`."""
+    text = json.dumps(dict(fields), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

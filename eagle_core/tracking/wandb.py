@@ -1,0 +1,47 @@
+"""Weights & Biases: offline below `RUN/wandb`, to be sent by `wandb sync`."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+from eagle_core.tracking.config import TrackedRun, TrackingConfig
+from eagle_core.tracking.hosted import HostedTracker, hosted_run_id
+from eagle_core.tracking.tracker import Tracker
+
+
+class _WandbTracker(HostedTracker):
+    """Weights & Biases: offline below `RUN/wandb`, to be sent by `wandb sync`."""
+
+    name = "wandb"
+    quiet: ClassVar[Mapping[str, str]] = {"WANDB_ERROR_REPORTING": "false"}
+
+    def _failures(self) -> tuple[type[Exception], ...]:
+        return (self._package.Error, OSError)  # its helper process may die: ConnectionResetError
+
+    def _open(self, config: TrackingConfig, run: TrackedRun) -> None:
+        is_online = config.mode == "online"
+        run.path.mkdir(parents=True, exist_ok=True)
+        self._run = self._package.init(
+            project=config.project,
+            id=hosted_run_id(run.name),
+            name=run.name,
+            dir=str(run.path),
+            mode=config.mode,
+            resume="allow" if is_online else None,  # offline parts of a run have the same id
+            config=dict(run.settings),
+            allow_val_change=True,
+            settings=self._package.Settings(
+                silent=not is_online, console="off", disable_git=True, disable_code=True
+            ),
+        )
+
+    def _send(self, scalars: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def _close(self, *, is_good: bool) -> None:
+        self._run.finish(exit_code=0 if is_good else 1)
+
+
+def open_tracker(config: TrackingConfig, run: TrackedRun) -> AbstractContextManager[Tracker]:
+    """Return the tracker; ConfigError if it cannot be opened."""
+    return _WandbTracker(config, run)
