@@ -19,7 +19,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.stored_source import to_stored
 from flows.hidden_states import hidden_states
-from flows.workers.shard_worker import ShardJob, ShardReport
+from flows.workers.shard_batch import ShardBatch, ShardReport
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedSample
 from storage.store import Store
@@ -34,20 +34,20 @@ class DryChild:
         self.is_idle = True
 
     def ask(self, request: BaseModel, *, what: str, silence_seconds: float) -> Iterator[str]:
-        """Make the shards of a job of random states."""
+        """Make the shards of a batch of random states."""
         del what, silence_seconds
-        return dry_run(ShardJob.model_validate(request))
+        return dry_run(ShardBatch.model_validate(request))
 
     def close(self) -> None:
         """Have nothing to end."""
 
 
-def dry_run(job: ShardJob) -> Iterator[str]:
-    """Make the shards of a job of random states; yield what a child would say."""
-    store = Store.open(job.store_root)
-    shards = {shard.shard_id: shard for shard in store.plans.load(job.plan_id).shards}
-    files = [TokenFile(path) for path in job.token_files]
-    for shard_id in job.shard_ids:
+def dry_run(batch: ShardBatch) -> Iterator[str]:
+    """Make the shards of a batch of random states; yield what a child would say."""
+    store = Store.open(batch.store_root)
+    shards = {shard.shard_id: shard for shard in store.plans.load(batch.plan_id).shards}
+    files = [TokenFile(path) for path in batch.token_files]
+    for shard_id in batch.shard_ids:
         names = shards[shard_id].sample_ids
         samples = [one for file in files for one in file.by_id([n for n in names if n in file])]
         for sample in samples:
@@ -87,14 +87,14 @@ def make_bare(made: Store, root: str, token_files: Sequence[Path], *, each: int)
     names = [shard.shard_id for shard in plan.shards]
     target = load_recipe("smollm2").target  # not asked
     for first in range(0, len(names), each):
-        job = ShardJob(
+        batch = ShardBatch(
             target=target,
             store_root=root,
             plan_id=plan.plan_id,
             shard_ids=tuple(names[first : first + each]),
             token_files=tuple(token_files),
         )
-        for _ in dry_run(job):
+        for _ in dry_run(batch):
             pass
     commits = store.commits()
     store.publish([sample.sample_id for sample in wanted], commits=commits)

@@ -27,7 +27,7 @@ from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.draft_setup import set_up_draft
-from flows.bridge.trained_run import choose_checkpoint, load_checkpoint
+from flows.tasks.trained_run import choose_checkpoint, load_checkpoint
 from flows.workspace import Workspace
 
 ROUNDS = "vllm:spec_decode_num_drafts_total"

@@ -4,6 +4,7 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.summaries import DatasetSummary
@@ -16,7 +17,7 @@ def dataset_flow(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> DatasetSum
     """Build the data set unless the same source by the same options is there already."""
     space = Workspace.at(home, target="", dataset=dataset.name)
     summary = prepare_dataset(dataset, space)
-    report.publish_table(
+    publish_table(
         f"Data set {dataset.name}",
         report.dataset_rows(summary),
         key=artifact_key("dataset", dataset.name),

@@ -16,9 +16,9 @@ from flows.bridge.draft_setup import DraftSetup
 from flows.bridge.recompute import partial_target
 from flows.bridge.store_identity import open_store
 from flows.bridge.stored_source import StoredSource
-from flows.bridge.trained_run import TrainedRun, open_run
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.best_effort import best_effort
 from flows.orchestration.credentials import store_root
 from flows.orchestration.progress import StageProgress, stage_progress
@@ -28,6 +28,7 @@ from flows.reports.run_page import write_run_page
 from flows.reports.run_record import ESTIMATE_NAME, write_stage
 from flows.reports.table import print_table
 from flows.summaries import EstimateSummary
+from flows.tasks.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 from storage.reader import SnapshotReader
 from storage.records.snapshot import Snapshot
@@ -78,7 +79,7 @@ def estimate_flow(
         write_run_page(run_path)
     rows = report.estimate_rows(summary)
     print_table(f"Estimated acceptance: {title}", rows)
-    report.publish_table(
+    publish_table(
         f"Estimated acceptance: {title}",
         rows,
         key=artifact_key("estimate", target.name, dataset.name, run),

@@ -20,8 +20,8 @@ from eagle_core.target.model import TargetModel
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import set_up_draft
 from flows.bridge.target_tokenizer import conversation_tokenizer
-from flows.bridge.trained_run import TrainedRun, open_run
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_plot, publish_table
 from flows.orchestration.best_effort import best_effort
 from flows.orchestration.progress import stage_progress
 from flows.orchestration.run_name import run_name
@@ -29,6 +29,7 @@ from flows.reports import rows as report
 from flows.reports.run_page import acceptance_plot, write_run_page
 from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
+from flows.tasks.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
 
@@ -76,12 +77,12 @@ def evaluate_flow(
         estimate=_estimate(run_path, step),
         seconds=time.monotonic() - started,
     )
-    report.publish_table(
+    publish_table(
         f"Acceptance: {target.name} on {dataset.name}, run {run}",
         report.evaluate_rows(summary),
         key=artifact_key("acceptance", target.name, dataset.name, run),
     )
-    report.publish_plot(
+    publish_plot(
         f"Acceptance by depth: {target.name} on {dataset.name}, run {run}",
         acceptance_plot(summary),
         key=artifact_key("acceptance-by-depth", target.name, dataset.name, run),

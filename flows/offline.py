@@ -17,6 +17,7 @@ from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.reports.table import print_table
@@ -79,5 +80,5 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
     rows = report.offline_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, offline"
     print_table(title, [*rows, *report.where_to_look(trained.run_path)])
-    report.publish_table(title, rows, key=artifact_key("offline", target.name, dataset.name, run))
+    publish_table(title, rows, key=artifact_key("offline", target.name, dataset.name, run))
     return summary

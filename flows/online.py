@@ -26,10 +26,11 @@ from flows.bridge.recompute import TargetRecompute, partial_target
 from flows.bridge.run import Run, begun_run, write_run
 from flows.bridge.run_lock import sole_training
 from flows.bridge.store_identity import store_identity
-from flows.bridge.training_data import own_dataset, was_replaced
+from flows.bridge.token_files import current_content
 from flows.config.store import StoreConfig
 from flows.evaluate import evaluate_flow
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
@@ -37,13 +38,9 @@ from flows.reports.run_record import StorageBill, write_settings
 from flows.reports.table import print_table
 from flows.summaries import OnlineSummary, TokensSummary
 from flows.tasks.preflight import preflight
-from flows.tasks.prepare import (
-    current_content,
-    prepare,
-    prepare_weights,
-    tokens_of_run,
-)
-from flows.train import run_training, warn_of_another_length
+from flows.tasks.prepare import prepare, prepare_weights, tokens_of_run
+from flows.tasks.run_training import run_training, warn_of_another_length
+from flows.tasks.training_data import own_dataset, was_replaced
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
 
@@ -156,7 +153,7 @@ def online(
     rows = report.online_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, online"
     print_table(title, [*rows, *report.where_to_look(trained.run_path)])
-    report.publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
+    publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary
 
 

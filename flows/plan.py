@@ -6,9 +6,9 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
-from flows.reports import rows as report
 from flows.reports.cost import Bill, require_fits
 from flows.reports.store_tables import bill_rows
 from flows.reports.table import print_table
@@ -37,6 +37,6 @@ def plan(
     rows = bill_rows(bill)
     title = f"Plan: {target.name} on {dataset.name}"
     print_table(title, rows)
-    report.publish_table(title, rows, key=artifact_key("plan", target.name, dataset.name))
+    publish_table(title, rows, key=artifact_key("plan", target.name, dataset.name))
     require_fits(bill)
     return bill

@@ -25,10 +25,10 @@ from eagle_core.regeneration.regenerate import Regenerated, Regeneration
 from eagle_core.regeneration.server import AnswerServer
 from eagle_core.target.config import TargetConfig
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.progress import stage_progress
 from flows.orchestration.retry import is_transient
 from flows.orchestration.run_name import run_name
-from flows.reports import rows as report
 from flows.reports.table import Row, print_table
 from flows.summaries import DatasetSummary
 from flows.tasks.prepare import prepare_dataset
@@ -88,7 +88,7 @@ def regenerate_flow(
     title = f"Answers of {target.name} to {dataset.name}"
     rows = summary_rows(summary)
     print_table(title, rows)
-    report.publish_table(title, rows, key=artifact_key("regenerate", target.name, dataset.name))
+    publish_table(title, rows, key=artifact_key("regenerate", target.name, dataset.name))
     return summary
 
 

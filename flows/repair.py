@@ -12,18 +12,19 @@ from flows.bridge.store_identity import store_identity
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
-from flows.hidden_states import publish
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
-from flows.reports import rows as report
-from flows.reports.health import RepairSummary
+from flows.reports.store_summaries import RepairSummary
 from flows.reports.store_tables import repair_rows
 from flows.reports.table import print_table
 from flows.summaries import TokensSummary
 from flows.tasks.find_damage import find_damage, probe_recompute
-from flows.tasks.make_shards import MissingShards, make_shards
+from flows.tasks.make_shards import make_shards
 from flows.tasks.prepare import prepare
+from flows.tasks.publish import publish
+from flows.workers.shard_batch import ShardPlan
 from flows.workspace import DEFAULT_HOME
 from storage.errors import CorruptError
 from storage.maintenance.repair import damaged_shards
@@ -83,7 +84,7 @@ def repair_flow(
     rows = repair_rows(summary)
     title = f"Repair: {target.name} on {dataset.name}"
     print_table(title, rows)
-    report.publish_table(title, rows, key=artifact_key("repair", target.name, dataset.name))
+    publish_table(title, rows, key=artifact_key("repair", target.name, dataset.name))
     if summary.left:
         first = summary.left[0]
         raise DamagedStoreError(
@@ -122,7 +123,7 @@ def _make_again(
     damaged = {key for shard in shards for key in _data_keys(opened, shard)}
     for shard in shards:
         opened.revoke(shard.shard_id)
-    work = MissingShards(plan_id=plan.plan_id, shards=plan.shards)
+    work = ShardPlan(plan_id=plan.plan_id, shards=plan.shards)
     make_shards(target, store, runner, tokens, opened.root.url, work, may_exclude=False)
     standing = {key for shard in shards for key in _data_keys(opened, shard)}
     for key in damaged - standing:  # what was made again lies beside it

@@ -35,7 +35,8 @@ from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
 from flows.bridge.recompute import TargetRecompute
 from flows.bridge.semantic_probe import require_sound
 from flows.bridge.stored_source import StoredSource
-from flows.workers.shard_worker import ShardJob, ShardMaker
+from flows.workers.shard_batch import ShardBatch
+from flows.workers.shard_worker import ShardWorker
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.records.identity import StoreIdentity
 from storage.records.plan import PlannedSample
@@ -93,8 +94,8 @@ def _make_states(settings: Settings, store: Store, tokens: Path) -> None:
     plan = store.plan(wanted, shard_tokens=256)
     missing = store.plans.missing(plan)
     if missing:
-        ShardMaker(settings.target, store.root.url).make(
-            ShardJob(
+        ShardWorker(settings.target, store.root.url).make(
+            ShardBatch(
                 target=settings.target,
                 store_root=store.root.url,
                 plan_id=plan.plan_id,

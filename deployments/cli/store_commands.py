@@ -7,8 +7,8 @@ import typer
 from rich.progress import Progress
 
 from deployments.cli.console import ERRORS, OUT, one_message
-from flows.reports.health import SIZES, VerifySummary
 from flows.reports.inspection import look
+from flows.reports.store_summaries import SIZES, VerifySummary
 from flows.reports.store_tables import garbage_rows, store_rows, verify_rows
 from flows.reports.table import print_table
 from storage.maintenance.gc import OLDER_THAN_HOURS, collect, find_garbage, snapshots_to_keep

@@ -1,23 +1,30 @@
-"""SIGTERM as a request that the training loop answers between two steps."""
+"""SIGTERM as a request that is answered between two steps."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def stop_request() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets while the block runs.
+def on_sigterm(handle: Callable[[], None]) -> Iterator[None]:
+    """Call `handle` at SIGTERM while the block runs.
 
-    Outside the main thread Python takes no signal handlers: there the event is never set.
+    Outside the main thread Python takes no signal handlers: there it is never called.
     """
-    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda _signal, _frame: asked.set())
+    previous = signal.signal(signal.SIGTERM, lambda _signal, _frame: handle())
     try:
-        yield asked
+        yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM sets while the block runs."""
+    requested = threading.Event()
+    with on_sigterm(requested.set):
+        yield requested

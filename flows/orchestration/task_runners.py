@@ -3,45 +3,48 @@
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+from prefect import Task
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from eagle_core.target.config import TargetConfig
 from flows.config.runner import RunnerConfig
 from flows.errors import FlowError
-from flows.tasks.generate import Here, ShardBatch, generate_shards
-from flows.workers.made_shard import MadeShard
-from flows.workers.pool import ShardProcesses, places_here
-from flows.workers.shard_worker import ShardReport
+from flows.workers.pool import WorkerPool, local_slots
+from flows.workers.shard_batch import ShardBatch, ShardReport
 
-Submit = Callable[[ShardBatch], PrefectFuture[tuple[MadeShard, ...]]]
+Result = TypeVar("Result")
+Submit = Callable[[ShardBatch], PrefectFuture[Result]]
 
 
 @contextmanager
 def running(
-    runner: RunnerConfig, target: TargetConfig, *, on_report: Callable[[ShardReport], None]
-) -> Iterator[Submit]:
-    """Yield what submits a batch; everything that was started ends with the block.
+    runner: RunnerConfig,
+    target: TargetConfig,
+    task: Task[[ShardBatch, WorkerPool | None], Result],
+    *,
+    on_report: Callable[[ShardReport], None],
+) -> Iterator[Submit[Result]]:
+    """Yield what submits a batch to `task`; everything that was started ends with the block.
 
-    `on_report` hears of each sample as it is computed, unless a cluster computes it.
+    `on_report` is called for each sample as it is computed, unless a cluster computes it.
 
     Raises:
         FlowError: the package of the cluster is not installed.
 
     """
     if runner.kind == "processes":
-        processes = ShardProcesses(places_here(target, runner.num_workers))
-        here = Here(processes=processes, on_report=on_report)
+        pool = WorkerPool(local_slots(target, runner.num_workers), on_report=on_report)
         with ThreadPoolTaskRunner(max_workers=runner.num_workers) as threads:  # type: ignore[var-annotated]
             try:
-                yield lambda batch: threads.submit(generate_shards, {"batch": batch, "here": here})
+                yield lambda batch: threads.submit(task, {"batch": batch, "pool": pool})
             finally:
-                processes.close()
+                pool.close()
     else:
         with _cluster(runner) as cluster:
-            yield lambda batch: cluster.submit(generate_shards, {"batch": batch, "here": None})
+            yield lambda batch: cluster.submit(task, {"batch": batch, "pool": None})
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Summaries as a person reads them: rows for the terminal, artifacts for the Prefect UI."""
 
-import base64
 import json
 import math
 import shlex
@@ -8,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.result import Figures
-from flows.orchestration.best_effort import best_effort
 from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -28,25 +25,6 @@ from flows.summaries import (
     OnlineSummary,
     TrainSummary,
 )
-
-
-def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:
-    """Write `rows` as a Markdown artifact of the current run; `key` collects its history."""
-    lines = [f"## {title}", "", "| | |", "| --- | --- |"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
-    with best_effort(f"the artifact {title!r}"):
-        create_markdown_artifact("\n".join(lines), key=key, description=title)
-
-
-def publish_plot(title: str, svg: str, *, key: str) -> None:
-    """Show a plot as an image artifact of the current run."""
-    encoded = base64.b64encode(svg.encode()).decode()
-    with best_effort(f"the artifact {title!r}"):
-        create_image_artifact(f"data:image/svg+xml;base64,{encoded}", key=key, description=title)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 def dataset_rows(summary: DatasetSummary) -> list[Row]:

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flows.reports.cost import Bill, RecomputeCost
-from flows.reports.health import RepairSummary, VerifySummary
 from flows.reports.inspection import SnapshotFigures, StoreFigures
+from flows.reports.store_summaries import RepairSummary, ShardResult, VerifySummary
 from flows.reports.table import Row
 from flows.reports.units import human_bytes, human_seconds
-from flows.workers.made_shard import MadeShard
 from storage.maintenance.gc import Garbage
 from storage.records.identity import StoreIdentity
 from storage.records.presence import Finding
@@ -61,7 +60,7 @@ def _recompute(bill: Bill, cost: RecomputeCost) -> str:
 
 
 def shard_table(
-    shard_ids: Sequence[str], made: Mapping[str, MadeShard], store: Store
+    shard_ids: Sequence[str], made: Mapping[str, ShardResult], store: Store
 ) -> list[dict[str, Any]]:
     """Return a row for each committed shard: its size, and how it was made if that is known."""
     rows = []

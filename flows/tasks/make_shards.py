@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 from prefect.artifacts import create_table_artifact
@@ -20,13 +19,12 @@ from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.best_effort import best_effort
 from flows.orchestration.progress import stage_progress
 from flows.orchestration.task_runners import running
+from flows.reports.store_summaries import ShardResult
 from flows.reports.store_tables import shard_table
 from flows.summaries import TokensSummary
-from flows.tasks.generate import ShardBatch
-from flows.workers.made_shard import MadeShard
-from flows.workers.shard_worker import ShardJob, ShardReport
+from flows.tasks.generate import generate_shards
+from flows.workers.shard_batch import ShardBatch, ShardPlan, ShardReport
 from storage.records.exclusions import Exclusion
-from storage.records.plan import PlannedShard
 from storage.store import Store
 
 EVERY_BATCH_MEETS = (
@@ -47,21 +45,13 @@ _DIGITS = re.compile(r"\d+")
 """Numbers of shards and bytes: two failures that differ in them alone are equal."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MissingShards:
-    """The shards of a plan that have no commit record."""
-
-    plan_id: str
-    shards: tuple[PlannedShard, ...]
-
-
 def make_shards(
     target: TargetConfig,
     config: StoreConfig,
     runner: RunnerConfig,
     tokens: TokensSummary,
     root: str,
-    work: MissingShards,
+    work: ShardPlan,
     *,
     may_exclude: bool = True,
 ) -> int:
@@ -83,13 +73,13 @@ def make_shards(
     sizes = {shard.shard_id: shard.num_tokens for shard in work.shards}
     total = sum(sizes.values())
     key = artifact_key("hidden-states-progress", target.name)
-    made: list[MadeShard] = []
+    made: list[ShardResult] = []
     with stage_progress("hidden states", key=key, total=total, unit="tokens") as progress:
 
         def on_report(report: ShardReport) -> None:
             progress.advance(report.tokens, note=report.planned_id[:8])
 
-        with running(runner, target, on_report=on_report) as submit:
+        with running(runner, target, generate_shards, on_report=on_report) as submit:
             futures = [
                 submit(batch) for batch in _batches(target, config, runner, tokens, root, work)
             ]
@@ -146,7 +136,7 @@ class _Failures:
         return self._num_at_first == FAILURES_AT_FIRST or self._equal[kind] == EQUAL_FAILURES
 
 
-def _error_of(future: PrefectFuture[tuple[MadeShard, ...]]) -> BaseException | None:
+def _error_of(future: PrefectFuture[tuple[ShardResult, ...]]) -> BaseException | None:
     found: object = future.result(raise_on_failure=False)
     return found if isinstance(found, BaseException) else None
 
@@ -157,28 +147,25 @@ def _batches(
     runner: RunnerConfig,
     tokens: TokensSummary,
     root: str,
-    work: MissingShards,
+    work: ShardPlan,
 ) -> Iterator[ShardBatch]:
     for first in range(0, len(work.shards), config.shards_per_task):
         members = work.shards[first : first + config.shards_per_task]
-        job = ShardJob(
+        yield ShardBatch(
             target=target,
             store_root=root,
             plan_id=work.plan_id,
             shard_ids=tuple(shard.shard_id for shard in members),
             token_files=(tokens.train_path, tokens.held_out_path),
-        )
-        yield ShardBatch(
             first=first,
             last=first + len(members) - 1,
-            job=job,
-            silence_seconds=runner.silence_seconds,
+            inactivity_timeout_seconds=runner.silence_seconds,
             credentials=config.credentials,
         )
 
 
 def _publish_table(
-    done: Sequence[str], made: Sequence[MadeShard], store: Store, target: TargetConfig
+    done: Sequence[str], made: Sequence[ShardResult], store: Store, target: TargetConfig
 ) -> None:
     """Show the shards of this run as a table in the Prefect UI."""
     if not done:
@@ -192,7 +179,7 @@ def _publish_table(
 
 
 def _say_what_is_missing(
-    futures: Sequence[PrefectFuture[tuple[MadeShard, ...]]],
+    futures: Sequence[PrefectFuture[tuple[ShardResult, ...]]],
     missing: Sequence[str],
     *,
     num_wanted: int,

@@ -1,7 +1,5 @@
 """The stages before the target model: conversations, then tokens, each done once per content."""
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +14,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.data.ledger_writer import LedgerWriter
 from eagle_core.data.manifest import load_manifest
 from eagle_core.data.writer import Split
-from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
@@ -24,15 +22,15 @@ from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 from eagle_core.tokenization.parallel import tokenize_in_processes
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from flows.bridge.target_tokenizer import conversation_tokenizer
+from flows.bridge.token_files import content_name, known_tokens, tokens_summary
 from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_markdown, publish_plot
 from flows.orchestration.best_effort import best_effort
 from flows.orchestration.progress import StageProgress, stage_progress
-from flows.reports.token_report import publish_token_report
+from flows.reports.token_report import page_path, write_token_report
 from flows.summaries import DatasetSummary, TokensSummary
 from flows.workspace import Workspace
 
-TOKENS_VERSION = 2
-"""Raised whenever the same conversations could give other tokens or masks."""
 _CONVERSATIONS_PER_PROCESS = 4000
 
 
@@ -90,7 +88,7 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     log = get_run_logger()
     manifest = load_manifest(space.dataset_path)
     tokenizer = conversation_tokenizer(target)
-    content = _content_name(dataset, manifest.fingerprint, tokenizer)
+    content = content_name(dataset, manifest.fingerprint, tokenizer)
     # Held out first: of a sample that both splits have, cut to one length, training must not know.
     counts: dict[Split, int] = {"held_out": manifest.num_held_out, "train": manifest.num_train}
     files: dict[Split, TokenFile] = {}
@@ -118,35 +116,8 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         progress.move_to(total)
     train = files["train"]
     log.info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
-    with best_effort("the page of the tokens"):
-        page = publish_token_report(
-            train,
-            tokenizer,
-            max_length=dataset.max_length,
-            title=f"Tokens: {dataset.name} for {target.name}",
-            key=artifact_key("tokens", space.target, space.dataset),
-        )
-        log.info("what they look like, supervised tokens marked: %s", page)
-    return _summary(files["train"], files["held_out"], tokenizer, content, started)
-
-
-def known_tokens(target: TargetConfig, space: Workspace, content: str) -> TokensSummary | None:
-    """Return the token files of this content if both are there; no data set is read."""
-    started = time.monotonic()
-    train, held_out = (space.token_file(split, content) for split in ("train", "held_out"))
-    if not (train.exists() and held_out.exists()):
-        return None
-    tokenizer = conversation_tokenizer(target)
-    return _summary(TokenFile(train), TokenFile(held_out), tokenizer, content, started)
-
-
-def current_content(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> str | None:
-    """Return the content of the token files of the data set as it was built last; None if never."""
-    try:
-        manifest = load_manifest(space.dataset_path)
-    except (ConfigError, CorruptError):
-        return None
-    return _content_name(dataset, manifest.fingerprint, conversation_tokenizer(target))
+    _publish_report(train, tokenizer, target, dataset)
+    return tokens_summary(files["train"], files["held_out"], tokenizer, content, started)
 
 
 def tokens_of_run(
@@ -171,24 +142,21 @@ def tokens_of_run(
     return tokens
 
 
-def _summary(
-    train: TokenFile,
-    held_out: TokenFile,
-    tokenizer: ConversationTokenizer,
-    content: str,
-    started: float,
-) -> TokensSummary:
-    return TokensSummary(
-        content=content,
-        train_path=train.path,
-        held_out_path=held_out.path,
-        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
-        template_fingerprint=tokenizer.template_fingerprint,
-        num_samples=len(train) + len(held_out),
-        num_tokens=sum(int(file.lengths.sum()) for file in (train, held_out)),
-        num_supervised_tokens=train.num_supervised + held_out.num_supervised,
-        seconds=time.monotonic() - started,
-    )
+def _publish_report(
+    train: TokenFile, tokenizer: ConversationTokenizer, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    """Write the page of the tokens and show its figures in the UI, unless that is done already."""
+    page = page_path(train)
+    with best_effort("the page of the tokens"):
+        if not page.exists() and len(train):
+            title = f"Tokens: {dataset.name} for {target.name}"
+            report = write_token_report(
+                train, tokenizer, max_length=dataset.max_length, title=title
+            )
+            key = artifact_key("tokens", target.name, dataset.name)
+            publish_markdown(title, report.markdown, key=key)
+            publish_plot(f"Lengths: {title}", report.lengths, key=f"{key}-lengths")
+        get_run_logger().info("what they look like, supervised tokens marked: %s", page)
 
 
 def _num_processes(dataset: DatasetConfig, num_conversations: int) -> int:
@@ -203,18 +171,3 @@ def _counted(
     for sample in samples:
         progress.advance()
         yield sample
-
-
-def _content_name(
-    dataset: DatasetConfig, dataset_fingerprint: str, tokenizer: ConversationTokenizer
-) -> str:
-    """Return a short digest of everything that decides the content of the token files."""
-    decisive = [
-        TOKENS_VERSION,
-        dataset_fingerprint,
-        dataset.max_length,
-        dataset.min_supervised_tokens,
-        tokenizer.tokenizer_fingerprint,
-        tokenizer.template_fingerprint,
-    ]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]

@@ -48,6 +48,10 @@ class Failure(BaseModel):
     """Of an error that is none of ours: a defect, or a library's."""
 
 
+FAILURE_PREFIX = '{"failure":'
+"""With which a line begins that is a `Failure`."""
+
+
 class Ended(BaseModel):
     """What a child says when a request has been answered, or its error reported."""
 

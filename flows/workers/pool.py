@@ -1,13 +1,13 @@
-"""The child processes that make shards: each lives on, so it loads its target once.
+"""A pool of child processes that compute shards: each lives on, so it loads its target once.
 
-Each has a place, which one batch at a time may have. What dies is replaced when its place is taken
-the next time.
+Each has a slot, which one batch at a time may have. A child that dies is replaced when its slot is
+taken the next time.
 """
 
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 
@@ -17,32 +17,44 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
 from flows.errors import ChildKilledError, RunStoppedError
 from flows.workers.child_process import Child
-from flows.workers.shard_worker import ShardJob, ShardReport
+from flows.workers.shard_batch import ShardBatch, ShardReport
 
 IDLE_SECONDS = 60.0
 """A cluster's worker keeps its child for this long after a batch: another run may need the GPU."""
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-class ShardProcesses:
-    """Children that make shards, one for each place; a batch waits until a place is free."""
+class WorkerPool:
+    """Children that compute shards, one for each slot; a batch waits until a slot is free."""
 
     def __init__(
-        self, places: Sequence[Mapping[str, str]], *, idle_seconds: float | None = None
+        self,
+        slots: Sequence[Mapping[str, str]],
+        *,
+        idle_seconds: float | None = None,
+        on_report: Callable[[ShardReport], None] = lambda _report: None,
     ) -> None:
-        """Have a place for each environment; end children that nobody asks for `idle_seconds`."""
-        self._places = list(places)
-        self._children: list[Child | None] = [None] * len(self._places)
-        self._timers: list[threading.Timer | None] = [None] * len(self._places)
+        """Have a slot for each environment.
+
+        Args:
+            slots: what the environment of each child differs in from this process's.
+            idle_seconds: after so long without a batch a child is ended; None keeps it.
+            on_report: is passed every report of every child.
+
+        """
+        self._slots = list(slots)
+        self._children: list[Child | None] = [None] * len(self._slots)
+        self._timers: list[threading.Timer | None] = [None] * len(self._slots)
         self._idle_seconds = idle_seconds
+        self._on_report = on_report
         self._free: SimpleQueue[int] = SimpleQueue()
         self._lock = threading.Lock()
         self._is_closed = False
-        for place in range(len(self._places)):
-            self._free.put(place)
+        for slot in range(len(self._slots)):
+            self._free.put(slot)
 
-    def make(self, job: ShardJob, *, what: str, silence_seconds: float) -> Iterator[ShardReport]:
-        """Yield what a child says while it makes the shards of `job`.
+    def make(self, batch: ShardBatch) -> Iterator[ShardReport]:
+        """Yield what a child reports while it computes the shards of `batch`.
 
         Raises:
             ChildKilledError: the child died without an answer, or hung and was killed.
@@ -50,10 +62,16 @@ class ShardProcesses:
             RunStoppedError: `close` was called.
 
         """
+        what = f"the process of shards {batch.first}-{batch.last}"
         try:
             with self._child() as child:
-                for line in child.ask(job, what=what, silence_seconds=silence_seconds):
-                    yield ShardReport.model_validate_json(line)
+                lines = child.ask(
+                    batch, what=what, silence_seconds=batch.inactivity_timeout_seconds
+                )
+                for line in lines:
+                    report = ShardReport.model_validate_json(line)
+                    self._on_report(report)
+                    yield report
         except ChildKilledError as error:
             if self._is_closed:  # not to be tried again
                 raise RunStoppedError(f"{what} was ended, because the run was") from error
@@ -61,57 +79,57 @@ class ShardProcesses:
 
     @contextmanager
     def _child(self) -> Iterator[Child]:
-        place = self._free.get()
+        slot = self._free.get()
         try:
             with self._lock:
                 if self._is_closed:
                     raise RunStoppedError("the run has ended")
-                self._stop_timer(place)
-                child = self._children[place]
+                self._stop_timer(slot)
+                child = self._children[slot]
                 if child is None:
-                    child = Child("flows.workers.shard_worker", environment=self._places[place])
-                    self._children[place] = child
+                    child = Child("flows.workers.shard_worker", environment=self._slots[slot])
+                    self._children[slot] = child
             yield child
         finally:
             with self._lock:
-                self._look_after(place)
-            self._free.put(place)
+                self._look_after(slot)
+            self._free.put(slot)
 
     def close(self) -> None:
         """End all children, whatever they are at, and start no other."""
         with self._lock:
             self._is_closed = True
-            for place in range(len(self._places)):
-                self._stop_timer(place)
-                self._end(place)
+            for slot in range(len(self._slots)):
+                self._stop_timer(slot)
+                self._end(slot)
 
-    def _look_after(self, place: int) -> None:
-        child = self._children[place]
+    def _look_after(self, slot: int) -> None:
+        child = self._children[slot]
         if child is not None and not child.is_idle:
-            self._end(place)
+            self._end(slot)
         elif self._idle_seconds is not None:
-            timer = threading.Timer(self._idle_seconds, self._end_idle, (place,))
+            timer = threading.Timer(self._idle_seconds, self._end_idle, (slot,))
             timer.daemon = True
-            self._timers[place] = timer
+            self._timers[slot] = timer
             timer.start()
 
-    def _end_idle(self, place: int) -> None:
+    def _end_idle(self, slot: int) -> None:
         with self._lock:
-            if self._timers[place] is threading.current_thread():  # nobody took it meanwhile
-                self._end(place)
+            if self._timers[slot] is threading.current_thread():  # nobody took it meanwhile
+                self._end(slot)
 
-    def _stop_timer(self, place: int) -> None:
-        timer, self._timers[place] = self._timers[place], None
+    def _stop_timer(self, slot: int) -> None:
+        timer, self._timers[slot] = self._timers[slot], None
         if timer is not None:
             timer.cancel()
 
-    def _end(self, place: int) -> None:
-        child, self._children[place] = self._children[place], None
+    def _end(self, slot: int) -> None:
+        child, self._children[slot] = self._children[slot], None
         if child is not None:
             child.close()
 
 
-def places_here(target: TargetConfig, num_workers: int) -> Sequence[Mapping[str, str]]:
+def local_slots(target: TargetConfig, num_workers: int) -> Sequence[Mapping[str, str]]:
     """Return what the environments of children on this machine differ in: each has its own GPU.
 
     With fewer GPUs than children, they share them in turn. One child sees what this process sees.
@@ -126,10 +144,10 @@ def gpus_in_turn(
 ) -> Sequence[Mapping[str, str]]:
     """Return the variable that shows each child one of the GPUs which are `visible` here."""
     names = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
-    return [{VISIBLE_DEVICES: names[place % len(names)]} for place in range(num_workers)]
+    return [{VISIBLE_DEVICES: names[slot % len(names)]} for slot in range(num_workers)]
 
 
 @functools.cache
-def kept_processes() -> ShardProcesses:
+def shared_pool() -> WorkerPool:
     """Return the child of a process that a cluster started; it sees the GPUs that this one sees."""
-    return ShardProcesses([{}], idle_seconds=IDLE_SECONDS)
+    return WorkerPool([{}], idle_seconds=IDLE_SECONDS)

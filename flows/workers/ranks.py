@@ -4,15 +4,15 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
 from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.stop_request import on_sigterm
 from flows.errors import ChildKilledError
-from flows.workers.child_process import ask_ranks
+from flows.workers.torchrun import ask_ranks
 from flows.workers.train_worker import RankLine, TrainJob
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ def train_ranks(job: TrainJob, on_progress: Callable[[Progress], None]) -> Train
         "same command again to go on)",
     )
     result: TrainingResult | None = None
+    first_rank = _FirstRank()
     try:
-        with closing(lines), _stopped_by_sigterm() as first_rank:  # type: ignore[type-var]  # a generator
+        with closing(lines), on_sigterm(first_rank.stop):  # type: ignore[type-var]  # a generator
             for line in map(RankLine.model_validate_json, lines):
                 if line.progress is not None:
                     first_rank.has_done_a_step(line.pid)
@@ -75,20 +76,6 @@ class _FirstRank:
         if self._stop_asked and self._pid is not None:
             os.kill(self._pid, signal.SIGTERM)
             self._stop_asked = False
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[_FirstRank]:
-    """Yield who gets the SIGTERM of this process; outside the main thread there is none to get."""
-    first_rank = _FirstRank()
-    if threading.current_thread() is not threading.main_thread():
-        yield first_rank
-        return
-    previous = signal.signal(signal.SIGTERM, lambda _signal, _frame: first_rank.stop())
-    try:
-        yield first_rank
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _rank_environment(target: TargetConfig, num_ranks: int) -> Mapping[str, str]:

@@ -1,6 +1,6 @@
 """The child process that loads the target once and makes one batch of shards after the other.
 
-Takes one `ShardJob` after the other and answers each with `ShardReport`s. One shard is written
+Takes one `ShardBatch` after the other and answers each with `ShardReport`s. One shard is written
 while the target computes the next, so that neither waits for the other; a kill costs these two and
 nothing else: only what is committed shows.
 """
@@ -12,11 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
@@ -28,40 +25,11 @@ from flows.bridge.recompute import TargetRecompute, partial_target
 from flows.bridge.semantic_probe import probe_points
 from flows.bridge.stored_source import to_stored
 from flows.workers.channel import say, serve
+from flows.workers.shard_batch import ShardBatch, ShardReport
 from storage.records.exclusions import Exclusion
 from storage.records.plan import Plan, PlannedShard
 from storage.records.probe_point import ProbePoint
 from storage.store import Store
-
-
-class ShardJob(BaseModel):
-    """What a child process is asked to do."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    target: TargetConfig
-    store_root: str
-    plan_id: str
-    shard_ids: tuple[str, ...]
-    token_files: tuple[Path, ...]
-
-
-class ShardReport(BaseModel):
-    """One line of the answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["tokens", "shard"]
-    tokens: int = 0
-    planned_id: str = ""
-    shard_id: str = ""
-    """As it was written: without the samples that are left out. Empty if none is left."""
-    excluded: tuple[Exclusion, ...] = ()
-    """Samples of the shard whose states cannot be stored."""
-    seconds: float = 0.0
-    """From the first token of a shard to its commit."""
-    made_by: str = ""
-    """Host and process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +44,7 @@ class _Computed:
     began: float
 
 
-class ShardMaker:
+class ShardWorker:
     """The target, loaded, and the store that it writes into."""
 
     def __init__(self, target: TargetConfig, store_root: str) -> None:
@@ -89,13 +57,13 @@ class ShardMaker:
         )
         self._plan: Plan | None = None
 
-    def make(self, job: ShardJob) -> None:
-        """Make the shards of a job, and say so."""
-        shards = {shard.shard_id: shard for shard in self._planned(job.plan_id).shards}
-        files = [TokenFile(path) for path in job.token_files]
+    def make(self, batch: ShardBatch) -> None:
+        """Make the shards of a batch, and report each."""
+        shards = {shard.shard_id: shard for shard in self._planned(batch.plan_id).shards}
+        files = [TokenFile(path) for path in batch.token_files]
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             storing: Future[ShardReport] | None = None
-            for shard_id in job.shard_ids:
+            for shard_id in batch.shard_ids:
                 computed = self._compute(shards[shard_id], files)
                 _report(storing)
                 storing = writer.submit(self._store_shard, computed)
@@ -158,23 +126,23 @@ class ShardMaker:
         )
 
 
-class _Worker:
-    """Keeps the target between jobs."""
+class _Server:
+    """Keeps the target between batches."""
 
     def __init__(self) -> None:
-        self._maker: ShardMaker | None = None
+        self._worker: ShardWorker | None = None
 
-    def make(self, job: ShardJob) -> None:
-        """Make the shards of a job."""
-        if self._maker is None or self._maker.made_for != (job.target, job.store_root):
-            self._maker = None  # before the next target is loaded
+    def make(self, batch: ShardBatch) -> None:
+        """Make the shards of a batch."""
+        if self._worker is None or self._worker.made_for != (batch.target, batch.store_root):
+            self._worker = None  # before the next target is loaded
         try:
-            self._maker = self._maker or ShardMaker(job.target, job.store_root)
-            self._maker.make(job)
+            self._worker = self._worker or ShardWorker(batch.target, batch.store_root)
+            self._worker.make(batch)
         except torch.OutOfMemoryError as error:
-            self._maker = None
+            self._worker = None
             raise ConfigError(
-                f"{error}; lower target.batch_tokens ({job.target.batch_tokens:,}), or use a GPU "
+                f"{error}; lower target.batch_tokens ({batch.target.batch_tokens:,}), or use a GPU "
                 "with more memory"
             ) from error
 
@@ -207,4 +175,4 @@ def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample
 
 
 if __name__ == "__main__":
-    sys.exit(serve(ShardJob, _Worker().make))
+    sys.exit(serve(ShardBatch, _Server().make))

@@ -12,13 +12,13 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.config.store import StoreConfig
 from flows.workers.child_process import Child
-from flows.workers.pool import ShardProcesses
+from flows.workers.pool import WorkerPool
 from tests import tiny
 
 NUM_CONVERSATIONS = 40
 
 
-class _LivingOn(ShardProcesses):
+class _LivingOn(WorkerPool):
     """Is not closed by the flow that used it."""
 
     def close(self) -> None:
@@ -37,13 +37,13 @@ def shard_process() -> Iterator[None]:
     """
     shared, at_first = _LivingOn([{}]), _object_store()
 
-    def processes(places: Sequence[Mapping[str, str]]) -> ShardProcesses:
+    def processes(places: Sequence[Mapping[str, str]]) -> WorkerPool:
         is_alike = len(places) == 1 and _object_store() == at_first
-        return shared if is_alike else ShardProcesses(places)
+        return shared if is_alike else WorkerPool(places)
 
-    with mock.patch("flows.orchestration.task_runners.ShardProcesses", processes):
+    with mock.patch("flows.orchestration.task_runners.WorkerPool", processes):
         yield
-    ShardProcesses.close(shared)
+    WorkerPool.close(shared)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,7 +20,7 @@ from flows.bridge.store_identity import store_identity
 from flows.bridge.stored_source import to_stored
 from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
-from flows.hidden_states import hidden_states, publish
+from flows.hidden_states import hidden_states
 from flows.plan import plan as plan_flow
 from flows.repair import repair_flow
 from flows.reports.inspection import look
@@ -28,6 +28,7 @@ from flows.reports.run_record import RunRecord
 from flows.reports.store_tables import store_rows
 from flows.tasks.preflight import wanted_samples
 from flows.tasks.prepare import prepare
+from flows.tasks.publish import publish
 from flows.train import train_flow
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.maintenance.verify import verify_store

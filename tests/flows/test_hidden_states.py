@@ -23,12 +23,14 @@ from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.run import read_run
 from flows.config.store import StoreConfig
-from flows.hidden_states import hidden_states, plan_missing_shards
+from flows.hidden_states import hidden_states
 from flows.orchestration.artifact_key import artifact_key
+from flows.tasks.plan_shards import plan_missing_shards
 from flows.tasks.prepare import prepare_dataset, tokenize
 from flows.train import train_flow
 from flows.workers.channel import Channel
-from flows.workers.shard_worker import ShardJob, ShardReport, _samples_of
+from flows.workers.shard_batch import ShardBatch, ShardReport
+from flows.workers.shard_worker import _samples_of
 from flows.workspace import Workspace
 from storage.errors import MismatchError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
@@ -201,14 +203,14 @@ def test_sigkill_in_the_middle_of_a_shard_costs_that_shard_and_no_bit(
         target=target, dataset=dataset, store=store, home=str(tmp_path / "undisturbed")
     )
     home = tmp_path / "killed"
-    job = _plan_only(target, dataset, store, Workspace(home=home, target="tiny", dataset="facts"))
-    _kill_in_second_shard(job)
-    done = len(Store.open(job.store_root).commits())
-    assert 1 <= done < len(job.shard_ids)  # the signal may come when a second one is just ended
+    batch = _plan_only(target, dataset, store, Workspace(home=home, target="tiny", dataset="facts"))
+    _kill_in_second_shard(batch)
+    done = len(Store.open(batch.store_root).commits())
+    assert 1 <= done < len(batch.shard_ids)  # the signal may come when a second one is just ended
 
     resumed = hidden_states(target=target, dataset=dataset, store=store, home=str(home))
 
-    assert resumed.shards_made == len(job.shard_ids) - done
+    assert resumed.shards_made == len(batch.shard_ids) - done
     opened = Store.open(resumed.store_root)
     kept = snapshots_to_keep(opened, older_than_hours=0)
     left = find_garbage(opened, keep=kept, older_than_hours=0)
@@ -222,13 +224,13 @@ def test_sigkill_in_the_middle_of_a_shard_costs_that_shard_and_no_bit(
 @flow
 def _plan_only(
     target: TargetConfig, dataset: DatasetConfig, store: StoreConfig, space: Workspace
-) -> ShardJob:
+) -> ShardBatch:
     """Go as far as the flow does before the first shard."""
     prepare_dataset(dataset, space)
     tokens = tokenize(target, dataset, space)
     root = str(space.store_root)
     plan = plan_missing_shards(target, store, tokens, root)
-    return ShardJob(
+    return ShardBatch(
         target=target,
         store_root=root,
         plan_id=plan.plan_id,
@@ -237,7 +239,7 @@ def _plan_only(
     )
 
 
-def _kill_in_second_shard(job: ShardJob) -> None:
+def _kill_in_second_shard(batch: ShardBatch) -> None:
     """Run the shard process and kill it as soon as it has computed a sample of its second shard."""
     channel = Channel()
     child = subprocess.Popen(
@@ -248,7 +250,7 @@ def _kill_in_second_shard(job: ShardJob) -> None:
     )
     with child:
         assert child.stdin is not None
-        child.stdin.write(job.model_dump_json())
+        child.stdin.write(batch.model_dump_json())
         child.stdin.close()
         committed = 0
         for line in channel.lines(lambda: child.poll() is not None):

@@ -12,6 +12,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.objects import Artifact
 
 from flows.orchestration import progress
+from flows.orchestration.artifacts import publish_table
 from flows.orchestration.progress import moving, stage_progress
 from flows.reports import rows as report
 
@@ -79,7 +80,7 @@ def test_a_server_that_is_away_from_the_start_costs_a_picture(
     monkeypatch.setattr(report, "create_markdown_artifact", lambda *_text, **_about: refuse())
     with stage_progress("training", key="k", total=2, unit="steps") as stage:
         stage.advance(2)
-    report.publish_table("Training", [("steps", "2")], key="k")
+    publish_table("Training", [("steps", "2")], key="k")
     assert stage.done == 2
     assert "progress of training is left out: ConnectionError: no server" in caplog.text
     assert "the artifact 'Training' is left out: ConnectionError: no server" in caplog.text

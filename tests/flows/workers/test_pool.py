@@ -28,6 +28,7 @@ from flows.hidden_states import hidden_states
 from flows.orchestration import task_runners as runner_module
 from flows.orchestration.retry import RETRYABLE
 from flows.summaries import HiddenStatesSummary
+from flows.tasks.generate import generate_shards
 from flows.tasks.make_shards import _Failures
 from flows.workers import child_process
 from flows.workers.channel import VARIABLE
@@ -159,7 +160,7 @@ def test_a_runner_whose_package_is_missing_says_what_to_install(
     with (
         mock.patch.dict("sys.modules", {"prefect_dask": None}),
         pytest.raises(FlowError, match=r"pip install 'eyas\[dask\]'"),
-        runner_module.running(RunnerConfig(kind="dask"), target, on_report=print),
+        runner_module.running(RunnerConfig(kind="dask"), target, generate_shards, on_report=print),
     ):
         pass
 

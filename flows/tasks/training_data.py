@@ -15,8 +15,9 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
 from flows.bridge.run import BegunRun, Run, begun_run
+from flows.bridge.token_files import known_tokens
 from flows.summaries import TokensSummary
-from flows.tasks.prepare import known_tokens, prepare, tokens_of_run
+from flows.tasks.prepare import prepare, tokens_of_run
 from flows.workspace import Workspace
 from storage.errors import CorruptError, StorageError
 from storage.records.commits import Commits

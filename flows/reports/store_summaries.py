@@ -1,7 +1,8 @@
-"""What `verify` and `repair` found and did."""
+"""What `verify` and `repair` found and did, and what `hidden-states` made."""
 
 from dataclasses import dataclass
 
+from storage.records.exclusions import Exclusion
 from storage.records.presence import Finding
 
 SIZES = "presence and size of every object"
@@ -30,3 +31,17 @@ class RepairSummary:
     """Shard ids."""
     left: tuple[Finding, ...]
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardResult:
+    """A shard that one task run committed."""
+
+    planned_id: str
+    shard_id: str
+    """That of the plan unless samples were left out; empty if all of them were."""
+    excluded: tuple[Exclusion, ...]
+    seconds: float
+    attempt: int
+    made_by: str
+    """Host and process that wrote it."""

@@ -1,0 +1,51 @@
+"""Publish the snapshots of a data set."""
+
+import time
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from eagle_core.errors import CorruptError
+from eagle_core.tokenization.token_file import TokenFile
+from flows.summaries import HiddenStatesSummary, TokensSummary
+from flows.workspace import Workspace
+from storage.store import Store
+
+
+@task(task_run_name="publish snapshot", cache_policy=NO_CACHE, persist_result=False)
+def publish(
+    tokens: TokensSummary, space: Workspace, root: str, *, shards_made: int, started: float
+) -> HiddenStatesSummary:
+    """Publish the snapshots of both splits by name, training as the latest; return the bill."""
+    store = Store.open(root)
+    commits = store.commits()
+    held_out = commits.usable(TokenFile(tokens.held_out_path).sample_ids)
+    if held_out:
+        # It keeps its shards from being collected as garbage.
+        name = space.snapshot_name("held_out")
+        store.publish(
+            held_out, commits=commits, name=name, made_from=tokens.content, as_latest=False
+        )
+    train = commits.usable(TokenFile(tokens.train_path).sample_ids)
+    if not train:
+        raise CorruptError(
+            f"none of {tokens.num_samples:,} samples has states that are finite and is not held "
+            f"out; `eyas inspect {root}` says more"
+        )
+    name = space.snapshot_name("train")
+    snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)
+    totals = commits.totals
+    return HiddenStatesSummary(
+        store_root=root,
+        snapshot_id=snapshot.snapshot_id,
+        profile=store.identity.profile,
+        num_samples=totals.num_samples,
+        num_tokens=totals.num_tokens,
+        num_supervised_tokens=totals.num_supervised,
+        num_shards=totals.num_shards,
+        num_excluded=tokens.num_samples - len(train) - len(held_out),
+        shards_made=shards_made,
+        raw_bytes=totals.raw_bytes,
+        stored_bytes=totals.stored_bytes,
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,161 @@
+"""Train a draft from any source, show its progress, and report what came out."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from eagle_core.samples import SampleSource
+from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
+from eagle_core.tracking.trackers import open_trackers
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.schedule import learning_rate, total_steps
+from eagle_core.training.trainer import train
+from flows.bridge.draft_setup import DraftSetup
+from flows.bridge.run import Run
+from flows.bridge.run_lock import RunLock
+from flows.errors import TrainingStoppedError
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_plot, publish_table
+from flows.orchestration.best_effort import best_effort
+from flows.orchestration.progress import stage_progress
+from flows.reports import rows as report
+from flows.reports.run_page import loss_plot, read_curves, write_run_page
+from flows.reports.run_record import (
+    TRAINING_NAME,
+    RunRecord,
+    write_stage,
+)
+from flows.summaries import TrainSummary
+from flows.workers.train_worker import tracked_run
+
+logger = logging.getLogger(__name__)
+
+Attempt = Callable[[Callable[[Progress], None]], TrainingResult]
+"""Trains to the end or until it is asked to stop, and tells every step."""
+
+
+def run_training(
+    setup: DraftSetup,
+    source: SampleSource,
+    held_out: SampleSource | None,
+    run: Run,
+    lock: RunLock,
+    *,
+    write_down: Callable[[], None],
+) -> TrainSummary:
+    """Train in this process, from any source: what the offline and the online flow share.
+
+    `lock` is that of the run's folder; `write_down` records what the run is made with, once a step
+    shows that the run takes it.
+    """
+
+    def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
+        tracked = tracked_run(run.title, setup.run_path, run.training, source.source_id)
+        with open_trackers(run.tracking, tracked) as tracker:
+            return train(
+                config=run.training,
+                draft=setup.draft,
+                target_lm_head=setup.target_lm_head,
+                source=source,
+                held_out=held_out,
+                run_path=setup.run_path,
+                tracker=tracker,
+                on_progress=on_progress,
+            )
+
+    total = total_steps(run.training, source.lengths, source.groups)
+    return run_attempt(attempt, setup.run_path, run, lock, total=total, write_down=write_down)
+
+
+def run_attempt(
+    attempt: Attempt,
+    run_path: Path,
+    run: Run,
+    lock: RunLock,
+    *,
+    total: int,
+    write_down: Callable[[], None],
+) -> TrainSummary:
+    """Show the progress of `attempt` and report what came out."""
+    started = time.monotonic()
+    key = artifact_key("train", run.title)
+    with stage_progress("training", key=key, total=total, unit="steps") as bar:
+        is_written = False
+
+        def show(progress: Progress) -> None:
+            nonlocal is_written
+            lock.require()
+            if not is_written:
+                write_down()
+                is_written = True
+            bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
+
+        result = attempt(show)
+        if not is_written:  # there was no step left to do
+            write_down()
+    if result.stopped:
+        raise TrainingStoppedError(
+            f"training {run.title} was stopped at step {result.num_steps} of about {total} by "
+            f"SIGTERM; nothing is lost ({result.checkpoint_path} is written): run the same command "
+            "again, or press Retry in the Prefect UI, to go on from there"
+        )
+    earlier = _earlier(run_path, result)
+    summary = TrainSummary(
+        run_path=run_path,
+        source_id=run.source_id,
+        num_steps=result.num_steps,
+        figures=result.figures,
+        vocabulary_coverage=run.vocabulary_coverage,
+        tokens_per_second=earlier.tokens_per_second if earlier else result.tokens_per_second,
+        dtype=result.dtype,
+        seconds=earlier.seconds if earlier else time.monotonic() - started,
+    )
+    write_stage(run_path / TRAINING_NAME, summary)
+    with best_effort("report.html"):
+        _report(summary, run.title)
+    return summary
+
+
+def warn_of_another_length(
+    run_path: Path, training: TrainingConfig, total: int, *, step: int
+) -> None:
+    """Warn where a run that goes on was to have another length: its learning rate is of that."""
+    before = RunRecord.read(run_path).settings
+    if before is None or before.total_steps in {None, total}:
+        return
+    if step >= total:
+        logger.warning(
+            "run %s has done %s steps, and %s are asked for: there is nothing to do",
+            *(run_path.name, f"{step:,}", f"{total:,}"),
+        )
+        return
+    was, becomes = (learning_rate(training, step, length) for length in (before.total_steps, total))
+    logger.warning(
+        "run %s was to have %s steps and now has %s: its learning rate goes from %.2g to %.2g at "
+        "step %s (another run with %s steps from its start has no such jump)",
+        *(run_path.name, f"{before.total_steps:,}", f"{total:,}", was, becomes),
+        *(f"{step:,}", f"{total:,}"),
+    )
+
+
+def _report(summary: TrainSummary, title: str) -> None:
+    """Write the page of the run, and show figures and loss in the Prefect UI."""
+    curves = read_curves(summary.run_path / TENSORBOARD_FOLDER)
+    write_run_page(summary.run_path, curves)
+    publish_table(
+        f"Training: {title}",
+        [*report.train_rows(summary), *report.where_a_run_is(summary.run_path)],
+        key=artifact_key("training", title),
+    )
+    drawn = loss_plot(curves)
+    if drawn is not None:
+        publish_plot(f"Loss: {title}", drawn[1], key=artifact_key("loss", title))
+
+
+def _earlier(run_path: Path, result: TrainingResult) -> TrainSummary | None:
+    """Return what a run took that was done already, and None of one that this attempt moved."""
+    found = RunRecord.read(run_path).training
+    is_same = found is not None and found.num_steps == result.num_steps
+    return found if is_same and not result.tokens_per_second else None

@@ -1,0 +1,81 @@
+"""Ranks side by side on this machine, under torchrun."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+from pydantic import BaseModel
+
+from flows.errors import ChildKilledError
+from flows.workers.channel import FAILURE_PREFIX, Channel, Failure
+from flows.workers.child_errors import as_raised, how_it_ended, last_output
+
+
+def ask_ranks(
+    module: str, request: BaseModel, *, num_ranks: int, environment: Mapping[str, str], what: str
+) -> Iterator[str]:
+    """Run `module` in processes side by side on this machine and yield the lines of them all.
+
+    They form a session of their own: a signal to the terminal's or a worker's process group does
+    not reach them. Whoever stops early closes the iterator, which ends them with SIGTERM.
+
+    Args:
+        module: dotted name; its main reads the request from the file that its argument names.
+        request: what they are to do.
+        num_ranks: how many; torchrun tells each its place.
+        environment: what theirs differs in from this process's.
+        what: what they are, for the message when one of them dies.
+
+    Raises:
+        ChildKilledError: one died without an answer; torchrun has then ended the others.
+        EagleCoreError, StorageError: what a rank reported, as it raised it.
+
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="eyas-ranks-") as folder,
+        tempfile.TemporaryFile("w+") as stderr,
+    ):
+        path = Path(folder) / "request.json"
+        path.write_text(request.model_dump_json(), encoding="utf-8")
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
+            *("--log-dir", folder, "-m", module, str(path)),
+        ]
+        channel = Channel()
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **environment, **channel.environment},
+            start_new_session=True,
+        ) as child:
+            try:
+                yield from _lines(child, channel, stderr, what=what)
+            finally:
+                if child.poll() is None:
+                    child.terminate()
+                    child.wait()
+                channel.close()
+
+
+def _lines(
+    child: subprocess.Popen[str], channel: Channel, stderr: IO[str], *, what: str
+) -> Iterator[str]:
+    failures: list[Failure] = []
+    for line in channel.lines(lambda: child.poll() is not None):
+        if line.startswith(FAILURE_PREFIX):
+            failures.append(Failure.model_validate_json(line))
+        else:
+            yield line
+    status = child.wait()
+    if failures:
+        raise as_raised(failures, what)
+    if status != 0:
+        raise ChildKilledError(how_it_ended(what, status, last_output(stderr)))
