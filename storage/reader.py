@@ -20,7 +20,7 @@ from storage.errors import REPAIR, ShardCorruptError, ShardMissingError
 from storage.objects.buffer_pool import Allocate, RecycledMemory
 from storage.objects.digests import ObjectDigest
 from storage.objects.object_cache import ObjectCache
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.records import keys
 from storage.records.commit_log import CommitLog
 from storage.records.identity import StoreIdentity
@@ -199,7 +199,7 @@ def _read_objects(
 
 
 def _read_object(
-    root: Directory,
+    root: ObjectStore,
     shard_id: str,
     key: str,
     expected: ObjectDigest,

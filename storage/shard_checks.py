@@ -6,7 +6,7 @@ from functools import partial
 from storage.encoding.shard import decode_shard
 from storage.errors import CorruptError
 from storage.objects.digests import ObjectDigest
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.retry import retried
 from storage.probe import disagreements
 from storage.recompute import Recompute
@@ -17,7 +17,7 @@ from storage.records.presence import Finding, shard_finding
 from storage.samples import StoredSample
 
 
-def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
+def check_digests(root: ObjectStore, record: CommitRecord) -> Iterator[Finding]:
     """Yield a finding for every object of the shard whose bytes are not the committed ones."""
     for key, expected in record.objects.items():
         path = keys.shard_object(record.shard_id, key)
@@ -28,12 +28,12 @@ def check_digests(root: Directory, record: CommitRecord) -> Iterator[Finding]:
         yield from _compare(record, key, found)
 
 
-def _digest(root: Directory, path: str, num_bytes: int) -> ObjectDigest:
+def _digest(root: ObjectStore, path: str, num_bytes: int) -> ObjectDigest:
     return ObjectDigest.of_pieces(root.pieces(path, num_bytes=num_bytes))
 
 
 def read_objects(
-    root: Directory, record: CommitRecord
+    root: ObjectStore, record: CommitRecord
 ) -> tuple[Mapping[str, bytes | memoryview], list[Finding]]:
     """Return a shard's objects, and what is wrong with their bytes: one reading for both."""
     objects: dict[str, bytes | memoryview] = {}
@@ -58,7 +58,7 @@ def _compare(record: CommitRecord, key: str, found: ObjectDigest | None) -> Iter
 
 
 def check_states(
-    root: Directory,
+    root: ObjectStore,
     record: CommitRecord,
     identity: StoreIdentity,
     recompute: Recompute,

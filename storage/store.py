@@ -17,7 +17,7 @@ from storage.errors import (
     StorageError,
 )
 from storage.objects.object_cache import ObjectCache
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.sealed_json import seal, unseal
 from storage.reader import CACHE_BYTES, SnapshotReader
 from storage.recompute import Recompute
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Store:
     """The hidden-state store at one root."""
 
-    def __init__(self, root: Directory, identity: StoreIdentity) -> None:
+    def __init__(self, root: ObjectStore, identity: StoreIdentity) -> None:
         """Use `Store.create` or `Store.open` instead."""
         self.identity = identity
         self.root = root
@@ -55,7 +55,7 @@ class Store:
     @classmethod
     def create(cls, root: str, identity: StoreIdentity) -> "Store":
         """Make a store, or open the one that is there; MismatchError if it holds other states."""
-        directory = Directory.at(root)
+        directory = ObjectStore.at(root)
         directory.create(keys.IDENTITY, identity.to_json())
         store = cls.open(root)
         store.identity.require_equal(identity, where=f"the store at {directory.url}")
@@ -64,7 +64,7 @@ class Store:
     @classmethod
     def open(cls, root: str) -> "Store":
         """Open the store at a local path or fsspec URL; ConfigError if there is none."""
-        directory = Directory.at(root)
+        directory = ObjectStore.at(root)
         try:
             data = directory.read(keys.IDENTITY)
         except FileNotFoundError as error:

@@ -22,7 +22,7 @@ from storage.errors import (
     TransientError,
 )
 from storage.objects.digests import ObjectDigest, RunningDigest
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.probe import require_probe
 from storage.recompute import Recompute
 from storage.records import keys
@@ -40,7 +40,7 @@ from storage.shard_checks import check_digests, check_meaning, read_objects
 class ShardWriter:
     """Writes the shards of one store."""
 
-    root: Directory
+    root: ObjectStore
     identity: StoreIdentity
     log: CommitLog
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from eagle_core.errors import ConfigError
 from eagle_core.tracking.config import PACKAGES, TrackedRun, TrackerName, TrackingConfig
+from eagle_core.tracking.metrics_file import MetricsFile
 from eagle_core.tracking.tracker import Tracker
 
 
@@ -29,7 +30,7 @@ def _is_installed(module: str) -> bool:
 
 @contextmanager
 def open_trackers(config: TrackingConfig, run: TrackedRun) -> Iterator[Tracker]:
-    """Yield one tracker that passes everything on to the chosen ones; close them at the end.
+    """Yield one tracker that passes everything on to the chosen ones, and to the run's own file.
 
     Raises:
         ConfigError: a package is missing, or its service cannot be reached or refuses us.
@@ -37,7 +38,8 @@ def open_trackers(config: TrackingConfig, run: TrackedRun) -> Iterator[Tracker]:
     """
     require_trackers(config)
     with ExitStack() as stack:
-        yield _All([stack.enter_context(_open(name, config, run)) for name in config.trackers])
+        chosen = [stack.enter_context(_open(name, config, run)) for name in config.trackers]
+        yield _All([stack.enter_context(MetricsFile(run.path)), *chosen])
 
 
 def _open(

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eagle_core.atomic_files import write_text
-from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
+from eagle_core.tracking.metrics_file import read_metrics
 from flows.reports import plots
 from flows.reports import rows as report
 from flows.reports.plots import Series
@@ -29,11 +28,10 @@ from flows.reports.table import Row
 from flows.reports.units import human_bytes
 from flows.summaries import EvaluateSummary
 
-_ALL_SCALARS = {"scalars": 0}
 _MOST_POINTS = 500
 
 Curves = Mapping[str, Series]
-"""Tag of a scalar to its values by step."""
+"""Name of a metric to its values by step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +49,7 @@ def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
     """Write the report of the run in `run_path` from what lies there, and return its path."""
     record = RunRecord.read(run_path)
     if curves is None:
-        curves = read_curves(run_path / TENSORBOARD_FOLDER)
+        curves = read_curves(run_path)
     settings = record.settings
     environment = Environment(
         loader=PackageLoader("flows.reports", "pages"), autoescape=True, undefined=StrictUndefined
@@ -74,21 +72,11 @@ def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
     return path
 
 
-def read_curves(folder: Path) -> Curves:
-    """Return the scalars of TensorBoard's event files; of a step that was done twice the last.
-
-    The time inside of an event says which came last: names of files sort otherwise where two
-    began within one second.
-    """
-    if not folder.is_dir():
-        return {}
-    events = EventAccumulator(str(folder), size_guidance=_ALL_SCALARS)
-    events.Reload()
+def read_curves(run_path: Path) -> Curves:
+    """Return the metrics of a run, each thinned out to some hundred points."""
     found: dict[str, Series] = {}
-    for tag in events.Tags()["scalars"]:
-        in_time = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
-        by_step = {event.step: event.value for event in in_time}
-        steps = sorted(by_step)
+    for tag, by_step in read_metrics(run_path).items():
+        steps = list(by_step)
         kept = steps[:: math.ceil(len(steps) / _MOST_POINTS)]
         if kept[-1] != steps[-1]:
             kept.append(steps[-1])
@@ -117,7 +105,7 @@ def _headlines(record: RunRecord) -> list[Row]:
 
 
 def loss_plot(curves: Curves) -> tuple[str, Markup] | None:
-    """Return "Loss" and its plot over the steps, or None if TensorBoard did not record the run."""
+    """Return "Loss" and its plot over the steps, or None if no metrics were recorded."""
     return _curves(curves, {"loss": "loss"}, "Loss", "nats, weighted over TTT steps")
 
 
@@ -183,7 +171,7 @@ def _training(record: RunRecord, curves: Curves) -> Section:
         ),
     ]
     rows = [] if record.training is None else _without_seconds(report.train_rows(record.training))
-    note = "" if curves else "No curves: tracking.trackers of this run lacks tensorboard."
+    note = "" if curves else "No metrics were recorded (metrics.jsonl)."
     return Section(title="Training", note=note, rows=rows, plots=[plot for plot in drawn if plot])
 
 

@@ -25,7 +25,7 @@ from flows.workers.measure_worker import (
     ProfileCost,
     num_last_states,
 )
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.records import keys
 from storage.records.plan import PlannedSample, plan_shards
 from storage.store import Store
@@ -51,7 +51,7 @@ def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, 
 
     Nothing is measured where even the worst case fits.
     """
-    place = Directory.at(root)
+    place = ObjectStore.at(root)
     free = place.free_bytes()
     bare = _bare_bytes_per_token(target, recompute=config.recompute)
     worst = int(tokens.num_tokens * bare * WORST_CASE)
@@ -65,7 +65,7 @@ def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, 
 def _within_budget(budget: int | None, root: str, more: int) -> bool:
     if budget is None:
         return True
-    is_there = Directory.at(root).exists(keys.IDENTITY)
+    is_there = ObjectStore.at(root).exists(keys.IDENTITY)
     stored = Store.open(root).commits().totals.stored_bytes if is_there else 0
     return stored + more <= budget
 
@@ -80,7 +80,7 @@ def _bare_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
 
 def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str) -> Bill:
     """Return the bill for what the store at `root` lacks, measured with the target itself."""
-    place = Directory.at(root)
+    place = ObjectStore.at(root)
     store = Store.open(root) if place.exists(keys.IDENTITY) else None
     wanted = wanted_samples(tokens)
     plan = plan_shards(

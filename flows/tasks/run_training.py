@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eagle_core.samples import SampleSource
-from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
 from eagle_core.tracking.trackers import open_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.result import Progress, TrainingResult
@@ -142,7 +141,7 @@ def warn_of_another_length(
 
 def _report(summary: TrainSummary, title: str) -> None:
     """Write the page of the run, and show figures and loss in the Prefect UI."""
-    curves = read_curves(summary.run_path / TENSORBOARD_FOLDER)
+    curves = read_curves(summary.run_path)
     write_run_page(summary.run_path, curves)
     publish_table(
         f"Training: {title}",

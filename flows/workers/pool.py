@@ -46,7 +46,7 @@ class WorkerPool:
         self._children: list[Child | None] = [None] * len(self._slots)
         self._timers: list[threading.Timer | None] = [None] * len(self._slots)
         self._idle_seconds = idle_seconds
-        self._on_report = on_report
+        self.on_report = on_report
         self._free: SimpleQueue[int] = SimpleQueue()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -70,7 +70,7 @@ class WorkerPool:
                 )
                 for line in lines:
                     report = ShardReport.model_validate_json(line)
-                    self._on_report(report)
+                    self.on_report(report)
                     yield report
         except ChildKilledError as error:
             if self._is_closed:  # not to be tried again

@@ -18,7 +18,7 @@ import numpy as np
 
 from storage.errors import ConfigError, CorruptError
 from storage.objects.listing import Entry
-from storage.objects.object_store import TEMPORARY_SUFFIX
+from storage.objects.local_files import TEMPORARY_SUFFIX
 from storage.records import keys
 from storage.records.commit_log import revocations
 from storage.records.commits import Commits

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from storage.errors import ConfigError, OutOfSpaceError
 from storage.objects.digests import ObjectDigest
-from storage.objects.object_store import FULL, TEMPORARY_SUFFIX
+from storage.objects.failures import FULL
+from storage.objects.local_files import TEMPORARY_SUFFIX
 
 OURS = re.compile(rf"[0-9a-f]{{32}}({re.escape(TEMPORARY_SUFFIX)})?")
 

@@ -7,10 +7,8 @@ machines is like any other. Failures become this package's errors; absence stays
 `FileNotFoundError`.
 """
 
-import errno
 import io
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,36 +16,36 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-import aiohttp
 import fsspec
 import numpy as np
-from botocore.exceptions import (  # type: ignore[import-untyped]
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import ConfigError, OutOfSpaceError, TransientError
+from storage.errors import ConfigError
 from storage.objects.buffer_pool import Allocate
+from storage.objects.failures import translated
 from storage.objects.listing import Entry, list_objects
+from storage.objects.local_files import (
+    TEMPORARY_SUFFIX,
+    new_file,
+    sync_folder,
+    sync_names,
+    sync_tree,
+    temporary_file,
+    write_file,
+)
 from storage.objects.retry import retried
-from storage.objects.server_answers import explained, lacks_reason
+from storage.objects.server_answers import lacks_reason
 
 Result = TypeVar("Result")
 
-TEMPORARY_SUFFIX = ".tmp"
 S3_SCHEMES = ("s3://", "s3a://")
-UNUSABLE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 PIECE_BYTES = 4 << 20
 RANGE_BYTES = 32 << 20
 """Of a large object on a server, this many bytes are asked for at a time, all at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class ObjectStore:
     """A root and the objects below it. Keys are relative, with forward slashes."""
 
     file_system: fsspec.AbstractFileSystem
@@ -75,13 +73,13 @@ class Directory:
         file_system, root = _file_system(url)
         return cls(file_system, str(root).rstrip("/"))
 
-    def __reduce__(self) -> tuple[Callable[[str], "Directory"], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[[str], "ObjectStore"], tuple[str]]:
         """Travel as a URL: the file system's options, credentials among them, stay behind."""
-        return Directory.at, (self.url,)
+        return ObjectStore.at, (self.url,)
 
     @property
     def url(self) -> str:
-        """The root as `Directory.at` takes it: a path on a disk, else a URL with its scheme."""
+        """The root as `ObjectStore.at` takes it: a path on a disk, else a URL with its scheme."""
         return self.root if self.is_local else str(self.file_system.unstrip_protocol(self.root))
 
     @property
@@ -153,7 +151,10 @@ class Directory:
         """
         if not self.is_local:
             return self._read_parts(key, num_bytes)
-        with self._translated(key), Path(self.path(key)).open("rb", buffering=0) as file:
+        with (
+            translated(self.where(key), is_local=self.is_local),
+            Path(self.path(key)).open("rb", buffering=0) as file,
+        ):
             data = allocate((os.fstat(file.fileno()).st_size,), np.uint8)
             filled = 0
             while filled < len(data):  # a read may return less than it was asked for
@@ -171,7 +172,10 @@ class Directory:
         if not self.is_local:
             yield self._read_parts(key, num_bytes)
             return
-        with self._translated(key), Path(self.path(key)).open("rb", buffering=0) as file:
+        with (
+            translated(self.where(key), is_local=self.is_local),
+            Path(self.path(key)).open("rb", buffering=0) as file,
+        ):
             buffer = memoryview(bytearray(min(max(num_bytes, 1), PIECE_BYTES)))
             while found := file.readinto(buffer):
                 yield buffer[:found]
@@ -236,7 +240,7 @@ class Directory:
     def temporaries(self) -> Mapping[str, Entry]:
         """Return what kills left of objects directly below the root; a server has no such."""
         found: dict[str, Entry] = {}
-        with self._translated(""):
+        with translated(self.where(""), is_local=self.is_local):
             for path in Path(self.root).glob(f"*{TEMPORARY_SUFFIX}") if self.is_local else ():
                 with suppress(FileNotFoundError):  # it was finished meanwhile
                     status = path.stat()
@@ -246,7 +250,7 @@ class Directory:
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Write an object; it is durable once `flush` was called on a prefix of its key."""
         if self.is_local:
-            self._attempted(key, lambda: _write_file(Path(self.path(key)), data))
+            self._attempted(key, lambda: write_file(Path(self.path(key)), data))
         else:
             self._put(key, bytes(data), mode="overwrite")
 
@@ -261,13 +265,9 @@ class Directory:
             yield pieces.write
             self.write(key, pieces.getvalue())
             return
-        with self._translated(key):
-            path = Path(self.path(key))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                yield file.write
-                file.flush()
-                os.fsync(file.fileno())
+        where = self.where(key)
+        with translated(where, is_local=True), new_file(Path(self.path(key))) as append:
+            yield append
 
     def _put(self, key: str, data: bytes, *, mode: str) -> None:
         try:
@@ -283,11 +283,10 @@ class Directory:
         """Make the names of all objects below `prefix` durable, and those of its parents."""
         if not self.is_local:
             return
-        with self._translated(prefix):
-            walked = os.walk(self.path(prefix), topdown=False, onerror=_raise)
-            for directory, _, _ in walked:
-                _sync_directory(Path(directory))
-            self._sync_parents(Path(self.path(prefix)))
+        with translated(self.where(prefix), is_local=self.is_local):
+            folder = Path(self.path(prefix))
+            sync_tree(folder)
+            sync_names(folder.parent, root=Path(self.root))
 
     def publish(self, key: str, data: bytes) -> None:
         """Make an object appear, or replace it, atomically and durably."""
@@ -327,25 +326,19 @@ class Directory:
     @contextmanager
     def _beside(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
         """Write a file under a name of its own; the block gives it the other. Durable after it."""
-        with self._translated(key):
+        with translated(self.where(key), is_local=self.is_local):
             path = Path(self.path(key))
-            unique = f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-            temporary = path.with_name(unique)
-            try:
-                _write_file(temporary, data)
+            with temporary_file(path, data) as temporary:
                 yield temporary, path
-            finally:
-                temporary.unlink(missing_ok=True)  # gives its space back where the disk is full
-            _sync_directory(path.parent)
-            self._sync_parents(path.parent)
+            sync_names(path.parent, root=Path(self.root))
 
     def delete(self, key: str) -> None:
         """Remove an object durably; it may be absent already."""
         with suppress(FileNotFoundError):
             self._attempted(key, lambda: self.file_system.rm_file(self.path(key)))
             if self.is_local:
-                with self._translated(key):
-                    _sync_directory(Path(self.path(key)).parent)
+                with translated(self.where(key), is_local=self.is_local):
+                    sync_folder(Path(self.path(key)).parent)
 
     def delete_many(self, keys: Sequence[str]) -> None:
         """Remove objects; any may be absent already. From a server a thousand go at a time."""
@@ -357,15 +350,11 @@ class Directory:
             with suppress(FileNotFoundError):
                 self._attempted(key, partial(self.file_system.rm_file, self.path(key)))
         for parent in {key.rpartition("/")[0] for key in keys} if self.is_local else ():
-            with self._translated(parent), suppress(FileNotFoundError):
-                _sync_directory(Path(self.path(parent)))
-
-    def _sync_parents(self, path: Path) -> None:
-        """Make the names of the directories down to `path` durable, the root's own included."""
-        root = Path(self.root)
-        for parent in path.parents:
-            if parent == root.parent or parent.is_relative_to(root):
-                _sync_directory(parent)
+            with (
+                translated(self.where(parent), is_local=self.is_local),
+                suppress(FileNotFoundError),
+            ):
+                sync_folder(Path(self.path(parent)))
 
     def delete_all(self, prefix: str) -> None:
         """Remove every object below `prefix`."""
@@ -384,43 +373,10 @@ class Directory:
 
     def _attempted(self, key: str, call: Callable[[], Result]) -> Result:
         def attempt() -> Result:
-            with self._translated(key):
+            with translated(self.where(key), is_local=self.is_local):
                 return call()
 
         return retried(attempt)
-
-    @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise ConfigError(
-                f"cannot use {self.where(key)}: {error}; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or a profile, where this runs"
-            ) from error
-        except (BotoCoreError, ClientError, aiohttp.ClientError) as error:
-            found = explained(error, self.where(key))
-            what = f"{self.where(key)}: {type(error).__name__}: {error}"
-            raise (found or TransientError(what)) from error
-        except OSError as error:
-            path = self.where(key)
-            if _precondition_failed(error):
-                raise FileExistsError(error.errno, str(error), path) from error
-            answered = explained(error, path)
-            if answered is not None:
-                raise answered from error
-            if isinstance(error, FileExistsError) and not self.is_local:
-                raise
-            if error.errno in FULL:
-                raise OutOfSpaceError(
-                    f"no space left to write {path}: {error.strerror}; free space or raise the "
-                    "quota, then run the same command again: it goes on where it stopped"
-                ) from error
-            if isinstance(error, UNUSABLE) or error.errno in {errno.ENOSYS, errno.EROFS}:
-                raise ConfigError(f"cannot use {path}: {error}") from error
-            raise TransientError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -436,32 +392,3 @@ def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     file_system, root = fsspec.core.url_to_fs(url, config_kwargs={**once, **given})
     file_system.retries = 1
     return file_system, root
-
-
-def _precondition_failed(error: OSError) -> bool:
-    """Tell whether a server refused to create what exists; not all of them say it to s3fs."""
-    cause = error.__cause__
-    return (
-        isinstance(cause, ClientError)
-        and cause.response.get("Error", {}).get("Code") == "PreconditionFailed"
-    )
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _write_file(path: Path, data: bytes | memoryview) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

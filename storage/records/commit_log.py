@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from storage.errors import REPAIR, CorruptError, ShardMissingError, TransientError
 from storage.objects.digests import ObjectDigest
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.sealed_json import seal
 from storage.records import keys
 from storage.records.commit_record import CommitRecord
@@ -45,7 +45,7 @@ class Listing:
     """(shard id, record id)"""
 
     @classmethod
-    def of(cls, root: Directory) -> "Listing":
+    def of(cls, root: ObjectStore) -> "Listing":
         """List it."""
         names = (
             key.removesuffix(keys.JSON_SUFFIX)
@@ -61,7 +61,7 @@ class Listing:
 class CommitLog:
     """The commit records of one store."""
 
-    def __init__(self, root: Directory, identity_id: str) -> None:
+    def __init__(self, root: ObjectStore, identity_id: str) -> None:
         """Read and write below the root of a store."""
         self.root = root
         self.identity_id = identity_id
@@ -70,7 +70,7 @@ class CommitLog:
         self._last: tuple[Manifest, Commits] | None = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type["CommitLog"], tuple[Directory, str]]:
+    def __reduce__(self) -> tuple[type["CommitLog"], tuple[ObjectStore, str]]:
         """Travel without what was read."""
         return CommitLog, (self.root, self.identity_id)
 
@@ -297,7 +297,7 @@ class CommitLog:
         return self.consistently(lambda: self._loaded(manifest_ids(self.root)))
 
 
-def revocations(root: Directory) -> Collection[tuple[str, str]]:
+def revocations(root: ObjectStore) -> Collection[tuple[str, str]]:
     """Return (shard id, record id) of every row of a manifest that was taken back."""
     parts = (key.removesuffix(keys.JSON_SUFFIX).split("/") for key in root.sizes(keys.REVOCATIONS))
     return {(part[0], part[1]) for part in parts if len(part) == 2 and all(map(is_id, part))}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from storage.errors import CorruptError
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.sealed_json import seal, unseal
 from storage.records import keys
 from storage.records.identity import FORMAT_VERSION
@@ -36,7 +36,7 @@ class Exclusion:
 class Exclusions:
     """The notes of one store."""
 
-    def __init__(self, root: Directory) -> None:
+    def __init__(self, root: ObjectStore) -> None:
         """Read and write below the root of a store."""
         self._root = root
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from storage.errors import CorruptError, MovedError
 from storage.objects.digests import ObjectDigest
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.sealed_json import canonical_json, digest_bytes
 from storage.records import keys
 from storage.records.commit_record import CommitRecord, parse_objects
@@ -52,7 +52,7 @@ class Manifest:
     """S committed shards."""
 
     manifest_id: str
-    root: Directory
+    root: ObjectStore
     identity_id: str
     samples_digest: str
     shard_ids: NDArray[np.bytes_]
@@ -71,7 +71,7 @@ class Manifest:
     """[S] JSON of `CommitRecord.objects`"""
 
     @classmethod
-    def write(cls, root: Directory, records: Sequence[CommitRecord], *, identity_id: str) -> Self:
+    def write(cls, root: ObjectStore, records: Sequence[CommitRecord], *, identity_id: str) -> Self:
         """Write a manifest of these shards and return it as it reads back."""
         ordered = sorted(records, key=lambda record: record.shard_id)
         samples = _samples_file(ordered)
@@ -85,7 +85,7 @@ class Manifest:
         return manifest
 
     @classmethod
-    def read(cls, root: Directory, manifest_id: str, *, identity_id: str) -> Self:
+    def read(cls, root: ObjectStore, manifest_id: str, *, identity_id: str) -> Self:
         """Read what opening a store needs.
 
         Raises:
@@ -231,14 +231,14 @@ class Manifest:
 _REMEDY = "delete its files below manifests, then run hidden-states: what they held is made again"
 
 
-def manifest_ids(root: Directory) -> Sequence[str]:
+def manifest_ids(root: ObjectStore) -> Sequence[str]:
     """Return the ids of all manifests, of which one copy is enough, sorted."""
     ending = f".{SHARDS}.parquet"
     names = (key.rpartition("/")[2] for key in root.sizes(keys.MANIFESTS))
     return sorted({name.removesuffix(ending) for name in names if name.endswith(ending)})
 
 
-def delete_manifest(root: Directory, manifest_id: str) -> None:
+def delete_manifest(root: ObjectStore, manifest_id: str) -> None:
     """Remove a manifest whose shards are in others."""
     for kind in KINDS:
         for key in reversed(keys.manifest_copies(manifest_id, kind)):
@@ -250,7 +250,7 @@ def record_id(record: CommitRecord) -> str:
     return digest_bytes(record.to_json())
 
 
-def _whole(root: Directory, manifest_id: str, kind: str, *, digest: str) -> bytes:
+def _whole(root: ObjectStore, manifest_id: str, kind: str, *, digest: str) -> bytes:
     """Return a file from whichever copy is whole."""
     absent = 0
     copies = keys.manifest_copies(manifest_id, kind)

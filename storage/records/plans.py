@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from storage.errors import ConfigError
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.records import keys
 from storage.records.commit_log import CommitLog
 from storage.records.plan import Plan, PlannedShard
@@ -17,7 +17,7 @@ MIN_AGE_SECONDS = 24 * 3600.0
 class Plans:
     """The persisted plans of one store."""
 
-    def __init__(self, root: Directory, log: CommitLog) -> None:
+    def __init__(self, root: ObjectStore, log: CommitLog) -> None:
         """Read and write below the root of a store."""
         self._root = root
         self._log = log

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from storage.errors import REPAIR
 from storage.objects.digests import ObjectDigest
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.records import keys
 from storage.records.commit_record import CommitRecord
 
@@ -33,14 +33,14 @@ def shard_finding(shard_id: str, key: str, problem: str) -> Finding:
     return Finding(shard_id=shard_id, object_key=object_key, problem=problem, remedy=REPAIR)
 
 
-def check_sizes(root: Directory, record: CommitRecord) -> Iterator[Finding]:
+def check_sizes(root: ObjectStore, record: CommitRecord) -> Iterator[Finding]:
     """Yield a finding for every object of the shard that is absent or has another size."""
     sizes = root.sizes(keys.shard_folder(record.shard_id))
     return _compare_sizes(record.shard_id, record.objects, sizes, prefix="")
 
 
 def check_presence(
-    root: Directory, committed: Mapping[str, Mapping[str, ObjectDigest]]
+    root: ObjectStore, committed: Mapping[str, Mapping[str, ObjectDigest]]
 ) -> Iterator[Finding]:
     """Yield what `check_sizes` would for the objects of many shards, after one listing of all."""
     sizes = root.sizes(keys.SHARDS)

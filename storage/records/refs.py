@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from storage.errors import PUBLISH, CorruptError
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.sealed_json import seal, unseal
 from storage.records import keys
 from storage.records.identity import FORMAT_VERSION
@@ -22,7 +22,7 @@ _RUNS = "runs/"
 class Refs:
     """The names that a store keeps."""
 
-    def __init__(self, root: Directory) -> None:
+    def __init__(self, root: ObjectStore) -> None:
         """Read and write below the root of a store."""
         self._root = root
 

@@ -1,7 +1,7 @@
 """One small pipeline: a tiny target, a small data set, and the settings that go with them."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +13,7 @@ from eagle_core.target.config import TargetConfig
 from flows.config.store import StoreConfig
 from flows.workers.child_process import Child
 from flows.workers.pool import WorkerPool
+from flows.workers.shard_batch import ShardReport
 from tests import tiny
 
 NUM_CONVERSATIONS = 40
@@ -37,11 +38,15 @@ def shard_process() -> Iterator[None]:
     """
     shared, at_first = _LivingOn([{}]), _object_store()
 
-    def processes(places: Sequence[Mapping[str, str]]) -> WorkerPool:
-        is_alike = len(places) == 1 and _object_store() == at_first
-        return shared if is_alike else WorkerPool(places)
+    def pool(
+        slots: Sequence[Mapping[str, str]], *, on_report: Callable[[ShardReport], None]
+    ) -> WorkerPool:
+        if len(slots) == 1 and _object_store() == at_first:
+            shared.on_report = on_report
+            return shared
+        return WorkerPool(slots, on_report=on_report)
 
-    with mock.patch("flows.orchestration.task_runners.WorkerPool", processes):
+    with mock.patch("flows.orchestration.task_runners.WorkerPool", pool):
         yield
     WorkerPool.close(shared)
 

@@ -14,7 +14,6 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
 from eagle_core.training.config import TrainingConfig
 from flows.config.store import StoreConfig
 from flows.online import online
@@ -77,7 +76,7 @@ def test_states_are_computed_once_and_the_losses_are_those_of_forgetting(
             home=str(tmp_path),
             run=run,
         ).training
-        curve = read_curves(summary.run_path / TENSORBOARD_FOLDER)["loss"]
+        curve = read_curves(summary.run_path)["loss"]
         newest = max(summary.run_path.glob("checkpoints/step-*"))
         return list(curve.y), file_digest(newest / "draft.safetensors")
 

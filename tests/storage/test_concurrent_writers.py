@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.maintenance.verify import verify_store
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.samples import StoredSample
 from storage.store import Store
-from tests.storage.steps import SteppedDirectory
+from tests.storage.steps import SteppedObjectStore
 from tests.storage.synthetic import (
     committed_samples,
     fill,
@@ -146,7 +146,7 @@ def test_any_order_of_two_versions_ends_in_one_of_them(order: list[int]) -> None
     failures: list[BaseException] = []
 
     def work(me: int) -> None:
-        root = SteppedDirectory.over(rivalry.store.root, lambda _: turns.take(me))
+        root = SteppedObjectStore.over(rivalry.store.root, lambda _: turns.take(me))
         try:
             rivalry.write(me, Store(root, rivalry.store.identity))
         except BaseException as error:  # noqa: BLE001 - the test's own thread reports it
@@ -189,7 +189,7 @@ def _write_while_another_commits(rivalry: Rivalry, *, paused_at: int) -> int:
             assert verify_store(rivalry.store, deep=False) == []
         steps += 1
 
-    stepped = SteppedDirectory.over(rivalry.store.root, step)
+    stepped = SteppedObjectStore.over(rivalry.store.root, step)
     rivalry.write(0, Store(stepped, rivalry.store.identity))
     return steps
 
@@ -226,7 +226,7 @@ def _is_killed_after_another_commits(rivalry: Rivalry, *, last: int) -> bool:
         yield
         steps += steps >= 1000
 
-    stepped = SteppedDirectory.over(rivalry.store.root, step)
+    stepped = SteppedObjectStore.over(rivalry.store.root, step)
     try:
         rivalry.write(1, Store(stepped, rivalry.store.identity))
     except Killed:
@@ -235,23 +235,23 @@ def _is_killed_after_another_commits(rivalry: Rivalry, *, last: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class StaleDirectory(Directory):
+class StaleObjectStore(ObjectStore):
     """One host's view of a shared disk: what others wrote since is not seen yet."""
 
     def read(self, key: str) -> bytes:
         if key.startswith("commits/"):
             raise FileNotFoundError(key)
-        return Directory.read(self, key)
+        return ObjectStore.read(self, key)
 
     def exists(self, key: str) -> bool:
-        return not key.startswith("commits/") and Directory.exists(self, key)
+        return not key.startswith("commits/") and ObjectStore.exists(self, key)
 
 
 def test_a_host_that_does_not_see_the_other_yet_breaks_nothing(tmp_path: Path) -> None:
     """As on NFS, where locks and looks are each host's own, but a link is made once."""
     rivalry = Rivalry(str(tmp_path / "store"))
     rivalry.write(0)
-    behind = StaleDirectory(rivalry.store.root.file_system, rivalry.store.root.root)
+    behind = StaleObjectStore(rivalry.store.root.file_system, rivalry.store.root.root)
     rivalry.write(1, Store(behind, rivalry.store.identity))
     rivalry.require_whole()
 
@@ -273,7 +273,7 @@ def test_an_attempt_that_comes_second_leaves_nothing(root: str) -> None:
             rivalry.write(0)
         yield
 
-    stepped = SteppedDirectory.over(rivalry.store.root, step)
+    stepped = SteppedObjectStore.over(rivalry.store.root, step)
     rivalry.write(1, Store(stepped, rivalry.store.identity))
     rivalry.require_whole()
     record = rivalry.store.commit(rivalry.shard.shard_id)

@@ -31,7 +31,8 @@ from storage.errors import ConfigError, CorruptError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.maintenance.repair import damaged_shards
 from storage.maintenance.verify import verify_store
-from storage.objects.object_store import TEMPORARY_SUFFIX, Directory
+from storage.objects.local_files import TEMPORARY_SUFFIX
+from storage.objects.object_store import ObjectStore
 from storage.objects.sealed_json import seal, unseal
 from storage.reader import read_shard
 from storage.records import compaction, keys
@@ -80,7 +81,7 @@ class Fuse:
 
 
 @dataclass(frozen=True, slots=True)
-class MortalDirectory(Directory):
+class MortalObjectStore(ObjectStore):
     """A directory whose process is killed before, within or after an operation that changes it."""
 
     fuse: Fuse
@@ -88,7 +89,7 @@ class MortalDirectory(Directory):
     @contextmanager
     def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
         self.fuse.burn()
-        with Directory.open(self, key) as write:
+        with ObjectStore.open(self, key) as write:
 
             def torn(data: bytes) -> None:
                 if self.fuse.at_end:
@@ -103,20 +104,20 @@ class MortalDirectory(Directory):
     def _beside(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
         self.fuse.burn()
         if self.fuse.at_end:
-            Directory.write(self, f"{key}.0a1b2c3d{TEMPORARY_SUFFIX}", data[: len(data) // 2])
+            ObjectStore.write(self, f"{key}.0a1b2c3d{TEMPORARY_SUFFIX}", data[: len(data) // 2])
         self.fuse.burn()
-        with Directory._beside(self, key, data) as names:
+        with ObjectStore._beside(self, key, data) as names:
             yield names
         self.fuse.burn()
 
     def _put(self, key: str, data: bytes, *, mode: str) -> None:
         self.fuse.burn()
-        Directory._put(self, key, data, mode=mode)
+        ObjectStore._put(self, key, data, mode=mode)
         self.fuse.burn()
 
     def delete(self, key: str) -> None:
         self.fuse.burn()
-        Directory.delete(self, key)
+        ObjectStore.delete(self, key)
         self.fuse.burn()
 
 
@@ -265,7 +266,7 @@ class StoreMachine(RuleBasedStateMachine):
     def run(self, fuse: int | Fuse | None, operation: Callable[[Store], object]) -> bool:
         """Run an operation in a process that may be killed; tell whether it was not."""
         fuse = fuse if isinstance(fuse, Fuse) else Fuse(fuse)
-        root = MortalDirectory(self.root.file_system, self.root.root, fuse)
+        root = MortalObjectStore(self.root.file_system, self.root.root, fuse)
         try:
             operation(Store(root, make_identity()))
         except Killed:

@@ -11,13 +11,12 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
 from eagle_core.data.config import DatasetConfig
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
-from eagle_core.tracking.tensorboard import TensorBoardTracker
 from eagle_core.training.config import TrainingConfig
 from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.hidden_states import hidden_states
-from flows.reports.run_page import read_curves, write_run_page
+from flows.reports.run_page import write_run_page
 from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.train import train_flow
 from tests import needs
@@ -129,18 +128,6 @@ def test_what_a_recipe_says_is_text_not_markup(tmp_path: Path) -> None:
     assert "<td>a, b</td>" in text
     assert "Nothing is stored" in text
     assert "1, with 4 tokens, 2 of them supervised (50.0%)" in text
-
-
-def test_a_step_that_was_done_twice_shows_what_came_of_the_last_time(tmp_path: Path) -> None:
-    for steps, loss, name in (((1, 2, 3), 9.0, "10"), ((2, 3, 4), 5.0, "1")):
-        before = set(tmp_path.iterdir())
-        with TensorBoardTracker(tmp_path) as tracker:
-            for step in steps:
-                tracker.log({"loss": loss - step}, step=step)
-        (written,) = set(tmp_path.iterdir()) - before
-        written.rename(tmp_path / f"events.out.tfevents.{name}")
-    curve = read_curves(tmp_path)["loss"]
-    assert (list(curve.x), list(curve.y)) == ([1, 2, 3, 4], [8.0, 3.0, 2.0, 1.0])
 
 
 def test_a_file_of_another_version_is_left_out_and_named(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from storage.objects.digests import ObjectDigest
 from storage.objects.sealed_json import seal, unseal
 from storage.samples import StoredSample
 from storage.store import Store
-from tests.storage.steps import SteppedDirectory
+from tests.storage.steps import SteppedObjectStore
 from tests.storage.synthetic import (
     change_inside,
     data_key,
@@ -113,7 +113,7 @@ def victim(healthy: tuple[Victim, dict[str, bytes]]) -> Iterator[Victim]:
             touched.add(key)
         yield
 
-    root = SteppedDirectory.over(found.store.root, step)
+    root = SteppedObjectStore.over(found.store.root, step)
     yield Victim(Store(root, found.store.identity), found.samples)
     for key in touched:
         if key in whole:

@@ -14,11 +14,11 @@ from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.maintenance.verify import verify_store
 from storage.objects.digests import ObjectDigest
 from storage.objects.listing import _entry
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.retry import PAUSES_SECONDS, retried
 from storage.objects.sealed_json import seal, unseal
 from storage.store import Store
-from tests.storage.steps import SteppedDirectory
+from tests.storage.steps import SteppedObjectStore
 from tests.storage.synthetic import (
     data_key,
     fill,
@@ -200,16 +200,16 @@ def test_a_passing_fault_of_a_disk_ends_no_verification(
     monkeypatch.setitem(
         retried.__kwdefaults__ or {}, "pauses_seconds", [0.001] * len(PAUSES_SECONDS)
     )
-    pieces, faults = Directory.pieces, 3
+    pieces, faults = ObjectStore.pieces, 3
 
-    def stale(self: Directory, key: str, *, num_bytes: int):  # noqa: ANN202
+    def stale(self: ObjectStore, key: str, *, num_bytes: int):  # noqa: ANN202
         nonlocal faults
         if faults:
             faults -= 1
             raise TransientError(f"{key}: stale file handle")
         yield from pieces(self, key, num_bytes=num_bytes)
 
-    with mock.patch.object(Directory, "pieces", stale):
+    with mock.patch.object(ObjectStore, "pieces", stale):
         assert verify_store(filled, deep=True) == []
 
 
@@ -234,7 +234,7 @@ def test_data_that_is_collected_before_it_is_named_is_an_error(store: Store) -> 
             store.root.delete_all(f"shards/{shard.shard_id}")
         return mock.MagicMock()
 
-    stepped = Store(SteppedDirectory.over(store.root, step), store.identity)
+    stepped = Store(SteppedObjectStore.over(store.root, step), store.identity)
     with pytest.raises(TransientError, match=r"does a collection of garbage \(gc\) run"):
         stepped.write_shard(shard, samples)
     store.write_shard(shard, samples)

@@ -10,7 +10,7 @@ import s3fs
 
 from storage.errors import ConfigError
 from storage.maintenance.verify import verify_store
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.store import Store
 from tests.storage.seaweed import S3Server
 from tests.storage.synthetic import fill, make_identity, make_samples
@@ -84,7 +84,7 @@ def test_missing_ones_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_urls_that_carry_them_are_refused_without_a_word_of_them() -> None:
     with pytest.raises(ConfigError, match="carries credentials") as caught:
-        Directory.at("s3://AKIAEXAMPLE:hunter2@bucket/store")
+        ObjectStore.at("s3://AKIAEXAMPLE:hunter2@bucket/store")
     assert not re.search("AKIA|hunter2", json.dumps(str(caught.value)))
-    assert Directory.at("/data/run@home/store").root == "/data/run@home/store"
-    assert Directory.at("memory://store/run@home").root == "/store/run@home"
+    assert ObjectStore.at("/data/run@home/store").root == "/data/run@home/store"
+    assert ObjectStore.at("memory://store/run@home").root == "/store/run@home"

@@ -11,7 +11,7 @@ import s3fs
 
 from storage.errors import ConfigError, OutOfSpaceError, TransientError
 from storage.maintenance.verify import verify_store
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 from storage.objects.retry import PAUSES_SECONDS, retried
 from storage.store import Store
 from tests.storage.seaweed import HALF_WAY, HANG_UP, SLOW_DOWN, Answer, FaultyProxy, S3Server
@@ -73,7 +73,7 @@ def test_what_fails_for_a_while_succeeds(proxy: FaultyProxy, s3_root: str, answe
 def test_what_fails_for_good_is_an_error_after_a_bounded_number_of_requests(
     proxy: FaultyProxy, s3_root: str
 ) -> None:
-    directory = Directory.at(s3_root)
+    directory = ObjectStore.at(s3_root)
     directory.write("read", b"x")
     directory.write("exists", b"x")
     operations: dict[str, Callable[[], object]] = {
@@ -93,7 +93,7 @@ def test_what_fails_for_good_is_an_error_after_a_bounded_number_of_requests(
 
 
 def test_whole_objects_are_read_with_one_request_each(proxy: FaultyProxy, s3_root: str) -> None:
-    directory = Directory.at(s3_root)
+    directory = ObjectStore.at(s3_root)
     for key in ("one", "two"):
         directory.write(key, key.encode())
     proxy.seen.clear()
@@ -121,7 +121,7 @@ def test_a_shard_is_two_objects_and_two_round_trips(proxy: FaultyProxy, s3_root:
 
 
 def test_what_no_retry_helps_is_not_tried_again(proxy: FaultyProxy, s3_root: str) -> None:
-    directory = Directory.at(s3_root)
+    directory = ObjectStore.at(s3_root)
     directory.exists("warm")
     proxy.seen.clear()
     proxy.fault = lambda method, path: Answer(status=403, code="AccessDenied")  # noqa: ARG005
@@ -151,7 +151,7 @@ def test_a_refusal_has_its_reason_and_cure_at_once(
     cure: str,
 ) -> None:
     """Also where the client asks with HEAD, whose answer has no reason in it."""
-    directory = Directory.at(s3_root)
+    directory = ObjectStore.at(s3_root)
     directory.exists("warm")
     proxy.fault = lambda method, path: Answer(status=status, code=code)  # noqa: ARG005
     for operation in (

@@ -12,11 +12,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from storage.errors import ConfigError
-from storage.objects.object_store import Directory
+from storage.objects.object_store import ObjectStore
 
 
 def test_who_looks_during_a_publication_sees_the_old_or_the_new(tmp_path: Path) -> None:
-    directory = Directory.at(str(tmp_path))
+    directory = ObjectStore.at(str(tmp_path))
     versions = [bytes([number]) * (1 << 16) for number in range(40)]
     directory.publish("commits/record", versions[0])
     seen: set[bytes] = set()
@@ -40,7 +40,7 @@ def test_who_looks_during_a_publication_sees_the_old_or_the_new(tmp_path: Path) 
 
 
 def test_an_object_that_is_there_stays_unless_it_is_to_be_replaced(root: str) -> None:
-    directory = Directory.at(root)
+    directory = ObjectStore.at(root)
     assert not directory.exists("key")
     assert directory.create("key", b"first")
     assert not directory.create("key", b"second")
@@ -57,7 +57,7 @@ def test_an_object_that_is_there_stays_unless_it_is_to_be_replaced(root: str) ->
 
 
 def test_an_object_written_in_pieces_is_the_same(root: str) -> None:
-    directory = Directory.at(root)
+    directory = ObjectStore.at(root)
     with directory.open("folder/pieces") as write:
         for piece in (b"a", b"", b"bc"):
             write(piece)
@@ -67,7 +67,7 @@ def test_an_object_written_in_pieces_is_the_same(root: str) -> None:
 
 def test_a_large_object_is_read_in_parts(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.objects.object_store.RANGE_BYTES", 7)
-    directory = Directory.at(root)
+    directory = ObjectStore.at(root)
     data = bytes(range(100))
     directory.write("large", data)
     for told in (100, 98, 96, 8):  # it may have grown since
@@ -77,7 +77,7 @@ def test_a_large_object_is_read_in_parts(root: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_listing_tells_when_something_was_written(root: str) -> None:
-    directory = Directory.at(root)
+    directory = ObjectStore.at(root)
     directory.write("folder/key", b"abc")
     (entry,) = directory.entries("folder").values()
     assert entry.num_bytes == 3
@@ -91,7 +91,7 @@ def test_of_many_creators_one_creates(
     """Nothing is locked; where there are no hard links, what stands is still one of them, whole."""
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", _no_links)
-    directory = Directory.at(str(tmp_path))
+    directory = ObjectStore.at(str(tmp_path))
     for number in range(20):
         versions = [bytes([version]) * 4096 for version in range(8)]
         with ThreadPoolExecutor(8) as threads:
@@ -109,7 +109,7 @@ def _no_links(self: Path, target: Path) -> None:
 
 def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    directory = Directory.at(str(tmp_path / "file"))
+    directory = ObjectStore.at(str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="cannot use"):
         directory.publish("commits/record", b"x")
 
@@ -118,7 +118,7 @@ def test_of_many_objects_only_those_that_failed_are_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of many thousand requests some always fail: all at once would never succeed."""
-    directory = Directory.at("memory://many")
+    directory = ObjectStore.at("memory://many")
     keys = [f"commits/{number}.json" for number in range(300)]
     for key in keys:
         directory.write(key, key.encode())
@@ -143,4 +143,4 @@ def test_of_many_objects_only_those_that_failed_are_asked_for_again(
 @pytest.mark.parametrize("url", ["/data/run::1", "memory://lake/llama[8b]", "s3://lake/what?"])
 def test_names_that_mean_something_else_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="choose another name"):
-        Directory.at(url)
+        ObjectStore.at(url)

@@ -25,7 +25,7 @@ from storage.records.sample_rows import Wanted, ids_of, names_of
 from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
 from storage.store import Store
-from tests.storage.steps import SteppedDirectory
+from tests.storage.steps import SteppedObjectStore
 from tests.storage.synthetic import (
     data_key,
     drop_leftovers,
@@ -256,7 +256,7 @@ def test_two_that_compact_the_same_remove_nothing_that_only_they_have(store: Sto
             Store.open(store.root.url).compact()
         return nullcontext()
 
-    Store(SteppedDirectory.over(store.root, step), store.identity).compact()
+    Store(SteppedObjectStore.over(store.root, step), store.identity).compact()
     for name in records:
         store.root.delete(f"commits/{name}.json")  # as a third does when they have settled
     assert dict(Store.open(store.root.url).commits()) == records
@@ -292,7 +292,7 @@ def test_a_newer_record_counts_though_a_kill_ended_its_compaction(store: Store) 
             yield
 
         with suppress(Killed):
-            Store(SteppedDirectory.over(store.root, step), store.identity).compact()
+            Store(SteppedObjectStore.over(store.root, step), store.identity).compact()
         opened = Store.open(store.root.url)
         assert {name: opened.commit(name) for name in lost} == newer
         assert {name: opened.commits()[name] for name in lost} == newer
@@ -426,7 +426,7 @@ def _compact_while_others_work(store: Store, records: dict, *, stop_at: int) -> 
             steps += 1
         yield
 
-    stepped = Store(SteppedDirectory.over(store.root, step), store.identity)
+    stepped = Store(SteppedObjectStore.over(store.root, step), store.identity)
     try:
         stepped.compact()
     except Killed:

@@ -1,0 +1,28 @@
+"""The scalars in TensorBoard's event files, where earlier versions alone kept the metrics."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+_ALL_SCALARS = {"scalars": 0}
+
+
+def read_event_files(folder: Path) -> Mapping[str, Mapping[int, float]]:
+    """Return each scalar by step; of a step that was done twice, the last value.
+
+    The time inside an event says which came last: names of files sort otherwise where two began
+    within one second.
+    """
+    if not folder.is_dir():
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import (  # noqa: PLC0415 (seldom)
+        EventAccumulator,
+    )
+
+    events = EventAccumulator(str(folder), size_guidance=_ALL_SCALARS)
+    events.Reload()
+    found: dict[str, Mapping[int, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        in_time = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+        by_step = {event.step: event.value for event in in_time}
+        found[tag] = dict(sorted(by_step.items()))
+    return found

@@ -1,0 +1,107 @@
+"""`metrics.jsonl` in the folder of a run: every metric, whichever trackers were chosen.
+
+A line of JSON for each call: `{"step": 20, "time": 1790000000.0, "metrics": {"loss": 2.5}}`; a
+metric that is not finite is null. Reports and plots are drawn from it. A run of a version that did
+not write this file has its metrics in TensorBoard's event files, which are taken over.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from eagle_core.atomic_files import write_text
+from eagle_core.tracking.event_files import read_event_files
+from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
+
+METRICS_NAME = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """Appends to the metrics of a run; a disk that fails costs them, never the training."""
+
+    def __init__(self, run_path: Path) -> None:
+        """Open the file of the run in `run_path`, with the metrics of earlier versions in it."""
+        self._path = run_path / METRICS_NAME
+        self._is_lost = False
+        try:
+            if not self._path.exists():
+                write_text(self._path, "".join(_former_lines(run_path)))
+            self._file = self._path.open("a+b", buffering=0)
+            self._end_torn_line()
+        except OSError as error:
+            self._give_up(error)
+
+    def _end_torn_line(self) -> None:
+        """End the line that a kill may have cut short."""
+        if self._file.seek(0, 2):
+            self._file.seek(-1, 2)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+
+    def log(self, scalars: Mapping[str, float], *, step: int) -> None:
+        """Record `scalars` at `step`."""
+        if self._is_lost:
+            return
+        try:
+            self._file.write(_line(scalars, step=step, when=time.time()).encode())
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._is_lost = True
+        logger.warning("%s cannot be written (%s); training goes on without it", self._path, error)
+
+    def __enter__(self) -> Self:
+        """Return the file."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
+def read_metrics(run_path: Path) -> Mapping[str, Mapping[int, float]]:
+    """Return each metric of a run by step, rising; of a step that was done twice, the last value.
+
+    A line that a kill or a full disk cut short is passed over.
+    """
+    path = run_path / METRICS_NAME
+    if not path.exists():
+        return read_event_files(run_path / TENSORBOARD_FOLDER)
+    found: dict[str, dict[int, float]] = {}
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                document = json.loads(line)
+                step, metrics = int(document["step"]), dict(document["metrics"])
+            except (ValueError, TypeError, LookupError):
+                continue
+            for name, value in metrics.items():
+                found.setdefault(name, {})[step] = math.nan if value is None else float(value)
+    return {name: dict(sorted(by_step.items())) for name, by_step in found.items()}
+
+
+def _former_lines(run_path: Path) -> Iterator[str]:
+    """Yield the metrics that an earlier version wrote for TensorBoard alone."""
+    former = read_event_files(run_path / TENSORBOARD_FOLDER)
+    for step in sorted({step for by_step in former.values() for step in by_step}):
+        at_step = {name: by_step[step] for name, by_step in former.items() if step in by_step}
+        yield _line(at_step, step=step, when=0.0)
+
+
+def _line(scalars: Mapping[str, float], *, step: int, when: float) -> str:
+    metrics = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+    return json.dumps({"step": step, "time": when, "metrics": metrics}) + "\n"
