@@ -20,8 +20,9 @@ from benchmarks.step_worker import Peer, serve
 from eagle_core.bfloat16 import DTYPES
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
+from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import TttOptions, ttt_step
+from eagle_core.training.ttt import ttt_step
 
 _ROWS = 256
 
@@ -69,9 +70,9 @@ def packed_batch(case: StepCase) -> PackedBatch:
     )
 
 
-def options(case: StepCase, *, compiled: bool = False) -> TttOptions:
+def options(case: StepCase, *, compiled: bool = False) -> TttConfig:
     """Return the trainer's defaults with the case's length."""
-    return TttOptions(ttt_length=case.ttt_length, step_decay=STEP_DECAY, compile=compiled)
+    return TttConfig(ttt_length=case.ttt_length, step_decay=STEP_DECAY, compile=compiled)
 
 
 def load(case: StepCase, variant: str) -> Peer:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
+from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import TttOptions, ttt_step
+from eagle_core.training.ttt import ttt_step
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -45,7 +46,7 @@ def compare(path: Path, device: torch.device = CPU) -> Deviations:
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (no dict)
-    options = TttOptions(
+    options = TttConfig(
         ttt_length=config.pop("ttt_length"),
         step_decay=config.pop("step_decay"),
         loss_positions="eagle3",

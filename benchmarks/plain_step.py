@@ -25,8 +25,8 @@ from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import StepCase, whole_target_head
 from benchmarks.step_worker import Peer, serve
 from eagle_core.draft.model import DraftModel, rotary, rotate
+from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import TttOptions
 
 Attention = Literal["columns", "dense"]
 
@@ -35,7 +35,7 @@ def plain_loss(
     draft: DraftModel,
     batch: PackedBatch,
     target_lm_head: Tensor,
-    settings: TttOptions,
+    settings: TttConfig,
     attention: Attention,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and [L] correct predictions; reduction is "tokens", positions "predicted".

@@ -42,9 +42,9 @@ from storage.records.snapshot import Snapshot
 def estimate_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
-    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
+    training: TrainingConfig = TrainingConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> EstimateSummary:

@@ -41,8 +41,8 @@ from flows.workspace import DEFAULT_HOME, RunName
 def evaluate_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
-    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    training: TrainingConfig = TrainingConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> EvaluateSummary:

@@ -35,8 +35,8 @@ FOLDER_NAME = "export"
 def export_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
-    export: RunExportConfig = RunExportConfig(),  # noqa: B008 (frozen)
+    training: TrainingConfig = TrainingConfig(),
+    export: RunExportConfig = RunExportConfig(),
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> ExportSummary:

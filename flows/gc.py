@@ -29,7 +29,7 @@ from storage.store import Store
 def gc_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
     home: str = DEFAULT_HOME,
     keep: tuple[str, ...] = (),
     drop_unfinished: bool = False,

@@ -33,8 +33,8 @@ from storage.store import Store
 def hidden_states(
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
-    runner: RunnerConfig = RunnerConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
+    runner: RunnerConfig = RunnerConfig(),
     home: str = DEFAULT_HOME,
 ) -> HiddenStatesSummary:
     """Compute, store and publish the hidden states that the store does not hold yet.

@@ -34,11 +34,11 @@ from flows.workspace import DEFAULT_HOME, RunName, Workspace
 def offline(  # noqa: PLR0917 (one for each section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
-    runner: RunnerConfig = RunnerConfig(),  # noqa: B008 (frozen)
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
-    tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
-    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
+    runner: RunnerConfig = RunnerConfig(),
+    training: TrainingConfig = TrainingConfig(),
+    tracking: TrackingConfig = TrackingConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> OfflineSummary:

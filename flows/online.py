@@ -1,5 +1,6 @@
 """`online`: the same training with the target as the source of the states; stored only if kept."""
 
+import dataclasses
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ from flows.bridge.run import Run, begun_run, write_run
 from flows.bridge.run_lock import sole_training
 from flows.bridge.store_identity import store_identity
 from flows.bridge.token_files import current_content
+from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
 from flows.evaluate import evaluate_flow
 from flows.orchestration.artifact_key import artifact_key
@@ -36,7 +38,7 @@ from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.reports.run_record import StorageBill, write_settings
 from flows.reports.table import print_table
-from flows.summaries import OnlineSummary, TokensSummary
+from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
 from flows.tasks.preflight import preflight
 from flows.tasks.prepare import prepare, prepare_weights, tokens_of_run
 from flows.tasks.run_training import run_training, warn_of_another_length
@@ -53,10 +55,10 @@ from storage.store import Store
 def online(
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
-    tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
-    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
+    training: TrainingConfig = TrainingConfig(),
+    tracking: TrackingConfig = TrackingConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
     home: str = DEFAULT_HOME,
     run: RunName = "online",
 ) -> OnlineSummary:
@@ -84,66 +86,10 @@ def online(
             "the offline flow, where several processes read stored states"
         )
     require_trackers(tracking)
-    space = Workspace.at(home, target=target.name, dataset=dataset.name)
-    run_path = space.run_path(run)
-    prepare_weights(target)
-    begun = begun_run(run_path)
-    known = begun.record if begun else None
-    if begun:  # no data set is read again
-        own = own_dataset(known, dataset, run_path)
-        tokens = tokens_of_run(target, own, space, run_path.name, begun.tokens)
-        _compare_with_now(target, own, space, run_path, tokens)
-    else:
-        tokens = prepare(target, dataset, home)[1]
-    train_tokens = TokenFile(tokens.train_path)
-    with ExitStack() as stack:
-        lock = stack.enter_context(sole_training(run_path))
-        coverage = choose_vocabulary(target, training, train_tokens, run_path)
-        setup = set_up_draft(target, training, run_path)
-        keeper = None
-        if store.keep:
-            root = store_root(store, space)
-            preflight(target, store, tokens, root)
-            opened = Store.create(root, store_identity(target, store, tokens))
-            keeper = stack.enter_context(_keeper(opened, target, training, setup, train_tokens))
-        source = OnlineSource(
-            lambda: TargetModel.load(target),
-            train_tokens,
-            group_tokens=store.shard_tokens,
-            groups_kept=training.shuffle_window,
-            target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
-            keeper=keeper,
-        )
-        record = Run.of(
-            target,
-            known.dataset if known else dataset,
-            store,
-            training,
-            tracking,
-            title=f"{target.name}-{dataset.name}-{run}",
-            source_id=source.source_id,
-            store_root=None if keeper is None else root,
-            tokens=tokens,
-            setup=setup,
-            vocabulary_coverage=coverage,
-        )
-
-        total = total_steps(training, source.lengths, source.groups)
-        if begun:
-            warn_of_another_length(run_path, training, total, step=begun.step)
-        if begun and begun.step >= total:
-            _require_the_data_of(begun.tokens, target, dataset, home, run_path)
-
-        def write_down() -> None:
-            write_run(run_path, record, begun=known)
-            bill = None if keeper is None else StorageBill.of(keeper.store)
-            write_settings(run_path, record, tokens, bill, total_steps=total)
-
-        trained = run_training(setup, source, None, record, lock, write_down=write_down)
-        source.release_target()  # evaluation loads it again: two may not fit
-        if keeper is not None:
-            _publish(keeper, space.snapshot_name("train"), tokens.content)
-            write_down()  # with what the states take now
+    config = RunConfig(
+        target=target, dataset=dataset, store=store, training=training, tracking=tracking
+    )
+    trained = _train(config, Workspace.at(home, target=target.name, dataset=dataset.name), run)
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
     )
@@ -155,6 +101,64 @@ def online(
     print_table(title, [*rows, *report.where_to_look(trained.run_path)])
     publish_table(title, rows, key=artifact_key("online", target.name, dataset.name, run))
     return summary
+
+
+def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
+    """Train from states that the target computes, and publish them if they are kept."""
+    target, training, run_path = config.target, config.training, space.run_path(run)
+    prepare_weights(target)
+    begun = begun_run(run_path)
+    known = begun.record if begun else None
+    given = config.dataset
+    if begun:  # no data set is read again
+        config = dataclasses.replace(config, dataset=own_dataset(known, given, run_path))
+        tokens = tokens_of_run(target, config.dataset, space, run_path.name, begun.tokens)
+        _compare_with_now(target, config.dataset, space, run_path, tokens)
+    else:
+        tokens = prepare(target, given, str(space.home))[1]
+    train_tokens = TokenFile(tokens.train_path)
+    with ExitStack() as stack:
+        lock = stack.enter_context(sole_training(run_path))
+        coverage = choose_vocabulary(target, training, train_tokens, run_path)
+        setup = set_up_draft(target, training, run_path)
+        root = store_root(config.store, space) if config.store.keep else None
+        keeper = None
+        if root is not None:
+            keeper = stack.enter_context(_keeper(config, root, tokens, setup))
+        source = OnlineSource(
+            lambda: TargetModel.load(target),
+            train_tokens,
+            group_tokens=config.store.shard_tokens,
+            groups_kept=training.shuffle_window,
+            target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
+            keeper=keeper,
+        )
+        record = Run.of(
+            config,
+            title=config.title(run),
+            source_id=source.source_id,
+            store_root=root,
+            tokens=tokens,
+            setup=setup,
+            vocabulary_coverage=coverage,
+        )
+        total = total_steps(training, source.lengths, source.groups)
+        if begun:
+            warn_of_another_length(run_path, training, total, step=begun.step)
+        if begun and begun.step >= total:
+            _require_the_data_of(begun.tokens, target, given, str(space.home), run_path)
+
+        def write_down() -> None:
+            write_run(run_path, record, begun=known)
+            bill = None if keeper is None else StorageBill.of(keeper.store)
+            write_settings(run_path, record, tokens, bill, total_steps=total)
+
+        trained = run_training(setup, source, None, record, lock, write_down=write_down)
+        source.release_target()  # evaluation loads it again: two may not fit
+        if keeper is not None:
+            _publish(keeper, space.snapshot_name("train"), tokens.content)
+            write_down()  # with what the states take now
+    return trained
 
 
 def _compare_with_now(
@@ -196,20 +200,17 @@ def _require_the_data_of(
         )
 
 
-def _keeper(
-    store: Store,
-    target: TargetConfig,
-    training: TrainingConfig,
-    setup: DraftSetup,
-    tokens: TokenFile,
-) -> StateKeeper:
-    ends = partial_target(target, store.identity)
+def _keeper(config: RunConfig, root: str, tokens: TokensSummary, setup: DraftSetup) -> StateKeeper:
+    """Return what writes the states into the store at `root`, if there is room for them."""
+    preflight(config.target, config.store, tokens, root)
+    store = Store.create(root, store_identity(config.target, config.store, tokens))
+    ends = partial_target(config.target, store.identity)
     keeper = StateKeeper(
         store,
-        tokens.sample_ids,
+        TokenFile(tokens.train_path).sample_ids,
         TargetRecompute(setup.target_lm_head, ends),
         ends,
-        shards_in_memory=training.shuffle_window,
+        shards_in_memory=config.training.shuffle_window,
     )
     get_run_logger().info(
         "states are kept in %s: %d samples to compute", store.root.url, keeper.num_missing

@@ -23,7 +23,7 @@ from flows.workspace import DEFAULT_HOME
 def plan(
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
     home: str = DEFAULT_HOME,
 ) -> Bill:
     """Say what `hidden-states` would make and what it would cost; make none of it.

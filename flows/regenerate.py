@@ -65,7 +65,7 @@ class RegenerateSummary:
 def regenerate_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
-    regeneration: RegenerationConfig = RegenerationConfig(),  # noqa: B008 (frozen)
+    regeneration: RegenerationConfig = RegenerationConfig(),
     home: str = DEFAULT_HOME,
 ) -> RegenerateSummary:
     """Answer the questions of `dataset` that the target has not answered yet; write a data set.

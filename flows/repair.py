@@ -43,8 +43,8 @@ from storage.store import Store
 def repair_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
-    runner: RunnerConfig = RunnerConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
+    runner: RunnerConfig = RunnerConfig(),
     home: str = DEFAULT_HOME,
     deep: bool = True,
 ) -> RepairSummary:

@@ -1,5 +1,6 @@
 """`train`: a draft from the snapshot of its data, resumed from the newest good checkpoint."""
 
+import dataclasses
 import logging
 
 import torch
@@ -17,9 +18,10 @@ from eagle_core.training.schedule import total_steps
 from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup, choose_vocabulary, set_up_draft
 from flows.bridge.recompute import TargetRecompute, partial_target
 from flows.bridge.run import Run, write_run
-from flows.bridge.run_lock import sole_training
+from flows.bridge.run_lock import RunLock, sole_training
 from flows.bridge.semantic_probe import require_sound
 from flows.bridge.store_identity import open_store
+from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
@@ -30,7 +32,7 @@ from flows.reports.run_record import (
 from flows.summaries import TrainSummary
 from flows.tasks.prepare import prepare_weights
 from flows.tasks.run_training import run_attempt, run_training, warn_of_another_length
-from flows.tasks.training_data import held_by_run, training_data
+from flows.tasks.training_data import TrainingData, held_by_run, training_data
 from flows.workers.ranks import train_ranks
 from flows.workers.train_worker import TrainJob, open_sources
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
@@ -48,9 +50,9 @@ logger = logging.getLogger(__name__)
 def train_flow(
     target: TargetConfig,
     dataset: DatasetConfig,
-    store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
-    tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 (frozen)
+    store: StoreConfig = StoreConfig(),
+    training: TrainingConfig = TrainingConfig(),
+    tracking: TrackingConfig = TrackingConfig(),
     home: str = DEFAULT_HOME,
     run: RunName = "main",
     snapshot_id: str | None = None,
@@ -72,6 +74,9 @@ def train_flow(
     """
     _require_devices(target, training.num_processes)
     require_trackers(tracking)
+    config = RunConfig(
+        target=target, dataset=dataset, store=store, training=training, tracking=tracking
+    )
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     run_path = space.run_path(run)
     prepare_weights(target)
@@ -79,79 +84,71 @@ def train_flow(
     opened = open_store(target, store, root)
     if snapshot_id is None and run in opened.snapshot_ids():
         snapshot_id = run  # as automations of a version without this parameter name their runs
-    data = training_data(
-        opened, target, dataset, training, space, run_path, snapshot_id=snapshot_id
+    data = training_data(opened, config, space, run_path, snapshot_id=snapshot_id)
+    opened.require_present(data.snapshot, commits=data.commits)
+    if data.record:
+        config = dataclasses.replace(config, dataset=data.record.dataset)
+    job = TrainJob(
+        target=target,
+        training=training,
+        tracking=tracking,
+        title=config.title(run),
+        store_root=root,
+        snapshot_id=data.snapshot.snapshot_id,
+        held_out_tokens=data.tokens.held_out_path,
+        run_path=run_path,
+        object_cache=None if opened.is_local else space.object_cache_path,
+        object_cache_bytes=store.cache_bytes,
     )
-    snapshot, tokens = data.snapshot, data.tokens
-    opened.require_present(snapshot, commits=data.commits)
-    title = f"{target.name}-{dataset.name}-{run}"
     with sole_training(run_path) as lock, held_by_run(opened, run_path, data):
-        coverage = (
-            data.record.vocabulary_coverage
-            if data.record and (run_path / VOCABULARY_NAME).exists()
-            else choose_vocabulary(target, training, TokenFile(tokens.train_path), run_path)
-        )
-        job = TrainJob(
-            target=target,
-            training=training,
-            tracking=tracking,
-            title=title,
-            store_root=root,
-            snapshot_id=snapshot.snapshot_id,
-            held_out_tokens=tokens.held_out_path,
-            run_path=run_path,
-            object_cache=None if opened.is_local else space.object_cache_path,
-            object_cache_bytes=store.cache_bytes,
-        )
-        if data.record:
-            data.record.require_vocabulary(run_path)
-        # Ranks find the first GPU empty.
-        is_alone = training.num_processes == 1
-        here = target if is_alone else target.model_copy(update={"device": "cpu"})
-        setup = set_up_draft(here, training, run_path)
-        _require_sound(setup, here, opened, snapshot)
-        record = Run.of(
-            target,
-            data.record.dataset if data.record else dataset,
-            store,
-            training,
-            tracking,
-            title=title,
-            source_id=snapshot.snapshot_id,
-            store_root=root,
-            tokens=tokens,
-            setup=setup,
-            vocabulary_coverage=coverage,
-        )
+        return _train(job, config, opened, data, lock)
 
-        total = total_steps(
-            training, snapshot.lengths, snapshot.groups, world_size=training.num_processes
-        )
 
-        def write_down() -> None:
-            write_run(run_path, record, begun=data.record)
-            bill = StorageBill.of(opened, data.commits)
-            write_settings(
-                run_path,
-                record,
-                tokens,
-                bill,
-                total_steps=total,
-                excluded=data.commits.excluded,
-            )
+def _train(
+    job: TrainJob, config: RunConfig, store: Store, data: TrainingData, lock: RunLock
+) -> TrainSummary:
+    """Train in this process, or in several, and report; the run's folder is locked."""
+    training, run_path = config.training, job.run_path
+    coverage = (
+        data.record.vocabulary_coverage
+        if data.record and (run_path / VOCABULARY_NAME).exists()
+        else choose_vocabulary(config.target, training, TokenFile(data.tokens.train_path), run_path)
+    )
+    if data.record:
+        data.record.require_vocabulary(run_path)
+    is_alone = training.num_processes == 1
+    here = config.target if is_alone else config.target.model_copy(update={"device": "cpu"})
+    setup = set_up_draft(here, training, run_path)  # ranks find the first GPU empty
+    _require_sound(setup, here, store, data.snapshot)
+    record = Run.of(
+        config,
+        title=job.title,
+        source_id=job.snapshot_id,
+        store_root=job.store_root,
+        tokens=data.tokens,
+        setup=setup,
+        vocabulary_coverage=coverage,
+    )
+    lengths, groups = data.snapshot.lengths, data.snapshot.groups
+    total = total_steps(training, lengths, groups, world_size=training.num_processes)
 
-        if data.begun:
-            warn_of_another_length(run_path, training, total, step=data.begun.step)
-        if is_alone:
-            source, held_out = open_sources(job, data.commits)
-            return run_training(setup, source, held_out, record, lock, write_down=write_down)
-        del setup
-        return run_attempt(
-            lambda on_progress: train_ranks(job, on_progress),
-            *(run_path, record, lock),
-            total=total,
-            write_down=write_down,
-        )
+    def write_down() -> None:
+        write_run(run_path, record, begun=data.record)
+        bill, excluded = StorageBill.of(store, data.commits), data.commits.excluded
+        write_settings(run_path, record, data.tokens, bill, total_steps=total, excluded=excluded)
+
+    if data.begun:
+        warn_of_another_length(run_path, training, total, step=data.begun.step)
+    if is_alone:
+        source, held_out = open_sources(job, data.commits)
+        return run_training(setup, source, held_out, record, lock, write_down=write_down)
+    del setup
+    return run_attempt(
+        lambda on_progress: train_ranks(job, on_progress),
+        *(run_path, record, lock),
+        total=total,
+        write_down=write_down,
+    )
 
 
 def _require_sound(

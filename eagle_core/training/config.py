@@ -4,10 +4,52 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from eagle_core.training.distributed import Sharding
+from eagle_core.training.loss import Objective
+from eagle_core.training.positions import LossPositions, LossReduction
 from eagle_core.training.precision import TrainingDtype
 
 
-class TrainingConfig(BaseModel):
+class TttConfig(BaseModel):
+    """Settings of one step of training-time test: its length, its loss, its memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ttt_length: int = Field(
+        default=7,
+        ge=1,
+        le=7,
+        description="Training-time-test steps; stores keep the states that 7 steps need.",
+    )
+    step_decay: float = Field(default=0.8, gt=0, le=1, description="Step i weighs step_decay**i.")
+    loss_positions: LossPositions = Field(
+        default="predicted",
+        description="Which token must be the assistant's for a position to count: token t, as "
+        "EAGLE-3 does, or the token that is predicted, which is what serving asks for.",
+    )
+    loss_reduction: LossReduction = Field(
+        default="tokens",
+        description="Divide the loss by all positions, by the supervised ones, or average the "
+        "means of the sequences.",
+    )
+    objective: Objective = Field(
+        default="cross_entropy",
+        description="What is minimised: cross-entropy as EAGLE-3 does, or the LK losses of arXiv "
+        "2602.23881, -log of the acceptance and its mixture with cross-entropy.",
+    )
+    lk_eta: float = Field(default=3.0, gt=0, description="Of lk_hybrid: how fast it turns over.")
+    compile: bool = Field(
+        default=False,
+        description="Fuse the loss's element-wise work with torch.compile and, on a GPU, attention "
+        "(FlexAttention). It needs a compiler, and up to half a minute before the first step; a "
+        "CPU gains nothing.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Less memory for about a tenth more time."
+    )
+
+
+class TrainingConfig(TttConfig):
     """Settings of one training run; everything but the lengths is part of its fingerprint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -20,29 +62,6 @@ class TrainingConfig(BaseModel):
         description="Folder of an EAGLE-3 draft to start from, in any layout that engines load; by "
         "default the draft starts at random.",
     )
-    ttt_length: int = Field(
-        default=7,
-        ge=1,
-        le=7,
-        description="Training-time-test steps; stores keep the states that 7 steps need.",
-    )
-    step_decay: float = Field(default=0.8, gt=0, le=1, description="Step i weighs step_decay**i.")
-    loss_positions: Literal["eagle3", "predicted"] = Field(
-        default="predicted",
-        description="Which token must be the assistant's for a position to count: token t, as "
-        "EAGLE-3 does, or the token that is predicted, which is what serving asks for.",
-    )
-    loss_reduction: Literal["positions", "tokens", "sequence"] = Field(
-        default="tokens",
-        description="Divide the loss by all positions, by the supervised ones, or average the "
-        "means of the sequences.",
-    )
-    objective: Literal["cross_entropy", "lk_alpha", "lk_hybrid"] = Field(
-        default="cross_entropy",
-        description="What is minimised: cross-entropy as EAGLE-3 does, or the LK losses of arXiv "
-        "2602.23881, -log of the acceptance and its mixture with cross-entropy.",
-    )
-    lk_eta: float = Field(default=3.0, gt=0, description="Of lk_hybrid: how fast it turns over.")
     fc_norm: bool = Field(
         default=False, description="EAGLE-3.1: normalise each aux state before they are fused."
     )
@@ -78,21 +97,12 @@ class TrainingConfig(BaseModel):
         "bfloat16 on GPUs and processors that multiply it themselves, float32 on others, where "
         "bfloat16 would be a hundred times slower.",
     )
-    compile: bool = Field(
-        default=False,
-        description="Fuse the loss's element-wise work with torch.compile and, on a GPU, attention "
-        "(FlexAttention). It needs a compiler, and up to half a minute before the first step; a "
-        "CPU gains nothing.",
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Less memory for about a tenth more time."
-    )
     num_processes: int = Field(
         default=1,
         gt=0,
         description="Processes that train side by side on this machine, one per GPU.",
     )
-    sharding: Literal["replicate", "shard"] = Field(
+    sharding: Sharding = Field(
         default="replicate",
         description="With several processes: each holds the whole draft (DDP) or a part (FSDP2).",
     )

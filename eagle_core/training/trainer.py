@@ -38,7 +38,7 @@ from eagle_core.training.result import Figures, Progress, TrainingResult
 from eagle_core.training.schedule import learning_rate, step_shape, total_steps
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.throughput import Meter
-from eagle_core.training.ttt import TttModule, TttOptions, TttOutcome, fuses_attention, loss_totals
+from eagle_core.training.ttt import TttModule, TttOutcome, fuses_attention, loss_totals
 from eagle_core.training.validation import measure_held_out
 
 
@@ -110,8 +110,7 @@ class _Run:
         self.best_length = 0.0
         """On the held-out split, of the checkpoints that are there."""
         self._resume_weights()
-        self.module_options = _options(config)
-        if fuses_attention(self.module_options, self._device):
+        if fuses_attention(self.config, self._device):
             require_agreement(
                 num_heads=draft.config.num_attention_heads,
                 num_kv_heads=draft.config.num_key_value_heads,
@@ -119,7 +118,7 @@ class _Run:
                 dtype=self.dtype,
                 device=self._device,
             )
-        self.module = processes.parallel(TttModule(draft, self.module_options), config.sharding)
+        self.module = processes.parallel(TttModule(draft, self.config), config.sharding)
         self.trained = [p for p in draft.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(draft, config)
         if self.saved is not None:
@@ -193,7 +192,7 @@ class _Run:
         rate = learning_rate(self.config, self.step, self.total_steps)
         set_learning_rate(self.optimizers, rate)
         own = [batch.to(self._device) for batch in loaded.batches]
-        counts = [loss_totals(self.draft.t2d, batch, self.module_options) for batch in own]
+        counts = [loss_totals(self.draft.t2d, batch, self.config) for batch in own]
         totals = self.processes.total(sum(counts, self._blank))
         outcomes = [
             self._backward(batch, totals, is_last=number == loaded.most_batches - 1)
@@ -325,19 +324,6 @@ class _Run:
             checkpoint.save(self.run_path, record, weights, optimizer, keep_last=keep_last)
         self.processes.wait()
         self.saved = checkpoint.newest(self.run_path)
-
-
-def _options(config: TrainingConfig) -> TttOptions:
-    return TttOptions(
-        ttt_length=config.ttt_length,
-        step_decay=config.step_decay,
-        loss_positions=config.loss_positions,
-        loss_reduction=config.loss_reduction,
-        objective=config.objective,
-        lk_eta=config.lk_eta,
-        compile=config.compile,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
 
 
 def _identity(

@@ -21,33 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from eagle_core.bfloat16 import widened
 from eagle_core.draft.model import DraftLayer, DraftModel, gated, rotary, rotate
 from eagle_core.training.attention import packed_ttt_attention
+from eagle_core.training.config import TttConfig
 from eagle_core.training.flex_attention import flex_ttt_attention
-from eagle_core.training.loss import Objective, RowOutcome, Teacher, distillation_loss
+from eagle_core.training.loss import RowOutcome, Teacher, distillation_loss
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.positions import (
     ActivePositions,
-    LossPositions,
-    LossReduction,
     active_positions,
 )
 from eagle_core.training.repeated_linear import RepeatedLinear
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TttOptions:
-    """What of the training configuration the step itself needs."""
-
-    ttt_length: int = 7
-    step_decay: float = 0.8
-    loss_positions: LossPositions = "predicted"
-    loss_reduction: LossReduction = "tokens"
-    objective: Objective = "cross_entropy"
-    lk_eta: float = 3.0
-    """How fast `lk_hybrid` turns from divergence to acceptance as acceptance grows."""
-    compile: bool = False
-    """Fuse the loss's element-wise work and, on a GPU, attention with torch.compile."""
-    gradient_checkpointing: bool = False
-    """Compute the feed-forward block again in the backward pass instead of keeping its insides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +55,7 @@ class TttOutcome:
 class TttModule(nn.Module):
     """The step as a module whose forward pass DDP and FSDP2 can wrap."""
 
-    def __init__(self, draft: DraftModel, options: TttOptions) -> None:
+    def __init__(self, draft: DraftModel, options: TttConfig) -> None:
         super().__init__()
         self.draft = draft
         self.options = options
@@ -85,12 +67,12 @@ class TttModule(nn.Module):
         return ttt_step(self.draft, batch, target_head, self.options, totals=totals)
 
 
-def fuses_attention(options: TttOptions, device: torch.device) -> bool:
+def fuses_attention(options: TttConfig, device: torch.device) -> bool:
     """Tell whether FlexAttention mixes the values: it needs a compiler, and has no CPU backward."""
     return options.compile and device.type == "cuda"
 
 
-def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttOptions) -> Tensor:
+def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> Tensor:
     """Return [L] what the losses of a batch are means over: positions, tokens or sequences.
 
     Summed over several batches and handed to `ttt_step`, the losses of these add up to that of one
@@ -99,7 +81,7 @@ def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttOptions) -> Tensor:
     return _active(t2d, batch, options).totals
 
 
-def _active(t2d: Tensor, batch: PackedBatch, options: TttOptions) -> ActivePositions:
+def _active(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> ActivePositions:
     return active_positions(
         loss_mask=batch.loss_mask,
         in_vocabulary=t2d[batch.target_argmax],
@@ -114,7 +96,7 @@ def ttt_step(
     draft: DraftModel,
     batch: PackedBatch,
     target_head: Tensor,
-    options: TttOptions,
+    options: TttConfig,
     *,
     totals: Tensor | None = None,
 ) -> TttOutcome:
@@ -177,7 +159,7 @@ class _RowOrder:
 
 
 def _states(
-    draft: DraftModel, batch: PackedBatch, active: ActivePositions, options: TttOptions
+    draft: DraftModel, batch: PackedBatch, active: ActivePositions, options: TttConfig
 ) -> Iterator[Tensor]:
     """Yield the pre-norm states [A_i, H] of each step."""
     layer, config = draft.midlayer, draft.config

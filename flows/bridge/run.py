@@ -26,6 +26,7 @@ from eagle_core.training.checkpoint import require_identity
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup
 from flows.bridge.target_tokenizer import conversation_tokenizer
+from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
 from flows.summaries import TokensSummary
 
@@ -68,11 +69,7 @@ class Run(BaseModel):
     @classmethod
     def of(
         cls,
-        target: TargetConfig,
-        dataset: DatasetConfig,
-        store: StoreConfig,
-        training: TrainingConfig,
-        tracking: TrackingConfig,
+        config: RunConfig,
         *,
         title: str,
         source_id: str,
@@ -82,7 +79,7 @@ class Run(BaseModel):
         vocabulary_coverage: float,
     ) -> Self:
         """Return the record of a run that is about to begin."""
-        folder = weights.locate(target)
+        folder = weights.locate(config.target)
         return cls(
             title=title,
             source_id=source_id,
@@ -90,16 +87,16 @@ class Run(BaseModel):
             tokens=tokens.content,
             tokenizer_fingerprint=tokens.tokenizer_fingerprint,
             template_fingerprint=tokens.template_fingerprint,
-            target_fields=fingerprint_fields(target, folder),
-            stop_ids=tuple(sorted(read_stop_ids(target, folder))),
+            target_fields=fingerprint_fields(config.target, folder),
+            stop_ids=tuple(sorted(read_stop_ids(config.target, folder))),
             draft=setup.draft.config,
             draft_vocabulary=DraftVocabulary.load(setup.run_path / VOCABULARY_NAME).fingerprint,
             vocabulary_coverage=vocabulary_coverage,
-            target=target,
-            dataset=dataset,
-            store=store,
-            training=training,
-            tracking=tracking,
+            target=config.target,
+            dataset=config.dataset,
+            store=config.store,
+            training=config.training,
+            tracking=config.tracking,
         )
 
     def require_vocabulary(self, run_path: Path) -> None:

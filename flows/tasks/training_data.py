@@ -10,12 +10,11 @@ from pathlib import Path
 from eagle_core.atomic_files import write_text
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
 from flows.bridge.run import BegunRun, Run, begun_run
 from flows.bridge.token_files import known_tokens
+from flows.config.run import RunConfig
 from flows.summaries import TokensSummary
 from flows.tasks.prepare import prepare, tokens_of_run
 from flows.workspace import Workspace
@@ -48,9 +47,7 @@ class TrainingData:
 
 def training_data(
     store: Store,
-    target: TargetConfig,
-    dataset: DatasetConfig,
-    training: TrainingConfig,
+    config: RunConfig,
     space: Workspace,
     run_path: Path,
     *,
@@ -67,23 +64,26 @@ def training_data(
         MismatchError: the snapshot is of other data, has held-out samples, or is not the run's.
 
     """
-    begun, commits = begun_run(run_path), store.commits()
+    begun = begun_run(run_path)
+    origin = _Origin(
+        store=store, commits=store.commits(), config=config, space=space, run_path=run_path
+    )
     if begun is not None:
-        data = _own(store, commits, target, dataset, space, run_path, begun, wanted=snapshot_id)
+        data = origin.own(begun, wanted=snapshot_id)
         if snapshot_id is None:
-            _compare_with_now(store, data.snapshot, training, space, run_path, step=begun.step)
+            origin.compare_with_now(data.snapshot, step=begun.step)
     elif snapshot_id is not None:
-        data = _asked_for(store, commits, target, dataset, space, snapshot_id)
+        data = origin.asked_for(snapshot_id)
     else:
-        data = _of_the_data_set(store, commits, target, dataset, space)
+        data = origin.of_the_data_set()
     held_out = _members(data.tokens.held_out_path)
     num_held_out = len(held_out & data.snapshot.members)
     if num_held_out:
         raise MismatchError(
             f"snapshot {data.snapshot.snapshot_id} of {store.root.url} has {num_held_out:,} of the "
-            f"{len(held_out):,} samples that data set {dataset.name} holds out: what is measured "
-            "on must not be learned from. Run hidden-states with this recipe, then train another "
-            "run"
+            f"{len(held_out):,} samples that data set {config.dataset.name} holds out: what is "
+            "measured on must not be learned from. Run hidden-states with this recipe, then train "
+            "another run"
         )
     return data
 
@@ -130,37 +130,150 @@ def _hold_name(run_path: Path) -> str:
     return f"{run_path.name}.{path.read_text(encoding='utf-8').strip()}"
 
 
-def _own(
-    store: Store,
-    commits: Commits,
-    target: TargetConfig,
-    dataset: DatasetConfig,
-    space: Workspace,
-    run_path: Path,
-    begun: BegunRun,
-    *,
-    wanted: str | None,
-) -> TrainingData:
-    snapshot_id = begun.source_id
-    if wanted not in {None, snapshot_id}:
-        raise MismatchError(
-            f"run {run_path.name} learns from snapshot {snapshot_id}, not from {wanted}; train "
-            "another run (--run)"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Origin:
+    """Where a run's samples may come from: a store, and the data set that a recipe names."""
+
+    store: Store
+    commits: Commits
+    config: RunConfig
+    space: Workspace
+    run_path: Path
+
+    def own(self, begun: BegunRun, *, wanted: str | None) -> TrainingData:
+        snapshot_id = begun.source_id
+        if wanted not in {None, snapshot_id}:
+            raise MismatchError(
+                f"run {self.run_path.name} learns from snapshot {snapshot_id}, not from {wanted}; "
+                "train another run (--run)"
+            )
+        own = own_dataset(begun.record, self.config.dataset, self.run_path)
+        tokens = tokens_of_run(
+            self.config.target, own, self.space, self.run_path.name, begun.tokens
         )
-    own = own_dataset(begun.record, dataset, run_path)
-    tokens = tokens_of_run(target, own, space, run_path.name, begun.tokens)
-    if snapshot_id not in store.snapshot_ids():
-        _publish_again(store, commits, snapshot_id, tokens, run_path)
-    held_out = set(commits.usable(TokenFile(tokens.held_out_path).sample_ids))
-    num_lost = len(held_out - commits.held(held_out))
-    if num_lost:
+        if snapshot_id not in self.store.snapshot_ids():
+            self._publish_again(snapshot_id, tokens)
+        held_out = set(self.commits.usable(TokenFile(tokens.held_out_path).sample_ids))
+        num_lost = len(held_out - self.commits.held(held_out))
+        if num_lost:
+            raise MismatchError(
+                f"{num_lost:,} of {len(held_out):,} samples that run {self.run_path.name} holds "
+                f"out have no states in {self.store.root.url} any more; run hidden-states with the "
+                "data set that it began with, or train another run (--run)"
+            )
+        snapshot = self.store.snapshot(snapshot_id)
+        return TrainingData(snapshot=snapshot, tokens=tokens, commits=self.commits, begun=begun)
+
+    def _publish_again(self, snapshot_id: str, tokens: TokensSummary) -> None:
+        """Publish the lost snapshot of a run, if its samples still lie where it had them."""
+        with suppress(StorageError):
+            train = self.commits.usable(TokenFile(tokens.train_path).sample_ids)
+            if Snapshot.of(train, self.commits).snapshot_id == snapshot_id:
+                self.store.publish(train, commits=self.commits, as_latest=False)
+                return
         raise MismatchError(
-            f"{num_lost:,} of {len(held_out):,} samples that run {run_path.name} holds out have no "
-            f"states in {store.root.url} any more; run hidden-states with the data set that it "
-            "began with, or train another run (--run)"
+            f"run {self.run_path.name} learns from snapshot {snapshot_id}, which "
+            f"{self.store.root.url} does not have, and its samples have other places by now; it "
+            f"has: {', '.join(self.store.snapshot_ids()) or 'none'}. Restore it, or train another "
+            "run (--run)"
         )
-    snapshot = store.snapshot(snapshot_id)
-    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits, begun=begun)
+
+    def compare_with_now(self, own: Snapshot, *, step: int) -> None:
+        """Say that a data set has newer data than a run; refuse where that was surely meant."""
+        try:
+            now = self.store.refs.get(self.space.snapshot_name("train"))
+        except CorruptError as error:
+            logger.warning("whether the data set has newer data is not known: %s", error)
+            return
+        if now is None or now == own.snapshot_id or now not in self.store.snapshot_ids():
+            return
+        newer = self.store.snapshot(now)
+        what = (
+            f"run {self.run_path.name} learns from snapshot {own.snapshot_id} ({own.num_samples:,} "
+            f"samples), and data set {self.space.dataset} is snapshot {now} "
+            f"({newer.num_samples:,}) since hidden-states ran last"
+        )
+        num_shared = len(newer.members & own.members)
+        if was_replaced(own.num_samples, newer.num_samples, num_shared=num_shared):
+            raise MismatchError(
+                f"{what}, with {num_shared:,} of them. If the data was replaced, train another run "
+                "(--run), or delete this one's folder to begin again; if hidden-states ran with "
+                "other settings, run it once more with this recipe"
+            )
+        training = self.config.training
+        total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
+        if step >= total:
+            raise MismatchError(
+                f"{what}; it has done its {total:,} steps. To learn from that data train another "
+                "run (--run), which may begin where this one ended (training.start_from)"
+            )
+        logger.warning("%s; it goes on with its own", what)
+
+    def asked_for(self, snapshot_id: str) -> TrainingData:
+        """Return a snapshot with the tokens that it was made from, which may be older ones."""
+        snapshot = self.store.snapshot(snapshot_id)
+        # Of two versions that differ in what they hold out alone, hidden-states says which it was.
+        name = self.space.snapshot_name("train")
+        last = self.store.refs.made_from(name) if self.store.refs.get(name) == snapshot_id else ""
+        files = sorted(
+            self.space.tokens_path.glob("train-*.arrow"),
+            key=lambda path: (path == self.space.token_file("train", last), path.stat().st_mtime),
+            reverse=True,
+        )
+        excluded = frozenset(map(bytes.fromhex, self.commits.excluded))
+        wanted = snapshot.members - excluded
+        for path in files:
+            if _members(path) - excluded == wanted:
+                tokens = known_tokens(
+                    self.config.target, self.space, path.stem.removeprefix("train-")
+                )
+                if tokens is not None:
+                    return TrainingData(snapshot=snapshot, tokens=tokens, commits=self.commits)
+        tokens = self._prepared()
+        num_shared = len(_members(tokens.train_path) & snapshot.members)
+        num_held_out = len(_members(tokens.held_out_path) & snapshot.members)
+        if num_shared < snapshot.num_samples:
+            raise MismatchError(
+                f"of the {snapshot.num_samples:,} samples in snapshot {snapshot_id} of "
+                f"{self.store.root.url}, data set {self.config.dataset.name} as it is now has "
+                f"{num_shared:,} for training and holds out {num_held_out:,}, and no tokens of an "
+                "earlier version of it are here; choose another snapshot (`eyas inspect` lists "
+                "them), or the recipe that made it"
+            )
+        return TrainingData(snapshot=snapshot, tokens=tokens, commits=self.commits)
+
+    def of_the_data_set(self) -> TrainingData:
+        tokens = self._prepared()
+        train = self.commits.usable(TokenFile(tokens.train_path).sample_ids)
+        wanted = {*train, *self.commits.usable(TokenFile(tokens.held_out_path).sample_ids)}
+        num_there = len(self.commits.held(wanted))
+        if num_there < len(wanted):
+            raise ConfigError(
+                f"the store at {self.store.root.url} holds {num_there:,} of {len(wanted):,} "
+                f"samples of data set {self.config.dataset.name}; run hidden-states with this "
+                f"recipe{self._or_else()}"
+            )
+        snapshot = Snapshot.of(train, self.commits)
+        if snapshot.snapshot_id not in self.store.snapshot_ids():
+            try:
+                self.store.publish(train, commits=self.commits, as_latest=False)
+            except StorageError as error:
+                raise ConfigError(
+                    f"data set {self.config.dataset.name} with these settings is no snapshot of "
+                    f"{self.store.root.url} yet, and it cannot be published: {error}. Make the "
+                    "store writable, or run hidden-states with this recipe where it is"
+                ) from error
+        return TrainingData(snapshot=snapshot, tokens=tokens, commits=self.commits)
+
+    def _or_else(self) -> str:
+        earlier = self.store.refs.get(self.space.snapshot_name("train"))
+        if earlier is None:
+            return ""
+        return f", or train on what it was when that ran last (--snapshot {earlier})"
+
+    def _prepared(self) -> TokensSummary:
+        """Return the tokens of the data set as it is now, made if need be."""
+        return prepare(self.config.target, self.config.dataset, str(self.space.home))[1]
 
 
 def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> DatasetConfig:
@@ -177,143 +290,9 @@ def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> Data
     return run.dataset
 
 
-def _publish_again(
-    store: Store,
-    commits: Commits,
-    snapshot_id: str,
-    tokens: TokensSummary,
-    run_path: Path,
-) -> None:
-    """Publish the lost snapshot of a run, if its samples still lie where it had them."""
-    with suppress(StorageError):
-        train = commits.usable(TokenFile(tokens.train_path).sample_ids)
-        if Snapshot.of(train, commits).snapshot_id == snapshot_id:
-            store.publish(train, commits=commits, as_latest=False)
-            return
-    raise MismatchError(
-        f"run {run_path.name} learns from snapshot {snapshot_id}, which {store.root.url} does not "
-        f"have, and its samples have other places by now; it has: "
-        f"{', '.join(store.snapshot_ids()) or 'none'}. Restore it, or train another run (--run)"
-    )
-
-
-def _compare_with_now(
-    store: Store,
-    own: Snapshot,
-    training: TrainingConfig,
-    space: Workspace,
-    run_path: Path,
-    *,
-    step: int,
-) -> None:
-    """Say that a data set has newer data than a run; refuse where that must be what was meant."""
-    try:
-        now = store.refs.get(space.snapshot_name("train"))
-    except CorruptError as error:
-        logger.warning("whether the data set has newer data is not known: %s", error)
-        return
-    if now is None or now == own.snapshot_id or now not in store.snapshot_ids():
-        return
-    newer = store.snapshot(now)
-    what = (
-        f"run {run_path.name} learns from snapshot {own.snapshot_id} ({own.num_samples:,} samples)"
-        f", and data set {space.dataset} is snapshot {now} ({newer.num_samples:,}) since "
-        "hidden-states ran last"
-    )
-    num_shared = len(newer.members & own.members)
-    if was_replaced(own.num_samples, newer.num_samples, num_shared=num_shared):
-        raise MismatchError(
-            f"{what}, with {num_shared:,} of them. If the data was replaced, train another run "
-            "(--run), or delete this one's folder to begin again; if hidden-states ran with other "
-            "settings, run it once more with this recipe"
-        )
-    total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
-    if step >= total:
-        raise MismatchError(
-            f"{what}; it has done its {total:,} steps. To learn from that data train another run "
-            "(--run), which may begin where this one ended (training.start_from)"
-        )
-    logger.warning("%s; it goes on with its own", what)
-
-
 def was_replaced(num_own: int, num_now: int, *, num_shared: int) -> bool:
     """Tell whether data of now cannot be the data of a run, grown or cut: most of it is other."""
     return num_shared <= num_own / 2 and num_shared < num_now
-
-
-def _asked_for(
-    store: Store,
-    commits: Commits,
-    target: TargetConfig,
-    dataset: DatasetConfig,
-    space: Workspace,
-    snapshot_id: str,
-) -> TrainingData:
-    """Return a snapshot with the tokens that it was made from, of which none need be the newest."""
-    snapshot = store.snapshot(snapshot_id)
-    # Of two versions that differ in what they hold out alone, hidden-states says which it was.
-    name = space.snapshot_name("train")
-    last = store.refs.made_from(name) if store.refs.get(name) == snapshot_id else ""
-    files = sorted(
-        space.tokens_path.glob("train-*.arrow"),
-        key=lambda path: (path == space.token_file("train", last), path.stat().st_mtime),
-        reverse=True,
-    )
-    excluded = frozenset(map(bytes.fromhex, commits.excluded))
-    wanted = snapshot.members - excluded
-    for path in files:
-        if _members(path) - excluded == wanted:
-            tokens = known_tokens(target, space, path.stem.removeprefix("train-"))
-            if tokens is not None:
-                return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
-    tokens = prepare(target, dataset, str(space.home))[1]
-    num_shared = len(_members(tokens.train_path) & snapshot.members)
-    num_held_out = len(_members(tokens.held_out_path) & snapshot.members)
-    if num_shared < snapshot.num_samples:
-        raise MismatchError(
-            f"of the {snapshot.num_samples:,} samples in snapshot {snapshot_id} of "
-            f"{store.root.url}, data set {dataset.name} as it is now has {num_shared:,} for "
-            f"training and holds out {num_held_out:,}, and no tokens of an earlier version of it "
-            "are here; choose another snapshot (`eyas inspect` lists them), or the recipe that "
-            "made it"
-        )
-    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
-
-
-def _of_the_data_set(
-    store: Store,
-    commits: Commits,
-    target: TargetConfig,
-    dataset: DatasetConfig,
-    space: Workspace,
-) -> TrainingData:
-    tokens = prepare(target, dataset, str(space.home))[1]
-    train = commits.usable(TokenFile(tokens.train_path).sample_ids)
-    wanted = {*train, *commits.usable(TokenFile(tokens.held_out_path).sample_ids)}
-    num_there = len(commits.held(wanted))
-    if num_there < len(wanted):
-        raise ConfigError(
-            f"the store at {store.root.url} holds {num_there:,} of {len(wanted):,} samples of data "
-            f"set {dataset.name}; run hidden-states with this recipe{_or_else(store, space)}"
-        )
-    snapshot = Snapshot.of(train, commits)
-    if snapshot.snapshot_id not in store.snapshot_ids():
-        try:
-            store.publish(train, commits=commits, as_latest=False)
-        except StorageError as error:
-            raise ConfigError(
-                f"data set {dataset.name} with these settings is no snapshot of {store.root.url} "
-                f"yet, and it cannot be published: {error}. Make the store writable, or run "
-                "hidden-states with this recipe where it is"
-            ) from error
-    return TrainingData(snapshot=snapshot, tokens=tokens, commits=commits)
-
-
-def _or_else(store: Store, space: Workspace) -> str:
-    earlier = store.refs.get(space.snapshot_name("train"))
-    if earlier is None:
-        return ""
-    return f", or train on what it was when that ran last (--snapshot {earlier})"
 
 
 def _members(path: Path) -> frozenset[bytes]:

@@ -16,8 +16,9 @@ from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
+from eagle_core.training.config import TttConfig
 from eagle_core.training.result import Figures
-from eagle_core.training.ttt import TttOptions, ttt_step
+from eagle_core.training.ttt import ttt_step
 from tests.eagle_core.decoding.float64_target import load_float64_target
 from tests.eagle_core.pretend_device import MixedDevicesError, TensorElsewhere, pretend_device
 from tests.eagle_core.training.test_trainer import (
@@ -52,7 +53,7 @@ def test_tensors_of_two_places_do_not_mix() -> None:
     ids=["default", "lk_alpha", "lk_hybrid", "checkpointing"],
 )
 def test_the_step_takes_all_tensors_along(change: dict[str, Any]) -> None:
-    options = TttOptions(**change)
+    options = TttConfig(**change)
     draft, batch, head = random_case(4, [21, 2, 12], norms=True)
     elsewhere = copy.deepcopy(draft)
     expected = ttt_step(draft, batch, head[draft.t2d], options)

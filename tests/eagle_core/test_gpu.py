@@ -14,8 +14,9 @@ from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import SHAPES, StepCase, draft_rows_of_target_head
 from eagle_core.draft.model import DraftModel
 from eagle_core.training import checkpoint
+from eagle_core.training.config import TttConfig
 from eagle_core.training.precision import multiplying_dtype
-from eagle_core.training.ttt import TttOptions, ttt_step
+from eagle_core.training.ttt import ttt_step
 from tests.eagle_core.training.test_trainer import CONFIG, InterruptedHereError, interrupt_at, run
 from tests.paths import GOLDEN, ROOT
 
@@ -43,7 +44,7 @@ def test_golden_vectors(path: Path) -> None:
 
 
 def _gradients(
-    draft: DraftModel, device: torch.device, settings: TttOptions, dtype: torch.dtype
+    draft: DraftModel, device: torch.device, settings: TttConfig, dtype: torch.dtype
 ) -> tuple[float, dict[str, Tensor]]:
     draft = draft.to(device)
     draft.zero_grad(set_to_none=True)
@@ -68,7 +69,7 @@ def test_the_step_is_that_of_the_cpu(
     """Compiled, FlexAttention's kernels and their gradients, that of log-sum-exp among them."""
     draft = new_draft(CASE.shape)
     loss, expected = _gradients(draft, torch.device("cpu"), options(CASE), torch.float32)
-    settings = TttOptions(ttt_length=CASE.ttt_length, compile=compiled)
+    settings = TttConfig(ttt_length=CASE.ttt_length, compile=compiled)
     found_loss, found = _gradients(draft, CUDA, settings, dtype)
     assert found_loss == pytest.approx(loss, rel=tolerance)
     assert found.keys() == expected.keys()

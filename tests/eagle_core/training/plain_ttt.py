@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from eagle_core.draft.model import DraftModel, rotary, rotate
+from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import TttOptions
 
 
 def plain_loss(
-    draft: DraftModel, batch: PackedBatch, target_lm_head: Tensor, options: TttOptions
+    draft: DraftModel, batch: PackedBatch, target_lm_head: Tensor, options: TttConfig
 ) -> Tensor:
     """Return the loss of a packed batch: step by step, over whole sequences."""
     total = batch.last_hidden_state.new_zeros(())
@@ -43,7 +43,7 @@ def _sequence(
     start: int,
     end: int,
     target_lm_head: Tensor,
-    options: TttOptions,
+    options: TttConfig,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return (summed cross-entropy, number of counted positions) of each step."""
     ids = batch.input_ids[start:end]
@@ -77,7 +77,7 @@ def _sequence(
     return results
 
 
-def _objective(options: TttOptions, p: Tensor, of_all: Tensor, log_q: Tensor) -> Tensor:
+def _objective(options: TttConfig, p: Tensor, of_all: Tensor, log_q: Tensor) -> Tensor:
     """Return the loss of each position, for autograd to differentiate."""
     cross_entropy = -(p * log_q).sum(dim=-1)
     acceptance = torch.minimum(of_all, log_q.exp()).sum(dim=-1)

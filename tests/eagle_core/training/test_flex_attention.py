@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import flex_attention
 
 from eagle_core.errors import ConfigError
+from eagle_core.training.config import TttConfig
 from eagle_core.training.flex_attention import require_agreement
-from eagle_core.training.ttt import TttOptions
 from tests.eagle_core.training.test_trainer import run
 from tests.eagle_core.training.test_ttt import require_equal_to_plain
 
@@ -47,7 +47,7 @@ def _not_a_number(mixed: torch.Tensor, extra: Any) -> tuple[torch.Tensor, Any]:
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_it_equals_the_plain_formulation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eagle_core.training.ttt.fuses_attention", lambda *_: True)
-    require_equal_to_plain(seed, [9, 2, 24, 7], TttOptions(), norms=False)
+    require_equal_to_plain(seed, [9, 2, 24, 7], TttConfig(), norms=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from benchmarks import golden
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
+from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import TttOptions, ttt_step
+from eagle_core.training.ttt import ttt_step
 from tests import needs
 from tests.eagle_core.training.plain_ttt import plain_loss
 from tests.paths import GOLDEN
@@ -113,7 +114,7 @@ def test_equals_the_plain_formulation(
     checkpointing: bool,
     block: int,
 ) -> None:
-    options = TttOptions(
+    options = TttConfig(
         ttt_length=ttt_length,
         loss_positions=positions,  # type: ignore[arg-type]
         loss_reduction=reduction,  # type: ignore[arg-type]
@@ -128,7 +129,7 @@ def test_equals_the_plain_formulation(
 
 
 def require_equal_to_plain(
-    seed: int, lengths: list[int], options: TttOptions, *, norms: bool
+    seed: int, lengths: list[int], options: TttConfig, *, norms: bool
 ) -> None:
     """Compare loss and gradients of a random case with those of the plain formulation."""
     draft, batch, target_lm_head = random_case(seed, lengths, norms=norms)
@@ -151,7 +152,7 @@ def require_equal_to_plain(
 def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan() -> None:
     draft, batch, target_lm_head = random_case(3, [9, 5])
     batch.loss_mask.fill_(value=False)
-    outcome = ttt_step(draft, batch, target_lm_head[draft.t2d], TttOptions())
+    outcome = ttt_step(draft, batch, target_lm_head[draft.t2d], TttConfig())
     assert outcome.loss.item() == 0
     assert torch.isfinite(outcome.step_losses).all()
     outcome.loss.backward()
@@ -173,12 +174,12 @@ def test_bfloat16_comes_near_float32(added_rows: int, monkeypatch: pytest.Monkey
         last_hidden_state=batch.last_hidden_state.float(),
         target_logsumexp=batch.target_logsumexp.float(),
     )
-    expected = ttt_step(draft, batch, head[draft.t2d], TttOptions())
+    expected = ttt_step(draft, batch, head[draft.t2d], TttConfig())
     expected.loss.backward()
     gradients = {name: p.grad.clone() for name, p in draft.named_parameters() if p.requires_grad}
     draft.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ttt_step(draft, batch, head[draft.t2d].bfloat16(), TttOptions())
+        found = ttt_step(draft, batch, head[draft.t2d].bfloat16(), TttConfig())
     found.loss.backward()
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-2)
     for name, parameter in draft.named_parameters():
@@ -193,7 +194,7 @@ def test_of_equal_logits_only_the_first_is_a_hit_where_accuracy_is_measured() ->
     draft, batch, head = random_case(4, [21, 9])
     with torch.no_grad():
         draft.lm_head.weight.zero_()
-        measured = ttt_step(draft, batch, head[draft.t2d], TttOptions())
+        measured = ttt_step(draft, batch, head[draft.t2d], TttConfig())
     first = int(draft.d2t[0])
     active = measured.step_counted[0]
     hits = measured.step_correct[0]
@@ -204,7 +205,7 @@ def test_of_equal_logits_only_the_first_is_a_hit_where_accuracy_is_measured() ->
 @pytest.mark.parametrize("objective", ["cross_entropy", "lk_alpha", "lk_hybrid"])
 def test_acceptance_is_measured_where_no_gradient_is_made(objective: str) -> None:
     draft, batch, head = random_case(4, [21, 9])
-    options = TttOptions(objective=objective)  # type: ignore[arg-type]
+    options = TttConfig(objective=objective)  # type: ignore[arg-type]
     training = ttt_step(draft, batch, head[draft.t2d], options)
     with torch.no_grad():
         measured = ttt_step(draft, batch, head[draft.t2d], options)
@@ -225,7 +226,7 @@ def test_joint_prefixes_never_grow() -> None:
     for parameter in draft.parameters():
         parameter.data *= 0  # then every logit is equal, and the draft is right by chance
     draft.lm_head.weight.data[0, :] = 0
-    outcome = ttt_step(draft, batch, head[draft.t2d], TttOptions())
+    outcome = ttt_step(draft, batch, head[draft.t2d], TttConfig())
     assert (outcome.step_prefix.diff() <= 0).all()
     assert outcome.step_prefix[0] == outcome.step_correct[0] > 0
 
@@ -239,7 +240,7 @@ def test_the_compiled_loss_is_the_eager_one(objective: str) -> None:
     batch.loss_mask.fill_(value=True)
     losses, gradients = [], []
     for compiled in (False, True):
-        options = TttOptions(objective=objective, compile=compiled)  # type: ignore[arg-type]
+        options = TttConfig(objective=objective, compile=compiled)  # type: ignore[arg-type]
         outcome = ttt_step(draft, batch, head[draft.t2d], options)
         outcome.loss.backward()
         losses.append(outcome.loss.item())
