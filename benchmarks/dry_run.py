@@ -33,9 +33,11 @@ class DryChild:
         del module, environment
         self.is_idle = True
 
-    def ask(self, request: BaseModel, *, what: str, silence_seconds: float) -> Iterator[str]:
+    def request(
+        self, request: BaseModel, *, what: str, inactivity_timeout_seconds: float
+    ) -> Iterator[str]:
         """Make the shards of a batch of random states."""
-        del what, silence_seconds
+        del what, inactivity_timeout_seconds
         return dry_run(ShardBatch.model_validate(request))
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from eagle_core.config_model import ConfigModel
 from flows.orchestration.event_names import (
     DATASET_CHANGED,
     SNAPSHOT_PUBLISHED,
@@ -13,10 +14,8 @@ from flows.orchestration.event_names import (
 from flows.workspace import DEFAULT_HOME
 
 
-class AutomationConfig(BaseModel):
+class AutomationConfig(ConfigModel):
     """Section of a recipe; nothing starts by itself unless the recipe turns it on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     watch_cron: str | None = Field(
         default=None,

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from eagle_core.address import Address
 from eagle_core.atomic_files import FOLDER_NAME
+from eagle_core.config_model import ConfigModel
 from eagle_core.data.columns import Columns
 from eagle_core.data.presets import PRESETS
 
@@ -14,7 +15,7 @@ REGENERATED = "regenerated"
 """The source of a data set whose answers are the target's own."""
 
 
-class DatasetConfig(BaseModel):
+class DatasetConfig(ConfigModel):
     """A data set: where its conversations come from and what is kept of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)

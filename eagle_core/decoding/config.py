@@ -1,9 +1,11 @@
 """How text is decoded."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from eagle_core.config_model import ConfigModel
 
 
-class DecodingConfig(BaseModel):
+class DecodingConfig(ConfigModel):
     """How text is decoded, plainly or speculatively."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)

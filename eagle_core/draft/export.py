@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from eagle_core.atomic_files import atomic_folder
 from eagle_core.bfloat16 import DTYPES, require_finite
+from eagle_core.config_model import ConfigModel
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.layout import EMBEDDING, VOCABULARY, to_speculators
 from eagle_core.draft.model import DraftModel
@@ -29,10 +30,8 @@ WEIGHTS_NAME = "model.safetensors"
 ExportLayout = Literal["serving", "speculators"]
 
 
-class ExportConfig(BaseModel):
+class ExportConfig(ConfigModel):
     """How a trained draft is written for serving."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layouts: tuple[ExportLayout, ...] = Field(
         default=("serving", "speculators"),

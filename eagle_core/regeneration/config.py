@@ -2,13 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from eagle_core.address import Address
 from eagle_core.atomic_files import FOLDER_NAME
+from eagle_core.config_model import ConfigModel
 
 
-class RegenerationConfig(BaseModel):
+class RegenerationConfig(ConfigModel):
     """Who answers, how, and what the data set of the answers is called."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)

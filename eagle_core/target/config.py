@@ -2,15 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from eagle_core.config_model import ConfigModel
 from eagle_core.tokenization.config import TemplateConfig
 
 
-class TargetConfig(BaseModel):
+class TargetConfig(ConfigModel):
     """The frozen model whose hidden states a draft learns from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name used in run names and folders."

@@ -3,13 +3,13 @@
 import datetime as dt
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from eagle_core.config_model import ConfigModel
 
 
-class TemplateConfig(BaseModel):
+class TemplateConfig(ConfigModel):
     """How conversations are written for the target model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     chat_template: str | None = Field(
         default=None,

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
+
+from eagle_core.config_model import ConfigModel
 
 TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow"]
 """Each is a module of this package with a function `open_tracker`."""
@@ -19,10 +21,8 @@ PACKAGES: Mapping[TrackerName, str] = {
 """What pip installs for a tracker that does not come with Eyas."""
 
 
-class TrackingConfig(BaseModel):
+class TrackingConfig(ConfigModel):
     """Where the figures of a training go."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     trackers: tuple[TrackerName, ...] = Field(
         default=("tensorboard",),

@@ -2,18 +2,17 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from eagle_core.config_model import ConfigModel
 from eagle_core.training.distributed import Sharding
 from eagle_core.training.loss import Objective
 from eagle_core.training.positions import LossPositions, LossReduction
 from eagle_core.training.precision import TrainingDtype
 
 
-class TttConfig(BaseModel):
+class TttConfig(ConfigModel):
     """Settings of one step of training-time test: its length, its loss, its memory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ttt_length: int = Field(
         default=7,
@@ -51,8 +50,6 @@ class TttConfig(BaseModel):
 
 class TrainingConfig(TttConfig):
     """Settings of one training run; everything but the lengths is part of its fingerprint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."

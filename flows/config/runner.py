@@ -1,14 +1,17 @@
 """Where shards are made: in child processes here, or on the workers of a cluster."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from eagle_core.config_model import ConfigModel
 
 
-class RunnerConfig(BaseModel):
+class RunnerConfig(ConfigModel):
     """How many processes make shards at once, and what starts them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    former_keys: ClassVar[Mapping[str, str]] = {"silence_seconds": "inactivity_timeout_seconds"}
 
     kind: Literal["processes", "dask", "ray"] = Field(
         default="processes",
@@ -21,7 +24,7 @@ class RunnerConfig(BaseModel):
         description="Processes that make shards at the same time, each with the target loaded. A "
         "cluster with an address decides by itself.",
     )
-    silence_seconds: float = Field(
+    inactivity_timeout_seconds: float = Field(
         default=1800.0,
         gt=0,
         description="A process that has finished no sample for so long is taken for hung: it is "

@@ -1,14 +1,13 @@
 """What the flows themselves need to know; stages bring their own configuration."""
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import ByteSize, Field
 
+from eagle_core.config_model import ConfigModel
 from storage.profiles import DEFAULT_PROFILE, PROFILES, ProfileName
 
 
-class StoreConfig(BaseModel):
+class StoreConfig(ConfigModel):
     """Where hidden states go, and in which portions they are made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     root: str | None = Field(
         default=None,

@@ -159,7 +159,7 @@ def _batches(
             token_files=(tokens.train_path, tokens.held_out_path),
             first=first,
             last=first + len(members) - 1,
-            inactivity_timeout_seconds=runner.silence_seconds,
+            inactivity_timeout_seconds=runner.inactivity_timeout_seconds,
             credentials=config.credentials,
         )
 

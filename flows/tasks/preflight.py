@@ -17,7 +17,7 @@ from flows.config.store import StoreConfig
 from flows.reports.cost import Bill, RecomputeCost, encoding_name, require_fits
 from flows.reports.units import human_bytes
 from flows.summaries import TokensSummary
-from flows.workers.child_process import ask
+from flows.workers.child_process import run_child
 from flows.workers.measure_worker import (
     EndsCost,
     MeasureJob,
@@ -155,7 +155,7 @@ def measure(target: TargetConfig, file: TokenFile) -> Measurement:
             break
     job = MeasureJob(target=target, token_file=file.path, rows=tuple(rows))
     lines = list(
-        ask("flows.workers.measure_worker", job, what="the process that measures the target")
+        run_child("flows.workers.measure_worker", job, what="the process that measures the target")
     )
     return Measurement.model_validate_json(lines[-1])
 

@@ -60,7 +60,7 @@ class Ended(BaseModel):
     ended: bool
 
 
-class SilentError(Exception):
+class InactivityError(Exception):
     """Nothing came through a channel for too long."""
 
 
@@ -77,12 +77,12 @@ class Channel:
         self.environment = {VARIABLE: str(path)}
 
     def lines(
-        self, has_ended: Callable[[], bool], *, silence_seconds: float = math.inf
+        self, has_ended: Callable[[], bool], *, inactivity_timeout_seconds: float = math.inf
     ) -> Iterator[str]:
         """Yield lines until all who may write have ended, or another thread closes the channel.
 
         Raises:
-            SilentError: there was none for `silence_seconds`.
+            InactivityError: there was none for `inactivity_timeout_seconds`.
 
         """
         heard, is_last_look = time.monotonic(), False
@@ -97,8 +97,8 @@ class Channel:
             if is_last_look:
                 return
             is_last_look = has_ended() or self._pipe is None
-            if time.monotonic() - heard > silence_seconds:
-                raise SilentError
+            if time.monotonic() - heard > inactivity_timeout_seconds:
+                raise InactivityError
             if not is_last_look:
                 self._wait(is_open=data is None)
 
@@ -128,7 +128,7 @@ class Channel:
         poll.poll(10_000 * _LOOK_SECONDS)
 
 
-class Voice:
+class ChannelWriter:
     """A child's end, shared with its threads and with other ranks: no line ends up inside another.
 
     From now on standard output is standard error.
@@ -144,7 +144,7 @@ class Voice:
         sys.stdout.flush()
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def say(self, line: BaseModel) -> None:
+    def send(self, line: BaseModel) -> None:
         """Write one line."""
         text = line.model_dump_json(exclude_defaults=True) + "\n"
         with self._threads:
@@ -157,22 +157,22 @@ class Voice:
 
 
 @cache
-def voice() -> Voice:
-    """Return this child's voice."""
-    return Voice(Path(os.environ[VARIABLE]))
+def channel_writer() -> ChannelWriter:
+    """Return this child's channel_writer."""
+    return ChannelWriter(Path(os.environ[VARIABLE]))
 
 
-def say(line: BaseModel) -> None:
+def send(line: BaseModel) -> None:
     """In the child: answer with one line."""
-    voice().say(line)
+    channel_writer().send(line)
 
 
-def answer(work: Callable[[], None]) -> int:
+def report_errors(work: Callable[[], None]) -> int:
     """In the child: do the work, report what is raised; return the exit status."""
     try:
         work()
     except (eagle_core.errors.EagleCoreError, storage.errors.StorageError) as error:
-        say(Failure(failure=_name(error), message=str(error)))
+        send(Failure(failure=_name(error), message=str(error)))
         return ANSWERED_FAILURE
     return 0
 
@@ -182,17 +182,17 @@ def serve(kind: type[Request], work: Callable[[Request], None]) -> int:
 
     An error that is none of ours ends the process: nobody knows what state it left behind.
     """
-    voice()  # before a library prints
+    channel_writer()  # before a library prints
     for line in sys.stdin:
         try:
-            answer(lambda line=line: work(kind.model_validate_json(line)))  # type: ignore[misc]
+            report_errors(lambda line=line: work(kind.model_validate_json(line)))  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 (whatever it is, the parent says so)
             if _is_of_the_device(error):
                 _die_of(error)
             text = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
-            say(Failure(failure=_name(error), message=str(error), traceback=text))
+            send(Failure(failure=_name(error), message=str(error), traceback=text))
             return 1
-        say(Ended(ended=True))
+        send(Ended(ended=True))
     return 0
 
 

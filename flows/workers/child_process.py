@@ -18,7 +18,7 @@ from contextlib import suppress
 from pydantic import BaseModel
 
 from flows.errors import ChildKilledError
-from flows.workers.channel import FAILURE_PREFIX, Channel, Ended, Failure, SilentError
+from flows.workers.channel import FAILURE_PREFIX, Channel, Ended, Failure, InactivityError
 from flows.workers.child_errors import STDERR_TAIL_CHARS, as_raised, end_error, last_output, quoted
 
 END_SECONDS = 5.0
@@ -39,7 +39,7 @@ class Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
-                stdout=self._stderr,  # until the child has found its voice
+                stdout=self._stderr,  # until the child has found its channel_writer
                 stderr=self._stderr,
                 text=True,
                 env={**os.environ, **environment, **self._channel.environment},
@@ -52,8 +52,8 @@ class Child:
         self.is_idle = True
         """Whether it waits for a request; False for ever if one was not read to its end."""
 
-    def ask(
-        self, request: BaseModel, *, what: str, silence_seconds: float = math.inf
+    def request(
+        self, request: BaseModel, *, what: str, inactivity_timeout_seconds: float = math.inf
     ) -> Iterator[str]:
         """Yield the lines that answer a request; kill a child that says none for too long.
 
@@ -70,7 +70,9 @@ class Child:
             stdin.write(request.model_dump_json() + "\n")
             stdin.flush()
         failures: list[Failure] = []
-        lines = self._channel.lines(self._has_ended, silence_seconds=silence_seconds)
+        lines = self._channel.lines(
+            self._has_ended, inactivity_timeout_seconds=inactivity_timeout_seconds
+        )
         try:
             for line in lines:
                 if line.startswith(FAILURE_PREFIX):
@@ -83,12 +85,13 @@ class Child:
                     return
                 else:
                     yield line
-        except SilentError:
+        except InactivityError:
             self._process.kill()
             self._process.wait()
             raise ChildKilledError(
-                f"{what} said nothing for {silence_seconds:g} s and was killed; if it was at "
-                f"work, raise runner.silence_seconds{quoted(last_output(self._stderr))}"
+                f"{what} produced no output for {inactivity_timeout_seconds:g} s and was killed; "
+                "if it was at work, raise "
+                f"runner.inactivity_timeout_seconds{quoted(last_output(self._stderr))}"
             ) from None
         status, tail = self._process.wait(), last_output(self._stderr)
         raise as_raised(failures, what) if failures else end_error(what, status, tail)
@@ -119,7 +122,7 @@ class Child:
         self._stderr.close()
 
 
-def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
+def run_child(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
     """Run `module` in a child process with this request and yield its lines.
 
     Args:
@@ -135,6 +138,6 @@ def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
     """
     child = Child(module, environment={})
     try:
-        yield from child.ask(request, what=what)
+        yield from child.request(request, what=what)
     finally:
         child.close()

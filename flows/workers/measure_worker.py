@@ -22,7 +22,7 @@ from eagle_core.target.partial import KeptStates, PartialTarget
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.store_identity import left_out
 from flows.bridge.stored_source import to_stored
-from flows.workers.channel import say, serve
+from flows.workers.channel import send, serve
 from storage.encoding.shard import group_objects
 from storage.profiles import PROFILES, ProfileName
 from storage.records.commit_record import CommitRecord
@@ -185,4 +185,4 @@ def _identity(
 
 
 if __name__ == "__main__":
-    sys.exit(serve(MeasureJob, lambda job: say(_measure(job))))
+    sys.exit(serve(MeasureJob, lambda job: send(_measure(job))))

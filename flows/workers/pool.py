@@ -65,8 +65,8 @@ class WorkerPool:
         what = f"the process of shards {batch.first}-{batch.last}"
         try:
             with self._child() as child:
-                lines = child.ask(
-                    batch, what=what, silence_seconds=batch.inactivity_timeout_seconds
+                lines = child.request(
+                    batch, what=what, inactivity_timeout_seconds=batch.inactivity_timeout_seconds
                 )
                 for line in lines:
                     report = ShardReport.model_validate_json(line)

@@ -12,7 +12,7 @@ from eagle_core.target.model_config import resolve_device
 from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.stop_request import on_sigterm
 from flows.errors import ChildKilledError
-from flows.workers.torchrun import ask_ranks
+from flows.workers.torchrun import run_ranks
 from flows.workers.train_worker import RankLine, TrainJob
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def train_ranks(job: TrainJob, on_progress: Callable[[Progress], None]) -> Train
 
     """
     num_ranks = job.training.num_processes
-    lines = ask_ranks(
+    lines = run_ranks(
         "flows.workers.train_worker",
         job,
         num_ranks=num_ranks,

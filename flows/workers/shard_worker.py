@@ -24,7 +24,7 @@ from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.recompute import TargetRecompute, partial_target
 from flows.bridge.semantic_probe import probe_points
 from flows.bridge.stored_source import to_stored
-from flows.workers.channel import say, serve
+from flows.workers.channel import send, serve
 from flows.workers.shard_batch import ShardBatch, ShardReport
 from storage.records.exclusions import Exclusion
 from storage.records.plan import Plan, PlannedShard
@@ -77,7 +77,7 @@ class ShardWorker:
         excluded: list[Exclusion] = []
 
         def exclude(sample: TokenizedSample, reason: str) -> None:
-            say(ShardReport(kind="tokens", tokens=len(sample)))  # it is done with
+            send(ShardReport(kind="tokens", tokens=len(sample)))  # it is done with
             excluded.append(
                 Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
             )
@@ -149,7 +149,7 @@ class _Server:
 
 def _report(storing: Future[ShardReport] | None) -> None:
     if storing is not None:
-        say(storing.result())
+        send(storing.result())
 
 
 def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:
@@ -170,7 +170,7 @@ def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[Tokeniz
 
 def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample]:
     for sample in samples:
-        say(ShardReport(kind="tokens", tokens=len(sample)))
+        send(ShardReport(kind="tokens", tokens=len(sample)))
         yield sample
 
 

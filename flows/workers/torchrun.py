@@ -15,7 +15,7 @@ from flows.workers.channel import FAILURE_PREFIX, Channel, Failure
 from flows.workers.child_errors import as_raised, how_it_ended, last_output
 
 
-def ask_ranks(
+def run_ranks(
     module: str, request: BaseModel, *, num_ranks: int, environment: Mapping[str, str], what: str
 ) -> Iterator[str]:
     """Run `module` in processes side by side on this machine and yield the lines of them all.

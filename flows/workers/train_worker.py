@@ -28,7 +28,7 @@ from eagle_core.training.trainer import train
 from flows.bridge.draft_setup import set_up_draft
 from flows.bridge.recompute import partial_target
 from flows.bridge.stored_source import StoredSource
-from flows.workers.channel import answer, say, voice
+from flows.workers.channel import channel_writer, report_errors, send
 from storage.objects.object_cache import ObjectCache
 from storage.records.commits import Commits
 from storage.records.snapshot import Snapshot
@@ -76,7 +76,7 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say one."""
-        say(RankLine(pid=os.getpid(), warning=record.getMessage()))
+        send(RankLine(pid=os.getpid(), warning=record.getMessage()))
 
 
 def open_sources(
@@ -117,13 +117,13 @@ def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id:
 @record  # torchrun's last words hold the traceback of an error that is none of ours
 def main() -> int:
     """Be one rank of the job that the argument names; return the exit status."""
-    voice()  # before a library prints
+    channel_writer()  # before a library prints
     job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     is_first = os.environ["RANK"] == "0"
     if is_first:
         for name in OWN_LOGGERS:
             logging.getLogger(name).addHandler(Warnings())
-    return answer(lambda: _train_joined(job, is_first=is_first))
+    return report_errors(lambda: _train_joined(job, is_first=is_first))
 
 
 def _train_joined(job: TrainJob, *, is_first: bool) -> None:
@@ -138,7 +138,7 @@ def _train(job: TrainJob, *, is_first: bool) -> None:
 
     def on_progress(progress: Progress) -> None:
         if is_first:
-            say(RankLine(pid=os.getpid(), progress=progress))
+            send(RankLine(pid=os.getpid(), progress=progress))
 
     with (
         _tracker(job, is_first=is_first) as tracker,
@@ -155,7 +155,7 @@ def _train(job: TrainJob, *, is_first: bool) -> None:
             on_progress=on_progress,
         )
         if is_first:
-            say(RankLine(pid=os.getpid(), result=result))
+            send(RankLine(pid=os.getpid(), result=result))
 
 
 def _own_device(target: TargetConfig) -> str:

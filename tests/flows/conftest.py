@@ -59,9 +59,9 @@ def measuring_process() -> Iterator[None]:
     def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
         if not children or not children[-1].is_idle:
             children.append(Child(module, environment={}))
-        yield from children[-1].ask(request, what=what)
+        yield from children[-1].request(request, what=what)
 
-    with mock.patch("flows.tasks.preflight.ask", ask):
+    with mock.patch("flows.tasks.preflight.run_child", ask):
         yield
     for child in children:
         child.close()

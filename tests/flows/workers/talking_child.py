@@ -5,7 +5,7 @@ import time
 
 from pydantic import BaseModel
 
-from flows.workers.channel import say, serve
+from flows.workers.channel import send, serve
 
 _KINDS = {kind.__name__: kind for kind in (TypeError, RuntimeError, MemoryError)}
 
@@ -27,7 +27,7 @@ def talk(request: Talk) -> None:
     for pause in request.pauses:
         time.sleep(pause)
         print("a library prints this")
-        say(request)
+        send(request)
     if request.error:
         raise _KINDS[request.kind](request.error)
     if not request.is_ending:

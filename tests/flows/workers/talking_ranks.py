@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from flows.workers.channel import answer, say
+from flows.workers.channel import report_errors, send
 from tests.flows.workers.talking_child import Talk
 
 
@@ -12,8 +12,8 @@ def talk() -> None:
     request = Talk.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for _ in request.pauses:
         print("a library prints this")
-        say(request)
+        send(request)
 
 
 if __name__ == "__main__":
-    sys.exit(answer(talk))
+    sys.exit(report_errors(talk))

@@ -30,7 +30,7 @@ from flows.orchestration.retry import RETRYABLE
 from flows.summaries import HiddenStatesSummary
 from flows.tasks.generate import generate_shards
 from flows.tasks.make_shards import _Failures
-from flows.workers import child_process
+from flows.workers import child_process, torchrun
 from flows.workers.channel import VARIABLE
 from flows.workers.child_process import Child
 from flows.workers.pool import gpus_in_turn
@@ -178,14 +178,14 @@ def test_each_child_has_a_gpu_of_those_that_are_visible() -> None:
 def test_a_child_that_hangs_is_killed_and_one_that_talks_is_not() -> None:
     child = Child("tests.flows.workers.talking_child", environment={})
     slow = Talk(pauses=(0.4,) * 8)
-    first = child.ask(Talk(pauses=(0.0,)), what="the child")  # its imports take long
+    first = child.request(Talk(pauses=(0.0,)), what="the child")  # its imports take long
     assert len(list(first)) == 1
-    assert len(list(child.ask(slow, what="the child", silence_seconds=3.0))) == 8
+    assert len(list(child.request(slow, what="the child", inactivity_timeout_seconds=3.0))) == 8
     assert child.is_idle
     hanging = Talk(pauses=(0.1,), is_ending=False)
-    lines = child.ask(hanging, what="the child", silence_seconds=3.0)
+    lines = child.request(hanging, what="the child", inactivity_timeout_seconds=3.0)
     assert Talk.model_validate_json(next(lines)).pauses == (0.1,)
-    with pytest.raises(ChildKilledError, match=r"said nothing for 3 s.*raise runner"):
+    with pytest.raises(ChildKilledError, match=r"produced no output for 3 s.*raise runner"):
         next(lines)
     assert not child.is_idle
     child.close()
@@ -196,7 +196,7 @@ def test_a_child_that_does_not_end_when_it_is_told_to_is_killed(
 ) -> None:
     monkeypatch.setattr(child_process, "END_SECONDS", 0.1)
     child = Child("tests.flows.workers.talking_child", environment={})
-    assert len(list(child.ask(Talk(pauses=(0.0,)), what="the child"))) == 1
+    assert len(list(child.request(Talk(pauses=(0.0,)), what="the child"))) == 1
     os.kill(child._process.pid, signal.SIGSTOP)  # SIGTERM waits then, as for a driver that hangs
     status = psutil.Process(child._process.pid).status
     wait_for(lambda: status() == psutil.STATUS_STOPPED, what="the child to stop")
@@ -207,7 +207,7 @@ def test_a_child_that_does_not_end_when_it_is_told_to_is_killed(
 def test_a_child_that_is_ended_under_a_request_is_a_killed_one_to_who_asked() -> None:
     """As when a run is cancelled: one thread ends what another still reads from."""
     child = Child("tests.flows.workers.talking_child", environment={})
-    lines = child.ask(Talk(pauses=(0.0,), is_ending=False), what="the child")
+    lines = child.request(Talk(pauses=(0.0,), is_ending=False), what="the child")
     next(lines)
     child.close()
     with pytest.raises(ChildKilledError, match="the child was killed by signal 15"):
@@ -220,7 +220,7 @@ def test_what_a_library_prints_goes_to_the_log_and_breaks_no_answer(
     caplog.set_level(logging.INFO, logger="flows")
     child = Child("tests.flows.workers.talking_child", environment={})
     for _ in range(2):
-        (line,) = child.ask(Talk(pauses=(0.0,)), what="the child")
+        (line,) = child.request(Talk(pauses=(0.0,)), what="the child")
         assert Talk.model_validate_json(line) == Talk(pauses=(0.0,))
     child.close()
     first, second = (record.getMessage() for record in caplog.records)
@@ -230,7 +230,7 @@ def test_what_a_library_prints_goes_to_the_log_and_breaks_no_answer(
 
 def test_an_error_that_is_none_of_ours_is_a_failure_and_not_tried_again() -> None:
     child = Child("tests.flows.workers.talking_child", environment={})
-    lines = child.ask(Talk(pauses=(0.0,), error="no such argument"), what="the child")
+    lines = child.request(Talk(pauses=(0.0,), error="no such argument"), what="the child")
     next(lines)
     with pytest.raises(
         ChildFailedError, match=r"(?s)the child failed: builtins.TypeError: no such .*in talk"
@@ -240,7 +240,9 @@ def test_an_error_that_is_none_of_ours_is_a_failure_and_not_tried_again() -> Non
     child.close()
     assert not isinstance(raised.value, RETRYABLE)
     with pytest.raises(ChildFailedError, match=r"(?s)ended with status 1; .*No module named"):
-        list(child_process.ask("tests.flows.no_such_child", Talk(pauses=()), what="the child"))
+        list(
+            child_process.run_child("tests.flows.no_such_child", Talk(pauses=()), what="the child")
+        )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_equal_failures_end_a_run_though_others_succeeded(
 def test_ranks_answer_through_one_channel_and_long_lines_stay_whole() -> None:
     request = Talk(pauses=(0.0,) * 50, padding="x" * 20_000)
     lines = list(
-        child_process.ask_ranks(
+        torchrun.run_ranks(
             "tests.flows.workers.talking_ranks",
             request,
             num_ranks=3,
@@ -281,7 +283,7 @@ def test_a_fault_of_the_device_is_a_kill_and_tried_again(words: str) -> None:
     kind = MemoryError if words.rsplit(maxsplit=1)[-1] == "memory" else RuntimeError
     request = Talk(pauses=(), error=words, kind=kind.__name__)
     with pytest.raises(ChildKilledError, match=f"(?s)was killed by signal 9.*{words}"):
-        list(child.ask(request, what="the child"))
+        list(child.request(request, what="the child"))
     child.close()
 
 
