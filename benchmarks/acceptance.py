@@ -34,15 +34,15 @@ from eagle_core.target import weights
 from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import read_model_config
-from eagle_core.target.partial import PartialTarget
+from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.trainer import train
 from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
 from flows.bridge.online_source import OnlineSource
-from flows.bridge.recompute import partial_target
-from flows.bridge.store_identity import left_out
+from flows.bridge.recompute import load_recompute_model
+from flows.bridge.store_identity import omitted_states
 from flows.bridge.stored_source import StoredSource, to_stored
 from flows.workspace import Workspace
 from storage.profiles import ProfileName
@@ -214,9 +214,9 @@ class States:
             store = self._filled(kind, identity, _by_id(_source(self.origin, self.tokens)))
             return _source(store, self.tokens), _bytes_per_token(store)
         model_config = read_model_config(self.recipe.target, weights.locate(self.recipe.target))
-        identity = replace(identity, left_out=left_out(self.recipe.target, model_config))
+        identity = replace(identity, omitted=omitted_states(self.recipe.target, model_config))
         halved = self._filled(kind, identity, self._captured)
-        partial = partial_target(self.recipe.target, identity)
+        partial = load_recompute_model(self.recipe.target, identity)
         complete = _source(halved, self.tokens, partial)
         whole = self._filled(f"{kind}-complete", self.origin.identity, _by_id(complete))
         return _source(whole, self.tokens), _bytes_per_token(halved)
@@ -224,7 +224,7 @@ class States:
     @cached_property
     def _captured(self) -> Mapping[str, HiddenStateSample]:
         samples = self.tokens.by_id(self.tokens.sample_ids)
-        states = capture_states(self.target, samples, recomputable=True)
+        states = capture_states(self.target, samples, for_recompute=True)
         return {state.sample_id: state for state in states}
 
     def _filled(
@@ -248,7 +248,7 @@ class States:
         )
 
 
-def _source(store: Store, tokens: TokenFile, partial: PartialTarget | None = None) -> StoredSource:
+def _source(store: Store, tokens: TokenFile, partial: RecomputeModel | None = None) -> StoredSource:
     """Return the samples of a token file from a store."""
     return StoredSource(store.reader(Snapshot.of(tokens.sample_ids, store.commits())), partial)
 

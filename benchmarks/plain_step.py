@@ -51,7 +51,7 @@ def plain_loss(
     sequence, position = _places(batch)
     layer = _Layer(draft, sequence, position, attention)
     hidden = draft.fc(batch.aux_hidden_states)
-    probability, choice, known = _taught(draft, batch, target_lm_head, settings.ttt_length)
+    probability, draft_argmax, known = _taught(draft, batch, target_lm_head, settings.ttt_length)
     ids = batch.input_ids
     total, correct = hidden.new_zeros(()), []
     for step in range(settings.ttt_length):
@@ -59,7 +59,7 @@ def plain_loss(
         hidden = layer(ids, hidden, step)
         counted = _ahead(batch.loss_mask, sequence, step + 2) & known[now]
         logits = draft.logits(hidden)
-        correct.append(((logits.argmax(dim=-1) == choice[now]) & counted).sum())
+        correct.append(((logits.argmax(dim=-1) == draft_argmax[now]) & counted).sum())
         cross_entropy = _CrossEntropy.apply(logits, probability[now])  # type: ignore[no-untyped-call]  # torch
         loss = (cross_entropy * counted).sum() / counted.sum().clamp(min=1)
         total = total + settings.step_decay**step * loss
@@ -77,10 +77,10 @@ def _taught(
     logits = functional.linear(batch.last_hidden_state, target_lm_head)
     known = draft.t2d[logits.argmax(dim=-1)]
     probability = logits[:, draft.t2d].float().softmax(dim=-1)
-    choice = probability.argmax(dim=-1)
+    draft_argmax = probability.argmax(dim=-1)
     return (
         functional.pad(probability, (0, 0, 0, ttt_length)),
-        functional.pad(choice, (0, ttt_length)),
+        functional.pad(draft_argmax, (0, ttt_length)),
         functional.pad(known, (0, ttt_length)),
     )
 

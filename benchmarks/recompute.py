@@ -35,9 +35,9 @@ from deployments.recipe import load_recipe
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.capture import batches_by_length, capture_states
 from eagle_core.target.model import TargetModel
-from eagle_core.target.partial import DerivedStates, KeptStates, PartialTarget
+from eagle_core.target.recompute_model import RecomputedStates, RecomputeModel, StoredStates
 from flows.bridge.recompute import completed
-from flows.bridge.store_identity import left_out
+from flows.bridge.store_identity import omitted_states
 from flows.bridge.stored_source import to_stored
 from flows.workspace import DEFAULT_HOME
 from storage.profiles import ProfileName
@@ -90,7 +90,7 @@ def _write(
     about = identity(states[0], vocab_size=len(target.lm_head_weight), profile=profile)
     about = replace(about, aux_layers=target.aux_layers)
     if recompute:
-        about = replace(about, left_out=left_out(target.config, target.model_config))
+        about = replace(about, omitted=omitted_states(target.config, target.model_config))
     store = Store.create(str(folder / f"{profile}-{recompute}"), about)
     shard = PlannedShard.holding(states)
     record = store.write_shard(shard, states)
@@ -116,7 +116,7 @@ class Size:
 
 
 def measure_sizes(
-    captured: Sequence[HiddenStateSample], target: TargetModel, partial: PartialTarget
+    captured: Sequence[HiddenStateSample], target: TargetModel, partial: RecomputeModel
 ) -> Mapping[str, Size]:
     """Write a store of each kind and read it as training does."""
     states = [to_stored(state) for state in captured]
@@ -175,7 +175,7 @@ class Exactness:
 
 
 def measure_exactness(
-    derived: Sequence[DerivedStates],
+    derived: Sequence[RecomputedStates],
     captured: Sequence[HiddenStateSample],
     head: NDArray[np.float32],
 ) -> Exactness:
@@ -206,21 +206,21 @@ def exactness_table(found: Mapping[str, Exactness]) -> Iterator[str]:
 
 
 def derive_in_batches(
-    partial: PartialTarget,
+    partial: RecomputeModel,
     captured: Sequence[HiddenStateSample],
     batches: Sequence[Sequence[TokenizedSample]],
-) -> list[DerivedStates]:
+) -> list[RecomputedStates]:
     """Return the derived states of sequences run together, in the order of `captured`."""
     kept = {state.sample_id: _kept(state) for state in captured}
-    found: dict[str, DerivedStates] = {}
+    found: dict[str, RecomputedStates] = {}
     for batch in batches:
         ids = [sample.sample_id for sample in batch]
         found.update(zip(ids, partial.derive_together([kept[i] for i in ids]), strict=True))
     return [found[state.sample_id] for state in captured]
 
 
-def _kept(state: HiddenStateSample) -> KeptStates:
-    return KeptStates(input_ids=state.input_ids, late=state.aux_hidden_states[:, -1])
+def _kept(state: HiddenStateSample) -> StoredStates:
+    return StoredStates(input_ids=state.input_ids, late=state.aux_hidden_states[:, -1])
 
 
 def _median_seconds(work: Sequence[Callable[[], object]], rounds: int) -> list[float]:
@@ -236,7 +236,7 @@ def _median_seconds(work: Sequence[Callable[[], object]], rounds: int) -> list[f
 
 def time_table(
     target: TargetModel,
-    partial: PartialTarget,
+    partial: RecomputeModel,
     captured: Sequence[HiddenStateSample],
     batches: Sequence[Sequence[TokenizedSample]],
     rounds: int,
@@ -246,7 +246,7 @@ def time_table(
     whole, alone, together = _median_seconds(
         [
             lambda: [target.forward_cached(sequence, None) for sequence in ids],
-            lambda: [partial.derive(_kept(state)) for state in captured],
+            lambda: [partial.recompute(_kept(state)) for state in captured],
             lambda: derive_in_batches(partial, captured, batches),
         ],
         rounds,
@@ -271,16 +271,16 @@ def report(arguments: argparse.Namespace) -> str:
     target = load_target(arguments.recipe)
     config = target.config
     samples = list(token_file(arguments.recipe, arguments.home))[: arguments.samples]
-    captured = list(capture_states(target, samples, recomputable=True))
+    captured = list(capture_states(target, samples, for_recompute=True))
     plain = {state.sample_id: state for state in capture_states(target, samples)}
-    partial = PartialTarget.load(config)
+    partial = RecomputeModel.load(config)
     head = target.lm_head_weight.float().numpy()
     batch_tokens = load_recipe(arguments.recipe).target.batch_tokens
     batches = list(batches_by_length(samples, batch_tokens=batch_tokens))
     sizes = measure_sizes(captured, target, partial)
     exactness = {
         "one sequence at a time": measure_exactness(
-            [partial.derive(_kept(state)) for state in captured], captured, head
+            [partial.recompute(_kept(state)) for state in captured], captured, head
         ),
         f"padded batches of {batch_tokens:,} tokens": measure_exactness(
             derive_in_batches(partial, captured, batches), captured, head

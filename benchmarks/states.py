@@ -9,7 +9,7 @@ from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.stored_source import to_stored
 from flows.workspace import Workspace
 from storage.profiles import ProfileName
-from storage.records.identity import LeftOut, StoreIdentity
+from storage.records.identity import OmittedStates, StoreIdentity
 from storage.samples import StoredSample
 
 
@@ -48,7 +48,9 @@ def identity(
 ) -> StoreIdentity:
     """Return the identity of a benchmark's store, with `recompute` one that leaves states out."""
     layers, hidden = sample.aux_hidden_states.shape[1:]
-    left_out = LeftOut(mode="one_sequence", early_layers=(0,), last_layers=(layers, layers + 1))
+    omitted = OmittedStates(
+        mode="one_sequence", early_layers=(0,), last_layers=(layers, layers + 1)
+    )
     return StoreIdentity(
         target_fingerprint="benchmark",
         target_fields={},
@@ -59,5 +61,5 @@ def identity(
         vocab_size=vocab_size,
         norm_convention="post_norm",
         profile=profile,
-        left_out=left_out if recompute else None,
+        omitted=omitted if recompute else None,
     )

@@ -30,7 +30,7 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.step_case import Shape, StepCase
 from eagle_core.training.config import TttConfig
-from eagle_core.training.positions import active_positions
+from eagle_core.training.positions import ttt_positions
 
 _PRODUCT_ROWS = {"cpu": 512, "cuda": 8192}
 _PRODUCT_SECONDS = 0.3
@@ -39,7 +39,7 @@ _PRODUCT_SECONDS = 0.3
 def needed_operations(case: StepCase, options: TttConfig) -> Mapping[str, int]:
     """Return floating-point operations of each part of a step; the formula is the module's."""
     mask = torch.tensor(case.loss_mask)
-    active = active_positions(
+    active = ttt_positions(
         loss_mask=mask,
         in_vocabulary=torch.ones_like(mask),
         starts=case.starts,

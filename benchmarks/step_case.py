@@ -139,8 +139,8 @@ class StepTensors:
 def step_tensors(case: StepCase, draft_head: Tensor) -> StepTensors:
     """Return the tensors of `case`; `draft_head` is `draft_rows_of_target_head(case.shape)`."""
     size, num_tokens = case.shape.hidden_size, case.num_tokens
-    choice = torch.randint(len(draft_head), (num_tokens,), generator=_generator("choice"))
-    direction = torch.nn.functional.normalize(draft_head[choice], dim=-1)
+    draft_argmax = torch.randint(len(draft_head), (num_tokens,), generator=_generator("choice"))
+    direction = torch.nn.functional.normalize(draft_head[draft_argmax], dim=-1)
     noise = torch.nn.functional.normalize(_normal("last", num_tokens, size), dim=-1)
     last = _ALONG_THE_CHOICE * direction + (1 - _ALONG_THE_CHOICE) * noise
     return StepTensors(
@@ -148,7 +148,7 @@ def step_tensors(case: StepCase, draft_head: Tensor) -> StepTensors:
         loss_mask=torch.tensor(case.loss_mask),
         aux_hidden_states=_normal("aux", num_tokens, 3 * size),
         last_hidden_state=torch.nn.functional.normalize(last, dim=-1) * size**0.5,
-        draft_choice=choice,
+        draft_choice=draft_argmax,
     )
 
 

@@ -42,7 +42,7 @@ _SAMPLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figures:
+class Metrics:
     """What one stage took."""
 
     name: str
@@ -133,7 +133,7 @@ def _conversations(directory: Path, num: int) -> Iterator[Conversation]:
     return islice(load_conversations(directory, "train"), num)
 
 
-def measure(name: str, num: int, work: Callable[..., None], *arguments: object) -> Figures:
+def measure(name: str, num: int, work: Callable[..., None], *arguments: object) -> Metrics:
     """Run `work` in a process of its own and watch it and its children."""
     context = multiprocessing.get_context("spawn")
     times = context.Array("d", 2)
@@ -148,7 +148,7 @@ def measure(name: str, num: int, work: Callable[..., None], *arguments: object) 
         process.join(_SAMPLE_SECONDS)
     if process.exitcode:
         raise SystemExit(f"{name} ended with status {process.exitcode}")
-    return Figures(
+    return Metrics(
         name=name,
         num_conversations=num,
         seconds=times[0],

@@ -10,10 +10,10 @@ from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.partial import PartialTarget
+from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import DraftSetup
-from flows.bridge.recompute import partial_target
+from flows.bridge.recompute import load_recompute_model
 from flows.bridge.store_identity import open_store
 from flows.bridge.stored_source import StoredSource
 from flows.config.store import StoreConfig
@@ -70,7 +70,7 @@ def estimate_flow(
         checkpoint_step=found.step,
         snapshot_id=reader.snapshot_id,
         estimate=_measure(
-            setup, reader, partial_target(target, reader.identity), evaluation, title=title
+            setup, reader, load_recompute_model(target, reader.identity), evaluation, title=title
         ),
         seconds=time.monotonic() - started,
     )
@@ -115,7 +115,7 @@ def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
 def _measure(
     setup: DraftSetup,
     reader: SnapshotReader,
-    partial: PartialTarget | None,
+    partial: RecomputeModel | None,
     evaluation: EvaluationConfig,
     *,
     title: str,
@@ -135,7 +135,7 @@ class _CountedSource(StoredSource):
     """Stored samples that move a bar as they are read, one after the other."""
 
     def __init__(
-        self, reader: SnapshotReader, partial: PartialTarget | None, bar: StageProgress
+        self, reader: SnapshotReader, partial: RecomputeModel | None, bar: StageProgress
     ) -> None:
         super().__init__(reader, partial)
         self._bar = bar

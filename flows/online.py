@@ -23,7 +23,7 @@ from eagle_core.training.schedule import total_steps
 from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
 from flows.bridge.keep_online_states import StateKeeper
 from flows.bridge.online_source import OnlineSource
-from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run, begun_run, write_run
 from flows.bridge.run_lock import sole_training
 from flows.bridge.store_identity import store_identity
@@ -204,7 +204,7 @@ def _keeper(config: RunConfig, root: str, tokens: TokensSummary, setup: DraftSet
     """Return what writes the states into the store at `root`, if there is room for them."""
     preflight(config.target, config.store, tokens, root)
     store = Store.create(root, store_identity(config.target, config.store, tokens))
-    ends = partial_target(config.target, store.identity)
+    ends = load_recompute_model(config.target, store.identity)
     keeper = StateKeeper(
         store,
         TokenFile(tokens.train_path).sample_ids,

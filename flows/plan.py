@@ -9,10 +9,10 @@ from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
-from flows.reports.cost import Bill, require_fits
-from flows.reports.store_tables import bill_rows
+from flows.reports.cost import CostEstimate, require_fits
+from flows.reports.store_tables import cost_rows
 from flows.reports.table import print_table
-from flows.tasks.preflight import draw_up
+from flows.tasks.preflight import estimate_cost
 from flows.tasks.prepare import prepare
 from flows.workspace import DEFAULT_HOME
 
@@ -25,7 +25,7 @@ def plan(
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
     home: str = DEFAULT_HOME,
-) -> Bill:
+) -> CostEstimate:
     """Say what `hidden-states` would make and what it would cost; make none of it.
 
     Raises:
@@ -33,8 +33,8 @@ def plan(
 
     """
     space, tokens = prepare(target, dataset, home)
-    bill = draw_up(target, store, tokens, store_root(store, space))
-    rows = bill_rows(bill)
+    bill = estimate_cost(target, store, tokens, store_root(store, space))
+    rows = cost_rows(bill)
     title = f"Plan: {target.name} on {dataset.name}"
     print_table(title, rows)
     publish_table(title, rows, key=artifact_key("plan", target.name, dataset.name))

@@ -7,7 +7,7 @@ from eagle_core.draft.export import ExportLayout
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate
-from eagle_core.training.result import Figures
+from eagle_core.training.result import Metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class TrainSummary:
     run_path: Path
     source_id: str
     num_steps: int
-    figures: Figures
+    figures: Metrics
     vocabulary_coverage: float
     tokens_per_second: float
     dtype: str

@@ -16,7 +16,7 @@ from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
 from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup, choose_vocabulary, set_up_draft
-from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run, write_run
 from flows.bridge.run_lock import RunLock, sole_training
 from flows.bridge.semantic_probe import require_sound
@@ -154,7 +154,7 @@ def _train(
 def _require_sound(
     setup: DraftSetup, target: TargetConfig, store: Store, snapshot: Snapshot
 ) -> None:
-    partial = partial_target(target, store.identity)
+    partial = load_recompute_model(target, store.identity)
     require_sound(store, snapshot, TargetRecompute(setup.target_lm_head, partial))
 
 

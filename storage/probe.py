@@ -58,7 +58,7 @@ def probe_positions(
     return points
 
 
-def left_out_channels(
+def omitted_channels(
     aux_hidden_states: NDArray[np.uint16], last_hidden_state: NDArray[np.uint16], position: int
 ) -> tuple[int, ...]:
     """Return what a point holds of the states [T, A, H] and [T, H] that a store leaves out."""
@@ -84,7 +84,7 @@ def require_probe(
             )
         if not (math.isfinite(point.logprob) and point.logprob <= 0):
             raise SampleRefusedError(f"{point}: {point.logprob} is no log-probability")
-        if identity.left_out is not None and point.left_out != _channels_of(sample, point):
+        if identity.omitted is not None and point.omitted != _channels_of(sample, point):
             raise SampleRefusedError(
                 f"{point}: it holds other channels of the states left out than the sample does"
             )
@@ -114,7 +114,7 @@ def disagreements(
                 f"{point}: stored states give token {point.argmax} a log-probability of "
                 f"{logprob:.2f}, the target gave {point.logprob:.2f}"
             )
-        elif point.left_out:
+        elif point.omitted:
             yield from _differences(point, samples[point.sample_id], identity, exact=exact)
 
 
@@ -124,11 +124,11 @@ def _differences(
     found = _channels_of(sample, point)
     if exact:
         num = None if PROFILES[identity.profile].is_exact else NUM_CHANNELS  # codes change `last`
-        if found[:num] != point.left_out[:num]:
+        if found[:num] != point.omitted[:num]:
             yield f"{point}: states made again have other bits than the target gave them"
         return
     early, expected = (
-        bf16_to_float(np.array(bits[:NUM_CHANNELS], np.uint16)) for bits in (found, point.left_out)
+        bf16_to_float(np.array(bits[:NUM_CHANNELS], np.uint16)) for bits in (found, point.omitted)
     )
     away = float(np.linalg.norm(early - expected))
     if not away <= EARLY_TOLERANCE * float(np.linalg.norm(expected)):
@@ -136,4 +136,4 @@ def _differences(
 
 
 def _channels_of(sample: StoredSample, point: ProbePoint) -> tuple[int, ...]:
-    return left_out_channels(sample.aux_hidden_states, sample.last_hidden_state, point.position)
+    return omitted_channels(sample.aux_hidden_states, sample.last_hidden_state, point.position)

@@ -89,7 +89,7 @@ def check_meaning(
     except CorruptError as error:  # its bytes are the committed ones, but they are no shard
         yield shard_finding(record.shard_id, min(record.objects), str(error))
         return
-    states_array = "last_hidden_state" if identity.left_out is None else "aux_hidden_states"
+    states_array = "last_hidden_state" if identity.omitted is None else "aux_hidden_states"
     completed = {sample_id: recompute.complete(sample) for sample_id, sample in samples.items()}
     for problem in disagreements(record.probe, completed, recompute, identity, exact=exact):
         yield shard_finding(record.shard_id, states_array, problem)

@@ -93,9 +93,9 @@ class ChainDrafter:
         fused = self._draft.fuse(pad_sequence(list(aux), batch_first=True).to(self._dtype))
         start = torch.zeros_like(counts) if self.lengths is None else self.lengths
         hidden = self._decode(ids, fused, start)
-        is_true = torch.arange(ids.shape[1], device=device) < counts.unsqueeze(1)
-        if not is_true.all():
-            self._cache.hide(is_true)
+        valid_mask = torch.arange(ids.shape[1], device=device) < counts.unsqueeze(1)
+        if not valid_mask.all():
+            self._cache.hide(valid_mask)
         rows = torch.arange(len(counts), device=device)
         self._hidden = hidden[rows, counts - 1].unsqueeze(1)
         self.lengths = start + counts
@@ -127,14 +127,14 @@ class ChainDrafter:
             for chain, drawn_from in zip(chains, spread, strict=True)
         ]
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Go on with the sequences at `rows` alone, in that order."""
         if self._generators:
             self._generators = [self._generators[row] for row in rows]
         if self.lengths is None or len(rows) == len(self.lengths):
             return
         kept = torch.tensor(rows, device=self.lengths.device)
-        self._cache.keep(kept)
+        self._cache.select(kept)
         self.lengths = self.lengths[kept]
 
     @property

@@ -65,7 +65,7 @@ def generate_speculative_batch(
         (*prompt[1:], text.tokens[-1]) for prompt, text in zip(prompts, batch.active, strict=True)
     ]
     while rows := batch.drop_ended():
-        drafter.keep(rows)
+        drafter.select(rows)
         drafter.observe(
             [next_ids[row] for row in rows], [aux[row, : len(next_ids[row])] for row in rows]
         )
@@ -150,7 +150,7 @@ class _Batch(Generic[CacheT]):
         """Forget the texts that have ended; return the places that the others had."""
         rows = [row for row, text in enumerate(self.active) if not self._has_ended(text)]
         if rows and len(rows) < len(self.active):
-            self._cache.keep(rows)
+            self._cache.select(rows)
         self.active = [self.active[row] for row in rows]
         return rows
 
@@ -174,7 +174,7 @@ class _Batch(Generic[CacheT]):
             _verify(proposal, row, self._config.temperature, text.generator)
             for proposal, row, text in zip(proposals, logits, self.active, strict=True)
         ]
-        self._cache.forget([self._config.draft_tokens - each.accepted for each in verdicts])
+        self._cache.rollback([self._config.draft_tokens - each.accepted for each in verdicts])
         chunks = []
         for text, proposal, verdict in zip(self.active, proposals, verdicts, strict=True):
             chunks.append((*proposal.tokens[: verdict.accepted], verdict.next_token))

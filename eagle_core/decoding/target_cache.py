@@ -41,13 +41,13 @@ class CachedTarget(Protocol[CacheT]):
         past: CacheT | None,
         /,
         *,
-        is_true: Tensor | None = None,
+        valid_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, CacheT]:
         """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
 
-        `is_true` [B, S + T] is False for entries that no token may see, `positions` [B, T] are the
-        tokens' places in their texts; without them all S + T are tokens of texts of one length.
+        `valid_mask` [B, S + T] is False for entries that no token may see, `positions` [B, T] are
+        the tokens' positions in their texts; without both, all texts have one length.
         """
 
     def logits(self, last: Tensor, /) -> Tensor:
@@ -60,7 +60,7 @@ class TargetCache(Generic[CacheT]):
     def __init__(self, target: CachedTarget[CacheT]) -> None:
         self._target = target
         self._past: CacheT | None = None
-        self._is_true = torch.ones(0, 0, dtype=torch.bool, device=target.device)
+        self._valid_mask = torch.ones(0, 0, dtype=torch.bool, device=target.device)
         self._lengths = torch.zeros(0, dtype=torch.int64, device=target.device)
 
     def run(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -70,36 +70,36 @@ class TargetCache(Generic[CacheT]):
         counts = torch.tensor([len(row) for row in ids], device=device)
         if self._past is None:
             # Behind a text there is nothing that it could see: padding needs no mask.
-            self._is_true = torch.ones(len(ids), 0, dtype=torch.bool, device=device)
+            self._valid_mask = torch.ones(len(ids), 0, dtype=torch.bool, device=device)
             self._lengths = torch.zeros_like(counts)
         steps = torch.arange(input_ids.shape[1], device=device)
-        is_true = torch.cat([self._is_true, steps < counts.unsqueeze(1)], dim=1)
-        if self._past is None or is_true.all():
+        valid_mask = torch.cat([self._valid_mask, steps < counts.unsqueeze(1)], dim=1)
+        if self._past is None or valid_mask.all():
             last, aux, self._past = self._target.forward_cached(input_ids, self._past)
         else:
             positions = self._lengths.unsqueeze(1) + steps
             last, aux, self._past = self._target.forward_cached(
-                input_ids, self._past, is_true=is_true, positions=positions
+                input_ids, self._past, valid_mask=valid_mask, positions=positions
             )
         if hasattr(self._past, _RECORD_PAST):  # else a full sliding window could not be cropped
             getattr(self._past, _RECORD_PAST)()
-        self._is_true, self._lengths = is_true, self._lengths + counts
+        self._valid_mask, self._lengths = valid_mask, self._lengths + counts
         return last, aux
 
-    def forget(self, counts: Sequence[int]) -> None:
+    def rollback(self, counts: Sequence[int]) -> None:
         """Forget the newest tokens of every text, so many of each."""
         assert self._past is not None  # noqa: S101 (something ran)
         common = min(counts)
         self._past.crop(-common)
-        self._is_true = self._is_true[:, : self._is_true.shape[1] - common]
+        self._valid_mask = self._valid_mask[:, : self._valid_mask.shape[1] - common]
         left = torch.tensor(counts, device=self._target.device)
-        behind = torch.arange(self._is_true.shape[1], 0, -1, device=self._target.device)
-        self._is_true = self._is_true & (behind > (left - common).unsqueeze(1))
+        behind = torch.arange(self._valid_mask.shape[1], 0, -1, device=self._target.device)
+        self._valid_mask = self._valid_mask & (behind > (left - common).unsqueeze(1))
         self._lengths = self._lengths - left
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Go on with the texts at `rows` alone."""
         assert self._past is not None  # noqa: S101 (something ran)
         kept = torch.tensor(rows, device=self._target.device)
         self._past.batch_select_indices(kept)
-        self._is_true, self._lengths = self._is_true[kept], self._lengths[kept]
+        self._valid_mask, self._lengths = self._valid_mask[kept], self._lengths[kept]

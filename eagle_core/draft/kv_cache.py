@@ -17,7 +17,7 @@ class DraftCache:
     def __init__(self) -> None:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._is_true: Tensor | None = None
+        self._valid_mask: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -37,36 +37,36 @@ class DraftCache:
         if self._keys is not None and self._values is not None:
             self._keys = self._keys[:, :, :length]
             self._values = self._values[:, :, :length]
-        if self._is_true is not None:
-            self._is_true = self._is_true[:, :length]
+        if self._valid_mask is not None:
+            self._valid_mask = self._valid_mask[:, :length]
 
-    def hide(self, is_true: Tensor) -> None:
+    def hide(self, valid_mask: Tensor) -> None:
         """Hide from every later entry those of the newest [B, T] that are False."""
-        before = self._is_true_of(self.length - is_true.shape[1], is_true)
-        self._is_true = torch.cat([before, is_true], dim=1)
+        before = self._valid_mask_of(self.length - valid_mask.shape[1], valid_mask)
+        self._valid_mask = torch.cat([before, valid_mask], dim=1)
 
-    def keep(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Forget all sequences but those at `rows`."""
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[rows], self._values[rows]
-        if self._is_true is not None:
-            self._is_true = self._is_true[rows]
+        if self._valid_mask is not None:
+            self._valid_mask = self._valid_mask[rows]
 
     def visible(self, num_new: int) -> Tensor | None:
         """Return which entries each of the newest `num_new` sees, [B or 1, 1, T, length].
 
         All of its sequence at or before it; None if that is everything.
         """
-        if self._keys is None or (num_new == 1 and self._is_true is None):
+        if self._keys is None or (num_new == 1 and self._valid_mask is None):
             return None
         causal = torch.ones(num_new, self.length, dtype=torch.bool, device=self._keys.device)
         causal = causal.tril(self.length - num_new)[None, None]
-        if self._is_true is None:
+        if self._valid_mask is None:
             return causal
-        is_true = self._is_true_of(self.length, self._is_true)
-        return causal & is_true[:, None, None]
+        valid_mask = self._valid_mask_of(self.length, self._valid_mask)
+        return causal & valid_mask[:, None, None]
 
-    def _is_true_of(self, length: int, like: Tensor) -> Tensor:
+    def _valid_mask_of(self, length: int, like: Tensor) -> Tensor:
         """Return [B, length], True for entries that nobody spoke of."""
-        known = like[:, :0] if self._is_true is None else self._is_true
+        known = like[:, :0] if self._valid_mask is None else self._valid_mask
         return functional.pad(known, (0, length - known.shape[1]), value=True)

@@ -41,14 +41,14 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         keys, values = cache.append(rotate(key, cos, sin), value)
-        mixed = functional.scaled_dot_product_attention(
+        attention_output = functional.scaled_dot_product_attention(
             rotate(query, cos, sin),
             keys,
             values,
             attn_mask=cache.visible(query.shape[2]),
             enable_gqa=True,
         )
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        output: Tensor = self.o_proj(attention_output.transpose(1, 2).flatten(2))
         return output
 
 

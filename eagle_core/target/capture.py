@@ -29,14 +29,14 @@ def capture_states(
     target: TargetModel,
     samples: Sequence[TokenizedSample],
     *,
-    recomputable: bool = False,
+    for_recompute: bool = False,
     on_unusable: OnUnusable | None = None,
 ) -> Iterator[HiddenStateSample]:
     """Yield the hidden states of `samples`, longest first, in batches of similar length.
 
     Batches are a pure function of the given samples: the same shard gives the same bytes.
 
-    With `recomputable`, in the given order and one sequence at a time, the layers behind the last
+    With `for_recompute`, in the given order and one sequence at a time, the layers behind the last
     aux layer fed with its output as it is stored, in bfloat16: `RecomputeModel` computes the early
     and the last states again from what is stored, bit for bit.
 
@@ -48,12 +48,12 @@ def capture_states(
     """
     batches: Iterable[Sequence[TokenizedSample]] = (
         ([sample] for sample in samples)
-        if recomputable
+        if for_recompute
         else batches_by_length(samples, batch_tokens=target.config.batch_tokens)
     )
     for batch in batches:
         yield from _capture_batch(
-            target, batch, on_unusable or partial(_refuse, target.config), round_late=recomputable
+            target, batch, on_unusable or partial(_refuse, target.config), round_late=for_recompute
         )
 
 

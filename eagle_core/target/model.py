@@ -98,20 +98,20 @@ class TargetModel:
         input_ids: Tensor,
         past: DynamicCache | None,
         *,
-        is_true: Tensor | None = None,
+        valid_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, DynamicCache]:
         """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
 
-        `is_true` [B, S + T] is False for entries that no token may see, `positions` [B, T] are the
-        tokens' places in their texts; without them all S + T are tokens of texts of one length.
+        `valid_mask` [B, S + T] is False for entries that no token may see, `positions` [B, T] are
+        the tokens' positions in their texts; without both, all texts have one length.
         """
         cache = DynamicCache(config=self.model_config) if past is None else past
         last, aux = self.run(
             input_ids,
             past_key_values=cache,
             use_cache=True,
-            attention_mask=is_true,
+            attention_mask=valid_mask,
             position_ids=positions,
         )
         return last, torch.cat(aux, dim=-1), cache

@@ -36,8 +36,10 @@ def ttt_attention(
 
     """
     with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
-        mixed: Tensor = _TttAttention.apply(query, keys, values, own_keys, own_values, index)  # type: ignore[no-untyped-call]  # torch
-    return mixed
+        attention_output: Tensor = _TttAttention.apply(
+            query, keys, values, own_keys, own_values, index
+        )  # type: ignore[no-untyped-call]  # torch
+    return attention_output
 
 
 def packed_ttt_attention(
@@ -65,11 +67,11 @@ def packed_ttt_attention(
         return no_queries(query, keys, values)
     starts, counts = torch.unique_consecutive(first, return_counts=True)
     ends = counts.cumsum(0).tolist()
-    mixed = []
+    attention_output = []
     for start, begin, end in zip(starts.tolist(), [0, *ends], ends, strict=False):
         members = slice(begin, end)
         visible = slice(start, int(indices[end - 1]) + 1)  # keys behind the last query are left out
-        mixed.append(
+        attention_output.append(
             ttt_attention(
                 query[members],
                 keys[visible],
@@ -79,7 +81,7 @@ def packed_ttt_attention(
                 indices[members] - start,
             )
         )
-    return torch.cat(mixed)
+    return torch.cat(attention_output)
 
 
 def no_queries(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -129,20 +131,22 @@ class _TttAttention(torch.autograd.Function):
     ) -> Tensor:
         grouped, by_head = _grouped(query, keys.shape[1]), keys.transpose(0, 1).contiguous()
         values_by_head = values.transpose(0, 1).contiguous()
-        mixed = torch.empty_like(grouped)
+        attention_output = torch.empty_like(grouped)
         for block in _blocks(index):
             own = own_keys[block.rows].permute(2, 0, 1, 3)
             weights = _weights(grouped[:, block.rows], by_head, own, block).to(query.dtype)
-            mixed[:, block.rows] = _mix(weights, values_by_head, own_values[block.rows], block)
+            attention_output[:, block.rows] = _mix(
+                weights, values_by_head, own_values[block.rows], block
+            )
         ctx.save_for_backward(grouped, by_head, values_by_head, own_keys, own_values, index)
-        ctx.mixed = mixed
-        return _ungrouped(mixed)
+        ctx.attention_output = attention_output
+        return _ungrouped(attention_output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grouped, keys, values, own_keys, own_values, index = ctx.saved_tensors
-        grad_mixed = _grouped(grads[0], keys.shape[0])
-        offset = widened(grad_mixed * ctx.mixed).sum(dim=-1, keepdim=True)
+        grad_output = _grouped(grads[0], keys.shape[0])
+        offset = widened(grad_output * ctx.attention_output).sum(dim=-1, keepdim=True)
         grad_query = torch.empty_like(grouped)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_own_keys = torch.empty_like(own_keys)
@@ -150,7 +154,7 @@ class _TttAttention(torch.autograd.Function):
         scale = grouped.shape[-1] ** -0.5
         for block in _blocks(index):
             rows, seen = block.rows, slice(0, block.num_keys)
-            query, grad = grouped[:, rows], grad_mixed[:, rows]
+            query, grad = grouped[:, rows], grad_output[:, rows]
             own_key = own_keys[rows].permute(2, 0, 1, 3)  # [K, B, I, E]
             own_value = own_values[rows].permute(2, 0, 1, 3)
             weights = _weights(query, keys, own_key, block)
@@ -195,10 +199,12 @@ def _scores_of(left: Tensor, shared: Tensor, own: Tensor) -> Tensor:
 def _mix(weights: Tensor, values: Tensor, own_values: Tensor, block: _Block) -> Tensor:
     """Return mixed values [K, B, G, E] for weights [K, B, G, s + I]."""
     of_shared = weights[..., : block.num_keys].flatten(1, 2) @ values[:, : block.num_keys]
-    mixed = of_shared.view(*weights.shape[:3], -1)
+    attention_output = of_shared.view(*weights.shape[:3], -1)
     if own_values.shape[1]:
-        mixed = mixed + weights[..., block.num_keys :] @ own_values.permute(2, 0, 1, 3)
-    return mixed
+        attention_output = attention_output + weights[..., block.num_keys :] @ own_values.permute(
+            2, 0, 1, 3
+        )
+    return attention_output
 
 
 def _grouped(states: Tensor, num_groups: int) -> Tensor:

@@ -41,11 +41,11 @@ def flex_ttt_attention(
         return no_queries(query, keys, values)
     with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
         grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [A, K, G, E]
-        mixed, logsumexp = _mix_shared(query, keys, values, indices, first)
+        attention_output, logsumexp = _mix_shared(query, keys, values, indices, first)
         scores = torch.einsum("akge,aike->akgi", grouped, own_keys) * query.shape[-1] ** -0.5
         scores = torch.cat([logsumexp.view_as(grouped[..., :1]), widened(scores)], dim=-1)
         weights = scores.softmax(dim=-1).to(query.dtype)
-        shared = weights[..., :1] * mixed.view_as(grouped)
+        shared = weights[..., :1] * attention_output.view_as(grouped)
         own = torch.einsum("akgi,aike->akge", weights[..., 1:], own_values)
         return (shared + own).flatten(1, 2)
 
@@ -59,13 +59,13 @@ def _mix_shared(
         return (first[row] <= key) & (key <= indices[row])
 
     mask = create_block_mask(is_visible, None, None, len(query), len(keys), device=query.device)
-    mixed, extra = _compiled()(
+    attention_output, extra = _compiled()(
         *(states.transpose(0, 1).unsqueeze(0) for states in (query, keys, values)),
         block_mask=mask,
         enable_gqa=query.shape[1] != keys.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    return mixed[0].transpose(0, 1), extra.lse[0].T
+    return attention_output[0].transpose(0, 1), extra.lse[0].T
 
 
 def require_agreement(
@@ -96,7 +96,10 @@ def require_agreement(
     of_both = (
         attend(*inputs, indices, first) for attend in (flex_ttt_attention, packed_ttt_attention)
     )
-    found, expected = ([mixed, *torch.autograd.grad(mixed, inputs, slope)] for mixed in of_both)
+    found, expected = (
+        [attention_output, *torch.autograd.grad(attention_output, inputs, slope)]
+        for attention_output in of_both
+    )
     deviations = [
         (one - other).float().norm() / other.float().norm()
         for one, other in zip(found, expected, strict=True)

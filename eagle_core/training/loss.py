@@ -37,7 +37,7 @@ class Teacher:
     """[D, Ht] rows of the target's head that are in the draft vocabulary"""
     logsumexp: Tensor
     """[U] over the full target vocabulary"""
-    choice: Tensor
+    draft_argmax: Tensor
     """[U] int64 draft id of the target's argmax; -1 if the draft vocabulary lacks it"""
     token_of_row: Tensor
     """[R] int64, non-decreasing: which teacher token teaches the row"""
@@ -150,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     taught[_within(tile.tokens, chunk.tokens)],
                     teacher.logsumexp[tile.tokens],
                     local,
-                    teacher.choice[tile.tokens][local],
+                    teacher.draft_argmax[tile.tokens][local],
                     weights[tile.rows],
                     task.objective,
                     task.lk_eta,
@@ -194,7 +194,7 @@ def _turn_into_gradient(
     taught: Tensor,
     logsumexp: Tensor,
     local: Tensor,
-    choice: Tensor,
+    draft_argmax: Tensor,
     weights: Tensor,
     objective: Objective,
     lk_eta: float,
@@ -225,12 +225,12 @@ def _turn_into_gradient(
     p = probability.index_select(0, local)
     values = widened(logits)
     mean_logit = torch.linalg.vecdot(p, values)
-    chosen = values.gather(1, choice.clamp(min=0).unsqueeze(1)).squeeze(1)
-    first = values.argmax(dim=-1) if measures_acceptance else choice
+    chosen = values.gather(1, draft_argmax.clamp(min=0).unsqueeze(1)).squeeze(1)
+    first = values.argmax(dim=-1) if measures_acceptance else draft_argmax
     q, lse, highest = _softmax(values)
     # Among equals, common in bfloat16, decoding takes the first; of a loss nobody decodes anything.
-    is_highest = first == choice if measures_acceptance else chosen >= highest
-    correct = is_highest & (choice >= 0)
+    is_highest = first == draft_argmax if measures_acceptance else chosen >= highest
+    correct = is_highest & (draft_argmax >= 0)
     cross_entropy = lse - mean_logit
     acceptance = torch.full_like(cross_entropy, float("nan"))
     if measures_acceptance:

@@ -19,7 +19,7 @@ LossReduction = Literal["positions", "tokens", "sequence"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ActivePositions:
+class TttPositions:
     """Where each step computes and where its loss counts."""
 
     supervised: Tensor
@@ -44,7 +44,7 @@ class ActivePositions:
         return self.shares / divisors.clamp(min=1).unsqueeze(1)
 
 
-def active_positions(
+def ttt_positions(
     *,
     loss_mask: Tensor,
     in_vocabulary: Tensor,
@@ -52,7 +52,7 @@ def active_positions(
     ttt_length: int,
     positions: LossPositions,
     reduction: LossReduction,
-) -> ActivePositions:
+) -> TttPositions:
     """Return who takes part.
 
     Args:
@@ -81,7 +81,7 @@ def active_positions(
     counted = supervised & known
     later = counted.flip(0).cumsum(0).flip(0) > 0
     shares, totals = _shares(counted, sequence, len(starts) - 1, reduction)
-    return ActivePositions(
+    return TttPositions(
         supervised=supervised,
         counted=counted,
         indices=tuple(row.nonzero().squeeze(1) for row in later),

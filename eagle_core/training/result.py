@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figures:
+class Metrics:
     """What the last step, and the last measurement on the held-out split, gave."""
 
     loss: float
@@ -44,7 +44,7 @@ class TrainingResult:
 
     num_steps: int
     """Steps of the run so far, earlier attempts included."""
-    figures: Figures
+    figures: Metrics
     tokens_per_second: float
     """Of this attempt, data and checkpoints included; 0 when nothing was left to do."""
     dtype: str

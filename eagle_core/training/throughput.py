@@ -11,7 +11,7 @@ import torch
 from eagle_core.training.loader import LoadedStep
 
 
-class Meter:
+class ThroughputMeter:
     """Counts from its making on."""
 
     def __init__(self, device: torch.device) -> None:

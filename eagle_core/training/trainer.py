@@ -34,10 +34,10 @@ from eagle_core.training.optimizers import (
 )
 from eagle_core.training.packing import PackedBatch, pack
 from eagle_core.training.precision import dtype_name, multiplying_dtype
-from eagle_core.training.result import Figures, Progress, TrainingResult
+from eagle_core.training.result import Metrics, Progress, TrainingResult
 from eagle_core.training.schedule import learning_rate, step_shape, total_steps
 from eagle_core.training.stop_request import stop_request
-from eagle_core.training.throughput import Meter
+from eagle_core.training.throughput import ThroughputMeter
 from eagle_core.training.ttt import TttModule, TttOutcome, fuses_attention, loss_totals
 from eagle_core.training.validation import measure_held_out
 
@@ -105,7 +105,7 @@ class _Run:
         )
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
-        self.figures: Figures | None = None
+        self.figures: Metrics | None = None
         self.saved: Path | None = None
         self.best_length = 0.0
         """On the held-out split, of the checkpoints that are there."""
@@ -132,7 +132,7 @@ class _Run:
         checkpoint.require_identity(folder, found.identity, self.identity)
         checkpoint.load_weights(self.draft, folder)
         self.step, self.loader, self.saved = found.step, found.loader, folder
-        self.figures = Figures(**{name: _as_tuple(value) for name, value in found.figures.items()})
+        self.figures = Metrics(**{name: _as_tuple(value) for name, value in found.figures.items()})
         best = checkpoint.best(self.run_path)
         if best is not None:
             self.best_length = checkpoint.read(best).figures["held_out_length"]
@@ -143,7 +143,7 @@ class _Run:
         on_progress: Callable[[Progress], None],
         stop_asked: Callable[[], bool],
     ) -> TrainingResult:
-        meter = Meter(self.draft.lm_head.weight.device)
+        meter = ThroughputMeter(self.draft.lm_head.weight.device)
         stream = steps(
             self.source,
             self.loader,
@@ -179,7 +179,7 @@ class _Run:
         )
 
     @property
-    def _figures(self) -> Figures:
+    def _figures(self) -> Metrics:
         assert self.figures is not None  # noqa: S101 (at least one step is done)
         return self.figures
 
@@ -264,7 +264,7 @@ class _Run:
             o.step_supervised for o in outcomes
         ).clamp(min=1)
         self.figures = dataclasses.replace(
-            self.figures or Figures(loss=loss, first_loss=loss),
+            self.figures or Metrics(loss=loss, first_loss=loss),
             loss=loss,
             step_losses=tuple(self._summed(o.step_losses for o in outcomes).tolist()),
             step_accuracies=tuple(accuracies.tolist()),
@@ -343,7 +343,7 @@ def _as_tuple(value: Any) -> Any:  # noqa: ANN401 (a JSON value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _scalars(figures: Figures) -> dict[str, float]:
+def _scalars(figures: Metrics) -> dict[str, float]:
     return {
         "loss": figures.loss,
         **{f"loss/step_{step}": value for step, value in enumerate(figures.step_losses)},

@@ -26,8 +26,8 @@ from eagle_core.training.flex_attention import flex_ttt_attention
 from eagle_core.training.loss import RowOutcome, Teacher, distillation_loss
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.positions import (
-    ActivePositions,
-    active_positions,
+    TttPositions,
+    ttt_positions,
 )
 from eagle_core.training.repeated_linear import RepeatedLinear
 
@@ -78,11 +78,11 @@ def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> Tensor:
     Summed over several batches and handed to `ttt_step`, the losses of these add up to that of one
     large batch.
     """
-    return _active(t2d, batch, options).totals
+    return _ttt_positions(t2d, batch, options).totals
 
 
-def _active(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> ActivePositions:
-    return active_positions(
+def _ttt_positions(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> TttPositions:
+    return ttt_positions(
         loss_mask=batch.loss_mask,
         in_vocabulary=t2d[batch.target_argmax],
         starts=batch.starts,
@@ -110,12 +110,12 @@ def ttt_step(
         totals: [L] what losses are divided by, if this is one of several batches of a step.
 
     """
-    active = _active(draft.t2d, batch, options)
-    share_of_step = active.weights(totals)
+    positions = _ttt_positions(draft.t2d, batch, options)
+    share_of_step = positions.weights(totals)
     rows, hidden = [], []
-    for step, state in enumerate(_states(draft, batch, active, options)):
-        indices = active.indices[step]
-        counted = active.counted[step, indices]
+    for step, state in enumerate(_states(draft, batch, positions, options)):
+        indices = positions.indices[step]
+        counted = positions.counted[step, indices]
         rows.append(indices[counted])
         hidden.append(draft.norm(state[counted]).to(target_head.dtype))
     decay = options.step_decay ** torch.arange(options.ttt_length, device=share_of_step.device)
@@ -130,7 +130,7 @@ def ttt_step(
         lk_eta=options.lk_eta,
         compiled=options.compile,
     )
-    return _outcome(loss, outcome, order, active, share_of_step)
+    return _outcome(loss, outcome, order, positions, share_of_step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +159,7 @@ class _RowOrder:
 
 
 def _states(
-    draft: DraftModel, batch: PackedBatch, active: ActivePositions, options: TttConfig
+    draft: DraftModel, batch: PackedBatch, positions: TttPositions, options: TttConfig
 ) -> Iterator[Tensor]:
     """Yield the pre-norm states [A_i, H] of each step."""
     layer, config = draft.midlayer, draft.config
@@ -177,7 +177,7 @@ def _states(
     keys = rotate(keys, cos[:-1], sin[:-1])
     own_keys = own_values = keys.new_zeros(batch.num_tokens, 0, *keys.shape[1:])
     before, is_fused = every, fuses_attention(options, state.device)
-    for step, indices in enumerate(active.indices):
+    for step, indices in enumerate(positions.indices):
         kept = torch.searchsorted(before, indices)
         state, before = state[kept], indices
         normed = layer.hidden_norm(state).to(dtype) if step else normed[kept]
@@ -192,8 +192,8 @@ def _states(
             own_values = torch.cat([own_values, value], dim=1)
         attend = flex_ttt_attention if is_fused else packed_ttt_attention
         first = indices - position[indices]
-        mixed = attend(query, keys, values, own_keys, own_values, indices, first)
-        state = state + output(mixed.flatten(1))
+        attention_output = attend(query, keys, values, own_keys, own_values, indices, first)
+        state = state + output(attention_output.flatten(1))
         state = state + feed_forward(state)
         yield state
         state = draft.recurrent(state)
@@ -265,7 +265,7 @@ def _teacher(
         last_hidden_state=batch.last_hidden_state[tokens].to(target_head.dtype),
         head=target_head,
         logsumexp=batch.target_logsumexp[tokens],
-        choice=torch.where(draft.t2d[argmax], draft_id, -1),
+        draft_argmax=torch.where(draft.t2d[argmax], draft_id, -1),
         token_of_row=token_of_row,
     )
 
@@ -274,11 +274,11 @@ def _outcome(
     loss: Tensor,
     outcome: RowOutcome,
     order: _RowOrder,
-    active: ActivePositions,
+    positions: TttPositions,
     share_of_step: Tensor,
 ) -> TttOutcome:
     def per_step(values: Tensor) -> Tensor:
-        total = share_of_step.new_zeros(len(active.indices))
+        total = share_of_step.new_zeros(len(positions.indices))
         return total.index_add_(0, order.step, values.float())
 
     weights = share_of_step[order.step, order.index]
@@ -286,14 +286,14 @@ def _outcome(
         loss=loss,
         step_losses=per_step(weights * outcome.cross_entropy),
         step_correct=per_step(outcome.correct),
-        step_supervised=active.supervised.sum(dim=1),
+        step_supervised=positions.supervised.sum(dim=1),
         step_acceptance=per_step(outcome.acceptance),
-        step_counted=active.counted.sum(dim=1),
-        step_prefix=_prefix(outcome.correct, order, active),
+        step_counted=positions.counted.sum(dim=1),
+        step_prefix=_prefix(outcome.correct, order, positions),
     )
 
 
-def _prefix(correct: Tensor, order: _RowOrder, active: ActivePositions) -> Tensor:
-    right = torch.zeros_like(active.counted)
+def _prefix(correct: Tensor, order: _RowOrder, positions: TttPositions) -> Tensor:
+    right = torch.zeros_like(positions.counted)
     right[order.step, order.index] = correct
     return right.cumprod(dim=0).sum(dim=1)

@@ -54,7 +54,7 @@ class ExclusionLimit:
         if len(self._before | self._new.keys()) > self._limit:
             raise self._too_many(list(self._new.values()))
 
-    def leave_out(self) -> None:
+    def exclude(self) -> None:
         """Leave out, from now on, what was counted."""
         for one in self._new.values():
             self._store.exclusions.add(one)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target.partial import PartialTarget
+from eagle_core.target.recompute_model import RecomputeModel
 from flows.bridge.recompute import TargetRecompute
 from flows.bridge.semantic_probe import probe_points
 from flows.bridge.stored_source import StoredSource, to_stored
@@ -30,7 +30,7 @@ class StateKeeper:
         store: Store,
         sample_ids: Sequence[str],
         recompute: TargetRecompute,
-        partial: PartialTarget | None,
+        partial: RecomputeModel | None,
         *,
         shards_in_memory: int,
     ) -> None:
@@ -40,7 +40,7 @@ class StateKeeper:
             store: where states go.
             sample_ids: the samples that are wanted.
             recompute: checks what was written.
-            partial: what `flows.bridge.recompute.partial_target` returns for the store.
+            partial: what `flows.bridge.recompute.load_recompute_model` returns for the store.
             shards_in_memory: decoded shards that are kept, those of a shuffle window.
 
         """
@@ -93,8 +93,8 @@ class StateKeeper:
         """Return the states of `samples`, in any order, and write them as one shard beside that."""
         shard = PlannedShard.holding(samples)
         states = list(capture(samples))
-        left_out = self.store.identity.left_out is not None
-        probe = probe_points(states, samples, shard_id=shard.shard_id, left_out=left_out)
+        omitted = self.store.identity.omitted is not None
+        probe = probe_points(states, samples, shard_id=shard.shard_id, omitted=omitted)
         self._finish_writing()
         self._written = frozenset(shard.sample_ids)
         self._writing = self._writer.submit(self._write, shard, states, probe)

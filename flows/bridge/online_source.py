@@ -113,7 +113,7 @@ class OnlineSource:
             states = capture_states(self._target, self._tokens.by_id(members))
         else:
             missing = [name for name in members if not self._keeper.holds(name)]
-            recomputable = self._keeper.store.identity.left_out is not None
-            capture = partial(capture_states, self._target, recomputable=recomputable)
+            for_recompute = self._keeper.store.identity.omitted is not None
+            capture = partial(capture_states, self._target, for_recompute=for_recompute)
             states = iter(self._keeper.compute(self._tokens.by_id(missing), capture))
         return {sample.sample_id: sample for sample in states}

@@ -1,7 +1,7 @@
 """The target's ends where a store leaves states out: what is kept goes in, samples come out.
 
 Holds the one place that knows both rooms: which states are left out is the store's knowledge, how
-the target makes them again is that of `PartialTarget`.
+the target makes them again is that of `RecomputeModel`.
 """
 
 from dataclasses import replace
@@ -12,25 +12,25 @@ from torch import Tensor
 
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.head import log_probabilities
-from eagle_core.target.partial import KeptStates, PartialTarget
+from eagle_core.target.recompute_model import RecomputeModel, StoredStates
 from storage.errors import ConfigError
 from storage.records.identity import StoreIdentity
 from storage.samples import StoredSample
 
 
-def partial_target(target: TargetConfig, identity: StoreIdentity) -> PartialTarget | None:
+def load_recompute_model(target: TargetConfig, identity: StoreIdentity) -> RecomputeModel | None:
     """Return the ends of the target if a store leaves states out, else None and load nothing."""
-    return None if identity.left_out is None else PartialTarget.load(target)
+    return None if identity.omitted is None else RecomputeModel.load(target)
 
 
-def completed(sample: StoredSample, partial: PartialTarget) -> StoredSample:
+def completed(sample: StoredSample, partial: RecomputeModel) -> StoredSample:
     """Return a sample with the states that its store left out, made from those it kept.
 
     `last_hidden_state` is zero where the store would not have kept it: the sample is the one that a
     store without recomputation gives.
     """
-    kept = KeptStates(input_ids=sample.input_ids, late=sample.aux_hidden_states[:, -1])
-    derived = partial.derive(kept)
+    kept = StoredStates(input_ids=sample.input_ids, late=sample.aux_hidden_states[:, -1])
+    derived = partial.recompute(kept)
     tokens, num_kept, hidden = sample.aux_hidden_states.shape
     aux = np.empty((tokens, num_kept + 1, hidden), np.uint16)
     aux[:, 0] = derived.early
@@ -44,7 +44,7 @@ def completed(sample: StoredSample, partial: PartialTarget) -> StoredSample:
 class TargetRecompute:
     """`storage.recompute.Recompute` with the target's head and, where needed, its ends."""
 
-    def __init__(self, lm_head: Tensor, partial: PartialTarget | None) -> None:
+    def __init__(self, lm_head: Tensor, partial: RecomputeModel | None) -> None:
         """Read states with `lm_head` [V, H]; `partial` is None if the store leaves none out."""
         self._lm_head = lm_head
         self._partial = partial
@@ -62,7 +62,7 @@ class TargetRecompute:
         return completed(sample, require_partial(self._partial))
 
 
-def require_partial(partial: PartialTarget | None) -> PartialTarget:
+def require_partial(partial: RecomputeModel | None) -> RecomputeModel:
     """Return what a store that leaves states out is read with; ConfigError if it was not loaded."""
     if partial is None:
         raise ConfigError(

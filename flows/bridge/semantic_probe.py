@@ -12,7 +12,7 @@ import numpy as np
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from storage.errors import ShardCorruptError
 from storage.maintenance.verify import verify_shard
-from storage.probe import left_out_channels, probe_positions
+from storage.probe import omitted_channels, probe_positions
 from storage.recompute import Recompute
 from storage.records.probe_point import ProbePoint
 from storage.records.snapshot import Snapshot
@@ -29,11 +29,11 @@ def probe_points(
     samples: Sequence[TokenizedSample],
     *,
     shard_id: str,
-    left_out: bool,
+    omitted: bool,
 ) -> Sequence[ProbePoint]:
     """Return what the target said at a few supervised tokens of a shard's `samples`.
 
-    With `left_out`, for a store that leaves states out, points hold some channels of these.
+    With `omitted`, for a store that leaves states out, points hold some channels of these.
     """
     wanted: dict[str, list[int]] = {}
     masks = {sample.sample_id: sample.loss_mask for sample in samples}
@@ -43,12 +43,12 @@ def probe_points(
         point
         for state in states
         if state.sample_id in wanted
-        for point in _points(state, wanted[state.sample_id], left_out=left_out)
+        for point in _points(state, wanted[state.sample_id], omitted=omitted)
     ]
 
 
 def _points(
-    state: HiddenStateSample, positions: Sequence[int], *, left_out: bool
+    state: HiddenStateSample, positions: Sequence[int], *, omitted: bool
 ) -> Iterator[ProbePoint]:
     assert state.argmax_logprob is not None  # noqa: S101 (states of a capture have it)
     for position in positions:
@@ -57,8 +57,8 @@ def _points(
             position=position,
             argmax=int(state.target_argmax[position]),
             logprob=float(state.argmax_logprob[position]),
-            left_out=left_out_channels(state.aux_hidden_states, state.last_hidden_state, position)
-            if left_out
+            omitted=omitted_channels(state.aux_hidden_states, state.last_hidden_state, position)
+            if omitted
             else (),
         )
 
@@ -79,7 +79,7 @@ def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int
                 f"shard {shard_id} must not be trained on: {findings[0]}. `eyas verify --deep "
                 f"{store.root.url}` looks at every shard"
             )
-    if store.identity.left_out is not None and any(
+    if store.identity.omitted is not None and any(
         verify_shard(store, shard_id, recompute=recompute, exact=True) for shard_id in chosen
     ):
         logger.warning(

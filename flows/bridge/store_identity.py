@@ -8,10 +8,10 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
 from eagle_core.target.model_config import aux_layers, read_model_config
-from eagle_core.target.partial import derived_layers, slice_config
+from eagle_core.target.recompute_model import recomputed_layers, slice_config
 from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
-from storage.records.identity import LeftOut, StoreIdentity
+from storage.records.identity import OmittedStates, StoreIdentity
 from storage.store import Store
 
 
@@ -56,11 +56,11 @@ def store_identity(target: TargetConfig, store: StoreConfig, tokens: Tokenizing)
         vocab_size=model_config.vocab_size,
         norm_convention=NORM_CONVENTION,
         profile=store.profile,
-        left_out=left_out(target, model_config) if store.recompute else None,
+        omitted=omitted_states(target, model_config) if store.recompute else None,
     )
 
 
-def left_out(target: TargetConfig, model_config: PretrainedConfig) -> LeftOut:
+def omitted_states(target: TargetConfig, model_config: PretrainedConfig) -> OmittedStates:
     """Return which states a store of this target may leave out, and how they are made again.
 
     Raises:
@@ -68,7 +68,7 @@ def left_out(target: TargetConfig, model_config: PretrainedConfig) -> LeftOut:
 
     """
     num_layers = model_config.num_hidden_layers
-    early, last = derived_layers(aux_layers(target, num_layers), num_layers)
+    early, last = recomputed_layers(aux_layers(target, num_layers), num_layers)
     for layers in (early, last):
         slice_config(model_config, layers)
-    return LeftOut(mode="one_sequence", early_layers=tuple(early), last_layers=tuple(last))
+    return OmittedStates(mode="one_sequence", early_layers=tuple(early), last_layers=tuple(last))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagle_core.samples import HiddenStateSample
-from eagle_core.target.partial import PartialTarget
+from eagle_core.target.recompute_model import RecomputeModel
 from flows.bridge.recompute import completed, require_partial
 from storage.reader import SnapshotReader
 from storage.samples import StoredSample
@@ -19,11 +19,11 @@ class StoredSource:
     ahead of the trainer, in its own thread.
     """
 
-    def __init__(self, reader: SnapshotReader, partial: PartialTarget | None) -> None:
+    def __init__(self, reader: SnapshotReader, partial: RecomputeModel | None) -> None:
         """Read through `reader`; `partial` comes from `flows.bridge.recompute`."""
         self._reader = reader
         self._partial = partial
-        if reader.identity.left_out is not None:
+        if reader.identity.omitted is not None:
             require_partial(partial)
 
     @property
@@ -52,7 +52,7 @@ class StoredSource:
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index` with its bytes verified."""
         stored = self._reader.fetch(index)
-        if self._reader.identity.left_out is not None:
+        if self._reader.identity.omitted is not None:
             stored = completed(stored, require_partial(self._partial))
         return HiddenStateSample(
             sample_id=stored.sample_id,

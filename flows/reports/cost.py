@@ -31,7 +31,7 @@ class RecomputeCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bill:
+class CostEstimate:
     """What a store holds, what it lacks, and what that would take."""
 
     store_root: str
@@ -75,7 +75,7 @@ class Bill:
         return max(over) if self.tokens_to_make else 0
 
 
-def require_fits(bill: Bill) -> None:
+def require_fits(bill: CostEstimate) -> None:
     """Raise DoesNotFitError, saying how much is missing and what would help, unless all fits."""
     missing = bill.missing_bytes(bill.profile)
     if not missing:
@@ -101,7 +101,7 @@ def require_fits(bill: Bill) -> None:
     )
 
 
-def _remedies(bill: Bill, missing: int) -> Iterator[str]:
+def _remedies(bill: CostEstimate, missing: int) -> Iterator[str]:
     size = bill.size(bill.profile)
     fitting = int(bill.samples_to_make * (size - missing) / size)
     if fitting > 0:

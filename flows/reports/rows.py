@@ -10,7 +10,7 @@ import numpy as np
 
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.estimate import expected_length
-from eagle_core.training.result import Figures
+from eagle_core.training.result import Metrics
 from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -79,7 +79,7 @@ def train_rows(summary: TrainSummary) -> list[Row]:
     ]
 
 
-def _held_out_lengths(figures: Figures) -> list[Row]:
+def _held_out_lengths(figures: Metrics) -> list[Row]:
     """Return what every held-out position of the store would accept, greedily and sampled."""
     if not figures.held_out_step:
         return []

@@ -45,12 +45,12 @@ class SplitFigures(BaseModel):
     @classmethod
     def of(cls, tokens: TokenFile, *, without: Collection[str] = ()) -> "SplitFigures":
         """Count the samples of a token file, less some."""
-        left_out = [name for name in without if name in tokens]
+        omitted = [name for name in without if name in tokens]
         num_supervised = tokens.num_supervised if len(tokens) else 0
-        num_supervised -= sum(int(one.loss_mask.sum()) for one in tokens.by_id(left_out))
+        num_supervised -= sum(int(one.loss_mask.sum()) for one in tokens.by_id(omitted))
         lengths = tokens.lengths
-        if left_out:
-            lengths = lengths[~np.isin(tokens.sample_ids, left_out)]
+        if omitted:
+            lengths = lengths[~np.isin(tokens.sample_ids, omitted)]
         last = int(lengths.max()) + 1 if len(lengths) else 1
         first = int(lengths.min()) if len(lengths) else 0
         num_bins = max(1, min(_LENGTH_BINS, last - first))

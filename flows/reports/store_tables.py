@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flows.reports.cost import Bill, RecomputeCost
+from flows.reports.cost import CostEstimate, RecomputeCost
 from flows.reports.inspection import SnapshotFigures, StoreFigures
 from flows.reports.store_summaries import RepairSummary, ShardResult, VerifySummary
 from flows.reports.table import Row
@@ -18,7 +18,7 @@ MOST_LISTED = 20
 MOST_IN_TABLE = 1000
 
 
-def bill_rows(bill: Bill) -> list[Row]:
+def cost_rows(bill: CostEstimate) -> list[Row]:
     """Return what is to be made and what it would cost under each profile."""
     rows = [
         ("samples", f"{bill.num_samples:,}"),
@@ -49,7 +49,7 @@ def bill_rows(bill: Bill) -> list[Row]:
     ]
 
 
-def _recompute(bill: Bill, cost: RecomputeCost) -> str:
+def _recompute(bill: CostEstimate, cost: RecomputeCost) -> str:
     """Return what an epoch pays for a store of half the size."""
     epoch = human_seconds(bill.num_tokens / max(cost.tokens_per_second, 1e-9))
     return (
@@ -133,8 +133,8 @@ def _identity_rows(identity: StoreIdentity) -> Iterator[Row]:
     yield "tokenizer", identity.tokenizer_fingerprint[:12]
     yield "chat template", identity.template_fingerprint[:12]
     yield "profile", identity.profile
-    if identity.left_out is not None:
-        yield "left out", f"the early and the last states: {identity.left_out}"
+    if identity.omitted is not None:
+        yield "left out", f"the early and the last states: {identity.omitted}"
 
 
 def _snapshot(snapshot: SnapshotFigures) -> str:

@@ -11,7 +11,7 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
 from eagle_core.target.model_config import resolve_device
-from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.progress import stage_progress
 from storage.maintenance.verify import verify_store
@@ -30,7 +30,7 @@ def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
     store.identity.require_equal(expected, where=f"the store at {store.root.url}")
     _, lm_head = weights.load_ends(folder, dtype=torch.float32)
     device = resolve_device(target.device)
-    return TargetRecompute(lm_head.to(device), partial_target(target, store.identity))
+    return TargetRecompute(lm_head.to(device), load_recompute_model(target, store.identity))
 
 
 @task(task_run_name="look for damage", cache_policy=NO_CACHE, persist_result=False)

@@ -97,7 +97,7 @@ def make_shards(
                         progress.advance(sum(sizes[shard.planned_id] for shard in shards))
                 elif failures.end_the_run(_error_of(future), has_made_some=bool(made)):
                     future.result()
-    exclusions.leave_out()
+    exclusions.exclude()
     committed = set(store.shard_ids())
     written = {one.planned_id: one.shard_id for one in made}
     names = [written.get(shard.shard_id, shard.shard_id) for shard in work.shards]

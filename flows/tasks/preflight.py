@@ -12,17 +12,17 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.tokenization.token_file import TokenFile
-from flows.bridge.store_identity import left_out
+from flows.bridge.store_identity import omitted_states
 from flows.config.store import StoreConfig
-from flows.reports.cost import Bill, RecomputeCost, encoding_name, require_fits
+from flows.reports.cost import CostEstimate, RecomputeCost, encoding_name, require_fits
 from flows.reports.units import human_bytes
 from flows.summaries import TokensSummary
 from flows.workers.child_process import run_child
 from flows.workers.measure_worker import (
-    EndsCost,
     MeasureJob,
     Measurement,
     ProfileCost,
+    RecomputeMeasurement,
     num_last_states,
 )
 from storage.objects.object_store import ObjectStore
@@ -59,7 +59,7 @@ def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, 
         room = "" if free is None else f", {human_bytes(free)} are free"
         get_run_logger().info("states take at most %s%s", human_bytes(worst), room)
         return
-    require_fits(draw_up(target, config, tokens, root))
+    require_fits(estimate_cost(target, config, tokens, root))
 
 
 def _within_budget(budget: int | None, root: str, more: int) -> bool:
@@ -73,12 +73,14 @@ def _within_budget(budget: int | None, root: str, more: int) -> bool:
 def _bare_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
     model = read_model_config(target, weights.locate(target))
     if recompute:
-        left_out(target, model)  # a clear error where that cannot be done
+        omitted_states(target, model)  # a clear error where that cannot be done
     states = len(aux_layers(target, model.num_hidden_layers)) + (-1 if recompute else 1)
     return states * 2 * int(model.hidden_size) + 16
 
 
-def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str) -> Bill:
+def estimate_cost(
+    target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str
+) -> CostEstimate:
     """Return the bill for what the store at `root` lacks, measured with the target itself."""
     place = ObjectStore.at(root)
     store = Store.open(root) if place.exists(keys.IDENTITY) else None
@@ -101,12 +103,12 @@ def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, ro
             for name, cost in encodings.items()
         }
         capture = found.capture_seconds
-        if found.ends is not None:
-            recompute = _recompute_cost(found.ends, found.num_tokens)
-            capture = found.ends.capture_seconds if config.recompute else capture
+        if found.recompute is not None:
+            recompute = _recompute_cost(found.recompute, found.num_tokens)
+            capture = found.recompute.capture_seconds if config.recompute else capture
         seconds = capture + encodings[chosen].write_seconds
         tokens_per_second, device = found.num_tokens / max(seconds, 1e-9), found.device
-    return Bill(
+    return CostEstimate(
         store_root=root,
         profile=chosen,
         num_samples=tokens.num_samples,
@@ -128,18 +130,18 @@ def draw_up(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, ro
 def _encodings(found: Measurement) -> Mapping[str, ProfileCost]:
     """Return what all states cost by profile, then what they cost if some are left out."""
     every = {encoding_name(p, recompute=False): cost for p, cost in found.profiles.items()}
-    if found.ends is None:
+    if found.recompute is None:
         return every
-    half = {encoding_name(p, recompute=True): cost for p, cost in found.ends.profiles.items()}
+    half = {encoding_name(p, recompute=True): cost for p, cost in found.recompute.profiles.items()}
     return {**every, **half}
 
 
-def _recompute_cost(ends: EndsCost, num_tokens: int) -> RecomputeCost:
+def _recompute_cost(measured: RecomputeMeasurement, num_tokens: int) -> RecomputeCost:
     return RecomputeCost(
-        weight_bytes=ends.weight_bytes,
-        load_seconds=ends.load_seconds,
-        tokens_per_second=num_tokens / max(ends.derive_seconds, 1e-9),
-        share_of_capture=ends.derive_seconds / max(ends.capture_seconds, 1e-9),
+        weight_bytes=measured.weight_bytes,
+        load_seconds=measured.load_seconds,
+        tokens_per_second=num_tokens / max(measured.recompute_seconds, 1e-9),
+        share_of_capture=measured.recompute_seconds / max(measured.capture_seconds, 1e-9),
     )
 
 

@@ -18,15 +18,15 @@ from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION
 from eagle_core.target.model import TargetModel
-from eagle_core.target.partial import KeptStates, PartialTarget
+from eagle_core.target.recompute_model import RecomputeModel, StoredStates
 from eagle_core.tokenization.token_file import TokenFile
-from flows.bridge.store_identity import left_out
+from flows.bridge.store_identity import omitted_states
 from flows.bridge.stored_source import to_stored
 from flows.workers.channel import send, serve
 from storage.encoding.shard import group_objects
 from storage.profiles import PROFILES, ProfileName
 from storage.records.commit_record import CommitRecord
-from storage.records.identity import LeftOut, StoreIdentity
+from storage.records.identity import OmittedStates, StoreIdentity
 from storage.records.plan import PlannedShard
 from storage.samples import last_needed
 from storage.store import Store
@@ -57,14 +57,14 @@ class ProfileCost(BaseModel):
     """To encode and write the samples measured."""
 
 
-class EndsCost(BaseModel):
+class RecomputeMeasurement(BaseModel):
     """What states that are left out cost, when they are made and made again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     capture_seconds: float
     """Of the whole target, one sequence at a time."""
-    derive_seconds: float
+    recompute_seconds: float
     """Of its first and last layers."""
     load_seconds: float
     weight_bytes: int
@@ -81,7 +81,7 @@ class Measurement(BaseModel):
     device: str
     profiles: dict[str, ProfileCost]
     """Of all states."""
-    ends: EndsCost | None
+    recompute: RecomputeMeasurement | None
     """With states left out; None if layers of this target cannot be run alone."""
 
 
@@ -90,9 +90,9 @@ def _measure(job: MeasureJob) -> Measurement:
     samples = [file.fetch(row) for row in job.rows]
     target = TargetModel.load(job.target)
     # What is slow only once is not measured.
-    list(capture_states(target, samples[:1], on_unusable=_leave_out))
+    list(capture_states(target, samples[:1], on_unusable=_ignore_unusable))
     started = time.monotonic()
-    states = list(capture_states(target, samples, on_unusable=_leave_out))
+    states = list(capture_states(target, samples, on_unusable=_ignore_unusable))
     seconds = time.monotonic() - started
     if not states:
         raise CorruptError(
@@ -106,37 +106,37 @@ def _measure(job: MeasureJob) -> Measurement:
         capture_seconds=seconds,
         device=str(target.device),
         profiles={profile: _cost(_identity(target, profile, None), states) for profile in PROFILES},
-        ends=_ends_cost(job.target, target, samples),
+        recompute=_measure_recompute(job.target, target, samples),
     )
 
 
-def _leave_out(sample: TokenizedSample, reason: str) -> None:
+def _ignore_unusable(sample: TokenizedSample, reason: str) -> None:
     """Measure without a sample that the store would leave out, too."""
 
 
-def _ends_cost(
+def _measure_recompute(
     config: TargetConfig, target: TargetModel, samples: Sequence[TokenizedSample]
-) -> EndsCost | None:
+) -> RecomputeMeasurement | None:
     try:
-        leave_out = left_out(config, target.model_config)
+        omitted = omitted_states(config, target.model_config)
     except ConfigError:
         return None
-    partial = PartialTarget.load(config)
+    model = RecomputeModel.load(config)
     started = time.monotonic()
-    states = list(capture_states(target, samples, recomputable=True))
+    states = list(capture_states(target, samples, for_recompute=True))
     captured = time.monotonic()
-    kept = [KeptStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
-    partial.derive(kept[0])  # what is slow only once is not measured
+    stored = [StoredStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
+    model.recompute(stored[0])  # what is slow only once is not measured
     begun = time.monotonic()
-    for sequence in kept:
-        partial.derive(sequence)
-    return EndsCost(
+    for sequence in stored:
+        model.recompute(sequence)
+    return RecomputeMeasurement(
         capture_seconds=captured - started,
-        derive_seconds=time.monotonic() - begun,
-        load_seconds=partial.load_seconds,
-        weight_bytes=partial.num_bytes,
+        recompute_seconds=time.monotonic() - begun,
+        load_seconds=model.load_seconds,
+        weight_bytes=model.num_bytes,
         profiles={
-            profile: _cost(_identity(target, profile, leave_out), states) for profile in PROFILES
+            profile: _cost(_identity(target, profile, omitted), states) for profile in PROFILES
         },
     )
 
@@ -168,7 +168,7 @@ def _last_bytes(store: Store, record: CommitRecord) -> int:
 
 
 def _identity(
-    target: TargetModel, profile: ProfileName, leave_out: LeftOut | None
+    target: TargetModel, profile: ProfileName, omitted: OmittedStates | None
 ) -> StoreIdentity:
     return StoreIdentity(
         target_fingerprint="",
@@ -180,7 +180,7 @@ def _identity(
         vocab_size=target.model_config.vocab_size,
         norm_convention=NORM_CONVENTION,
         profile=profile,
-        left_out=leave_out,
+        omitted=omitted,
     )
 
 

@@ -21,7 +21,7 @@ from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
-from flows.bridge.recompute import TargetRecompute, partial_target
+from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.semantic_probe import probe_points
 from flows.bridge.stored_source import to_stored
 from flows.workers.channel import send, serve
@@ -53,7 +53,7 @@ class ShardWorker:
         self._store = Store.open(store_root)
         self._target = TargetModel.load(target)
         self._recompute = TargetRecompute(
-            self._target.lm_head_weight, partial_target(target, self._store.identity)
+            self._target.lm_head_weight, load_recompute_model(target, self._store.identity)
         )
         self._plan: Plan | None = None
 
@@ -72,7 +72,7 @@ class ShardWorker:
     def _compute(self, planned: PlannedShard, files: Sequence[TokenFile]) -> "_Computed":
         """Return the states of a planned shard, less the samples whose states cannot be stored."""
         began = time.monotonic()
-        left_out = self._store.identity.left_out is not None
+        omitted = self._store.identity.omitted is not None
         samples = _samples_of(planned, files)
         excluded: list[Exclusion] = []
 
@@ -82,14 +82,14 @@ class ShardWorker:
                 Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
             )
 
-        captured = capture_states(self._target, samples, recomputable=left_out, on_unusable=exclude)
+        captured = capture_states(self._target, samples, for_recompute=omitted, on_unusable=exclude)
         states = list(_counted(captured))
         shard = planned
         if excluded:
             usable = {state.sample_id for state in states}
             samples = [sample for sample in samples if sample.sample_id in usable]
             shard = PlannedShard.holding(samples)
-        probe = probe_points(states, samples, shard_id=shard.shard_id, left_out=left_out)
+        probe = probe_points(states, samples, shard_id=shard.shard_id, omitted=omitted)
         return _Computed(
             planned_id=planned.shard_id,
             shard=shard,

@@ -26,7 +26,7 @@ from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.trainer import train
 from flows.bridge.draft_setup import set_up_draft
-from flows.bridge.recompute import partial_target
+from flows.bridge.recompute import load_recompute_model
 from flows.bridge.stored_source import StoredSource
 from flows.workers.channel import channel_writer, report_errors, send
 from storage.objects.object_cache import ObjectCache
@@ -96,7 +96,7 @@ def open_sources(
         objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
     snapshot = store.snapshot(job.snapshot_id)
     reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects)
-    partial = partial_target(job.target, store.identity)
+    partial = load_recompute_model(job.target, store.identity)
     source = StoredSource(reader, partial)
     held_out_ids = commits.usable(TokenFile(job.held_out_tokens).sample_ids)
     if not held_out_ids:

@@ -104,7 +104,7 @@ def write_arrays(
     first = len(identity.aux_layers) - len(identity.stored_aux_layers)
     aux = StateRows([sample.aux_hidden_states[:, first:] for sample in samples])
     write_states(AUX_STATES, aux, identity.profile, open_object)
-    if identity.left_out is not None:
+    if identity.omitted is not None:
         return
     last = StateRows([part for pair in zip(samples, needed, strict=True) for part in _kept(*pair)])
     write_states(LAST_STATES, last, identity.profile, open_object)
@@ -127,7 +127,7 @@ def decode_shard(
     try:
         offsets = stored["offsets"].whole().astype(np.int64)
         arrays = {name: stored[name].whole().astype(kind) for name, kind in TOKEN_ARRAYS.items()}
-        for name in (AUX_STATES,) if identity.left_out else (AUX_STATES, LAST_STATES):
+        for name in (AUX_STATES,) if identity.omitted else (AUX_STATES, LAST_STATES):
             arrays[name] = decode_states(name, stored, identity.profile, allocate)
     except KeyError as error:
         raise ShardCorruptError(f"shard {shard_id} has no array {error}; {REPAIR}") from error

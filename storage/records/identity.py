@@ -21,7 +21,7 @@ RECOMPUTE_MODES = ("one_sequence",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
+class OmittedStates:
     """The states that a store leaves out, because the target's ends make them again.
 
     These are the first aux layer's output, which follows from the token ids, and the last hidden
@@ -60,7 +60,7 @@ class StoreIdentity:
     """`post_norm`: the last hidden state is the state after the final norm."""
     profile: ProfileName
     """How states are encoded; see `docs/store-format.md`."""
-    left_out: LeftOut | None = None
+    omitted: OmittedStates | None = None
     """None if every state is stored."""
 
     def __post_init__(self) -> None:
@@ -75,14 +75,14 @@ class StoreIdentity:
                 f"impossible shape: hidden_size {self.hidden_size}, vocab_size {self.vocab_size}, "
                 f"aux_layers {self.aux_layers}"
             )
-        if self.left_out is not None:
-            self._require_makeable(self.left_out)
+        if self.omitted is not None:
+            self._require_makeable(self.omitted)
 
-    def _require_makeable(self, left_out: LeftOut) -> None:
-        if left_out.mode not in RECOMPUTE_MODES:
+    def _require_makeable(self, omitted: OmittedStates) -> None:
+        if omitted.mode not in RECOMPUTE_MODES:
             known = ", ".join(RECOMPUTE_MODES)
-            raise ConfigError(f"unknown mode {left_out.mode!r} of recomputation; known: {known}")
-        early, last = left_out.early_layers, left_out.last_layers
+            raise ConfigError(f"unknown mode {omitted.mode!r} of recomputation; known: {known}")
+        early, last = omitted.early_layers, omitted.last_layers
         behind = self.aux_layers[-1] + 1
         if (
             len(self.aux_layers) < 2
@@ -97,7 +97,7 @@ class StoreIdentity:
     @property
     def stored_aux_layers(self) -> tuple[int, ...]:
         """The aux layers whose output shards hold."""
-        return self.aux_layers if self.left_out is None else self.aux_layers[1:]
+        return self.aux_layers if self.omitted is None else self.aux_layers[1:]
 
     @property
     def identity_id(self) -> str:
@@ -108,12 +108,12 @@ class StoreIdentity:
         document = {field.name: getattr(self, field.name) for field in fields(self)}
         document["target_fields"] = dict(self.target_fields)
         document["aux_layers"] = list(self.aux_layers)
-        del document["left_out"]
-        if self.left_out is not None:
+        del document["omitted"]
+        if self.omitted is not None:
             document["left_out"] = {
-                "mode": self.left_out.mode,
-                "early_layers": list(self.left_out.early_layers),
-                "last_layers": list(self.left_out.last_layers),
+                "mode": self.omitted.mode,
+                "early_layers": list(self.omitted.early_layers),
+                "last_layers": list(self.omitted.last_layers),
             }
         return document
 
@@ -135,15 +135,14 @@ class StoreIdentity:
 
     @classmethod
     def _parse(cls, values: Mapping[str, Any]) -> Self:
-        found = values.get("left_out")
-        left_out = found and LeftOut(
+        fields = dict(values)
+        found = fields.pop("left_out", None)
+        omitted = found and OmittedStates(
             mode=found["mode"],
             early_layers=tuple(found["early_layers"]),
             last_layers=tuple(found["last_layers"]),
         )
-        return cls(
-            **{**values, "aux_layers": tuple(values["aux_layers"]), "left_out": left_out or None}
-        )
+        return cls(**{**fields, "aux_layers": tuple(fields["aux_layers"])}, omitted=omitted or None)
 
     def require_equal(self, expected: Self, *, where: str) -> None:
         """Raise MismatchError naming every field in which this identity is not `expected`."""
@@ -160,7 +159,7 @@ class StoreIdentity:
             found, wanted = getattr(self, field.name), getattr(expected, field.name)
             if found == wanted:
                 continue
-            if field.name == "left_out":
+            if field.name == "omitted":
                 stored = "every state is stored"
                 yield f"store.recompute: found {found or stored}, expected {wanted or stored}"
                 continue

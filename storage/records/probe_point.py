@@ -19,23 +19,23 @@ class ProbePoint:
     """Argmax of the target's logits at t over its full vocabulary."""
     logprob: float
     """Log-probability (nats) the target gave to `argmax` at t."""
-    left_out: tuple[int, ...] = ()
+    omitted: tuple[int, ...] = ()
     """bfloat16 bits of `NUM_CHANNELS` of the early aux state at t, then of the last state; empty
-    if the store leaves neither out."""
+    if the store omits neither."""
 
     def to_document(self) -> dict[str, object]:
         """Return the point as the commit record holds it."""
         document = asdict(self)
-        if self.left_out:
-            document["left_out"] = list(self.left_out)
-        else:
-            del document["left_out"]
+        del document["omitted"]
+        if self.omitted:
+            document["left_out"] = list(self.omitted)
         return document
 
     @classmethod
     def of_document(cls, document: Mapping[str, Any]) -> Self:
         """Return the point that a commit record holds."""
-        return cls(**{**document, "left_out": tuple(document.get("left_out", ()))})
+        fields = dict(document)
+        return cls(omitted=tuple(fields.pop("left_out", ())), **fields)
 
     def __str__(self) -> str:
         """Return a form for error messages."""

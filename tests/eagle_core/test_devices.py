@@ -17,7 +17,7 @@ from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
 from eagle_core.training.config import TttConfig
-from eagle_core.training.result import Figures
+from eagle_core.training.result import Metrics
 from eagle_core.training.ttt import ttt_step
 from tests.eagle_core.decoding.float64_target import load_float64_target
 from tests.eagle_core.pretend_device import MixedDevicesError, TensorElsewhere, pretend_device
@@ -77,7 +77,7 @@ def test_the_step_takes_all_tensors_along(change: dict[str, Any]) -> None:
 def test_training_resumes_there_too(tmp_path: Path, optimizer: str) -> None:
     config = CONFIG.model_copy(update={"optimizer": optimizer, "batches_per_step": 2})
 
-    def figures(path: Path, device: torch.device) -> Figures:
+    def figures(path: Path, device: torch.device) -> Metrics:
         """Break a run off and finish it."""
         with pytest.raises(InterruptedHereError):
             run(path, config, on_progress=interrupt_at(5), device=device)

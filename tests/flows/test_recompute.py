@@ -11,7 +11,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
-from eagle_core.target.partial import PartialTarget
+from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
@@ -73,7 +73,7 @@ def made(
 
 def _write_whole(half: Store, root: Path, home: Path, target: TargetConfig) -> None:
     """Store all states of the same shards, taken from the same kind of forward."""
-    whole = Store.create(str(root), replace(half.identity, left_out=None))
+    whole = Store.create(str(root), replace(half.identity, omitted=None))
     files = [TokenFile(path) for path in sorted((home / "tokens").rglob("*.arrow"))]
     model = TargetModel.load(target)
     for record in half.commits().values():
@@ -85,7 +85,7 @@ def _write_whole(half: Store, root: Path, home: Path, target: TargetConfig) -> N
             for file in files
             for sample in file.by_id([name for name in record.sample_ids if name in file])
         ]
-        states = capture_states(model, samples, recomputable=True)
+        states = capture_states(model, samples, for_recompute=True)
         whole.write_shard(shard, map(to_stored, states))
     whole.publish([half.snapshot().sample_id(i) for i in range(half.snapshot().num_samples)])
 
@@ -102,7 +102,7 @@ def test_training_from_half_the_states_is_training_from_all_of_them(
     assert half < 0.7 * every
 
     expected = StoredSource(whole.reader(whole.snapshot()), None)
-    found = StoredSource(made.reader(made.snapshot()), PartialTarget.load(target))
+    found = StoredSource(made.reader(made.snapshot()), RecomputeModel.load(target))
     for index in (0, 5):
         for name in ("aux_hidden_states", "last_hidden_state"):
             np.testing.assert_array_equal(
@@ -143,7 +143,7 @@ def test_records_hold_what_is_left_out_and_a_repair_gives_the_same_bytes(
 ) -> None:
     for record in made.commits().values():
         assert len(record.probe) == NUM_POINTS
-        assert all(len(point.left_out) == 16 for point in record.probe)
+        assert all(len(point.omitted) == 16 for point in record.probe)
     before = digests(Path(made.root.root))
     shard_id = made.shard_ids()[0]
     (Path(made.root.root) / data_key(made, shard_id)).write_bytes(b"damaged")

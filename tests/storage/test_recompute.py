@@ -11,14 +11,14 @@ from storage.bfloat16 import bf16_to_float
 from storage.errors import ConfigError, MismatchError, SampleRefusedError
 from storage.maintenance.verify import verify_shard, verify_store
 from storage.objects.sealed_json import unseal
-from storage.probe import left_out_channels
-from storage.records.identity import LeftOut, StoreIdentity
+from storage.probe import omitted_channels
+from storage.records.identity import OmittedStates, StoreIdentity
 from storage.records.probe_point import NUM_CHANNELS, ProbePoint
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 from tests.storage.synthetic import HIDDEN, VOCAB, fill, make_identity, planned, zarr_objects
 
-LEFT_OUT = LeftOut(mode="one_sequence", early_layers=(0, 1), last_layers=(9, 10, 11))
+OMITTED = OmittedStates(mode="one_sequence", early_layers=(0, 1), last_layers=(9, 10, 11))
 HEAD = np.random.default_rng(7).normal(0, 0.1, (VOCAB, HIDDEN)).astype(np.float32)
 
 
@@ -51,7 +51,7 @@ def point_of(sample: StoredSample, maker: Maker) -> ProbePoint:
         position=position,
         argmax=int(argmax[0]),
         logprob=float(maker.log_probabilities(last[position : position + 1], argmax)[0]),
-        left_out=left_out_channels(sample.aux_hidden_states, last, position),
+        omitted=omitted_channels(sample.aux_hidden_states, last, position),
     )
 
 
@@ -65,18 +65,18 @@ def test_shards_lack_the_states_and_readers_get_the_others(
 ) -> None:
     sizes: Mapping[bool, list[int]] = {False: [], True: []}
     found = {}
-    for left_out in (False, True):
-        identity = make_identity(profile=profile, left_out=LEFT_OUT if left_out else None)
-        store = Store.create(str(tmp_path / str(left_out)), identity)
+    for omitted in (False, True):
+        identity = make_identity(profile=profile, omitted=OMITTED if omitted else None)
+        store = Store.create(str(tmp_path / str(omitted)), identity)
         fill(store, samples, shard_tokens=10**6)
         (record,) = store.commits().values()
         assert (
             any(key.startswith("last_hidden_state") for key in zarr_objects(store, record.shard_id))
-            is not left_out
+            is not omitted
         )
-        sizes[left_out].append(record.stored_bytes)
+        sizes[omitted].append(record.stored_bytes)
         reader = store.reader(store.publish([sample.sample_id for sample in samples]))
-        found[left_out] = {s.sample_id: s for s in map(reader.fetch, range(len(reader)))}
+        found[omitted] = {s.sample_id: s for s in map(reader.fetch, range(len(reader)))}
     assert sizes[True][0] < 0.7 * sizes[False][0]
     for sample_id, kept in found[True].items():
         whole = found[False][sample_id]
@@ -89,7 +89,7 @@ def test_shards_lack_the_states_and_readers_get_the_others(
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """An empty store that leaves states out."""
-    return Store.create(str(tmp_path / "s"), make_identity(left_out=LEFT_OUT))
+    return Store.create(str(tmp_path / "s"), make_identity(omitted=OMITTED))
 
 
 def test_the_probe_covers_states_that_are_made_again(
@@ -118,14 +118,14 @@ def test_a_point_with_other_channels_than_the_sample_is_refused(
 ) -> None:
     plan = store.plan(planned(samples), shard_tokens=10**6)
     point = point_of(samples[2], Maker(samples))
-    assert len(point.left_out) == 2 * NUM_CHANNELS
-    for wrong in ((), (*point.left_out[:-1], point.left_out[-1] ^ 1)):
+    assert len(point.omitted) == 2 * NUM_CHANNELS
+    for wrong in ((), (*point.omitted[:-1], point.omitted[-1] ^ 1)):
         with pytest.raises(SampleRefusedError, match="other channels"):
-            store.write_shard(plan.shards[0], samples, probe=[replace(point, left_out=wrong)])
+            store.write_shard(plan.shards[0], samples, probe=[replace(point, omitted=wrong)])
 
 
 def test_stores_that_leave_other_states_out_are_never_mixed(tmp_path: Path) -> None:
-    whole, partly = make_identity(), make_identity(left_out=LEFT_OUT)
+    whole, partly = make_identity(), make_identity(omitted=OMITTED)
     assert "left_out" not in unseal(whole.to_json(), what="store.json")["identity"]  # type: ignore[operator]
     assert StoreIdentity.from_json(partly.to_json()) == partly
     assert whole.identity_id != partly.identity_id
@@ -138,13 +138,15 @@ def test_stores_that_leave_other_states_out_are_never_mixed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("left_out", "message"),
+    ("omitted", "message"),
     [
-        (replace(LEFT_OUT, mode="padded"), "unknown mode 'padded'"),
-        (replace(LEFT_OUT, early_layers=(0,)), "expected 0 to 1, and those from 9 on"),
-        (replace(LEFT_OUT, last_layers=(8, 9)), "expected 0 to 1, and those from 9 on"),
+        (replace(OMITTED, mode="padded"), "unknown mode 'padded'"),
+        (replace(OMITTED, early_layers=(0,)), "expected 0 to 1, and those from 9 on"),
+        (replace(OMITTED, last_layers=(8, 9)), "expected 0 to 1, and those from 9 on"),
     ],
 )
-def test_layers_that_do_not_make_the_states_are_refused(left_out: LeftOut, message: str) -> None:
+def test_layers_that_do_not_make_the_states_are_refused(
+    omitted: OmittedStates, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_identity(left_out=left_out)
+        make_identity(omitted=omitted)

@@ -148,7 +148,7 @@ def test_what_is_published_already_is_not_written_again(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("storage.objects.object_store.write_file", refuse)
+    monkeypatch.setattr("storage.objects.local_files.new_file", refuse)
     again = filled.publish(ids, name="facts-train", made_from="tokens")
     assert again.snapshot_id == first.snapshot_id
     filled.refs.hold("run", first.snapshot_id)

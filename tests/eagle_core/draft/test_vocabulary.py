@@ -32,9 +32,9 @@ def test_the_choice_is_sound(data: st.DataObject) -> None:
     chosen = set(vocabulary.target_ids.tolist())
     assert len(chosen) == size
     assert always <= chosen
-    left_out = set(range(len(counts))) - chosen
+    omitted = set(range(len(counts))) - chosen
     for one in chosen - always:
-        assert all((-counts[one], one) < (-counts[other], other) for other in left_out)
+        assert all((-counts[one], one) < (-counts[other], other) for other in omitted)
     other = DraftVocabulary(d2t=vocabulary.d2t, t2d=np.append(vocabulary.t2d, False))
     assert other.fingerprint != vocabulary.fingerprint
 

@@ -125,7 +125,7 @@ def test_the_same_samples_give_the_same_bits_in_any_order() -> None:
 )
 @pytest.mark.parametrize("recomputable", [False, True])
 def test_what_is_not_finite_is_said_and_handed_over_or_refused(
-    weight: str, what: str, *, recomputable: bool
+    weight: str, what: str, *, for_recompute: bool
 ) -> None:
     target, model = small_target(ARCHITECTURES["llama"])
     with torch.no_grad():
@@ -133,14 +133,14 @@ def test_what_is_not_finite_is_said_and_handed_over_or_refused(
     sample = replace(tokenized([9])[0], location="facts.json, record 5")
     found: list[tuple[TokenizedSample, str]] = []
     states = capture_states(
-        target, [sample], recomputable=recomputable, on_unusable=lambda *one: found.append(one)
+        target, [sample], for_recompute=for_recompute, on_unusable=lambda *one: found.append(one)
     )
     assert list(states) == []
     assert found == [(sample, f"its {what} are not finite")]
     with pytest.raises(
         CorruptError, match=rf"{sample.sample_id} \(facts.json, record 5\): its {what}"
     ):
-        list(capture_states(target, [sample], recomputable=recomputable))
+        list(capture_states(target, [sample], for_recompute=for_recompute))
 
 
 def test_a_model_that_caps_its_logits_is_refused() -> None:

@@ -23,8 +23,8 @@ from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.train import train_flow
 from storage.errors import ShardCorruptError
-from storage.probe import NUM_POINTS, left_out_channels
-from storage.records.identity import LeftOut
+from storage.probe import NUM_POINTS, omitted_channels
+from storage.records.identity import OmittedStates
 from storage.records.plan import PlannedShard
 from storage.records.probe_point import ProbePoint
 from storage.samples import StoredSample
@@ -184,8 +184,8 @@ class _RemadeAs:
 
 def test_a_rivals_shard_from_other_hardware_stays(tmp_path: Path) -> None:
     """Its last bits differ from those made again here, and it is as good as one made here."""
-    left_out = LeftOut(mode="one_sequence", early_layers=(0, 1), last_layers=(9,))
-    store = Store.create(str(tmp_path), make_identity(left_out=left_out))
+    omitted = OmittedStates(mode="one_sequence", early_layers=(0, 1), last_layers=(9,))
+    store = Store.create(str(tmp_path), make_identity(omitted=omitted))
     theirs = make_samples(3)
     ours = [_with_other_last_bits(sample) for sample in theirs]
     shard = PlannedShard.of(planned(theirs))
@@ -209,9 +209,9 @@ class _Breaks(_RemadeAs):
 @pytest.mark.parametrize("place", ["local", "memory"])
 def test_a_check_that_breaks_commits_nothing_however_often(tmp_path: Path, place: str) -> None:
     """It used to be committed first: the next attempt found it, and published it unverified."""
-    left_out = LeftOut(mode="one_sequence", early_layers=(0, 1), last_layers=(9,))
+    omitted = OmittedStates(mode="one_sequence", early_layers=(0, 1), last_layers=(9,))
     root = str(tmp_path) if place == "local" else f"memory:/{tmp_path}"
-    store = Store.create(root, make_identity(left_out=left_out))
+    store = Store.create(root, make_identity(omitted=omitted))
     samples = make_samples(3)
     shard = PlannedShard.of(planned(samples))
     for _ in range(2):
@@ -235,7 +235,7 @@ def _probe(samples: Sequence[StoredSample]) -> list[ProbePoint]:
             position=len(sample) - 1,
             argmax=int(sample.target_argmax[-1]),
             logprob=-1.0,
-            left_out=left_out_channels(
+            omitted=omitted_channels(
                 sample.aux_hidden_states, sample.last_hidden_state, len(sample) - 1
             ),
         )

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from flows.errors import DoesNotFitError
-from flows.reports.cost import HEADROOM, Bill, require_fits
+from flows.reports.cost import HEADROOM, CostEstimate, require_fits
 
 GB = 10**9
-BILL = Bill(
+BILL = CostEstimate(
     store_root="/data/store",
     profile="lossless",
     num_samples=2000,

