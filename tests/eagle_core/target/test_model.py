@@ -123,7 +123,7 @@ def test_the_same_samples_give_the_same_bits_in_any_order() -> None:
         ("lm_head.weight", "logits"),
     ],
 )
-@pytest.mark.parametrize("recomputable", [False, True])
+@pytest.mark.parametrize("for_recompute", [False, True])
 def test_what_is_not_finite_is_said_and_handed_over_or_refused(
     weight: str, what: str, *, for_recompute: bool
 ) -> None:
