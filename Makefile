@@ -17,7 +17,7 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 QUICK := not (server or ui or slow or s3 or gpu or vllm)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-oldest test-gpu test-vllm test-newest check lint format server worker deploy clean
+.PHONY: help install demo test test-quick test-oldest test-gpu test-vllm test-newest check lint docs format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,7 +68,11 @@ lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-check: lint test ## everything CI checks
+check: lint docs test ## everything CI checks
+
+docs: install ## build the documentation in site/; warnings and broken links are errors
+	@$(BIN)/python -m deployments.reference
+	@$(BIN)/zensical build --strict --clean
 
 format: install ## format the code
 	@$(BIN)/ruff format .

@@ -1,12 +1,13 @@
 """Does storage cost acceptance? `python -m benchmarks.acceptance` after `eyas run hidden-states`.
 
-The states of a lossless store are encoded again under every profile; drafts trained from each, with
-the same data, seeds and steps, decode the same held-out prompts. Intervals are 95 %, by bootstrap
-over prompts; seeds of a prompt are drawn together.
+The states of a lossless store are re-encoded with every profile; drafts trained from each, with the
+same data, seeds and steps, decode the same held-out prompts. Intervals are 95 %, by bootstrap over
+prompts; the seeds of a prompt are resampled together.
 
-`PROFILE+recompute` states are captured anew, as such a store wants them, and made complete once
-before training, as the loader would in each epoch. `online` trains while the target computes, on
-the same samples in another order; in the same order the tests find the weights to be the same bits.
+`PROFILE+recompute` states are captured again, as such a store requires; their omitted states are
+recomputed once before training, as the loader would in each epoch. `online` trains while the target
+computes, on the same samples in another order; with the same order, the tests show bit-identical
+weights.
 """
 
 import argparse
@@ -73,25 +74,25 @@ REPORT = """\
 
 {target} on {samples} samples ({tokens:,} tokens), {steps} steps of {batch_tokens} tokens, TTT
 length {ttt}, draft vocabulary {vocabulary}; {seeds} seeds; {prompts} held-out prompts,
-{new_tokens} new tokens each, greedy, {draft_tokens} drafted a round.
+{new_tokens} new tokens each, greedy, {draft_tokens} drafted per round.
 
-| states | bytes a token | acceptance length (95 %) | against lossless (95 %) | {more} |
+| states | bytes per token | acceptance length (95 %) | against lossless (95 %) | {more} |
 |---|---|---|---|---|---|---|
 {rows}
 
 Acceptance length is tokens per verifying forward of the target, 1 to {most}. The difference is
-paired: both drafts decoded the same prompts. "Held out" is a length by the trainer's own figures at
-the supervised positions of the held-out split, with {ttt} drafted tokens, always from the lossless
-states: mean and range over the seeds. It is less noisy than decoding.
+paired: both drafts decoded the same prompts. "Held out" is a length from the trainer's own metrics
+at the supervised positions of the held-out split, with {ttt} drafted tokens, always from the
+lossless states: mean and range over the seeds. It is less noisy than decoding.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
-    """What drafts trained from one kind of states accepted."""
+    """Acceptance of the drafts trained from one kind of states."""
 
     gained: NDArray[np.int64]
-    """[seeds, prompts] tokens that verifying forwards gave."""
+    """[seeds, prompts] tokens from verifying forwards."""
     rounds: NDArray[np.int64]
     """[seeds, prompts] verifying forwards."""
     held_out: NDArray[np.float64]
@@ -114,7 +115,7 @@ class Decoded:
 
 
 def main() -> None:
-    """Print the table, and write it where `--results` says."""
+    """Print the table and write it to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="smollm2")
     parser.add_argument("--home", type=Path, default=Path("eyas-data"))
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--set", action="append", default=[], help="of the recipe")
+    parser.add_argument("--set", action="append", default=[], help="override a recipe key")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.set)
@@ -146,7 +147,7 @@ def main() -> None:
         max_turns=20,
     )
     if not prompts:
-        parser.error("no held-out prompt is short enough: make states of more conversations")
+        parser.error("no held-out prompt is short enough; generate states of more conversations")
     target = TargetModel.load(recipe.target)
     training = recipe.training.model_copy(
         update={"max_steps": arguments.steps, "held_out_every": arguments.steps}
@@ -164,11 +165,11 @@ def main() -> None:
         evaluation=evaluation,
     )
     with tempfile.TemporaryDirectory() as folder:
-        made = States(
+        states = States(
             recipe=recipe, origin=origin, tokens=tokens, target=target, folder=Path(folder)
         )
         for kind in arguments.states:
-            source, costs[kind] = made.source(kind)
+            source, costs[kind] = states.source(kind)
             decoded[kind] = _trained(experiment, source, num_seeds=arguments.seeds)
             console.print(_row(kind, decoded, costs), markup=False)
     report = REPORT.format(
@@ -196,7 +197,7 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """Makes the training samples of every kind, from the same tokens in the same shards."""
+    """Provides the training samples of every kind, from the same tokens in the same shards."""
 
     recipe: Recipe
     origin: Store
@@ -205,7 +206,7 @@ class States:
     folder: Path
 
     def source(self, kind: str) -> tuple[SampleSource, str]:
-        """Return the samples, and the bytes of a token on disk."""
+        """Return the samples, and the bytes per token on disk."""
         if kind == ONLINE:
             return self._online(), "none stored"
         profile, recompute, _ = kind.partition(RECOMPUTE)
@@ -215,11 +216,11 @@ class States:
             return _source(store, self.tokens), _bytes_per_token(store)
         model_config = read_model_config(self.recipe.target, weights.locate(self.recipe.target))
         identity = replace(identity, omitted=omitted_states(self.recipe.target, model_config))
-        halved = self._filled(kind, identity, self._captured)
-        partial = load_recompute_model(self.recipe.target, identity)
-        complete = _source(halved, self.tokens, partial)
-        whole = self._filled(f"{kind}-complete", self.origin.identity, _by_id(complete))
-        return _source(whole, self.tokens), _bytes_per_token(halved)
+        store = self._filled(kind, identity, self._captured)
+        recompute_model = load_recompute_model(self.recipe.target, identity)
+        recomputed = _source(store, self.tokens, recompute_model)
+        complete = self._filled(f"{kind}-complete", self.origin.identity, _by_id(recomputed))
+        return _source(complete, self.tokens), _bytes_per_token(store)
 
     @cached_property
     def _captured(self) -> Mapping[str, HiddenStateSample]:
@@ -234,7 +235,7 @@ class States:
         store = Store.create(str(self.folder / name), identity)
         for commit in self.origin.commits().values():
             samples = [to_stored(states[name]) for name in commit.sample_ids if name in states]
-            if samples:  # else all of it is held out
+            if samples:  # else the whole shard is held out
                 store.write_shard(PlannedShard.holding(samples), samples)
         return store
 
@@ -248,9 +249,13 @@ class States:
         )
 
 
-def _source(store: Store, tokens: TokenFile, partial: RecomputeModel | None = None) -> StoredSource:
+def _source(
+    store: Store, tokens: TokenFile, recompute_model: RecomputeModel | None = None
+) -> StoredSource:
     """Return the samples of a token file from a store."""
-    return StoredSource(store.reader(Snapshot.of(tokens.sample_ids, store.commits())), partial)
+    return StoredSource(
+        store.reader(Snapshot.of(tokens.sample_ids, store.commits())), recompute_model
+    )
 
 
 def _by_id(source: StoredSource) -> Mapping[str, HiddenStateSample]:
@@ -259,14 +264,14 @@ def _by_id(source: StoredSource) -> Mapping[str, HiddenStateSample]:
 
 
 def _bytes_per_token(store: Store) -> str:
-    made = store.commits().values()
-    num_bytes = sum(commit.stored_bytes for commit in made)
-    return f"{num_bytes / sum(commit.num_tokens for commit in made):,.0f}"
+    commits = store.commits().values()
+    num_bytes = sum(commit.stored_bytes for commit in commits)
+    return f"{num_bytes / sum(commit.num_tokens for commit in commits):,.0f}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What all kinds of states have in common."""
+    """The settings that all kinds of states share."""
 
     recipe: Recipe
     training: TrainingConfig
@@ -278,7 +283,7 @@ class Experiment:
 
 
 def _trained(experiment: Experiment, source: SampleSource, *, num_seeds: int) -> Decoded:
-    """Train a draft for every seed from `source` and decode all prompts with each."""
+    """Train one draft per seed from `source` and decode all prompts with each."""
     gained, rounds, held_out = [], [], []
     target = experiment.target
     for seed in range(num_seeds):
@@ -301,9 +306,9 @@ def _trained(experiment: Experiment, source: SampleSource, *, num_seeds: int) ->
         traces = [result.speculative for result in results]
         gained.append([sum(each.gained for each in trace.rounds) for trace in traces])
         rounds.append([len(trace.rounds) for trace in traces])
-        figures = trained.figures
-        sampled = expected_length(np.array(figures.held_out_acceptances))
-        held_out.append([figures.held_out_length, float(sampled)])
+        metrics = trained.figures
+        sampled = expected_length(np.array(metrics.held_out_acceptances))
+        held_out.append([metrics.held_out_length, float(sampled)])
         shutil.rmtree(run_path)
     return Decoded(gained=np.array(gained), rounds=np.array(rounds), held_out=np.array(held_out))
 
@@ -312,16 +317,16 @@ def _row(kind: str, decoded: dict[str, Decoded], costs: dict[str, str]) -> str:
     found, reference = decoded[kind], decoded.get(LOSSLESS)
     every = np.arange(found.gained.shape[1])
     by_seed = ", ".join(f"{length:.3f}" for length in found.gained.sum(1) / found.rounds.sum(1))
-    less = ""
+    difference = ""
     if reference is not None and kind != LOSSLESS:
         shift = found.length(every) - reference.length(every)
-        less = _with_interval(shift, lambda: found.interval(reference), "{:+.3f}")
+        difference = _with_interval(shift, lambda: found.interval(reference), "{:+.3f}")
     length = _with_interval(found.length(every), found.interval, "{:.3f}")
     exact, sampled = (
         f"{lengths.mean():.4f} ({lengths.min():.4f} to {lengths.max():.4f})"
         for lengths in found.held_out.T
     )
-    return f"| {kind} | {costs[kind]} | {length} | {less} | {by_seed} | {exact} | {sampled} |"
+    return f"| {kind} | {costs[kind]} | {length} | {difference} | {by_seed} | {exact} | {sampled} |"
 
 
 def _with_interval(value: float, interval: Callable[[], tuple[float, float]], form: str) -> str:

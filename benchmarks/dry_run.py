@@ -1,7 +1,7 @@
 """The hidden-states flow with a dry-run target: random states from this process, no model.
 
-Started by `benchmarks.orchestration` in a process of its own. With `--bare` the same shards are
-planned and made without Prefect, which is what the flow is compared with.
+Started by `benchmarks.orchestration` in a separate process. With `--bare` the same shards are
+planned and written without Prefect, as the baseline of the flow.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from storage.store import Store
 
 
 class DryChild:
-    """Answers in the place of the child process that makes shards."""
+    """Replaces the child process that generates shards."""
 
     def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
         """Start nothing."""
@@ -36,16 +36,16 @@ class DryChild:
     def request(
         self, request: BaseModel, *, what: str, inactivity_timeout_seconds: float
     ) -> Iterator[str]:
-        """Make the shards of a batch of random states."""
+        """Generate the shards of a batch from random states."""
         del what, inactivity_timeout_seconds
         return dry_run(ShardBatch.model_validate(request))
 
     def close(self) -> None:
-        """Have nothing to end."""
+        """Do nothing: there is no process to end."""
 
 
 def dry_run(batch: ShardBatch) -> Iterator[str]:
-    """Make the shards of a batch of random states; yield what a child would say."""
+    """Generate the shards of a batch from random states; yield the output lines of a child."""
     store = Store.open(batch.store_root)
     shards = {shard.shard_id: shard for shard in store.plans.load(batch.plan_id).shards}
     files = [TokenFile(path) for path in batch.token_files]
@@ -77,9 +77,9 @@ def _random_states(sample: TokenizedSample, identity: StoreIdentity) -> HiddenSt
     )
 
 
-def make_bare(made: Store, root: str, token_files: Sequence[Path], *, each: int) -> None:
-    """Make every shard of `made` again in a new store at `root`, in batches of `each`."""
-    store = Store.create(root, made.identity)
+def make_bare(original: Store, root: str, token_files: Sequence[Path], *, each: int) -> None:
+    """Regenerate every shard of `original` in a new store at `root`, in batches of `each`."""
+    store = Store.create(root, original.identity)
     wanted = [
         PlannedSample(sample_id=name, num_tokens=length)
         for file in map(TokenFile, token_files)
@@ -87,7 +87,7 @@ def make_bare(made: Store, root: str, token_files: Sequence[Path], *, each: int)
     ]
     plan = store.plan(wanted, shard_tokens=1)
     names = [shard.shard_id for shard in plan.shards]
-    target = load_recipe("smollm2").target  # not asked
+    target = load_recipe("smollm2").target  # not used
     for first in range(0, len(names), each):
         batch = ShardBatch(
             target=target,
@@ -103,7 +103,7 @@ def make_bare(made: Store, root: str, token_files: Sequence[Path], *, each: int)
 
 
 def main() -> None:
-    """Make the shards, and print as JSON the seconds of wall and processor that it took."""
+    """Generate the shards, and print the wall and processor seconds as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--home", required=True)
@@ -113,10 +113,10 @@ def main() -> None:
     begun, begun_cpu = time.monotonic(), time.process_time()
     if arguments.bare:
         files = sorted((Path(arguments.home) / "tokens").glob("*/*-*.arrow"), reverse=True)
-        made = Store.open(str(recipe.store.root))
-        make_bare(made, arguments.bare, files, each=recipe.store.shards_per_task)
+        original = Store.open(str(recipe.store.root))
+        make_bare(original, arguments.bare, files, each=recipe.store.shards_per_task)
     else:
-        flows.workers.pool.Child = DryChild  # type: ignore[assignment,attr-defined]  # in its place
+        flows.workers.pool.Child = DryChild  # type: ignore[assignment,attr-defined]  # replaced
         hidden_states(recipe.target, recipe.dataset, recipe.store, home=arguments.home)
     print(json.dumps([time.monotonic() - begun, time.process_time() - begun_cpu]))
 

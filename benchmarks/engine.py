@@ -1,11 +1,10 @@
 """A draft in a real engine: `python -m benchmarks.engine smollm2 --server http://127.0.0.1:8000`.
 
-First start vLLM with the command that `eyas run export` prints. Prompts go to it as token
-ids, greedily and one by one; its own counters say what it accepted. Eyas decodes the same prompts
-with the same draft in this process. An export that engines read otherwise than it was trained
-(another layer, norm, rotation or token map) shows as a lower acceptance: never as an error. With
-`--split train` the prompts are those that the draft has learned, so that more is accepted, and more
-can be lost.
+First start vLLM with the command that `eyas run export` prints. It gets prompts as token ids, one
+by one, decodes greedily, and counts what it accepts. Eyas decodes the same prompts with the same
+draft in this process. If an engine reads an export differently from how it was trained (another
+layer, norm, rotation or token map), acceptance is lower, without any error. With `--split train`
+the prompts are those that the draft has learned, so more is accepted and a loss is larger.
 """
 
 import argparse
@@ -39,19 +38,19 @@ REPORT = """\
 `python -m benchmarks.engine`: {machine}.
 
 {engine}, {target} in {dtype} with the draft of run {run}, step {step}. {prompts} prompts of split
-{split}, at most {new_tokens} new tokens each, greedy, {draft_tokens} drafted a round.
+{split}, at most {new_tokens} new tokens each, greedy, {draft_tokens} drafted per round.
 
 | decoded by | rounds | acceptance length | accepted to depth {depths} | texts equal to Eyas's |
 |---|---|---|{lines}---|
 {rows}
 
-vLLM counts what was accepted behind a stop token too; Eyas ends with it.
+vLLM also counts tokens accepted after a stop token; Eyas ends with it.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counted:
-    """What a decoder accepted of what was drafted."""
+    """Acceptance counts of a decoder."""
 
     rounds: int
     """Verifying forwards."""
@@ -60,7 +59,7 @@ class Counted:
 
     @property
     def length(self) -> float:
-        """Tokens of one verifying forward."""
+        """Tokens per verifying forward."""
         return 1 + float(self.accepted.sum()) / self.rounds
 
     def row(self, name: str, equal: str) -> str:
@@ -70,15 +69,15 @@ class Counted:
 
 
 def main() -> None:
-    """Print the table, and write it where `--results` says."""
+    """Print the table and write it to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("--server", required=True, help="where vLLM listens, without /v1")
+    parser.add_argument("--server", required=True, help="address of vLLM, without /v1")
     parser.add_argument("--home", type=Path, default=Path("eyas-data"))
     parser.add_argument("--run", default="main")
     parser.add_argument("--split", choices=["held_out", "train"], default="held_out")
     parser.add_argument("--checkpoint", choices=["best", "newest"], default="best")
-    parser.add_argument("--set", action="append", default=[], help="of the recipe")
+    parser.add_argument("--set", action="append", default=[], help="override a recipe key")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.set)
@@ -135,7 +134,7 @@ def main() -> None:
 def from_engine(
     server: str, prompts: Sequence[Prompt], config: EvaluationConfig
 ) -> tuple[Counted, list[tuple[int, ...]]]:
-    """Return what vLLM accepted and said."""
+    """Return vLLM's acceptance counts and texts."""
     texts = []
     with httpx.Client(base_url=server, timeout=TIMEOUT_SECONDS) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
@@ -155,7 +154,9 @@ def from_engine(
         after = _counters(client, config.draft_tokens)
     found = Counted(rounds=after.rounds - before.rounds, accepted=after.accepted - before.accepted)
     if found.rounds == 0:
-        raise SystemExit(f"{server} decoded without a draft; start it as `eyas run export` says")
+        raise SystemExit(
+            f"{server} decoded without a draft; start it with the command of `eyas run export`"
+        )
     return found, texts
 
 

@@ -28,7 +28,7 @@ _ROWS = 256
 
 
 def new_draft(shape: Shape) -> DraftModel:
-    """Return a draft with the weights that every peer has."""
+    """Return a draft with the same weights as every peer."""
     config = DraftConfig(
         hidden_size=shape.hidden_size,
         target_hidden_size=shape.hidden_size,

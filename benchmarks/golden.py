@@ -36,7 +36,7 @@ class Deviations:
 
     @property
     def passes(self) -> bool:
-        """Whether all of them are within bounds."""
+        """Whether all of them are within tolerance."""
         values = (self.loss, self.accuracy, self.acceptance)
         return max(values) <= LOSS_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
 
@@ -58,7 +58,7 @@ def compare(path: Path, device: torch.device = CPU) -> Deviations:
     head = tensors["input.target_lm_head"][draft.t2d]
     outcome = ttt_step(draft, batch, head, options)
     outcome.loss.backward()  # type: ignore[no-untyped-call]  # torch
-    with torch.no_grad():  # acceptance is a figure of measurement
+    with torch.no_grad():  # acceptance is computed without gradients only
         measured = ttt_step(draft, batch, head, options)
     gradients = {
         name: _relative(parameter.grad, tensors[f"grad.{name}"])
@@ -117,7 +117,7 @@ def _relative(found: Tensor | None, expected: Tensor) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    """Compare every file named; return the exit status."""
+    """Compare every given file; return the exit status."""
     if not arguments:
         sys.stderr.write("usage: python -m benchmarks.golden FILE...\n")
         return 2

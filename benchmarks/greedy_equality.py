@@ -1,7 +1,7 @@
 """Speculative decoding against plain decoding: `python -m benchmarks.greedy_equality`.
 
 Greedy texts of held-out prompts must be equal token for token, one by one and in batches, with
-SmolLM2 in float32. Where two logits nearly tie, rounding may choose: the margin is reported.
+SmolLM2 in float32. Where two logits nearly tie, rounding may decide; the margin is reported.
 Prompts are the user's side of held-out ShareGPT conversations; the draft is the newest checkpoint
 of a run below `--home`, or an untrained one.
 """
@@ -29,12 +29,12 @@ from flows.bridge.draft_setup import choose_vocabulary, load_trained, set_up_dra
 from flows.workspace import Workspace
 
 REPORT = """\
-# Speculative decoding says what plain decoding says
+# Speculative decoding equals plain decoding
 
 `python -m benchmarks.greedy_equality`: {machine}, {threads} thread(s).
 
 {prompts} held-out prompts of at most {max_tokens} tokens, {new_tokens} new tokens each,
-SmolLM2-135M in float32, greedy, {draft_tokens} drafted tokens a round, {draft} draft.
+SmolLM2-135M in float32, greedy, {draft_tokens} drafted tokens per round, {draft} draft.
 Reference: plain decoding, one by one.
 
 | decoded | equal texts | largest logit margin where texts differ | tokens/s |
@@ -44,7 +44,7 @@ Reference: plain decoding, one by one.
 
 
 def main() -> None:
-    """Print the table, and write it where `--results` says."""
+    """Print the table and write it to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="smollm2")
     parser.add_argument("--home", type=Path, default=Path("eyas-data"))
@@ -69,7 +69,7 @@ def main() -> None:
         return generate_speculative_batch(target, draft, some, config, target.stop_ids)
 
     console = Console(width=200)
-    plainly(prompts[:1])  # warm
+    plainly(prompts[:1])  # warm-up
     expected, seconds = _decoded(plainly, prompts, 1)
     rows = [f"| plainly, one by one | | | {_rate(expected, seconds)} |"]
     for name, decode, size in (
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _prompts(space: Workspace, num_prompts: int, max_tokens: int) -> list[tuple[int, ...]]:
-    """Return prompts of the held-out split, all turns; those of the training split fill up."""
+    """Return prompts of all turns of the held-out split, then of the training split."""
     found: list[tuple[int, ...]] = []
     for split in ("held_out", "train"):
         (path,) = space.tokens_path.glob(f"{split}-*.arrow")

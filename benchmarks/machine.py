@@ -1,4 +1,4 @@
-"""What a result was measured with: processor, memory, versions, date. Never a host's name."""
+"""The machine of a measurement: processor, memory, versions, date. Never a host's name."""
 
 import datetime as dt
 import os

@@ -1,11 +1,10 @@
-"""Stores of many shards: opening one, and planning what 1 % more data needs.
+"""Stores of many shards: opening one, and planning shards for 1 % more data.
 
-`python -m benchmarks.many_shards --results benchmarks/results/many_shards.md` makes synthetic
-stores of 10,000, 100,000 and 1,000,000 shards of 100 samples each: their manifests, by the code
-that compacting uses, and 500 single records that are newer. There is no data in them. Each is then
-opened and planned in fresh processes: seconds, and the peak of resident memory (Linux), with what
-importing takes. A plan is made for all samples that the store holds, handed over one after the
-other, and 1 % more.
+`python -m benchmarks.many_shards --results docs/benchmarks/many_shards.md` writes synthetic
+stores of 10,000, 100,000 and 1,000,000 shards of 100 samples each: their manifests, with the code
+of compaction, and 500 newer single records. They hold no data. Each is then opened and planned in
+fresh processes: seconds, and peak resident memory (Linux), imports included. The plan is for all
+samples of the store, passed one by one, and 1 % more.
 """
 
 import argparse
@@ -39,7 +38,7 @@ import json, sys, time
 from pathlib import Path
 from benchmarks import many_shards
 from storage.store import Store
-def peak_bytes():  # the maximum that getrusage tells includes the parent's
+def peak_bytes():  # getrusage's maximum includes the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 before = peak_bytes()
@@ -52,23 +51,22 @@ REPORT = """\
 # Stores of many shards
 
 `python -m benchmarks.many_shards`: {machine};
-one run of each size, each step in a process of its own, files in the page cache.
+one run per size, each step in a separate process, files in the page cache.
 
 {samples} samples of {tokens} tokens in each shard, {newer} of the shards in single records, the
-others in manifests. `open`: all shard ids, what the objects of each must be, and the totals.
-`plan`: all samples of the store and 1 % more are handed over; what is lacking is planned and the
-plan is written.
+others in manifests. `open` reads all shard ids, the expected objects of each, and the totals.
+`plan` takes all samples of the store and 1 % more, plans the missing ones and writes the plan.
 
 | shards | samples | manifests | open, s | peak, MB | plan, s | peak, MB | shards planned |
 |---|---|---|---|---|---|---|---|
 {rows}
 
-Peak memory has {before:.0f} MB in it that importing takes.
+Peak memory includes {before:.0f} MB for imports.
 """
 
 
 def identity() -> StoreIdentity:
-    """Return what the stores would hold states of."""
+    """Return the identity of the synthetic stores."""
     return StoreIdentity(
         target_fingerprint="f" * 64,
         target_fields={},
@@ -83,7 +81,7 @@ def identity() -> StoreIdentity:
 
 
 def records(first: int, stop: int) -> Iterator[CommitRecord]:
-    """Yield the commit records of shards `first` to `stop`; each shard always has the same."""
+    """Yield the commit records of shards `first` to `stop`; always the same for a shard."""
     identity_id = identity().identity_id
     for number in range(first, stop):
         names = sample_names(number)
@@ -106,7 +104,7 @@ def sample_names(number: int) -> tuple[str, ...]:
 
 
 def make_store(root: Path, num_shards: int) -> None:
-    """Write manifests of all shards but the newest, and those alone."""
+    """Write manifests for all shards but the newest, and single records for these."""
     store = Store.create(str(root), identity())
     for first in range(0, num_shards - NEWER, MOST_SHARDS):
         stop = min(first + MOST_SHARDS, num_shards - NEWER)
@@ -118,7 +116,7 @@ def make_store(root: Path, num_shards: int) -> None:
 
 
 def work(step: str, store: Store, num_shards: int) -> int:
-    """Do what is measured and return how many shards came of it."""
+    """Run the measured step and return the number of shards."""
     if step == "open":
         commits = store.commits()
         totals = commits.totals
@@ -136,7 +134,7 @@ def work(step: str, store: Store, num_shards: int) -> int:
 
 
 def measure(step: str, root: Path, num_shards: int) -> tuple[int, float, float, float]:
-    """Return shards, seconds, and MB of memory at its peak and before."""
+    """Return shards, seconds, and MB of memory at the peak and before the step."""
     found, seconds, peak, before = json.loads(
         subprocess.check_output([sys.executable, "-c", MEASURE, step, str(root), str(num_shards)])
     )
@@ -144,11 +142,11 @@ def measure(step: str, root: Path, num_shards: int) -> tuple[int, float, float, 
 
 
 def main() -> None:
-    """Print the figures, and write them where `--results` says."""
+    """Print the results and write them to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, nargs="*", default=SIZES)
     parser.add_argument("--results", type=Path)
-    parser.add_argument("--folder", type=Path, help="for the stores, 5 GB; a temporary one else")
+    parser.add_argument("--folder", type=Path, help="for the stores, 5 GB; default: temporary")
     arguments = parser.parse_args()
     rows: list[str] = []
     before = 0.0
@@ -157,7 +155,9 @@ def main() -> None:
         try:
             begun = time.perf_counter()
             make_store(root, num_shards)
-            print(f"{num_shards:,} shards made in {time.perf_counter() - begun:.0f} s", flush=True)
+            print(
+                f"{num_shards:,} shards written in {time.perf_counter() - begun:.0f} s", flush=True
+            )
             opened, open_seconds, open_peak, before = measure("open", root, num_shards)
             planned, plan_seconds, plan_peak, _ = measure("plan", root, num_shards)
             manifests = len(Store.open(str(root)).log.manifests())

@@ -1,8 +1,8 @@
 """Whole-object reads and writes of s3fs and obstore against one S3 server on loopback, in turns.
 
-`python -m benchmarks.object_store --results benchmarks/results/object_store.md` starts SeaweedFS
-itself. MB per second of wall time and of CPU time of this process; the server runs beside it on the
-same cores, so the wall figures are lower bounds. Medians of the rounds.
+`python -m benchmarks.object_store --results docs/benchmarks/object_store.md` starts SeaweedFS
+itself. Rates are MB per second of wall time and of CPU time of this process; the server runs on the
+same cores, so wall rates are lower bounds. Medians of the rounds.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def _timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(server: S3Server, *, rounds: int) -> Iterator[str]:
-    """Yield one row for each client and size."""
+    """Yield one row per client and size."""
     known = clients(server)
     for size in SIZES_MB:
         data = os.urandom(size * 10**6)
@@ -83,7 +83,7 @@ def measure(server: S3Server, *, rounds: int) -> Iterator[str]:
         for turn in range(rounds + 1):
             for name, (put, get) in known.items():
                 written, read = _round_trip(put, get, f"{name}/{size}-{turn}", data)
-                if turn:  # the first pays for connections
+                if turn:  # the first round opens connections
                     puts[name].append(written)
                     gets[name].append(read)
         for name in known:
@@ -109,11 +109,11 @@ def _median(times: list[tuple[float, float]], index: int) -> float:
 
 def _require(found: bytes, expected: bytes) -> None:
     if found != expected:
-        raise RuntimeError("an object came back changed")
+        raise RuntimeError("an object was read back with other bytes")
 
 
 def main() -> None:
-    """Print the table, and write it where `--results` says."""
+    """Print the table and write it to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path)

@@ -1,9 +1,9 @@
-"""What the Prefect server costs: `python -m benchmarks.orchestration`.
+"""The cost of the Prefect server: `python -m benchmarks.orchestration`.
 
-The real flow makes thousands of shards of one short sample each and reports to a real server of its
-own; a dry-run target (random states, no model) stands in for the child process. Then the same
-shards are made without Prefect: the difference is what orchestration costs. Also measured: the
-server's processor time and peak memory (Linux), its database, and what it recorded.
+The real flow generates thousands of shards of one short sample each and reports to its own real
+server; a dry-run target (random states, no model) replaces the child process. Then the same shards
+are generated without Prefect: the difference is the cost of orchestration. Also measured: the
+server's processor time and peak memory (Linux), its database, and the task runs that it recorded.
 """
 
 import argparse
@@ -42,9 +42,9 @@ REPORT = """\
 `python -m benchmarks.orchestration`: {machine}{note}.
 
 {shards:,} shards of one sample in {tasks} task runs of {each}; random states, no model. SQLite;
-server and flow on one machine. Where other work runs beside, compare processor time.
+server and flow on one machine. If other work runs on it, compare processor time.
 
-| | with Prefect | without | difference a shard | a task run |
+| | with Prefect | without | difference per shard | per task run |
 | --- | --- | --- | --- | --- |
 | seconds | {flow.seconds:.1f} | {bare.seconds:.1f} | {wall:.1f} ms | {wall_task:.0f} ms |
 | processor, flow | {flow_cpu:.1f} | {bare_cpu:.1f} | {cpu:.1f} ms | {cpu_task:.0f} ms |
@@ -52,7 +52,7 @@ server and flow on one machine. Where other work runs beside, compare processor 
 
 | | |
 | --- | --- |
-| task runs that the server has recorded | {recorded} of {tasks} |
+| task runs recorded by the server | {recorded} of {tasks} |
 | server, peak memory | {memory:.0f} MB; {memory_before:.0f} MB before the run |
 | database | {database:.1f} MB; {database_before:.1f} MB before the run |
 | listing the task runs through the API | {listing:.2f} s |
@@ -61,11 +61,11 @@ server and flow on one machine. Where other work runs beside, compare processor 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Took:
-    """What making all shards took."""
+    """The time to generate all shards."""
 
     seconds: float
     processor_seconds: float
-    """Of the flow's process alone, not of the server's."""
+    """Of the flow's process only, not of the server's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +88,12 @@ class Server:
         return found
 
     def peak_bytes(self) -> int:
-        """Return the most memory that it had resident so far."""
+        """Return its peak resident memory so far."""
         lines = Path(f"/proc/{self.process_id}/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     def processor_seconds(self) -> float:
-        """Return the processor time that it has taken so far."""
+        """Return its processor time so far."""
         fields = Path(f"/proc/{self.process_id}/stat").read_text(encoding="ascii").split()
         return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
@@ -173,12 +173,12 @@ def write_target(folder: Path) -> TargetConfig:
         model=str(folder),
         dtype="float32",
         device="cpu",
-        aux_layers=(1, 2, 3),  # the default wants more layers
+        aux_layers=(1, 2, 3),  # the default needs more layers
     )
 
 
 def write_recipe(folder: Path, target: TargetConfig, *, num_shards: int, each: int) -> Path:
-    """Write as many short conversations as there shall be shards, and the recipe for them."""
+    """Write one short conversation per shard, and the recipe for them."""
     lines = [
         json.dumps(
             {
@@ -202,7 +202,7 @@ def write_recipe(folder: Path, target: TargetConfig, *, num_shards: int, each: i
 
 
 def run(recipe: Path, folder: Path, environment: Mapping[str, str], *options: str) -> Took:
-    """Run `benchmarks.dry_run` in a process of its own; return what it took."""
+    """Run `benchmarks.dry_run` in a separate process; return its time."""
     lines = subprocess.check_output(
         [
             *(sys.executable, "-m", "benchmarks.dry_run", str(recipe)),
@@ -216,17 +216,17 @@ def run(recipe: Path, folder: Path, environment: Mapping[str, str], *options: st
 
 
 def task_runs(server: Server, *, expected: int) -> tuple[int, float]:
-    """Wait until the server has recorded them; return how many, and the seconds a listing takes."""
+    """Wait until the server has recorded them; return their number and a listing's seconds."""
     deadline = time.monotonic() + FLUSH_SECONDS
     while True:
-        asked = time.monotonic()
+        started = time.monotonic()
         found: list[dict[str, object]] = []
         while page := server.post(
             "task_runs/filter",
             {"offset": len(found), "task_runs": {"name": {"like_": "shards "}}},
         ):
             found += page
-        seconds = time.monotonic() - asked
+        seconds = time.monotonic() - started
         done = [run for run in found if run["state_name"] == "Completed"]
         if len(done) >= expected or time.monotonic() > deadline:
             return len(done), seconds
@@ -234,12 +234,12 @@ def task_runs(server: Server, *, expected: int) -> tuple[int, float]:
 
 
 def main() -> None:
-    """Print the figures, and write them where `--results` says."""
+    """Print the results and write them to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--shards-per-task", type=int, default=100)
     parser.add_argument("--results", type=Path)
-    parser.add_argument("--note", default="", help="What else the machine did meanwhile.")
+    parser.add_argument("--note", default="", help="Other work on the machine during the run.")
     arguments = parser.parse_args()
     each = arguments.shards_per_task
     num_tasks = -(-arguments.shards // each)

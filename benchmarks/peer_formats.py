@@ -1,13 +1,14 @@
-"""How other tools put hidden states on disk, written from the descriptions of their formats.
+"""Hidden-state formats of other tools, implemented from the descriptions of these formats.
 
-Each format keeps what its tool keeps of the same conversations, padding and repeated rows included:
+Each format stores what its tool stores of the same conversations, padding and repeated rows
+included:
 
-* `torch.save`: SpecForge, a file a sample; whole batches are stored as they were padded.
+* `torch.save`: SpecForge, one file per sample; samples are stored with the padding of their batch.
 * `torch.save + gzip`: the same with its `--compress`.
-* `safetensors`: speculators, a file a row, a row for each assistant turn with all that precedes it.
-* `memmap`: flat files of everything, the least that an uncompressed store can be.
+* `safetensors`: speculators, one file per row, one row per assistant turn with everything before.
+* `memmap`: flat files of everything, the minimum of an uncompressed store.
 
-As their tools do, the first three neither sync to disk nor check anything on reading.
+Like their tools, the first three neither sync to disk nor check anything when reading.
 """
 
 import gzip
@@ -31,12 +32,12 @@ MEMMAP_STATES = ("aux", "last")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerFormat:
-    """A way to write all samples below a folder, and to read all that was written."""
+    """A format that writes all samples below a folder, and reads them back."""
 
     name: str
     write: Callable[[Sequence[StoredSample], Path], None]
     read: Callable[[Path], int]
-    """Returns how many items it read; every byte of them is in memory then."""
+    """Returns the number of items read; every byte of them is then in memory."""
 
 
 def _bfloat16(bits: NDArray[np.uint16]) -> Tensor:
@@ -44,13 +45,13 @@ def _bfloat16(bits: NDArray[np.uint16]) -> Tensor:
 
 
 def _padded_rows(values: NDArray[np.uint16], length: int) -> NDArray[np.uint16]:
-    """Return rows with padding at the end that is as hard to compress as states are."""
+    """Return rows padded at the end with values as hard to compress as states."""
     rng = np.random.default_rng(len(values))
     return np.concatenate([values, values[rng.integers(0, len(values), length - len(values))]])
 
 
 def padded_tokens(samples: Sequence[StoredSample]) -> int:
-    """Return the tokens of all batches, each as wide as its longest sample."""
+    """Return the tokens of all batches, each padded to its longest sample."""
     lengths = [len(sample) for sample in samples]
     batches = (lengths[i : i + BATCH_SAMPLES] for i in range(0, len(lengths), BATCH_SAMPLES))
     return sum(max(batch) * len(batch) for batch in batches)
@@ -104,7 +105,7 @@ def _read_gzip(folder: Path) -> int:
 
 
 def turn_ends(sample: StoredSample) -> NDArray[np.int64]:
-    """Return the end of each assistant turn: one row of the speculators format stops there."""
+    """Return the end of each assistant turn, where a row of the speculators format ends."""
     return np.flatnonzero(np.diff(sample.loss_mask.astype(np.int8), append=0) == -1) + 1
 
 
@@ -126,7 +127,7 @@ def _read_safetensors(folder: Path) -> int:
     paths = list(folder.glob("*.safetensors"))
     for path in paths:
         for tensor in load_file(path).values():
-            tensor.clone()  # it is a view of a file that nobody has read yet
+            tensor.clone()  # it is a view of a file that is not yet read
     return len(paths)
 
 
@@ -158,8 +159,8 @@ def _read_memmap(folder: Path) -> int:
 
 
 PEERS = (
-    PeerFormat(name="torch.save a sample", write=_write_torch, read=_read_torch),
+    PeerFormat(name="torch.save per sample", write=_write_torch, read=_read_torch),
     PeerFormat(name="torch.save + gzip", write=_write_gzip, read=_read_gzip),
-    PeerFormat(name="safetensors a row", write=_write_safetensors, read=_read_safetensors),
+    PeerFormat(name="safetensors per row", write=_write_safetensors, read=_read_safetensors),
     PeerFormat(name="flat memmap", write=_write_memmap, read=_read_memmap),
 )

@@ -1,15 +1,15 @@
 """The published EAGLE-3 training step in eager PyTorch, a peer of `eagle_core.training.ttt`.
 
-As SpecForge does it: every position computes queries, keys, values, MLP and logits in every step,
-hidden states and embeddings are projected together, the teacher's logits cover the whole target
-vocabulary. Where its versions and the authors' code differ, the faster way is taken: the teacher is
-softmaxed once, not in every step, and the loss keeps logits in the dtype of computation and turns
-them into their gradient in the backward pass (a Triton kernel there, whole-tensor operations here).
-Packed like ours instead of padded, with a mask that keeps sequences apart; positions and reduction
-of the loss are ours, so that gradients are the same.
+As in SpecForge: every position computes queries, keys, values, MLP and logits in every step, hidden
+states and embeddings are projected together, and the teacher's logits cover the full target
+vocabulary. Where its versions and the authors' code differ, the faster variant is used: the
+teacher's softmax is computed once, not in every step, and the loss keeps logits in the dtype of
+computation and turns them into their gradient in the backward pass (a Triton kernel there,
+whole-tensor operations here). Packed like ours instead of padded, with a mask that separates
+sequences; positions and reduction of the loss are ours, so that gradients are the same.
 
-Attention: "columns" is what both do, a dense T x T product with the step-0 keys and one more column
-for each later step; "dense" multiplies with the keys of all steps under a T x (steps T) mask.
+Attention: "columns" is the way of both, a dense T x T product with the step-0 keys and one more
+column per later step; "dense" multiplies with the keys of all steps under a T x (steps T) mask.
 
 Shapes: N packed tokens, V target vocabulary, D draft vocabulary, H hidden, E head size.
 """
@@ -51,7 +51,7 @@ def plain_loss(
     sequence, position = _places(batch)
     layer = _Layer(draft, sequence, position, attention)
     hidden = draft.fc(batch.aux_hidden_states)
-    probability, draft_argmax, known = _taught(draft, batch, target_lm_head, settings.ttt_length)
+    probability, draft_argmax, known = _teacher(draft, batch, target_lm_head, settings.ttt_length)
     ids = batch.input_ids
     total, correct = hidden.new_zeros(()), []
     for step in range(settings.ttt_length):
@@ -67,12 +67,12 @@ def plain_loss(
 
 
 @torch.no_grad()
-def _taught(
+def _teacher(
     draft: DraftModel, batch: PackedBatch, target_lm_head: Tensor, ttt_length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the target says behind each token, and nothing behind the last ones.
+    """Return the target's predictions after each token, padded by L zeros.
 
-    [N + L, D] probabilities, [N + L] the likeliest draft id, [N + L] whether that is the target's.
+    [N + L, D] probabilities, [N + L] their draft argmax, [N + L] whether it is the target's.
     """
     logits = functional.linear(batch.last_hidden_state, target_lm_head)
     known = draft.t2d[logits.argmax(dim=-1)]
@@ -86,7 +86,7 @@ def _taught(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy [N] of logits [N, D] under probabilities [N, D]; the logits are used up."""
+    """Cross-entropy [N] of logits [N, D] under probabilities [N, D]; overwrites the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probability: Tensor) -> Tensor:  # noqa: ANN401
@@ -134,8 +134,10 @@ class _Layer:
         self._keys.append(rotate(key, cos, sin).repeat_interleave(repeat, dim=0))
         self._values.append(value.repeat_interleave(repeat, dim=0))
         query = rotate(query, cos, sin) * config.head_dim**-0.5
-        mixed = self._columns(query) if self._attention == "columns" else self._dense(query)
-        hidden = hidden + layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
+        attention_output = (
+            self._columns(query) if self._attention == "columns" else self._dense(query)
+        )
+        hidden = hidden + layer.self_attn.o_proj(attention_output.transpose(0, 1).flatten(1))
         output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return output
 
@@ -145,10 +147,10 @@ class _Layer:
         scores = scores.masked_fill(~self._visible, float("-inf"))
         own = [(query * key).sum(dim=-1, keepdim=True) for key in self._keys[1:]]
         weights = torch.cat([scores, *own], dim=-1).softmax(dim=-1)
-        mixed = weights[..., :num_tokens] @ self._values[0]
+        attention_output = weights[..., :num_tokens] @ self._values[0]
         for step, value in enumerate(self._values[1:]):
-            mixed = mixed + weights[..., num_tokens + step, None] * value
-        return mixed
+            attention_output = attention_output + weights[..., num_tokens + step, None] * value
+        return attention_output
 
     def _dense(self, query: Tensor) -> Tensor:
         own = torch.eye(query.shape[1], dtype=torch.bool, device=query.device)
@@ -159,7 +161,7 @@ class _Layer:
 
 
 def _places(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Return [N] number of each token's sequence, and its index there."""
+    """Return [N] the number of each token's sequence, and [N] its index in it."""
     starts = torch.tensor(batch.starts, device=batch.input_ids.device)
     every = torch.arange(batch.num_tokens, device=starts.device)
     sequence = torch.searchsorted(starts, every, right=True) - 1
@@ -167,12 +169,12 @@ def _places(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
 
 def _moved(values: Tensor) -> Tensor:
-    """Return values moved one place to the front, zeros behind; a copy, as both make one."""
+    """Return values shifted left by one, zero at the end; a copy, as in both."""
     return torch.cat([values[1:], torch.zeros_like(values[:1])])
 
 
 def _ahead(mask: Tensor, sequence: Tensor, by: int) -> Tensor:
-    """[N] the mask `by` tokens further on, False beyond the sequence."""
+    """Return [N] the mask `by` tokens later, False beyond the sequence."""
     ahead = torch.zeros_like(mask)
     if by < len(mask):
         inside = sequence[by:] == sequence[: len(mask) - by]

@@ -1,11 +1,11 @@
-"""How far stored states stray from what the target said.
+"""How well stored states reproduce the target's recorded log-probabilities.
 
 `python -m benchmarks.probe RECIPE TOKENS` runs the target of a recipe over samples of a token file
 and compares the log-probability of its argmax, taken from the real output, with the one recomputed
-from states as each profile gives them back, also from logits rounded as a bfloat16 target rounds
-them, and from states that are wrong.
+from states as each profile returns them, also with logits rounded like those of a bfloat16 target,
+and from wrong states.
 
-Figures are differences in nats. For wrong states "least of 8" is the smallest, over many draws of 8
+Values are differences in nats. For wrong states "least of 8" is the smallest, over many draws of 8
 points (as many as a shard's probe has), of the largest difference: a tolerance must stay below it.
 """
 
@@ -41,18 +41,18 @@ def capture(
     target: TargetModel, samples: Sequence[TokenizedSample]
 ) -> Iterator[tuple[HiddenStateSample, Bits]]:
     """Yield every sample's states, and its states before the final norm."""
-    passing: list[torch.Tensor] = []
+    before_norm: list[torch.Tensor] = []
     norm = target._decoder.get_submodule("norm")  # noqa: SLF001 (a benchmark may look inside)
-    norm.register_forward_pre_hook(lambda _module, inputs: passing.append(inputs[0]))
+    norm.register_forward_pre_hook(lambda _module, inputs: before_norm.append(inputs[0]))
     for batch in batches_by_length(samples, batch_tokens=target.config.batch_tokens):
         for row, state in enumerate(capture_states(target, batch)):
-            yield state, to_bfloat16_bits(passing[-1][row, : len(state)])
+            yield state, to_bfloat16_bits(before_norm[-1][row, : len(state)])
 
 
 def through_store(
     profile: ProfileName, states: Sequence[HiddenStateSample]
 ) -> Mapping[str, StoredSample]:
-    """Return the samples as a store of this profile gives them back."""
+    """Return the samples as read back from a store of this profile."""
     identity = StoreIdentity(
         target_fingerprint="benchmark",
         target_fields={},
@@ -111,26 +111,26 @@ def main() -> None:
         return np.concatenate([part(state)[state.loss_mask] for state in states])
 
     ids = supervised(lambda state: state.target_argmax)
-    said = supervised(lambda state: state.argmax_logprob)
-    print(f"{len(said)} supervised tokens of {len(states)} samples")
-    print(f"{'right states':<26} {'largest':>8} {'99.9 %':>8} {'median':>8}")
+    recorded = supervised(lambda state: state.argmax_logprob)
+    print(f"{len(recorded)} supervised tokens of {len(states)} samples")
+    print(f"{'correct states':<26} {'largest':>8} {'99.9 %':>8} {'median':>8}")
     for profile in PROFILES:
         stored = through_store(profile, states)
         last = supervised(lambda state: stored[state.sample_id].last_hidden_state)  # noqa: B023
         for logits, recompute in (("float32", log_probabilities), ("bfloat16", rounded_logits)):
-            off = np.abs(recompute(head, last, ids) - said)
-            figures = (off.max(), np.quantile(off, 0.999), np.median(off))
-            print(f"{f'{profile}, {logits} logits':<26} " + " ".join(f"{f:8.4f}" for f in figures))
+            difference = np.abs(recompute(head, last, ids) - recorded)
+            values = (difference.max(), np.quantile(difference, 0.999), np.median(difference))
+            print(f"{f'{profile}, {logits} logits':<26} " + " ".join(f"{v:8.4f}" for v in values))
     before_norm = {state.sample_id: bits for state, bits in captured}
     wrong: Mapping[str, Callable[[HiddenStateSample], Any]] = {
         "before the norm": lambda state: before_norm[state.sample_id],
         "the late aux layer": lambda state: state.aux_hidden_states[:, -1],
-        "of the next token": lambda state: np.roll(state.last_hidden_state, -1, axis=0),
+        "the next token's": lambda state: np.roll(state.last_hidden_state, -1, axis=0),
     }
     print(f"\n{'wrong states':<26} {'least of 8':>10} {'median':>8}")
     for name, part in wrong.items():
-        off = np.abs(log_probabilities(head, supervised(part), ids) - said)
-        print(f"{name:<26} {least_of_draws(off):10.2f} {np.median(off):8.2f}")
+        difference = np.abs(log_probabilities(head, supervised(part), ids) - recorded)
+        print(f"{name:<26} {least_of_draws(difference):10.2f} {np.median(difference):8.2f}")
 
 
 if __name__ == "__main__":

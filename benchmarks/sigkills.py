@@ -1,11 +1,11 @@
-"""A thousand SIGKILLs at random moments of states, publishing, training and garbage collection.
+"""A thousand SIGKILLs at random moments of generation, publishing, training and collection.
 
-`python -m benchmarks.sigkills --results benchmarks/results/sigkills.md` lets a small pipeline (see
-`tests/killed_pipeline.py`) live and kills it several times before it ends, again and again. After
-each kill: whatever was committed still is, with the same bytes; every byte of every shard is what
-its record says; each snapshot, name and checkpoint that shows is whole. At each end: the shards,
-snapshots, names and the weights of both runs are, bit for bit, those of a life that nothing
-disturbed, and after a collection no file is left that nothing names.
+`python -m benchmarks.sigkills --results docs/benchmarks/sigkills.md` runs a small pipeline (see
+`tests/killed_pipeline.py`) repeatedly and kills it several times per life. After each kill: all
+committed shards are still there, with the same bytes; every byte of every shard matches its record;
+every visible snapshot, name and checkpoint is complete. At the end of each life: the shards,
+snapshots, names and the weights of both runs are bit-identical to those of an undisturbed life, and
+after a garbage collection no unreferenced file is left.
 """
 
 import argparse
@@ -43,32 +43,31 @@ REPORT = """\
 
 `python -m benchmarks.sigkills`: {machine}.
 
-{kills:,} kills in {lives} lives, each of which takes {seconds:.1f} s if nothing disturbs it. When a
-kill came, this was the last thing to have been begun:
+{kills:,} kills in {lives} lives of the pipeline; an undisturbed life takes {seconds:.1f} s. The
+last stage that had started when a kill came:
 
 | stage | kills |
 |---|---|
 {rows}
 
-Nothing that was committed was lost, nothing that showed was half-written, and every life ended bit
-for bit as the undisturbed one: {num_shards} shards, {num_snapshots} snapshot, the weights of two
-runs.
+No committed shard was lost, nothing visible was incomplete, and every life ended bit-identical to
+the undisturbed one: {num_shards} shards, {num_snapshots} snapshot, the weights of two runs.
 """
 STAGES = (
-    "the store",
-    "states and snapshot of the first data",
+    "creation of the store",
+    "states and snapshot of the first data set",
     "training of the first run",
-    "more states, the next snapshot, garbage, the first run goes on",
-    "training of the second run, garbage",
+    "more states, the next snapshot, garbage collection, resuming the first run",
+    "training of the second run, garbage collection",
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """What a life has come to."""
+    """The state of a life of the pipeline."""
 
     committed: Mapping[str, CommitRecord] = field(default_factory=dict)
-    """Without the names of attempts, which no two lives have in common."""
+    """Without the names of attempts, which differ between lives."""
     snapshots: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -76,23 +75,23 @@ class State:
 
     @classmethod
     def of(cls, folder: Path, *, before: "State | None" = None) -> "State":
-        """Look at a life that was killed, or has ended, and require that all of it is sound.
+        """Inspect a life that was killed, or has ended, and require that all of it is sound.
 
         Raises:
-            RuntimeError: something was lost, or shows half-written.
+            RuntimeError: something was lost, or is visible but incomplete.
 
         """
         committed_before = before.committed if before else {}
         try:
             store = Store.open(str(folder / "store"))
-        except ConfigError:  # killed before it had made the store
+        except ConfigError:  # killed before it had created the store
             _require(not committed_before, "the store is gone")
             return cls()
-        committed = {name: _nameless(record) for name, record in store.commits().items()}
+        committed = {name: _without_attempt(record) for name, record in store.commits().items()}
         lost = [key for key in committed_before if committed.get(key) != committed_before[key]]
         _require(not lost, f"committed shards were lost or changed: {lost}")
         damaged = [f for f in verify_store(store, deep=True) if f.object_key != keys.LATEST]
-        _require(not damaged, f"what shows is not whole: {damaged}")
+        _require(not damaged, f"visible objects are damaged: {damaged}")
         runs = sorted(path for path in (folder / "runs").glob("*") if path.is_dir())
         return cls(
             committed=committed,
@@ -103,7 +102,7 @@ class State:
 
 
 def stage_of(folder: Path) -> str:
-    """Return what had been begun last."""
+    """Return the last stage that has started."""
     runs = folder / "runs"
     begun = [
         (folder / "store" / "store.json").exists(),
@@ -135,7 +134,7 @@ def settings_for(folder: Path, target_path: Path) -> killed_pipeline.Settings:
 
 
 def main() -> None:
-    """Print the figures, and write them where `--results` says."""
+    """Print the results and write them to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=16)
@@ -154,7 +153,7 @@ def main() -> None:
 
 
 def kill_often(settings: killed_pipeline.Settings, folder: Path, *, kills: int, seed: int) -> str:
-    """Let lives begin, be killed and end until there were enough kills; return the report."""
+    """Start, kill and finish lives until there are enough kills; return the report."""
     rng = random.Random(seed)  # noqa: S311 (no secret)
     counts = dict.fromkeys(STAGES, 0)
     lives_ended = 0
@@ -172,11 +171,11 @@ def kill_often(settings: killed_pipeline.Settings, folder: Path, *, kills: int, 
                 if sum(counts.values()) >= kills:
                     lives.live(here)
                     break
-            _require(State.of(here, before=state) == expected, "a life ended otherwise")
+            _require(State.of(here, before=state) == expected, "a life ended in another state")
             left = find_garbage(
                 Store.open(str(here / "store")), keep=expected.snapshots, older_than_hours=0
             )
-            _require(not left, f"a life left {left}")
+            _require(not left, f"a life left garbage: {left}")
             lives_ended += 1
             shutil.rmtree(here)
     return REPORT.format(
@@ -191,17 +190,17 @@ def kill_often(settings: killed_pipeline.Settings, folder: Path, *, kills: int, 
 
 
 def _newest_weights(run_path: Path) -> str:
-    """Return the digest of the newest checkpoint's weights; each that shows must be whole."""
+    """Return the digest of the newest checkpoint's weights; it must be the newest visible one."""
     shown = sorted((run_path / "checkpoints").glob("step-*"))
     found = newest(run_path)
     _require(
         found == (shown[-1] if shown else None),
-        f"the newest checkpoint that shows in {run_path} is not whole",
+        f"the newest visible checkpoint in {run_path} is damaged",
     )
     return file_digest(found / "draft.safetensors") if found else ""
 
 
-def _nameless(record: CommitRecord) -> CommitRecord:
+def _without_attempt(record: CommitRecord) -> CommitRecord:
     (digest,) = record.objects.values()
     return replace(record, objects={"data": digest})
 

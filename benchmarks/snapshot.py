@@ -1,7 +1,7 @@
 """Opening a large snapshot: `python -m benchmarks.snapshot` writes one, then opens it.
 
-One million samples in ten thousand shards by default, opened in a fresh process: seconds, and the
-peak of its resident memory (Linux), with and without what importing the store takes.
+One million samples in ten thousand shards by default, opened in a fresh process: seconds, and peak
+resident memory (Linux), with and without the imports of the store.
 """
 
 import argparse
@@ -25,7 +25,7 @@ OPEN = """
 import json, sys, time
 from pathlib import Path
 from storage.records.snapshot import Snapshot
-def peak_bytes():  # the maximum that getrusage tells includes the parent's
+def peak_bytes():  # getrusage's maximum includes the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 before = peak_bytes()
@@ -46,7 +46,7 @@ REPORT = """\
 
 
 def make_snapshot(num_samples: int, num_shards: int) -> Snapshot:
-    """Return a snapshot of random samples, equally many in each shard."""
+    """Return a snapshot of random samples, the same number in each shard."""
     rng = np.random.default_rng(0)
     each = num_samples // num_shards
     commits: dict[str, CommitRecord] = {}
@@ -68,7 +68,7 @@ def make_snapshot(num_samples: int, num_shards: int) -> Snapshot:
 
 
 def main() -> None:
-    """Print the figures, and write them where `--results` says."""
+    """Print the results and write them to `--results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=10_000)

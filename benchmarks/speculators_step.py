@@ -1,14 +1,14 @@
 """The EAGLE-3 model of the speculators package as a peer of `benchmarks.train_step`.
 
-Run by the interpreter of an environment that has speculators 0.9.0; `docs/training-step.md` says
-how to make one. The model is called as the package's trainer calls it: its own `get_trainer_kwargs`
-and AdamW, samples shifted by its own `shift_batch` and laid behind one another in one row with
-document and position ids, as its `CollateFn` does, without the padding that would follow.
+Run by the interpreter of an environment that has speculators 0.9.0; `docs/training-step.md`
+describes how to create one. The model is called as the package's trainer calls it: its own
+`get_trainer_kwargs` and AdamW, samples shifted by its own `shift_batch` and concatenated in one row
+with document and position ids, as its `CollateFn` does, but without padding at the end.
 Differences:
 
-* eager losses, for the fused ones need Triton; no `torch.compile`, which the package uses on a GPU;
-* the loss mask is moved one token further to the front than the package does it, so that the same
-  positions count as in ours, and the loss decays by the same 0.8 a step;
+* eager losses, as the fused ones need Triton; no `torch.compile`, which the package uses on a GPU;
+* the loss mask is shifted left by one token more than in the package, so that the same positions
+  count as in ours, and the loss decays by the same 0.8 per step;
 * variants: "sdpa" or "eager" attention; "+head" trains the draft's head as the other peers do. The
   package freezes it (`requires_grad = False` wherever the model is built), which saves a product.
 
@@ -49,7 +49,7 @@ from benchmarks.step_worker import LEARNING_RATE, Peer, serve
 
 
 def new_model(shape: Shape, attention: str) -> Eagle3DraftModel:
-    """Return the model with the weights that every peer has."""
+    """Return the model with the same weights as every peer."""
     layer = LlamaConfig(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -87,7 +87,7 @@ def new_model(shape: Shape, attention: str) -> Eagle3DraftModel:
 
 
 def row_of(case: StepCase, tensors: StepTensors) -> Mapping[str, Tensor]:
-    """Return the model's arguments: one row of all sequences, each a token shorter."""
+    """Return the model's arguments: one row of all sequences, each shorter by one token."""
     samples = []
     for start, end in zip(case.starts, case.starts[1:], strict=False):
         here = slice(start, end)

@@ -1,4 +1,4 @@
-"""Real hidden states for benchmarks: what the target of a recipe says about real conversations."""
+"""Real hidden states for benchmarks: those of a recipe's target on real conversations."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from storage.samples import StoredSample
 
 
 def load_target(recipe: str) -> TargetModel:
-    """Return the target of a recipe, in float32 on the CPU: quick and the same everywhere."""
+    """Return the target of a recipe, in float32 on the CPU: fast and the same everywhere."""
     config = load_recipe(recipe, ["target.dtype=float32", "target.device=cpu"]).target
     return TargetModel.load(config)
 
 
 def token_file(recipe: str, home: Path) -> TokenFile:
-    """Return the training tokens that `eyas run hidden-states RECIPE --home HOME` left behind.
+    """Return the training tokens that `eyas run hidden-states RECIPE --home HOME` wrote.
 
     Raises:
         SystemExit: there are none.
@@ -46,7 +46,7 @@ def capture(target: TargetModel, tokens: TokenFile, num_samples: int) -> list[St
 def identity(
     sample: StoredSample, *, vocab_size: int, profile: ProfileName, recompute: bool = False
 ) -> StoreIdentity:
-    """Return the identity of a benchmark's store, with `recompute` one that leaves states out."""
+    """Return the identity of a benchmark's store; with `recompute` it omits states."""
     layers, hidden = sample.aux_hidden_states.shape[1:]
     omitted = OmittedStates(
         mode="one_sequence", early_layers=(0,), last_layers=(layers, layers + 1)

@@ -15,8 +15,8 @@ embedding enters keys and values, C causal and own (query, key) pairs over all s
     head        R H D                              x 3
     teacher     U H D                              x 1
 
-Two floating-point operations each. Norms, softmax, rotary and optimizer are left out: no matrix
-product. Time at the measured rate of the fastest such product is what no step can undercut.
+Two floating-point operations each. Norms, softmax, rotary and optimizer are omitted: they are no
+matrix products. No step can be faster than these at the measured rate of the fastest such product.
 """
 
 import time
@@ -37,9 +37,9 @@ _PRODUCT_SECONDS = 0.3
 
 
 def needed_operations(case: StepCase, options: TttConfig) -> Mapping[str, int]:
-    """Return floating-point operations of each part of a step; the formula is the module's."""
+    """Return floating-point operations of each part of a step; the module has the formula."""
     mask = torch.tensor(case.loss_mask)
-    active = ttt_positions(
+    positions = ttt_positions(
         loss_mask=mask,
         in_vocabulary=torch.ones_like(mask),
         starts=case.starts,
@@ -47,7 +47,7 @@ def needed_operations(case: StepCase, options: TttConfig) -> Mapping[str, int]:
         positions=options.loss_positions,
         reduction=options.loss_reduction,
     )
-    shape, indices = case.shape, active.indices
+    shape, indices = case.shape, positions.indices
     size, inner = shape.hidden_size, shape.intermediate_size
     query, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
     steps = range(case.ttt_length)
@@ -55,7 +55,7 @@ def needed_operations(case: StepCase, options: TttConfig) -> Mapping[str, int]:
     seen = _seen(case.starts, indices[0])
     read = [indices[step] + 1 + step for step in steps]
     key_rows = len(seen) + sum(len(index) for index in indices[1:])
-    counted = active.counted.nonzero()
+    counted = positions.counted.nonzero()
     taught_by = counted[:, 1] + 1 + counted[:, 0]
     multiply_adds = {
         "fuse": 2 * len(seen) * 3 * size * size,
@@ -97,18 +97,18 @@ def _num_pairs(starts: tuple[int, ...], indices: tuple[Tensor, ...]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProductRate:
-    """Floating-point operations a second of a matrix product, two for each multiply-add."""
+    """Floating-point operations per second of a matrix product, two per multiply-add."""
 
     cpu: float
     wall: float
 
     def faster(self, other: "ProductRate") -> "ProductRate":
-        """Return the better of both figures."""
+        """Return the higher of both rates."""
         return ProductRate(cpu=max(self.cpu, other.cpu), wall=max(self.wall, other.wall))
 
 
 def product_rate(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> ProductRate:
-    """Return the rate of the fastest of three products that a step is made of, in this process."""
+    """Return the rate of the fastest of three products of a step, in this process."""
     size, rows = shape.hidden_size, _PRODUCT_ROWS[device]
     best = ProductRate(cpu=0.0, wall=0.0)
     for sizes in (
@@ -135,6 +135,6 @@ def _rate(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> ProductRat
         started = time.perf_counter()
         torch.mm(left, right, out=out)
         best, repeats = min(best, time.perf_counter() - started), repeats + 1
-    # Of all repeats: a single one may be over before the other threads' time is booked.
+    # Over all repeats: a single one may end before the other threads' time is counted.
     cpu = time.process_time() - cpu
     return ProductRate(cpu=repeats * operations / cpu, wall=operations / best)

@@ -1,8 +1,8 @@
 """One training step to measure: sizes, real masks, and tensors that are equal in every process.
 
-Only shapes and masks decide how long a step takes, so ids and states are random, drawn from seeds:
-each process makes its own copy, and nothing large travels. The target's argmax is always in the
-draft vocabulary. Imports nothing of Eyas, so that any environment with torch can load it.
+Only shapes and masks determine the time of a step, so ids and states are random, from fixed seeds:
+each process creates its own copy, and nothing large is transferred. The target's argmax is always
+in the draft vocabulary. Imports nothing of Eyas, so that any environment with torch can load it.
 
 Shapes: T tokens, H hidden, V target vocabulary, D draft vocabulary.
 """
@@ -20,7 +20,7 @@ STEP_DECAY = 0.8
 RMS_NORM_EPS = 1e-5
 ROPE_THETA = 10000.0
 _WARM_UP_TOKENS = 32
-_ALONG_THE_CHOICE = 0.8
+_ARGMAX_WEIGHT = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ SHAPES: Mapping[str, Shape] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCase:
-    """What one step is asked to do."""
+    """The input of one step."""
 
     shape: Shape
     ttt_length: int
@@ -84,7 +84,7 @@ class StepCase:
     lengths: tuple[int, ...]
     """Tokens of each sequence."""
     loss_mask: tuple[bool, ...]
-    """[T] the sequences behind one another."""
+    """[T] over the concatenated sequences."""
 
     @property
     def num_tokens(self) -> int:
@@ -110,7 +110,7 @@ class StepCase:
 
     @classmethod
     def read(cls, path: Path) -> "StepCase":
-        """Read what `write` wrote."""
+        """Read a case that `write` wrote."""
         fields = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             shape=Shape(**fields.pop("shape")),
@@ -122,7 +122,7 @@ class StepCase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTensors:
-    """What the target said about the tokens of a case."""
+    """The target's outputs for the tokens of a case."""
 
     input_ids: Tensor
     """[T]"""
@@ -131,7 +131,7 @@ class StepTensors:
     aux_hidden_states: Tensor
     """[T, 3H]"""
     last_hidden_state: Tensor
-    """[T, H] of unit mean square, so that a final norm without gain leaves it as it is."""
+    """[T, H] of unit mean square, so that a final norm without gain does not change it."""
     draft_choice: Tensor
     """[T] draft id of the target's argmax."""
 
@@ -142,7 +142,7 @@ def step_tensors(case: StepCase, draft_head: Tensor) -> StepTensors:
     draft_argmax = torch.randint(len(draft_head), (num_tokens,), generator=_generator("choice"))
     direction = torch.nn.functional.normalize(draft_head[draft_argmax], dim=-1)
     noise = torch.nn.functional.normalize(_normal("last", num_tokens, size), dim=-1)
-    last = _ALONG_THE_CHOICE * direction + (1 - _ALONG_THE_CHOICE) * noise
+    last = _ARGMAX_WEIGHT * direction + (1 - _ARGMAX_WEIGHT) * noise
     return StepTensors(
         input_ids=torch.randint(case.shape.vocab_size, (num_tokens,), generator=_generator("ids")),
         loss_mask=torch.tensor(case.loss_mask),
@@ -171,7 +171,7 @@ def whole_target_head(shape: Shape) -> Tensor:
 
 @torch.no_grad()
 def fill(name: str, weight: Tensor) -> Tensor:
-    """Set a weight in place to what its name stands for: gains to 1, matrices at random."""
+    """Fill a weight in place: gains with 1, matrices with random values seeded by `name`."""
     if weight.ndim == 1:
         return weight.fill_(1.0)
     return weight.normal_(std=0.02, generator=_generator(name))

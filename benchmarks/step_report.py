@@ -14,36 +14,36 @@ from benchmarks.step_worker import Ready, Turn
 OURS = "eyas"
 _STEP_HEAD = (
     "| shape, T, TTT | step | n | tokens/s CPU, wall | step memory, loaded | gradient | "
-    "Eyas is faster by CPU, wall | and takes of the memory |"
+    "Eyas speedup CPU, wall | Eyas memory share |"
 )
 _BOUND_HEAD = (
-    "| shape, T, TTT | sequences, supervised | needed | of it head, teacher | "
+    "| shape, T, TTT | sequences, supervised | needed | of which head, teacher | "
     "products CPU, wall | bound tokens/s CPU, wall | Eyas reaches CPU, wall |"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerResult:
-    """What became of one peer in one case."""
+    """Results of one peer in one case."""
 
     ready: Ready | None
     turns: tuple[Turn, ...]
     failure: str = ""
-    """Why there is no (further) turn."""
+    """Reason why there is no (further) turn."""
 
     @property
     def cpu_seconds(self) -> float:
-        """Return the median of a step."""
+        """Return the median per step."""
         return statistics.median(turn.cpu_seconds for turn in self.turns)
 
     @property
     def wall_seconds(self) -> float:
-        """Return the median of a step."""
+        """Return the median per step."""
         return statistics.median(turn.wall_seconds for turn in self.turns)
 
     @property
     def step_bytes(self) -> int:
-        """Return the peak above what was loaded."""
+        """Return the peak above the loaded memory."""
         return max(turn.step_bytes for turn in self.turns)
 
 
@@ -99,7 +99,7 @@ def bound_table(results: Sequence[CaseResult], *, peak: float = 0.0) -> Iterator
 
     Args:
         results: of all cases.
-        peak: floating-point operations a second that the device's maker promises, if known.
+        peak: advertised floating-point operations per second of the device, if known.
 
     """
     utilisation = " model-FLOPs utilisation |" if peak else ""

@@ -1,10 +1,10 @@
-"""Both ends of a conversation in JSON lines: a process that does training steps when it is asked.
+"""Both ends of a protocol in JSON lines: a process that runs training steps on request.
 
-Each peer lives in a process of its own, so that its memory can be told apart and its turn ended.
-It loads, takes one small step at learning rate 0 (which makes the optimizer's state), says `Ready`,
-and then answers each line with a `Turn`. Imports nothing of Eyas. Linux only: memory is what
-`/proc` says, because `ru_maxrss` begins at the size of the process that started this one; on a GPU
-it is what torch has allocated there.
+Each peer runs in a separate process, so that its memory can be measured and its turn ended. It
+loads, runs one small step at learning rate 0 (which creates the optimizer's state), sends `Ready`,
+and then answers each line with a `Turn`. Imports nothing of Eyas. Linux only: memory is read from
+`/proc`, because `ru_maxrss` starts at the size of the parent process; on a GPU it is the memory
+that torch has allocated.
 """
 
 import argparse
@@ -38,14 +38,14 @@ class Peer:
     trained: Sequence[Parameter]
     optimizer: torch.optim.Optimizer
     fusion: Parameter
-    """The weight that fuses the aux states: its gradient has come through everything else."""
+    """The weight that fuses the aux states: its gradient has passed through everything else."""
     prepare: Callable[[StepCase], Callable[[], Tensor]]
-    """Makes the batch of a case; what it returns computes the loss of that batch."""
+    """Creates the batch of a case; returns a function that computes the loss of that batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
-    """Said once, before the first turn."""
+    """Sent once, before the first turn."""
 
     loaded_bytes: int
     """Weights, optimizer state and batch."""
@@ -61,15 +61,15 @@ class Turn:
     gradients: tuple[float, ...]
     """Some entries of the fusion weight's gradient before clipping, evenly spaced."""
     step_bytes: int
-    """Peak of the process, or on its GPU, above what was loaded."""
+    """Peak of the process, or on its GPU, above the loaded memory."""
 
 
 class PeerFailedError(Exception):
-    """A peer did not answer; the message says why."""
+    """A peer did not answer; the message has the reason."""
 
 
 def serve(load: Callable[[StepCase, str], Peer]) -> None:
-    """Do steps until standard input ends. Run by the child: CASE --threads --memory --variant."""
+    """Run steps until standard input ends. For the child: CASE --threads --memory-gib --variant."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", type=Path)
     parser.add_argument("--threads", type=int, required=True)
@@ -77,7 +77,7 @@ def serve(load: Callable[[StepCase, str], Peer]) -> None:
     parser.add_argument("--variant", default="")
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not end up among the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     case = StepCase.read(arguments.case)
     torch.set_num_threads(arguments.threads)
     try:
@@ -98,10 +98,10 @@ def _answer(
     if case.device != "cpu":  # there, kernels are chosen or compiled for the sizes of the case
         _step(peer, loss_of_batch, case)
     _set_learning_rate(peer, LEARNING_RATE)
-    memory.forget_peak()
+    memory.reset_peak()
     loaded = memory.now()
     write(json.dumps(asdict(Ready(loaded_bytes=loaded - imported))) + "\n")
-    while _asked():
+    while _is_requested():
         started = time.perf_counter(), time.process_time()
         loss, gradient = _step(peer, loss_of_batch, case)
         turn = Turn(
@@ -114,7 +114,7 @@ def _answer(
         write(json.dumps(asdict(turn)) + "\n")
 
 
-def _asked() -> bool:
+def _is_requested() -> bool:
     try:
         return input() == "step"
     except EOFError:
@@ -151,26 +151,26 @@ def _set_learning_rate(peer: Peer, rate: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Memory:
-    """How much is in use; loading must not count as the step's."""
+    """Memory in use; loading must not count for the step."""
 
     now: Callable[[], int]
     peak: Callable[[], int]
-    forget_peak: Callable[[], object]
+    reset_peak: Callable[[], object]
 
 
 def _memory(device: str, *, limit: int) -> _Memory:
-    """Return the gauge of a device; on a CPU the process is held to `limit` bytes."""
+    """Return the gauge of a device; on a CPU, limit the process to `limit` bytes."""
     if device != "cpu":
         return _Memory(
             now=torch.cuda.memory_allocated,
             peak=torch.cuda.max_memory_allocated,
-            forget_peak=torch.cuda.reset_peak_memory_stats,
+            reset_peak=torch.cuda.reset_peak_memory_stats,
         )
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     return _Memory(
         now=lambda: _resident_bytes("VmRSS"),
         peak=lambda: _resident_bytes("VmHWM"),
-        forget_peak=lambda: Path("/proc/self/clear_refs").write_text("5", encoding="utf-8"),
+        reset_peak=lambda: Path("/proc/self/clear_refs").write_text("5", encoding="utf-8"),
     )
 
 
@@ -188,7 +188,7 @@ def _reason(error: Exception) -> str:
 
 
 class Worker:
-    """The asking end: one peer's process, ended when it is late."""
+    """The requesting end: one peer's process, killed when it is late."""
 
     def __init__(
         self, command: Sequence[str], *, log_path: Path, environment: dict[str, str]
@@ -223,13 +223,13 @@ class Worker:
         return Ready(**self._read(seconds))
 
     def turn(self, seconds: float) -> Turn:
-        """Have it do one step; the same errors."""
+        """Request one step; raise the same errors."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise PeerFailedError(self._ended()) from None
+            raise PeerFailedError(self._exit_reason()) from None
         fields = self._read(seconds)
         return Turn(**{**fields, "gradients": tuple(fields["gradients"])})
 
@@ -241,16 +241,16 @@ class Worker:
         in_time = timer.is_alive()
         timer.cancel()
         if not line:
-            late = f"no answer in {seconds:.0f} s"
-            raise PeerFailedError(self._ended() if in_time else late)
+            late = f"no answer within {seconds:.0f} s"
+            raise PeerFailedError(self._exit_reason() if in_time else late)
         fields: dict[str, Any] = json.loads(line)
         if "failed" in fields:
             raise PeerFailedError(fields["failed"])
         return fields
 
-    def _ended(self) -> str:
+    def _exit_reason(self) -> str:
         status = self._process.wait()
         if status == -9:
-            return "killed, likely for lack of memory"
+            return "killed, probably out of memory"
         lines = self._log_path.read_text(encoding="utf-8").strip().splitlines()
         return f"ended with status {status}: {lines[-1] if lines else 'no message'}"

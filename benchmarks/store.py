@@ -1,16 +1,16 @@
 """The store against other tools' formats on real hidden states, all in one run, taking turns.
 
-`python -m benchmarks.store smollm2 --results benchmarks/results/store.md`
+`python -m benchmarks.store smollm2 --results docs/benchmarks/store.md`
 
 runs the target of the recipe over conversations that `make demo` (or a hidden-states flow) left in
 the home folder, writes and reads the states in each format, and prints two tables:
 
-* formats: bytes on disk for each real token, MB of real bfloat16 states a second (CPU time of this
-  process, and wall), samples a second, files for 1000 conversations. Padding and repeated rows of
+* formats: bytes on disk per real token, MB of real bfloat16 states per second (CPU time of this
+  process, and wall), samples per second, files per 1000 conversations. Padding and repeated rows of
   other tools' formats count against them: they are stored and read, but nothing is learned twice.
 * profiles: codec speed alone, error, and the teacher's divergence (KL, nats) from the true states.
 
-Figures are medians of the rounds. Reading is from the page cache: disks differ, processors less.
+Values are medians of the rounds. Reads are from the page cache: disks differ more than processors.
 """
 
 import argparse
@@ -56,23 +56,23 @@ REPORT = """\
 `{command}`: {machine}; median of {rounds}.
 
 {num_samples} conversations, {tokens:,} tokens, hidden size {hidden}, {layers} aux layers.
-One row for each assistant turn makes {rows} rows of {row_tokens:,} tokens of the same text;
-padding to the longest of {batch} makes {padded_tokens:,}. MB are of the bfloat16 states of real
-tokens, the same for all formats. Figures of Eyas include health checks, digests, fsync and the
-snapshot; others have none of these. "+ recompute" keeps half of the states; what making the others
-again costs is in recompute.md.
+One row per assistant turn gives {rows} rows of {row_tokens:,} tokens of the same text; padding to
+the longest of {batch} gives {padded_tokens:,}. MB are of the bfloat16 states of real tokens, the
+same for all formats. Values of Eyas include health checks, digests, fsync and the snapshot; others
+have none of these. "+ recompute" stores half of the states; the cost of recomputing the others is
+in recompute.md.
 
 {formats}
 
-The states alone, coded in memory. Tokens without a supervised one near them have no last state, and
-"raw" means what is stored of them.
+The states alone, encoded in memory. Tokens without a supervised token near them have no last state;
+"raw" counts only the stored states.
 
 {profiles}
 """
 PACKAGES = ("zarr", "numcodecs", "zstandard", "numpy", "torch", "safetensors")
 KL_POSITIONS = 2000
 HALVED: Sequence[ProfileName] = ("lossless", "int8")
-"""Profiles that are also measured with states left out; making these again is not counted."""
+"""Profiles that are also measured with omitted states; recomputing these is not counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,7 @@ def measure_formats(
     for turn in range(rounds + 1):
         for name, take in formats.items():
             found = take()
-            if turn:  # the first pays for imports
+            if turn:  # the first round pays for imports
                 turns[name].append(found)
     return {name: _median(found) for name, found in turns.items()}
 
@@ -179,10 +179,10 @@ def _median(turns: Sequence[Turn]) -> Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileFigures:
-    """What a profile does to the states alone."""
+    """Size, speed and error of a profile on the states alone."""
 
     ratio: float
-    """Stored bytes to raw bytes."""
+    """Stored bytes / raw bytes."""
     encode: float
     """Raw MB per CPU-second."""
     decode: float
@@ -216,7 +216,7 @@ def measure_profile(
         write_states(name, rows, profile, objects.open)
     encode, decode = [], []
     found: dict[str, NDArray[np.uint16]] = {}
-    memory = RecycledMemory(most_free=2)  # what a reader decodes into
+    memory = RecycledMemory(most_free=2)  # a reader decodes into this
     for _ in range(rounds):
         found.clear()
         begun = time.process_time()
@@ -279,11 +279,11 @@ def format_table(turns: Mapping[str, Turn], samples: Sequence[StoredSample]) -> 
         )
 
 
-def profile_table(figures: Mapping[ProfileName, ProfileFigures]) -> Iterator[str]:
+def profile_table(measured: Mapping[ProfileName, ProfileFigures]) -> Iterator[str]:
     """Yield the rows of the profiles' table in Markdown."""
     yield PROFILE_HEAD
     yield "|---|---|---|---|---|---|"
-    for name, found in figures.items():
+    for name, found in measured.items():
         yield (
             f"| `{name}` | {found.ratio:.3f} | {found.encode:.0f} | {found.decode:.0f} | "
             f"{found.error:.1e} | {found.teacher_kl:.1e} |"
@@ -296,7 +296,7 @@ def report(arguments: argparse.Namespace) -> str:
     head = target.lm_head_weight.float().numpy()
     samples = capture(target, token_file(arguments.recipe, arguments.home), arguments.samples)
     turns = measure_formats(samples, vocab=len(head), rounds=arguments.rounds)
-    figures = {p: measure_profile(p, samples, head, rounds=arguments.rounds) for p in PROFILES}
+    profiles = {p: measure_profile(p, samples, head, rounds=arguments.rounds) for p in PROFILES}
     ends = [turn_ends(sample) for sample in samples]
     layers, hidden = samples[0].aux_hidden_states.shape[1:]
     return REPORT.format(
@@ -312,12 +312,12 @@ def report(arguments: argparse.Namespace) -> str:
         batch=BATCH_SAMPLES,
         padded_tokens=padded_tokens(samples),
         formats="\n".join(format_table(turns, samples)),
-        profiles="\n".join(profile_table(figures)),
+        profiles="\n".join(profile_table(profiles)),
     )
 
 
 def main() -> None:
-    """Print the report, and write it where `--results` says."""
+    """Print the report and write it to `--results`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

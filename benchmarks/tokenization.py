@@ -1,11 +1,11 @@
-"""Speed and memory of the way from ShareGPT to tokens with exact masks, over 100,000 conversations.
+"""Speed and memory from ShareGPT to tokens with exact masks, over 100,000 conversations.
 
 Run: python -m benchmarks.tokenization [NUM_CONVERSATIONS]
 
-The records of the packaged ShareGPT file are taken again and again, each time with another first
-line, so that none is a duplicate. Every stage is a process tree of its own, whose resident memory
-is added up five times a second. "Plain loop" is `apply_chat_template` and the tokenizer, one
-conversation at a time in one process, without masks; everything else makes exact masks.
+The records of the packaged ShareGPT file are repeated, each time with another first line, so that
+none is a duplicate. Every stage is a separate process tree, whose resident memory is summed five
+times per second. "Plain loop" is `apply_chat_template` and the tokenizer, one conversation at a
+time in one process, without masks; all other stages compute exact masks.
 """
 
 import json
@@ -37,23 +37,23 @@ from eagle_core.tokenization.token_file import write_token_file
 MAX_LENGTH = 2048
 _PACKAGED = DatasetConfig.model_validate({"name": "packaged", "source": "preset:sharegpt-packaged"})
 _FEW = 10_000
-"""Conversations of the stages that are measured for their speed alone."""
+"""Conversations of the stages that are measured only for speed."""
 _SAMPLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metrics:
-    """What one stage took."""
+    """Time and memory of one stage."""
 
     name: str
     num_conversations: int
     seconds: float
     processor_seconds: float
-    """Of all processes: what the work takes, however busy the machine is with other things."""
+    """Of all processes: the cost of the work, independent of other load on the machine."""
     peak_resident: int
-    """Bytes of all processes; pages that they share count once in each."""
+    """Bytes of all processes; shared pages count once in each."""
     peak_proportional: int
-    """Bytes of all processes; pages that they share count once."""
+    """Bytes of all processes; shared pages count once."""
 
     def row(self) -> str:
         """Return the line of the table."""
@@ -66,7 +66,7 @@ class Metrics:
 
 
 def write_source(path: Path, num: int) -> None:
-    """Write JSON lines that `dataset` keeps `num` conversations of, and some that it drops."""
+    """Write JSON lines of which `dataset` keeps `num` conversations and drops some."""
     with path.open("w", encoding="utf-8") as file:
         for number, record in enumerate(_varied()):
             file.write(json.dumps(record, ensure_ascii=True) + "\n")
@@ -134,7 +134,7 @@ def _conversations(directory: Path, num: int) -> Iterator[Conversation]:
 
 
 def measure(name: str, num: int, work: Callable[..., None], *arguments: object) -> Metrics:
-    """Run `work` in a process of its own and watch it and its children."""
+    """Run `work` in a separate process and measure it and its children."""
     context = multiprocessing.get_context("spawn")
     times = context.Array("d", 2)
     process = context.Process(target=_timed, args=(times, work, arguments))
@@ -191,7 +191,7 @@ def main() -> None:
         directory, source = Path(name), Path(name) / "source.jsonl"
         write_source(source, num)
         print(f"source of {source.stat().st_size:,} bytes", flush=True)
-        figures = [
+        measured = [
             measure("`dataset`", num, build, source, directory, num),
             measure("tokens, 2 processes", num, tokenize, directory, num, 2),
             measure("tokens, 1 process", few, tokenize, directory, few, 1),
@@ -199,12 +199,12 @@ def main() -> None:
         ]
     print(describe(["tokenizers", "transformers", "pyarrow"]))
     print(
-        "| stage | conversations | seconds | conversations/s | processor ms a conversation | "
+        "| stage | conversations | seconds | conversations/s | processor ms per conversation | "
         "peak MB | peak MB, shared once |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for one in figures:
-        print(one.row())
+    for metrics in measured:
+        print(metrics.row())
 
 
 if __name__ == "__main__":

@@ -3,25 +3,25 @@
 Run: python -m benchmarks.train_step --speculators-venv FOLDER --results FILE
 
 One step is forward, backward, gradient clipping and AdamW on one pack of real ShareGPT masks (ids
-and states are random). Peers, each in a process of its own, one working at a time:
+and states are random). Peers, each in a separate process, one working at a time:
 
 * `eyas`: `eagle_core.training.ttt` as the trainer calls it.
 * `plain`: the published step in eager PyTorch (`benchmarks/plain_step.py`).
 * `speculators`: the model of the speculators package (`benchmarks/speculators_step.py`), which
-  freezes the draft's head; `speculators+head` trains it as the others do. Left out without an
+  freezes the draft's head; `speculators+head` trains it as the others do. Skipped without an
   environment that has the package.
 
 All start from the same weights and tensors, and the same positions count in their losses: the table
-shows how far their first gradients are from ours. Figures are medians of the rounds. "Step memory"
-is the peak of resident memory above what was loaded (weights, optimizer state, batch). A peer that
-is late, or does not fit into memory, has the reason in its row. The second table compares our step
+shows how far their first gradients are from ours. Values are medians of the rounds. "Step memory"
+is the peak of resident memory above the loaded memory (weights, optimizer state, batch). The row of
+a peer that is late, or does not fit into memory, has the reason. The second table compares our step
 with the time that its needed matrix products would take (`benchmarks/step_arithmetic.py`).
 
 With `--device cuda` the steps run on a GPU: memory is what torch allocates there, the columns of
-processor time mean little, and `--peak-tflops` (what its maker promises for the dtype) gives the
-model-FLOPs utilisation. `--compile` lets steps use torch.compile, ours with FlexAttention.
+processor time mean little, and `--peak-tflops` (advertised for the dtype) gives the model-FLOPs
+utilisation. `--compile` lets steps use torch.compile, ours with FlexAttention.
 
-Rounds adapt to `--minutes`: each case does at least one.
+Rounds adapt to `--minutes`: each case runs at least one.
 """
 
 import argparse
@@ -54,13 +54,13 @@ REPORT = """\
 `{command}`: {machine}. speculators is 0.9.0 with {speculators_attention} attention; plain has
 "{plain_attention}" attention; {dtype}, {threads} thread(s); medians of n.
 
-Forward, backward, clipping and AdamW on T tokens with real ShareGPT masks. CPU is for each second
-of processor time. Step memory is the peak above what is loaded. "Gradient" is the relative
-difference of the first gradient of the fusing weight from ours.
+Forward, backward, clipping and AdamW on T tokens with real ShareGPT masks. CPU is per second of
+processor time. Step memory is the peak above the loaded memory. "Gradient" is the relative
+difference of the first gradient of the fusion weight from ours.
 
 {steps}
 
-What our step needs in matrix products, and how fast this machine does those, measured between the
+The matrix products that our step needs, and this machine's speed on them, measured between the
 turns:
 
 {bounds}
@@ -68,7 +68,7 @@ turns:
 
 
 def commands(arguments: argparse.Namespace) -> Mapping[str, Sequence[str]]:
-    """Return how each wanted peer is started, but for its case."""
+    """Return the command of each selected peer, without its case."""
     package = str(Path(arguments.speculators_venv or "") / "bin" / "python")
     attention = arguments.speculators_attention
     ways = {
@@ -95,12 +95,12 @@ def measure_case(case: StepCase, arguments: argparse.Namespace, *, seconds: floa
     rate = ProductRate(cpu=0.0, wall=0.0)
     with _workers(case, arguments) as workers:
         for name, worker in workers.items():
-            with _noting(failures, name):
+            with _recording(failures, name):
                 ready[name] = worker.ready(arguments.turn_seconds)
         for done in range(1, arguments.rounds + 1):
             begun = time.monotonic()
             for name in (name for name in names if name not in failures):
-                with _noting(failures, name):
+                with _recording(failures, name):
                     turns[name].append(workers[name].turn(arguments.turn_seconds))
             rate = rate.faster(product_rate(case.shape, getattr(torch, case.dtype), case.device))
             now = time.monotonic()
@@ -117,7 +117,7 @@ def measure_case(case: StepCase, arguments: argparse.Namespace, *, seconds: floa
 
 @contextlib.contextmanager
 def _workers(case: StepCase, arguments: argparse.Namespace) -> Iterator[Mapping[str, Worker]]:
-    """Start all peers at once; they load side by side."""
+    """Start all peers at once; they load in parallel."""
     environment = dict(os.environ)
     if not arguments.compile:
         environment["TORCHDYNAMO_DISABLE"] = "1"  # eager, as on any CPU
@@ -137,7 +137,7 @@ def _workers(case: StepCase, arguments: argparse.Namespace) -> Iterator[Mapping[
 
 
 @contextlib.contextmanager
-def _noting(failures: dict[str, str], name: str) -> Iterator[None]:
+def _recording(failures: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except PeerFailedError as error:
@@ -145,7 +145,7 @@ def _noting(failures: dict[str, str], name: str) -> Iterator[None]:
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> list[CaseResult]:
-    """Measure every case, small ones first; what they leave of their time goes to the others."""
+    """Measure every case, small ones first; the time that they leave goes to the others."""
     end = time.monotonic() + 60 * arguments.minutes
     samples = sharegpt_samples(NUM_CONVERSATIONS)
     packs = {num_tokens: typical_pack(samples, num_tokens) for num_tokens in arguments.tokens}
@@ -177,12 +177,12 @@ def _case(shape: str, pack: PackedMask, ttt_length: int, arguments: argparse.Nam
 
 
 def _weight(case: StepCase) -> int:
-    """Return the case's claim on the time: less than proportional, so that small ones repeat."""
+    """Return the case's share of the time: less than proportional, so that small ones repeat."""
     return (case.num_tokens * case.ttt_length + 4000) * case.shape.hidden_size
 
 
 def report(arguments: argparse.Namespace, results: Sequence[CaseResult]) -> str:
-    """Return everything in Markdown."""
+    """Return the report in Markdown."""
     return REPORT.format(
         command=_command(arguments),
         machine=_machine(arguments.device),
@@ -227,16 +227,16 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, default=2)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--compile", action="store_true", help="let steps use torch.compile")
-    add("--peak-tflops", type=float, default=0.0, help="of the GPU, for its utilisation")
+    add("--peak-tflops", type=float, default=0.0, help="peak of the GPU, for its utilisation")
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS[:3]))
     add("--plain-attention", choices=("columns", "dense"), default="columns")
     add("--speculators-attention", choices=("sdpa", "eager"), default="sdpa")
     add("--speculators-venv", type=Path, help="environment that has speculators 0.9.0")
     add("--rounds", type=int, default=5, help="at most; --minutes may allow fewer")
-    add("--minutes", type=float, default=12.0, help="for everything")
+    add("--minutes", type=float, default=12.0, help="for all cases")
     add("--turn-seconds", type=float, default=180.0, help="limit of one peer's turn")
     add("--memory-gib", type=float, default=16.0, help="limit of one peer's data")
-    add("--results", type=Path, help="where to write the report as well")
+    add("--results", type=Path, help="also write the report to this file")
     arguments = parser.parse_args(command_line)
     if arguments.speculators_venv is None:
         arguments.peers = [name for name in arguments.peers if "speculators" not in name]
@@ -248,7 +248,7 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Print the report, and write it where `--results` says."""
+    """Print the report and write it to `--results`."""
     arguments = parse(sys.argv[1:])
     console = Console()
     torch.set_num_threads(arguments.threads)

@@ -1,1 +1,1 @@
-"""What runs where and when: one YAML per target model, and the front doors to the flows."""
+"""The deployments: one recipe per target model, and the command line of the flows."""

@@ -1,7 +1,7 @@
 """The Prefect API that `eyas run` reports to: a running server, else a temporary one.
 
-A run reported to a temporary server lands in the same database, so that a server started later
-shows it. Import this after `settle_environment`: Prefect reads its environment when it is imported.
+A temporary server writes to the same database, so that a server started later shows the run. Import
+this module after `settle_environment`: Prefect reads its environment on import.
 """
 
 import atexit
@@ -35,12 +35,12 @@ _FLOWS = Path(flows.__file__).parent
 _HEALTH_SECONDS = 2.0
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
-_LAST_WORDS_CHARS = 500
+_LAST_OUTPUT_CHARS = 500
 
 
 @contextmanager
 def prefect_api() -> Iterator[str | None]:
-    """Serve a Prefect API while the block runs; yield a running server's URL, None if temporary."""
+    """Provide a Prefect API while the block runs; yield the URL of a running server, else None."""
     configured = PREFECT_API_URL.value()
     if configured and _is_healthy(configured):
         yield configured
@@ -50,7 +50,7 @@ def prefect_api() -> Iterator[str | None]:
 
 
 class _StandardError(logging.Handler):
-    """Prints above a progress bar, which takes standard error over while it is shown."""
+    """Prints above a progress bar, which redirects standard error while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
@@ -58,7 +58,7 @@ class _StandardError(logging.Handler):
 
 
 def print_own_warnings() -> None:
-    """Print on standard error what our own modules warn of, in a terminal too."""
+    """Print the warnings of our own modules on standard error, in a terminal too."""
     setup_logging()  # else Prefect's first flow run would replace the handlers
     handler = _StandardError(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
@@ -66,8 +66,8 @@ def print_own_warnings() -> None:
 
 
 def print_own_lines() -> None:
-    """Print on standard error what our flows log, and nothing that Prefect itself does."""
-    setup_logging()  # else its first flow run would replace the handlers
+    """Print the log lines of our flows on standard error, without Prefect's own lines."""
+    setup_logging()  # else Prefect's first flow run would replace the handlers
     handler = _StandardError()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: Path(record.pathname).is_relative_to(_FLOWS))
@@ -82,29 +82,29 @@ def _add_once(handler: _StandardError, names: Sequence[str]) -> None:
 
 
 def _start_server() -> str:
-    """Start a server of our own on loopback and return its API's URL.
+    """Start our own server on loopback and return its API's URL.
 
-    It has a session of its own: Ctrl-C stops the flow, which then still has somewhere to report to.
-    It ends when this process does, after the last event is out, or by a kill.
+    It runs in a separate session: Ctrl-C stops the flow, which can still report to the server. It
+    ends with this process: after the last event is sent, or when this process is killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
-    words = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (the server writes into it to its end)
+    stderr = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (the server writes to it until it ends)
     server = subprocess.Popen(
         [sys.executable, "-m", "deployments.cli.temporary_server", str(port)],
         stdin=subprocess.PIPE,
         env={
             **os.environ,
             **settings,
-            "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",  # into the file
+            "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",  # goes into the file
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
             "PREFECT_UI_ENABLED": "0",
             "PREFECT__SERVER_EPHEMERAL": "1",
             "PREFECT__SERVER_FINAL": "1",
         },
-        stderr=words,
+        stderr=stderr,
         start_new_session=True,
     )
     atexit.register(_stop, server)
@@ -114,38 +114,38 @@ def _start_server() -> str:
         seconds = time.monotonic() - started
         if server.poll() is not None:
             raise ServerFailedError(
-                f"Prefect's temporary server ended after {seconds:.0f} s with exit status "
-                f"{server.returncode}. {_database()}Its last words: {_last_words(words)}"
+                f"Prefect's temporary server exited after {seconds:.0f} s with status "
+                f"{server.returncode}. {_database()}Its last output: {_last_output(stderr)}"
             )
         if seconds > _START_SECONDS:
             raise ServerFailedError(
-                f"Prefect's temporary server did not answer within {_START_SECONDS:.0f} s; start "
-                "one with `make server`, or run the same again. Its last words: "
-                f"{_last_words(words)}"
+                f"Prefect's temporary server did not respond within {_START_SECONDS:.0f} s; start "
+                "one with `make server`, or run the same command again. Its last output: "
+                f"{_last_output(stderr)}"
             )
         time.sleep(0.1)
     return api_url
 
 
 def _database() -> str:
-    """Return what a person can do about a database that Prefect does not take."""
+    """Return advice on a database that Prefect cannot use."""
     url = PREFECT_API_DATABASE_CONNECTION_URL.value()
     if not url or not url.startswith("sqlite"):
         return "Check PREFECT_API_DATABASE_CONNECTION_URL. " if url else ""
     path = url.partition(":///")[2]
     return (
-        f"If that is about its database, {path} is damaged or of another version of Prefect: move "
-        "it away and run the same again (nothing of Eyas is lost, only the list of past runs), or "
-        "set PREFECT_HOME to another folder. "
+        f"If the error is about the database, {path} is damaged or from another version of "
+        "Prefect: move it away and run the same command again (only the list of past runs is lost, "
+        "no data of Eyas), or set PREFECT_HOME to another folder. "
     )
 
 
-def _last_words(words: IO[bytes]) -> str:
-    """Return the last error that a server named on its standard error, else the end of that."""
-    words.seek(0)
-    text = words.read().decode(errors="replace").strip()
+def _last_output(stderr: IO[bytes]) -> str:
+    """Return the last error in a server's standard error, else the end of the output."""
+    stderr.seek(0)
+    text = stderr.read().decode(errors="replace").strip()
     errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*$", text, flags=re.MULTILINE)
-    return errors[-1] if errors else text[-_LAST_WORDS_CHARS:] or "none"
+    return errors[-1] if errors else text[-_LAST_OUTPUT_CHARS:] or "none"
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

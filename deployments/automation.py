@@ -1,4 +1,4 @@
-"""What starts by itself: looking for new data, computing its states, training on them."""
+"""What starts automatically: checking for new data, computing its states, training on them."""
 
 from typing import Any
 
@@ -15,25 +15,25 @@ from flows.workspace import DEFAULT_HOME
 
 
 class AutomationConfig(ConfigModel):
-    """Section of a recipe; nothing starts by itself unless the recipe turns it on."""
+    """Section of a recipe; nothing starts automatically unless the recipe enables it."""
 
     watch_cron: str | None = Field(
         default=None,
         pattern=r"^\S+( \S+){4}$",
-        description="When `watch` looks for new data, as five cron fields in UTC: `0 * * * *`.",
+        description="When `watch` checks for new data, as five cron fields in UTC: `0 * * * *`.",
     )
     on_new_data: bool = Field(
-        default=False, description="Start hidden-states when `watch` has seen new data."
+        default=False, description="Start hidden-states when `watch` has found new data."
     )
     home: str = Field(
         default=DEFAULT_HOME,
-        description="Folder for data, stores and runs of everything that a server starts, as its "
-        "workers see it; `eyas run` has --home.",
+        description="Folder for data, stores and runs of the flows that a server starts, as seen "
+        "by its workers; `eyas run` takes --home.",
     )
     train_on_snapshot: bool = Field(
         default=False,
-        description="Start train when hidden-states has published a snapshot, as a run of its own "
-        "for each snapshot.",
+        description="Start train when hidden-states has published a snapshot; each snapshot gets a "
+        "separate run.",
     )
 
 

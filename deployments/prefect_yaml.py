@@ -1,8 +1,8 @@
 """`prefect.yaml` from the recipes: one deployment per flow and recipe, registered by one command.
 
 The file is generated and committed; a test fails when it no longer matches the recipes. Parameters
-are written out in full, so that the Prefect UI shows what will run and lets a person change it.
-Each section of a recipe stands once, below `definitions`.
+are written out in full, so that the Prefect UI shows what will run and lets users change it. Each
+section of a recipe appears once, below `definitions`.
 """
 
 from typing import Any
@@ -22,11 +22,11 @@ HEADER = """\
 
 
 class _Section(dict[str, Any]):
-    """A section of a recipe: written where it is defined, referred to by name elsewhere."""
+    """A section of a recipe: written once, referenced by its anchor elsewhere."""
 
     def __init__(self, anchor: str, values: dict[str, Any]) -> None:
         super().__init__(values)
-        self.anchor = anchor.replace(".", "_")  # YAML's, not ours
+        self.anchor = anchor.replace(".", "_")  # a rule of YAML
 
 
 class _Dumper(yaml.SafeDumper):
@@ -61,7 +61,7 @@ def render() -> str:
             first = deployments.setdefault(key, deployment)
             if first["parameters"] != deployment["parameters"]:
                 raise ConfigError(
-                    f"recipe {name}: deployment {'/'.join(key)} is already taken by another recipe "
+                    f"recipe {name}: another recipe already defines deployment {'/'.join(key)} "
                     "with other parameters; give its data set another name"
                 )
             _add_schedules(first, schedules(entry.name, recipe.automation))
@@ -107,7 +107,7 @@ def _deployment(
 
 
 def _add_schedules(deployment: dict[str, Any], wanted: list[dict[str, Any]]) -> None:
-    """Add schedules that are not there; without any there is no key, and those of the UI stay."""
+    """Add missing schedules; without any the key is absent, which keeps those set in the UI."""
     for schedule in wanted:
         if schedule not in deployment.setdefault("schedules", []):
             deployment["schedules"].append(schedule)

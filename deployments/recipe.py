@@ -1,4 +1,4 @@
-"""A recipe: everything the flows need to know about one target model, read from its YAML file."""
+"""A recipe: all settings of the flows for one target model, read from its YAML file."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 
 FOLDER = Path(__file__).parent / "recipes"
-FORMER_FOLDER = FOLDER.parent  # recipes were there before they had a folder
+FORMER_FOLDER = FOLDER.parent  # recipes were here before they had a folder
 _log = logging.getLogger(__name__)
 
 
@@ -62,14 +62,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `section.key=value`, the value in YAML: `training.max_steps=100`.
 
     Raises:
-        ConfigError: no such recipe, or a key or value that does not fit; names each one.
+        ConfigError: no such recipe, or unknown keys or invalid values; names each one.
 
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _paths().get(name)
     if path is None or not path.is_file():
         raise ConfigError(
-            f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}, or give the "
-            "path of a YAML file, or the folder of a run"
+            f"there is no recipe {name!r}; known recipes: {', '.join(recipe_names())}. Name one of "
+            "these, or give the path of a YAML file or the folder of a run"
         )
     if path.parent == FORMER_FOLDER:
         _log.warning("%s: recipes are in deployments/recipes/ now; move this one there", path)
@@ -83,11 +83,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of_run(run: Run, run_path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe that a run was made with, with overrides applied; sections that say nothing
-    of a run have their defaults.
+    """Return the recipe of a run, with overrides applied.
+
+    Sections that a run does not record have their defaults.
 
     Raises:
-        ConfigError: a key or value that does not fit; names each one.
+        ConfigError: unknown keys or invalid values; names each one.
 
     """
     sections = ("target", "dataset", "store", "training", "tracking")
@@ -124,13 +125,13 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, where: str) -> str:
     """Return one message that names every wrong key, what was expected and what exists."""
-    lines = [f"{where} does not fit:"]
+    lines = [f"{where} is invalid:"]
     for problem in error.errors(include_url=False):
         dotted = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = ", ".join(_known_keys(problem["loc"]))
-            lines.append(f"  {dotted}: there is no such key; there are: {known}")
-        elif problem["type"] == "secret":  # not to be shown
+            lines.append(f"  {dotted}: there is no such key; known keys: {known}")
+        elif problem["type"] == "secret":  # must not be shown
             lines.append(f"  {dotted}: {problem['msg']}")
         else:
             lines.append(f"  {dotted}: {problem['msg']} (found {problem['input']!r})")
@@ -138,7 +139,7 @@ def _explain(error: ValidationError, where: str) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that exist beside the last part of `location`."""
+    """Return the known keys of the section that the last part of `location` is in."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
         annotation = model.model_fields[str(part)].annotation

@@ -1,4 +1,4 @@
-"""Every flow that can be deployed or run: its name, where it is, and which sections it takes."""
+"""Every flow that can be deployed or run: its name, its entrypoint and its recipe sections."""
 
 import importlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from eagle_core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowEntry:
-    """One flow and the parts of a recipe that are its parameters."""
+    """One flow and the recipe sections that are its parameters."""
 
     name: str
     entrypoint: str
@@ -18,9 +18,9 @@ class FlowEntry:
     sections: tuple[str, ...]
     description: str
     own_parameters: tuple[str, ...] = ()
-    """Of `run` and `snapshot_id`, those that it takes."""
+    """Those of `run` and `snapshot_id` that the flow takes."""
     is_exclusive: bool = False
-    """Whether a second run of a deployment waits for the first, rather than doing the same work."""
+    """Whether a second run of a deployment waits for the first, instead of doing the same work."""
 
     def load(self) -> Callable[..., Any]:
         """Import the flow. Prefect's environment must be settled before the first call."""
@@ -41,25 +41,25 @@ FLOWS = (
         name="watch",
         entrypoint="flows/watch.py:watch",
         sections=("dataset",),
-        description="Look whether the source still holds what the data set was built from",
+        description="Check whether the source has changed since the data set was built",
     ),
     FlowEntry(
         name="regenerate",
         entrypoint="flows/regenerate.py:regenerate_flow",
         sections=("target", "dataset", "regeneration"),
-        description="Replace the assistant's turns by the target's own answers, as a new data set",
+        description="Replace the assistant turns with the target's own answers, as a new data set",
     ),
     FlowEntry(
         name="plan",
         entrypoint="flows/plan.py:plan",
         sections=("target", "dataset", "store"),
-        description="Say what hidden-states would make: bytes by profile, time, and if it fits",
+        description="Estimate the cost of hidden-states: bytes per profile, time, whether it fits",
     ),
     FlowEntry(
         name="hidden-states",
         entrypoint="flows/hidden_states.py:hidden_states",
         sections=("target", "dataset", "store", "runner"),
-        description="Compute the hidden states that the store does not hold yet",
+        description="Compute the hidden states that are missing from the store",
         is_exclusive=True,
     ),
     FlowEntry(
@@ -67,7 +67,7 @@ FLOWS = (
         entrypoint="flows/train.py:train_flow",
         sections=("target", "dataset", "store", "training", "tracking"),
         own_parameters=("run", "snapshot_id"),
-        description="Train the draft from the snapshot of its data set, or go on where it stopped",
+        description="Train the draft on the snapshot of its data set, or resume where it stopped",
     ),
     FlowEntry(
         name="evaluate",
@@ -88,7 +88,7 @@ FLOWS = (
         entrypoint="flows/export.py:export_flow",
         sections=("target", "dataset", "training", "export"),
         own_parameters=("run",),
-        description="Write the draft as SGLang, vLLM and speculators load it",
+        description="Write the draft in the layouts that SGLang, vLLM and speculators load",
     ),
     FlowEntry(
         name="offline",
@@ -108,19 +108,19 @@ FLOWS = (
         name="verify",
         entrypoint="flows/verify.py:verify_flow",
         sections=("target", "dataset", "store"),
-        description="Check every byte of the store, and that the states say what the target said",
+        description="Check every byte of the store and the semantic probe of every shard",
     ),
     FlowEntry(
         name="repair",
         entrypoint="flows/repair.py:repair_flow",
         sections=("target", "dataset", "store", "runner"),
-        description="Make exactly the damaged shards of the store again",
+        description="Recompute exactly the damaged shards of the store",
     ),
     FlowEntry(
         name="gc",
         entrypoint="flows/gc.py:gc_flow",
         sections=("target", "dataset", "store"),
-        description="List what no snapshot of the store needs and, if told so, delete it",
+        description="List what no snapshot of the store needs; delete it on request",
     ),
 )
 
@@ -131,4 +131,4 @@ def find_flow(name: str) -> FlowEntry:
         if entry.name == name:
             return entry
     known = ", ".join(entry.name for entry in FLOWS)
-    raise ConfigError(f"there is no flow {name!r}; there are: {known}")
+    raise ConfigError(f"there is no flow {name!r}; known flows: {known}")

@@ -1,5 +1,5 @@
-"""EAGLE-3 itself: conversations, templates, target model, draft model, loss, trainer, decoding.
+"""The EAGLE-3 core: conversations, templates, target model, draft model, loss, trainer, decoding.
 
-Knows neither Prefect nor any file format of the store: hidden states reach it through
-`SampleSource` and leave it as plain arrays (`eagle_core.samples`).
+Independent of Prefect and of the store's file format: hidden states enter through `SampleSource`
+and leave as plain arrays (`eagle_core.samples`).
 """

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and errors of the disk that name them."""
+"""Files and folders that are complete or absent, and disk errors that name them."""
 
 import errno
 import fcntl
@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from eagle_core.errors import DiskError
 
 FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""What a name must match that becomes a folder's: it stays in its parent, and is not hidden."""
+"""Pattern for names that become folders: inside their parent and not hidden."""
 
 PARTIAL = ".partial-"
-"""How the names of folders begin in which something is being written."""
+"""Name prefix of folders that are being written."""
 _CHUNK_BYTES = 1 << 24
-_ONLY_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
-"""What nobody gets who reads."""
+_WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""Errors that reading never causes."""
 
 
 def file_digest(path: Path) -> str:
@@ -45,17 +45,17 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all."""
+    """Write `text` to `path`, completely or not at all."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield where to write a file that appears at `path`, on disk, when the block ends well.
+    """Yield a temporary path; its file is synced and moved to `path` when the block succeeds.
 
     Raises:
-        DiskError: it cannot be written; what was there before stays.
+        DiskError: the file cannot be written; the previous one stays.
 
     """
     with _beside(path) as partial:
@@ -67,12 +67,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a new folder that appears at `path`, on disk, when the block ends well.
+    """Yield a temporary folder; it is synced and moved to `path` when the block succeeds.
 
-    Not to `replace` what is there, it is given up if another one came first.
+    Without `replace`, it is discarded if `path` exists by then.
 
     Raises:
-        DiskError: it cannot be written; what was there before stays.
+        DiskError: the folder cannot be written; the previous one stays.
 
     """
     with _beside(path) as partial:
@@ -91,7 +91,7 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """Yield where to write what shall be moved to `path`; what is left there goes."""
+    """Yield a temporary path to move to `path`; anything left there is removed."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(path.parent) as folder:
@@ -100,15 +100,15 @@ def _beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def partial_folder(parent: Path) -> Iterator[Path]:
-    """Yield a hidden folder in `parent`, removed with what is left in it when the block ends.
+    """Yield a hidden folder in `parent`, removed with its contents when the block ends.
 
-    What a kill left of others goes first: whoever is at work keeps a lock on the folder. Those of
-    other hosts stay, whose locks may not be seen here.
+    Folders left by killed processes are removed first: a live process holds a lock on its folder.
+    Folders of other hosts stay, because their locks may not be visible here.
     """
     host = socket.gethostname()
     for left in parent.glob(f"{PARTIAL}*"):
         owner = left.name.removeprefix(PARTIAL).rpartition("-")[0]
-        if owner in {"", host}:  # versions before had no host in the name
+        if owner in {"", host}:  # earlier versions had no host in the name
             _remove_if_dead(left)
     folder, handle = _locked_folder(parent, f"{PARTIAL}{host}-")
     try:
@@ -119,22 +119,22 @@ def partial_folder(parent: Path) -> Iterator[Path]:
 
 
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
-    """Return a new folder and the descriptor that locks it; another if it was swept meanwhile."""
+    """Return a new folder and the descriptor that locks it; retry if it was removed meanwhile."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             handle = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        with suppress(OSError):  # some file systems lock nothing, and then nothing is swept
-            fcntl.flock(handle, fcntl.LOCK_SH)  # waits for a sweeper only
+        with suppress(OSError):  # some file systems have no locks; then nothing is removed
+            fcntl.flock(handle, fcntl.LOCK_SH)  # waits only for a removal
         if folder.exists():
             return folder, handle
         os.close(handle)
 
 
 def _remove_if_dead(folder: Path) -> None:
-    with suppress(OSError):  # it is gone, or somebody is at work in it
+    with suppress(OSError):  # already gone, or locked by a live process
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,26 +145,26 @@ def _remove_if_dead(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses in the block, which writes `path`, into one error that names it.
+    """Convert disk errors of a block that writes `path` into one error that names it.
 
-    What the block reads elsewhere has its own errors.
+    Errors from reading elsewhere pass through.
     """
     try:
         yield
     except OSError as error:
-        if not _is_of(error, path) and error.errno not in _ONLY_WRITING:
+        if not _concerns(error, path) and error.errno not in _WRITE_ERRNOS:
             raise
-        raise DiskError(f"cannot write {path}: {error.strerror or error}{_cure(error)}") from error
-    except SafetensorError as error:  # says what the disk said, in words alone
+        raise DiskError(f"cannot write {path}: {error.strerror or error}{_hint(error)}") from error
+    except SafetensorError as error:  # has the OS error only in its text
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
         found = OSError(int(number[1]), str(error))
-        raise DiskError(f"cannot write {path}: {error}{_cure(found)}") from error
+        raise DiskError(f"cannot write {path}: {error}{_hint(found)}") from error
 
 
-def _is_of(error: OSError, path: Path) -> bool:
-    """Tell whether an error is of a path, a folder above it, or what is written in its stead."""
+def _concerns(error: OSError, path: Path) -> bool:
+    """Return whether an error concerns a path, a folder above it, or its temporary copy."""
     if error.filename is None:
         return False
     named, own = Path(str(error.filename)).absolute(), path.absolute()
@@ -177,9 +177,9 @@ def _is_of(error: OSError, path: Path) -> bool:
     )
 
 
-def _cure(error: OSError) -> str:
+def _hint(error: OSError) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return "; free some space, or choose another folder (--home), and run the same again"
+        return "; free disk space or choose another folder (--home), then run the command again"
     if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
         return "; make it writable for the user of this process, or choose another folder (--home)"
-    return "; mend that, or choose another folder (--home), and run the same again"
+    return "; fix that or choose another folder (--home), then run the command again"

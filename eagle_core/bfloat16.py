@@ -20,19 +20,19 @@ def to_bfloat16_bits(tensor: Tensor) -> NDArray[np.uint16]:
 
 def from_bfloat16_bits(bits: NDArray[np.uint16], *, dtype: torch.dtype) -> Tensor:
     """Return the values whose bfloat16 bit patterns are `bits`, as `dtype`; exact for float32."""
-    own = np.ascontiguousarray(bits)
-    if not own.flags.writeable:  # torch has no read-only tensors
-        own = own.copy()
-    return torch.from_numpy(own).view(torch.bfloat16).to(dtype)
+    array = np.ascontiguousarray(bits)
+    if not array.flags.writeable:  # torch has no read-only tensors
+        array = array.copy()
+    return torch.from_numpy(array).view(torch.bfloat16).to(dtype)
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return `tensor` in float32, or as it is if that is wider: for sums and exponentials."""
+    """Return `tensor` in float32, or unchanged if it is float64: for sums and exponentials."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def require_finite(tensors: Mapping[str, Tensor], *, where: str, cure: str) -> None:
-    """Raise CorruptError naming the tensors that hold NaN or infinity, and what to do about it."""
+    """Raise CorruptError naming the tensors that contain NaN or infinity, and the remedy."""
     bad = [
         name
         for name, tensor in tensors.items()

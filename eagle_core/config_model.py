@@ -1,4 +1,4 @@
-"""What all sections of a recipe have in common: no unknown key, and former spellings of keys."""
+"""Base class of all recipe sections: refuses unknown keys, accepts former spellings of keys."""
 
 import logging
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ class ConfigModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     former_keys: ClassVar[Mapping[str, str]] = {}
-    """Former spelling of a key to the one that replaces it; kept for one release."""
+    """Maps the former spelling of a key to its replacement; kept for one release."""
 
     @model_validator(mode="before")
     @classmethod
-    def _rename_former_keys(cls, values: Any) -> Any:  # noqa: ANN401 (whatever a person wrote)
-        """Read former keys under their new names, with a warning.
+    def _rename_former_keys(cls, values: Any) -> Any:  # noqa: ANN401 (unparsed user input)
+        """Rename former keys to their new names, with a warning.
 
         Raises:
-            ValueError: a key is there under both names.
+            ValueError: a key is given under both names.
 
         """
         if not isinstance(values, Mapping):
@@ -35,7 +35,7 @@ class ConfigModel(BaseModel):
             if now in renamed:
                 raise ValueError(f"both {now} and its former name {former} are given; keep {now}")
             logger.warning(
-                "%s.%s is called %s now; change it, the former name ends with the next release",
+                "%s.%s is now called %s; rename it, the next release refuses the former name",
                 *(cls.__name__.removesuffix("Config").lower(), former, now),
             )
             renamed[now] = renamed.pop(former)

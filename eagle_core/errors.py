@@ -1,7 +1,7 @@
 """Errors of the EAGLE-3 core, grouped by what a handler does with them.
 
-Each takes one positional message that holds every fact and the next command, so that it survives
-pickling across processes.
+Each takes one positional message with every fact and the next command, so that it survives pickling
+across processes.
 """
 
 
@@ -10,7 +10,7 @@ class EagleCoreError(Exception):
 
 
 class TransientError(EagleCoreError):
-    """Trying again may help."""
+    """A retry may succeed."""
 
 
 class CorruptError(EagleCoreError):
@@ -18,12 +18,12 @@ class CorruptError(EagleCoreError):
 
 
 class MismatchError(EagleCoreError):
-    """Two things do not belong together: a person decides which one is right."""
+    """Two inputs do not match: the user decides which one is right."""
 
 
 class ConfigError(EagleCoreError, ValueError):
-    """What the user asked for cannot be done as written."""
+    """The user's request cannot be carried out as written."""
 
 
 class DiskError(EagleCoreError):
-    """A disk is full, read-only, broken, or not for this user: a person acts."""
+    """A disk is full, read-only, broken, or denied to this user: the user must act."""

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: which there are, and single tensors of them."""
+"""The safetensors files of a model folder: list them and load single tensors."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor of a model folder; an index spares opening the files."""
+    """Map every tensor name of a model folder to its file; an index avoids opening the files."""
     index = folder / _INDEX
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -40,7 +40,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def only_tensor(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
-    """Return the one tensor name that ends so; ConfigError if there are none or several."""
+    """Return the only tensor name that ends with `suffix`; ConfigError if none or several do."""
     matches = [name for name in names if name.endswith(suffix)]
     if len(matches) != 1:
         raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
@@ -48,7 +48,7 @@ def only_tensor(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
 
 
 def load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
-    """Return one tensor in the type it is stored in, and read no other."""
+    """Load one tensor in its stored dtype, without reading any other."""
     with safe_open(files[name], framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor

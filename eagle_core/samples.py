@@ -1,7 +1,7 @@
-"""What flows between the stages: tokens, hidden states, and the protocol that serves them.
+"""Data passed between the stages: tokens, hidden states, and the protocol that serves them.
 
-Shapes: T tokens, A aux layers (3), H target hidden size. bfloat16 travels as its bit pattern in
-uint16, because NumPy has no bfloat16; `eagle_core.bfloat16` turns it into torch tensors and back.
+Shapes: T tokens, A aux layers (3), H target hidden size. bfloat16 is passed as its bit pattern
+in uint16, because NumPy has no bfloat16; `eagle_core.bfloat16` converts it to and from torch.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ class TokenizedSample:
     loss_mask: NDArray[np.bool_]
     """[T], True where the token is the assistant's (end-of-turn token included)."""
     location: str = field(default="", compare=False)
-    """File and record of the conversation; empty where that was not written down."""
+    """Source file and record of the conversation; empty if not recorded."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -33,7 +33,7 @@ class TokenizedSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HiddenStateSample:
-    """One conversation with everything the target model knows about it that training needs."""
+    """One conversation with all outputs of the target model that training needs."""
 
     sample_id: str
     input_ids: NDArray[np.int32]
@@ -49,7 +49,7 @@ class HiddenStateSample:
     target_logsumexp: NDArray[np.float32]
     """[T] log of the sum of exponentials of the target's logits over the full vocabulary."""
     argmax_logprob: NDArray[np.float32] | None = None
-    """[T] log-probability (nats) of `target_argmax`; None on a sample that comes from a store."""
+    """[T] log-probability (nats) of `target_argmax`; None on a sample read from a store."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -60,7 +60,7 @@ class SampleSource(Protocol):
     """Random access to hidden-state samples, whether stored or computed on the fly.
 
     `source_id` names the content (a snapshot id offline, a data and target digest online): loader
-    states and checkpoints carry it, and training refuses to go on with another one.
+    states and checkpoints carry it, and training refuses to resume with another one.
     """
 
     @property
@@ -69,20 +69,20 @@ class SampleSource(Protocol):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[N] tokens of each sample, known without reading any state."""
+        """[N] number of tokens per sample, known without reading any state."""
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """[N] non-decreasing group (shard) of each sample; one group is cheap to read at once."""
+        """[N] non-decreasing group (shard) of each sample; reading one group at once is cheap."""
 
     def origin(self, sample_id: str) -> str:
-        """Return where a sample comes from, for an error message: its shard, or the target."""
+        """Return the origin of a sample for an error message: its shard, or the target."""
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Begin to read what these samples need, if that can be done beside other work."""
+        """Start reading these samples in the background, if the source can."""
 
     def fetch(self, index: int) -> HiddenStateSample:
-        """Return sample `index`; raise rather than substitute anything."""
+        """Return sample `index`; raise instead of substituting anything."""
 
 
 def sample_id(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> str:

@@ -14,7 +14,7 @@ from flows.workspace import DEFAULT_HOME, Workspace
 
 @flow(name="dataset", flow_run_name=run_name("dataset-{dataset.name}"), persist_result=False)
 def dataset_flow(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> DatasetSummary:
-    """Build the data set unless the same source by the same options is there already."""
+    """Build the data set unless it exists already, from the same source with the same options."""
     space = Workspace.at(home, target="", dataset=dataset.name)
     summary = prepare_dataset(dataset, space)
     publish_table(

@@ -1,4 +1,4 @@
-"""What can go wrong between the stages. Each error takes one message with the next command."""
+"""Errors of the flows. Each error takes one message with the next command."""
 
 
 class FlowError(Exception):
@@ -6,19 +6,19 @@ class FlowError(Exception):
 
 
 class ChildKilledError(FlowError):
-    """A child process died without an answer: out of memory, a device fault, a reboot."""
+    """A child process died without a result: out of memory, a device fault, a reboot."""
 
 
 class ChildFailedError(FlowError):
-    """A child process ended by an error that nobody expected: it would happen again."""
+    """A child process ended with an unexpected error: a retry would fail too."""
 
 
 class RunStoppedError(FlowError):
-    """The run ends before its work does, because somebody asked it to."""
+    """The run was asked to stop before its work was done."""
 
 
 class MissingShardsError(FlowError):
-    """Some shards have no commit record after every batch has ended."""
+    """Some shards have no commit record after all batches have ended."""
 
 
 class RunBusyError(FlowError):
@@ -26,11 +26,11 @@ class RunBusyError(FlowError):
 
 
 class TrainingStoppedError(FlowError):
-    """Training was asked to stop, wrote a checkpoint and did; what comes after it must not run."""
+    """Training stopped on request and wrote a checkpoint; later stages must not run."""
 
 
 class DoesNotFitError(FlowError):
-    """The states would not fit on the disk or into the budget: a person decides what to change."""
+    """The states would not fit on the disk or into the budget: the user decides what to change."""
 
 
 class DamagedStoreError(FlowError):
@@ -38,4 +38,4 @@ class DamagedStoreError(FlowError):
 
 
 class ServerFailedError(FlowError):
-    """Prefect's own server does not start."""
+    """Prefect's temporary server does not start."""

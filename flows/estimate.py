@@ -50,12 +50,12 @@ def estimate_flow(
 ) -> EstimateSummary:
     """Replay held-out answers from the store with the draft of run `run`, greedily.
 
-    Takes the same checkpoint as `evaluate` and `export`, and of `evaluation` only `checkpoint`,
-    `draft_tokens` and `num_prompts`, here the number of held-out samples. Of the target it reads
-    embedding and head. `dataset` and `training` mean what they mean to `evaluate`.
+    Uses the same checkpoint as `evaluate` and `export`. Of `evaluation` it uses only `checkpoint`,
+    `draft_tokens` and `num_prompts`, here the number of held-out samples; of the target it reads
+    only embedding and head. `dataset` and `training` are used as in `evaluate`.
 
     Raises:
-        ConfigError: there is no checkpoint, no store, or nothing held out in it.
+        ConfigError: there is no checkpoint, no store, or no held-out sample in it.
         MismatchError: the store or the checkpoint belongs to something else.
 
     """
@@ -88,19 +88,19 @@ def estimate_flow(
 
 
 def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
-    """Return the held-out samples of the store, which must be of this target and tokenizer."""
+    """Return the held-out samples of the store, which must match this target and tokenizer."""
     opened = open_store(trained.target, config, store_root(config, trained.space))
     held_out = trained.held_out().sample_ids
     if not held_out:
         raise ConfigError(
-            "nothing was held out, so there is nothing to estimate on; set "
+            "no samples were held out, so there is nothing to estimate on; set "
             "dataset.held_out_fraction above 0, then run the hidden-states flow"
         )
     commits = opened.commits()
     sample_ids = commits.usable(held_out)
     if not sample_ids:
         raise ConfigError(
-            f"the store at {opened.root.url} leaves out all {len(held_out):,} held-out samples: "
+            f"the store at {opened.root.url} excludes all {len(held_out):,} held-out samples: "
             f"their states are not finite (eyas inspect {opened.root.url})"
         )
     num_there = len(commits.held(sample_ids))
@@ -115,7 +115,7 @@ def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
 def _measure(
     setup: DraftSetup,
     reader: SnapshotReader,
-    partial: RecomputeModel | None,
+    recompute_model: RecomputeModel | None,
     evaluation: EvaluationConfig,
     *,
     title: str,
@@ -125,19 +125,19 @@ def _measure(
     with stage_progress("estimate", key=key, total=total, unit="samples") as bar:
         return estimate_acceptance(
             setup.draft,
-            _CountedSource(reader, partial, bar),
+            _CountedSource(reader, recompute_model, bar),
             draft_tokens=evaluation.draft_tokens,
             num_samples=total,
         )
 
 
 class _CountedSource(StoredSource):
-    """Stored samples that move a bar as they are read, one after the other."""
+    """Stored samples that advance a progress bar as they are read in order."""
 
     def __init__(
-        self, reader: SnapshotReader, partial: RecomputeModel | None, bar: StageProgress
+        self, reader: SnapshotReader, recompute_model: RecomputeModel | None, bar: StageProgress
     ) -> None:
-        super().__init__(reader, partial)
+        super().__init__(reader, recompute_model)
         self._bar = bar
 
     def fetch(self, index: int) -> HiddenStateSample:

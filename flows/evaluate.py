@@ -48,13 +48,13 @@ def evaluate_flow(
 ) -> EvaluateSummary:
     """Decode prompts with the untrained draft of run `run` and with its best checkpoint.
 
-    What the run was made with is read from its folder: `dataset` only names it, and `training` is
-    needed for a run of a version before `run.json` alone.
+    The settings of the run are read from its folder: `dataset` only names the run, and `training`
+    is needed only for a run of an older version, without `run.json`.
 
     Raises:
         ConfigError: the run has no checkpoint yet, no prompt is short enough, or a prompt file
-            does not hold questions.
-        MismatchError: the run learned from another target, tokenizer or template.
+            holds no questions.
+        MismatchError: the run was trained for another target, tokenizer or template.
 
     """
     started = time.monotonic()
@@ -133,6 +133,6 @@ class _Decoder:
 
 
 def _estimate(run_path: Path, step: int) -> AcceptanceEstimate | None:
-    """Return what the stored states said of the checkpoint of `step`, if they were asked."""
+    """Return the estimate from stored states for the checkpoint of `step`, if there is one."""
     found = RunRecord.read(run_path).estimate
     return found.estimate if found is not None and found.checkpoint_step == step else None

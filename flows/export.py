@@ -1,4 +1,4 @@
-"""`export`: the draft of a run in every layout that serving engines load."""
+"""`export`: writes the draft of a run in every layout that serving engines load."""
 
 import time
 from collections.abc import Mapping
@@ -40,14 +40,14 @@ def export_flow(
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> ExportSummary:
-    """Write the draft of run `run` as SGLang, vLLM and speculators load it, below the run's folder.
+    """Write the draft of run `run` in the layouts of SGLang, vLLM and speculators.
 
-    Each layout is a folder that appears complete; exporting again replaces it. `dataset` and
-    `training` mean what they mean to `evaluate`.
+    Each layout is a folder below the run's folder, which appears atomically; another export
+    replaces it. `dataset` and `training` are used as in `evaluate`.
 
     Raises:
-        ConfigError: the run has no checkpoint, or a folder holds what no export wrote.
-        MismatchError: the run learned from another target, tokenizer or template.
+        ConfigError: the run has no checkpoint, or a folder holds files that no export wrote.
+        MismatchError: the run was trained for another target, tokenizer or template.
 
     """
     started = time.monotonic()
@@ -77,7 +77,7 @@ def export_flow(
 
 
 def _served(target: TargetConfig) -> ServedTarget:
-    """Return what engines must be told of the target: a hub id stays one, else its full path."""
+    """Return the target as engines load it: by its hub id, or by the full path of a local model."""
     folder = weights.locate(target)
     model_config = read_model_config(target, folder)
     is_package = target.model.startswith(weights.PACKAGE_SCHEME)
@@ -90,7 +90,7 @@ def _served(target: TargetConfig) -> ServedTarget:
 
 
 def _held_out_length(figures: Mapping[str, Any], step: int) -> float | None:
-    """Return the acceptance length measured at this very step, if one was."""
+    """Return the acceptance length measured at this step, if there is one."""
     return float(figures["held_out_length"]) if figures.get("held_out_step") == step else None
 
 

@@ -1,4 +1,4 @@
-"""`gc`: what a store holds that no kept snapshot needs; deleted only when told so."""
+"""`gc`: lists what no kept snapshot of a store needs; deletes it only on request."""
 
 from typing import Annotated
 
@@ -38,19 +38,20 @@ def gc_flow(
     older_than_hours: Annotated[float, Field(ge=0)] = OLDER_THAN_HOURS,
     delete: bool = False,
 ) -> Garbage:
-    """List what nothing needs and, with `delete`, remove it. No generation may be running.
+    """List unneeded objects and, with `delete`, remove them. No hidden-states flow may be running.
 
     Args:
         target: with `dataset`, names the store below `home`.
         dataset: see `target`.
-        store: where the store is, if it is elsewhere.
+        store: where the store is, if not below `home`.
         home: folder of the stores.
-        keep: snapshots to keep beside the latest; by default those that are no earlier version of
-            another (`storage.maintenance.gc.snapshots_to_keep`).
-        drop_unfinished: also drop what plans that were never finished have made.
-        release: runs for which nothing is kept any longer, because their folders are gone.
-        older_than_hours: what is younger stays, because another process may be about to name it.
-        delete: remove it, rather than only saying what would go.
+        keep: snapshots to keep in addition to the latest; by default those that are not an earlier
+            version of another (`storage.maintenance.gc.snapshots_to_keep`).
+        drop_unfinished: also drop the shards of unfinished plans.
+        release: runs whose snapshots are released, because their folders are gone.
+        older_than_hours: younger objects stay, because another process may be about to reference
+            them.
+        delete: remove the objects, instead of only listing them.
 
     """
     space = Workspace.at(home, target=target.name, dataset=dataset.name)

@@ -1,4 +1,4 @@
-"""`hidden-states`: conversations in, a snapshot of the store out; only what is missing is made."""
+"""`hidden-states`: conversations in, a snapshot of the store out; computes only what is missing."""
 
 import time
 
@@ -39,11 +39,11 @@ def hidden_states(
 ) -> HiddenStatesSummary:
     """Compute, store and publish the hidden states that the store does not hold yet.
 
-    A retry, from the Prefect UI or by running it again, makes only shards without a commit record.
+    A retry, from the Prefect UI or as a new run, computes only shards without a commit record.
 
     Raises:
-        DoesNotFitError: there is no room for the missing shards; none was made.
-        CorruptError: more samples have states that are not finite than may be left out.
+        DoesNotFitError: there is no room for the missing shards; none was computed.
+        CorruptError: more samples have non-finite states than may be excluded.
         MissingShardsError: some batches failed; everything else is committed and stays.
 
     """
@@ -55,7 +55,7 @@ def hidden_states(
     num_made = make_shards(target, store, runner, tokens, root, work)
     known = Store.open(root).snapshot_ids()
     summary = publish(tokens, space, root, shards_made=num_made, started=started)
-    if summary.snapshot_id not in known:  # an automation would train the same once more
+    if summary.snapshot_id not in known:  # an automation would train on it again
         send(
             SNAPSHOT_PUBLISHED,
             resource=store_resource(target.name, dataset.name),

@@ -1,4 +1,4 @@
-"""`offline`: hidden states, training, estimate, evaluation; one button for the whole way."""
+"""`offline`: hidden states, training, estimate and evaluation in one flow."""
 
 import time
 
@@ -31,7 +31,7 @@ from flows.workspace import DEFAULT_HOME, RunName, Workspace
     flow_run_name=run_name("offline-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
-def offline(  # noqa: PLR0917 (one for each section of a recipe)
+def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
@@ -42,12 +42,12 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> OfflineSummary:
-    """Go from conversations to a trained draft with its measured acceptance length.
+    """Train a draft from conversations, and measure its acceptance length.
 
-    Every stage looks at what exists: a retry repeats nothing that is done. The data set is read
-    once, by the first stage; the others take its snapshot, a run that has begun its own.
+    Every stage checks what exists: a retry repeats no finished work. Only the first stage reads the
+    data set; the others use its snapshot, or the run's own if the run has begun.
     """
-    require_trackers(tracking)  # not known only after hours of hidden states
+    require_trackers(tracking)  # fail now, not after hours of hidden states
     started = time.monotonic()
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
     run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
@@ -61,7 +61,7 @@ def offline(  # noqa: PLR0917 (one for each section of a recipe)
         run=run,
         snapshot_id=None if begun_run(run_path) else states.snapshot_id,
     )
-    if trained.figures.held_out_step:  # something is held out
+    if trained.figures.held_out_step:  # samples are held out
         estimate_flow(
             target=target,
             dataset=dataset,

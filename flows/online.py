@@ -1,4 +1,4 @@
-"""`online`: the same training with the target as the source of the states; stored only if kept."""
+"""`online`: the same training on states that the target computes; stored only with `store.keep`."""
 
 import dataclasses
 import time
@@ -65,25 +65,25 @@ def online(
     """Train while the target computes the hidden states, then evaluate.
 
     Nothing is stored, and of `store` only `shard_tokens` matters: how many tokens the target
-    computes at a time. With `store.keep` the states go into the store as they are computed: the
-    second epoch reads them, and so does every later run.
+    computes at a time. With `store.keep` the states are stored as they are computed: the second
+    epoch and every later run read them.
 
     Raises:
-        ConfigError: several processes are asked for, or no package for a tracker is installed.
+        ConfigError: several processes are requested, or the package of a tracker is not installed.
         DoesNotFitError: with `store.keep`, there is no room for the states.
         MismatchError: the data set was replaced since the run began, or the run is finished and
             its data set has changed.
-        RunBusyError: another process trains the same run; says which.
+        RunBusyError: another process trains the same run; names it.
         MismatchError: with `store.keep`, the store was made with something else.
-        TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
+        TrainingStoppedError: SIGTERM stopped training; the checkpoint is written.
 
     """
     started = time.monotonic()
     if training.num_processes > 1:
         raise ConfigError(
-            f"training.num_processes is {training.num_processes}, but online training has one "
-            "process: each would load the target for itself. Set training.num_processes=1, or run "
-            "the offline flow, where several processes read stored states"
+            f"training.num_processes is {training.num_processes}, but online training uses one "
+            "process: each would load its own target. Set training.num_processes=1, or run the "
+            "offline flow, where several processes read stored states"
         )
     require_trackers(tracking)
     config = RunConfig(
@@ -104,13 +104,13 @@ def online(
 
 
 def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
-    """Train from states that the target computes, and publish them if they are kept."""
+    """Train on states that the target computes, and publish them if they are kept."""
     target, training, run_path = config.target, config.training, space.run_path(run)
     prepare_weights(target)
     begun = begun_run(run_path)
     known = begun.record if begun else None
     given = config.dataset
-    if begun:  # no data set is read again
+    if begun:  # the data set is not read again
         config = dataclasses.replace(config, dataset=own_dataset(known, given, run_path))
         tokens = tokens_of_run(target, config.dataset, space, run_path.name, begun.tokens)
         _compare_with_now(target, config.dataset, space, run_path, tokens)
@@ -146,18 +146,18 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
         if begun:
             warn_of_another_length(run_path, training, total, step=begun.step)
         if begun and begun.step >= total:
-            _require_the_data_of(begun.tokens, target, given, str(space.home), run_path)
+            _require_same_data(begun.tokens, target, given, str(space.home), run_path)
 
-        def write_down() -> None:
+        def write_record() -> None:
             write_run(run_path, record, begun=known)
             bill = None if keeper is None else StorageBill.of(keeper.store)
             write_settings(run_path, record, tokens, bill, total_steps=total)
 
-        trained = run_training(setup, source, None, record, lock, write_down=write_down)
+        trained = run_training(setup, source, None, record, lock, write_record=write_record)
         source.release_target()  # evaluation loads it again: two may not fit
         if keeper is not None:
             _publish(keeper, space.snapshot_name("train"), tokens.content)
-            write_down()  # with what the states take now
+            write_record()  # with the current size of the states
     return trained
 
 
@@ -168,48 +168,46 @@ def _compare_with_now(
     run_path: Path,
     own: TokensSummary,
 ) -> None:
-    """Say that the data set was built anew since a run began; refuse where it was replaced."""
+    """Warn if the data set was rebuilt since a run began; refuse if it was replaced."""
     content = current_content(target, dataset, space)
     if content in {None, own.content}:
         return
-    what = f"run {run_path.name} learns from data set {dataset.name} as it was when the run began"
+    what = f"run {run_path.name} trains on data set {dataset.name} as it was when the run began"
     now = space.token_file("train", str(content))
     if now.exists():
         before, after = (set(TokenFile(path).sample_ids) for path in (own.train_path, now))
         num_shared = len(before & after)
-        what = (
-            f"{what}; of its {len(before):,} samples the data set as it is now has {num_shared:,}"
-        )
+        what = f"{what}; the current data set has {num_shared:,} of its {len(before):,} samples"
         if was_replaced(len(before), len(after), num_shared=num_shared):
             raise MismatchError(
                 f"{what}. If the data was replaced, train another run (--run), or delete this "
-                "one's folder to begin again"
+                "run's folder to start over"
             )
-    get_run_logger().warning("%s; it goes on with its own", what)
+    get_run_logger().warning("%s; it continues with its own data", what)
 
 
-def _require_the_data_of(
+def _require_same_data(
     content: str, target: TargetConfig, dataset: DatasetConfig, home: str, run_path: Path
 ) -> None:
-    """Raise MismatchError if a finished run is to be trained, and its data set is another now."""
+    """Raise MismatchError if the data set of a finished run has changed."""
     if prepare(target, dataset, home)[1].content != content:
         raise MismatchError(
             f"run {run_path.name} has done its steps, and data set {dataset.name} or its settings "
-            "have changed since: train another run (--run), which may begin where this one ended "
-            "(training.start_from)"
+            "have changed since: train another run (--run), which may start from this run's "
+            "draft (training.start_from)"
         )
 
 
 def _keeper(config: RunConfig, root: str, tokens: TokensSummary, setup: DraftSetup) -> StateKeeper:
-    """Return what writes the states into the store at `root`, if there is room for them."""
+    """Return the keeper for the store at `root`, if there is room for the states."""
     preflight(config.target, config.store, tokens, root)
     store = Store.create(root, store_identity(config.target, config.store, tokens))
-    ends = load_recompute_model(config.target, store.identity)
+    recompute_model = load_recompute_model(config.target, store.identity)
     keeper = StateKeeper(
         store,
         TokenFile(tokens.train_path).sample_ids,
-        TargetRecompute(setup.target_lm_head, ends),
-        ends,
+        TargetRecompute(setup.target_lm_head, recompute_model),
+        recompute_model,
         shards_in_memory=config.training.shuffle_window,
     )
     get_run_logger().info(

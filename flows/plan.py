@@ -1,4 +1,4 @@
-"""`plan`: the bill before it is paid: shards, bytes by profile, time, and whether it fits."""
+"""`plan`: the cost estimate: shards, bytes per profile, time, and whether it fits."""
 
 from prefect import flow
 
@@ -26,17 +26,17 @@ def plan(
     store: StoreConfig = StoreConfig(),
     home: str = DEFAULT_HOME,
 ) -> CostEstimate:
-    """Say what `hidden-states` would make and what it would cost; make none of it.
+    """Estimate what `hidden-states` would compute and what it would cost; compute nothing.
 
     Raises:
-        DoesNotFitError: the disk or `store.budget` is too small; says by how much and what to do.
+        DoesNotFitError: the disk or `store.budget` is too small; states by how much, and remedies.
 
     """
     space, tokens = prepare(target, dataset, home)
-    bill = estimate_cost(target, store, tokens, store_root(store, space))
-    rows = cost_rows(bill)
+    estimate = estimate_cost(target, store, tokens, store_root(store, space))
+    rows = cost_rows(estimate)
     title = f"Plan: {target.name} on {dataset.name}"
     print_table(title, rows)
     publish_table(title, rows, key=artifact_key("plan", target.name, dataset.name))
-    require_fits(bill)
-    return bill
+    require_fits(estimate)
+    return estimate

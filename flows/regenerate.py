@@ -1,5 +1,6 @@
-"""`regenerate`: a data set's questions, answered by the target itself; the largest lever on
-acceptance, because the draft then learns what the target will say when serving.
+"""`regenerate`: the target itself answers a data set's questions.
+
+This is the largest lever on acceptance: the draft then learns the target's own answers.
 """
 
 import os
@@ -37,7 +38,7 @@ from flows.workspace import DEFAULT_HOME, Workspace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegenerateSummary:
-    """The new data set, and what making it took."""
+    """The new data set, and the figures of its regeneration."""
 
     name: str
     path: Path
@@ -49,11 +50,11 @@ class RegenerateSummary:
     dropped: Mapping[str, int]
     """By reason."""
     changed: Mapping[str, int]
-    """Kept, but ended early, by why."""
+    """Kept, but ended early; by reason."""
     num_asked: int
-    """Conversations that this run asked about; the others had been answered before."""
+    """Conversations that this run sent; the others were answered before."""
     num_tokens: int
-    """Of the answers of this run."""
+    """Tokens of this run's answers."""
     seconds: float
 
 
@@ -68,14 +69,14 @@ def regenerate_flow(
     regeneration: RegenerationConfig = RegenerationConfig(),
     home: str = DEFAULT_HOME,
 ) -> RegenerateSummary:
-    """Answer the questions of `dataset` that the target has not answered yet; write a data set.
+    """Answer the questions of `dataset` that the target has not answered; write a data set.
 
-    A retry, or a run over more questions, asks nothing twice. Questions that the server failed are
-    in the ledger, and are asked again by the next run.
+    A retry, or a run over more questions, sends no question twice. Questions that failed on the
+    server are in the ledger; the next run sends them again.
 
     Raises:
-        TransientError: the server is gone; what is answered is kept.
-        ConfigError: it refuses key or model, or the name is taken by another data set.
+        TransientError: the server is unreachable; finished answers are kept.
+        ConfigError: the server refuses key or model, or another data set has the name.
 
     """
     started = time.monotonic()
@@ -97,7 +98,7 @@ def regenerate_flow(
     retries=2,
     retry_delay_seconds=[30, 300],
     retry_condition_fn=is_transient,  # a server that restarts; a wrong key is not retried
-    cache_policy=NO_CACHE,  # the journal is the only truth about what is answered
+    cache_policy=NO_CACHE,  # only the journal knows what is answered
     persist_result=False,
 )
 def answer_all(
@@ -106,7 +107,7 @@ def answer_all(
     questions: DatasetSummary,
     space: Workspace,
 ) -> Regenerated:
-    """Ask what the journal does not hold, then write the data set."""
+    """Send the questions that the journal does not hold, then write the data set."""
     log = get_run_logger()
     regeneration = Regeneration(
         config,
@@ -129,7 +130,7 @@ def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSou
     """Return the server that the settings name, or the target itself.
 
     Raises:
-        ConfigError: the Prefect block with the API key is not there.
+        ConfigError: the Prefect block with the API key does not exist.
 
     """
     if config.base_url is None:
@@ -138,15 +139,15 @@ def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSou
 
 
 def summary_rows(summary: RegenerateSummary) -> list[Row]:
-    """Return the figures, and the command that goes on from here."""
+    """Return the figures, and the next command."""
     use = f"--set dataset.name={summary.name} --set dataset.source={REGENERATED}"
     return [
-        ("conversations", f"{summary.num_conversations:,} ({summary.num_asked:,} asked now)"),
+        ("conversations", f"{summary.num_conversations:,} ({summary.num_asked:,} sent now)"),
         ("conversations to train on", f"{summary.num_train:,}"),
         ("held out", f"{summary.num_held_out:,}"),
         *((f"dropped: {reason}", f"{count:,}") for reason, count in summary.dropped.items()),
         *((f"changed: {change}", f"{count:,}") for change, count in summary.changed.items()),
-        ("answer tokens, now", f"{summary.num_tokens:,}"),
+        ("answer tokens, this run", f"{summary.num_tokens:,}"),
         ("data set", str(summary.path)),
         ("fingerprint", summary.fingerprint),
         ("train on it", f"eyas run offline RECIPE {use}"),
@@ -180,9 +181,10 @@ def _api_key(config: RegenerationConfig) -> str | None:
         return os.environ.get(config.api_key_variable)
     try:
         found = Secret.load(config.credentials).get()  # type: ignore[union-attr]  # a flow is not a coroutine
-    except ValueError as error:  # how Prefect says that there is none
+    except ValueError as error:  # how Prefect reports a missing block
         raise ConfigError(
             f"regeneration.credentials: the server at {PREFECT_API_URL.value() or 'this process'} "
-            f"has no Prefect block secret/{config.credentials}; docs/data.md says how to make it"
+            f"has no Prefect block secret/{config.credentials}; docs/guides/own-data.md shows how "
+            "to create it"
         ) from error
     return str(found)

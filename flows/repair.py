@@ -1,4 +1,4 @@
-"""`repair`: make exactly the damaged shards again, bit for bit on the same machine."""
+"""`repair`: recompute exactly the damaged shards, bit-exactly on the same machine."""
 
 import time
 from collections.abc import Sequence
@@ -48,29 +48,29 @@ def repair_flow(
     home: str = DEFAULT_HOME,
     deep: bool = True,
 ) -> RepairSummary:
-    """Find damage as `verify` does, take the damaged shards back and make them again.
+    """Find damage as `verify` does, revoke the damaged shards and recompute them.
 
     Raises:
-        DamagedStoreError: some damage is not of this recipe's data set; what is, was repaired.
+        DamagedStoreError: some damage is outside this recipe's data set; the rest was repaired.
         MismatchError: the store holds states of another target, template or profile.
 
     """
     started = time.monotonic()
     space, tokens = prepare(target, dataset, home)
     root = store_root(store, space)
-    Store.open(root)  # a clear error when there is none, rather than an empty new one
+    Store.open(root)  # a clear error without a store, instead of a new empty one
     opened = Store.create(root, store_identity(target, store, tokens))
     recompute = probe_recompute(target, opened)
     title = f"{target.name}-{dataset.name}"
     findings = find_damage(opened, deep=deep, recompute=recompute if deep else None, title=title)
     for finding in findings:
         if finding.object_key.startswith(("plans/", "excluded/")):
-            opened.root.delete(finding.object_key)  # what it lacks is planned again
+            opened.root.delete(finding.object_key)  # what is then missing is planned again
     if any(finding.object_key.startswith("manifests/") for finding in findings):
         opened.mend_manifests()
     remade, foreign = _split(damaged_shards(opened, findings), tokens)
     if remade:
-        _make_again(opened, remade, target, store, runner, tokens)
+        _recompute_shards(opened, remade, target, store, runner, tokens)
     if any(finding.object_key.startswith("snapshots/") for finding in findings):
         publish(tokens, space, root, shards_made=len(remade), started=started)
     summary = RepairSummary(
@@ -88,8 +88,8 @@ def repair_flow(
     if summary.left:
         first = summary.left[0]
         raise DamagedStoreError(
-            f"{len(summary.left)} things in {root} are still damaged, first {first.object_key}: "
-            f"{first.problem}. They do not belong to data set {dataset.name} as it is now: repair "
+            f"{len(summary.left)} objects in {root} are still damaged, first {first.object_key}: "
+            f"{first.problem}. They do not belong to the current data set {dataset.name}: repair "
             f"with the recipe that made them, or drop them with `eyas gc {root}`"
         )
     return summary
@@ -108,7 +108,7 @@ def _split(
     return ours, foreign
 
 
-def _make_again(
+def _recompute_shards(
     opened: Store,
     shards: Sequence[PlannedShard],
     target: TargetConfig,
@@ -116,24 +116,24 @@ def _make_again(
     runner: RunnerConfig,
     tokens: TokensSummary,
 ) -> None:
-    """Make the shards; a kill in between leaves a plan that this flow or `hidden-states` ends."""
+    """Recompute the shards; after a kill, this flow or `hidden-states` finishes the plan."""
     plan = Plan.of(shards)
     is_new = not opened.root.exists(f"plans/{plan.plan_id}.json")
-    opened.plans.save(plan)  # before any record goes: it says what the shards held
+    opened.plans.save(plan)  # before any record is removed: it lists the samples of the shards
     damaged = {key for shard in shards for key in _data_keys(opened, shard)}
     for shard in shards:
         opened.revoke(shard.shard_id)
     work = ShardPlan(plan_id=plan.plan_id, shards=plan.shards)
     make_shards(target, store, runner, tokens, opened.root.url, work, may_exclude=False)
-    standing = {key for shard in shards for key in _data_keys(opened, shard)}
-    for key in damaged - standing:  # what was made again lies beside it
+    committed = {key for shard in shards for key in _data_keys(opened, shard)}
+    for key in damaged - committed:  # the recomputed objects are beside them
         opened.root.delete(key)
     if is_new:
         opened.root.delete(f"plans/{plan.plan_id}.json")
 
 
 def _data_keys(opened: Store, shard: PlannedShard) -> Sequence[str]:
-    """Return where the data of a shard lies, as far as its record can tell."""
+    """Return the object keys of a shard's data, as far as its record is readable."""
     try:
         objects = opened.log.objects(shard.shard_id)
     except CorruptError:
@@ -147,7 +147,7 @@ def _left(
     foreign: Sequence[PlannedShard],
     recompute: Recompute,
 ) -> Sequence[Finding]:
-    """Return what is damaged still: sizes of everything, every byte of the shards concerned."""
+    """Return the remaining damage: by size everywhere, by every byte in the shards concerned."""
     findings = list(verify_store(opened, deep=False, recompute=None))
     committed = set(opened.shard_ids())
     for shard in (*remade, *foreign):

@@ -1,4 +1,4 @@
-"""What each flow hands back: plain figures, ready for a table."""
+"""The result of each flow: plain figures, ready for a table."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from eagle_core.training.result import Metrics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSummary:
-    """What `dataset` made of the source."""
+    """The data set that `dataset` built from the source."""
 
     path: Path
     fingerprint: str
@@ -28,7 +28,7 @@ class TokensSummary:
     """The tokenised data set."""
 
     content: str
-    """A digest of everything that decides the token files; part of their names."""
+    """A digest of everything that determines the token files; part of their names."""
     train_path: Path
     held_out_path: Path
     tokenizer_fingerprint: str
@@ -50,7 +50,7 @@ class HiddenStatesSummary:
     num_tokens: int
     num_supervised_tokens: int
     num_excluded: int
-    """Samples of the data set that the store leaves out."""
+    """Samples of the data set that the store excludes."""
     num_shards: int
     shards_made: int
     raw_bytes: int
@@ -59,18 +59,18 @@ class HiddenStatesSummary:
 
     @property
     def stored_bytes_per_token(self) -> float:
-        """Bytes on disk a token."""
+        """Bytes on disk per token."""
         return self.stored_bytes / max(self.num_tokens, 1)
 
     @property
     def raw_bytes_per_token(self) -> float:
-        """Bytes a token of the bare arrays."""
+        """Bytes of the raw arrays per token."""
         return self.raw_bytes / max(self.num_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSummary:
-    """Where training ended."""
+    """The result of training."""
 
     run_path: Path
     source_id: str
@@ -79,7 +79,7 @@ class TrainSummary:
     vocabulary_coverage: float
     tokens_per_second: float
     dtype: str
-    """Of matrix products."""
+    """Dtype of matrix products."""
     seconds: float
 
 
@@ -92,15 +92,15 @@ class EvaluateSummary:
     untrained: AcceptanceReport
     trained: AcceptanceReport
     trained_by_group: dict[str, AcceptanceReport]
-    """By turn or by category; empty where all prompts are of one."""
+    """By turn or by category; empty if all prompts are in one group."""
     estimate: AcceptanceEstimate | None
-    """What the stored states said of the same checkpoint; None if they were not asked."""
+    """Estimate from stored states for the same checkpoint; None if there is none."""
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfflineSummary:
-    """The whole way through the store."""
+    """The results of all stages of `offline`."""
 
     states: HiddenStatesSummary
     training: TrainSummary
@@ -110,7 +110,7 @@ class OfflineSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineSummary:
-    """The whole way without a store."""
+    """The results of all stages of `online`."""
 
     training: TrainSummary
     acceptance: EvaluateSummary
@@ -128,14 +128,14 @@ class ExportedLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSummary:
-    """Where an exported draft is, and what it takes to serve it."""
+    """Where an exported draft is, and the settings to serve it with."""
 
     run_path: Path
     checkpoint_step: int
     held_out_length: float | None
     """Acceptance length of the checkpoint on the held-out split; None if it was not measured."""
     served_model: str
-    """The target as an engine is told of it: a Hugging Face id, or a folder."""
+    """The target as an engine loads it: a Hugging Face id, or a folder."""
     revision: str | None
     """Of a Hugging Face id, if one is pinned."""
     speculative_tokens: int
@@ -145,11 +145,11 @@ class ExportSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EstimateSummary:
-    """What serving would accept, by the stored states of the held-out split."""
+    """Acceptance in serving, estimated from the stored states of the held-out split."""
 
     run_path: Path
     checkpoint_step: int
     snapshot_id: str
-    """Of the held-out samples."""
+    """Snapshot of the held-out samples."""
     estimate: AcceptanceEstimate
     seconds: float

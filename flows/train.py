@@ -1,4 +1,4 @@
-"""`train`: a draft from the snapshot of its data, resumed from the newest good checkpoint."""
+"""`train`: trains a draft on the snapshot of its data, from the newest good checkpoint on."""
 
 import dataclasses
 import logging
@@ -57,19 +57,19 @@ def train_flow(
     run: RunName = "main",
     snapshot_id: str | None = None,
 ) -> TrainSummary:
-    """Train the draft of run `run` from the snapshot of its data set, or from `snapshot_id`.
+    """Train the draft of run `run` on the snapshot of its data set, or on `snapshot_id`.
 
-    A run that has begun goes on from its newest checkpoint, with its own snapshot whatever was
-    published since, and ends in the same bits as an undisturbed one; no data set is read for that.
+    A run that has begun resumes from its newest checkpoint with its own snapshot, whatever was
+    published since. It reads no data set, and ends in the same bits as an uninterrupted run.
 
     Raises:
         ConfigError: there is no store, states are missing, fewer GPUs than processes, or no
             package for a tracker.
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
-        CorruptError: a shard does not hold what the target said.
+        CorruptError: a shard does not reproduce the recorded log-probabilities.
         ChildKilledError: one of several processes died; the last checkpoint is good.
-        RunBusyError: another process trains the same run; says which.
-        TrainingStoppedError: SIGTERM ended it; the checkpoint is written.
+        RunBusyError: another process trains the same run; names it.
+        TrainingStoppedError: SIGTERM stopped training; the checkpoint is written.
 
     """
     _require_devices(target, training.num_processes)
@@ -83,7 +83,7 @@ def train_flow(
     root = store_root(store, space)
     opened = open_store(target, store, root)
     if snapshot_id is None and run in opened.snapshot_ids():
-        snapshot_id = run  # as automations of a version without this parameter name their runs
+        snapshot_id = run  # automations of older versions name the run by its snapshot
     data = training_data(opened, config, space, run_path, snapshot_id=snapshot_id)
     opened.require_present(data.snapshot, commits=data.commits)
     if data.record:
@@ -116,9 +116,9 @@ def _train(
     )
     if data.record:
         data.record.require_vocabulary(run_path)
-    is_alone = training.num_processes == 1
-    here = config.target if is_alone else config.target.model_copy(update={"device": "cpu"})
-    setup = set_up_draft(here, training, run_path)  # ranks find the first GPU empty
+    is_single = training.num_processes == 1
+    here = config.target if is_single else config.target.model_copy(update={"device": "cpu"})
+    setup = set_up_draft(here, training, run_path)  # ranks need the first GPU empty
     _require_sound(setup, here, store, data.snapshot)
     record = Run.of(
         config,
@@ -132,30 +132,30 @@ def _train(
     lengths, groups = data.snapshot.lengths, data.snapshot.groups
     total = total_steps(training, lengths, groups, world_size=training.num_processes)
 
-    def write_down() -> None:
+    def write_record() -> None:
         write_run(run_path, record, begun=data.record)
         bill, excluded = StorageBill.of(store, data.commits), data.commits.excluded
         write_settings(run_path, record, data.tokens, bill, total_steps=total, excluded=excluded)
 
     if data.begun:
         warn_of_another_length(run_path, training, total, step=data.begun.step)
-    if is_alone:
+    if is_single:
         source, held_out = open_sources(job, data.commits)
-        return run_training(setup, source, held_out, record, lock, write_down=write_down)
+        return run_training(setup, source, held_out, record, lock, write_record=write_record)
     del setup
     return run_attempt(
         lambda on_progress: train_ranks(job, on_progress),
         *(run_path, record, lock),
         total=total,
-        write_down=write_down,
+        write_record=write_record,
     )
 
 
 def _require_sound(
     setup: DraftSetup, target: TargetConfig, store: Store, snapshot: Snapshot
 ) -> None:
-    partial = load_recompute_model(target, store.identity)
-    require_sound(store, snapshot, TargetRecompute(setup.target_lm_head, partial))
+    recompute_model = load_recompute_model(target, store.identity)
+    require_sound(store, snapshot, TargetRecompute(setup.target_lm_head, recompute_model))
 
 
 def _require_devices(target: TargetConfig, num_processes: int) -> None:
@@ -163,6 +163,6 @@ def _require_devices(target: TargetConfig, num_processes: int) -> None:
     if resolve_device(target.device).type == "cuda" and num_processes > max(num_gpus, 1):
         raise ConfigError(
             f"training.num_processes is {num_processes}, but this machine shows {num_gpus} GPUs "
-            "(CUDA_VISIBLE_DEVICES counts): each process needs one of its own. Set it to "
+            "(CUDA_VISIBLE_DEVICES counts): each process needs its own. Set it to "
             f"{max(num_gpus, 1)} at most"
         )

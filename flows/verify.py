@@ -1,4 +1,4 @@
-"""`verify`: is a store what was committed, and does it say what the target said?"""
+"""`verify`: compares a store with its commit records and with the target's own output."""
 
 import time
 
@@ -52,7 +52,7 @@ def verify_flow(
     findings = find_damage(opened, deep=deep, recompute=recompute, title=title)
     summary = VerifySummary(
         store_root=root,
-        what="every byte, and what the states mean" if deep else SIZES,
+        what="every byte, and the semantic probe" if deep else SIZES,
         num_shards=len(opened.shard_ids()),
         findings=tuple(findings),
         seconds=time.monotonic() - started,
@@ -63,7 +63,7 @@ def verify_flow(
     publish_table(title, rows, key=artifact_key("verify", target.name, dataset.name))
     if findings:
         raise DamagedStoreError(
-            f"{len(findings)} things are damaged in {root}, first {findings[0].object_key}: "
+            f"{len(findings)} problems in {root}, first {findings[0].object_key}: "
             f"{findings[0].problem}; run the repair flow of the same recipe: eyas repair "
             f"{target.name}"
         )

@@ -1,7 +1,7 @@
-"""`watch`: does the source still hold what the data set was built from? If not, an event says so.
+"""`watch`: sends an event if the source has changed since the data set was built.
 
-It compares with the data set that is there, not with what it said before: a change is reported by
-every look until a flow has built the data set anew, so that a lost event costs one interval.
+It compares with the data set, not with its previous report: every check reports a change until a
+flow has rebuilt the data set, so that a lost event costs one interval.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,30 +28,30 @@ class SourceChange:
     """What a data set was built from, and what its source holds now."""
 
     built_from: tuple[str, ...]
-    """A line for each file (name and content) or the hub's commit; empty if never built."""
+    """One line per file (name and content), or the hub's commit; empty if never built."""
     found: tuple[str, ...]
 
     @property
     def new(self) -> tuple[str, ...]:
-        """What is there now and was not when the data set was built."""
+        """The lines that did not exist when the data set was built."""
         return tuple(line for line in self.found if line not in set(self.built_from))
 
 
 @flow(name="watch", flow_run_name=run_name("watch-{dataset.name}"), persist_result=False)
 def watch(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> SourceChange | None:
-    """Send the event that the data set's source has changed, if it has; return what changed.
+    """Send an event if the data set's source has changed; return the change.
 
     Raises:
-        ConfigError: there is no source (any more), or the hub may not be asked.
-        TransientError: the source could not be reached, three times.
+        ConfigError: there is no source (any more), or access to the hub is not allowed.
+        TransientError: the source could not be reached in three attempts.
 
     """
     change = look(dataset, Workspace.at(home, target="", dataset=dataset.name))
     log = get_run_logger()
     if change is None:
-        log.info("%s is what the data set was built from", dataset.source)
+        log.info("%s has not changed since the data set was built", dataset.source)
         return None
-    log.info("%s has changed: %s", dataset.source, "; ".join(change.new) or "less than before")
+    log.info("%s has changed: %s", dataset.source, "; ".join(change.new) or "entries were removed")
     send(
         DATASET_CHANGED,
         resource=dataset_resource(dataset.name),

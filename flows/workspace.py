@@ -1,4 +1,4 @@
-"""Where everything lies below one home folder. Pure: computes paths, touches nothing."""
+"""The layout of one home folder. Pure: computes paths, touches no files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from eagle_core.atomic_files import FOLDER_NAME
 from eagle_core.errors import ConfigError
 
-if TYPE_CHECKING:  # it would bring Arrow into commands that need none
+if TYPE_CHECKING:  # else commands that need no Arrow would import it
     from eagle_core.data.writer import Split
 
 DEFAULT_HOME = "eyas-data"
@@ -24,13 +24,13 @@ RunName = Annotated[
 
 
 def require_run_name(name: str) -> str:
-    """Return a run's name as it was typed; ConfigError unless it can be that of a folder."""
+    """Return a run's name unchanged; ConfigError unless it can name a folder."""
     try:
         return TypeAdapter[str](RunName).validate_python(name)
     except ValidationError as error:
         raise ConfigError(
-            f"{name!r} cannot be the name of a run: use letters, digits, `.`, `_` and `-`, a "
-            "letter or digit first"
+            f"{name!r} cannot be the name of a run: use letters, digits, `.`, `_` and `-`, and "
+            "start with a letter or digit"
         ) from error
 
 
@@ -44,7 +44,7 @@ class Workspace:
 
     @classmethod
     def at(cls, home: str, *, target: str, dataset: str) -> Self:
-        """Return the folders below `home`, in which `~` is the user's own as it is in a shell."""
+        """Return the folders below `home`, in which `~` is expanded as in a shell."""
         return cls(home=Path(home).expanduser(), target=target, dataset=dataset)
 
     @property
@@ -54,15 +54,15 @@ class Workspace:
 
     @property
     def tokens_path(self) -> Path:
-        """Tokenised samples, a file per split and content of data set, tokenizer and template."""
+        """Tokenised samples, one file per split and content of data set, tokenizer and template."""
         return self.home / "tokens" / f"{self.target}-{self.dataset}"
 
     def token_file(self, split: "Split", content: str) -> Path:
-        """Tokenised samples of a split; `content` is a digest of what decides them."""
+        """Tokenised samples of a split; `content` digests everything that determines them."""
         return self.tokens_path / f"{split}-{content}.arrow"
 
     def snapshot_name(self, split: "Split") -> str:
-        """Name in a store of the snapshot that a split of the data set is now."""
+        """Name in a store of the current snapshot of a split."""
         return f"{self.dataset}-{split}"
 
     @property

@@ -1,7 +1,7 @@
-"""What can go wrong with a store, grouped by what the caller does about it.
+"""The errors of a store, grouped by how the caller reacts.
 
-Every error takes one positional message that holds every fact and the next command, so that it
-survives pickling between workers.
+Every error takes one positional message with all facts and the next command, so that it survives
+pickling between workers.
 """
 
 
@@ -14,11 +14,11 @@ class TransientError(StorageError):
 
 
 class MovedError(TransientError, FileNotFoundError):
-    """What was listed is not there any more: it is part of something else now. Look again."""
+    """A listed object is gone: its content was moved into another object. List again."""
 
 
 class OutOfSpaceError(StorageError):
-    """The file system or the quota is full. Waiting does not help: a person frees space."""
+    """The file system or the quota is full. Waiting does not help: a person must free space."""
 
 
 class CorruptError(StorageError):
@@ -26,7 +26,7 @@ class CorruptError(StorageError):
 
 
 class ShardCorruptError(CorruptError):
-    """An object of a shard, or its commit record, has other bytes than were committed."""
+    """An object of a shard, or its commit record, differs from what was committed."""
 
 
 class ShardMissingError(CorruptError):
@@ -34,19 +34,19 @@ class ShardMissingError(CorruptError):
 
 
 class MismatchError(StorageError):
-    """Two things that must agree do not: stop, a person decides."""
+    """Two things that must agree differ. Stop: a person must decide."""
 
 
 class ConfigError(StorageError, ValueError):
-    """The caller asked for something that cannot be."""
+    """The caller asked for something impossible."""
 
 
 class SampleRefusedError(StorageError, ValueError):
-    """A sample may not be stored: wrong shape, wrong id, or states no healthy model produces."""
+    """A sample is invalid: wrong shape, wrong id, or states that no healthy model produces."""
 
 
 REPAIR = "regenerate the shard: eyas repair"
 PUBLISH = "publish the snapshot again: eyas repair"
-RESTORE = "write it again from its copy: eyas repair"
-REPLAN = "drop the plan, what it lacks is planned again: eyas repair"
-"""What to do about damage; the last words of an error or a finding."""
+RESTORE = "restore it from its copy: eyas repair"
+REPLAN = "delete the plan and plan its missing samples again: eyas repair"
+"""How to repair damage; the end of an error message or a finding."""

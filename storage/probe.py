@@ -1,10 +1,10 @@
-"""The semantic probe: what the target model itself said at a few positions of a shard.
+"""The semantic probe: the target model's own predictions at a few positions of a shard.
 
-Taken from the model's real output during generation, kept in the commit record, and recomputed from
-the stored bytes later: states of the wrong layer, norm or sample cannot reproduce it. How to get
-from a last hidden state to a log-probability is the caller's knowledge, handed in as `Recompute`.
+Recorded from the model's output during generation, kept in the commit record, and recomputed later
+from the stored bytes: states of the wrong layer, norm or sample cannot reproduce it. The caller
+passes in, as `Recompute`, how to get from a last hidden state to a log-probability.
 
-Where a store leaves states out, a point also holds some channels of these, as generation saw them.
+If a store omits states, a point also records some of their channels, as computed at generation.
 """
 
 import itertools
@@ -24,13 +24,14 @@ from storage.records.probe_point import NUM_CHANNELS, ProbePoint
 from storage.samples import StoredSample, last_needed
 
 NUM_POINTS = 8
-"""Points of one shard: wrong states miss nearly all of them, so that more would show no more."""
+"""Points per shard: wrong states miss nearly all of them, so more points would show nothing new."""
 
 EARLY_TOLERANCE = 0.1
-"""Of the length of these channels of the early aux state, on hardware that rounds differently.
+"""Relative error (L2) allowed in the recorded channels of the early aux state, since other hardware
+rounds differently.
 
-A padded batch moves it by less than 0.01 (SmolLM2 in float32); the state of another layer or token
-is another vector.
+A padded batch changes them by less than 0.01 (SmolLM2 in float32); the state of another layer or
+token is an unrelated vector.
 """
 
 
@@ -39,7 +40,7 @@ def probe_positions(
 ) -> Sequence[tuple[str, int]]:
     """Return up to `NUM_POINTS` supervised (sample id, position) of a shard, sorted.
 
-    A pure function of the shard: whoever makes it again asks the target at the same places.
+    A pure function of the shard: a regenerated shard is probed at the same positions.
     """
     sample_ids = sorted(loss_masks)
     supervised = [np.flatnonzero(loss_masks[sample_id]) for sample_id in sample_ids]
@@ -52,16 +53,16 @@ def probe_positions(
         chosen.add(int(digest_json(["probe", shard_id, draw]), 16) % total)
     points = []
     for index in sorted(chosen):
-        place = int(np.searchsorted(ends, index, side="right"))
-        before = int(ends[place]) - len(supervised[place])
-        points.append((sample_ids[place], int(supervised[place][index - before])))
+        sample = int(np.searchsorted(ends, index, side="right"))
+        before = int(ends[sample]) - len(supervised[sample])
+        points.append((sample_ids[sample], int(supervised[sample][index - before])))
     return points
 
 
 def omitted_channels(
     aux_hidden_states: NDArray[np.uint16], last_hidden_state: NDArray[np.uint16], position: int
 ) -> tuple[int, ...]:
-    """Return what a point holds of the states [T, A, H] and [T, H] that a store leaves out."""
+    """Return the channels that a point records of omitted states, from [T, A, H] and [T, H]."""
     early = aux_hidden_states[position, 0, :NUM_CHANNELS].tolist()
     last = last_hidden_state[position, :NUM_CHANNELS].tolist()
     return (*early, *last)
@@ -70,23 +71,23 @@ def omitted_channels(
 def require_probe(
     points: Sequence[ProbePoint], samples: Mapping[str, StoredSample], identity: StoreIdentity
 ) -> None:
-    """Raise SampleRefusedError unless each point fits what the samples themselves say."""
+    """Raise SampleRefusedError unless each point agrees with its sample."""
     for point in points:
         sample = samples.get(point.sample_id)
         if sample is None or not 0 <= point.position < len(sample):
             raise SampleRefusedError(f"{point}: the shard has no such token")
         if not last_needed(sample.loss_mask)[point.position]:
-            raise SampleRefusedError(f"{point}: no supervised token needs this state, none is kept")
+            raise SampleRefusedError(f"{point}: no supervised token needs this state; not stored")
         stored = int(sample.target_argmax[point.position])
         if point.argmax != stored:
             raise SampleRefusedError(
-                f"{point}: argmax is {point.argmax}, but target_argmax says {stored}"
+                f"{point}: argmax is {point.argmax}, but target_argmax is {stored}"
             )
         if not (math.isfinite(point.logprob) and point.logprob <= 0):
-            raise SampleRefusedError(f"{point}: {point.logprob} is no log-probability")
+            raise SampleRefusedError(f"{point}: {point.logprob} is not a log-probability")
         if identity.omitted is not None and point.omitted != _channels_of(sample, point):
             raise SampleRefusedError(
-                f"{point}: it holds other channels of the states left out than the sample does"
+                f"{point}: its channels of the omitted states differ from the sample's"
             )
 
 
@@ -98,9 +99,9 @@ def disagreements(
     *,
     exact: bool = False,
 ) -> Iterator[str]:
-    """Yield one line for every point that the states, of complete samples, do not reproduce.
+    """Yield one line for every point that the states of complete samples do not reproduce.
 
-    With `exact`, states that were left out must have the very bits that generation gave them.
+    With `exact`, omitted states must match the bits recorded at generation.
     """
     if not points:
         return
@@ -123,16 +124,17 @@ def _differences(
 ) -> Iterator[str]:
     found = _channels_of(sample, point)
     if exact:
-        num = None if PROFILES[identity.profile].is_exact else NUM_CHANNELS  # codes change `last`
+        # Quantization changes the last state.
+        num = None if PROFILES[identity.profile].is_exact else NUM_CHANNELS
         if found[:num] != point.omitted[:num]:
-            yield f"{point}: states made again have other bits than the target gave them"
+            yield f"{point}: recomputed states differ in bits from the target's"
         return
     early, expected = (
         bf16_to_float(np.array(bits[:NUM_CHANNELS], np.uint16)) for bits in (found, point.omitted)
     )
-    away = float(np.linalg.norm(early - expected))
-    if not away <= EARLY_TOLERANCE * float(np.linalg.norm(expected)):
-        yield f"{point}: the early aux state made again is another one than the target had"
+    distance = float(np.linalg.norm(early - expected))
+    if not distance <= EARLY_TOLERANCE * float(np.linalg.norm(expected)):
+        yield f"{point}: the recomputed early aux state differs from the target's"
 
 
 def _channels_of(sample: StoredSample, point: ProbePoint) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
-"""The storage profiles: how states are encoded, and how far decoded ones may be off.
+"""The storage profiles: how states are encoded, and the tolerated error of decoded states.
 
-A new quantized profile is one more line of `PROFILES` and of `ProfileName`.
+To add a quantized profile, extend `PROFILES` and `ProfileName`.
 """
 
 from collections.abc import Mapping
@@ -13,25 +13,25 @@ DEFAULT_PROFILE: Final = "lossless"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """One way to encode states; `storage.encoding.states` does it."""
+    """One way to encode states; implemented in `storage.encoding.states`."""
 
     codec: Literal["raw", "lossless", "quantized"]
     summary: str
-    """What a person is told who chooses one."""
+    """The description shown to users."""
     tolerance_nats: float
-    """How far a log-probability of decoded states may be from the target's own: a few times what
-    right states were seen to differ by (`benchmarks/probe.py`).
+    """Tolerated difference between a log-probability of decoded states and the target's own: a few
+    times the difference measured with correct states (`benchmarks/probe.py`).
 
     On SmolLM2 the largest of 8,805 differences was 0.12 nats for bfloat16 states, 0.16 for int8,
     0.67 for int6, 2.4 for int4. States before the norm, of another layer or of the next token were
     at least 10 nats off in one of 8 points.
     """
     largest_code: int = 0
-    """Of a quantized profile: codes are integers from `-largest_code` to `largest_code`."""
+    """Quantized profiles only: codes are integers from `-largest_code` to `largest_code`."""
 
     @property
     def is_exact(self) -> bool:
-        """Tell whether states come back with the bits that they had."""
+        """Return whether decoding restores the exact bits."""
         return self.codec != "quantized"
 
 

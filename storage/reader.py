@@ -1,9 +1,8 @@
-"""Random access to the samples of a snapshot. Never fills, never substitutes, never skips.
+"""Random access to the samples of a snapshot. Never fills, substitutes or skips data.
 
-A shard's objects are read whole, compared with the size and digest they were committed with, and
-decoded from exactly the bytes that were compared, by a few threads that `prefetch` sets to work.
-Safe to call from several threads; a copy that went to another process by pickling starts with an
-empty cache.
+A shard's objects are read whole, compared with their committed size and digest, and decoded from
+exactly the compared bytes. A few threads do this; `prefetch` starts them. Safe to call from several
+threads; a pickled copy in another process starts with an empty cache.
 """
 
 import threading
@@ -30,7 +29,7 @@ from storage.samples import StoredSample
 CACHE_BYTES = 2 << 30
 READ_THREADS = 2
 MOST_FREE = 4 * READ_THREADS
-"""Pieces of memory kept for the next shards: a few for each that is being read."""
+"""Free buffers kept for reuse: a few for each shard that is being read."""
 
 
 class SnapshotReader:
@@ -45,7 +44,7 @@ class SnapshotReader:
         cache_bytes: int = CACHE_BYTES,
         object_cache: ObjectCache | None = None,
     ) -> None:
-        """Keep at most `cache_bytes` of decoded shards in memory, but one, and those being read."""
+        """Cache up to `cache_bytes` of decoded shards, at least one, besides those being read."""
         self._log = log
         self._identity = identity
         self._snapshot = snapshot
@@ -58,7 +57,7 @@ class SnapshotReader:
 
     @property
     def identity(self) -> StoreIdentity:
-        """Return what the store holds states of, and which of them it leaves out."""
+        """Return the identity of the store: its target, encoding and omitted states."""
         return self._identity
 
     @property
@@ -68,12 +67,12 @@ class SnapshotReader:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Return [N] tokens of each sample."""
+        """Return [N] the number of tokens per sample."""
         return self._snapshot.lengths
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """Return [N] non-decreasing shard index of each sample."""
+        """Return [N] the shard index per sample, non-decreasing."""
         return self._snapshot.groups
 
     def __len__(self) -> int:
@@ -81,7 +80,7 @@ class SnapshotReader:
         return self._snapshot.num_samples
 
     def shard_of(self, sample_id: str) -> str:
-        """Return the shard that serves a sample; KeyError if the snapshot lacks it."""
+        """Return the id of a sample's shard; KeyError if the snapshot lacks the sample."""
         wanted = np.frombuffer(bytes.fromhex(sample_id), self._snapshot.sample_ids.dtype)
         found = np.flatnonzero(self._snapshot.sample_ids == wanted)
         if not len(found):
@@ -89,9 +88,9 @@ class SnapshotReader:
         return self._snapshot.shard_ids[int(self.groups[found[0]])]
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Begin to read the shards of these samples, which are fetched soon.
+        """Start reading the shards of samples that will be fetched soon.
 
-        What goes wrong is raised when a sample of that shard is fetched.
+        A read error is raised when a sample of that shard is fetched.
         """
         for group in dict.fromkeys(int(self.groups[index]) for index in indices):
             self._begin(self._snapshot.shard_ids[group])
@@ -99,10 +98,10 @@ class SnapshotReader:
     def fetch(self, index: int) -> StoredSample:
         """Return sample `index`, read-only; raise CorruptError rather than substitute anything.
 
-        States that the store leaves out are left out: `Recompute.complete` adds them.
+        Omitted states are absent: `Recompute.complete` adds them.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a snapshot of {len(self)}")
+            raise IndexError(f"sample {index} is outside the snapshot of {len(self)} samples")
         shard = self._shard(self._snapshot.shard_ids[self.groups[index]])
         position = int(self._snapshot.positions[index])
         expected = self._snapshot.sample_id(index)
@@ -119,7 +118,7 @@ class SnapshotReader:
         try:
             return reading.result()
         except BaseException:
-            with self._lock:  # whoever asks again, after a repair perhaps, reads again
+            with self._lock:  # the next fetch, perhaps after a repair, reads again
                 if self._shards.get(shard_id) is reading:
                     del self._shards[shard_id]
             raise
@@ -142,7 +141,7 @@ class SnapshotReader:
             return reading
 
     def _evict(self) -> None:
-        """Let go of the shards that were used least recently; of those being read, none."""
+        """Evict the least recently used shards, but none that is being read."""
         sizes = {
             shard_id: reading.result().num_bytes
             for shard_id, reading in self._shards.items()
@@ -158,7 +157,7 @@ class SnapshotReader:
                 total -= num_bytes
 
     def __getstate__(self) -> Mapping[str, Any]:
-        """Leave the cache and the lock behind."""
+        """Pickle without the cache and the lock."""
         return {
             "log": self._log,
             "identity": self._identity,
@@ -180,10 +179,10 @@ def read_shard(
     cache: ObjectCache | None = None,
     allocate: Allocate = np.empty,
 ) -> DecodedShard:
-    """Return a shard whose every object has its committed size and digest; raise CorruptError."""
+    """Return a shard; CorruptError unless every object has its committed size and digest."""
     try:
         objects = _read_objects(log, shard_id, cache, allocate)
-    except ShardMissingError:  # by what was read of manifests long ago, perhaps
+    except ShardMissingError:  # perhaps the cached manifests are out of date
         log.forget()
         objects = _read_objects(log, shard_id, cache, allocate)
     return decode_shard(shard_id, objects, identity=identity, allocate=allocate)

@@ -1,6 +1,6 @@
-"""What a target at hand can do for a store: read states, and make those that were left out.
+"""The target model as a store needs it: to predict from states, and to recompute omitted states.
 
-Storage knows no model: flows hand in something that follows this protocol.
+Storage imports no model: flows pass in an implementation of this protocol.
 """
 
 from typing import Protocol
@@ -12,12 +12,12 @@ from storage.samples import StoredSample
 
 
 class Recompute(Protocol):
-    """The target, or as much of it as the two questions take."""
+    """The target model, or the part of it that these two methods need."""
 
     def log_probabilities(
         self, last: NDArray[np.uint16], token_ids: NDArray[np.int32]
     ) -> NDArray[np.float32]:
-        """Return [K] nats for `token_ids` [K] after last states [K, H] (bfloat16 bits)."""
+        """Return [K] nats of `token_ids` [K], predicted from last states [K, H] (bfloat16 bits)."""
 
     def complete(self, sample: StoredSample) -> StoredSample:
-        """Return a sample as its store keeps it with all its states, or as it is if it has them."""
+        """Return a stored sample with omitted states recomputed; unchanged if it has them all."""

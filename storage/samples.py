@@ -1,6 +1,6 @@
-"""One stored sample, and the checks that keep a sick one out of the store.
+"""One stored sample, and the checks that keep invalid samples out of the store.
 
-Shapes: T tokens, A aux layers, H target hidden size. bfloat16 travels as its bit pattern in uint16.
+Shapes: T tokens, A aux layers, H target hidden size. bfloat16 values are uint16 bit patterns.
 """
 
 from collections.abc import Sequence
@@ -19,26 +19,26 @@ TTT_LENGTH = 7
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredSample:
-    """One conversation with everything the target model knows about it that training needs."""
+    """One conversation with all target-model outputs that training needs."""
 
     sample_id: str
     """`content_id(input_ids, loss_mask)`: 32 hex digits."""
     input_ids: NDArray[np.int32]
     """[T]"""
     loss_mask: NDArray[np.bool_]
-    """[T], True where the token is the assistant's."""
+    """[T], True for assistant tokens."""
     aux_hidden_states: NDArray[np.uint16]
-    """[T, A, H] bfloat16 bits, aux layers low to high; without the first of them if the sample
-    comes from a store that leaves it out."""
+    """[T, A, H] bfloat16 bits, aux layers low to high; without the first aux layer if the sample
+    comes from a store that omits it."""
     last_hidden_state: NDArray[np.uint16]
-    """[T, H] bfloat16 bits, after the final norm; zero where `last_present` does not hold. [0, H]
-    if the sample comes from a store that leaves it out."""
+    """[T, H] bfloat16 bits, after the final norm; zero where `last_present` is False. [0, H] if the
+    sample comes from a store that omits it."""
     target_argmax: NDArray[np.int32]
     """[T] argmax of the target's logits over its full vocabulary."""
     target_logsumexp: NDArray[np.float32]
     """[T] logsumexp of the target's logits over its full vocabulary."""
     last_present: NDArray[np.bool_] | None = None
-    """[T], True where the last hidden state is kept, or made again; None if not yet stored."""
+    """[T], True where the last hidden state is stored or recomputed; None if not yet stored."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -53,10 +53,10 @@ def content_id(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> st
 
 
 def last_needed(loss_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return [T]: which last hidden states some supervised position is trained or measured with.
+    """Return [T]: which last hidden states training or evaluation of supervised tokens reads.
 
-    With up to 7 steps of training-time test, the loss of token t reads the states t + 1 to t + 7;
-    the loss of a predicted token reads the state before it; t itself is kept for the probe.
+    With up to 7 steps of training-time test, the loss of token t reads the states t + 1 to t + 7.
+    The loss of a predicted token reads the state before it. State t itself is for the probe.
     """
     needed = loss_mask.copy()
     needed[:-1] |= loss_mask[1:]
@@ -66,10 +66,10 @@ def last_needed(loss_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def require_storable(sample: StoredSample, identity: StoreIdentity) -> None:
-    """Raise SampleRefusedError, naming sample, array and position, unless the sample is healthy.
+    """Raise SampleRefusedError, naming sample, array and position, unless the sample is valid.
 
-    Refused: other shapes or dtypes than the identity says, an id that is not the content's, token
-    ids outside the vocabulary, NaN or infinity anywhere, state rows that are all zero or constant.
+    Refused: shapes or dtypes that do not match the identity, an id that does not match the content,
+    token ids outside the vocabulary, NaN or infinity anywhere, all-zero or constant state rows.
     """
     _require_shapes(sample, identity)
     found = content_id(sample.input_ids, sample.loss_mask)
@@ -138,7 +138,7 @@ def _require_healthy_rows(
     *,
     needed: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Check the rows [T, L, H] of layers with these names, at positions that are needed only."""
+    """Check rows [T, L, H] of the named layers; with `needed`, at those positions only."""
     rows = states.reshape(-1, states.shape[-1])
     not_finite = np.empty(len(rows), np.bool_)
     all_zero = np.empty(len(rows), np.bool_)
@@ -149,7 +149,7 @@ def _require_healthy_rows(
         largest = magnitudes.max(axis=1)
         np.greater_equal(largest, BF16_INFINITY << 1, out=not_finite[block])
         np.equal(largest, 0, out=all_zero[block])
-    constant = rows[:, 0] == rows[:, -1]  # a few by chance
+    constant = rows[:, 0] == rows[:, -1]  # also a few others by chance
     constant[constant] = (rows[constant] == rows[constant, :1]).all(axis=1)
     for bad, problem in (
         (not_finite, "holds NaN or infinity"),

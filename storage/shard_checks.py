@@ -1,4 +1,4 @@
-"""Compare one shard with its record: every byte, and what the states mean."""
+"""Check one shard against its commit record: every byte, and the semantic probe."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,7 +18,7 @@ from storage.samples import StoredSample
 
 
 def check_digests(root: ObjectStore, record: CommitRecord) -> Iterator[Finding]:
-    """Yield a finding for every object of the shard whose bytes are not the committed ones."""
+    """Yield a finding for every object of the shard whose bytes differ from the committed ones."""
     for key, expected in record.objects.items():
         path = keys.shard_object(record.shard_id, key)
         try:
@@ -35,7 +35,7 @@ def _digest(root: ObjectStore, path: str, num_bytes: int) -> ObjectDigest:
 def read_objects(
     root: ObjectStore, record: CommitRecord
 ) -> tuple[Mapping[str, bytes | memoryview], list[Finding]]:
-    """Return a shard's objects, and what is wrong with their bytes: one reading for both."""
+    """Return a shard's objects and the findings on their bytes, from a single read."""
     objects: dict[str, bytes | memoryview] = {}
     findings: list[Finding] = []
     for key, expected in record.objects.items():
@@ -65,9 +65,9 @@ def check_states(
     *,
     exact: bool = False,
 ) -> Iterator[Finding]:
-    """Yield findings on a shard's bytes or, if these are whole, on what they mean.
+    """Yield findings on a shard's bytes or, if these are intact, on its semantic probe.
 
-    With `exact`, states that the store leaves out must have the bits that generation gave them.
+    With `exact`, omitted states must match the bits recorded at generation.
     """
     objects, damaged = read_objects(root, record)
     yield from damaged or check_meaning(record, objects, identity, recompute, exact=exact)
@@ -81,12 +81,12 @@ def check_meaning(
     *,
     exact: bool = False,
 ) -> Iterator[Finding]:
-    """Yield findings on what a shard's whole bytes mean; see `check_states`."""
+    """Yield findings on the semantic probe of a shard with intact bytes; see `check_states`."""
     if not record.probe:
         return
     try:
         samples = _probed_samples(record, objects, identity)
-    except CorruptError as error:  # its bytes are the committed ones, but they are no shard
+    except CorruptError as error:  # intact bytes that are not a shard
         yield shard_finding(record.shard_id, min(record.objects), str(error))
         return
     states_array = "last_hidden_state" if identity.omitted is None else "aux_hidden_states"

@@ -1,7 +1,7 @@
 """A store: shards that exist only if their commit record does, and snapshots that list samples.
 
-Layout and write order are in `docs/store-format.md`. The store is the only truth about what exists:
-whatever was interrupted, running the same thing again ends in the same bytes.
+Layout and write order are in `docs/store-format.md`. The store is the only source of truth about
+what exists: after any interruption, running the same command again ends in the same bytes.
 """
 
 import logging
@@ -54,39 +54,39 @@ class Store:
 
     @classmethod
     def create(cls, root: str, identity: StoreIdentity) -> "Store":
-        """Make a store, or open the one that is there; MismatchError if it holds other states."""
-        directory = ObjectStore.at(root)
-        directory.create(keys.IDENTITY, identity.to_json())
+        """Create a store or open the existing one; MismatchError if it holds different states."""
+        object_store = ObjectStore.at(root)
+        object_store.create(keys.IDENTITY, identity.to_json())
         store = cls.open(root)
-        store.identity.require_equal(identity, where=f"the store at {directory.url}")
+        store.identity.require_equal(identity, where=f"the store at {object_store.url}")
         return store
 
     @classmethod
     def open(cls, root: str) -> "Store":
         """Open the store at a local path or fsspec URL; ConfigError if there is none."""
-        directory = ObjectStore.at(root)
+        object_store = ObjectStore.at(root)
         try:
-            data = directory.read(keys.IDENTITY)
+            data = object_store.read(keys.IDENTITY)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"there is no store at {directory.url} (no {keys.IDENTITY}); run a hidden-states "
-                "flow to make one, or correct the path"
+                f"there is no store at {object_store.url} (no {keys.IDENTITY}); run a "
+                "hidden-states flow to create one, or correct the path"
             ) from error
-        return cls(directory, StoreIdentity.from_json(data))
+        return cls(object_store, StoreIdentity.from_json(data))
 
     @property
     def is_local(self) -> bool:
-        """Tell whether the store lies on a disk of this machine."""
+        """Return whether the store is on a disk of this machine."""
         return self.root.is_local
 
     # ---- what exists
 
     def commits(self) -> Commits:
-        """Return all that is committed; CorruptError if a record or a manifest is damaged."""
+        """Return all committed shards; CorruptError if a record or a manifest is damaged."""
         return self.log.read()
 
     def some_commits(self, shard_ids: Iterable[str]) -> Mapping[str, CommitRecord]:
-        """Return the records of some shards by id; raises what `commit` does."""
+        """Return the records of some shards by id; raises the errors of `commit`."""
         return self.log.some(shard_ids)
 
     def commit(self, shard_id: str) -> CommitRecord:
@@ -98,21 +98,21 @@ class Store:
         return self.log.ids()
 
     def held(self, sample_ids: Collection[str]) -> set[str]:
-        """Return those of some samples that a committed shard holds."""
+        """Return the given samples that a committed shard holds."""
         return self.commits().held(sample_ids)
 
     def free_bytes(self) -> int | None:
-        """Return the free space where the store lies, or None where that has no meaning."""
+        """Return the free space of the store's disk, or None if it is not on a disk."""
         return self.root.free_bytes()
 
-    # ---- what is to be made
+    # ---- planning
 
     def plan(self, samples: Iterable[PlannedSample], *, shard_tokens: int) -> Plan:
-        """Return, persisted, the plan that makes every sample of which the store has no states.
+        """Plan every sample that the store has no states of; persist and return the plan.
 
-        Memory is taken for those samples, not for all.
+        Memory use grows with those samples, not with all.
 
-        An unfinished plan that makes exactly these is returned as it was persisted, so that an
+        An unfinished plan for exactly these samples is returned as it was persisted, so that an
         interrupted generation ends in the same shards as an uninterrupted one.
         """
         commits = self.commits()
@@ -140,22 +140,22 @@ class Store:
         probe: Sequence[ProbePoint] | None = None,
         recompute: Recompute | None = None,
     ) -> CommitRecord:
-        """Write a shard and commit it; return the record of one that is validly committed already.
+        """Write a shard and commit it; if it is validly committed already, return that record.
 
         `samples` may come in any order and is consumed only if the shard has to be written; `probe`
         is read after that. The stored bytes are read back before the shard is committed and, with
-        `recompute`, must say what the probe holds: a kill in between leaves no shard. Neither does
-        a failure. Several may write the same shard at the same time, on any machines.
+        `recompute`, must reproduce the probe. A kill or a failure in between leaves no shard.
+        Several processes, on any machines, may write the same shard at the same time.
 
         Raises:
-            ShardCorruptError: the stored bytes are not those written, or do not say what the target
-                said.
+            ShardCorruptError: the stored bytes differ from those written, or do not reproduce the
+                probe.
 
         """
         return self._writer.write(shard, samples, () if probe is None else probe, recompute)
 
     def revoke(self, shard_id: str) -> None:
-        """Take back a shard's commit record: it counts as missing until it is written again."""
+        """Revoke a shard's commit record: it counts as missing until it is written again."""
         self.log.revoke(shard_id)
 
     # ---- snapshots
@@ -171,9 +171,9 @@ class Store:
     ) -> Snapshot:
         """Publish the snapshot of these samples; ConfigError if one is missing.
 
-        `commits` spares reading all records again, if the caller has them. `name` is that of a
-        split of a data set and means this snapshot from now on, `made_from` what the caller knows.
-        Not `as_latest`, it is one more beside the latest.
+        Pass `commits`, if available, to avoid reading all records again. `name` is a split of a
+        data set and refers to this snapshot from now on; `made_from` is its origin, for the caller.
+        Without `as_latest`, the latest snapshot remains the latest.
         """
         commits = self.commits() if commits is None else commits
         snapshot = Snapshot.of(sample_ids, commits)
@@ -190,7 +190,7 @@ class Store:
         return snapshot
 
     def _has(self, snapshot: Snapshot) -> bool:
-        """Tell whether a snapshot is there, of whatever version: such a store may be read-only."""
+        """Return whether a snapshot exists, in any version: an old store may be read-only."""
         try:
             self.snapshot(snapshot.snapshot_id)
         except (ConfigError, CorruptError):
@@ -205,27 +205,27 @@ class Store:
         self.root.publish(keys.LATEST, seal(latest))
 
     def _tidy(self, snapshot: Snapshot) -> None:
-        """Put many records into a manifest, and drop plans of which everything is published there.
+        """Compact records into a manifest, and delete plans that the snapshot has completely.
 
-        A store works without, so what goes wrong is a warning.
+        A store works without this, so a failure is only a warning.
         """
         try:
             self.compact()
             self.plans.drop_published(snapshot)
         except StorageError as error:
-            logger.warning("the snapshot is published; the store was not tidied up: %s", error)
+            logger.warning("the snapshot is published, but the store was not tidied up: %s", error)
 
     def mend_manifests(self) -> None:
-        """Write damaged or lost files of manifests again, each from its copy."""
+        """Restore damaged or missing files of manifests, each from its copy."""
         for manifest in self.log.manifests():
             manifest.mend()
 
     def compact(self) -> None:
-        """Put records into a manifest if there are many; see `storage.records.compaction`."""
+        """Compact records into a manifest if there are many; see `storage.records.compaction`."""
         if not is_worth_compacting(self.log):
             return
-        key = self.root.read(keys.IDENTITY)
-        if key != self.identity.to_json():  # of version 2, whose readers know no manifests
+        stored = self.root.read(keys.IDENTITY)
+        if stored != self.identity.to_json():  # version 2, whose readers do not know manifests
             self.root.publish(keys.IDENTITY, self.identity.to_json())
         compact(self.log)
 
@@ -242,22 +242,22 @@ class Store:
         return Snapshot.from_parquet(data, snapshot_id=wanted)
 
     def require_present(self, snapshot: Snapshot, *, commits: Commits | None = None) -> None:
-        """Raise ShardMissingError unless all objects of a snapshot are there with their sizes.
+        """Raise ShardMissingError unless all objects of a snapshot exist with their sizes.
 
-        Takes one listing and the commit records, if the caller has none; no shard is read.
+        Needs one listing, and the commit records unless they are passed in; reads no shard.
         """
         commits = self.commits() if commits is None else commits
-        lost = [shard_id for shard_id in snapshot.shard_ids if shard_id not in commits]
-        if lost:
+        missing = [shard_id for shard_id in snapshot.shard_ids if shard_id not in commits]
+        if missing:
             raise ShardMissingError(
-                f"{len(lost)} of {len(snapshot.shard_ids)} shards of snapshot "
-                f"{snapshot.snapshot_id} have no commit record, first {lost[0]}; {REPAIR}"
+                f"{len(missing)} of {len(snapshot.shard_ids)} shards of snapshot "
+                f"{snapshot.snapshot_id} have no commit record, first {missing[0]}; {REPAIR}"
             )
         wanted = {shard_id: commits.objects(shard_id) for shard_id in snapshot.shard_ids}
         findings = list(check_presence(self.root, wanted))
         if findings:
             raise ShardMissingError(
-                f"{len(findings)} objects of snapshot {snapshot.snapshot_id} are not what was "
+                f"{len(findings)} objects of snapshot {snapshot.snapshot_id} differ from what was "
                 f"committed, first {findings[0]}"
             )
 
@@ -273,7 +273,7 @@ class Store:
         cache_bytes: int = CACHE_BYTES,
         object_cache: ObjectCache | None = None,
     ) -> SnapshotReader:
-        """Return random access to the samples of a snapshot; a remote store wants a cache."""
+        """Return random access to a snapshot's samples; a remote store needs `object_cache`."""
         return SnapshotReader(
             log=self.log,
             identity=self.identity,
@@ -288,7 +288,7 @@ class Store:
         except FileNotFoundError as error:
             if self.snapshot_ids():
                 raise CorruptError(
-                    f"{self.root.where(keys.LATEST)} is missing, but there are snapshots; {PUBLISH}"
+                    f"{self.root.where(keys.LATEST)} is missing, but snapshots exist; {PUBLISH}"
                 ) from error
             raise ConfigError(
                 f"{self.root.url} has no snapshot yet; run a hidden-states flow to the end"

@@ -1,9 +1,9 @@
-"""Write one shard so that it ends whole and committed, whoever else writes it at the same time.
+"""Write one shard so that it ends whole and committed, despite concurrent writers.
 
-Data goes under a name that nobody else ever has, is read back and checked, and only then gets its
-record, which is created if there is none. So nothing that another may need is ever overwritten or
-removed, and no lock is needed on any kind of store. An attempt that comes second, or that a kill
-ended, is garbage: nothing names it.
+Data is written under a unique name, read back and checked; only then is its record created, if
+there is none. So nothing that another writer may need is ever overwritten or removed, and no kind
+of store needs a lock. An attempt that finishes second, or was killed, is garbage: no record names
+it.
 """
 
 import secrets
@@ -52,9 +52,9 @@ class ShardWriter:
         recompute: Recompute | None,
     ) -> CommitRecord:
         """Write a shard and commit it; see `Store.write_shard`."""
-        standing = self._standing(shard.shard_id)
-        if standing is not None:
-            return standing
+        current = self._current_record(shard.shard_id)
+        if current is not None:
+            return current
         ordered = self._checked(shard, samples)
         require_probe(probe, {sample.sample_id: sample for sample in ordered}, self.identity)
         attempt = f"{secrets.token_hex(8)}{keys.SHARD_SUFFIX}"
@@ -70,21 +70,21 @@ class ShardWriter:
                 objects={attempt: self._write_data(shard.shard_id, key, ordered)},
                 probe=tuple(probe),
             )
-            self._require_right(record, recompute)
-            standing = self._commit(record)
-        except TransientError:  # a record that a server was sent may come into being yet
+            self._require_correct(record, recompute)
+            current = self._commit(record)
+        except TransientError:  # a record that was sent to a server may still appear
             raise
-        except Exception:  # whatever the target raised while it read the states again, too
-            self._drop_unnamed(shard.shard_id, attempt)
+        except Exception:  # also what the target raised while it checked the states
+            self._delete_unnamed(shard.shard_id, attempt)
             raise
-        if standing != record:
-            self._drop_unnamed(shard.shard_id, attempt)
-        for lost in check_sizes(self.root, standing):
+        if current != record:
+            self._delete_unnamed(shard.shard_id, attempt)
+        for lost in check_sizes(self.root, current):
             raise TransientError(
-                f"{lost.object_key} {lost.problem}, though it was just written: does a collection "
-                "of garbage (gc) run at the same time? End it, then run the same command again"
+                f"{lost.object_key} {lost.problem}, although it was just written: is a garbage "
+                "collection (gc) running at the same time? Stop it, then run the same command again"
             )
-        return standing
+        return current
 
     def _write_data(self, shard_id: str, key: str, samples: Sequence[StoredSample]) -> ObjectDigest:
         digest = RunningDigest()
@@ -99,10 +99,10 @@ class ShardWriter:
         self.root.flush(keys.shard_folder(shard_id))
         return digest.value()
 
-    def _require_right(self, record: CommitRecord, recompute: Recompute | None) -> None:
-        """Raise ShardCorruptError unless what is stored are those bytes and say what was probed.
+    def _require_correct(self, record: CommitRecord, recompute: Recompute | None) -> None:
+        """Raise ShardCorruptError unless the stored bytes are intact and reproduce the probe.
 
-        States that the store leaves out must be recomputed bit for bit.
+        Omitted states must be recomputed bit for bit.
         """
         found: Iterable[Finding]
         if recompute is None:
@@ -114,30 +114,30 @@ class ShardWriter:
             raise ShardCorruptError(
                 f"shard {record.shard_id} does not read back as it was written: "
                 f"{damaged[0].object_key} {damaged[0].problem}. It is not committed; run the same "
-                "command again. If it was removed, a collection of garbage (gc) ran at the same "
-                "time; else this machine's memory or disk fails, perhaps"
+                "command again. If it was removed, a garbage collection (gc) ran at the same time; "
+                "otherwise this machine's memory or disk may be faulty"
             )
         for finding in found:
             raise ShardCorruptError(
-                f"shard {record.shard_id} was stored and does not read back as what the target "
-                f"said: {finding.object_key}: {finding.problem}. It is not committed; run the same "
-                "command again. If that ends the same way, the states are captured wrongly (layer, "
-                "norm, a head with a bias), layers of this target cannot be run alone (set "
-                "store.recompute to false), or this machine's memory or disk fails"
+                f"shard {record.shard_id} was stored but does not reproduce what the target "
+                f"predicted: {finding.object_key}: {finding.problem}. It is not committed; run the "
+                "same command again. If that fails the same way, the states are captured wrongly "
+                "(layer, norm, a head with a bias), layers of this target cannot be run alone (set "
+                "store.recompute to false), or this machine's memory or disk is faulty"
             )
 
     def _commit(self, record: CommitRecord) -> CommitRecord:
-        """Return the record that stands: this one, or a rival's that was there before."""
+        """Return the current record: this one, or that of a concurrent writer that came first."""
         if self.log.create(record):
             return record
-        standing = self._standing(record.shard_id)
-        if standing is not None:
-            return standing
-        self.log.replace(record)  # one that is damaged, or whose data is not there
+        current = self._current_record(record.shard_id)
+        if current is not None:
+            return current
+        self.log.replace(record)  # the existing one is damaged, or its data is missing
         return record
 
-    def _drop_unnamed(self, shard_id: str, attempt: str) -> None:
-        """Give back the space of an attempt, unless a record names it or nobody can tell."""
+    def _delete_unnamed(self, shard_id: str, attempt: str) -> None:
+        """Delete the data of an attempt, unless a record names it or may name it."""
         with suppress(StorageError):
             try:
                 named = attempt in self.log.objects(shard_id)
@@ -146,8 +146,8 @@ class ShardWriter:
             if not named:
                 self.root.delete(keys.shard_object(shard_id, attempt))
 
-    def _standing(self, shard_id: str) -> CommitRecord | None:
-        """Return the record, if it is whole and all its objects are there with their sizes."""
+    def _current_record(self, shard_id: str) -> CommitRecord | None:
+        """Return the record if it is intact and all its objects exist with their sizes."""
         try:
             record = self.log.find(shard_id)
         except (ShardMissingError, CorruptError):
@@ -163,9 +163,9 @@ class ShardWriter:
             by_id[sample.sample_id] = sample
         if by_id.keys() != set(shard.sample_ids):
             missing = sorted(set(shard.sample_ids) - by_id.keys())
-            foreign = sorted(by_id.keys() - set(shard.sample_ids))
+            unplanned = sorted(by_id.keys() - set(shard.sample_ids))
             raise SampleRefusedError(
-                f"shard {shard.shard_id} was handed the wrong samples: {len(missing)} missing "
-                f"{missing[:1]}, {len(foreign)} not planned {foreign[:1]}"
+                f"shard {shard.shard_id} was given the wrong samples: {len(missing)} missing "
+                f"{missing[:1]}, {len(unplanned)} not planned {unplanned[:1]}"
             )
         return [by_id[sample_id] for sample_id in shard.sample_ids]

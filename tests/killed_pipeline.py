@@ -188,7 +188,7 @@ def main() -> None:
     with (
         mock.patch("storage.records.compaction.COMPACT_FROM", 3),
         mock.patch("storage.records.compaction.SETTLE_SECONDS", -60.0),
-        mock.patch("flows.workers.shard_worker.say"),
+        mock.patch("flows.workers.shard_worker.send"),
     ):
         with tempfile.TemporaryDirectory() as warm:
             live(settings, Path(warm))  # so that a child imports and compiles nothing more

@@ -1,4 +1,4 @@
-"""Run a flow here and now, look after stores, list what there is, write prefect.yaml."""
+"""Run flows in this process, check and clean up stores, list recipes, write prefect.yaml."""
 
 import os
 import sys
@@ -19,17 +19,17 @@ from flows.workspace import DEFAULT_HOME
 if TYPE_CHECKING:
     from deployments.recipe import Recipe
 
-# Recipes bring torch with them: only the commands that need one import them.
+# Recipes import torch: only the commands that need a recipe import them.
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="Recipe, such as smollm2, a YAML file, or the folder of a run.")
+    str, typer.Argument(help="Recipe such as smollm2, or a YAML file, or the folder of a run.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value, as often as you like.")
+    list[str] | None, typer.Option("--set", help="Override section.key=value; may be repeated.")
 ]
 Home = Annotated[str, typer.Option(help="Folder for data, stores and runs.")]
 
@@ -48,7 +48,7 @@ def run(
         typer.Option("--snapshot", help="Train on this snapshot; `eyas inspect` lists them."),
     ] = None,
 ) -> None:
-    """Run a flow in this process; no server or worker needed."""
+    """Run a flow in this process; no server or worker is needed."""
     own = {"run": run_name, "snapshot_id": snapshot_id}
     _run_flow(flow, recipe, overrides or [], home, {k: v for k, v in own.items() if v is not None})
 
@@ -59,17 +59,17 @@ def plan(
     overrides: Overrides = None,
     home: Home = DEFAULT_HOME,
     budget: Annotated[
-        str | None, typer.Option(help="Most bytes that the store may take, such as 2TB.")
+        str | None, typer.Option(help="Size limit of the store, such as 2TB.")
     ] = None,
 ) -> None:
-    """Say what hidden-states would cost, before the first shard; exit 1 if it does not fit."""
+    """Estimate the cost of hidden-states before the first shard; exit 1 if it does not fit."""
     limit = [] if budget is None else [f"store.budget={budget}"]
     _run_flow("plan", recipe, [*(overrides or []), *limit], home)
 
 
 @app.command()
 def repair(recipe: RecipeArgument, overrides: Overrides = None, home: Home = DEFAULT_HOME) -> None:
-    """Make exactly the damaged shards of a recipe's store again."""
+    """Recompute exactly the damaged shards of a recipe's store."""
     _run_flow("repair", recipe, overrides or [], home)
 
 
@@ -83,7 +83,7 @@ def list_everything() -> None:
     """List the flows and the recipes."""
     from deployments.recipe import recipe_names  # noqa: PLC0415 (see above)
 
-    table = Table("flow", "does", box=None, pad_edge=False)
+    table = Table("flow", "description", box=None, pad_edge=False)
     for entry in FLOWS:
         table.add_row(entry.name, entry.description)
     OUT.print(table)
@@ -93,7 +93,7 @@ def list_everything() -> None:
 
 @app.command()
 def render_deployments(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("prefect.yaml"),
+    path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("prefect.yaml"),
 ) -> None:
     """Write prefect.yaml from the recipes."""
     from deployments import prefect_yaml  # noqa: PLC0415 (see above)
@@ -107,10 +107,10 @@ def render_deployments(
 def _run_flow(
     flow: str, recipe: str, overrides: list[str], home: str, own: Mapping[str, str] | None = None
 ) -> None:
-    """Run a flow; `own` are parameters of its own, beside the sections of a recipe."""
+    """Run a flow; `own` holds its parameters that are not sections of a recipe."""
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 (see above)
 
-    with one_message(stopped="stopped; the same command goes on with what is missing"):
+    with one_message(stopped="stopped; the same command resumes with what is missing"):
         entry = find_flow(flow)
         parameters = _parameters(entry, recipe, overrides, home, own or {})
         settle_environment()
@@ -124,7 +124,7 @@ def _run_flow(
         subject = parameters["target"] if "target" in parameters else parameters["dataset"]
         ERRORS.print(f"[bold]eyas[/bold] {entry.name}/{subject.name}")
         print_own_warnings()
-        if not sys.stderr.isatty():  # no progress bars there
+        if not sys.stderr.isatty():  # no progress bars are shown
             print_own_lines()
         with prefect_api() as api_url:
             if api_url:
@@ -141,22 +141,22 @@ def _parameters(
     from flows.workspace import require_run_name  # noqa: PLC0415 (see above)
 
     if "run" in own and "run" not in entry.own_parameters:
-        raise ConfigError(f"{entry.name} belongs to no run; leave out --run {own['run']}")
+        raise ConfigError(f"{entry.name} takes no run name; omit --run {own['run']}")
     if "snapshot_id" in own and "snapshot_id" not in entry.own_parameters:
-        raise ConfigError(f"--snapshot is for train alone; {entry.name} takes none")
-    folder = Path(os.path.abspath(Path(recipe).expanduser()))  # noqa: PTH100 (ends `..`, keeps links)
+        raise ConfigError(f"--snapshot is for train only; {entry.name} takes none")
+    folder = Path(os.path.abspath(Path(recipe).expanduser()))  # noqa: PTH100 (resolves `..`, keeps links)
     run = read_run(folder) if folder.is_dir() else None
     if run is None and (folder / "checkpoints").is_dir():
         raise ConfigError(
-            f"{recipe} is the folder of a run of a version before run.json: name the recipe and "
-            "--run; going on with train writes that file"
+            f"{recipe} is the folder of a run without run.json, from an older version: name the "
+            "recipe and --run; resuming it with train writes that file"
         )
     if run is None:
         loaded = load_recipe(recipe, overrides)
     elif "run" not in entry.own_parameters:
-        raise ConfigError(f"{entry.name} belongs to no run: name a recipe instead of {recipe}")
+        raise ConfigError(f"{entry.name} takes no run: name a recipe instead of {recipe}")
     elif "run" in own or home != DEFAULT_HOME:
-        raise ConfigError(f"{recipe} says which run that is: leave out --run and --home")
+        raise ConfigError(f"{recipe} already names the run: omit --run and --home")
     else:
         loaded, home = recipe_of_run(run, folder, overrides), str(folder.parents[1])
         own = {**own, "run": _name_of_run(folder, home, loaded)}
@@ -166,7 +166,7 @@ def _parameters(
 
 
 def _name_of_run(folder: Path, home: str, recipe: "Recipe") -> str:
-    """Return the name of the run in `folder`, which must be where flows look for it."""
+    """Return the name of the run in `folder`, which must be where flows expect it."""
     from flows.workspace import Workspace  # noqa: PLC0415 (see above)
 
     target, dataset = recipe.target.name, recipe.dataset.name
@@ -174,8 +174,8 @@ def _name_of_run(folder: Path, home: str, recipe: "Recipe") -> str:
     expected = Workspace.at(home, target=target, dataset=dataset).run_path(name)
     if expected != folder:
         raise ConfigError(
-            f"the run of {target} on {dataset} in {folder} is looked for at "
-            f"HOME/runs/{target}-{dataset}-NAME: move or rename its folder, and leave target.name "
-            "and dataset.name as they are"
+            f"the run of {target} on {dataset} is in {folder}, but flows expect it at "
+            f"HOME/runs/{target}-{dataset}-NAME: move or rename its folder, and do not change "
+            "target.name or dataset.name"
         )
     return name

@@ -1,4 +1,4 @@
-"""What every command prints to, and how an error becomes one message."""
+"""The consoles of all commands, and how an error becomes one message."""
 
 import signal
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ OUT = Console()
 ERRORS = Console(stderr=True)
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C or SIGTERM, as shells have it for the first."""
+"""Exit status after Ctrl-C or SIGTERM; shells use it for Ctrl-C."""
 EXPECTED_ERRORS = (
     eagle_core.errors.EagleCoreError,
     storage.errors.StorageError,
@@ -26,9 +26,9 @@ EXPECTED_ERRORS = (
 
 @contextmanager
 def one_message(*, stopped: str = "stopped") -> Iterator[None]:
-    """Turn an error raised on purpose, or a request to stop, into its one message.
+    """Turn an error raised on purpose, or a request to stop, into one message.
 
-    SIGTERM is taken like Ctrl-C: what was started here ends too. Training has its own answer.
+    SIGTERM is handled like Ctrl-C: child processes end too. Training has its own handler.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -39,7 +39,7 @@ def one_message(*, stopped: str = "stopped") -> Iterator[None]:
         )
         raise typer.Exit(code=1) from None
     except OSError as error:
-        if error.errno is None or error.filename is None:  # not of a file
+        if error.errno is None or error.filename is None:  # not about a file
             raise
         what = escape(f"{error.strerror}: {error.filename}")
         ERRORS.print(f"[bold red]{type(error).__name__}[/bold red]: {what}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What must be in the environment before Prefect is imported. Telemetry is off unless asked for."""
+"""The environment that Prefect needs before its import. Telemetry is off unless enabled."""
 
 import os
 
@@ -6,15 +6,15 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def settle_environment() -> None:
-    """Set Prefect's environment for a run in this process; what the user set stays.
+    """Set Prefect's environment for a run in this process; variables set by the user stay.
 
-    Prefect's own lines and tracebacks stay off the terminal; they still reach the server.
+    Prefect's own log lines and tracebacks stay off the terminal; they still reach the server.
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_SERVER_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    # A proxy for the web is none for this machine's servers. Clients look at the lower case first.
+    # Servers on this machine must bypass a web proxy. Clients read the lower case first.
     excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     known = [host.strip() for host in excepted.split(",") if host.strip()]
     if "*" not in known:

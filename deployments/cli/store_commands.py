@@ -1,4 +1,4 @@
-"""`eyas inspect`, `verify` and `gc`: any store at any path or URL, without its target or torch."""
+"""`eyas inspect`, `verify` and `gc`: for any store at a path or URL, without target or torch."""
 
 import time
 from typing import Annotated
@@ -21,7 +21,7 @@ StoreArgument = Annotated[
 
 
 def inspect(store: StoreArgument) -> None:
-    """Show what is in a store."""
+    """Show the contents of a store."""
     with one_message():
         figures = look(store)
         print_table(f"Store {store}", store_rows(figures))
@@ -33,7 +33,7 @@ def verify(
         bool, typer.Option("--deep", help="Read every byte, not only names and sizes.")
     ] = False,
 ) -> None:
-    """Look for damage in a store; exit 1 if there is any."""
+    """Check a store for damage; exit 1 if there is any."""
     with one_message():
         started = time.monotonic()
         opened = Store.open(store)
@@ -55,8 +55,8 @@ def verify(
     if findings:
         OUT.print("run: eyas repair RECIPE (the recipe this store was made with)")
         raise typer.Exit(code=1)
-    deeper = "with the target's head: eyas run verify RECIPE" if deep else "every byte: --deep"
-    OUT.print(f"to look deeper, {deeper}")
+    deeper = "the semantic probe: eyas run verify RECIPE" if deep else "every byte: --deep"
+    OUT.print(f"to check more, {deeper}")
 
 
 def gc(
@@ -65,30 +65,34 @@ def gc(
         list[str] | None,
         typer.Option(
             metavar="SNAPSHOT",
-            help="Keep this snapshot and the latest, and no other; may be given several times. "
-            "Without it every snapshot stays that is no earlier version of another one.",
+            help="Keep only this snapshot and the latest; may be repeated. By default gc keeps "
+            "every snapshot that is not an earlier version of another one.",
         ),
     ] = None,
     drop_unfinished: Annotated[
         bool,
-        typer.Option("--drop-unfinished", help="Give up unfinished plans and drop what they made."),
+        typer.Option("--drop-unfinished", help="Abandon unfinished plans and drop their shards."),
     ] = False,
     release: Annotated[
         list[str] | None,
-        typer.Option(metavar="RUN", help="Keep nothing for this run, whose folder is gone."),
+        typer.Option(
+            metavar="RUN", help="Release the snapshots of this run, whose folder is gone."
+        ),
     ] = None,
     older_than: Annotated[
         float,
         typer.Option(
             metavar="HOURS",
             min=0,
-            help="Leave what is younger: another process may be about to name it. 0 where no run "
-            "is at work on the store.",
+            help="Keep younger objects: another process may be about to reference them. Use 0 if "
+            "no run uses the store.",
         ),
     ] = OLDER_THAN_HOURS,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it nothing is.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete; without it, nothing is deleted.")
+    ] = False,
 ) -> None:
-    """Show what no snapshot of a store needs and, with --yes, delete it. Stop generations first."""
+    """List what no snapshot of a store needs; with --yes, delete it. Stop hidden-states first."""
     with one_message():
         opened = Store.open(store)
         kept = snapshots_to_keep(

@@ -1,6 +1,6 @@
-"""The Prefect server of one `eyas run`: serves on the port that its argument names.
+"""The Prefect server of one `eyas run`: serves on the port given as its argument.
 
-It ends when its standard input does, which a kill of the run closes, too.
+It ends when its standard input closes, which a kill of the run causes too.
 """
 
 import os
@@ -11,13 +11,13 @@ import threading
 import uvicorn
 
 
-def _end_with_the_parent() -> None:
+def _end_with_parent() -> None:
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     uvicorn.run(
         "prefect.server.api.server:create_app",
         factory=True,

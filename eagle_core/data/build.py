@@ -1,8 +1,8 @@
-"""Builds a data set once: read, normalise, deduplicate, split, and account for every record.
+"""Build a data set once: read, normalise, deduplicate, split, and account for every record.
 
-Invariant: train + held out + dropped = records read, and nothing is visible before all of it is on
-disk. Files are written to a temporary directory, synced, moved, and the manifest moves last; a
-reader checks size and digest of what it opens.
+Invariant: train + held out + dropped = records read, and nothing is visible before everything is on
+disk. Files are written to a temporary directory, synced and moved, the manifest last. A reader
+checks size and digest of every file that it opens.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from eagle_core.data.writer import (
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 
 Progress = Callable[[float, str], None]
-"""Called now and then with the share of the source that has been read (0 to 1) and a sentence."""
+"""Called periodically with the fraction of the source read (0 to 1) and a message."""
 
 RULES_VERSION = 4
-"""Raise it when cleaning or columns change: data sets made before are then built again."""
+"""Increment it when cleaning or columns change: older data sets are then rebuilt."""
 _RECORDS_PER_REPORT = 500
 _ROWS_PER_BATCH = 256
 
@@ -46,10 +46,10 @@ def build_dataset(
 ) -> DatasetManifest:
     """Write `train.parquet`, `held_out.parquet`, `ledger.parquet` and `manifest.json`.
 
-    Returns the manifest of what is there already if it was made from the same source by the same
-    options and rules. Raises `ConfigError` or `CorruptError` for a source that is missing or
-    damaged, and `MismatchError` if the source changed while it was read; nothing is left behind.
-    Answers of a target are neither made nor replaced here: those there are returned.
+    Returns the existing manifest if it was built from the same source with the same options and
+    rules. Raises `ConfigError` or `CorruptError` for a source that is missing or damaged, and
+    `MismatchError` if the source changed while it was read; nothing is left behind. A target's
+    answers are neither generated nor replaced here: an existing data set of them is returned.
     """
     if config.source == REGENERATED:
         return _regenerated(out_dir, config)
@@ -57,7 +57,7 @@ def build_dataset(
     source = identify(find_source(config))
     finished = _finished(out_dir, config, source)
     if finished is not None:
-        progress(1.0, f"{finished.num_conversations} conversations are there already")
+        progress(1.0, f"{finished.num_conversations} conversations already built")
         return finished
     with building(out_dir) as directory:
         manifest = _write(config, source, directory, progress)
@@ -70,17 +70,17 @@ def build_dataset(
 
 
 def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
-    """Yield the conversations of one split in order, a row group in memory at a time.
+    """Yield the conversations of one split in order, one row group in memory at a time.
 
-    Raises `ConfigError` without a finished data set and `CorruptError` if the file is not, byte for
-    byte, what the manifest says.
+    Raises `ConfigError` without a finished data set and `CorruptError` if the file does not match
+    its size and digest in the manifest.
     """
     name = f"{split}.parquet"
     manifest = load_manifest(directory)
     if manifest.rules_version != RULES_VERSION:
         raise MismatchError(
-            f"{directory} was built by rules {manifest.rules_version}, this version has "
-            f"{RULES_VERSION}; run the flow that made it (`dataset` or `regenerate`) again"
+            f"{directory} was built with rules {manifest.rules_version}, but this version has "
+            f"rules {RULES_VERSION}; run the flow that built it (`dataset` or `regenerate`) again"
         )
     _check_file(directory / name, manifest.files[name])
     with pq.ParquetFile(directory / name) as table:
@@ -89,7 +89,7 @@ def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
 
 
 class _Builder:
-    """Takes records one by one and keeps the accounts."""
+    """Adds records one by one and counts them."""
 
     def __init__(self, config: DatasetConfig, writers: DatasetWriters) -> None:
         self._config = config
@@ -107,7 +107,7 @@ class _Builder:
         return self._fingerprint.hexdigest()
 
     def add(self, record: SourceRecord | DamagedRecord) -> None:
-        """Keep the record or enter why not."""
+        """Keep the record, or enter the reason in the ledger."""
         ledger = self._writers.ledger
         if isinstance(record, DamagedRecord):
             ledger.drop(RejectedRecord(record.reason, record.location, record.detail))
@@ -126,7 +126,7 @@ class _Builder:
         conversation_id = conversation.conversation_id
         key = content_key(conversation)
         if bytes.fromhex(key) in self._seen:
-            duplicate = RejectedRecord(Reason.DUPLICATE, record.location, f"of content {key}")
+            duplicate = RejectedRecord(Reason.DUPLICATE, record.location, f"content key {key}")
             ledger.drop(duplicate, conversation_id=conversation_id)
             return
         self._seen.add(bytes.fromhex(key))
@@ -184,7 +184,7 @@ def _write(
 def _finished(
     out_dir: Path, config: DatasetConfig, source: tuple[dict[str, object], ...]
 ) -> DatasetManifest | None:
-    """Return the manifest of a finished build of the same thing whose files have their sizes."""
+    """Return the manifest of a finished build of the same inputs if its files have their sizes."""
     try:
         manifest = load_manifest(out_dir)
     except (ConfigError, CorruptError):
@@ -205,13 +205,13 @@ def _regenerated(out_dir: Path, config: DatasetConfig) -> DatasetManifest:
     except ConfigError as error:
         raise ConfigError(
             f"data set {config.name}: no target has answered it yet ({out_dir} has no manifest); "
-            "run `eyas run regenerate RECIPE` with the recipe that names its questions, or correct "
+            "run `eyas run regenerate RECIPE` with the recipe that has its questions, or correct "
             "dataset.name"
         ) from error
     if not manifest.is_regenerated:
         raise ConfigError(
-            f"data set {config.name} in {out_dir} was not made by the flow `regenerate`; name its "
-            "own source instead of `source: regenerated`"
+            f"data set {config.name} in {out_dir} was not built by the flow `regenerate`; set its "
+            "actual source instead of `source: regenerated`"
         )
     return manifest
 
@@ -223,18 +223,18 @@ def _refuse_to_replace_answers(out_dir: Path, config: DatasetConfig) -> None:
         return
     if manifest.is_regenerated:
         raise ConfigError(
-            f"data set {config.name} in {out_dir} holds answers of a target; to use them set "
-            f"dataset.source={REGENERATED}, for data from {config.source} take another name"
+            f"data set {config.name} in {out_dir} contains a target's answers; to use them, set "
+            f"dataset.source={REGENERATED}; for data from {config.source}, choose another name"
         )
 
 
 def _check_file(path: Path, expected: FileDigest) -> None:
     if not path.is_file():
-        raise CorruptError(f"{path} is missing; run the `dataset` flow to build it again")
+        raise CorruptError(f"{path} is missing; run the `dataset` flow to rebuild it")
     found = digest(path)
     if found != expected:
         raise CorruptError(
-            f"{path} has {found.size_bytes} bytes and digest {found.xxh3_128}, the manifest says "
-            f"{expected.size_bytes} and {expected.xxh3_128}; delete the manifest and run the "
-            "`dataset` flow"
+            f"{path} has {found.size_bytes} bytes and digest {found.xxh3_128}, but the manifest "
+            f"records {expected.size_bytes} and {expected.xxh3_128}; delete the manifest and run "
+            "the `dataset` flow"
         )

@@ -1,4 +1,4 @@
-"""Records that hold one question and one answer in columns (Alpaca, GSM8K, ...), as two turns."""
+"""Records with one question and one answer in columns (Alpaca, GSM8K, ...), as two turns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """Which columns are the question and which the answer; several are joined by line breaks."""
+    """Columns of the question and of the answer; several are joined by line breaks."""
 
     question: tuple[str, ...]
     answer: tuple[str, ...]
@@ -14,7 +14,7 @@ class Columns:
     """Columns that may be missing or empty."""
 
     def are_in(self, record: Mapping[str, object]) -> bool:
-        """Return whether the record has all columns that it must have."""
+        """Return whether the record has all required columns."""
         return all(
             name in record or name in self.optional for name in (*self.question, *self.answer)
         )
@@ -39,10 +39,10 @@ KNOWN_COLUMNS: Sequence[Columns] = (
 def as_turns(
     record: Mapping[str, object], columns: Columns | None
 ) -> list[dict[str, object]] | None:
-    """Return the two turns (a `system` column before them), or None if columns are missing.
+    """Return the two turns (after those of a `system` column), or None if columns are missing.
 
-    Without `columns`, the usual names are tried. What is not text is passed on for `normalise` to
-    refuse.
+    Without `columns`, the usual names are tried. Other values than text are passed on: `normalise`
+    refuses them.
     """
     candidates = KNOWN_COLUMNS if columns is None else (columns,)
     found = next((one for one in candidates if one.are_in(record)), None)

@@ -1,4 +1,4 @@
-"""What the user says about a data set."""
+"""Configuration of a data set."""
 
 from collections.abc import Mapping
 from typing import Literal, Self
@@ -12,34 +12,34 @@ from eagle_core.data.columns import Columns
 from eagle_core.data.presets import PRESETS
 
 REGENERATED = "regenerated"
-"""The source of a data set whose answers are the target's own."""
+"""The source of a data set whose answers the target generated."""
 
 
 class DatasetConfig(ConfigModel):
-    """A data set: where its conversations come from and what is kept of them."""
+    """A data set: where its conversations come from and which are kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: str = Field(
-        description="Short name; names the output and appears in reports",
+        description="Short name; used for the output and in reports",
         pattern=FOLDER_NAME,
     )
     source: Address = Field(
         description=(
-            "Where the records are: a path, a glob, any fsspec URL (s3://, https://, ...), "
+            "Source of the records: a path, a glob, any fsspec URL (s3://, https://, ...), "
             "`package:NAME` for the data file of an installed Python package (`package:NAME/PATH` "
-            "if it has several), `hf:ORG/NAME` for a data set of the Hugging Face hub, "
+            "if it has several), `hf:ORG/NAME` for a data set on the Hugging Face hub, "
             f"`preset:NAME` with one of {', '.join(sorted(PRESETS))}, or `{REGENERATED}` for the "
-            "data set of this name that the flow `regenerate` made; it is taken as it is"
+            "data set of this name that the flow `regenerate` built; it is used unchanged"
         )
     )
     format: Literal["auto", "json", "jsonl", "parquet", "csv"] = Field(
         default="auto",
-        description="Form of the files; `auto` looks at the name, then at the first character",
+        description="File format; `auto` checks the file name, then the first character",
     )
     revision: str | None = Field(
         default=None,
-        description="Hub only: branch, tag or commit. The commit it stands for is recorded",
+        description="Hub only: branch, tag or commit. The commit that it resolves to is recorded",
     )
     subsets: tuple[str, ...] = Field(
         default=(), description="Hub only: configurations of the data set, read one after another"
@@ -48,32 +48,32 @@ class DatasetConfig(ConfigModel):
     question: tuple[str, ...] = Field(
         default=(),
         description=(
-            "Columns that are the question, joined by line breaks; empty recognises chat records "
-            "and the usual names (instruction + input, prompt, question, problem, ...)"
+            "Columns that form the question, joined by line breaks; if empty, chat records and the "
+            "usual names (instruction + input, prompt, question, problem, ...) are recognised"
         ),
     )
     answer: tuple[str, ...] = Field(
-        default=(), description="Columns that are the answer; given exactly if `question` is"
+        default=(), description="Columns that form the answer; required if `question` is given"
     )
     rendered_text: str | None = Field(
         default=None,
         description=(
-            "Column whose text the target's chat template has written already, instead of turns; "
-            "a text that its turns, rendered again, do not give exactly is left out"
+            "Column with text that the target's chat template already rendered, instead of turns; "
+            "a text that its turns do not render to exactly is dropped"
         ),
     )
     accept_truncated: bool = Field(
         default=False,
-        description="Use the whole records of a file that was cut; the loss goes to the ledger",
+        description="Use the whole records of a truncated file; the ledger records the loss",
     )
     accept_damaged: bool = Field(
         default=False,
-        description="Leave out records that are not JSON or not UTF-8; they go to the ledger",
+        description="Drop records that are not JSON or not UTF-8; the ledger records them",
     )
     max_record_bytes: int = Field(
         default=16 << 20,
         gt=0,
-        description="Leave out larger records (bytes); they go to the ledger",
+        description="Drop larger records (bytes); the ledger records them",
     )
     max_conversations: int | None = Field(
         default=None, gt=0, description="Stop after this many kept conversations; empty means all"
@@ -82,28 +82,28 @@ class DatasetConfig(ConfigModel):
         default=0.05,
         ge=0.0,
         lt=1.0,
-        description="Share of conversations held out for evaluation, chosen by their content",
+        description="Fraction of conversations held out for evaluation, selected by their content",
     )
     keep_pieces_together: bool = Field(
         default=False,
         description=(
             "Put conversations with ids X_0, X_1, ... into the same split: they are pieces of one "
-            "chat, and evaluating on one after training on another flatters the draft"
+            "chat, and evaluating on one after training on another overrates the draft"
         ),
     )
     max_length: int = Field(
-        default=2048, gt=1, description="Cut a tokenised conversation here (tokens)"
+        default=2048, gt=1, description="Truncate tokenised conversations to this many tokens"
     )
     min_supervised_tokens: int = Field(
         default=1,
         gt=0,
-        description="Leave out a tokenised conversation with fewer assistant tokens than this",
+        description="Drop tokenised conversations with fewer assistant tokens than this",
     )
     tokenize_processes: int | None = Field(
         default=None,
         gt=0,
-        description="Processes that tokenise, about 0.5 GB each; empty takes one for every 4,000 "
-        "conversations, at most as many as there are processors",
+        description="Tokenising processes, about 0.5 GB each; empty means one per 4,000 "
+        "conversations, at most one per processor",
     )
 
     @model_validator(mode="before")
@@ -117,9 +117,9 @@ class DatasetConfig(ConfigModel):
         name = source.removeprefix("preset:")
         if name not in PRESETS:
             known = ", ".join(sorted(PRESETS))
-            raise ValueError(f"there is no data set preset {name}; known are {known}")
+            raise ValueError(f"there is no data set preset {name}; use one of {known}")
         preset = PRESETS[name]
-        # A form writes every field out: what is as if nobody had chosen it is the preset's.
+        # A form sends every field: the preset replaces a field that still has its default.
         chosen = {
             key: value
             for key, value in fields.items()
@@ -137,10 +137,10 @@ class DatasetConfig(ConfigModel):
 
     @property
     def columns(self) -> Columns | None:
-        """The columns of question and answer, if they are named."""
+        """The columns of question and answer, if configured."""
         return Columns(question=self.question, answer=self.answer) if self.question else None
 
     def identity(self) -> dict[str, object]:
-        """Return the fields that decide which conversations the data set holds."""
+        """Return the fields that determine which conversations the data set contains."""
         later = {"name", "max_length", "min_supervised_tokens", "tokenize_processes"}
         return self.model_dump(mode="json", exclude=later)

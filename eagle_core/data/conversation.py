@@ -1,4 +1,4 @@
-"""A conversation: turns in order, the last one the assistant's."""
+"""A conversation: turns in order, ending with the assistant's."""
 
 import json
 from dataclasses import astuple, dataclass, field, replace
@@ -23,18 +23,18 @@ class Message:
     role: Role
     content: str
     reasoning_content: str = ""
-    """What the assistant thought before it wrote `content`."""
+    """The assistant's reasoning before `content`."""
     tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def reasoning(self) -> str:
-        """What was thought, whether it stands apart or, between think tags, in the content."""
+        """The reasoning, from `reasoning_content` or between think tags in the content."""
         if self.reasoning_content or _THINK_END not in self.content:
             return self.reasoning_content
         return self.content.partition(_THINK_END)[0].strip().removeprefix("<think>").strip()
 
     def without_reasoning(self) -> Self:
-        """Return the message with the answer alone."""
+        """Return the message with only the answer."""
         answer = self.content
         if self.role == "assistant" and _THINK_END in answer:
             answer = answer.partition(_THINK_END)[2].lstrip("\n")
@@ -53,27 +53,27 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns in order, the last one the assistant's; or the text that a chat template made of them.
+    """Turns in order, ending with the assistant's; or the text that a chat template rendered.
 
-    Such a text is read back into turns where the template is known: when it is tokenised.
+    Tokenisation, where the template is known, parses such a text back into turns.
     """
 
     conversation_id: str
     messages: tuple[Message, ...]
     tools: str = ""
-    """JSON text of the tools on offer; empty if there are none."""
+    """JSON text of the available tools; empty if there are none."""
     rendered_text: str = ""
-    """Instead of messages."""
+    """Set instead of `messages`."""
     location: str = field(default="", compare=False)
-    """File and record that it was read from; empty in a data set of an earlier version."""
+    """Source file and record; empty in a data set of an earlier version."""
 
 
 def content_key(conversation: Conversation) -> str:
-    """Return xxh3_128 of all that was said, 32 hex digits: equal exactly for equal turns."""
+    """Return the xxh3_128 of all turns, 32 hex digits: equal if and only if the turns are."""
     digest = xxhash.xxh3_128()
     for message in conversation.messages:
         content = message.content.encode()
-        digest.update(f"{message.role} {len(content)}\n".encode())  # the length keeps turns apart
+        digest.update(f"{message.role} {len(content)}\n".encode())  # the length separates the turns
         digest.update(content)
         if message.reasoning_content or message.tool_calls:
             calls = [astuple(call) for call in message.tool_calls]

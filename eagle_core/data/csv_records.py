@@ -14,10 +14,10 @@ _MAX_FIELD_CHARACTERS = 1 << 28
 def read_csv(
     stream: io.RawIOBase, *, path: str, fraction: Callable[[], float]
 ) -> Iterator[SourceRecord]:
-    """Yield one mapping a row, column to text.
+    """Yield one mapping per row, from column to text.
 
-    Raises `CorruptError` for a row with more or fewer cells than the header, which is what a file
-    that was cut, or has a stray quote, looks like, and for bytes that are not UTF-8.
+    Raises `CorruptError` for bytes that are not UTF-8 and for a row with more or fewer cells than
+    the header, as in a file that is truncated or has a stray quote.
     """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     row = 0
@@ -30,8 +30,8 @@ def read_csv(
                     continue
                 if len(cells) != len(header):
                     raise CorruptError(
-                        f"{path}, row {row} (line {reader.line_num}) has {len(cells)} cells, the "
-                        f"header has {len(header)}; replace the file and run again"
+                        f"{path}, row {row} (line {reader.line_num}) has {len(cells)} cells, but "
+                        f"the header has {len(header)}; replace the file and run again"
                     )
                 yield SourceRecord(
                     value=dict(zip(header, cells, strict=True)),
@@ -40,5 +40,5 @@ def read_csv(
                 )
     except (csv.Error, UnicodeDecodeError) as error:
         raise CorruptError(
-            f"{path} is not whole CSV in UTF-8 after row {row}: {error}; replace it and run again"
+            f"{path} is not valid UTF-8 CSV after row {row}: {error}; replace it and run again"
         ) from error

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, pinned to a commit before the first record is read."""
+"""Data sets on the Hugging Face hub, pinned to a commit before the first record is read."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _HTTP_CLIENT = "httpx2" if importlib.util.find_spec("httpx2") else "httpx"
 _TransportError: type[Exception] = importlib.import_module(_HTTP_CLIENT).TransportError
-"""What huggingface_hub lets through when nobody answers; its client changed name in version 2."""
+"""Passed on by huggingface_hub if the hub does not answer; the client was renamed in version 2."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -35,7 +35,7 @@ class HubDataset:
     split: str
 
     def identity(self) -> dict[str, object]:
-        """Return what names the content exactly."""
+        """Return the fields that identify the content exactly."""
         return asdict(self) | {"subsets": list(self.subsets)}
 
 
@@ -43,7 +43,7 @@ def find_hub_dataset(config: DatasetConfig) -> HubDataset:
     """Return the data set with its revision resolved to a commit.
 
     A revision that already is a commit is not looked up, so that a cached data set works offline.
-    Raises `ConfigError` if the hub knows no such data set, `TransientError` if it cannot be asked.
+    Raises `ConfigError` if the hub has no such data set, `TransientError` if it is unreachable.
     """
     repository = config.source.removeprefix("hf:")
     commit = config.revision or ""
@@ -57,8 +57,8 @@ def find_hub_dataset(config: DatasetConfig) -> HubDataset:
 def read_hub_dataset(source: HubDataset) -> Iterator[SourceRecord]:
     """Yield the rows; `datasets` downloads them once and maps them into memory afterwards.
 
-    Raises `ConfigError` for a subset or split that is not there, `TransientError` for a hub that
-    cannot be reached while the data set is not in the cache.
+    Raises `ConfigError` for a missing subset or split, `TransientError` if the hub is unreachable
+    and the data set is not in the cache.
     """
     subsets = source.subsets or (None,)
     for number, subset in enumerate(subsets):
@@ -81,8 +81,8 @@ def _load(source: HubDataset, subset: str | None) -> "datasets.Dataset":
         )
     except (ConnectionError, _TransportError) as error:
         raise TransientError(
-            f"{source.repository}@{source.commit[:8]} is not in the cache and the hub cannot be "
-            f"reached: {error}; run again when it can"
+            f"{source.repository}@{source.commit[:8]} is not in the cache and the hub is "
+            f"unreachable: {error}; run again when it is reachable"
         ) from error
     except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ConfigError(
@@ -91,10 +91,10 @@ def _load(source: HubDataset, subset: str | None) -> "datasets.Dataset":
         ) from error
     paths = [Path(file["filename"]) for file in rows.cache_files]
     if any(source.commit not in path.parts for path in paths):
-        # `datasets` falls back to whatever commit is cached when the hub does not answer
+        # `datasets` falls back to any cached commit when the hub does not answer
         raise MismatchError(
-            f"{source.repository}: asked for commit {source.commit}, the cache gave {paths[0]}; "
-            "run again when the hub can be reached, or pin the commit that is in the cache"
+            f"{source.repository}: requested commit {source.commit}, but the cache returned "
+            f"{paths[0]}; run again when the hub is reachable, or pin the cached commit"
         )
     return rows
 
@@ -109,14 +109,14 @@ def _resolve(repository: str, revision: str | None) -> str:
         ) from error
     except OfflineModeIsEnabled as error:
         raise ConfigError(
-            f"the hub is switched off (HF_HUB_OFFLINE) and {repository} is not pinned; set "
-            "`revision` to the commit (40 hex digits) that is in the cache"
+            f"the hub is disabled (HF_HUB_OFFLINE) and {repository} is not pinned; set `revision` "
+            "to the cached commit (40 hex digits)"
         ) from error
     except (HfHubHTTPError, _TransportError) as error:
         raise TransientError(
-            f"the hub could not say which commit {repository}@{revision or 'main'} is: {error}; "
+            f"the hub could not resolve {repository}@{revision or 'main'} to a commit: {error}; "
             "run again, or set `revision` to a commit"
         ) from error
     if commit is None:
-        raise TransientError(f"the hub named no commit for {repository}; run again")
+        raise TransientError(f"the hub returned no commit for {repository}; run again")
     return commit

@@ -1,8 +1,8 @@
 """Records of a JSON array or of JSON lines, streamed in constant memory, each with its byte offset.
 
-An incremental parser that knows where every record starts: that is what makes a cut file
-reportable ("17671 whole records, the next one starts at byte N") and damage attributable. Bytes
-that are not UTF-8 travel as lone surrogates, so that a broken record does not hide the next one.
+The incremental parser knows where every record starts, so it can report a truncated file ("17671
+whole records, the next one starts at byte N") and attribute damage. Bytes that are not UTF-8 are
+decoded to lone surrogates, so that a broken record does not hide the next one.
 """
 
 import codecs
@@ -20,9 +20,9 @@ _CHUNK_BYTES = 1 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _LONGEST_LITERAL = 16
-"""A syntax error this near to the end of the text may be a literal or an escape cut short."""
+"""A syntax error this close to the end of the text may be a truncated literal or escape."""
 Fraction = Callable[[], float]
-"""Says how much of the source has been read, 0 to 1."""
+"""Returns the fraction of the source that has been read, 0 to 1."""
 
 
 class JsonArrayReader:
@@ -39,7 +39,7 @@ class JsonArrayReader:
         self._parse = json.JSONDecoder().raw_decode
         self._text = ""
         self._position = 0  # in characters of self._text
-        self._offset = 0  # the same place in bytes of the file
+        self._offset = 0  # the same position in bytes of the file
         self._at_end = False
         self.num_records = 0
 
@@ -68,7 +68,7 @@ class JsonArrayReader:
         self._advance(self._position + 1)
         self._skip_blank()
         if self._peek():
-            self._fail(f"goes on with {self._peek()!a} after the end of the JSON array")
+            self._fail(f"continues with {self._peek()!a} after the end of the JSON array")
 
     def _next_record(self, *, accept_damaged: bool) -> SourceRecord | DamagedRecord | None:
         """Return the record that starts here, or None if the file ends inside it."""
@@ -101,13 +101,13 @@ class JsonArrayReader:
             try:
                 value, end = self._parse(self._text, self._position)
             except json.JSONDecodeError as error:
-                if not _may_be_cut(error, len(self._text)):
+                if not _may_be_truncated(error, len(self._text)):
                     self._advance(error.pos)
                     self._fail(f"is not JSON: {error.msg}")
             except RecursionError:
                 self._fail("nests too deeply")
             else:
-                if end < len(self._text) or self._at_end:  # a number may go on in the next chunk
+                if end < len(self._text) or self._at_end:  # a number may continue in the next chunk
                     return value, end
             if self._at_end:
                 return None
@@ -119,7 +119,7 @@ class JsonArrayReader:
             self._fill()
 
     def _skip_comma(self) -> bool:
-        """Step over the comma between records; return False if the file ends before the array."""
+        """Step over the comma between records; return False if the file ends inside the array."""
         self._skip_blank()
         following = self._peek()
         if following == ",":
@@ -148,7 +148,7 @@ class JsonArrayReader:
         return num_bytes
 
     def _fill(self) -> None:
-        """Read more; twice as much each time inside one record, so that its cost stays linear."""
+        """Read more, twice as much each time inside one record, so that the cost stays linear."""
         rest = self._text[self._position :]
         data = self._file.read(max(_CHUNK_BYTES, len(rest)))
         self._at_end = not data
@@ -157,7 +157,7 @@ class JsonArrayReader:
 
     def _truncated(self, *, accept_truncated: bool) -> DamagedRecord:
         if not accept_truncated:
-            self._fail("ends before its JSON array does: it was cut", option="accept_truncated")
+            self._fail("ends inside its JSON array: it is truncated", option="accept_truncated")
         return DamagedRecord(
             reason=Reason.TRUNCATED,
             location=_location(self._path, self.num_records, self._offset),
@@ -178,7 +178,7 @@ def read_json_lines(
     accept_truncated: bool,
     accept_damaged: bool,
 ) -> Iterator[SourceRecord | DamagedRecord]:
-    """Yield one record a line, blank ones aside; raise `CorruptError` at unaccepted damage."""
+    """Yield one record per non-blank line; raise `CorruptError` at unaccepted damage."""
     offset = 0
     num_records = 0
     while line := file.readline(max_record_bytes + 1):
@@ -207,7 +207,7 @@ def read_json_lines(
 
 
 class SourceValue:
-    """What a line holds; a class of its own because the value may be anything."""
+    """The value of a line; wrapped in a class because it may have any type."""
 
     __slots__ = ("value",)
 
@@ -216,7 +216,7 @@ class SourceValue:
 
 
 def damage(path: str, what: str, offset: int, num_records: int, option: str | None) -> str:
-    """Return the message of a `CorruptError`: place, whole records before it, what to do."""
+    """Return the message of a `CorruptError`: location, whole records before it, remedy."""
     remedy = f" or set `{option}`" if option else ""
     return (
         f"{path} {what} (byte {offset}, {num_records} whole records before it); "
@@ -246,8 +246,8 @@ def _option_for(reason: Reason) -> str | None:
     return "accept_truncated" if reason is Reason.TRUNCATED else "accept_damaged"
 
 
-def _may_be_cut(error: json.JSONDecodeError, num_characters: int) -> bool:
-    """Return whether more text could mend the error, as against a syntax error in what is there."""
+def _may_be_truncated(error: json.JSONDecodeError, num_characters: int) -> bool:
+    """Return whether more text could resolve the error, unlike a real syntax error."""
     return (
         error.msg.startswith("Unterminated string") or error.pos + _LONGEST_LITERAL > num_characters
     )

@@ -1,7 +1,7 @@
-"""The ledger of cleaning: why a record was dropped or changed, and where it stood in its source.
+"""The cleaning ledger: why a record was dropped or changed, and its location in the source.
 
-Invariant: every record read is kept or stands in the ledger as dropped, so counts add up to the
-input. A changed record is kept and stands here once for every change.
+Invariant: every record read is either kept or entered as dropped, so counts add up to the input. A
+changed record is kept and entered once per change.
 """
 
 from dataclasses import dataclass
@@ -45,9 +45,9 @@ class Change(StrEnum):
     LEADING_ASSISTANT_TURNS_CUT = "leading_assistant_turns_cut"
     TRAILING_TURNS_CUT = "trailing_turns_cut"
     ENDED_AT_TOOL_CALL = "ended_at_tool_call"
-    """What follows a tool call answers the one of the old answer, not the target's."""
+    """The turns after a tool call refer to the original call, not to the target's."""
     ENDED_BEFORE_FAILED_ANSWER = "ended_before_failed_answer"
-    """The detail says the turn and the `Reason`."""
+    """The detail names the turn and the `Reason`."""
 
 
 class RejectedRecord(EagleCoreError):  # noqa: N818 - the outcome of one record, not a fault
@@ -69,7 +69,7 @@ class LedgerEntry:
     """One row of the ledger."""
 
     location: str
-    """File and place in it, or data set and row."""
+    """File and position in it, or data set and row."""
     conversation_id: str
     """Empty where the record was too damaged to have one."""
     action: str
@@ -80,7 +80,7 @@ class LedgerEntry:
 
     @classmethod
     def of(cls, rejected: RejectedRecord, *, conversation_id: str = "") -> Self:
-        """Return the row that says why a record was dropped."""
+        """Return the row that records why a record was dropped."""
         return cls(
             location=rejected.location,
             conversation_id=conversation_id,

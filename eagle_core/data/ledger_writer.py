@@ -1,4 +1,4 @@
-"""Keeps the ledger: counts by reason, and one row for every dropped or changed record."""
+"""Write the ledger: counts by reason, and one row per dropped or changed record."""
 
 from collections import Counter
 from dataclasses import asdict, fields
@@ -15,7 +15,7 @@ LEDGER_SCHEMA = pa.schema([(field.name, pa.string()) for field in fields(LedgerE
 
 
 class LedgerWriter:
-    """A context around one run of cleaning or of tokenising; its `drop` fits `on_rejected`."""
+    """Context manager for one cleaning or tokenising run; `drop` fits `on_rejected`."""
 
     def __init__(self, path: Path) -> None:
         self._rows = RowWriter(path, LEDGER_SCHEMA)
@@ -23,7 +23,7 @@ class LedgerWriter:
         self.changed: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        """Take entries from here on."""
+        """Open the file for entries."""
         self._rows.__enter__()
         return self
 
@@ -33,18 +33,18 @@ class LedgerWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finish the file, or remove it after an error."""
+        """Complete the file, or remove it after an error."""
         self._rows.__exit__(kind, error, traceback)
 
     def drop(self, rejected: RejectedRecord, *, conversation_id: str = "") -> None:
-        """Enter that a record was left out."""
+        """Enter a dropped record."""
         self.dropped[rejected.reason.value] += 1
         self._rows.add(asdict(LedgerEntry.of(rejected, conversation_id=conversation_id)))
 
     def change(
         self, change: Change, *, location: str, conversation_id: str, detail: str = ""
     ) -> None:
-        """Enter that a record was kept with a change."""
+        """Enter a record that was kept with a change."""
         self.changed[change.value] += 1
         entry = LedgerEntry(
             location=location,

@@ -1,6 +1,6 @@
-"""The manifest of a data set: what it was made from, what it holds, and what was left out.
+"""The manifest of a data set: its source, its contents, and counts of dropped records.
 
-It is written last. A directory without one holds no data set.
+It is written last. A directory without one contains no data set.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ MANIFEST_NAME = "manifest.json"
 
 
 class FileDigest(BaseModel):
-    """What a file of the data set must look like."""
+    """Expected size and digest of a file of the data set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,12 +29,12 @@ class DatasetManifest(BaseModel):
 
     name: str
     fingerprint: str
-    """sha256 over the content keys of both splits in order: equal exactly for equal data."""
+    """sha256 over the content keys of both splits in order: equal if and only if the data is."""
     rules_version: int
-    """Version of the cleaning rules that made it."""
+    """Version of the cleaning rules that it was built with."""
     config: dict[str, Any]
-    """`DatasetConfig.identity()`: the options that decide what the data set holds. Of answers of a
-    target: under `regeneration` who answered, by which settings."""
+    """`DatasetConfig.identity()`: the options that determine the contents. For a target's
+    answers: the target and its settings, under `regeneration`."""
     source: tuple[dict[str, Any], ...]
     """Every source file with size and digest, or the pinned hub commit, or the data set whose
     questions were answered."""
@@ -43,7 +43,7 @@ class DatasetManifest(BaseModel):
     num_train: int
     num_held_out: int
     dropped: dict[str, int] = Field(default_factory=dict)
-    """Records left out, by reason."""
+    """Dropped records, by reason."""
     changed: dict[str, int] = Field(default_factory=dict)
     """Records kept with a change, by change; one record may count more than once."""
     files: dict[str, FileDigest]
@@ -55,17 +55,17 @@ class DatasetManifest(BaseModel):
 
     @property
     def is_regenerated(self) -> bool:
-        """Tell whether the answers are a target's own, from the flow `regenerate`."""
+        """Return whether a target generated the answers, in the flow `regenerate`."""
         return "regeneration" in self.config
 
     @property
     def num_dropped(self) -> int:
-        """Records left out for any reason."""
+        """Dropped records, for any reason."""
         return sum(self.dropped.values())
 
 
 def load_manifest(directory: Path) -> DatasetManifest:
-    """Return the manifest in `directory`; raise `ConfigError` if no data set was finished there."""
+    """Return the manifest in `directory`; raise `ConfigError` without a finished data set."""
     path = directory / MANIFEST_NAME
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Conversations: one clean form for every way people write them down.
+"""Normalise conversations of all supported record formats into one form.
 
-A conversation is an optional system turn, then user and assistant turns that alternate (tool
-results may stand between two assistant turns), and ends with the assistant. Whatever cannot be
-brought into that form is a `RejectedRecord`; nothing is guessed and nothing is silently repaired.
+A conversation is an optional system turn, then alternating user and assistant turns (tool results
+may come between two assistant turns), and ends with the assistant. A record that does not fit this
+form raises `RejectedRecord`; nothing is guessed and nothing is silently repaired.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ _ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normalised:
-    """A conversation and what had to be changed to get it."""
+    """A conversation and the changes that were needed."""
 
     conversation: Conversation
     changes: tuple[Change, ...]
@@ -70,18 +70,18 @@ def normalise(
     """Return the conversation in a ShareGPT, OpenAI, question-and-answer or rendered record.
 
     ShareGPT turns have `from` and `value`, OpenAI's `role` and `content`. `columns` names question
-    and answer; without it the usual names count, where there is no list of turns. `rendered_text`
-    names the column of a text that a chat template made.
+    and answer; without it, the usual names apply if there is no list of turns. `rendered_text`
+    names the column of a text that a chat template rendered.
 
-    Two things are changed, and said in `changes`. Assistant turns that come before any user turn
-    are cut: they answer something that is not there. Turns after the last assistant turn are cut:
-    nothing in them is learned. Raises `RejectedRecord` with a reason for everything else.
+    Two changes are made, and reported in `changes`. Assistant turns before the first user turn are
+    cut: the question that they answer is missing. Turns after the last assistant turn are cut:
+    nothing in them is supervised. Raises `RejectedRecord` with a reason for everything else.
     """
     if not isinstance(record, Mapping):
         raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(record).__name__}")
     if rendered_text is not None:
         conversation = Conversation(
-            conversation_id=_named(record, location),
+            conversation_id=_record_id(record, location),
             messages=(),
             rendered_text=_rendered(record, rendered_text, location),
             location=location,
@@ -96,7 +96,7 @@ def normalise(
         raise RejectedRecord(Reason.NO_ASSISTANT_TURN, location, f"{len(messages)} turns")
     _check_turns(kept, location)
     conversation = Conversation(
-        conversation_id=_named(record, location),
+        conversation_id=_record_id(record, location),
         messages=tuple(kept),
         tools=parse_tools(record.get("tools"), location=location),
         location=location,
@@ -104,8 +104,8 @@ def normalise(
     return Normalised(conversation=_with_id(conversation), changes=changes)
 
 
-def _named(record: Mapping[str, object], location: str) -> str:
-    """Return the id that the record gives, empty if it gives none."""
+def _record_id(record: Mapping[str, object], location: str) -> str:
+    """Return the id of the record; empty if it has none."""
     named = next((record[key] for key in _ID_KEYS if record.get(key) not in (None, "")), None)
     return _encodable(str(named), location) if named is not None else ""
 
@@ -120,7 +120,7 @@ def _rendered(record: Mapping[str, object], column: str, location: str) -> str:
     text = record.get(column)
     if text is None:
         found = ", ".join(sorted(map(str, record))[:8])
-        raise RejectedRecord(Reason.NO_MESSAGES, location, f"no column {column}: {found}")
+        raise RejectedRecord(Reason.NO_MESSAGES, location, f"no column {column}; found {found}")
     if not isinstance(text, str):
         raise RejectedRecord(Reason.NOT_TEXT, location, f"{column} is {type(text).__name__}")
     if not text.strip():
@@ -141,7 +141,7 @@ def _turns(
     if pair is not None:
         return pair
     found = ", ".join(sorted(map(str, record))[:8])
-    raise RejectedRecord(Reason.NO_MESSAGES, location, f"neither turns nor question: {found}")
+    raise RejectedRecord(Reason.NO_MESSAGES, location, f"neither turns nor question; found {found}")
 
 
 def _message(turn: object, *, location: str) -> Message:
@@ -166,7 +166,7 @@ def _message(turn: object, *, location: str) -> Message:
 
 
 def _first(turn: Mapping[str, object], *names: str) -> object:
-    """Return the first of the fields that holds something: tables fill absent ones with null."""
+    """Return the first field that is not None: tables fill absent fields with null."""
     return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
@@ -189,7 +189,7 @@ def _part_text(part: object, location: str) -> str:
 
 
 def _encodable(text: str, location: str) -> str:
-    """Return `text`; JSON can escape half a surrogate pair, which no UTF-8 file can hold."""
+    """Return `text`; refuse half a surrogate pair: JSON can escape it, UTF-8 cannot encode it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -200,7 +200,7 @@ def _encodable(text: str, location: str) -> str:
 
 
 def _cut_ends(messages: Sequence[Message]) -> tuple[list[Message], tuple[Change, ...]]:
-    """Return what lies between the first user turn and the last assistant turn, system included."""
+    """Return the turns from the first user turn to the last assistant turn, and the system turn."""
     changes = []
     start = 1 if messages[0].role == "system" else 0
     first = start

@@ -1,7 +1,7 @@
-"""Data sets that people train draft models on, by name: `source: preset:NAME`.
+"""Named data sets for training draft models: `source: preset:NAME`.
 
-A preset only fills in fields of `DatasetConfig`; what the user writes wins. Pin `revision` for a
-data set that must be the same next year.
+A preset only fills in fields of `DatasetConfig`; the user's values take precedence. Pin
+`revision` for a data set that must stay the same.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Writes rows to a Parquet file that appears, whole and synced, when all of them are in."""
+"""Write rows to a Parquet file that appears, complete and synced, after the last row."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +14,7 @@ _ROWS_PER_GROUP = 1024
 
 
 class RowWriter:
-    """A context: the file is moved into place when it is left without an error."""
+    """Context manager: the file is moved into place if the block ends without an error."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
@@ -22,7 +22,7 @@ class RowWriter:
         self._rows: list[dict[str, object]] = []
 
     def __enter__(self) -> Self:
-        """Take rows from here on."""
+        """Open the file for rows."""
         with ExitStack() as stack:
             partial = stack.enter_context(atomic_file(self._path))
             writer = pq.ParquetWriter(partial, self._schema, compression="zstd")
@@ -36,7 +36,7 @@ class RowWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finish the file, or remove what was written if there was an error."""
+        """Complete the file, or remove the partial file after an error."""
         if kind is None:
             with self._stack:
                 self._flush()
@@ -44,7 +44,7 @@ class RowWriter:
             self._stack.__exit__(kind, error, traceback)
 
     def add(self, row: dict[str, object]) -> None:
-        """Take one row; a row group is in memory at a time."""
+        """Add one row; one row group is in memory at a time."""
         self._rows.append(row)
         if len(self._rows) >= _ROWS_PER_GROUP:
             self._flush()

@@ -1,4 +1,4 @@
-"""The files of a source, at any place that fsspec reaches or in a Python package."""
+"""The files of a source, at any fsspec location or in a Python package."""
 
 import fnmatch
 import glob
@@ -25,7 +25,7 @@ _COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 8 << 20
 
 
-_AWAY = (TimeoutError, ConnectionError)
+_UNREACHABLE = (TimeoutError, ConnectionError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +39,11 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """Last part of the path: what messages and the ledger call the file."""
+        """Last part of the path, used in messages and in the ledger."""
         return PurePosixPath(self.path).name
 
     def digest(self) -> str:
-        """Return xxh3_128 of a local file's bytes; elsewhere the file system's own checksum."""
+        """Return xxh3_128 of a local file's bytes; otherwise the file system's checksum."""
         if not isinstance(self.filesystem, fsspec.get_filesystem_class("file")):
             with server_errors(self.path):
                 return f"checksum:{self.filesystem.checksum(self.path)}"
@@ -55,7 +55,7 @@ class SourceFile:
 
 
 def data_suffix(name: str) -> str:
-    """Return the suffix without that of a compression: `.json` for `a.json.gz`."""
+    """Return the suffix without a compression suffix: `.json` for `a.json.gz`."""
     path = PurePosixPath(name)
     if path.suffix.lower() in _COMPRESSIONS:
         path = PurePosixPath(path.stem)
@@ -68,7 +68,7 @@ def package_file(name: str) -> SourceFile:
         files = metadata.files(package)
     except metadata.PackageNotFoundError as error:
         raise ConfigError(
-            f"Python package {package} is not installed; run `pip install {package}` or name "
+            f"Python package {package} is not installed; run `pip install {package}` or use "
             "another source"
         ) from error
     found = [
@@ -81,7 +81,7 @@ def package_file(name: str) -> SourceFile:
         names = ", ".join(map(str, found)) or "none"
         raise ConfigError(
             f"Python package {package} should have one data file ({', '.join(_DATA_SUFFIXES)}), "
-            f"found {names}; name it as `package:{package}/PATH`"
+            f"found {names}; select one with `package:{package}/PATH`"
         )
     path = Path(str(found[0].locate()))
     if not path.is_file():
@@ -97,13 +97,14 @@ def files_of(source: str) -> list[SourceFile]:
         with server_errors(source):
             return _found(filesystem, path, source)
     except OSError as error:
-        raise ConfigError(f"cannot read what {source} names: {error}") from error
+        raise ConfigError(f"cannot read {source}: {error}") from error
 
 
 @contextmanager
 def server_errors(where: str) -> Iterator[None]:
-    """Say of a server that is away or slow that it may be back; Prefect takes a bare timeout for
-    its own.
+    """Convert errors of a silent or slow server to `TransientError`, refusals to `ConfigError`.
+
+    Prefect would mistake a bare timeout for its own.
     """
     try:
         yield
@@ -111,19 +112,19 @@ def server_errors(where: str) -> Iterator[None]:
         status = getattr(error, "status", None)
         if _is_http(error) and isinstance(status, int) and 400 <= status < 500:
             raise ConfigError(
-                f"{where}: the server refuses it with status {status} ({error}); correct the "
-                "address or the credentials, or download the file and name its path"
+                f"{where}: the server refuses access with status {status} ({error}); correct the "
+                "address or the credentials, or download the file and give its path"
             ) from error
         if not is_away(error):
             raise
         raise TransientError(
             f"{where}: the server does not answer ({type(error).__name__}: {error}); run again, or "
-            "download the file and name its path"
+            "download the file and give its path"
         ) from error
 
 
 def is_away(error: Exception) -> bool:
-    return isinstance(error, _AWAY) or _is_http(error)
+    return isinstance(error, _UNREACHABLE) or _is_http(error)
 
 
 def _is_http(error: Exception) -> bool:
@@ -151,30 +152,29 @@ def _found(filesystem: fsspec.AbstractFileSystem, path: str, source: str) -> lis
 def _file(
     filesystem: fsspec.AbstractFileSystem, path: str, source: str, *, is_pattern: bool
 ) -> SourceFile | None:
-    """Return one file; None where a path leads nowhere, or a pattern to a folder."""
+    """Return one file; None if the path does not exist or a pattern matches a folder."""
     try:
         entry = filesystem.info(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not is_pattern:
             return None
         raise ConfigError(
-            f"{path}, which {source} names, is not there: a dangling link? Restore or remove it, "
-            "or correct `source`"
+            f"{path}, which matches {source}, does not exist (a dangling link?); restore or remove "
+            "it, or correct `source`"
         ) from error
     if entry["type"] != "directory":
         return SourceFile(filesystem=filesystem, path=path, size=entry["size"])
     if is_pattern:
         return None
     raise ConfigError(
-        f"{source} is a directory; name its files with a glob such as {source}/*.jsonl"
+        f"{source} is a directory; select its files with a glob such as {source}/*.jsonl"
     )
 
 
 def _matching(folder: str, pattern: Sequence[str]) -> Iterator[str]:
-    """Yield the paths on this disk that a pattern, in parts, names below a folder.
+    """Yield the local paths below a folder that match a pattern, given as path parts.
 
-    A folder that it leads to and that cannot be listed is an error; fsspec and Python's own glob
-    leave it out.
+    A matching folder that cannot be listed is an error; fsspec and Python's glob skip it.
     """
     part, *rest = pattern
     if part == "**":
@@ -197,7 +197,7 @@ def _matching(folder: str, pattern: Sequence[str]) -> Iterator[str]:
 
 
 def _folders_below(folder: str) -> Iterator[str]:
-    """Yield a folder and all below it; links are not followed, for one may lead back up."""
+    """Yield a folder and all below it; links are not followed: one may lead back up."""
     yield folder
     for entry in _entries(folder):
         if entry.is_dir(follow_symlinks=False):

@@ -1,4 +1,4 @@
-"""One record as it stands in a source, whole or damaged, with the place where it was found."""
+"""One record of a source, whole or damaged, with its location."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ class SourceRecord:
     """A record that could be read."""
 
     value: object
-    """What the JSON, Parquet or CSV holds; not yet known to be a conversation."""
+    """The JSON, Parquet or CSV value; not yet known to be a conversation."""
     location: str
     fraction_read: float
-    """0 to 1: how much of the source has been read, for progress."""
+    """Fraction of the source read so far, 0 to 1, for progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DamagedRecord:
-    """A record that could not be read and that the configuration allows to leave out."""
+    """A record that could not be read and that the configuration allows to drop."""
 
     reason: Reason
     location: str

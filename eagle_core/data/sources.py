@@ -1,8 +1,8 @@
-"""Sources of records: files at any place fsspec reaches, data files of packages, hub data sets.
+"""Sources of records: files at any fsspec location, data files of packages, hub data sets.
 
-A source is resolved once into what it is exactly (every file with size and digest, or a hub
-commit) and is then streamed in constant memory. What is missing, empty or damaged is an error that
-names it, never a shorter stream.
+A source is resolved once to its exact identity (every file with size and digest, or a hub commit)
+and then streamed in constant memory. A missing, empty or damaged file raises an error that names
+it; the stream is never silently shorter.
 """
 
 import codecs
@@ -36,13 +36,13 @@ _PARQUET_ROWS = 64
 
 
 def find_source(config: DatasetConfig) -> tuple[SourceFile, ...] | HubDataset:
-    """Return what `config.source` stands for; raise `ConfigError` if nothing is there."""
+    """Resolve `config.source`; raise `ConfigError` if nothing is found."""
     if config.source.startswith("hf:"):
         return find_hub_dataset(config)
     if config.revision is not None:
         raise ConfigError(
             f"data set {config.name}: `revision` is for hub data sets, but the source is "
-            f"{config.source}; remove it or name a source `hf:ORG/NAME`"
+            f"{config.source}; remove it or use a source `hf:ORG/NAME`"
         )
     if config.source.startswith("package:"):
         files = [package_file(config.source.removeprefix("package:"))]
@@ -64,8 +64,8 @@ def identify(source: tuple[SourceFile, ...] | HubDataset) -> tuple[dict[str, obj
 def read_records(config: DatasetConfig) -> Iterator[SourceRecord | DamagedRecord]:
     """Yield the records of the source in order, in constant memory.
 
-    Raises `ConfigError` for a source that is not there and `CorruptError` for one that is damaged,
-    unless the configuration accepts the damage: then what is lost is yielded as `DamagedRecord`.
+    Raises `ConfigError` for a missing source and `CorruptError` for a damaged one, unless the
+    configuration accepts the damage: then lost records are yielded as `DamagedRecord`.
     """
     source = find_source(config)
     if isinstance(source, HubDataset):
@@ -79,7 +79,7 @@ def read_records(config: DatasetConfig) -> Iterator[SourceRecord | DamagedRecord
 
 
 class _Progress:
-    """How much of all files has been read, told by the position in the (compressed) file."""
+    """Fraction of all files read so far, by the position in the (compressed) file."""
 
     def __init__(self, bytes_before: int, total_bytes: int) -> None:
         self._bytes_before = bytes_before
@@ -152,7 +152,7 @@ def _read_parquet(
         if is_away(error):
             raise
         raise CorruptError(
-            f"{file.path} is not a whole Parquet file ({row} rows could be read): {error}; "
+            f"{file.path} is not a complete Parquet file ({row} rows could be read): {error}; "
             "replace it and run again"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Which conversations are held out: decided by their content or by the chat they are a piece of."""
+"""Select held-out conversations by their content, or by the chat that they are a piece of."""
 
 import xxhash
 
@@ -6,9 +6,9 @@ from eagle_core.data.conversation import Conversation, content_key
 
 
 def piece_key(conversation: Conversation) -> str:
-    """Return the key that all pieces of one chat share: ids `X_0`, `X_1`, ... give that of `X`.
+    """Return the key shared by all pieces of one chat: ids `X_0`, `X_1`, ... map to the key of `X`.
 
-    ShareGPT was published cut into such pieces. An id of another form gives the content key.
+    ShareGPT was published in such pieces. An id of another form maps to the content key.
     """
     stem, mark, number = conversation.conversation_id.rpartition("_")
     if not stem or not mark or not number.isdecimal():
@@ -19,7 +19,7 @@ def piece_key(conversation: Conversation) -> str:
 def is_held_out(key: str, fraction: float) -> bool:
     """Return whether the conversation with this content or piece key is held out.
 
-    Depends on the key alone: adding data moves no conversation, and a larger fraction only adds to
-    the held-out ones.
+    Depends on the key alone: adding data moves no conversation between splits, and a larger
+    fraction only adds held-out ones.
     """
     return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float

@@ -1,6 +1,6 @@
-"""Calls of tools inside a conversation, and the tools on offer, in one canonical form.
+"""Tool calls in a conversation, and the available tools, in one canonical form.
 
-Arguments are kept as JSON text: two calls are equal exactly if their texts are, and templates get
+Arguments are kept as JSON text: two calls are equal if and only if their texts are. Templates get
 them parsed (`ToolCall.as_openai`), as every tokenizer's template expects.
 """
 
@@ -17,7 +17,7 @@ class ToolCall:
 
     name: str
     arguments: str
-    """JSON text; what is not JSON is kept as it stands."""
+    """JSON text; text that is not JSON is kept unchanged."""
     call_id: str = ""
 
     def as_openai(self) -> dict[str, object]:
@@ -52,7 +52,7 @@ def parse_function_call(text: str, *, location: str) -> ToolCall:
 
 
 def parse_tools(value: object, *, location: str) -> str:
-    """Return the tools on offer (a list or its JSON text) as JSON text, empty if there are none."""
+    """Return the available tools (a list or its JSON text) as JSON text; empty without tools."""
     if value in (None, "", []):
         return ""
     if isinstance(value, str):
@@ -71,7 +71,7 @@ def _parse_call(call: object, location: str) -> ToolCall:
     function = call.get("function") or call
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
-        raise RejectedRecord(Reason.BAD_TOOLS, location, "a call names no function")
+        raise RejectedRecord(Reason.BAD_TOOLS, location, "a call has no function name")
     arguments = function.get("arguments", {})
     if not isinstance(arguments, str):
         arguments = _to_json(arguments)

@@ -1,6 +1,6 @@
-"""Writes the files of a data set beside the old ones and moves them into place, manifest last.
+"""Write the files of a data set next to the old ones and move them into place, manifest last.
 
-Invariant: nothing is visible before all of it is on disk, and a manifest stands for whole files.
+Invariant: nothing is visible before everything is on disk; a manifest implies complete files.
 """
 
 import shutil
@@ -26,7 +26,7 @@ _BUILDING = ".building-"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetWriters:
-    """The files of a data set while they are written."""
+    """The open files of a data set that is being written."""
 
     splits: Mapping[Split, RowWriter]
     ledger: LedgerWriter
@@ -34,10 +34,10 @@ class DatasetWriters:
 
 @contextmanager
 def building(out_dir: Path) -> Iterator[Path]:
-    """Yield a directory inside `out_dir` to write in; what is left in it is removed."""
+    """Yield a temporary directory inside `out_dir`; it is removed with its contents."""
     with disk_errors(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        for left in out_dir.glob(f"{_BUILDING}*"):  # of a version before, killed
+        for left in out_dir.glob(f"{_BUILDING}*"):  # left by a killed run of an earlier version
             shutil.rmtree(left, ignore_errors=True)
         with partial_folder(out_dir) as directory:
             yield directory
@@ -45,7 +45,7 @@ def building(out_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def open_writers(directory: Path) -> Iterator[DatasetWriters]:
-    """Take conversations and ledger entries while the block runs; then the files are whole."""
+    """Yield writers of conversations and ledger entries; the files are complete afterwards."""
     with ExitStack() as stack:
         yield DatasetWriters(
             splits={
@@ -59,7 +59,7 @@ def open_writers(directory: Path) -> Iterator[DatasetWriters]:
 
 
 def digests(directory: Path) -> dict[str, FileDigest]:
-    """Return what the manifest says of the files in `directory`."""
+    """Return the manifest entries of the files in `directory`."""
     return {name: digest(directory / name) for name in _FILE_NAMES}
 
 
@@ -69,11 +69,11 @@ def digest(path: Path) -> FileDigest:
 
 
 def publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:
-    """Move the files into place and then the manifest; a kill leaves no data set, never half."""
+    """Move the files into place, then the manifest; a kill never leaves part of a data set."""
     (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
     for name in (*manifest.files, MANIFEST_NAME):
         sync(directory / name)
-    (out_dir / MANIFEST_NAME).unlink(missing_ok=True)  # from here on no data set is there
+    (out_dir / MANIFEST_NAME).unlink(missing_ok=True)  # from here on there is no data set
     sync(out_dir)
     for name in manifest.files:
         (directory / name).replace(out_dir / name)

@@ -1,10 +1,10 @@
 """Chain drafting: the EAGLE-3 recurrence run forward, with the draft's own key-value cache.
 
 Entry t of the draft's cache reads the embedding of token t+1 and the fused aux states of token t,
-sits at rotary position t and predicts token t+2. The invariant: entries that stay were made from
-the target's aux states alone; whatever a chain appended from its own hidden states is cropped
-before the next true entries are written. The sequences of a batch may be of any lengths: each has
-its own positions, and no row sees what only fills another one up.
+has rotary position t and predicts token t+2. Invariant: entries that are kept come only from the
+target's aux states; entries that a chain appended from its own hidden states are cropped before the
+next ones from the target are written. The sequences of a batch may have any lengths: each has its
+own positions, and padding is hidden.
 
 Shapes: B batch, T tokens, H draft hidden, Ht target hidden, D draft vocabulary, V target
 vocabulary.
@@ -24,12 +24,12 @@ from eagle_core.errors import ConfigError
 
 
 class DraftNetwork(Protocol):
-    """What drafting asks of a draft model; `DraftModel` is one."""
+    """The interface of a draft model for drafting; `DraftModel` implements it."""
 
     d2t: Tensor
     """[D] target id minus draft id."""
     t2d: Tensor
-    """[V] whether the draft vocabulary has the token."""
+    """[V] whether the draft vocabulary contains the token."""
     fc: nn.Linear
     """Fuses the aux states; its dtype is the draft's."""
 
@@ -39,10 +39,10 @@ class DraftNetwork(Protocol):
     def decode(
         self, input_ids: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache, /
     ) -> Tensor:
-        """Return the pre-norm state [B, T, H] of ids [B, T] and states [B, T, H] behind `cache`."""
+        """Return the pre-norm states [B, T, H] of ids [B, T] and states [B, T, H] after `cache`."""
 
     def recurrent(self, hidden: Tensor, /) -> Tensor:
-        """Return what the next drafted token reads of pre-norm states [..., H]."""
+        """Return the states that the next drafted token reads, from pre-norm states [..., H]."""
 
     def logits(self, hidden: Tensor, /) -> Tensor:
         """Return the draft's logits [..., D] for pre-norm states [..., H]."""
@@ -55,11 +55,11 @@ class Proposal:
     tokens: tuple[int, ...]
     """[K] target-vocabulary ids."""
     probabilities: Tensor | None
-    """[K, V] what each token was drawn from; None when drafted greedily."""
+    """[K, V] distribution of each token; None when drafted greedily."""
 
 
 class ChainDrafter:
-    """Drafts for a batch of sequences; feed it the target's states, ask it for chains."""
+    """Drafts chains for a batch of sequences: `observe` the target's states, then `propose`."""
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class ChainDrafter:
         temperature: float = 0.0,
         generators: Sequence[torch.Generator] = (),
     ) -> None:
-        """Draw from one generator for each sequence; none is needed at temperature 0."""
+        """Sample with one generator per sequence; none is needed at temperature 0."""
         if temperature > 0 and not generators:
-            raise ConfigError("drafting at a temperature above 0 needs a generator a sequence")
+            raise ConfigError("drafting at a temperature above 0 needs one generator per sequence")
         self._draft = draft
         self._cache = DraftCache()
         self._temperature = temperature
@@ -78,13 +78,13 @@ class ChainDrafter:
         self._num_entries = 0
         self._hidden: Tensor | None = None
         self.lengths: Tensor | None = None
-        """[B] entries of each sequence made from the target's states; None before the first."""
+        """[B] number of entries from the target's states per sequence; None before the first."""
 
     def observe(self, next_ids: Sequence[Sequence[int]], aux: Sequence[Tensor]) -> None:
-        """Append true entries to each of B sequences: `aux` [T, 3Ht] of T tokens and, for each, the
-        id of the token after it. T may differ from sequence to sequence.
+        """Append entries to each of B sequences: `aux` [T, 3Ht] of T tokens and, for each token,
+        the id of the next one. T may differ from sequence to sequence.
 
-        Replaces what the last chain appended from its own hidden states.
+        Replaces the entries that the last chain appended from its own hidden states.
         """
         device = aux[0].device
         self._cache.crop(self._num_entries)
@@ -102,7 +102,7 @@ class ChainDrafter:
         self._num_entries += ids.shape[1]
 
     def propose(self, num_tokens: int) -> list[Proposal]:
-        """Draft a chain of `num_tokens` behind the last observed token of each sequence."""
+        """Draft a chain of `num_tokens` after the last observed token of each sequence."""
         if self._hidden is None or self.lengths is None:
             raise ConfigError("a drafter must observe the prompt before it can propose")
         hidden = self._hidden
@@ -121,14 +121,14 @@ class ChainDrafter:
                 probabilities.append(self._in_target_vocabulary(draft_probabilities))
             tokens.append((drafted + self._draft.d2t[drafted]).unsqueeze(1))
         chains = torch.cat(tokens, dim=1).tolist()
-        spread = torch.stack(probabilities, dim=1) if probabilities else [None] * len(chains)
+        per_chain = torch.stack(probabilities, dim=1) if probabilities else [None] * len(chains)
         return [
-            Proposal(tokens=tuple(chain), probabilities=drawn_from)
-            for chain, drawn_from in zip(chains, spread, strict=True)
+            Proposal(tokens=tuple(chain), probabilities=distributions)
+            for chain, distributions in zip(chains, per_chain, strict=True)
         ]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with the sequences at `rows` alone, in that order."""
+        """Keep only the sequences at `rows`, in that order."""
         if self._generators:
             self._generators = [self._generators[row] for row in rows]
         if self.lengths is None or len(rows) == len(self.lengths):
@@ -153,8 +153,8 @@ class ChainDrafter:
         return torch.tensor(list(drawn), device=probabilities.device)
 
     def _in_target_vocabulary(self, probabilities: Tensor) -> Tensor:
-        """Spread [B, D] draft probabilities over [B, V]; others than the draft's ids get 0."""
+        """Scatter [B, D] draft probabilities to [B, V]; ids outside the draft vocabulary get 0."""
         count, size = probabilities.shape
         target_ids = torch.arange(size, device=probabilities.device) + self._draft.d2t
-        spread = probabilities.new_zeros(count, len(self._draft.t2d))
-        return spread.index_copy_(1, target_ids, probabilities)
+        scattered = probabilities.new_zeros(count, len(self._draft.t2d))
+        return scattered.index_copy_(1, target_ids, probabilities)

@@ -1,15 +1,16 @@
-"""Speculative decoding with a chain of drafts, and the plain decoding it must reproduce.
+"""Speculative decoding with drafted chains, and the plain decoding it must reproduce.
 
 One round: the drafter proposes K tokens, the target scores the last token and all K in one cached
-forward, the verdict keeps a prefix and adds the target's own token, both caches are cropped to what
-is true, and the drafter sees the target's aux states of the kept tokens. The invariant: the tokens
-are those of plain decoding. Under greedy decoding they are equal token for token up to the noise of
-floating point (a forward over K+1 tokens may round differently from one over a single token, which
-shows only where two logits nearly tie); at a temperature they follow the same distribution.
+forward, the verdict keeps a prefix and adds the target's own token, both caches are rolled back to
+the kept tokens, and the drafter observes the target's aux states of these. Invariant: the tokens
+are those of plain decoding. Greedy texts are equal token for token up to floating-point noise (a
+forward over K+1 tokens may round differently from one over a single token, which matters only where
+two logits nearly tie); at a temperature above 0 they follow the same distribution.
 
-Prompts of any lengths are decoded side by side, each with its own positions and, at a temperature,
-its own stream of random numbers: a text does not depend on the ones beside it. Rejected entries are
-cropped where all rows reject them and hidden where some do; texts that have ended leave the batch.
+Prompts of any lengths are decoded in one batch, each with its own positions and, at a temperature
+above 0, its own stream of random numbers: a text does not depend on the others of its batch.
+Rejected entries are cropped where all rows reject them and hidden where only some do; finished
+texts leave the batch.
 
 Shapes: B batch, T tokens, S entries of a cache, H target hidden, V target vocabulary.
 """
@@ -48,7 +49,7 @@ def generate_speculative_batch(
     config: DecodingConfig,
     stop_ids: Collection[int] = (),
 ) -> list[GenerationTrace]:
-    """Decode several prompts side by side, each with its own chains.
+    """Decode several prompts in one batch, each with its own chains.
 
     Raises:
         ConfigError: a prompt is empty, or the target cannot decode several prompts at once.
@@ -79,7 +80,7 @@ def generate_plain(
     config: DecodingConfig,
     stop_ids: Collection[int] = (),
 ) -> GenerationTrace:
-    """Decode one token per target forward, as the target does on its own."""
+    """Decode one token per target forward, as the target does without a draft."""
     return generate_plain_batch(target, [prompt_ids], config, stop_ids)[0]
 
 
@@ -90,7 +91,7 @@ def generate_plain_batch(
     config: DecodingConfig,
     stop_ids: Collection[int] = (),
 ) -> list[GenerationTrace]:
-    """Decode several prompts side by side, one token of each per target forward.
+    """Decode several prompts in one batch, one token of each per target forward.
 
     Raises:
         ConfigError: a prompt is empty, or the target cannot decode several prompts at once.
@@ -104,7 +105,7 @@ def generate_plain_batch(
 
 
 class _Text:
-    """One text as it grows."""
+    """One text during decoding."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -113,7 +114,7 @@ class _Text:
 
 
 class _Batch(Generic[CacheT]):
-    """Texts that are decoded side by side; `active` are those that have not ended."""
+    """Texts that are decoded in one batch; `active` are the unfinished ones."""
 
     def __init__(
         self,
@@ -142,12 +143,12 @@ class _Batch(Generic[CacheT]):
         last, aux = self._cache.run(self._prompts)
         ends = torch.tensor([len(prompt) - 1 for prompt in self._prompts], device=last.device)
         logits = self._target.logits(last[torch.arange(len(ends), device=last.device), ends])
-        self._add_own(logits)
+        self._append_target_token(logits)
         self._prefill_seconds = time.perf_counter() - self._started
         return aux
 
     def drop_ended(self) -> list[int]:
-        """Forget the texts that have ended; return the places that the others had."""
+        """Drop the finished texts; return the former rows of the others."""
         rows = [row for row, text in enumerate(self.active) if not self._has_ended(text)]
         if rows and len(rows) < len(self.active):
             self._cache.select(rows)
@@ -155,14 +156,15 @@ class _Batch(Generic[CacheT]):
         return rows
 
     def extend(self) -> None:
-        """Add the target's own next token to every text."""
+        """Append the target's own next token to every text."""
         last, _ = self._cache.run([text.tokens[-1:] for text in self.active])
-        self._add_own(self._target.logits(last[:, -1]))
+        self._append_target_token(self._target.logits(last[:, -1]))
 
     def verify(self, proposals: Sequence[Proposal]) -> tuple[list[tuple[int, ...]], Tensor]:
-        """Add what stands of every chain and the target's token behind it.
+        """Append the accepted tokens of every chain and the target's token after them.
 
-        Returns that, for each text, and the aux states [B, K + 1, 3H] of the tokens before each.
+        Returns these tokens for each text, and the aux states [B, K + 1, 3H] of the token before
+        each.
         """
         drafted = [
             [text.tokens[-1], *proposal.tokens]
@@ -182,7 +184,7 @@ class _Batch(Generic[CacheT]):
         return chunks, aux
 
     def traces(self) -> list[GenerationTrace]:
-        """Return what became of every prompt, in the order they were given."""
+        """Return the trace of every prompt, in the given order."""
         seconds = time.perf_counter() - self._started
         return [
             GenerationTrace(
@@ -194,12 +196,12 @@ class _Batch(Generic[CacheT]):
             for text in self._texts
         ]
 
-    def _add_own(self, logits: Tensor) -> None:
+    def _append_target_token(self, logits: Tensor) -> None:
         for text, row in zip(self.active, logits, strict=True):
             text.tokens.append(_pick(row, self._config.temperature, text.generator))
 
     def _add_round(self, text: _Text, chunk: Sequence[int]) -> None:
-        """Add a chain's accepted tokens and the target's own, up to a stop token."""
+        """Append a chain's accepted tokens and the target's own, up to a stop token."""
         kept, num_accepted = _until_stop(chunk, self._stop_ids), len(chunk) - 1
         accepted = min(num_accepted, len(kept))
         ended_early = kept[-1] in self._stop_ids and len(kept) <= num_accepted

@@ -1,4 +1,4 @@
-"""What speculative decoding asks of a target, and its cache of several texts.
+"""The interface of a target for speculative decoding, and its cache of several texts.
 
 Shapes: B batch, T tokens, S entries of a cache, H target hidden, V target vocabulary.
 """
@@ -14,20 +14,20 @@ _RECORD_PAST = "activate_past_recording"
 
 
 class CroppableCache(Protocol):
-    """A key-value cache that can forget its newest tokens (transformers' `DynamicCache`)."""
+    """A key-value cache that can drop its newest tokens (transformers' `DynamicCache`)."""
 
     def crop(self, tokens_to_remove: int, /) -> None:
-        """Forget `-tokens_to_remove` tokens; a negative number or 0."""
+        """Drop `-tokens_to_remove` tokens; the argument is a negative number or 0."""
 
     def batch_select_indices(self, indices: Tensor, /) -> None:
-        """Forget all sequences but those at `indices`."""
+        """Keep only the sequences at `indices`."""
 
 
 CacheT = TypeVar("CacheT", bound=CroppableCache)
 
 
 class CachedTarget(Protocol[CacheT]):
-    """What speculative decoding asks of a target model; `TargetModel` is one."""
+    """The interface of a target model for speculative decoding; `TargetModel` implements it."""
 
     device: torch.device
 
@@ -44,10 +44,10 @@ class CachedTarget(Protocol[CacheT]):
         valid_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, CacheT]:
-        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
+        """Run ids [B, T] after `past`; return (last [B, T, H], aux [B, T, 3H], extended cache).
 
         `valid_mask` [B, S + T] is False for entries that no token may see, `positions` [B, T] are
-        the tokens' positions in their texts; without both, all texts have one length.
+        the tokens' positions in their texts; without both, all texts have the same length.
         """
 
     def logits(self, last: Tensor, /) -> Tensor:
@@ -55,7 +55,7 @@ class CachedTarget(Protocol[CacheT]):
 
 
 class TargetCache(Generic[CacheT]):
-    """The target's cache of a batch, and which of its entries are tokens of their texts."""
+    """The target's cache of a batch, with a mask of the entries that are tokens of their texts."""
 
     def __init__(self, target: CachedTarget[CacheT]) -> None:
         self._target = target
@@ -64,12 +64,12 @@ class TargetCache(Generic[CacheT]):
         self._lengths = torch.zeros(0, dtype=torch.int64, device=target.device)
 
     def run(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Append tokens to every text; return (last [B, T, H], aux [B, T, 3H]), padded behind."""
+        """Append tokens to every text; return right-padded (last [B, T, H], aux [B, T, 3H])."""
         device = self._target.device
         input_ids = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
         counts = torch.tensor([len(row) for row in ids], device=device)
         if self._past is None:
-            # Behind a text there is nothing that it could see: padding needs no mask.
+            # No token sees what follows it: padding at the end needs no mask.
             self._valid_mask = torch.ones(len(ids), 0, dtype=torch.bool, device=device)
             self._lengths = torch.zeros_like(counts)
         steps = torch.arange(input_ids.shape[1], device=device)
@@ -87,19 +87,19 @@ class TargetCache(Generic[CacheT]):
         return last, aux
 
     def rollback(self, counts: Sequence[int]) -> None:
-        """Forget the newest tokens of every text, so many of each."""
-        assert self._past is not None  # noqa: S101 (something ran)
+        """Drop the newest `counts` tokens of the texts."""
+        assert self._past is not None  # noqa: S101 (`run` was called)
         common = min(counts)
         self._past.crop(-common)
         self._valid_mask = self._valid_mask[:, : self._valid_mask.shape[1] - common]
-        left = torch.tensor(counts, device=self._target.device)
-        behind = torch.arange(self._valid_mask.shape[1], 0, -1, device=self._target.device)
-        self._valid_mask = self._valid_mask & (behind > (left - common).unsqueeze(1))
-        self._lengths = self._lengths - left
+        dropped = torch.tensor(counts, device=self._target.device)
+        from_end = torch.arange(self._valid_mask.shape[1], 0, -1, device=self._target.device)
+        self._valid_mask = self._valid_mask & (from_end > (dropped - common).unsqueeze(1))
+        self._lengths = self._lengths - dropped
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with the texts at `rows` alone."""
-        assert self._past is not None  # noqa: S101 (something ran)
+        """Keep only the texts at `rows`."""
+        assert self._past is not None  # noqa: S101 (`run` was called)
         kept = torch.tensor(rows, device=self._target.device)
         self._past.batch_select_indices(kept)
         self._valid_mask, self._lengths = self._valid_mask[kept], self._lengths[kept]

@@ -1,33 +1,33 @@
-"""What decoding one text took: the rounds of verification, and the time."""
+"""The trace of decoding one text: its verification rounds and its time."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerificationRound:
-    """What one target forward over a drafted chain gave."""
+    """Result of one target forward over a drafted chain."""
 
     verified: int
     """Drafted tokens with a known verdict: K, or fewer where a stop token ended the text."""
     accepted: int
-    """Of these, the accepted ones."""
+    """Number of these that were accepted."""
     gained: int
-    """Tokens of the text: accepted + 1, or accepted where the stop token was itself drafted."""
+    """Tokens added to the text: accepted + 1, or accepted if the stop token itself was drafted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationTrace:
-    """One generated text and what it took."""
+    """One generated text with its rounds and time."""
 
     tokens: tuple[int, ...]
     """The new tokens, a stop token included."""
     rounds: tuple[VerificationRound, ...] = ()
-    """One for each verifying forward; empty when decoded plainly. The last one counts in full even
+    """One per verifying forward; empty when decoded plainly. The last one counts in full even
     where `max_new_tokens` cut its tokens, so that short texts do not look worse than long ones."""
     seconds: float
-    """Wall time, prefill included; of texts decoded side by side, an equal share of it."""
+    """Wall time, prefill included; for texts of one batch, an equal share of the batch's time."""
     prefill_seconds: float
-    """Of it, until the first token."""
+    """Part of `seconds` until the first token."""
 
     @property
     def accepted(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Sizes of a draft, and which of a run's drafts is meant."""
+"""Sizes of a draft model, and the choice of a run's checkpoint."""
 
 from typing import Literal, Self
 
@@ -19,13 +19,13 @@ class DraftConfig(BaseModel):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
-    vocab_size: int = Field(gt=0, description="V, the target's vocabulary.")
-    draft_vocab_size: int = Field(gt=0, description="D, what the draft can propose.")
+    vocab_size: int = Field(gt=0, description="V, size of the target's vocabulary.")
+    draft_vocab_size: int = Field(gt=0, description="D, number of tokens the draft can propose.")
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     max_position_embeddings: int = Field(default=2048, gt=0)
     fc_norm: bool = Field(
-        default=False, description="EAGLE-3.1: normalise each aux state before they are fused."
+        default=False, description="EAGLE-3.1: normalise each aux state before fusing them."
     )
     norm_output: bool = Field(
         default=False, description="EAGLE-3.1: the recurrent state is the final norm's output."
@@ -40,9 +40,9 @@ class DraftConfig(BaseModel):
         fc_norm: bool = False,
         norm_output: bool = False,
     ) -> Self:
-        """Return a draft of the target's own width, one layer deep."""
+        """Return the sizes of a one-layer draft as wide as the target."""
         rope = getattr(target, "rope_parameters", None) or {}
-        if "full_attention" in rope:  # models that mix attention kinds keep one set for each
+        if "full_attention" in rope:  # models that mix attention types have one set per type
             rope = rope["full_attention"]
         heads = target.num_attention_heads
         return cls(

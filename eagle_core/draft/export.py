@@ -1,9 +1,9 @@
-"""Trained drafts as folders that serving engines load.
+"""Export trained drafts as folders that serving engines load.
 
 Two layouts: `serving` for SGLang and vLLM (`LlamaForCausalLMEagle3`) and `speculators` for the
-speculators library and vLLM's loader of it. A folder appears only when it is complete. An export
-always names the aux layers: engines that miss them fall back to a default without a word, and
-SGLang counts layers from 0 where vLLM and speculators count from 1.
+speculators library and vLLM's loader for that format. A folder appears only when it is complete. An
+export always names the aux layers: without them, engines silently use a default. SGLang counts
+layers from 0; vLLM and speculators count from 1.
 """
 
 import json
@@ -31,35 +31,37 @@ ExportLayout = Literal["serving", "speculators"]
 
 
 class ExportConfig(ConfigModel):
-    """How a trained draft is written for serving."""
+    """How to export a trained draft for serving."""
 
     layouts: tuple[ExportLayout, ...] = Field(
         default=("serving", "speculators"),
         min_length=1,
-        description="serving: what SGLang and vLLM load; speculators: what the speculators "
-        "library loads. Each becomes a folder of that name.",
+        description="serving: for SGLang and vLLM; speculators: for the speculators library. Each "
+        "layout is written to a folder of that name.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="Type of the exported weights; training keeps float32."
+        default="bfloat16", description="Dtype of the exported weights; training keeps float32."
     )
     with_embedding: bool = Field(
         default=False,
-        description="Write the target's embedding into the serving layout too. SGLang and vLLM "
-        "share the target's, so this only makes the file larger.",
+        description="Also write the target's embedding into the serving layout. SGLang and vLLM "
+        "share the target's own, so this only makes the file larger.",
     )
     speculative_tokens: int = Field(
-        default=5, gt=0, description="Drafted tokens a round that speculators writes as default."
+        default=5,
+        gt=0,
+        description="Default number of drafted tokens per round, for the speculators config.",
     )
     verifier: str | None = Field(
         default=None,
-        description="Hugging Face id or folder of the target, as the speculators config names it; "
-        "empty means the target's own `model`.",
+        description="Hugging Face id or folder of the target, for the speculators config; empty "
+        "means the target's own `model`.",
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedTarget:
-    """What an export says about the model that verifies."""
+    """What an export records about the target, which verifies the drafts."""
 
     name_or_path: str
     architectures: tuple[str, ...]
@@ -73,7 +75,7 @@ class ServedTarget:
     def of(
         cls, config: PretrainedConfig, *, name_or_path: str, aux_layers: tuple[int, int, int]
     ) -> Self:
-        """Return what `config`, the target's own, says."""
+        """Take the fields from `config`, the target's own."""
         return cls(
             name_or_path=name_or_path,
             architectures=tuple(config.architectures or ()),
@@ -87,20 +89,20 @@ class ServedTarget:
 def export(
     draft: DraftModel, target: ServedTarget, folder: Path, config: ExportConfig
 ) -> dict[ExportLayout, Path]:
-    """Write every layout of `config` to a folder under `folder`; return where.
+    """Write each layout of `config` to its own folder under `folder`; return the paths.
 
     Raises:
-        ConfigError: a folder holds something else, or a layout cannot express the draft.
+        ConfigError: a folder holds other files, or a layout cannot represent the draft.
         CorruptError: a weight is not finite; nothing is written.
 
     """
     written: dict[ExportLayout, Path] = {}
     for layout in config.layouts:
-        # speculators saves the embedding itself, and beside transformers 5.23 it takes
-        # uninitialised memory for a missing one: it looks for NaN, which is no longer left there.
+        # speculators itself saves the embedding. With transformers 5.23 it uses uninitialised
+        # memory for a missing one: it checks for NaN, which is no longer there.
         with_embedding = config.with_embedding or layout == "speculators"
         tensors = _tensors(draft, config, with_embedding=with_embedding)
-        cure = "export another checkpoint, or with export.dtype=float32"
+        cure = "export another checkpoint, or set export.dtype=float32"
         require_finite(tensors, where=f"the draft for {folder / layout}", cure=cure)
         if layout == "speculators":
             document = speculators_config(draft.config, target, config)
@@ -123,11 +125,11 @@ def serving_config(
         "draft_vocab_size": draft.draft_vocab_size,
         "torch_dtype": config.dtype,
         "eagle_config": {
-            # SGLang adds 1 to these and takes the outputs of the layers they name.
+            # SGLang adds 1 to these and uses the outputs of the layers they name.
             "eagle_aux_hidden_state_layer_ids": list(target.aux_layers),
             "use_aux_hidden_state": True,
         },
-        # vLLM takes these as they are: j is the output of decoder layer j - 1.
+        # vLLM uses these unchanged: j is the output of decoder layer j - 1.
         "eagle_aux_hidden_state_layer_ids": engine_layers,
     }
     document.update(_norms(draft))
@@ -147,7 +149,7 @@ def speculators_config(
     """
     if draft.target_hidden_size != draft.hidden_size:
         raise ConfigError(
-            f"the speculators layout needs a draft as wide as its target; this one has "
+            f"the speculators layout needs a draft as wide as its target; the draft has width "
             f"{draft.hidden_size}, the target {draft.target_hidden_size}; export layout serving"
         )
     proposal = {
@@ -180,7 +182,7 @@ def speculators_config(
 
 
 def _norms(draft: DraftConfig) -> dict[str, object]:
-    """Return the flags of EAGLE-3.1, if the draft has any: plain drafts keep their plain config."""
+    """Return the EAGLE-3.1 flags that are set; configs of plain drafts have none."""
     flags = {"fc_norm": draft.fc_norm, "norm_output": draft.norm_output}
     return {name: True for name, is_set in flags.items() if is_set}
 
@@ -190,7 +192,7 @@ def _layers_from_one(target: ServedTarget) -> list[int]:
 
 
 def _layer_config(draft: DraftConfig, target: ServedTarget) -> dict[str, object]:
-    """Return the decoder layer's configuration, the same words in both layouts."""
+    """Return the decoder layer's configuration, with the same keys in both layouts."""
     return {
         "model_type": "llama",
         "vocab_size": draft.vocab_size,
@@ -216,22 +218,22 @@ def _layer_config(draft: DraftConfig, target: ServedTarget) -> dict[str, object]
 
 def _tensors(draft: DraftModel, config: ExportConfig, *, with_embedding: bool) -> dict[str, Tensor]:
     dtype = DTYPES[config.dtype]
-    left_out = set() if with_embedding else {EMBEDDING}
+    omitted = set() if with_embedding else {EMBEDDING}
     if draft.config.draft_vocab_size == draft.config.vocab_size:
-        # vLLM and speculators have no mapping at all where both vocabularies are the same: vLLM
-        # refuses one that it has no place for.
-        left_out |= set(VOCABULARY)
+        # If both vocabularies are equal, vLLM and speculators have no mapping, and vLLM rejects
+        # one.
+        omitted |= set(VOCABULARY)
     return {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in draft.state_dict().items()
-        if name not in left_out
+        if name not in omitted
     }
 
 
 def _write(folder: Path, document: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
     if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME}:
         raise ConfigError(
-            f"{folder} holds files that no export wrote; move them away or export somewhere else"
+            f"{folder} holds files that no export wrote; move them or export to another folder"
         )
     with atomic_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})

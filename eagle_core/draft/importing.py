@@ -1,9 +1,9 @@
-"""Existing EAGLE-3 drafts, read from any published layout, to go on training from.
+"""Read existing EAGLE-3 drafts in any published layout, to start training from them.
 
 Layouts: SpecForge, EAGLE, SGLang and vLLM (`midlayer.*`, flat config.json) and speculators
 (`layers.0.*`, `transformer_layer_config`), as safetensors, or as `pytorch_model.bin` read without
-unpickling code. Refused rather than half understood: biases, q and k norms, scaled rotary
-embeddings, and a residual taken after the norm.
+unpickling code. Unsupported variants are refused, not read in part: biases, q and k norms, scaled
+rotary embeddings, and a residual taken after the norm.
 """
 
 import json
@@ -34,13 +34,13 @@ _REFUSED_FLAGS = ("norm_before_residual", "norm_before_fc")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImportedDraft:
-    """A draft read from disk, under our names."""
+    """A draft read from disk, with our tensor names."""
 
     config: DraftConfig
     tensors: Mapping[str, Tensor]
-    """Our names; the embedding only if the folder has one, `d2t` and `t2d` always."""
+    """By our names; the embedding only if the folder has one, `d2t` and `t2d` always."""
     aux_layers: tuple[int, ...] | None
-    """0-based decoder layers it was trained on; None if the folder does not say."""
+    """0-based decoder layers it was trained on; None if the folder does not record them."""
 
 
 def read_draft(folder: Path) -> ImportedDraft:
@@ -48,7 +48,7 @@ def read_draft(folder: Path) -> ImportedDraft:
 
     Raises:
         ConfigError: there is no draft, or a part is missing.
-        MismatchError: it is of a kind that our draft cannot express.
+        MismatchError: it is a variant that our draft model does not support.
         CorruptError: a file is damaged, its vocabulary mapping contradicts itself, or a weight is
             not finite.
 
@@ -56,13 +56,13 @@ def read_draft(folder: Path) -> ImportedDraft:
     document = _read_config(folder)
     layer = document.get("transformer_layer_config") or document
     if not isinstance(layer, Mapping):
-        raise CorruptError(f"{folder / _CONFIG_NAME}: transformer_layer_config is no object")
+        raise CorruptError(f"{folder / _CONFIG_NAME}: transformer_layer_config is not an object")
     loaded = _load(folder)
     _refuse_variants(document, layer, loaded, folder)
     tensors = _renamed(loaded)
     require_finite(tensors, where=str(folder), cure="start from another draft")
     if "fc.weight" not in tensors or "lm_head.weight" not in tensors:
-        raise ConfigError(f"{folder} lacks fc.weight or lm_head.weight; it is no EAGLE-3 draft")
+        raise ConfigError(f"{folder} lacks fc.weight or lm_head.weight; it is not an EAGLE-3 draft")
     config = _draft_config(document, layer, tensors)
     tensors.update(_vocabulary(tensors, config, folder))
     require_shapes(tensors, config, optional=(EMBEDDING,), location=str(folder))
@@ -71,13 +71,13 @@ def read_draft(folder: Path) -> ImportedDraft:
 
 @torch.no_grad()
 def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
-    """Give an initialised `draft` the weights of `imported`; return how many head rows it took.
+    """Copy the weights of `imported` to an initialised `draft`; return the number of head rows.
 
-    The draft keeps its own vocabulary and embedding. Head rows of tokens that both vocabularies
-    have are taken over; the others stay as they are, the target's own rows.
+    The draft keeps its own vocabulary and embedding. Head rows of tokens in both vocabularies are
+    copied; the others remain the target's own rows.
 
     Raises:
-        MismatchError: the two differ in a size other than the draft vocabulary's.
+        MismatchError: the two differ in a size other than that of the draft vocabulary.
 
     """
     ours = draft.config.model_dump(exclude={"draft_vocab_size", "max_position_embeddings"})
@@ -85,7 +85,7 @@ def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
     differing = [name for name, value in ours.items() if theirs[name] != value]
     if differing:
         facts = ", ".join(f"{name} {theirs[name]} (ours {ours[name]})" for name in differing)
-        raise MismatchError(f"the imported draft cannot start this one: {facts}")
+        raise MismatchError(f"the imported draft does not fit this one: {facts}")
     own = dict(draft.named_parameters())
     kept = {EMBEDDING, "lm_head.weight"}
     for name in own.keys() - kept:
@@ -109,9 +109,9 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except ValueError as error:
-        raise CorruptError(f"{path} is not JSON: {error}; fetch the draft again") from error
+        raise CorruptError(f"{path} is not JSON: {error}; download the draft again") from error
     if not isinstance(document, Mapping):
-        raise CorruptError(f"{path} holds no object; fetch the draft again")
+        raise CorruptError(f"{path} is not a JSON object; download the draft again")
     return document
 
 
@@ -122,7 +122,7 @@ def _refuse_variants(
     folder: Path,
 ) -> None:
     flags = [name for name in _REFUSED_FLAGS if document.get(name)]
-    # The weights say how many layers there are: some configurations give the target's number.
+    # Count the layers from the weights: some configurations give the target's number.
     layers = {found[1] for name in tensors if (found := _LAYER_NUMBER.search(name))}
     if len(layers) > 1:
         flags.append(f"{len(layers)} layers")
@@ -131,7 +131,7 @@ def _refuse_variants(
         flags.append("rope scaling")
     if flags:
         raise MismatchError(
-            f"{folder} uses {', '.join(flags)}, which this draft model does not have; "
+            f"{folder} uses {', '.join(flags)}, which this draft model does not support; "
             "start from a plain EAGLE-3 draft"
         )
 
@@ -156,7 +156,7 @@ def _load(folder: Path) -> dict[str, Tensor]:
         *(SafetensorError, OSError, EOFError, ValueError, RuntimeError, UnpicklingError),
     ) as error:
         raise CorruptError(
-            f"the weights in {folder} cannot be read: {error}; fetch the draft again"
+            f"the weights in {folder} cannot be read: {error}; download the draft again"
         ) from error
     if not tensors:
         raise ConfigError(f"{folder} has neither *.safetensors nor {_PICKLED_NAME}")
@@ -171,7 +171,7 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _draft_config(
     document: Mapping[str, object], layer: Mapping[str, object], tensors: Mapping[str, Tensor]
 ) -> DraftConfig:
-    """Return the sizes: from the tensors where they say, else from the configuration."""
+    """Return the sizes, from the tensors where possible, else from the configuration."""
     hidden_size, fused = tensors["fc.weight"].shape
     heads = _number(layer, "num_attention_heads")
     attention = "midlayer.self_attn"
@@ -201,7 +201,7 @@ def _number(layer: Mapping[str, object], key: str, default: int | None = None) -
     if value is None:
         value = default
     if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"the draft's {_CONFIG_NAME} has no whole number above 0 for {key}")
+        raise ConfigError(f"the draft's {_CONFIG_NAME} has no integer above 0 for {key}")
     return value
 
 
@@ -213,20 +213,20 @@ def _real(mapping: Mapping[str, object], key: str, default: float) -> float:
 def _vocabulary(
     tensors: Mapping[str, Tensor], config: DraftConfig, folder: Path
 ) -> dict[str, Tensor]:
-    """Return `d2t` and `t2d`; a draft over the whole vocabulary may have neither."""
+    """Return `d2t` and `t2d`; a draft over the full vocabulary may have neither."""
     num_draft, num_target = config.draft_vocab_size, config.vocab_size
     if "d2t" not in tensors and num_draft != num_target:
-        raise ConfigError(f"{folder} has {num_draft} of {num_target} tokens and no d2t")
+        raise ConfigError(f"{folder} has {num_draft} of {num_target} tokens but no d2t")
     d2t = tensors.get("d2t", torch.zeros(num_draft, dtype=torch.int64)).to(torch.int64)
     ids = torch.arange(num_draft) + d2t
     t2d = torch.zeros(num_target, dtype=torch.bool)
     if len(d2t) != num_draft or not ((ids >= 0) & (ids < num_target)).all():
         raise CorruptError(f"{folder}: d2t does not map {num_draft} tokens into {num_target}")
     t2d[ids] = True
-    rising = bool((ids.diff() > 0).all())
-    if not rising or not torch.equal(tensors.get("t2d", t2d).to(torch.bool), t2d):
+    is_increasing = bool((ids.diff() > 0).all())
+    if not is_increasing or not torch.equal(tensors.get("t2d", t2d).to(torch.bool), t2d):
         raise CorruptError(
-            f"{folder}: d2t and t2d contradict each other or do not rise; the file is damaged"
+            f"{folder}: d2t and t2d contradict each other or do not increase; the file is damaged"
         )
     return dict(zip(VOCABULARY, (d2t, t2d), strict=True))
 

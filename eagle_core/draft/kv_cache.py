@@ -1,4 +1,4 @@
-"""The draft's own key-value cache, for texts of different lengths side by side.
+"""The draft's key-value cache, for a batch of sequences of different lengths.
 
 Shapes: B batch, T tokens, K key-value heads, E head size.
 """
@@ -11,7 +11,7 @@ from torch.nn import functional
 class DraftCache:
     """Keys and values of the entries so far, [B, K, length, E] each.
 
-    The sequences of a batch may differ in length: entries that only fill a row up are hidden.
+    The sequences of a batch may differ in length: padding entries are hidden.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class DraftCache:
         return keys, values
 
     def crop(self, length: int) -> None:
-        """Forget every entry from `length` on."""
+        """Drop all entries from `length` on."""
         if self._keys is not None and self._values is not None:
             self._keys = self._keys[:, :, :length]
             self._values = self._values[:, :, :length]
@@ -41,21 +41,21 @@ class DraftCache:
             self._valid_mask = self._valid_mask[:, :length]
 
     def hide(self, valid_mask: Tensor) -> None:
-        """Hide from every later entry those of the newest [B, T] that are False."""
+        """Hide the newest entries whose `valid_mask` [B, T] is False from all later entries."""
         before = self._valid_mask_of(self.length - valid_mask.shape[1], valid_mask)
         self._valid_mask = torch.cat([before, valid_mask], dim=1)
 
     def select(self, rows: Tensor) -> None:
-        """Forget all sequences but those at `rows`."""
+        """Keep only the sequences at `rows`."""
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[rows], self._values[rows]
         if self._valid_mask is not None:
             self._valid_mask = self._valid_mask[rows]
 
     def visible(self, num_new: int) -> Tensor | None:
-        """Return which entries each of the newest `num_new` sees, [B or 1, 1, T, length].
+        """Return the attention mask [B or 1, 1, T, length] of the newest `num_new` entries.
 
-        All of its sequence at or before it; None if that is everything.
+        Each sees the valid entries of its sequence at or before it; None if nothing is masked.
         """
         if self._keys is None or (num_new == 1 and self._valid_mask is None):
             return None
@@ -67,6 +67,6 @@ class DraftCache:
         return causal & valid_mask[:, None, None]
 
     def _valid_mask_of(self, length: int, like: Tensor) -> Tensor:
-        """Return [B, length], True for entries that nobody spoke of."""
+        """Return the valid mask [B, length]; entries that were never masked are True."""
         known = like[:, :0] if self._valid_mask is None else self._valid_mask
         return functional.pad(known, (0, length - known.shape[1]), value=True)

@@ -1,4 +1,4 @@
-"""Names and shapes of an EAGLE-3 draft's tensors in the layouts that others read and write.
+"""Names and shapes of an EAGLE-3 draft's tensors in the layouts of other tools.
 
 Our own state dict has the published names (`midlayer.*`), which SGLang, vLLM, SpecForge and EAGLE
 use; speculators calls the layer `layers.0`. `d2t` holds offsets everywhere.
@@ -20,11 +20,11 @@ _LAYER = "midlayer."
 _SPECULATORS_LAYER = "layers.0."
 _WRAPPER = "model."
 _IGNORED = frozenset({"verifier_lm_head.weight", "verifier_norm.weight"})
-"""Copies of the target's own tensors that speculators may save beside the draft."""
+"""Copies of the target's own tensors that speculators may save with the draft."""
 
 
 def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor of a draft, embedding included."""
+    """Return the shape of each tensor of a draft by name, embedding included."""
     size, mlp = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
@@ -51,14 +51,14 @@ def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_speculators(name: str) -> str:
-    """Return the name that speculators gives our tensor `name`."""
+    """Return the speculators name of our tensor `name`."""
     if name.startswith(_LAYER):
         return _SPECULATORS_LAYER + name.removeprefix(_LAYER)
     return name
 
 
 def from_any_layout(name: str) -> str | None:
-    """Return our name of another layout's tensor; None for a copy of the target's own tensor."""
+    """Return our name for a tensor of any layout; None for a copy of the target's own tensor."""
     plain = name.removeprefix(_WRAPPER)
     if plain in _IGNORED:
         return None
@@ -70,26 +70,26 @@ def from_any_layout(name: str) -> str | None:
 def require_shapes(
     tensors: Mapping[str, Tensor], config: DraftConfig, *, optional: Iterable[str], location: str
 ) -> None:
-    """Raise unless `tensors` are exactly a draft's, `optional` ones aside.
+    """Raise unless `tensors` are exactly those of a draft; `optional` ones may be missing.
 
     Raises:
-        MismatchError: a tensor is not of EAGLE-3 (a bias, a q_norm).
-        ConfigError: a tensor is missing or has another shape than the sizes say.
+        MismatchError: a tensor is not part of EAGLE-3 (a bias, a q_norm).
+        ConfigError: a tensor is missing, or its shape does not match the sizes.
 
     """
     expected = expected_shapes(config)
     unknown = sorted(tensors.keys() - expected.keys())
     if unknown:
         raise MismatchError(
-            f"{location} has tensors that this draft has no place for: {', '.join(unknown[:6])}; "
+            f"{location} has tensors that are not part of the draft: {', '.join(unknown[:6])}; "
             "only EAGLE-3 and EAGLE-3.1 drafts can be read (no biases, no q_norm)"
         )
     missing = sorted(expected.keys() - tensors.keys() - set(optional))
     if missing:
-        raise ConfigError(f"{location} lacks {', '.join(missing[:6])}; it is not a whole draft")
+        raise ConfigError(f"{location} lacks {', '.join(missing[:6])}; it is not a complete draft")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise ConfigError(
-                f"{location}: {name} is {tuple(tensor.shape)}, its config.json says "
-                f"{expected[name]}; the weights and the configuration do not belong together"
+                f"{location}: {name} is {tuple(tensor.shape)}, but its config.json requires "
+                f"{expected[name]}; the weights and the configuration do not match"
             )

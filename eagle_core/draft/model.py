@@ -1,8 +1,8 @@
-"""The EAGLE-3 draft: fused target states in, one decoder layer, logits over few tokens out.
+"""The EAGLE-3 draft: fused target states in, one decoder layer, draft-vocabulary logits out.
 
-Modules carry their published names (docs/design.md, section 4): a state dict is an export. The
-input of the layer at index t is the embedding of token t+1 beside the hidden state of token t; the
-recurrent state is the output of the layer *before* the final norm.
+Modules have their published names (docs/design.md, section 4), so a state dict is an export. At
+index t the layer's input is the embedding of token t+1 concatenated with the hidden state of token
+t. The recurrent state is the layer's output *before* the final norm.
 
 Shapes: B batch, T tokens, H draft hidden, Ht target hidden, D draft vocabulary, V target
 vocabulary, N heads, K key-value heads, E head size.
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, inputs: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache) -> Tensor:
-        """Return [B, T, H] for inputs [B, T, 2H] behind `cache`; cos and sin are [B, 1, T, E]."""
+        """Return [B, T, H] for inputs [B, T, 2H] after `cache`; cos and sin are [B, 1, T, E]."""
         query, key, value = (
             projection(inputs).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -73,12 +73,12 @@ def gated(
     up: Callable[[Tensor], Tensor],
     down: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return [..., H] for [..., H]: what the feed-forward block does with its three maps."""
+    """Apply the gated feed-forward block with its three linear maps: [..., H] to [..., H]."""
     return down(functional.silu(gate(hidden)) * up(hidden))
 
 
 class DraftLayer(nn.Module):
-    """The one decoder layer; the residual stream starts at the un-normed hidden state."""
+    """The only decoder layer; the residual stream starts at the un-normed hidden state."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -100,12 +100,12 @@ class DraftLayer(nn.Module):
 
 
 class DraftModel(nn.Module):
-    """An EAGLE-3 draft; `embed_tokens` is the target's and frozen."""
+    """An EAGLE-3 draft; `embed_tokens` is the target's embedding, frozen."""
 
     d2t: Tensor
     """[D] int64: target id minus draft id."""
     t2d: Tensor
-    """[V] bool: whether the draft vocabulary has the token."""
+    """[V] bool: whether the draft vocabulary contains the token."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -129,15 +129,15 @@ class DraftModel(nn.Module):
     def initialise(
         self, *, embedding: Tensor, lm_head: Tensor, vocabulary: DraftVocabulary, seed: int
     ) -> None:
-        """Take the target's embedding [V, H] and the head's rows of the draft vocabulary [V, H].
+        """Copy the target's embedding [V, H] and the draft vocabulary's rows of its head [V, H].
 
-        Everything else is drawn from a normal distribution of deviation 0.02 under `seed`.
+        Other matrices are drawn from a normal distribution with deviation 0.02, seeded by `seed`.
         """
         config = self.config
         expected = ((config.vocab_size, config.hidden_size), config.draft_vocab_size)
         if (tuple(embedding.shape), len(vocabulary)) != expected:
             raise ConfigError(
-                f"draft of vocabulary and width {expected} was given an embedding "
+                f"draft with vocabulary and width {expected} got an embedding "
                 f"{tuple(embedding.shape)} and {len(vocabulary)} draft tokens; use the target's own"
             )
         generator = torch.Generator().manual_seed(seed)
@@ -159,13 +159,13 @@ class DraftModel(nn.Module):
         return fused
 
     def recurrent(self, hidden: Tensor) -> Tensor:
-        """Return what the next step reads of pre-norm states [..., H]."""
+        """Return the states that the next step reads, from pre-norm states [..., H]."""
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def decode(
         self, input_ids: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache
     ) -> Tensor:
-        """Return the pre-norm state [B, T, H] of ids [B, T] and states [B, T, H] behind `cache`."""
+        """Return the pre-norm states [B, T, H] of ids [B, T] and states [B, T, H] after `cache`."""
         cos, sin = rotary(positions, self.config)
         output: Tensor = self.midlayer(
             self.embed_tokens(input_ids),

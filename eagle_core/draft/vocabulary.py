@@ -1,8 +1,8 @@
 """The draft vocabulary: the target's tokens that the draft model can propose.
 
 Legend: V target vocabulary, D draft vocabulary. `d2t[k]` is an offset: draft token k is target
-token k + d2t[k]. Draft ids are in the order of target ids, so that `d2t` never decreases. Which
-tokens belong is a pure function of the counts, hence the same on every machine.
+token k + d2t[k]. Draft ids are in the order of target ids, so `d2t` never decreases. The choice of
+tokens is a pure function of the counts, so it is the same on every machine.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ from eagle_core.samples import TokenizedSample
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DraftVocabulary:
-    """A choice of D of V tokens."""
+    """D tokens selected from V."""
 
     d2t: NDArray[np.int64]
     """[D] target id minus draft id."""
     t2d: NDArray[np.bool_]
     """[V] True where the target token is in the draft vocabulary."""
     source_id: str = ""
-    """What the counts were taken from (a data fingerprint); empty if nobody said."""
+    """Fingerprint of the data that was counted; empty if unknown."""
 
     def __post_init__(self) -> None:
-        """Raise `CorruptError` unless both arrays say the same."""
+        """Raise `CorruptError` unless both arrays agree."""
         if not np.array_equal(np.flatnonzero(self.t2d), self.target_ids):
             raise CorruptError(
                 f"draft vocabulary: d2t ({len(self.d2t)} tokens) and t2d ({int(self.t2d.sum())} of "
-                f"{len(self.t2d)}) contradict each other; build it again"
+                f"{len(self.t2d)}) contradict each other; rebuild it"
             )
 
     @classmethod
@@ -49,7 +49,7 @@ class DraftVocabulary:
         always: Iterable[int] = (),
         source_id: str = "",
     ) -> Self:
-        """Choose `always` and then the most frequent tokens, the lower id first where counts tie.
+        """Select `always`, then the most frequent tokens; if counts tie, the lower id comes first.
 
         `counts` is [V]. Raises `ConfigError` if `size` exceeds V or is too small for `always`.
         """
@@ -58,7 +58,7 @@ class DraftVocabulary:
         if not 0 < size <= vocab_size or len(forced) > size:
             raise ConfigError(
                 f"draft vocabulary of {size} tokens: must be 1 to {vocab_size} (the target's) and "
-                f"hold the {len(forced)} special tokens; correct `draft_vocab_size`"
+                f"fit the {len(forced)} special tokens; correct `draft_vocab_size`"
             )
         if len(forced) and not 0 <= forced[0] <= forced[-1] < vocab_size:
             raise ConfigError(
@@ -89,19 +89,19 @@ class DraftVocabulary:
         return len(self.d2t)
 
     def coverage(self, counts: NDArray[np.int64]) -> float:
-        """Return the share of the counted tokens ([V] counts) that the draft can propose."""
+        """Return the share of counted tokens ([V] counts) that the draft can propose."""
         total = int(counts.sum())
         return float(counts[self.t2d].sum() / total) if total else 1.0
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with `d2t` and `t2d`; it appears only when it is whole."""
+        """Write a safetensors file with `d2t` and `t2d`; it appears only when complete."""
         metadata = {"fingerprint": self.fingerprint, "source_id": self.source_id}
         with atomic_file(path) as partial:
             save_file({"d2t": self.d2t, "t2d": self.t2d}, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path, *, source_id: str | None = None) -> Self:
-        """Read what `save` wrote and check that it was built from `source_id`, if given.
+        """Load a saved vocabulary and check that it was built from `source_id`, if given.
 
         Raises `ConfigError` if it is missing, `CorruptError` if damaged, `MismatchError` if it
         belongs to other data.
@@ -116,21 +116,20 @@ class DraftVocabulary:
                 )
         except FileNotFoundError as error:
             raise ConfigError(
-                f"no draft vocabulary at {path}; going on with the run (eyas run train) makes it"
+                f"no draft vocabulary at {path}; resume the run (eyas run train) to build it"
             ) from error
         except (SafetensorError, KeyError) as error:
             raise CorruptError(
-                f"{path} is not a draft vocabulary: {error}; delete it and build it again"
+                f"{path} is not a draft vocabulary: {error}; delete it and rebuild it"
             ) from error
         if vocabulary.fingerprint != metadata.get("fingerprint"):
             raise CorruptError(
-                f"{path} does not have the fingerprint it was saved with; delete it and build it "
-                "again"
+                f"{path} does not have the fingerprint it was saved with; delete it and rebuild it"
             )
         if source_id is not None and source_id != vocabulary.source_id:
             raise MismatchError(
                 f"{path} was built from {vocabulary.source_id or 'unnamed data'}, not from "
-                f"{source_id}; build it again, or train on the data it belongs to"
+                f"{source_id}; rebuild it, or train on the data it belongs to"
             )
         return vocabulary
 
@@ -138,14 +137,14 @@ class DraftVocabulary:
 def count_supervised_tokens(
     samples: Iterable[TokenizedSample], vocab_size: int
 ) -> NDArray[np.int64]:
-    """Return [V]: how often each token is supervised. Raise `ConfigError` for an id beyond V."""
+    """Return [V] counts of supervised tokens. Raise `ConfigError` for an id of V or more."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for sample in samples:
         ids = sample.input_ids[sample.loss_mask]
         if len(ids) and int(ids.max()) >= vocab_size:
             raise ConfigError(
-                f"sample {sample.sample_id} has token {int(ids.max())}, the target model has "
-                f"{vocab_size}; the tokenizer does not belong to the target model"
+                f"sample {sample.sample_id} has token {int(ids.max())}, but the target model has "
+                f"{vocab_size} tokens; the tokenizer does not belong to the target model"
             )
         found, times = np.unique(ids, return_counts=True)
         counts[found] += times

@@ -1,8 +1,8 @@
-"""What a draft is worth, from the traces of real speculative decoding: pure aggregation.
+"""Acceptance metrics from the traces of real speculative decoding: pure aggregation.
 
-Acceptance length is the mean number of tokens that one verifying forward of the target gives: the
-accepted drafted tokens and the target's own one. Plain decoding has 1; K + 1 is the most.
-Intervals are bootstrapped over prompts, not over rounds: rounds of one text are not independent.
+Acceptance length is the mean number of tokens per verifying forward of the target: the accepted
+drafted tokens and the target's own one. Plain decoding has 1; the maximum is K + 1. Intervals are
+bootstrapped over prompts, not over rounds: rounds of one text are not independent.
 """
 
 import math
@@ -21,22 +21,22 @@ _RESAMPLES = 2000
 _INTERVAL = (0.025, 0.975)
 
 FloatOrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A figure that may not exist; JSON has null for it."""
+"""A number that may be undefined; null in JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptResult:
-    """One prompt, decoded speculatively and, if asked for, plainly."""
+    """One prompt, decoded speculatively and, if requested, plainly."""
 
     speculative: GenerationTrace
     plain: GenerationTrace | None = None
     sampled: bool = False
-    """Whether tokens were drawn at a temperature: then the two texts need not be the same."""
+    """Whether tokens were sampled: then the two texts need not be the same."""
     category: str = ""
-    """What the prompt is grouped by in reports; empty for none."""
+    """Group of the prompt in reports; empty for none."""
     mismatch_margin: float | None = None
-    """Where the two texts differ: by how much the target's logit of its plain choice exceeded that
-    of the other text's token. About 1e-4 or less is a tie broken by rounding; more is a bug."""
+    """Gap between the target's logits of the two tokens where the texts first differ. About 1e-4
+    or less is a tie broken by rounding; more is a bug."""
 
     @property
     def matches_plain(self) -> bool:
@@ -46,7 +46,7 @@ class PromptResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AcceptanceReport:
-    """The outcome of one evaluation."""
+    """The result of one evaluation."""
 
     num_prompts: int
     num_tokens: int
@@ -54,7 +54,7 @@ class AcceptanceReport:
     num_rounds: int
     """Verifying forwards of the target, prefills not counted."""
     acceptance_length: FloatOrNan
-    """Mean tokens of one verifying forward, 1..K+1; NaN without a single round."""
+    """Mean tokens per verifying forward, 1..K+1; NaN without any round."""
     acceptance_interval: tuple[FloatOrNan, FloatOrNan]
     """95 % bootstrap interval over prompts."""
     acceptance_by_depth: tuple[FloatOrNan, ...]
@@ -69,7 +69,7 @@ class AcceptanceReport:
     num_compared: int
     """Prompts whose text was compared with plain decoding: greedy ones, decoded both ways."""
     num_matching: int
-    """Of these, the ones with the same tokens."""
+    """Of these, the prompts with the same tokens."""
     largest_mismatch_margin: float | None
     """The largest logit margin at a first difference; None when every text matches."""
 
@@ -89,7 +89,7 @@ class AcceptanceReport:
 def summarise(
     results: Sequence[PromptResult], *, draft_tokens: int, seed: int = 0
 ) -> AcceptanceReport:
-    """Return the report of `results`, drafted `draft_tokens` (K) at a time."""
+    """Return the report of `results`, with `draft_tokens` (K) drafted per round."""
     if not results:
         raise ConfigError("nothing to report: no prompt was evaluated; give at least one")
     traces = [result.speculative for result in results]
@@ -118,7 +118,7 @@ def summarise(
 def summarise_by_category(
     results: Sequence[PromptResult], *, draft_tokens: int
 ) -> dict[str, AcceptanceReport]:
-    """Return one report for each category that occurs, in alphabetical order."""
+    """Return one report per category, in alphabetical order."""
     return {
         category: summarise(
             [result for result in results if result.category == category],

@@ -1,7 +1,7 @@
-"""Evaluation of a draft on held-out prompts, by real speculative decoding next to plain decoding.
+"""Evaluate a draft on held-out prompts, by real speculative decoding next to plain decoding.
 
-Generation is here; what its traces mean is in `eagle_core.evaluation.acceptance`. Both decodings of
-a batch run one after the other in the same process, so that their speeds can be compared.
+This module generates; `eagle_core.evaluation.acceptance` aggregates the traces. Both decodings of a
+batch run one after the other in the same process, so that their speeds can be compared.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,7 +28,7 @@ _WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationProgress:
-    """Told after each prompt."""
+    """Passed to the progress callback after each prompt."""
 
     num_done: int
     num_prompts: int
@@ -44,7 +44,7 @@ def decode_prompts(
     stop_ids: Collection[int] = (),
     on_progress: Callable[[EvaluationProgress], None] | None = None,
 ) -> Iterator[PromptResult]:
-    """Yield what decoding each prompt gave, speculatively and plainly.
+    """Decode each prompt speculatively and plainly; yield the results.
 
     Raises:
         ConfigError: there is no prompt.
@@ -53,13 +53,13 @@ def decode_prompts(
     chosen = prompts[: config.num_prompts]
     if not chosen:
         raise ConfigError(
-            "no held-out prompt is left to evaluate; raise max_prompt_tokens or the split"
+            "no held-out prompt is left to evaluate; raise max_prompt_tokens or enlarge the split"
         )
     num_plain = len(chosen) if config.num_plain_prompts is None else config.num_plain_prompts
     warm_up = config.model_copy(update={"max_new_tokens": _WARM_UP_TOKENS})
     generate_speculative(
         target, draft, chosen[0].input_ids, warm_up
-    )  # else it pays for first calls
+    )  # else the first prompt pays for the warm-up
     for first in range(0, len(chosen), config.batch_prompts):
         batch = chosen[first : first + config.batch_prompts]
         ids = [prompt.input_ids for prompt in batch]
@@ -102,9 +102,9 @@ def mismatch_margin(
     expected: Sequence[int],
     found: Sequence[int],
 ) -> float:
-    """Return how far apart the target's logits of two texts are where they first differ.
+    """Return the gap between the target's logits of two texts' first differing tokens.
 
-    Zero for a perfect tie; infinity when one text merely ends before the other.
+    Zero for a perfect tie; infinity if one text is a prefix of the other.
     """
     pairs = list(zip(expected, found, strict=False))
     first = next((i for i, (left, right) in enumerate(pairs) if left != right), None)

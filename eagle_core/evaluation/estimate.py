@@ -1,10 +1,10 @@
-"""Acceptance estimated from stored states: what serving would accept, without running the target.
+"""Estimate the acceptance in serving from stored states, without running the target.
 
-The rounds of speculative decoding are replayed along the stored answers: the drafter sees the
+The rounds of speculative decoding are replayed along the stored answers: the drafter reads the
 stored aux states, proposes a chain, and the stored argmax gives the verdict. Where an accepted
-token is not the one in the text, the target's view of what follows is unknown: the round is cut
-there and says nothing about deeper tokens, and the product of the shares by depth corrects for the
-cut (as Kaplan and Meier do). On answers that the target wrote itself nothing is cut, and the
+token is not the one in the text, the target's next predictions are unknown: the round is cut there
+and has no verdict on deeper tokens, and the product of the shares by depth corrects for the cut
+(the Kaplan-Meier estimator). On answers that the target itself generated nothing is cut, and the
 estimate differs from real decoding only by the rounding of the stored states.
 
 Shapes: T tokens, K drafted tokens, S samples.
@@ -31,25 +31,25 @@ _INTERVAL = (0.025, 0.975)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AcceptanceEstimate:
-    """What serving would accept, by the stored states."""
+    """The acceptance in serving, estimated from stored states."""
 
     num_samples: int
     num_rounds: int
     acceptance_length: float
-    """Expected tokens of one verifying forward, 1..K+1, greedy."""
+    """Expected tokens per verifying forward, 1..K+1, greedy."""
     acceptance_interval: tuple[float, float]
     """95 % bootstrap interval over samples."""
     acceptance_by_depth: tuple[FloatOrNan, ...]
     """[K] P(drafted token i is accepted | the tokens before it were); NaN where never reached."""
     on_policy: FloatOrNan
-    """Share of the answers' tokens that are the target's own choice: the nearer to 1, the more the
-    estimate can be trusted."""
+    """Share of the answers' tokens that are the target's argmax: the closer to 1, the more reliable
+    the estimate."""
 
 
 def estimate_acceptance(
     draft: DraftNetwork, source: SampleSource, *, draft_tokens: int, num_samples: int
 ) -> AcceptanceEstimate:
-    """Replay the first `num_samples` samples of `source`, drafting `draft_tokens` (K) at a time.
+    """Replay the first `num_samples` samples of `source`, drafting `draft_tokens` (K) per round.
 
     Raises:
         ConfigError: no sample holds an answer of two tokens or more.
@@ -64,7 +64,7 @@ def estimate_acceptance(
         sample_reached, sample_accepted = depth_counts(rounds, draft_tokens=draft_tokens)
         reached.append(sample_reached)
         accepted.append(sample_accepted)
-        on_policy.append(_own_choices(sample))
+        on_policy.append(_is_argmax(sample))
     if not num_rounds:
         raise ConfigError("no stored answer is long enough to replay; use more held-out samples")
     all_reached, all_accepted = np.stack(reached), np.stack(accepted)
@@ -81,10 +81,10 @@ def estimate_acceptance(
 
 
 def expected_length(by_depth: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return expected tokens of a verifying forward for conditional acceptances [..., K].
+    """Return expected tokens per verifying forward for conditional acceptances [..., K].
 
-    Also turns the total-variation acceptances of training-time-test steps, means of sum(min(p, q)),
-    into the length that sampling would see. A depth that was never reached ends the chain.
+    Also converts the total-variation acceptances of training-time-test steps, means of
+    sum(min(p, q)), to the length under sampling. A depth that was never reached ends the chain.
     """
     to_depth: NDArray[np.float64] = np.nan_to_num(by_depth).cumprod(axis=-1)
     lengths: NDArray[np.float64] = 1 + to_depth.sum(axis=-1)
@@ -95,7 +95,7 @@ def expected_length(by_depth: NDArray[np.float64]) -> NDArray[np.float64]:
 def replay(
     draft: DraftNetwork, sample: HiddenStateSample, *, draft_tokens: int
 ) -> list[VerificationRound]:
-    """Return the rounds of decoding the answers of `sample`, each behind its own prompt."""
+    """Return the rounds of decoding the answers of `sample`, each after its own prompt."""
     device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
     aux = from_bfloat16_bits(sample.aux_hidden_states, dtype=dtype).flatten(1).to(device)
     ids: list[int] = sample.input_ids.tolist()
@@ -104,7 +104,7 @@ def replay(
     rounds: list[VerificationRound] = []
     known = 0
     for start, end in _answers(sample):
-        newest = start  # the first token of an answer is the prefill's, never a draft's
+        newest = start  # the prefill gives the first token of an answer, never a draft
         while newest < end - 1:
             drafter.observe([ids[known + 1 : newest + 1]], [aux[known:newest]])
             known = newest
@@ -116,14 +116,14 @@ def replay(
 
 
 def judge(chain: Sequence[int], choices: Sequence[int], text: Sequence[int]) -> VerificationRound:
-    """Return the verdict on a drafted chain by the stored choices.
+    """Return the verdict of the stored argmax on a drafted chain.
 
-    `choices` are the target's, `text` the tokens that stand there, both to the end of the answer.
+    `choices` are the target's argmax, `text` the stored tokens, both to the end of the answer.
     """
     for depth, (token, choice, stored) in enumerate(zip(chain, choices, text, strict=False)):
         if token != choice:
             return VerificationRound(verified=len(chain), accepted=depth, gained=depth + 1)
-        if token != stored:  # accepted, but the text goes on otherwise
+        if token != stored:  # accepted, but the text continues differently
             return VerificationRound(verified=depth + 1, accepted=depth + 1, gained=depth + 1)
     accepted = min(len(chain), len(text))
     gained = accepted + 1 if accepted < len(text) else accepted
@@ -137,14 +137,14 @@ def _answers(sample: HiddenStateSample) -> list[tuple[int, int]]:
     return [(start, end) for start, end in runs if start > 0]
 
 
-def _own_choices(sample: HiddenStateSample) -> NDArray[np.bool_]:
-    """Return for each answer token whether the target would have chosen it."""
-    own: NDArray[np.bool_] = sample.target_argmax[:-1] == sample.input_ids[1:]
-    return own[sample.loss_mask[1:]]
+def _is_argmax(sample: HiddenStateSample) -> NDArray[np.bool_]:
+    """Return for each answer token whether it is the target's argmax."""
+    is_argmax: NDArray[np.bool_] = sample.target_argmax[:-1] == sample.input_ids[1:]
+    return is_argmax[sample.loss_mask[1:]]
 
 
 def _interval(reached: NDArray[np.int64], accepted: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the 95 % interval of the expected length when the samples [S, K] are redrawn."""
+    """Return the 95 % bootstrap interval of the expected length over the samples [S, K]."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, len(reached), size=(_RESAMPLES, len(reached)))
     with np.errstate(invalid="ignore"):

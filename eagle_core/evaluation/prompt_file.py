@@ -1,9 +1,9 @@
-"""Prompts from any file of questions, such as a benchmark's: one record, one prompt.
+"""Prompts from any file of questions, such as a benchmark's: one prompt per record.
 
 Read like a data set: JSON, JSON lines, Parquet or CSV at any path or URL, a package's file, a hub
-data set. A record holds `turns` (a list of texts, of which the first is asked), messages, of which
-those before the first answer are kept, or a column such as `prompt` or `question`; its `category`,
-if it has one, is what reports group by. A record that is none of these is an error, never skipped.
+data set. A record holds `turns` (a list of texts; the first is the prompt), messages (those before
+the first answer are kept), or a column such as `prompt` or `question`. Reports group by its
+`category`, if it has one. A record that is none of these is an error, never skipped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +22,14 @@ from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 _MESSAGE_KEYS = ("messages", "conversations", "conversation")
 _TEXT_KEYS = ("prompt", "question", "instruction", "query", "problem", "input", "text")
 _UNANSWERED = {"role": "assistant", "content": "-"}
-"""Stands where the answer is due while a record is checked like any conversation."""
+"""Placeholder for the answer, so that a record passes the checks of a conversation."""
 
 
 def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prompt]:
     """Yield the prompts of a file in its order, each with the template's generation prompt.
 
     Raises:
-        ConfigError: a record holds no question; names it and what it has.
+        ConfigError: a record holds no question; names the record and the expected keys.
         CorruptError: the file is damaged.
 
     """
@@ -40,7 +40,7 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
             ids = tokenizer.prompt(messages)
         except RejectedRecord as error:
             raise ConfigError(
-                f"{record.location} of evaluation.prompts is no question: {error}; expected "
+                f"{record.location} of evaluation.prompts is not a question: {error}; expected "
                 f"`turns`, {', '.join(_MESSAGE_KEYS)}, or one of the columns "
                 f"{', '.join(_TEXT_KEYS)}"
             ) from error
@@ -48,7 +48,7 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
 
 
 def _question(record: object, *, location: str) -> list[Message]:
-    """Return what stands before the first answer."""
+    """Return the messages before the first answer."""
     if isinstance(record, Mapping):
         others = {key: value for key, value in record.items() if key not in _MESSAGE_KEYS}
         record = {**others, "messages": [*_turns(record), _UNANSWERED]}

@@ -1,6 +1,6 @@
-"""Prompts for evaluation: the held-out samples, cut where the assistant is about to speak.
+"""Prompts for evaluation: the held-out samples, cut where an assistant turn begins.
 
-A prompt that is too long is left out, never cut: the target would answer another question.
+A prompt that is too long is skipped, never cut: the target would answer another question.
 """
 
 from collections.abc import Iterable
@@ -14,18 +14,18 @@ from eagle_core.samples import TokenizedSample
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """What a text is generated from."""
+    """The input of a generation."""
 
     input_ids: tuple[int, ...]
     """Ends with the template's generation prompt."""
     category: str = ""
-    """What reports group by; empty for none."""
+    """Group in reports; empty for none."""
 
 
 def sample_prompts(
     samples: Iterable[TokenizedSample], *, num_prompts: int, max_tokens: int, max_turns: int = 1
 ) -> list[Prompt]:
-    """Return prompts cut from tokenised conversations: what the draft was trained on, to the token.
+    """Return prompts cut from tokenised conversations: exactly the tokens of training.
 
     The first `max_turns` assistant turns of each sample give one prompt each, with the category
     `turn N`; later turns keep the data's own earlier answers as context.

@@ -1,4 +1,4 @@
-"""A question to the target and its answer, whoever gives it: a server, or the target here."""
+"""A question to the target and its answer, from a server or from the target run locally."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,26 +13,26 @@ _THINK_END = "</think>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A conversation up to where the assistant is due."""
+    """A conversation up to the next assistant turn."""
 
     messages: tuple[Message, ...]
     tools: str
-    """JSON text of the tools on offer; empty if there are none."""
+    """JSON text of the available tools; empty if there are none."""
     seed: int
-    """Of this answer alone, so that no order of asking changes it."""
+    """Seed of this answer alone, so that the order of requests does not change it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What the target said."""
+    """An answer of the target."""
 
     message: Message
     num_tokens: int
-    """Reasoning included; 0 if the server did not say."""
+    """Reasoning included; 0 if the server did not report it."""
 
 
 class NoAnswer(EagleCoreError):  # noqa: N818 - the outcome of one question, not a fault
-    """This question has no usable answer; others may. Survives pickling."""
+    """This question has no usable answer; others may have one. Survives pickling."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -41,28 +41,28 @@ class NoAnswer(EagleCoreError):  # noqa: N818 - the outcome of one question, not
 
 
 class AnswerSource(Protocol):
-    """The target, wherever it runs."""
+    """The target, on a server or local."""
 
     @property
     def concurrency(self) -> int:
-        """Questions that may be open at a time."""
+        """Maximum number of questions in flight."""
 
     async def ask(self, question: Question) -> Answer:
-        """Return the answer; raise `NoAnswer` if there is none, other errors to stop altogether."""
+        """Return the answer; raise `NoAnswer` if there is none. Other errors stop the run."""
 
     def identity(self) -> Mapping[str, object]:
-        """Return what names the target that answers; with the settings it decides the answers."""
+        """Return the target's identity; with the settings, it determines the answers."""
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Release connections."""
 
 
 def usable(message: Message) -> Message:
-    """Return the answer with reasoning apart; raise `NoAnswer` if nothing is said or called."""
+    """Return the answer with separate reasoning; raise `NoAnswer` without text and calls."""
     if _THINK_END in message.content and not message.reasoning_content:
-        apart = message.without_reasoning()
-        message = replace(apart, reasoning_content=message.reasoning)
+        answer = message.without_reasoning()
+        message = replace(answer, reasoning_content=message.reasoning)
     if not message.content.strip() and not message.tool_calls:
-        detail = "reasoning alone" if message.reasoning_content else ""
+        detail = "only reasoning" if message.reasoning_content else ""
         raise NoAnswer(Reason.EMPTY_ANSWER, detail)
     return message

@@ -1,4 +1,4 @@
-"""What the user says about answers that the target itself gives to a data set's questions."""
+"""Configuration for regenerating the answers of a data set with the target."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from eagle_core.config_model import ConfigModel
 
 
 class RegenerationConfig(ConfigModel):
-    """Who answers, how, and what the data set of the answers is called."""
+    """Where and how the target answers, and the name of the new data set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -22,56 +22,56 @@ class RegenerationConfig(ConfigModel):
     base_url: Address | None = Field(
         default=None,
         description="An OpenAI-compatible server (vLLM, SGLang) that serves the target, such as "
-        "http://127.0.0.1:8000/v1; empty runs the target here, one answer at a time.",
+        "http://127.0.0.1:8000/v1; empty runs the target locally, one answer at a time.",
     )
     model: str | None = Field(
         default=None,
-        description="What the server calls the target; empty means target.model.",
+        description="Model name of the target on the server; empty means target.model.",
     )
     api_key_variable: str = Field(
         default="OPENAI_API_KEY",
-        description="Environment variable with the server's API key, if it wants one.",
+        description="Environment variable with the server's API key, if it needs one.",
     )
     credentials: str | None = Field(
         default=None,
         description="Prefect Secret block that holds the API key, instead of the variable.",
     )
     concurrency: int = Field(
-        default=32, gt=0, description="Conversations that the server is asked about at a time."
+        default=32, gt=0, description="Conversations in flight on the server at a time."
     )
     attempts: int = Field(
         default=6,
         gt=0,
-        description="How often one question is asked before the server's errors count: with pauses "
-        "that double and vary, about a minute altogether.",
+        description="Attempts per question before a server error counts; the pauses between them "
+        "double, with jitter, and take about a minute in total.",
     )
     timeout_seconds: float = Field(
         default=600.0, gt=0, description="Longest wait for one answer (seconds)."
     )
     max_tokens: int = Field(
-        default=2048, gt=0, description="Most tokens of one answer, reasoning included."
+        default=2048, gt=0, description="Maximum tokens per answer, reasoning included."
     )
     cut_answers: Literal["drop", "keep"] = Field(
         default="drop",
-        description="What becomes of an answer that max_tokens cut: `keep` teaches the draft an "
-        "end of turn that the target did not say.",
+        description="What to do with an answer that max_tokens truncated: `keep` teaches the draft "
+        "an end of turn that the target did not generate.",
     )
     temperature: float = Field(
-        default=0.0, ge=0.0, le=2.0, description="0 answers greedily; above, answers are sampled."
+        default=0.0, ge=0.0, le=2.0, description="0 decodes greedily; higher values sample."
     )
     seed: int = Field(
         default=0,
         ge=0,
-        description="Seed of sampling; every answer gets its own, made of this and its place.",
+        description="Sampling seed; each answer's seed is derived from it, conversation and turn.",
     )
     thinking: bool | None = Field(
         default=None,
-        description="Whether the target reasons first, where its template has a choice (sent as "
+        description="Whether the target reasons first, if its template supports a choice (sent as "
         "chat_template_kwargs); empty leaves it to the template.",
     )
 
     def identity(self) -> dict[str, object]:
-        """Return the fields that decide what is answered."""
+        """Return the fields that determine the answers."""
         decisive = {"max_tokens", "cut_answers", "temperature", "thinking"}
         return self.model_dump(mode="json", include=decisive) | {
             "seed": self.seed if self.temperature else None

@@ -1,8 +1,8 @@
-"""The journal of answers: one line for every finished conversation, on disk before it counts.
+"""The journal of answers: one line per finished conversation, on disk before it counts.
 
-A line is the xxh3_64 of its JSON, a space and the JSON. Whatever does not fit its digest (the last
-line of a killed run, a damaged one) is as if it had never been written: that conversation is asked
-about again. One process writes at a time.
+A line is the xxh3_64 of its JSON, a space and the JSON. A line that does not match its digest (the
+last line of a killed run, a damaged one) is ignored: that conversation is regenerated. One process
+writes at a time.
 """
 
 import fcntl
@@ -22,39 +22,39 @@ _DIGEST_CHARS = 16
 
 
 class FinishedConversation(BaseModel):
-    """What the target said in one conversation, and why it said no more."""
+    """The target's answers in one conversation, and why they ended."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
-    """Content key of the conversation that was asked about."""
+    """Content key of the source conversation."""
     conversation_id: str
     answers: tuple[Message, ...]
     """In order; fewer than the conversation has assistant turns if it ended early."""
     failure: Reason | None = None
-    """Why the next answer is missing; None if none is, or if a tool was called."""
+    """Why the next answer is missing; None if none is missing, or after a tool call."""
     detail: str = ""
     num_tokens: int = 0
 
 
 class AnswerJournal:
-    """A context that holds the journal's lock; only places in the file are in memory."""
+    """Context manager that holds the journal's lock; only file offsets are in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._places: dict[bytes, int] = {}
+        self._offsets: dict[bytes, int] = {}
         self.num_damaged = 0
-        """Lines that did not fit their digest when the journal was opened."""
+        """Lines that did not match their digest when the journal was opened."""
 
     def __enter__(self) -> Self:
-        """Lock, read, and end the half line of a killed run; ConfigError if it is in use."""
+        """Lock, read, and complete the partial line of a killed run; ConfigError if in use."""
         self._file = self.path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
             raise ConfigError(
-                f"{self.path} is in use: another run asks the same questions; wait for it"
+                f"{self.path} is in use: another run answers the same questions; wait for it"
             ) from error
         self._index()
         return self
@@ -69,41 +69,41 @@ class AnswerJournal:
         self._file.close()
 
     def __contains__(self, key: str) -> bool:
-        """Tell whether the conversation with this content key is finished."""
-        return bytes.fromhex(key) in self._places
+        """Return whether the conversation with this content key is finished."""
+        return bytes.fromhex(key) in self._offsets
 
     def add(self, finished: FinishedConversation) -> None:
         """Append a conversation; it is on disk when this returns."""
-        place = self._file.seek(0, os.SEEK_END)
+        offset = self._file.seek(0, os.SEEK_END)
         self._file.write(_line(finished))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._places[bytes.fromhex(finished.key)] = place
+        self._offsets[bytes.fromhex(finished.key)] = offset
 
     def find(self, key: str) -> FinishedConversation | None:
         """Return the finished conversation, or None; CorruptError if it was damaged meanwhile."""
-        place = self._places.get(bytes.fromhex(key))
-        if place is None:
+        offset = self._offsets.get(bytes.fromhex(key))
+        if offset is None:
             return None
-        self._file.seek(place)
+        self._file.seek(offset)
         found = _parse(self._file.readline())
         if found is None or found.key != key:
-            raise CorruptError(f"{self.path} changed at byte {place} while it was read; run again")
+            raise CorruptError(f"{self.path} changed at byte {offset} while it was read; run again")
         return found
 
     def _index(self) -> None:
         self._file.seek(0)
-        place = 0
+        offset = 0
         line = b"\n"
         for line in self._file:
             finished = _parse(line)
             if finished is not None:
-                self._places[bytes.fromhex(finished.key)] = place
+                self._offsets[bytes.fromhex(finished.key)] = offset
             elif line != b"\n":
                 self.num_damaged += 1
-            place += len(line)
+            offset += len(line)
         if not line.endswith(b"\n"):
-            self._file.write(b"\n")  # what is appended next begins a line of its own
+            self._file.write(b"\n")  # so that the next entry starts a new line
 
 
 def _line(finished: FinishedConversation) -> bytes:
@@ -117,5 +117,5 @@ def _parse(line: bytes) -> FinishedConversation | None:
         return None
     try:
         return FinishedConversation.model_validate_json(text)
-    except ValidationError:  # of another version
+    except ValidationError:  # written by another version
         return None

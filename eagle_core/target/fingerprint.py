@@ -1,4 +1,4 @@
-"""What decides the bytes of a target's hidden states."""
+"""Fingerprint of everything that determines the bytes of a target's hidden states."""
 
 import hashlib
 import json
@@ -10,14 +10,14 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, read_model_config
 
 CAPTURE_VERSION = 1
-"""Raised whenever the same weights and ids could give other stored bytes."""
+"""Incremented whenever the same weights and ids could give different stored bytes."""
 
 
 NORM_CONVENTION = "post_norm"
 
 
 def fingerprint_fields(config: TargetConfig, folder: Path) -> dict[str, str]:
-    """Return what decides the bytes of the hidden states, by a name a person can read."""
+    """Return the inputs that determine the bytes of the hidden states, by readable name."""
     model_config = read_model_config(config, folder)
     return {
         "aux_layers": json.dumps(aux_layers(config, model_config.num_hidden_layers)),

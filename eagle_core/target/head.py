@@ -1,4 +1,4 @@
-"""Log-probabilities that a target's head gives to stored states."""
+"""Log-probabilities that a target's head predicts from stored states."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ def log_probabilities(
 ) -> NDArray[np.float32]:
     """Return [K] log-probabilities (nats) of `token_ids` [K] after states `last` [K, H].
 
-    In float32, from the head's bare weight [V, H], as training reads it, a slice of it at a time.
+    Computed in float32 from the head's weight [V, H], as training reads it, one slice at a time.
     """
     states = from_bfloat16_bits(last, dtype=torch.float32).to(lm_head.device)
     ids = torch.from_numpy(token_ids.astype(np.int64)).to(lm_head.device)

@@ -1,4 +1,4 @@
-"""The frozen target model, with hooks on its aux layers, and its cached forwards.
+"""The frozen target model, with hooks on its aux layers, and its cached forward passes.
 
 Conventions (docs/design.md, section 4): an aux layer id is the 0-based decoder layer whose *output*
 is captured; `last` is the state after the final norm, so that `lm_head(last)` gives the logits.
@@ -54,7 +54,7 @@ class TargetModel:
 
         """
         folder = weights.locate(config)
-        model_config = read_model_config(config, folder)  # its errors before minutes of loading
+        model_config = read_model_config(config, folder)  # fails before minutes of loading
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[config.dtype],
@@ -72,12 +72,12 @@ class TargetModel:
 
     @property
     def num_bytes(self) -> int:
-        """Return the memory that the weights take."""
+        """Return the size of the weights in memory."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters())
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a turn, by the model's generation config."""
+        """Ids that end a turn, from the model's generation config."""
         return stop_ids_of(self._model.generation_config)  # type: ignore[arg-type]
 
     def logits(self, last: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class TargetModel:
 
     @property
     def decodes_batches(self) -> bool:
-        """Whether texts of different lengths can share a cache: not where a window slides."""
+        """Whether texts of different lengths can share a cache; not with sliding-window layers."""
         return not any(
             getattr(layer, "is_sliding", False)
             for layer in DynamicCache(config=self.model_config).layers
@@ -101,10 +101,10 @@ class TargetModel:
         valid_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Run ids [B, T] behind `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
+        """Run ids [B, T] after `past`; return (last [B, T, H], aux [B, T, 3H], grown cache).
 
-        `valid_mask` [B, S + T] is False for entries that no token may see, `positions` [B, T] are
-        the tokens' positions in their texts; without both, all texts have one length.
+        `valid_mask` [B, S + T] is False for entries that no token may attend to. `positions` [B, T]
+        are the tokens' positions in their texts. Without both, all texts have the same length.
         """
         cache = DynamicCache(config=self.model_config) if past is None else past
         last, aux = self.run(
@@ -129,7 +129,7 @@ class TargetModel:
     ) -> tuple[Tensor, list[Tensor]]:
         """Run ids [B, T]; return the last state [B, T, H] and those of the aux layers, low to high.
 
-        With `round_late`, the last of these layers hands its output on as bfloat16 holds it.
+        With `round_late`, the last aux layer passes on its output rounded to bfloat16.
         """
         with self._captured(round_late=round_late) as aux:
             outputs = self._decoder(
@@ -143,9 +143,9 @@ class TargetModel:
 
     @contextmanager
     def _captured(self, *, round_late: bool) -> Iterator[dict[int, Tensor]]:
-        """Collect the outputs of the aux layers of the forwards made inside, and nothing else.
+        """Collect only the outputs of the aux layers, for the forward passes inside the block.
 
-        With `round_late`, the last of these layers hands its output on as bfloat16 holds it.
+        With `round_late`, the last aux layer passes on its output rounded to bfloat16.
         """
         states: dict[int, Tensor] = {}
         layers: nn.ModuleList = self._decoder.layers  # type: ignore[assignment]
@@ -156,7 +156,7 @@ class TargetModel:
             state = output if isinstance(output, Tensor) else output[0]
             states[layer] = state
             if not round_late or layer != self.aux_layers[-1]:
-                return None  # passes on as it is
+                return None  # passed on unchanged
             states[layer] = state.to(torch.bfloat16).to(state.dtype)
             return states[layer] if isinstance(output, Tensor) else (states[layer], *output[1:])
 

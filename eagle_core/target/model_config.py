@@ -1,4 +1,4 @@
-"""What the configuration beside a target's weights says: its shape, its layers, its stop tokens."""
+"""The model configuration next to a target's weights: shape, layers, stop tokens."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ def aux_layers(config: TargetConfig, num_layers: int) -> tuple[int, int, int]:
     layers = config.aux_layers or (1, num_layers // 2 - 1, num_layers - 4)
     if not 0 <= layers[0] < layers[1] < layers[2] < num_layers:
         raise ConfigError(
-            f"target {config.name}: aux layers {layers} must rise and lie in 0..{num_layers - 1} "
+            f"target {config.name}: aux layers {layers} must ascend within 0..{num_layers - 1} "
             f"(the model has {num_layers} layers); set target.aux_layers"
         )
     return layers
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device, `auto` being CUDA where there is one."""
+    """Return the torch device; `auto` is CUDA if available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -37,7 +37,7 @@ def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
     """Return the text model's configuration from the weights folder.
 
     Raises:
-        ConfigError: transformers does not take it; says what it said.
+        ConfigError: transformers rejects it; the message includes its reason.
 
     """
     text_config: PretrainedConfig = _whole_config(config, folder).get_text_config()
@@ -50,20 +50,20 @@ def _whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
             folder, trust_remote_code=config.trust_remote_code
         )
     except (StrictDataclassError, OSError, ValueError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"target {config.name}: transformers {transformers.__version__} does not take "
-            f"{folder / 'config.json'}: {said}. Correct that file (a key that is null may be left "
-            "out), or install a transformers that knows this model"
+            f"target {config.name}: transformers {transformers.__version__} rejects "
+            f"{folder / 'config.json'}: {reason}. Correct that file (a key that is null can be "
+            "removed), or install a transformers version that supports this model"
         ) from error
     return loaded
 
 
 def read_stop_ids(config: TargetConfig, folder: Path) -> frozenset[int]:
-    """Return the ids that end a turn, by the generation config of the weights folder."""
+    """Return the ids that end a turn, from the generation config in the weights folder."""
     try:
         found = GenerationConfig.from_pretrained(folder)
-    except OSError:  # there is none: transformers derives it from the model's own configuration
+    except OSError:  # missing: transformers derives it from the model configuration
         found = GenerationConfig.from_model_config(_whole_config(config, folder))
     return stop_ids_of(found)
 

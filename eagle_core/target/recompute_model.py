@@ -1,13 +1,13 @@
-"""The first and the last decoder layers of a target: what makes its early and last states again.
+"""Recompute a target's early and last states with its first and last decoder layers.
 
-The early aux state is the first layers run from the token ids, `last` the final layers and the norm
-run from the late aux state. Both parts are built by the target's own transformers classes from a
-slice of its configuration, and of its weights nothing else is read.
+The early aux state is the output of the first layers for the token ids. `last` is the output of the
+final layers and the norm for the late aux state. Both parts are built by the target's own
+transformers classes from a slice of its configuration. No other weights are read.
 
-Run one sequence at a time, on the machine and with the kernels of the capture, they give the bits
-of `capture(TargetModel, ..., for_recompute=True)`. Sequences run together are padded, which makes
-matrix products round differently. Refused are targets whose layers are not a chain: those that
-share keys and values, or take inputs of their own.
+Run one sequence at a time, on the machine and with the kernels of the capture, they reproduce the
+bits of `capture_states(..., for_recompute=True)`. Sequences run together are padded, so matrix
+products round differently. Targets whose layers are not a chain are refused: those that share keys
+and values, or take per-layer inputs.
 
 Shapes: T tokens, H hidden size, V vocabulary.
 """
@@ -33,7 +33,7 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 
-if TYPE_CHECKING:  # it takes 2 of 8 seconds until a flow starts, and only running a model needs it
+if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
     from transformers import PreTrainedModel
 
 _NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
@@ -41,7 +41,7 @@ _NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredStates:
-    """What a store keeps of one sequence that the other states follow from."""
+    """The stored states of one sequence, from which the others are recomputed."""
 
     input_ids: NDArray[np.int32]
     """[T]"""
@@ -51,7 +51,7 @@ class StoredStates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecomputedStates:
-    """The states of one sequence that a store can leave out."""
+    """The states of one sequence that a store can omit."""
 
     early: NDArray[np.uint16]
     """[T, H] bfloat16 bits of the first aux layer's output."""
@@ -60,14 +60,14 @@ class RecomputedStates:
 
 
 def recomputed_layers(layers: tuple[int, ...], num_layers: int) -> tuple[range, range]:
-    """Return the decoder layers that make the early aux state, and those that make `last`."""
+    """Return the decoder layers that compute the early aux state, and those that compute `last`."""
     return range(layers[0] + 1), range(layers[-1] + 1, num_layers)
 
 
 class RecomputeModel:
     """The first and the last layers of a target, on one device, never trained.
 
-    Safe to call from several threads: one is served after the other.
+    Safe to call from several threads: calls run one after another.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class RecomputeModel:
         self.last_layers = last_layers
         self.load_seconds = load_seconds
         self._first, self._final = first, final
-        self._lock = threading.Lock()  # hooks are the module's, not the caller's
+        self._lock = threading.Lock()  # hooks belong to the module, not to the caller
         for part in (first, final):
             part.train(mode=False).requires_grad_(requires_grad=False)
 
     @classmethod
     def load(cls, config: TargetConfig) -> "RecomputeModel":
-        """Read the first and last layers, the embedding and the norm onto the target's device.
+        """Load the first and last layers, the embedding and the norm onto the target's device.
 
         Raises:
             ConfigError: the weights are missing, or this architecture's layers are not a chain.
@@ -115,39 +115,39 @@ class RecomputeModel:
 
     @property
     def num_bytes(self) -> int:
-        """Return the memory that the weights take."""
+        """Return the size of the weights in memory."""
         tensors = [*self._first.parameters(), *self._final.parameters()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def recompute(self, kept: StoredStates) -> RecomputedStates:
-        """Return the derived states of one sequence: the bits of the capture."""
-        return self.derive_together([kept])[0]
+    def recompute(self, stored: StoredStates) -> RecomputedStates:
+        """Recompute the omitted states of one sequence: the bits of the capture."""
+        return self.derive_together([stored])[0]
 
     @torch.inference_mode()
     def derive_together(self, sequences: Sequence[StoredStates]) -> list[RecomputedStates]:
-        """Return the derived states of sequences run together, padded to the longest.
+        """Recompute the omitted states of several sequences, padded to the longest.
 
-        One alone is not padded and gives the bits of the capture; several do up to rounding.
+        A single one is not padded and gives the bits of the capture; several do up to rounding.
         """
-        longest = max(len(kept.input_ids) for kept in sequences)
+        longest = max(len(stored.input_ids) for stored in sequences)
         ids = np.zeros((len(sequences), longest), np.int64)
         late = np.zeros((len(sequences), longest, sequences[0].late.shape[-1]), np.uint16)
-        for row, kept in enumerate(sequences):
-            ids[row, : len(kept.input_ids)] = kept.input_ids
-            late[row, : len(kept.late)] = kept.late
+        for row, stored in enumerate(sequences):
+            ids[row, : len(stored.input_ids)] = stored.input_ids
+            late[row, : len(stored.late)] = stored.late
         with self._lock:
             early = self._early(torch.from_numpy(ids))
             last = self._last(from_bfloat16_bits(late, dtype=self._final.dtype))
         return [
             RecomputedStates(
-                early=to_bfloat16_bits(early[row, : len(kept.input_ids)]),
-                last=to_bfloat16_bits(last[row, : len(kept.input_ids)]),
+                early=to_bfloat16_bits(early[row, : len(stored.input_ids)]),
+                last=to_bfloat16_bits(last[row, : len(stored.input_ids)]),
             )
-            for row, kept in enumerate(sequences)
+            for row, stored in enumerate(sequences)
         ]
 
     def _early(self, input_ids: Tensor) -> Tensor:
-        """Return [B, T, H] the output of the last of the first layers, before any norm."""
+        """Return the output [B, T, H] of the early aux layer, before any norm."""
         seen: list[Tensor] = []
         layers: nn.ModuleList = self._first.layers  # type: ignore[assignment]
         hook = layers[-1].register_forward_hook(
@@ -162,17 +162,17 @@ class RecomputeModel:
         return seen[0]
 
     def _last(self, late: Tensor) -> Tensor:
-        """Return [B, T, H] the state after the final norm, for outputs of the late aux layer."""
+        """Return the state [B, T, H] after the final norm, for outputs of the late aux layer."""
         outputs = self._final(inputs_embeds=late.to(self._final.device), use_cache=False)
         last: Tensor = outputs.last_hidden_state
         return last
 
 
 def slice_config(whole: PretrainedConfig, layers: range) -> PretrainedConfig:
-    """Return the configuration of a model that is only `layers` of the whole one.
+    """Return the configuration of a model that has only `layers` of the whole one.
 
-    Lists with an entry for each layer (kinds of attention, windows, rope, experts) are cut; lists
-    of layer numbers and what counts layers are shifted.
+    Lists with one entry per layer (attention kinds, windows, rope, experts) are sliced. Lists of
+    layer numbers and layer counts are shifted.
 
     Raises:
         ConfigError: the layers of this architecture are not a chain.
@@ -183,8 +183,8 @@ def slice_config(whole: PretrainedConfig, layers: range) -> PretrainedConfig:
         if getattr(whole, name, None):
             raise ConfigError(
                 f"a target of type {whole.model_type} ({name} is {getattr(whole, name)}) has "
-                "layers that depend on others than the one before, so that none can be run alone; "
-                "set store.recompute to false"
+                "layers that depend on more than the previous layer and cannot run alone; set "
+                "store.recompute to false"
             )
     part = copy.deepcopy(whole)
     part.num_hidden_layers = len(layers)
@@ -196,7 +196,7 @@ def slice_config(whole: PretrainedConfig, layers: range) -> PretrainedConfig:
             numbers = [layer - layers.start for layer in getattr(whole, name) if layer in layers]
             setattr(part, name, numbers)
     step = getattr(whole, "decoder_sparse_step", None)
-    if step is not None:  # which layers have experts is counted from the first one
+    if step is not None:  # expert layers are counted from layer 0
         dense = [layer for layer in layers if (layer + 1) % step or layer in whole.mlp_only_layers]
         part.mlp_only_layers = [layer - layers.start for layer in dense]
         part.decoder_sparse_step = 1
@@ -218,7 +218,7 @@ def _load_slice(
 ) -> "PreTrainedModel":
     part = slice_config(whole, layers)
     tensors = dict(_slice_tensors(files, folder, layers))
-    if layers.start:  # it is handed states, never ids
+    if layers.start:  # its input is states, never ids
         part.vocab_size, part.pad_token_id = 1, None
         tensors["embed_tokens.weight"] = torch.zeros(1, part.hidden_size)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Find the target's weights on this machine, fetch or convert them once, and name their content.
+"""Locate the target's weights on this machine, download or convert them once, and digest them.
 
 A model folder appears only when it is complete: conversion and download go to a temporary sibling
 that is renamed into place.
@@ -82,11 +82,11 @@ def _from_package(package: str) -> Path:
     folder = cache_path() / "models" / f"{package}-{distribution.version}"
     if (folder / "config.json").is_file():
         return folder
-    # The package's own module is never imported: that would need the dependencies left out.
+    # The package's module is never imported: that would need the skipped dependencies.
     gguf_files = [file for file in distribution.files or [] if file.suffix == ".gguf"]
     if len(gguf_files) != 1:
         raise ConfigError(
-            f"package {package} {distribution.version}: {len(gguf_files)} GGUF files; expected one"
+            f"package {package} {distribution.version} has {len(gguf_files)} GGUF files; expected 1"
         )
     _convert_gguf(Path(str(gguf_files[0].locate())), folder)
     return folder
@@ -100,7 +100,7 @@ def _convert_gguf(gguf_path: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        # The GGUF header's name may hold spaces and the original path; neither belongs in a config.
+        # The GGUF header's name may contain spaces and the original path: not for a config.
         model.config._name_or_path = gguf_path.stem  # noqa: SLF001 (transformers has no other setter)
         model.bfloat16().save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name).save_pretrained(
@@ -109,16 +109,16 @@ def _convert_gguf(gguf_path: Path, folder: Path) -> None:
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
-    """Return file name -> xxh3_128 of every weight file and of config.json."""
+    """Map the names of config.json and of every weight file to their xxh3_128."""
     return {
         path.name: file_digest(path) for path in [folder / "config.json", *weight_files(folder)]
     }
 
 
 def load_ends(folder: Path, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (input embedding [V, H], lm_head [V, H]) without loading anything between them.
+    """Return (input embedding [V, H], lm_head [V, H]) without loading the layers between them.
 
-    All that offline training needs of the target. Tied models return the same tensor twice.
+    Offline training needs nothing else of the target. Tied models return the same tensor twice.
     """
     names = tensor_files(folder)
     embedding_name = only_tensor(names, "embed_tokens.weight", folder)

@@ -1,10 +1,10 @@
-"""Which text is the assistant's, and in which rendering it stands as it would when serving.
+"""Find the assistant's text, and renderings in which it follows the same context as in serving.
 
-When serving, turn k is written after its context: messages[:k] with the generation prompt. A row
-is the rendering of a conversation up to one assistant turn. It teaches every turn whose context and
-text it begins with, so a template that only appends needs one row a conversation; one that rewrites
-history (drops the reasoning of earlier turns, say) needs a further row only for the turns that the
-longer rendering changed. Everything here is a comparison of whole strings.
+In serving, turn k follows its context: messages[:k] with the generation prompt. A row is the
+rendering of a conversation up to one assistant turn. It supervises every turn whose context and
+text it begins with. A template that only appends therefore needs one row per conversation. One that
+rewrites history (for example, drops the reasoning of earlier turns) needs another row only for the
+turns that the longer rendering changed. All decisions compare whole strings.
 """
 
 import json
@@ -20,13 +20,13 @@ class AssistantTurn:
     """One assistant turn in the rendering that ends with it."""
 
     text: str
-    """The conversation up to and with this turn."""
+    """The conversation up to and including this turn."""
     start: int
-    """First character that the model writes: `text[:start]` is the context when serving."""
+    """First character that the model generates: `text[:start]` is the serving context."""
     content_end: int
     """Where the end-of-turn marker begins."""
     end: int
-    """Where the end-of-turn marker ends; what follows (a line break) is the template's."""
+    """Where the end-of-turn marker ends; what follows (a line break) belongs to the template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +35,15 @@ class Row:
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    """Ascending (start, end); everything before a start is what serving has in context."""
+    """Ascending (start, end); the text before a start is the serving context."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Closing:
-    """What the template writes after the last assistant turn's content."""
+    """Text that the template writes after the last assistant turn's content."""
 
     text: str
-    """Marker and whatever follows it."""
+    """Marker and the text after it."""
     marker_end: int
     """Length of the marker in `text`."""
 
@@ -55,9 +55,9 @@ def find_turns(
     *,
     enable_thinking: bool | None,
 ) -> list[AssistantTurn]:
-    """Return the assistant's turns; raise `TemplateRefusedError` if one has no clear place.
+    """Return the assistant's turns; raise `TemplateRefusedError` if one cannot be located.
 
-    Without `enable_thinking`, serving is taken to ask for reasoning where the answer has some.
+    Without `enable_thinking`, serving is assumed to request reasoning if the answer has some.
     """
     messages = [message.as_openai() for message in conversation.messages]
     tools = json.loads(conversation.tools) if conversation.tools else None
@@ -65,7 +65,7 @@ def find_turns(
     for index, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
-        scene = _Scene(
+        inputs = _TurnInputs(
             template=template,
             before=messages[:index],
             answer=messages[index],
@@ -73,12 +73,12 @@ def find_turns(
             tools=tools,
             thinking=bool(message.reasoning) if enable_thinking is None else enable_thinking,
         )
-        turns.append(_marked_turn(scene) if template.marks_generation else _turn(scene, closing))
+        turns.append(_marked_turn(inputs) if template.marks_generation else _turn(inputs, closing))
     return turns
 
 
 def common_end(one: str, two: str) -> str:
-    """Return the longest text that both end with."""
+    """Return the longest common suffix."""
     length = 0
     while length < min(len(one), len(two)) and one[-1 - length] == two[-1 - length]:
         length += 1
@@ -86,7 +86,7 @@ def common_end(one: str, two: str) -> str:
 
 
 def plan_rows(turns: Sequence[AssistantTurn], *, last_turn_only: bool) -> list[Row]:
-    """Return the fewest renderings that show every turn in its context, shortest first."""
+    """Return the fewest renderings that contain every turn in its context, shortest first."""
     remaining = list(turns[-1:] if last_turn_only else turns)
     rows: list[Row] = []
     while remaining:
@@ -100,8 +100,8 @@ def plan_rows(turns: Sequence[AssistantTurn], *, last_turn_only: bool) -> list[R
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Scene:
-    """An answer and all that the template sees when it is due."""
+class _TurnInputs:
+    """An answer and the inputs of the template for it."""
 
     template: ChatTemplate
     before: Sequence[Mapping[str, object]]
@@ -111,7 +111,7 @@ class _Scene:
     thinking: bool
 
     def context(self) -> str:
-        """Return what serving has in context."""
+        """Return the serving context."""
         return self.template.render(
             self.before, tools=self.tools, thinking=self.thinking, add_generation_prompt=True
         ).text
@@ -126,23 +126,23 @@ class _Scene:
         )
 
 
-def _turn(scene: _Scene, closing: Closing) -> AssistantTurn:
-    context = scene.context()
-    text = scene.whole().text
+def _turn(inputs: _TurnInputs, closing: Closing) -> AssistantTurn:
+    context = inputs.context()
+    text = inputs.whole().text
     if not text.startswith(context):
-        text = _with_reasoning(context, text, scene.reasoning)
+        text = _with_reasoning(context, text, inputs.reasoning)
     if text.endswith(closing.text) and len(text) - len(closing.text) >= len(context):
         content_end = len(text) - len(closing.text)
         end = content_end + closing.marker_end
-    else:  # a call of a tool may close with another marker
+    else:  # a tool call may close with another marker
         content_end = end = len(text.rstrip())
     return AssistantTurn(text=text, start=len(context), content_end=content_end, end=end)
 
 
-def _marked_turn(scene: _Scene) -> AssistantTurn:
-    """Return the turn from the `{% generation %}` blocks behind the generation prompt."""
-    whole = scene.whole()
-    after = _common_length(whole.text, scene.context())
+def _marked_turn(inputs: _TurnInputs) -> AssistantTurn:
+    """Return the turn from the `{% generation %}` blocks after the generation prompt."""
+    whole = inputs.whole()
+    after = _common_length(whole.text, inputs.context())
     blocks = [block for block in whole.generated if block[0] >= after]
     if not blocks:
         raise TemplateRefusedError("no generation block for an assistant turn")
@@ -151,9 +151,9 @@ def _marked_turn(scene: _Scene) -> AssistantTurn:
 
 
 def _with_reasoning(context: str, text: str, reasoning: str) -> str:
-    """Return the answer as written after a prompt that opens reasoning, with it.
+    """Return the rendering with its reasoning, for a generation prompt that opens reasoning.
 
-    DeepSeek-R1 and its kin never render reasoning, so `text` lacks it. The model's own form is
+    Templates such as DeepSeek-R1's never render reasoning, so `text` lacks it. The model generates
     reasoning, closing tag, answer.
     """
     header = context.removesuffix("\n").removesuffix("<think>")
@@ -162,7 +162,7 @@ def _with_reasoning(context: str, text: str, reasoning: str) -> str:
             f"an answer does not begin with the generation prompt {context[-40:]!r}"
         )
     if not reasoning:
-        raise TemplateRefusedError("the generation prompt opens reasoning, the answer has none")
+        raise TemplateRefusedError("the generation prompt opens reasoning, but the answer has none")
     answer = text[len(header) :]
     if answer.startswith("</think>"):
         return f"{context}{reasoning}{answer}"
@@ -177,10 +177,10 @@ def _common_length(one: str, two: str) -> int:
 
 
 def _end_in(turn: AssistantTurn, text: str) -> int | None:
-    """Return up to where `text` is the same as the turn's own rendering, or None if too little is.
+    """Return the end of the turn in `text`, or None if context or content differ there.
 
-    Where only the end-of-turn marker differs (harmony closes the last turn with another token than
-    earlier ones), the content is the same and the marker is left out of the span.
+    If only the end-of-turn marker differs (harmony closes the last turn with another token than
+    earlier ones), the span excludes the marker.
     """
     for end in (turn.end, turn.content_end):
         if text.startswith(turn.text[:end]):

@@ -1,8 +1,8 @@
-"""A chat template: messages to text, as the tokenizer's own template writes it, every day alike.
+"""Render messages with the tokenizer's chat template, independent of the current date.
 
-The same sandbox that transformers uses, with two differences. The clock stands still: templates
-that print today's date (Llama-3, gpt-oss) would otherwise make other tokens every day. And the text
-of `{% generation %}` blocks is reported as character spans.
+Uses the same sandbox as transformers, with two differences. The date is fixed: templates that print
+today's date (Llama-3, gpt-oss) would otherwise give different tokens every day. And the text of
+`{% generation %}` blocks is reported as character spans.
 """
 
 import datetime as dt
@@ -22,13 +22,13 @@ from jinja2.parser import Parser
 from eagle_core.errors import ConfigError, EagleCoreError
 
 _OPEN, _CLOSE = "\x00<generation>\x00", "\x00</generation>\x00"
-"""Mark a block while rendering."""
+"""Markers around a block during rendering."""
 _THINKING_NAMES = {"enable_thinking", "thinking"}
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class TemplateRefusedError(EagleCoreError):
-    """The template raised, as many do for turns that their model was not trained on."""
+    """The template raised an error, as many do for turns that their model was not trained on."""
 
 
 PLAIN_TEMPLATE = """\
@@ -39,12 +39,12 @@ PLAIN_TEMPLATE = """\
 {{- '\\n\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '### Assistant:\\n' }}{% endif %}"""
-"""For base models: headings, no special tokens but the tokenizer's begin and end of text."""
+"""For base models: headings, no special tokens except the tokenizer's begin and end of text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendering:
-    """The text of some messages."""
+    """The rendered text of messages."""
 
     text: str
     generated: tuple[tuple[int, int], ...]
@@ -52,10 +52,10 @@ class Rendering:
 
 
 class ChatTemplate:
-    """One template with everything but the messages fixed."""
+    """One template with everything fixed except the messages."""
 
     def __init__(self, source: str, *, variables: Mapping[str, object], today: dt.date) -> None:
-        """Compile; `variables` are what the template can see besides messages and tools."""
+        """Compile; `variables` are the template's inputs besides messages and tools."""
         self._variables = {**variables, "documents": None, "strftime_now": today.strftime}
         self._template, names = _compile(source)
         self._thinking_names = names & _THINKING_NAMES
@@ -77,7 +77,7 @@ class ChatTemplate:
     ) -> Rendering:
         """Return the text; raise `TemplateRefusedError` if the template refuses the messages.
 
-        `thinking` reaches templates that ask for it, under whichever name they use; None leaves
+        `thinking` is passed to templates that read it, under the name that they use. None leaves
         the choice to the template.
         """
         chosen = {} if thinking is None else dict.fromkeys(self._thinking_names, thinking)
@@ -95,7 +95,7 @@ class ChatTemplate:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """Gives `{% generation %}...{% endgeneration %}`: its text is rendered between two marks."""
+    """Implements `{% generation %}...{% endgeneration %}`: renders its text between two markers."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -149,7 +149,7 @@ def _without_marks(text: str) -> Rendering:
     for number, piece in enumerate(text.split(_OPEN)):
         block, mark, rest = piece.partition(_CLOSE)
         if bool(mark) != (number > 0):
-            raise TemplateRefusedError("generation blocks overlap, or a message holds their marks")
+            raise TemplateRefusedError("generation blocks overlap, or a message contains a marker")
         if number > 0:
             spans.append((length, length + len(block)))
         pieces += (block, rest)

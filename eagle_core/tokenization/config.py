@@ -1,4 +1,4 @@
-"""What the user says about how conversations are written for the target model."""
+"""Configuration of how conversations are rendered for the target model."""
 
 import datetime as dt
 from typing import Literal
@@ -9,29 +9,29 @@ from eagle_core.config_model import ConfigModel
 
 
 class TemplateConfig(ConfigModel):
-    """How conversations are written for the target model."""
+    """How conversations are rendered for the target model."""
 
     chat_template: str | None = Field(
         default=None,
         description=(
-            "Instead of the tokenizer's own template: Jinja text, or `plain` for base models "
-            "(headings and the end-of-text token, no further special tokens)"
+            "Replaces the tokenizer's template: Jinja text, or `plain` for base models (headings "
+            "and the end-of-text token, no other special tokens)"
         ),
     )
     enable_thinking: bool | None = Field(
         default=None,
         description=(
-            "Whether the generation prompt asks for reasoning, where a template has a choice; "
-            "empty asks for it exactly before answers that have some"
+            "Whether the generation prompt requests reasoning, if the template supports a choice; "
+            "empty requests it only before answers that have some"
         ),
     )
     reasoning: Literal["keep", "drop"] = Field(
         default="keep", description="Whether the assistant's reasoning is part of its answers"
     )
     last_turn_only: bool = Field(
-        default=False, description="Supervise the last assistant turn only, not all of them"
+        default=False, description="Supervise only the last assistant turn instead of all"
     )
     date: dt.date = Field(
         default=dt.date(2024, 7, 26),
-        description="What templates that print today's date print, so that tokens never change",
+        description="Date for templates that print today's date, so that tokens never change",
     )

@@ -1,9 +1,9 @@
-"""Conversations to token ids and loss masks through the tokenizer's own chat template.
+"""Convert conversations to token ids and loss masks with the tokenizer's chat template.
 
-Property, for every supervised token: the ids before it are those that serving has in context, that
-is the ids of the earlier messages with the generation prompt, then the answer so far. Spans come
-from comparing renderings and from the tokenizer's offsets; where the tokenizer would join the end
-of the prompt with the answer, the row is tokenised in two pieces, as serving does.
+Invariant: the ids before every supervised token are the serving context, which is the ids of the
+earlier messages with the generation prompt, then the answer so far. Spans come from comparing
+renderings and from the tokenizer's offsets. Where the tokenizer would merge the end of the prompt
+with the answer, the row is tokenised in two pieces, as in serving.
 """
 
 import hashlib
@@ -33,16 +33,16 @@ _Messages = Sequence[Mapping[str, object]]
 
 
 class ConversationTokenizer:
-    """Writes conversations as one target model's tokenizer and template write them."""
+    """Tokenises conversations with one target model's tokenizer and template."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig | None = None
     ) -> None:
-        """Take a fast tokenizer; raise `ConfigError` if it is slow or has no usable template."""
+        """Wrap a fast tokenizer; raise `ConfigError` if it is slow or has no usable template."""
         config = config or TemplateConfig()
         self.name = str(tokenizer.name_or_path)
         self._config = config
-        self._made_from = (tokenizer, config)
+        self._init_args = (tokenizer, config)
         self._backend = _exact_offsets(tokenizer, self.name)
         self._template = _template(tokenizer, config, self.name)
         self.template_fingerprint = _sha256(
@@ -68,8 +68,8 @@ class ConversationTokenizer:
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle as what it was made from: compiled templates do not cross process borders."""
-        return type(self), self._made_from
+        """Pickle the constructor's arguments: compiled templates cannot be pickled."""
+        return type(self), self._init_args
 
     @property
     def vocab_size(self) -> int:
@@ -77,9 +77,9 @@ class ConversationTokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def special_token_ids(self) -> tuple[int, ...]:
-        """Return what a draft vocabulary must always hold: begin, end, what the template writes.
+        """Return the ids that every draft vocabulary must contain: begin, end, the template's.
 
-        Not the tokens that a tokenizer merely reserves (256 in Llama 3, thousands in Gemma 3).
+        Excludes the tokens that a tokenizer merely reserves (256 in Llama 3, thousands in Gemma 3).
         """
         return self._control_ids
 
@@ -90,10 +90,10 @@ class ConversationTokenizer:
     def prompt(
         self, messages: Sequence[Message], *, tools: str = "", thinking: bool | None = None
     ) -> NDArray[np.int32]:
-        """Return the ids that serving has in context when the next answer is due.
+        """Return the ids of the serving context before the next answer.
 
-        `thinking` None takes `enable_thinking` of the configuration, which may leave it to the
-        template. Raises `RejectedRecord`, without a location, for what `tokenize` would refuse.
+        If `thinking` is None, `enable_thinking` of the configuration applies, which may leave it to
+        the template. Raises `RejectedRecord`, without a location, wherever `tokenize` would.
         """
         self._refuse_control_tokens(messages, location="")
         try:
@@ -110,19 +110,19 @@ class ConversationTokenizer:
     def answer_text(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, as a server sends it.
 
-        Raises `RejectedRecord`, without a location, if there are special tokens inside.
+        Raises `RejectedRecord`, without a location, if it contains special tokens.
         """
         inside = [number for number in ids if number in self._special_ids]
         if inside:
             token = self._backend.id_to_token(inside[0])
-            raise RejectedRecord(Reason.SPECIAL_TOKEN_IN_TEXT, "", f"the answer has {token}")
+            raise RejectedRecord(Reason.SPECIAL_TOKEN_IN_TEXT, "", f"the answer contains {token}")
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def tokenize(self, conversation: Conversation) -> tuple[TokenizedSample, ...]:
         """Return one sample, or more if the template rewrites history (see `assistant_turns`).
 
-        Not truncated. Raises `RejectedRecord`, located by conversation id, if the template refuses
-        the turns or a message holds the text of a control token.
+        Samples are not truncated. Raises `RejectedRecord`, located by conversation id, if the
+        template refuses the turns or a message contains the text of a control token.
         """
         rows = self._rows(conversation)
         encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
@@ -141,10 +141,10 @@ class ConversationTokenizer:
         on_rejected: OnRejected | None = None,
         batch_size: int = 32,
     ) -> Iterator[TokenizedSample]:
-        """Yield samples of at most `max_length` tokens in order, a batch in memory at a time.
+        """Yield samples of at most `max_length` tokens in order, one batch in memory at a time.
 
-        What is left out (template, control tokens, too few supervised tokens before the cut) is
-        passed to `on_rejected` and otherwise only missing.
+        Rejections (template, control tokens, too few supervised tokens after truncation) are passed
+        to `on_rejected`; without it, they are skipped.
         """
         reject = on_rejected or (lambda _rejected: None)
         for batch in _batched(conversations, batch_size):
@@ -175,7 +175,7 @@ class ConversationTokenizer:
             for text in (message.content, message.reasoning_content):
                 if found := self._control.search(text):
                     raise RejectedRecord(
-                        Reason.SPECIAL_TOKEN_IN_TEXT, location, f"turn {index} has {found[0]}"
+                        Reason.SPECIAL_TOKEN_IN_TEXT, location, f"turn {index} contains {found[0]}"
                     )
 
     def _rows(self, conversation: Conversation) -> list[Row]:
@@ -208,38 +208,38 @@ class ConversationTokenizer:
         return replace(conversation, messages=messages, rendered_text="")
 
     def _samples(self, row: Row, encoding: Encoding) -> Iterator[TokenizedSample]:
-        """Yield the row with the spans that start at a clean token border; the others alone."""
+        """Yield the row with the spans that start at a token boundary, then the others alone."""
         ids = np.array(encoding.ids, dtype=np.int32)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         mask = np.zeros(len(ids), dtype=np.bool_)
-        joined = []
+        merged = []
         for start, end in row.spans:
             first = int(np.searchsorted(offsets[:, 0], start))
-            if self._is_clean_border(row.text, start, ids[:first], offsets[:first]):
+            if self._is_token_boundary(row.text, start, ids[:first], offsets[:first]):
                 last = int(np.searchsorted(offsets[:, 1], end, side="right"))
                 mask[first:last] = True
             else:
-                joined.append((start, end))
-        if mask.any() or not joined:
+                merged.append((start, end))
+        if mask.any() or not merged:
             yield _sample(ids, mask)
-        for start, end in joined:
+        for start, end in merged:
             context = self._encode(row.text[:start])
-            # behind an added token, because some tokenizers treat the start of a text specially
+            # after an added token, because some tokenizers treat the start of a text specially
             answer = self._encode(self._anchor + row.text[start:end])[bool(self._anchor) :]
             answer_mask = np.arange(len(context) + len(answer)) >= len(context)
             yield _sample(np.concatenate([context, answer]), answer_mask)
 
-    def _is_clean_border(
-        self, text: str, border: int, ids: NDArray[np.int32], offsets: NDArray[np.int64]
+    def _is_token_boundary(
+        self, text: str, boundary: int, ids: NDArray[np.int32], offsets: NDArray[np.int64]
     ) -> bool:
-        """Return whether `ids`, the tokens beginning before `border`, are those of `text[:border]`.
+        """Return whether `ids`, which start before `boundary`, are those of `text[:boundary]`.
 
-        Added tokens cut the text before the tokenizer's rules see it, so only what follows the last
-        of them needs a look: the role header, the same few strings all the time.
+        Added tokens split the text before the tokenizer's rules apply, so only the text after the
+        last of them is compared: the role header, always one of a few strings.
         """
         added = np.flatnonzero(np.isin(ids, self._added_ids))
         last = int(added[-1]) if len(added) else 0
-        tail = text[int(offsets[last, 0]) if len(ids) else 0 : border]
+        tail = text[int(offsets[last, 0]) if len(ids) else 0 : boundary]
         return np.array_equal(ids[last:], self._tail_ids(tail))
 
     def _tail_ids(self, tail: str) -> NDArray[np.int32]:
@@ -257,7 +257,7 @@ class ConversationTokenizer:
         return rendering.text
 
     def _find_closing(self) -> Closing:
-        """Find what stands behind an answer: the common end of two renderings."""
+        """Find the text after an answer: the common suffix of two renderings."""
         user = {"role": "user", "content": "a"}
         try:
             one = self._render([user, {"role": "assistant", "content": "x"}])
@@ -269,26 +269,26 @@ class ConversationTokenizer:
             ) from error
         text = common_end(one, two)
         encoding = self._backend.encode(text, add_special_tokens=False)
-        marks = [
+        marker_ends = [
             end
             for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
             if token in self._added_ids
         ]
-        return Closing(text=text, marker_end=marks[-1] if marks else len(text.rstrip()))
+        return Closing(text=text, marker_end=marker_ends[-1] if marker_ends else len(text.rstrip()))
 
     def _control_tokens(self, added: Iterable[str], always: Iterable[str | None]) -> set[str]:
         """Return the added tokens that the template itself writes, and `always`."""
         turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
         try:
             text = self._render(turns, add_generation_prompt=True)
-        except TemplateRefusedError:  # no system turn
+        except TemplateRefusedError:  # it takes no system turn
             text = self._render(turns[1:], add_generation_prompt=True)
         text += self._closing.text
         return {token for token in added if token in text} | {token for token in always if token}
 
 
 def truncate(sample: TokenizedSample, max_length: int) -> TokenizedSample:
-    """Return the first `max_length` tokens, under their own sample id."""
+    """Return the first `max_length` tokens, with a new sample id."""
     if len(sample) <= max_length:
         return sample
     return _sample(sample.input_ids[:max_length], sample.loss_mask[:max_length])
@@ -299,12 +299,12 @@ def _sample(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> TokenizedSample:
 
 
 def _exact_offsets(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
-    """Return a copy of the fast tokenizer that does not pad, cut, add tokens or trim offsets."""
+    """Return a copy of the tokenizer that does not pad, truncate, add tokens or trim offsets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ConfigError(
             f"{name} is a slow tokenizer ({type(tokenizer).__name__}), which reports no offsets; "
-            "name a model with a tokenizer.json"
+            "use a model with a tokenizer.json"
         )
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_padding()
@@ -323,7 +323,7 @@ def _template(
         source = source.get("default")
     if not source:
         raise ConfigError(
-            f"the tokenizer {name} has no chat template; set `chat_template`, or name the "
+            f"the tokenizer {name} has no chat template; set `chat_template`, or use the "
             "instruction-tuned model"
         )
     return ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)

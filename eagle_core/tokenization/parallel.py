@@ -1,7 +1,7 @@
-"""Tokenises a stream of conversations over processes, in order, in constant memory.
+"""Tokenise a stream of conversations in several processes, in order, in constant memory.
 
-The samples are those of `ConversationTokenizer.tokenize_all`, in the same order, whatever the
-number of processes. A bounded number of chunks is in flight, so neither input nor output piles up.
+The samples are those of `ConversationTokenizer.tokenize_all`, in the same order, for any number of
+processes. A bounded number of chunks is in flight, so neither input nor output accumulates.
 """
 
 import multiprocessing
@@ -34,8 +34,8 @@ def tokenize_in_processes(
 ) -> Iterator[TokenizedSample]:
     """Yield samples of at most `max_length` tokens in the order of the conversations.
 
-    One process means this one. `on_rejected` is called here, in order. Raises `TransientError` if a
-    process dies.
+    One process means the calling one. `on_rejected` is called there, in order. Raises
+    `TransientError` if a process dies.
     """
     if num_processes == 1:
         yield from tokenizer.tokenize_all(
@@ -48,7 +48,7 @@ def tokenize_in_processes(
     reject = on_rejected or (lambda _rejected: None)
     executor = ProcessPoolExecutor(
         num_processes,
-        mp_context=multiprocessing.get_context("spawn"),  # tokenizers' threads forbid a fork
+        mp_context=multiprocessing.get_context("spawn"),  # tokenizers' threads rule out fork
         initializer=_start_worker,
         initargs=(tokenizer, max_length, min_supervised_tokens),
     )
@@ -59,8 +59,8 @@ def tokenize_in_processes(
             yield from samples
     except BrokenProcessPool as error:
         raise TransientError(
-            "a tokenising process died, likely for lack of memory; run again, with a smaller "
-            "`num_processes` if it happens twice"
+            "a tokenising process died, probably out of memory; run again, with a smaller "
+            "dataset.tokenize_processes if it dies twice"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
@@ -83,7 +83,7 @@ def _in_order(
 
 
 class _Worker:
-    """What one process keeps between chunks."""
+    """State that a process keeps between chunks."""
 
     tokenizer: ConversationTokenizer
     max_length: int

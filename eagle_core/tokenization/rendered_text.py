@@ -1,9 +1,9 @@
-"""Conversations that a chat template has written already: read back into turns, or refused.
+"""Parse text that a chat template already rendered back into turns, or refuse it.
 
-What stands between turns is learned from the template itself, by rendering turns that are known. A
-text counts only if the turns read from it, rendered again, give that very text; its masks are then
-those of any other conversation. Where no control token parts the turns, a heading inside an answer
-could not be told from a turn, and every text is refused.
+The text between turns is learned from the template, by rendering known turns. A text is accepted
+only if the parsed turns render to exactly that text. Its masks are then those of any other
+conversation. Where no control token separates the turns, a heading inside an answer could not be
+distinguished from a turn, so every text is refused.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,30 +17,30 @@ _PROBES = ("Qprobe0Q", "Qprobe1Q", "Qprobe2Q", "Qprobe3Q", "Qprobe4Q")
 
 
 class NotOfTemplateError(EagleCoreError):
-    """The text cannot be shown to be the template's."""
+    """The text cannot be verified as the template's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Marks:
-    """What the template writes around the text of turns."""
+    """Text that the template writes around turns."""
 
     openings: tuple[tuple[str, str | None], ...]
-    """What stands before the first user turn: (before, None) or (before, after a system turn)."""
+    """Text before the first user turn: (before, None) or (before, after a system turn)."""
     before_answer: str
     before_question: str
     ending: str
 
 
 class RenderedTextReader:
-    """Reads what one chat template wrote."""
+    """Parses texts that one chat template rendered."""
 
     def __init__(self, template: ChatTemplate, *, control: Iterable[str], begin: str) -> None:
         """Learn the template's marks.
 
         Args:
-            template: who wrote the texts.
-            control: the control tokens that it writes; none of them can be meant by a text.
-            begin: the token that a text may lack at its beginning, because tokenizers add it.
+            template: the template that rendered the texts.
+            control: the control tokens that it writes; they are never part of a message.
+            begin: the first token, which a text may lack because tokenizers add it.
 
         """
         self._template = template
@@ -50,35 +50,35 @@ class RenderedTextReader:
         except TemplateRefusedError:
             marks = None
         tokens = tuple(control)
-        parted = marks is not None and all(
+        separated = marks is not None and all(
             any(token in mark for token in tokens)
             for mark in (marks.before_answer, marks.before_question)
         )
-        self._marks = marks if parted else None
+        self._marks = marks if separated else None
 
     def read(self, text: str) -> tuple[Message, ...]:
-        """Return the turns; raise `NotOfTemplateError` unless they render to this very text."""
+        """Return the turns; raise `NotOfTemplateError` unless they render to exactly this text."""
         if self._marks is None:
             raise NotOfTemplateError(
-                "the template does not write its turns in order, parted by control tokens"
+                "the template does not write its turns in order, separated by control tokens"
             )
-        detail = "it does not begin and end as the template does"
-        whole = [text]
+        detail = "it does not begin and end like the template's text"
+        candidates = [text]
         if self._begin and not text.startswith(self._begin):
-            whole.append(self._begin + text)
-        for candidate in whole:
-            for messages in _readings(candidate.rstrip(), self._marks):
+            candidates.append(self._begin + text)
+        for candidate in candidates:
+            for messages in _parses(candidate.rstrip(), self._marks):
                 if not all(message.content.strip() for message in messages):
-                    detail = "it has a turn without text"
+                    detail = "it has an empty turn"
                     continue
                 place = self._difference(messages, candidate.rstrip())
                 if place is None:
                     return messages
-                detail = f"its turns, rendered again, differ at character {place}"
+                detail = f"its turns, re-rendered, differ at character {place}"
         raise NotOfTemplateError(detail)
 
     def _difference(self, messages: Sequence[Message], text: str) -> int | None:
-        """Return where the rendering of `messages` first differs from `text`, None if nowhere."""
+        """Return the first character where the rendering of `messages` differs; None if none."""
         farthest = 0
         for thinking in (False, True):
             try:
@@ -99,7 +99,7 @@ class RenderedTextReader:
 
 
 def _marks(template: ChatTemplate) -> _Marks | None:
-    """Return what stands around turns, None if turns are not written in order and once."""
+    """Return the text around turns; None if turns are not written in order and once."""
     roles: tuple[Role, ...] = ("user", "assistant", "user", "assistant")
     plain = _between(template, roles)
     if plain is None:
@@ -133,8 +133,8 @@ def _between(template: ChatTemplate, roles: Sequence[Role]) -> list[str] | None:
     return [text[left:right] for left, right in edges]
 
 
-def _readings(text: str, marks: _Marks) -> Iterator[tuple[Message, ...]]:
-    """Yield the ways to read `text` as turns, for each way in which the template begins."""
+def _parses(text: str, marks: _Marks) -> Iterator[tuple[Message, ...]]:
+    """Yield the parses of `text` into turns, one per opening of the template."""
     ending = marks.ending.rstrip()
     if not text.endswith(ending):
         return
@@ -155,7 +155,7 @@ def _readings(text: str, marks: _Marks) -> Iterator[tuple[Message, ...]]:
 
 
 def _exchanges(text: str, marks: _Marks) -> tuple[Message, ...] | None:
-    """Return questions and answers in turn, None if the text does not end with an answer."""
+    """Return alternating questions and answers; None if the text does not end with an answer."""
     messages: list[Message] = []
     while True:
         question, mark, text = text.partition(marks.before_answer)

@@ -1,4 +1,4 @@
-"""Samples as a person checks them: the rendered text, what is supervised set off in colour."""
+"""Samples for visual inspection: the rendered text with the supervised tokens in colour."""
 
 import html
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _BAR_HEIGHT, _BAR_WIDTH, _LABEL_WIDTH = 18, 420, 90
 
 
 def sample_as_text(sample: TokenizedSample, tokenizer: ConversationTokenizer) -> str:
-    """Return the text with « before and » behind what is supervised."""
+    """Return the text with « before and » after supervised tokens."""
     return "".join(
         f"«{text}»" if supervised else text for text, supervised in _runs(sample, tokenizer)
     )
@@ -38,7 +38,7 @@ def statistics_page(
 ) -> str:
     """Return a self-contained HTML page: totals, coverage, histogram, coloured samples.
 
-    `sizes` are the draft vocabularies whose coverage is shown.
+    `sizes` are the draft vocabulary sizes whose coverage is shown.
     """
     coverage = "".join(
         f"<li>{share:.2%} of the supervised tokens in a draft vocabulary of {size:,}</li>"
@@ -54,7 +54,7 @@ def statistics_page(
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><ul>"
         f"<li>{statistics.num_samples:,} samples, {statistics.num_tokens:,} tokens</li>"
         f"<li>{statistics.supervised_fraction:.1%} of the tokens supervised</li>"
-        f"<li>{statistics.num_at_limit:,} samples cut at the limit</li>{coverage}</ul>"
+        f"<li>{statistics.num_at_limit:,} samples truncated at the limit</li>{coverage}</ul>"
         f"<h2>Lengths in tokens</h2>{_histogram(statistics)}"
         f"<h2>Samples, <mark>supervised tokens marked</mark></h2>{rendered}</html>"
     )

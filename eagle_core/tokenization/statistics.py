@@ -1,4 +1,4 @@
-"""What a person wants to know about tokenised data before paying for hidden states.
+"""Statistics of tokenised data, to check before hidden states are computed.
 
 Legend: V target vocabulary. Everything is counted in one pass over a stream of samples.
 """
@@ -17,13 +17,13 @@ _BAR_CHARACTERS = 30
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenStatistics:
-    """Totals and the spread of lengths."""
+    """Totals and the distribution of lengths."""
 
     num_samples: int
     num_tokens: int
     num_supervised: int
     num_at_limit: int
-    """Samples of exactly `max_length` tokens: nearly all of them were cut."""
+    """Samples of exactly `max_length` tokens: nearly all of them were truncated."""
     bin_edges: NDArray[np.int64]
     """[B + 1] in tokens; the first is 0, the last is `max_length`."""
     bin_counts: NDArray[np.int64]
@@ -33,11 +33,11 @@ class TokenStatistics:
 
     @property
     def supervised_fraction(self) -> float:
-        """Share of the tokens that is supervised."""
+        """Fraction of the tokens that is supervised."""
         return self.num_supervised / self.num_tokens if self.num_tokens else 0.0
 
     def coverage(self, sizes: Sequence[int]) -> Mapping[int, float]:
-        """Return for draft vocabularies of `sizes` the share of supervised tokens they hold."""
+        """Map each draft vocabulary size to the fraction of supervised tokens that it covers."""
         frequent = np.sort(self.token_counts)[::-1].cumsum()
         total = max(int(frequent[-1]), 1)
         return {size: int(frequent[min(size, len(frequent)) - 1]) / total for size in sizes}
@@ -50,7 +50,7 @@ class TokenStatistics:
             f"| samples | {self.num_samples:,} |",
             f"| tokens | {self.num_tokens:,} |",
             f"| supervised | {self.num_supervised:,} ({self.supervised_fraction:.1%}) |",
-            f"| cut at the limit | {self.num_at_limit:,} |",
+            f"| truncated at the limit | {self.num_at_limit:,} |",
             *(
                 f"| supervised tokens in a draft vocabulary of {size:,} | {share:.2%} |"
                 for size, share in self.coverage(sizes).items()

@@ -1,7 +1,7 @@
 """Tokenised samples on disk: an Arrow file that is memory-mapped, never loaded whole.
 
-The file appears only when complete and is bound by its name to what made it (data set, tokenizer,
-template, length limit), so a stale one is never read.
+The file appears only when complete. Its name identifies its inputs (data set, tokenizer, template,
+length limit), so a stale one is never read.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -39,7 +39,7 @@ class TokenFile:
                 f"{path} is not a complete token file; delete it and run again"
             ) from error
         self.sample_ids: list[str] = self._table["sample_id"].to_pylist()
-        # Files of earlier versions do not have it.
+        # Files of earlier versions lack this column.
         self._locations = (
             self._table["location"] if "location" in self._table.schema.names else None
         )
@@ -50,18 +50,18 @@ class TokenFile:
         return len(self.sample_ids)
 
     def __contains__(self, sample_id: str) -> bool:
-        """Tell whether the file holds this sample."""
+        """Return whether the file contains this sample."""
         return sample_id in self._rows
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[N] tokens of each sample."""
+        """[N] number of tokens per sample."""
         lengths: NDArray[np.int64] = pc.list_value_length(self._table["input_ids"]).to_numpy()
         return lengths
 
     @property
     def num_supervised(self) -> int:
-        """Return the tokens that the loss masks hold."""
+        """Return the number of supervised tokens."""
         masks = self._table["loss_mask"].combine_chunks()
         return int(np.count_nonzero(masks.flatten().to_numpy()))
 
@@ -90,7 +90,7 @@ def write_token_file(
 ) -> TokenFile:
     """Write `samples`, each sample id once, and return the opened file. Constant memory.
 
-    Samples with an id in `without` are left out: what is held out must not be trained on.
+    Samples with an id in `without` are skipped: held-out samples must not be trained on.
     """
     with atomic_file(path) as partial, pa.ipc.new_file(str(partial), _SCHEMA) as writer:
         for rows in _batched(_unique(samples, without)):
@@ -101,7 +101,7 @@ def write_token_file(
 def _unique(
     samples: Iterable[TokenizedSample], without: Collection[str]
 ) -> Iterator[TokenizedSample]:
-    """Drop samples with the same tokens and mask: different texts can be equal once cut."""
+    """Drop samples with the same tokens and mask: different texts can be equal once truncated."""
     seen = set(without)
     for sample in samples:
         if sample.sample_id not in seen:

@@ -1,4 +1,4 @@
-"""Where the figures of a training go."""
+"""Where the metrics of a training run are recorded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,33 +18,33 @@ PACKAGES: Mapping[TrackerName, str] = {
     "swanlab": "swanlab",
     "mlflow": "mlflow-skinny",
 }
-"""What pip installs for a tracker that does not come with Eyas."""
+"""The pip package of each tracker that is not installed with Eyas."""
 
 
 class TrackingConfig(ConfigModel):
-    """Where the figures of a training go."""
+    """Where the metrics of a training run are recorded."""
 
     trackers: tuple[TrackerName, ...] = Field(
         default=("tensorboard",),
-        description="Any of tensorboard, wandb, swanlab and mlflow; none keeps no curves.",
+        description="Any of tensorboard, wandb, swanlab and mlflow; may be empty.",
     )
     project: str = Field(
         default="eyas", min_length=1, description="Project (MLflow: experiment) of the run."
     )
     mode: Literal["offline", "online"] = Field(
         default="offline",
-        description="offline: files below the home folder, to sync or open later; online: the "
-        "service, with the credentials that its package finds (WANDB_API_KEY or `wandb login`, "
-        "SWANLAB_API_KEY or `swanlab login`, MLFLOW_TRACKING_URI).",
+        description="offline: write files below the home folder, to sync or open later; online: "
+        "send to the service, with the credentials that its package finds (WANDB_API_KEY or `wandb "
+        "login`, SWANLAB_API_KEY or `swanlab login`, MLFLOW_TRACKING_URI).",
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """The training whose figures are kept."""
+    """A training run whose metrics are recorded."""
 
     name: str
     path: Path
-    """Its folder. MLflow's offline store lies beside it, so that runs can be compared."""
+    """Folder of the run. MLflow's offline store is next to it, so that runs can be compared."""
     settings: Mapping[str, JsonValue]
-    """What it was made with."""
+    """Settings of the run."""

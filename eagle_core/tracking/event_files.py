@@ -1,4 +1,4 @@
-"""The scalars in TensorBoard's event files, where earlier versions alone kept the metrics."""
+"""Scalars in TensorBoard's event files, the only place where earlier versions kept metrics."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,14 +7,14 @@ _ALL_SCALARS = {"scalars": 0}
 
 
 def read_event_files(folder: Path) -> Mapping[str, Mapping[int, float]]:
-    """Return each scalar by step; of a step that was done twice, the last value.
+    """Return each scalar by step; for a step that ran twice, the last value.
 
-    The time inside an event says which came last: names of files sort otherwise where two began
-    within one second.
+    The time of an event decides which is last: file names sort differently if two files were
+    started within one second.
     """
     if not folder.is_dir():
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import (  # noqa: PLC0415 (seldom)
+    from tensorboard.backend.event_processing.event_accumulator import (  # noqa: PLC0415 (rare)
         EventAccumulator,
     )
 

@@ -1,10 +1,10 @@
-"""What trackers of other packages have in common: Weights & Biases, SwanLab and MLflow.
+"""The common base of trackers from other packages: Weights & Biases, SwanLab and MLflow.
 
-A package is imported only when its tracker is chosen. `offline` writes files and opens no
+A package is imported only when its tracker is selected. `offline` writes files and opens no
 connection; `online` takes addresses and credentials from where each package looks for them (its
-environment variables, its login file), never from a recipe. A run goes on in the hosted run of the
-same name. A tracker that fails while a draft trains is given up with one warning: it never stops
-training.
+environment variables, its login file), never from a recipe. A resumed run continues the hosted run
+of the same name. A tracker that fails while a draft trains is disabled with one warning: it never
+stops training.
 """
 
 import importlib
@@ -25,22 +25,22 @@ logger = logging.getLogger(__name__)
 
 
 def hosted_run_id(name: str) -> str:
-    """Return an id that every service takes, the same whenever a run has the same name."""
+    """Return an id that every service accepts; runs of the same name have the same id."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:48]
     return plain if plain == name else f"{plain}-{xxhash.xxh3_64_hexdigest(name.encode())[:8]}"
 
 
 class HostedTracker(ABC):
-    """A tracker of a package that may fail: on the way it is given up, at the start it may not."""
+    """A tracker of another package: a failure to open is an error, a later one disables it."""
 
     name: ClassVar[str]
     quiet: ClassVar[Mapping[str, str]] = {}
-    """Environment that turns a package's own telemetry off, unless the user set it."""
+    """Environment variables that turn off a package's own telemetry, unless the user set them."""
     failures: tuple[type[Exception], ...]
-    """What the package raises on purpose, and what a lost connection looks like."""
+    """Exceptions that the package raises on purpose, and those of a lost connection."""
 
     def __init__(self, config: TrackingConfig, run: TrackedRun) -> None:
-        self._is_lost = False
+        self._is_disabled = False
         for variable, value in self.quiet.items():
             os.environ.setdefault(variable, value)
         self._package: Any = importlib.import_module(self.name)
@@ -49,18 +49,18 @@ class HostedTracker(ABC):
             self._open(config, run)
         except self.failures as error:
             raise ConfigError(
-                f"tracker {self.name} cannot be opened: {_first_line(error)}. See to its login or "
-                "address, set tracking.mode=offline, or take it out of tracking.trackers"
+                f"tracker {self.name} cannot be opened: {_first_line(error)}. Check its login or "
+                "address, set tracking.mode=offline, or remove it from tracking.trackers"
             ) from error
 
     def log(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Record `scalars` at `step`, unless this tracker has failed before."""
-        if self._is_lost:
+        if self._is_disabled:
             return
         try:
             self._send(scalars, step)
         except self.failures as error:
-            self._give_up(error)
+            self._disable(error)
 
     def __enter__(self) -> Self:
         """Return the tracker."""
@@ -72,18 +72,18 @@ class HostedTracker(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write what is pending and say how the run ended."""
-        if self._is_lost:
+        """Write pending metrics and report how the run ended."""
+        if self._is_disabled:
             return
         try:
             self._close(is_good=kind is None)
         except self.failures as failure:
-            self._give_up(failure)
+            self._disable(failure)
 
-    def _give_up(self, error: Exception) -> None:
-        self._is_lost = True
+    def _disable(self, error: Exception) -> None:
+        self._is_disabled = True
         logger.warning(
-            "tracker %s failed (%s); training goes on without it", self.name, _first_line(error)
+            "tracker %s failed (%s); training continues without it", self.name, _first_line(error)
         )
 
     @abstractmethod

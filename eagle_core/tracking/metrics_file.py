@@ -1,8 +1,8 @@
-"""`metrics.jsonl` in the folder of a run: every metric, whichever trackers were chosen.
+"""`metrics.jsonl` in the folder of a run: every metric, whichever trackers are selected.
 
-A line of JSON for each call: `{"step": 20, "time": 1790000000.0, "metrics": {"loss": 2.5}}`; a
-metric that is not finite is null. Reports and plots are drawn from it. A run of a version that did
-not write this file has its metrics in TensorBoard's event files, which are taken over.
+One JSON line per call: `{"step": 20, "time": 1790000000.0, "metrics": {"loss": 2.5}}`; a metric
+that is not finite is null. Reports and plots read this file. Earlier versions wrote metrics only to
+TensorBoard's event files, which are imported.
 """
 
 import json
@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appends to the metrics of a run; a disk that fails costs them, never the training."""
+    """Appends to the metrics of a run; a failing disk loses metrics, but never stops training."""
 
     def __init__(self, run_path: Path) -> None:
-        """Open the file of the run in `run_path`, with the metrics of earlier versions in it."""
+        """Open the file of the run in `run_path`; import the metrics of earlier versions."""
         self._path = run_path / METRICS_NAME
-        self._is_lost = False
+        self._is_disabled = False
         try:
             if not self._path.exists():
                 write_text(self._path, "".join(_former_lines(run_path)))
             self._file = self._path.open("a+b", buffering=0)
             self._end_torn_line()
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
 
     def _end_torn_line(self) -> None:
         """End the line that a kill may have cut short."""
@@ -47,16 +47,18 @@ class MetricsFile:
 
     def log(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Record `scalars` at `step`."""
-        if self._is_lost:
+        if self._is_disabled:
             return
         try:
             self._file.write(_line(scalars, step=step, when=time.time()).encode())
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
 
-    def _give_up(self, error: Exception) -> None:
-        self._is_lost = True
-        logger.warning("%s cannot be written (%s); training goes on without it", self._path, error)
+    def _disable(self, error: Exception) -> None:
+        self._is_disabled = True
+        logger.warning(
+            "%s cannot be written (%s); training continues without it", self._path, error
+        )
 
     def __enter__(self) -> Self:
         """Return the file."""
@@ -68,15 +70,15 @@ class MetricsFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close it."""
+        """Close the file."""
         if hasattr(self, "_file"):
             self._file.close()
 
 
 def read_metrics(run_path: Path) -> Mapping[str, Mapping[int, float]]:
-    """Return each metric of a run by step, rising; of a step that was done twice, the last value.
+    """Return each metric of a run by ascending step; for a step that ran twice, the last value.
 
-    A line that a kill or a full disk cut short is passed over.
+    A line that a kill or a full disk cut short is skipped.
     """
     path = run_path / METRICS_NAME
     if not path.exists():
@@ -95,7 +97,7 @@ def read_metrics(run_path: Path) -> Mapping[str, Mapping[int, float]]:
 
 
 def _former_lines(run_path: Path) -> Iterator[str]:
-    """Yield the metrics that an earlier version wrote for TensorBoard alone."""
+    """Yield the metrics that an earlier version wrote only for TensorBoard."""
     former = read_event_files(run_path / TENSORBOARD_FOLDER)
     for step in sorted({step for by_step in former.values() for step in by_step}):
         at_step = {name: by_step[step] for name, by_step in former.items() if step in by_step}

@@ -1,4 +1,4 @@
-"""MLflow: offline in `mlflow.db` beside the run's folder, which `mlflow ui` opens."""
+"""MLflow: offline in `mlflow.db` next to the run's folder, to open with `mlflow ui`."""
 
 import os
 import time
@@ -23,7 +23,7 @@ _MLFLOW_VALUE_CHARACTERS = 6000
 
 
 class _MlflowTracker(HostedTracker):
-    """MLflow: offline in `mlflow.db` beside the run's folder, which `mlflow ui` opens."""
+    """MLflow: offline in `mlflow.db` next to the run's folder, to open with `mlflow ui`."""
 
     name = "mlflow"
     quiet: ClassVar[Mapping[str, str]] = {"MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -42,9 +42,9 @@ class _MlflowTracker(HostedTracker):
         self._run_id = self._same_run(experiment_id, run) or self._new_run(experiment_id, run)
 
     def _same_run(self, experiment_id: str, run: TrackedRun) -> str | None:
-        """Return the id of the run of this name, running again, if there is one."""
-        wanted = f"tags.`{_RUN_TAG}` = '{hosted_run_id(run.name)}'"
-        found = self._client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+        """Return the id of the run of this name, set to running again, if there is one."""
+        query = f"tags.`{_RUN_TAG}` = '{hosted_run_id(run.name)}'"
+        found = self._client.search_runs([experiment_id], filter_string=query, max_results=1)
         if not found:
             return None
         run_id: str = found[0].info.run_id
@@ -53,8 +53,8 @@ class _MlflowTracker(HostedTracker):
 
     def _new_run(self, experiment_id: str, run: TrackedRun) -> str:
         tags = {_RUN_TAG: hosted_run_id(run.name)}
-        made = self._client.create_run(experiment_id, run_name=run.name, tags=tags)
-        run_id: str = made.info.run_id
+        created = self._client.create_run(experiment_id, run_name=run.name, tags=tags)
+        run_id: str = created.info.run_id
         for name, value in _flat(run.settings):
             self._client.log_param(run_id, name, str(value)[:_MLFLOW_VALUE_CHARACTERS])
         return run_id
@@ -91,5 +91,5 @@ def _flat(settings: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple
 
 
 def open_tracker(config: TrackingConfig, run: TrackedRun) -> AbstractContextManager[Tracker]:
-    """Return the tracker; ConfigError if it cannot be opened."""
+    """Return the tracker; raise ConfigError if it cannot be opened."""
     return _MlflowTracker(config, run)

@@ -1,4 +1,4 @@
-"""SwanLab: offline below `RUN/swanlab`, to be sent by `swanlab sync`."""
+"""SwanLab: offline below `RUN/swanlab`, to send with `swanlab sync`."""
 
 import importlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from eagle_core.tracking.tracker import Tracker
 
 
 class _SwanLabTracker(HostedTracker):
-    """SwanLab: offline below `RUN/swanlab`, to be sent by `swanlab sync`."""
+    """SwanLab: offline below `RUN/swanlab`, to send with `swanlab sync`."""
 
     name = "swanlab"
 
@@ -45,5 +45,5 @@ class _SwanLabTracker(HostedTracker):
 
 
 def open_tracker(config: TrackingConfig, run: TrackedRun) -> AbstractContextManager[Tracker]:
-    """Return the tracker; ConfigError if it cannot be opened."""
+    """Return the tracker; raise ConfigError if it cannot be opened."""
     return _SwanLabTracker(config, run)

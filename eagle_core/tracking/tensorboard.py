@@ -34,7 +34,7 @@ class TensorBoardTracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write what is pending and close the file."""
+        """Write pending events and close the file."""
         self._writer.close()
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: offline below `RUN/wandb`, to be sent by `wandb sync`."""
+"""Weights & Biases: offline below `RUN/wandb`, to send with `wandb sync`."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -10,7 +10,7 @@ from eagle_core.tracking.tracker import Tracker
 
 
 class _WandbTracker(HostedTracker):
-    """Weights & Biases: offline below `RUN/wandb`, to be sent by `wandb sync`."""
+    """Weights & Biases: offline below `RUN/wandb`, to send with `wandb sync`."""
 
     name = "wandb"
     quiet: ClassVar[Mapping[str, str]] = {"WANDB_ERROR_REPORTING": "false"}
@@ -43,5 +43,5 @@ class _WandbTracker(HostedTracker):
 
 
 def open_tracker(config: TrackingConfig, run: TrackedRun) -> AbstractContextManager[Tracker]:
-    """Return the tracker; ConfigError if it cannot be opened."""
+    """Return the tracker; raise ConfigError if it cannot be opened."""
     return _WandbTracker(config, run)

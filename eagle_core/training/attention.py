@@ -1,12 +1,12 @@
-"""Attention of training-time test: causal over step-0 keys, plus the index's own later keys.
+"""Training-time-test attention: causal over step-0 keys, plus the index's own later keys.
 
 No T x T x steps matrix: a query at step i sees the step-0 keys at or before its index in its own
-sequence, and the i keys that its own index made in steps 1..i. Scores exist for one block of
-queries at a time, against all keys that the block can see; the backward pass makes them again (as
-FlashAttention does, arXiv 2205.14135, with the own keys as further columns).
+sequence, and the i keys of its own index from steps 1..i. Scores exist for one block of queries at
+a time, against all keys that the block can see; the backward pass recomputes them (as in
+FlashAttention, arXiv 2205.14135, with the own keys as additional columns).
 
 Shapes: Q queries, B queries of a block, S step-0 keys of one sequence, s keys that a block sees, I
-own keys a query, N heads, K key-value heads, G = N / K, E head size.
+own keys per query, N heads, K key-value heads, G = N / K, E head size.
 """
 
 from collections.abc import Iterator
@@ -24,18 +24,18 @@ BLOCK_QUERIES = 256
 def ttt_attention(
     query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, index: Tensor
 ) -> Tensor:
-    """Return mixed values [Q, N, E] for the queries of one sequence.
+    """Return the attention output [Q, N, E] for the queries of one sequence.
 
     Args:
         query: [Q, N, E]
-        keys: [S, K, E], step 0; keys behind the last query may be left out.
+        keys: [S, K, E], step 0; keys after the last query may be omitted.
         values: [S, K, E]
         own_keys: [Q, I, K, E], steps 1..i, oldest first.
         own_values: [Q, I, K, E]
         index: [Q] index of each query in its sequence, ascending.
 
     """
-    with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
+    with torch.autocast(query.device.type, enabled=False):  # dtypes are explicit here
         attention_output: Tensor = _TttAttention.apply(
             query, keys, values, own_keys, own_values, index
         )  # type: ignore[no-untyped-call]  # torch
@@ -51,16 +51,16 @@ def packed_ttt_attention(
     indices: Tensor,
     first: Tensor,
 ) -> Tensor:
-    """Return mixed values [A, N, E] for the A queries of a packed batch, a sequence at a time.
+    """Return the attention output [A, N, E] for a packed batch, one sequence at a time.
 
     Args:
         query: [A, N, E]
-        keys: [S, K, E], step 0, of all sequences behind one another.
+        keys: [S, K, E], step 0, of all sequences, concatenated.
         values: [S, K, E]
         own_keys: [A, I, K, E], steps 1..i, oldest first.
         own_values: [A, I, K, E]
-        indices: [A] place of each query in the batch, ascending.
-        first: [A] place of the first token of its sequence.
+        indices: [A] index of each query in the batch, ascending.
+        first: [A] index of the first token of its sequence.
 
     """
     if not len(query):
@@ -70,7 +70,7 @@ def packed_ttt_attention(
     attention_output = []
     for start, begin, end in zip(starts.tolist(), [0, *ends], ends, strict=False):
         members = slice(begin, end)
-        visible = slice(start, int(indices[end - 1]) + 1)  # keys behind the last query are left out
+        visible = slice(start, int(indices[end - 1]) + 1)  # omit keys after the last query
         attention_output.append(
             ttt_attention(
                 query[members],
@@ -87,15 +87,15 @@ def packed_ttt_attention(
 def no_queries(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Return [0, N, E] that still depends on all three.
 
-    Ranks that share gradients wait for each other's, zero or not: a batch without a position that
-    counts must have a gradient for every parameter too.
+    Ranks that share gradients wait for each other's, zero or not: a batch without any counted
+    position must also have a gradient for every parameter.
     """
     return query + (keys.sum() + values.sum()) * 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Block:
-    """Some queries of a sequence."""
+    """Consecutive queries of a sequence."""
 
     rows: slice
     num_keys: int
@@ -104,7 +104,7 @@ class _Block:
     """[B]"""
 
     def hide(self, scores: Tensor) -> None:
-        """Set scores [K, B, G, s + I] of keys behind their query to minus infinity."""
+        """Set scores [K, B, G, s + I] of keys after their query to minus infinity."""
         seen_by_all = int(self.index[0]) + 1
         later = torch.arange(seen_by_all, self.num_keys, device=scores.device)
         hidden = later > self.index.unsqueeze(1)  # [B, s - seen_by_all]
@@ -135,7 +135,7 @@ class _TttAttention(torch.autograd.Function):
         for block in _blocks(index):
             own = own_keys[block.rows].permute(2, 0, 1, 3)
             weights = _weights(grouped[:, block.rows], by_head, own, block).to(query.dtype)
-            attention_output[:, block.rows] = _mix(
+            attention_output[:, block.rows] = _weighted_values(
                 weights, values_by_head, own_values[block.rows], block
             )
         ctx.save_for_backward(grouped, by_head, values_by_head, own_keys, own_values, index)
@@ -196,8 +196,8 @@ def _scores_of(left: Tensor, shared: Tensor, own: Tensor) -> Tensor:
     return widened(torch.cat([of_shared, left @ own.transpose(2, 3)], dim=-1))
 
 
-def _mix(weights: Tensor, values: Tensor, own_values: Tensor, block: _Block) -> Tensor:
-    """Return mixed values [K, B, G, E] for weights [K, B, G, s + I]."""
+def _weighted_values(weights: Tensor, values: Tensor, own_values: Tensor, block: _Block) -> Tensor:
+    """Return the attention output [K, B, G, E] for weights [K, B, G, s + I]."""
     of_shared = weights[..., : block.num_keys].flatten(1, 2) @ values[:, : block.num_keys]
     attention_output = of_shared.view(*weights.shape[:3], -1)
     if own_values.shape[1]:

@@ -1,10 +1,10 @@
-"""Checkpoints: safetensors and JSON, whole or absent, the newest good one found again.
+"""Checkpoints in safetensors and JSON: complete or absent; loading takes the newest sound one.
 
 A checkpoint is a folder `checkpoints/step-XXXXXXXX` with `draft.safetensors`,
-`optimizer.safetensors` and `state.json`. It is written under a temporary name, synced and renamed;
-`state.json` binds the other two to size and digest, and a checkpoint that does not match is passed
-over with a warning. A folder of checkpoints that cannot be listed is an error: it would read as a
-run that has not begun.
+`optimizer.safetensors` and `state.json`. It is written under a temporary name, synced and renamed.
+`state.json` records size and digest of the other two files; a checkpoint that does not match is
+skipped with a warning. A checkpoints folder that cannot be listed is an error: the run would look
+as if it had not started.
 """
 
 import dataclasses
@@ -32,25 +32,25 @@ _WEIGHTS = "draft.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _FROZEN = "embed_tokens.weight"
-"""The target's own tensor: never stored again with every checkpoint."""
+"""The target's own tensor: not stored in checkpoints."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A point from which training goes on exactly."""
+    """A point from which training resumes exactly."""
 
     step: int
     loader: LoaderState
     identity: Mapping[str, Any]
-    """What the run was made with; a resumed run must have the same."""
+    """Data and settings of the run; a resumed run must have the same."""
     figures: Mapping[str, Any]
-    """The last measured figures, so that a finished run can still report them."""
+    """The last metrics, so that a finished run can still report them."""
 
 
 class _State(BaseModel):
-    """What `state.json` holds."""
+    """Content of `state.json`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,7 +60,7 @@ class _State(BaseModel):
     identity: dict[str, Any]
     figures: dict[str, Any]
     files: dict[str, tuple[int, str]]
-    """Size and digest of the two others, by name."""
+    """Size and digest of the other two files, by name."""
 
 
 def save(
@@ -71,20 +71,20 @@ def save(
     *,
     keep_last: int,
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep_last` and the best; return its folder.
+    """Write a checkpoint, delete all but the newest `keep_last` and the best; return its folder.
 
-    What a kill left of an earlier one goes first: gigabytes, perhaps. One training at a time may
-    save into a run.
+    Leftovers of a killed save are deleted first: they may take gigabytes. Only one training at a
+    time may save into a run.
 
     Args:
         run_path: folder of the run.
         checkpoint: its record.
-        weights: the draft's state dict; what is frozen is left out.
+        weights: the draft's state dict; the frozen tensor is omitted.
         optimizer: `optimizers.state_tensors`.
-        keep_last: checkpoints that are kept.
+        keep_last: number of newest checkpoints to keep.
 
     Raises:
-        DiskError: it cannot be written; those before stay.
+        DiskError: it cannot be written; earlier checkpoints remain.
 
     """
     folder = run_path / _FOLDER / f"step-{checkpoint.step:08d}"
@@ -103,14 +103,14 @@ def save(
 
 
 def _drop_others(run_path: Path, saved: Path, *, keep_last: int) -> None:
-    """Keep what was just saved, the newest and the best; one that cannot be read stays, too."""
+    """Keep the checkpoint just saved, the newest, the best, and any that cannot be read."""
     sound, unreadable = [], []
     for found in _folders(run_path):
         try:
             if found == saved or _damage(found) is None:
                 sound.append(found)
         except ConfigError as error:
-            logger.warning("%s; it stays", error)
+            logger.warning("%s; keeping it", error)
             unreadable.append(found)
     kept = {saved, _best(sound), *sound[:keep_last], *unreadable}
     for old in _folders(run_path):
@@ -121,13 +121,13 @@ def _drop_others(run_path: Path, saved: Path, *, keep_last: int) -> None:
 def best(run_path: Path) -> Path | None:
     """Return the folder of the checkpoint with the longest held-out acceptance, or None.
 
-    Only checkpoints that were written right after a measurement count; of equals, the newest.
+    Only checkpoints written right after a measurement count; among equals, the newest wins.
     """
     return _best([folder for folder in _folders(run_path) if _damage(folder) is None])
 
 
 def _best(sound: Sequence[Path]) -> Path | None:
-    """Return the best of these undamaged folders, the newest first."""
+    """Return the best of these undamaged folders, which are sorted newest first."""
     measured: list[tuple[float, Path]] = []
     for folder in sound:
         found = read(folder)
@@ -138,19 +138,19 @@ def _best(sound: Sequence[Path]) -> Path | None:
 
 
 def newest(run_path: Path) -> Path | None:
-    """Return the folder of the newest checkpoint whose files are what its record says, or None."""
+    """Return the folder of the newest checkpoint whose files match its record, or None."""
     for folder in _folders(run_path):
         damage = _damage(folder)
         if damage is None:
             return folder
         logger.warning(
-            "checkpoint %s is damaged (%s); falling back to the one before", folder, damage
+            "checkpoint %s is damaged (%s); falling back to the previous one", folder, damage
         )
     return None
 
 
 def read(folder: Path) -> Checkpoint:
-    """Return the record of a good checkpoint."""
+    """Return the record of a sound checkpoint."""
     state = _read_state(folder)
     return Checkpoint(
         step=state.step, loader=state.loader, identity=state.identity, figures=state.figures
@@ -161,19 +161,19 @@ def require_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[s
     """Raise MismatchError naming every field in which a checkpoint differs from this run."""
     old, new = dict(_flat(found)), dict(_flat(expected))
     differing = [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        f"{name}: saved {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
     if differing:
         raise MismatchError(
-            f"{folder} was made with other settings ({'; '.join(differing)}); restore them, or "
+            f"{folder} was written with other settings ({'; '.join(differing)}); restore them, or "
             "train under another run name"
         )
 
 
 def load_draft(draft: DraftModel, run_path: Path) -> int:
-    """Load the newest good checkpoint's weights into `draft`; return its step.
+    """Load the newest sound checkpoint's weights into `draft`; return its step.
 
     Raises:
         ConfigError: the run has no checkpoint.
@@ -187,14 +187,14 @@ def load_draft(draft: DraftModel, run_path: Path) -> int:
 
 
 def load_weights(draft: DraftModel, folder: Path) -> None:
-    """Load a checkpoint's weights; the frozen embedding stays the draft's.
+    """Load a checkpoint's weights; keep the draft's frozen embedding.
 
     Raises:
         CorruptError: a weight is not finite.
 
     """
     weights = load_file(folder / _WEIGHTS)
-    cure = "delete this checkpoint: the one before is used then"
+    cure = "delete this checkpoint to use the previous one"
     require_finite(weights, where=str(folder), cure=cure)
     weights[_FROZEN] = draft.embed_tokens.weight.detach().cpu()
     draft.load_state_dict(weights)
@@ -212,7 +212,7 @@ def _folders(run_path: Path) -> Sequence[Path]:
 
 
 def _listed(folder: Path, prefix: str) -> Sequence[Path]:
-    """Return what lies in a folder under such names; nothing where there is no folder."""
+    """Return the paths in a folder whose names start with `prefix`; none without the folder."""
     try:
         return [path for path in folder.iterdir() if path.name.startswith(prefix)]
     except FileNotFoundError:
@@ -222,40 +222,40 @@ def _listed(folder: Path, prefix: str) -> Sequence[Path]:
 
 
 def _read_state(folder: Path) -> _State:
-    """Return what `state.json` holds; OSError or ValueError if that cannot be told."""
+    """Return the content of `state.json`; OSError or ValueError if it cannot be read."""
     return _State.model_validate(json.loads((folder / _STATE).read_text(encoding="utf-8")))
 
 
 def _damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None.
+    """Return a description of a checkpoint's damage, or None.
 
     Raises:
-        ConfigError: it cannot be read, which tells nothing about it.
+        ConfigError: it cannot be read, so its state is unknown.
 
     """
     try:
-        return _found_damage(folder)
+        return _find_damage(folder)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return str(error)
     except OSError as error:
         raise ConfigError(f"cannot read checkpoint {folder.name}: {error}") from error
 
 
-def _found_damage(folder: Path) -> str | None:
+def _find_damage(folder: Path) -> str | None:
     try:
         state = _read_state(folder)
     except ValidationError as error:
         first = error.errors()[0]
-        return f"{_STATE}: {'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+        return f"{_STATE}: {'.'.join(map(str, first['loc'])) or 'whole file'}: {first['msg']}"
     except (ValueError, RecursionError) as error:
         return f"{_STATE}: {error}"
     if state.format_version != FORMAT_VERSION:
         return f"format version {state.format_version}, expected {FORMAT_VERSION}"
     if folder.name != f"step-{state.step:08d}":
-        return f"{_STATE} is of step {state.step}"
+        return f"{_STATE} records step {state.step}"
     for name in (_WEIGHTS, _OPTIMIZER):
         if _size_and_digest(folder / name) != state.files.get(name):
-            return f"{name} is not what {_STATE} says"
+            return f"{name} does not match {_STATE}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""How a draft is trained."""
+"""Settings for training a draft."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from eagle_core.training.precision import TrainingDtype
 
 
 class TttConfig(ConfigModel):
-    """Settings of one step of training-time test: its length, its loss, its memory."""
+    """Settings of one training-time-test step: length, loss and memory."""
 
     ttt_length: int = Field(
         default=7,
@@ -20,36 +20,40 @@ class TttConfig(ConfigModel):
         le=7,
         description="Training-time-test steps; stores keep the states that 7 steps need.",
     )
-    step_decay: float = Field(default=0.8, gt=0, le=1, description="Step i weighs step_decay**i.")
+    step_decay: float = Field(
+        default=0.8, gt=0, le=1, description="Weight of step i: step_decay**i."
+    )
     loss_positions: LossPositions = Field(
         default="predicted",
-        description="Which token must be the assistant's for a position to count: token t, as "
-        "EAGLE-3 does, or the token that is predicted, which is what serving asks for.",
+        description="Which token must be the assistant's for a position to count: eagle3: token "
+        "t, as in EAGLE-3; predicted: the predicted token, as in serving.",
     )
     loss_reduction: LossReduction = Field(
         default="tokens",
-        description="Divide the loss by all positions, by the supervised ones, or average the "
-        "means of the sequences.",
+        description="Divide the loss by all positions or by the supervised ones (tokens), or "
+        "average the means of the sequences.",
     )
     objective: Objective = Field(
         default="cross_entropy",
-        description="What is minimised: cross-entropy as EAGLE-3 does, or the LK losses of arXiv "
-        "2602.23881, -log of the acceptance and its mixture with cross-entropy.",
+        description="Training loss: cross-entropy, as in EAGLE-3, or an LK loss of arXiv "
+        "2602.23881: -log of the acceptance, or a mixture of acceptance and cross-entropy.",
     )
-    lk_eta: float = Field(default=3.0, gt=0, description="Of lk_hybrid: how fast it turns over.")
+    lk_eta: float = Field(
+        default=3.0, gt=0, description="For lk_hybrid: how fast it moves to the acceptance loss."
+    )
     compile: bool = Field(
         default=False,
-        description="Fuse the loss's element-wise work with torch.compile and, on a GPU, attention "
-        "(FlexAttention). It needs a compiler, and up to half a minute before the first step; a "
-        "CPU gains nothing.",
+        description="Use torch.compile to fuse the loss's element-wise operations and, on a GPU, "
+        "attention (FlexAttention). Needs a compiler, and up to half a minute before the first "
+        "step; no gain on a CPU.",
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Less memory for about a tenth more time."
+        default=False, description="Use less memory, for about a tenth more time."
     )
 
 
 class TrainingConfig(TttConfig):
-    """Settings of one training run; everything but the lengths is part of its fingerprint."""
+    """Settings of one training run; `identity` has those that must not change on resuming."""
 
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
@@ -57,10 +61,10 @@ class TrainingConfig(TttConfig):
     start_from: str | None = Field(
         default=None,
         description="Folder of an EAGLE-3 draft to start from, in any layout that engines load; by "
-        "default the draft starts at random.",
+        "default the draft starts from random weights.",
     )
     fc_norm: bool = Field(
-        default=False, description="EAGLE-3.1: normalise each aux state before they are fused."
+        default=False, description="EAGLE-3.1: normalise each aux state before fusing them."
     )
     norm_output: bool = Field(
         default=False, description="EAGLE-3.1: feed the final norm's output back to the draft."
@@ -74,55 +78,55 @@ class TrainingConfig(TttConfig):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Decay after the warm-up, down to final_lr_ratio."
     )
-    final_lr_ratio: float = Field(default=0.05, ge=0, le=1, description="Last over peak rate.")
+    final_lr_ratio: float = Field(default=0.05, ge=0, le=1, description="Last rate / peak rate.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas.")
     max_grad_norm: float = Field(default=0.5, gt=0, description="Clip gradients to this 2-norm.")
     epochs: int = Field(
-        default=1, gt=0, description="Passes over the data, unless max_steps ends it."
+        default=1, gt=0, description="Passes over the data; ignored if max_steps is set."
     )
     max_steps: int | None = Field(default=None, gt=0, description="Stop exactly after this step.")
     batch_tokens: int = Field(
-        default=8192, gt=0, description="Tokens of one packed batch; a longer sample is its own."
+        default=8192, gt=0, description="Tokens per packed batch; a longer sample forms its own."
     )
     batches_per_step: int = Field(
-        default=1, gt=0, description="Packed batches of each process whose gradients make one step."
+        default=1, gt=0, description="Packed batches per process whose gradients form one step."
     )
     dtype: TrainingDtype = Field(
         default="auto",
-        description="Of matrix products; weights, norms, sums and losses are float32. auto: "
-        "bfloat16 on GPUs and processors that multiply it themselves, float32 on others, where "
-        "bfloat16 would be a hundred times slower.",
+        description="Dtype of matrix products; weights, norms, sums and losses are float32. auto: "
+        "bfloat16 on GPUs and CPUs that support it natively, float32 on others, where bfloat16 "
+        "would be a hundred times slower.",
     )
     num_processes: int = Field(
         default=1,
         gt=0,
-        description="Processes that train side by side on this machine, one per GPU.",
+        description="Processes that train in parallel on this machine, one per GPU.",
     )
     sharding: Sharding = Field(
         default="replicate",
-        description="With several processes: each holds the whole draft (DDP) or a part (FSDP2).",
+        description="With several processes: each holds the full draft (DDP) or a shard (FSDP2).",
     )
     shuffle_window: int = Field(
-        default=8, gt=0, description="Shards whose samples are shuffled together; what is cached."
+        default=8, gt=0, description="Shards whose samples are shuffled together and cached."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of initial weights and order.")
+    seed: int = Field(default=0, ge=0, description="Seed of weights and sample order.")
     checkpoint_every: int = Field(default=200, gt=0, description="Steps between checkpoints.")
     keep_last: int = Field(
-        default=2, gt=0, description="Newest checkpoints that are kept, beside the best one."
+        default=2, gt=0, description="Newest checkpoints to keep, besides the best one."
     )
     held_out_every: int = Field(
         default=200, gt=0, description="Steps between measurements on the held-out split."
     )
     held_out_tokens: int = Field(
-        default=65536, gt=0, description="Held-out tokens that a measurement reads at most."
+        default=65536, gt=0, description="Maximum of held-out tokens per measurement."
     )
-    log_every: int = Field(default=5, gt=0, description="Steps between lines in the trackers.")
+    log_every: int = Field(default=5, gt=0, description="Steps between logged metrics.")
 
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""
         free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
         free |= {"held_out_every", "held_out_tokens", "gradient_checkpointing"}
-        # Processes may come and go between two runs.
+        # The number of processes may change between two runs.
         free |= {"num_processes", "sharding", "batches_per_step"}
         return self.model_dump(mode="json", exclude=free)

@@ -1,7 +1,7 @@
 """The processes of one training run: one by default, several under torchrun.
 
-Ranks split the packed batches of a step between them; weights and gradients are the same as if one
-process had worked through all of them, up to the rounding of float32 sums.
+Ranks share the packed batches of a step; weights and gradients are the same as if one process had
+computed all of them, up to the rounding of float32 sums.
 """
 
 import gc
@@ -23,22 +23,22 @@ Sharding = Literal["replicate", "shard"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
-    """This process among its fellows."""
+    """Rank and world size."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Tell whether this one writes checkpoints and reports."""
+        """Return whether this process writes checkpoints and reports."""
         return self.rank == 0
 
     def parallel(self, module: nn.Module, sharding: Sharding) -> nn.Module:
-        """Return `module` so that its backward pass averages gradients over all processes.
+        """Wrap `module` so that its backward pass averages gradients over all processes.
 
         Args:
             module: on its device; all processes hold equal weights.
-            sharding: "replicate" keeps all of it on each rank (DDP), "shard" a part (FSDP2).
+            sharding: "replicate" keeps the full module on each rank (DDP), "shard" a part (FSDP2).
 
         """
         if self.world_size == 1:
@@ -56,23 +56,23 @@ class Processes:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Tell whether `flag` holds on any process: all then act alike."""
+        """Return whether `flag` is set on any process, so that all act alike."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor(float(flag), device=_device())
         return bool(self.total(flags) > 0)
 
     def wait(self) -> None:
-        """Return when all processes are here."""
+        """Wait until all processes have called this."""
         if self.world_size > 1:
             distributed.barrier()
 
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Yield this process's place; under torchrun, connect it to the others while the block runs.
+    """Yield rank and world size; under torchrun, connect the processes while the block runs.
 
-    Modules that became `parallel` should not outlive the block: they hold the connections.
+    Modules wrapped by `parallel` should not outlive the block: they hold the connections.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or distributed.is_initialized():
@@ -88,11 +88,11 @@ def join_processes() -> Iterator[Processes]:
 
 
 def _end_threads() -> None:
-    """Let go of the last references to process groups: their threads end with them.
+    """Release the last references to process groups, so that their threads end.
 
-    One that still holds a tensor when Python ends aborts the process ("terminate called without an
-    active exception"; https://github.com/pytorch/pytorch/pull/179291), and torchrun then stops all
-    others. DTensor's caches keep device meshes for ever, and these their groups.
+    A thread that still holds a tensor when Python ends aborts the process ("terminate called
+    without an active exception"; https://github.com/pytorch/pytorch/pull/179291), and torchrun then
+    stops all others. DTensor's caches keep device meshes forever, and these keep their groups.
     """
     for found in gc.get_objects():
         if type(found) is DeviceMesh:
@@ -119,12 +119,12 @@ def _unsynced(module: FSDPModule) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its shards; every process must ask at the same time."""
+    """Return the unsharded tensor; every process must call this at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return `tensor` on the device of `parameter`, sharded as that is."""
+    """Return `tensor` on the device of `parameter`, with the same sharding."""
     moved = tensor.to(parameter.device)
     if isinstance(parameter, DTensor) and moved.ndim:
         return distribute_tensor(moved, parameter.device_mesh, parameter.placements)

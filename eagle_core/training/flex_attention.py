@@ -1,12 +1,12 @@
-"""Attention of training-time test in torch's FlexAttention: one fused kernel over a whole batch.
+"""Training-time-test attention with torch's FlexAttention: one fused kernel over a full batch.
 
-The step-0 keys that a query sees are mixed by the kernel, which hands back the log of their sum of
-exponentials. To the query's own later keys that is one more key: its score is this logarithm, its
-value the mixture. Autograd differentiates both, the logarithm included.
+The kernel attends to the step-0 keys that a query sees and also returns the log-sum-exp of their
+scores. Next to the query's own later keys, this result acts as one more key: its score is the
+log-sum-exp, its value the attention output. Autograd differentiates both.
 
-Only for GPUs, and with torch.compile: elsewhere `eagle_core.training.attention` does the same.
+For GPUs with torch.compile only; elsewhere use `eagle_core.training.attention`, which is equal.
 
-Shapes: A queries, S step-0 keys, I own keys a query, Hq heads, K key-value heads,
+Shapes: A queries, S step-0 keys, I own keys per query, Hq heads, K key-value heads,
 G = Hq / K, E head size.
 """
 
@@ -36,12 +36,12 @@ def flex_ttt_attention(
     indices: Tensor,
     first: Tensor,
 ) -> Tensor:
-    """Return what `packed_ttt_attention` returns, for the same arguments."""
+    """Compute `packed_ttt_attention`; same arguments and result."""
     if not len(query):
         return no_queries(query, keys, values)
-    with torch.autocast(query.device.type, enabled=False):  # dtypes are chosen here
+    with torch.autocast(query.device.type, enabled=False):  # dtypes are explicit here
         grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [A, K, G, E]
-        attention_output, logsumexp = _mix_shared(query, keys, values, indices, first)
+        attention_output, logsumexp = _attend_shared(query, keys, values, indices, first)
         scores = torch.einsum("akge,aike->akgi", grouped, own_keys) * query.shape[-1] ** -0.5
         scores = torch.cat([logsumexp.view_as(grouped[..., :1]), widened(scores)], dim=-1)
         weights = scores.softmax(dim=-1).to(query.dtype)
@@ -50,10 +50,10 @@ def flex_ttt_attention(
         return (shared + own).flatten(1, 2)
 
 
-def _mix_shared(
+def _attend_shared(
     query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, first: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return [A, Hq, E] mixed values of step 0, and [A, Hq] log-sum-exp of their scores."""
+    """Return [A, Hq, E] attention output over step 0, and [A, Hq] log-sum-exp of the scores."""
 
     def is_visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (first[row] <= key) & (key <= indices[row])
@@ -73,7 +73,7 @@ def require_agreement(
 ) -> None:
     """Compare the kernel, and its gradients, with our own attention on a small case.
 
-    A kernel that is wrong for a GPU or a size would train a useless draft without a word.
+    A kernel that is wrong for a GPU or a size would silently train a useless draft.
 
     Raises:
         ConfigError: they differ by more than rounding.
@@ -86,7 +86,7 @@ def require_agreement(
 
     borders = torch.tensor(_CHECKED_STARTS, device=device)
     indices = torch.arange(_CHECKED_TOKENS, device=device)
-    indices = indices[indices % 5 > 0]  # holes, as prompts leave them
+    indices = indices[indices % 5 > 0]  # gaps, like those of prompts
     first = borders[torch.searchsorted(borders, indices, right=True) - 1]
     query = random(len(indices), num_heads, head_dim)
     keys, values = (random(_CHECKED_TOKENS, num_kv_heads, head_dim) for _ in range(2))
@@ -107,9 +107,10 @@ def require_agreement(
     worst = float(torch.stack(deviations).max())  # NaN if any of them is
     if not worst <= _ROUNDING[dtype]:
         raise ConfigError(
-            f"training.compile: FlexAttention is off by {worst:.1e} of our own attention on "
-            f"{device} in {dtype} ({num_heads} heads of {head_dim}, {num_kv_heads} for keys), more "
-            f"than the {_ROUNDING[dtype]:.0e} of rounding: set training.compile to false"
+            f"training.compile: FlexAttention differs by {worst:.1e} from our own attention on "
+            f"{device} in {dtype} ({num_heads} heads of size {head_dim}, {num_kv_heads} key-value "
+            f"heads), but rounding explains only {_ROUNDING[dtype]:.0e}; set training.compile to "
+            "false"
         )
 
 

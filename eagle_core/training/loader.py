@@ -1,8 +1,8 @@
 """Batches in an order that is a pure function of (seed, epoch), resumable at any sample.
 
-The state between two steps is (source id, seed, epoch, next sample): it knows nothing of batch
-size, ranks or workers, which may all change before the next run without a sample lost or repeated.
-Batches are made ahead by one thread, and the source is told what comes.
+The state between two steps is (source id, seed, epoch, next sample). It is independent of batch
+size, ranks and workers: these may change between two runs without losing or repeating a sample.
+One thread prepares batches ahead, and the source is asked to prefetch their samples.
 """
 
 from collections import deque
@@ -22,39 +22,39 @@ _STEPS_AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderState:
-    """Where in the data a run is."""
+    """Position of a run in its data."""
 
     source_id: str
     seed: int
     epoch: int = 0
     next_sample: int = 0
-    """Place in the epoch's order of the first sample that was not trained on."""
+    """Index in the epoch's order of the first sample that was not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStep:
-    """What one process works through in one step, and the state after it."""
+    """The batches of one process for one step, and the state after it."""
 
     batches: tuple[PackedBatch, ...]
-    """At most `batches_per_step`; fewer, even none, when the epoch ends in the middle of a step."""
+    """At most `batches_per_step`; fewer, even none, if the epoch ends in the middle of a step."""
     num_batches: int
-    """Of all processes."""
+    """Number over all processes."""
     most_batches: int
-    """Of any one process."""
+    """Largest number on one process."""
     after: LoaderState
-    """Of all processes: the same on each."""
+    """The same on all processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
-    """How the batches of a step are made and shared out."""
+    """How the batches of a step are formed and distributed over the processes."""
 
     window: int
     """Groups whose samples are shuffled together."""
     batch_tokens: int
     """Tokens of one packed batch."""
     batches_per_step: int = 1
-    """Of each process: gradients are accumulated over them."""
+    """Per process; gradients are accumulated over them."""
     rank: int = 0
     world_size: int = 1
 
@@ -68,7 +68,7 @@ def epoch_order(
         groups: [N] non-decreasing group of each sample.
         seed: of the run.
         epoch: from 0.
-        window: groups whose samples are mixed; what a cache has to hold.
+        window: groups whose samples are mixed; a cache has to hold these.
 
     """
     rng = np.random.default_rng((seed, epoch))
@@ -85,7 +85,7 @@ def epoch_order(
 def batch_end(
     order: NDArray[np.int64], lengths: NDArray[np.int64], *, first: int, batch_tokens: int
 ) -> int:
-    """Return the end of the batch from `first` on: at least one sample, then to the budget."""
+    """Return the end of the batch that starts at `first`: the budget, or at least one sample."""
     totals = np.cumsum(lengths[order[first:]])
     return first + max(1, int(np.searchsorted(totals, batch_tokens, side="right")))
 
@@ -98,7 +98,7 @@ def count_steps(
     seed: int,
     epochs: int,
 ) -> int:
-    """Return the exact number of steps of `epochs` whole epochs: batches are seldom full."""
+    """Return the exact number of steps of `epochs` full epochs; batches are rarely full."""
     total = 0
     for epoch in range(epochs):
         order = epoch_order(groups, seed=seed, epoch=epoch, window=shape.window)
@@ -114,9 +114,9 @@ def count_steps(
 
 
 def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterator[LoadedStep]:
-    """Yield steps from `state` on, without end; the caller decides when to stop.
+    """Yield steps from `state` on, endlessly; the caller decides when to stop.
 
-    Each is made of consecutive batches of the epoch's order, dealt out to the ranks in turn. A step
+    Each step has consecutive batches of the epoch's order, assigned to the ranks in turn. A step
     never crosses the end of an epoch.
     """
     plan = _plan(source, state, shape)
@@ -141,7 +141,7 @@ Members = list[NDArray[np.int64]]
 def _plan(
     source: SampleSource, state: LoaderState, shape: StepShape
 ) -> Iterator[tuple[Members, LoaderState]]:
-    """Yield the samples of every batch of a step, of all ranks, and the state after it."""
+    """Yield per step the samples of each batch, for all ranks, and the state after the step."""
     lengths, groups = source.lengths, source.groups
     epoch, first = state.epoch, state.next_sample
     while True:

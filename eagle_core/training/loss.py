@@ -1,8 +1,8 @@
-"""Soft cross-entropy against the target over the draft vocabulary, without keeping any logits.
+"""Soft cross-entropy against the target over the draft vocabulary, without storing logits.
 
-Logits exist for one chunk of rows at a time: the chunk's gradient is made in the forward pass and
-only [R, H] and [D, H] gradients are kept. Rows that share a teacher token share its distribution,
-which is computed once.
+Logits exist for one chunk of rows at a time: the chunk's gradient is computed in the forward pass
+and only [R, H] and [D, H] gradients are kept. Rows that share a teacher token share its
+distribution, which is computed once.
 
 Shapes: R rows (position, step), U teacher tokens, H draft hidden, Ht target hidden, D draft
 vocabulary.
@@ -24,12 +24,12 @@ Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 CHUNK_ROWS = 1024
 TILE_BYTES = 1 << 21
 _ADDED_ROWS = 500
-_NUM_FIGURES = 4
+_NUM_METRICS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teacher:
-    """What the target says about the U tokens that some row is taught by."""
+    """The target's outputs for the U teacher tokens of the rows."""
 
     last_hidden_state: Tensor
     """[U, Ht] after the final norm"""
@@ -40,24 +40,24 @@ class Teacher:
     draft_argmax: Tensor
     """[U] int64 draft id of the target's argmax; -1 if the draft vocabulary lacks it"""
     token_of_row: Tensor
-    """[R] int64, non-decreasing: which teacher token teaches the row"""
+    """[R] int64, non-decreasing: index of the row's teacher token"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowOutcome:
-    """What became of each row; carries no gradient."""
+    """Metrics of each row; carries no gradient."""
 
     cross_entropy: Tensor
     """[R] nats"""
     correct: Tensor
     """[R] bool: the draft's argmax is the target's"""
     acceptance: Tensor
-    """[R] sum of min(p, q), p over the full vocabulary: chance of acceptance when sampling
+    """[R] sum of min(p, q), p over the full vocabulary: acceptance probability when sampling
 
-    NaN where gradients were made for `cross_entropy`, which does not need it.
+    NaN if gradients were computed for `cross_entropy`, which does not need it.
     """
     objective: Tensor
-    """[R] what is minimised"""
+    """[R] value of the objective"""
 
 
 def distillation_loss(
@@ -74,19 +74,19 @@ def distillation_loss(
 
     With a the acceptance of a row, p the target's and q the draft's distribution:
 
-    * `cross_entropy`: of q under p renormalised over the draft vocabulary, as EAGLE-3 trains.
+    * `cross_entropy`: of q under p renormalised over the draft vocabulary, as in EAGLE-3.
     * `lk_alpha`: -log a (LK losses, arXiv 2602.23881).
     * `lk_hybrid`: k * cross-entropy + (1 - k) * (1 - a) with k = exp(-lk_eta * a), not
-      differentiated: divergence while acceptance is low, acceptance itself when it is high.
+      differentiated: the divergence while acceptance is low, acceptance itself when it is high.
 
     Args:
         hidden: [R, H] the draft's states after its final norm, in the dtype of computation.
         head: [D, H] the draft's head.
         weights: [R] factor of each row.
-        teacher: what the rows learn from.
-        objective: what is minimised.
+        teacher: the target's outputs for the rows.
+        objective: the loss of a row.
         lk_eta: of `lk_hybrid`.
-        compiled: whether to fuse the element-wise work with torch.compile, which needs a compiler.
+        compiled: whether to fuse element-wise operations with torch.compile; needs a compiler.
 
     """
     task = _Task(
@@ -95,11 +95,11 @@ def distillation_loss(
         compiled=compiled,
         wants_gradient=torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad),
     )
-    with torch.autocast(hidden.device.type, enabled=False):  # dtypes are chosen here
-        loss, *figures = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
+    with torch.autocast(hidden.device.type, enabled=False):  # dtypes are explicit here
+        loss, *metrics = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
             hidden, head, weights, teacher, task
         )
-    cross_entropy, correct, acceptance, minimised = figures
+    cross_entropy, correct, acceptance, minimised = metrics
     outcome = RowOutcome(
         cross_entropy=cross_entropy,
         correct=correct.bool(),
@@ -132,22 +132,22 @@ class _ChunkedLoss(torch.autograd.Function):
         task: _Task,
     ) -> tuple[Tensor, ...]:
         wide = widened(hidden[:1])
-        figures = tuple(wide.new_zeros(len(hidden)) for _ in range(_NUM_FIGURES))
+        metrics = tuple(wide.new_zeros(len(hidden)) for _ in range(_NUM_METRICS))
         turn_into_gradient = _compiled() if task.compiled else _turn_into_gradient
         grad_hidden = torch.empty_like(hidden) if task.wants_gradient else None
         grad_head = torch.zeros_like(head) if task.wants_gradient else None
         compute_head = head.to(hidden.dtype)
         spans = _Spans(teacher.token_of_row)
-        memory = hidden.new_empty(spans.longest(CHUNK_ROWS), len(head))
+        logits_buffer = hidden.new_empty(spans.longest(CHUNK_ROWS), len(head))
         for chunk in spans.of(spans.everything, max_rows=CHUNK_ROWS):
             states = hidden[chunk.rows]
-            logits = torch.mm(states, compute_head.T, out=memory[: chunk.num_rows])
-            taught = teacher.last_hidden_state[chunk.tokens] @ teacher.head.T
+            logits = torch.mm(states, compute_head.T, out=logits_buffer[: chunk.num_rows])
+            teacher_logits = teacher.last_hidden_state[chunk.tokens] @ teacher.head.T
             for tile in spans.of(chunk, max_rows=_tile_rows(logits, compiled=task.compiled)):
                 local = teacher.token_of_row[tile.rows] - tile.tokens.start
-                found = turn_into_gradient(
+                tile_metrics = turn_into_gradient(
                     logits[_within(tile.rows, chunk.rows)],
-                    taught[_within(tile.tokens, chunk.tokens)],
+                    teacher_logits[_within(tile.tokens, chunk.tokens)],
                     teacher.logsumexp[tile.tokens],
                     local,
                     teacher.draft_argmax[tile.tokens][local],
@@ -156,20 +156,20 @@ class _ChunkedLoss(torch.autograd.Function):
                     task.lk_eta,
                     measures_acceptance=task.measures_acceptance,
                 )
-                for kept, values in zip(figures, found, strict=True):
-                    kept[tile.rows] = values
+                for metric, values in zip(metrics, tile_metrics, strict=True):
+                    metric[tile.rows] = values
             if grad_hidden is not None and grad_head is not None:
                 torch.mm(logits, compute_head, out=grad_hidden[chunk.rows])
                 _add_product(grad_head, logits, states)
         ctx.gradients = grad_hidden, grad_head
-        ctx.mark_non_differentiable(*figures)
-        return (weights * figures[-1]).sum(), *figures
+        ctx.mark_non_differentiable(*metrics)
+        return (weights * metrics[-1]).sum(), *metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grad_hidden, grad_head = ctx.gradients
-        ctx.gradients = None  # they are scaled in place, and so good for one backward pass only
-        if grads[0].device.type != "cpu" or grads[0] != 1:  # a GPU must not wait for the answer
+        ctx.gradients = None  # scaled in place, so valid for one backward pass only
+        if grads[0].device.type != "cpu" or grads[0] != 1:  # a GPU must not wait for the result
             grad_hidden.mul_(grads[0])
             grad_head.mul_(grads[0])
         return grad_hidden, grad_head, None, None, None
@@ -178,8 +178,8 @@ class _ChunkedLoss(torch.autograd.Function):
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left^T [D, r] times right [r, H] to `total` [D, H], some rows at a time.
 
-    The product of narrow numbers is widened while it is in the cache: adding all of it at once
-    takes a third as long as the multiplication.
+    A low-precision product is widened while it is in the cache: adding all of it at once takes a
+    third as long as the multiplication.
     """
     if left.dtype == total.dtype:
         total.addmm_(left.T, right)
@@ -191,7 +191,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _turn_into_gradient(
     logits: Tensor,
-    taught: Tensor,
+    teacher_logits: Tensor,
     logsumexp: Tensor,
     local: Tensor,
     draft_argmax: Tensor,
@@ -201,34 +201,34 @@ def _turn_into_gradient(
     *,
     measures_acceptance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrite logits [r, D] with the loss's derivative; return how the rows fare.
+    """Overwrite logits [r, D] with the loss's derivative; return the metrics of the rows.
 
-    Few passes over few rows: a tile stays in the processor's cache, and softmax is the one pass
-    that exponentiates.
+    Few passes over few rows: a tile stays in the processor's cache, and only the softmax
+    exponentiates.
 
     Args:
         logits: [r, D]
-        taught: [u, D] the target's logits of the tile's tokens.
+        teacher_logits: [u, D] the target's logits of the tile's tokens.
         logsumexp: [u] of the target's full vocabulary.
-        local: [r] which of the tokens teaches a row.
-        choice: [r] draft id of the target's argmax, or -1.
+        local: [r] index of a row's teacher token in the tile.
+        draft_argmax: [r] draft id of the target's argmax, or -1.
         weights: [r]
-        objective: what is minimised.
+        objective: the loss of a row.
         lk_eta: of `lk_hybrid`.
-        measures_acceptance: whether to; other objectives than `cross_entropy` need it.
+        measures_acceptance: whether to compute it; all objectives but `cross_entropy` need it.
 
     Returns:
         [r] each: cross-entropy, correct (0 or 1), acceptance (or NaN), objective.
 
     """
-    probability, target_lse, _ = _softmax(widened(taught))
+    probability, target_lse, _ = _softmax(widened(teacher_logits))
     p = probability.index_select(0, local)
     values = widened(logits)
     mean_logit = torch.linalg.vecdot(p, values)
     chosen = values.gather(1, draft_argmax.clamp(min=0).unsqueeze(1)).squeeze(1)
     first = values.argmax(dim=-1) if measures_acceptance else draft_argmax
     q, lse, highest = _softmax(values)
-    # Among equals, common in bfloat16, decoding takes the first; of a loss nobody decodes anything.
+    # Decoding takes the first of equal logits, common in bfloat16; in training any of them will do.
     is_highest = first == draft_argmax if measures_acceptance else chosen >= highest
     correct = is_highest & (draft_argmax >= 0)
     cross_entropy = lse - mean_logit
@@ -240,15 +240,16 @@ def _turn_into_gradient(
     if objective == "cross_entropy":
         minimised, slope = cross_entropy, q.sub_(p)
     else:
-        lacking = torch.where(q < scaled, q, 0)  # more of these would be accepted
-        away = q * lacking.sum(dim=-1, keepdim=True) - lacking  # slope of 1 - acceptance
+        below_target = torch.where(q < scaled, q, 0)  # raising these raises acceptance
+        # slope of 1 - acceptance
+        rejection_slope = q * below_target.sum(dim=-1, keepdim=True) - below_target
         if objective == "lk_alpha":
             floor = acceptance.clamp(min=torch.finfo(acceptance.dtype).tiny)
-            minimised, slope = -floor.log(), away / floor.unsqueeze(-1)
+            minimised, slope = -floor.log(), rejection_slope / floor.unsqueeze(-1)
         else:
-            kept = torch.exp(-lk_eta * acceptance)
-            minimised = kept * cross_entropy + (1 - kept) * (1 - acceptance)
-            slope = torch.lerp(away, q.sub_(p), kept.unsqueeze(-1))
+            k = torch.exp(-lk_eta * acceptance)
+            minimised = k * cross_entropy + (1 - k) * (1 - acceptance)
+            slope = torch.lerp(rejection_slope, q.sub_(p), k.unsqueeze(-1))
     logits.copy_(slope.mul_(weights.unsqueeze(-1)))
     return cross_entropy, correct.to(acceptance.dtype), acceptance, minimised
 
@@ -256,7 +257,7 @@ def _turn_into_gradient(
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (softmax, log-sum-exp, maximum) over the last dimension.
 
-    The largest probability is exp(0) over the sum of exponentials, which is all that is wanted.
+    The largest probability is exp(0) over the sum of exponentials, so it gives the log-sum-exp.
     """
     probability, highest = torch.softmax(logits, dim=-1), logits.amax(dim=-1)
     return probability, highest - probability.amax(dim=-1).log(), highest
@@ -272,7 +273,7 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
 
 
 def _tile_rows(logits: Tensor, *, compiled: bool) -> int:
-    """Return how many rows are worked on at once: all of a chunk where few are of no use."""
+    """Return the rows per tile: a whole chunk where smaller tiles have no benefit."""
     if compiled or logits.device.type != "cpu":
         return len(logits)
     return TILE_BYTES // (4 * logits.shape[1])
@@ -280,7 +281,7 @@ def _tile_rows(logits: Tensor, *, compiled: bool) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Span:
-    """Teacher tokens behind one another, and the rows that they teach."""
+    """Consecutive teacher tokens, and the rows that they teach."""
 
     rows: slice
     tokens: slice
@@ -291,7 +292,7 @@ class _Span:
 
 
 class _Spans:
-    """Cuts rows between two teacher tokens."""
+    """Splits rows at the borders between teacher tokens."""
 
     def __init__(self, token_of_row: Tensor) -> None:
         counts = torch.bincount(token_of_row).cpu()
@@ -299,7 +300,7 @@ class _Spans:
         self.everything = _Span(rows=slice(0, len(token_of_row)), tokens=slice(0, len(counts)))
 
     def of(self, whole: _Span, *, max_rows: int) -> Iterator[_Span]:
-        """Yield parts of `whole` of `max_rows` rows at most, or of a single token's."""
+        """Yield parts of `whole` with at most `max_rows` rows, or with a single teacher token."""
         first, end = whole.tokens.start, whole.tokens.stop
         while first < end:
             start = self._ends[first]
@@ -309,7 +310,7 @@ class _Spans:
             first = last
 
     def longest(self, max_rows: int) -> int:
-        """Return the rows of the longest part of everything."""
+        """Return the number of rows of the longest part of `everything`."""
         parts = self.of(self.everything, max_rows=max_rows)
         return max((part.num_rows for part in parts), default=0)
 

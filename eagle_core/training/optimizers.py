@@ -1,7 +1,7 @@
-"""The optimizers of a draft: AdamW, or Muon for the layer's matrices and AdamW beside.
+"""The optimizers of a draft: AdamW, or Muon for the layer's matrices and AdamW for the rest.
 
 Muon (torch.optim.Muon) orthogonalises the updates of matrices between hidden states; embeddings,
-heads and norms are not of that kind and stay with AdamW.
+heads and norms are not such matrices and use AdamW.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from eagle_core.training.distributed import placed_like, whole
 
 
 def make_optimizers(draft: DraftModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimizers over all trained parameters, each in exactly one of them."""
+    """Return the optimizers; each trained parameter is in exactly one of them."""
     trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
     if config.optimizer == "adamw":
         return [_adamw(list(trained.values()), config)]
@@ -25,7 +25,7 @@ def make_optimizers(draft: DraftModel, config: TrainingConfig) -> list[torch.opt
         hidden,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",  # so that AdamW's learning rates serve both
+        adjust_lr_fn="match_rms_adamw",  # so that AdamW's learning rates suit both
     )
     return [muon, _adamw(others, config)]
 
@@ -50,7 +50,7 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) 
 def state_tensors(
     optimizers: Sequence[torch.optim.Optimizer], draft: DraftModel
 ) -> dict[str, Tensor]:
-    """Return all state as whole tensors named PARAMETER/KEY; every process must ask."""
+    """Return all state as unsharded tensors named PARAMETER/KEY; every process must call this."""
     return {
         f"{name}/{key}": whole(value).contiguous()
         for name, _, state in _states(optimizers, draft)
@@ -61,7 +61,7 @@ def state_tensors(
 def restore_state(
     optimizers: Sequence[torch.optim.Optimizer], draft: DraftModel, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `state_tensors` returned."""
+    """Restore the state that `state_tensors` returned."""
     for name, parameter, state in _states(optimizers, draft):
         prefix = f"{name}/"
         state.update(

@@ -1,4 +1,4 @@
-"""Samples packed end to end into one batch: no padding, and no attention across borders.
+"""Samples packed end to end into one batch: no padding, and no attention across samples.
 
 Shapes: N tokens of the batch, A aux layers (3), Ht target hidden size, S sequences.
 """
@@ -16,7 +16,7 @@ from eagle_core.samples import HiddenStateSample
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """S samples behind one another."""
+    """S concatenated samples."""
 
     sample_ids: tuple[str, ...]
     starts: tuple[int, ...]
@@ -54,7 +54,7 @@ class PackedBatch:
 
 
 def pack(samples: Sequence[HiddenStateSample]) -> PackedBatch:
-    """Return `samples` as one batch, states in bfloat16 as they are stored: few bytes to move."""
+    """Return `samples` as one batch; states stay in bfloat16, as stored, to move fewer bytes."""
     aux = np.concatenate([sample.aux_hidden_states for sample in samples])
     last = np.concatenate([sample.last_hidden_state for sample in samples])
     argmax = np.concatenate([sample.target_argmax for sample in samples])

@@ -1,7 +1,7 @@
-"""Which positions take part in which training-time-test step, and how much each loss counts.
+"""Which positions take part in which training-time-test step, and the weight of each loss.
 
 An index takes part in step i only if the loss of step i or of a later one counts there. The others
-contribute the keys and values of step 0 and nothing else.
+contribute only step-0 keys and values.
 
 Shapes: N packed tokens, L training-time-test steps.
 """
@@ -23,21 +23,21 @@ class TttPositions:
     """Where each step computes and where its loss counts."""
 
     supervised: Tensor
-    """[L, N] bool: the loss mask holds there and the target's next distribution exists."""
+    """[L, N] bool: the loss mask is set and the target's next distribution exists."""
     counted: Tensor
     """[L, N] bool: supervised, and the target's argmax is in the draft vocabulary."""
     indices: tuple[Tensor, ...]
-    """[L] of [A_i]: indices that take part in step i, ascending; each holds the next."""
+    """[L] of [A_i]: indices that take part in step i, ascending; each contains the next."""
     shares: Tensor
-    """[L, N] float32: what each position counts for; the step's loss is their weighted mean."""
+    """[L, N] float32: weight of each position; the step's loss is the weighted mean."""
     totals: Tensor
-    """[L] float32: what all positions count for together."""
+    """[L] float32: divisor of the weighted sum in each step."""
 
     def weights(self, totals: Tensor | None = None) -> Tensor:
         """Return [L, N] the factor of each position in its step's loss.
 
         Args:
-            totals: [L] of all batches of an optimizer's step, this one's alone by default.
+            totals: [L] divisors over all batches of an optimizer step; by default this batch's.
 
         """
         divisors = self.totals if totals is None else totals
@@ -53,15 +53,15 @@ def ttt_positions(
     positions: LossPositions,
     reduction: LossReduction,
 ) -> TttPositions:
-    """Return who takes part.
+    """Return the positions that take part in each step.
 
     Args:
         loss_mask: [N] bool, token is the assistant's.
         in_vocabulary: [N] bool, the target's argmax after this token is in the draft vocabulary.
         starts: [S + 1] borders of the sequences.
         ttt_length: L.
-        positions: "eagle3" asks for loss_mask[t + i], "predicted" for loss_mask[t + 2 + i].
-        reduction: what the sum of a step's losses is divided by.
+        positions: "eagle3" requires loss_mask[t + i], "predicted" loss_mask[t + 2 + i].
+        reduction: divisor of the sum of a step's losses.
 
     """
     ends = torch.zeros_like(loss_mask)
@@ -79,19 +79,19 @@ def ttt_positions(
     )
     known = torch.stack([_shifted(in_vocabulary, sequence, step + 1) for step in range(ttt_length)])
     counted = supervised & known
-    later = counted.flip(0).cumsum(0).flip(0) > 0
+    takes_part = counted.flip(0).cumsum(0).flip(0) > 0
     shares, totals = _shares(counted, sequence, len(starts) - 1, reduction)
     return TttPositions(
         supervised=supervised,
         counted=counted,
-        indices=tuple(row.nonzero().squeeze(1) for row in later),
+        indices=tuple(row.nonzero().squeeze(1) for row in takes_part),
         shares=shares,
         totals=totals,
     )
 
 
 def _exists(sequence: Tensor, shift: int) -> Tensor:
-    """[N] whether the token `shift` further on is in the same sequence."""
+    """Return [N] whether the token `shift` positions later is in the same sequence."""
     exists = torch.zeros_like(sequence, dtype=torch.bool)
     if shift < len(sequence):
         exists[: len(sequence) - shift] = sequence[: len(sequence) - shift] == sequence[shift:]
@@ -99,7 +99,7 @@ def _exists(sequence: Tensor, shift: int) -> Tensor:
 
 
 def _shifted(flags: Tensor, sequence: Tensor, shift: int) -> Tensor:
-    """[N] the flag of the token `shift` further on in the same sequence, False beyond its end."""
+    """Return [N] the flag `shift` positions later in the same sequence, False beyond its end."""
     moved = torch.zeros_like(flags)
     if shift < len(flags):
         moved[: len(flags) - shift] = flags[shift:]
@@ -109,7 +109,7 @@ def _shifted(flags: Tensor, sequence: Tensor, shift: int) -> Tensor:
 def _shares(
     counted: Tensor, sequence: Tensor, num_sequences: int, reduction: LossReduction
 ) -> tuple[Tensor, Tensor]:
-    """Return shares [L, N] and what they add up to, or are divided by, in each step [L]."""
+    """Return shares [L, N] and their divisor in each step [L]."""
     counts = counted.float()
     if reduction == "positions":
         return counts, torch.full_like(counts[:, 0], counted.shape[1])

@@ -1,4 +1,4 @@
-"""The dtype in which training multiplies matrices: bfloat16 where the hardware does so itself."""
+"""The dtype of training's matrix products: bfloat16 where the hardware supports it natively."""
 
 from typing import Literal
 
@@ -10,14 +10,14 @@ TrainingDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def multiplying_dtype(wanted: TrainingDtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that is wanted; for "auto" the one that `device` is fast with."""
+    """Return the `wanted` dtype; for "auto" the one that is fast on `device`."""
     if wanted != "auto":
         return DTYPES[wanted]
     return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return what configurations call it."""
+    """Return the name of a dtype in configurations."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -26,6 +26,6 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         has_units: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return has_units
     if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return False

@@ -1,7 +1,8 @@
 """A linear map that one step applies several times, with one product for its weight's gradient.
 
-Autograd would make that gradient once for each use and add them up: in bfloat16 each sum is rounded
-again, the products are small, and each addition goes through memory as large as the weight.
+Autograd would compute that gradient once per use and sum the results: in bfloat16 each sum is
+rounded again, the products are small, and each addition reads and writes memory as large as the
+weight.
 
 Shapes: R rows of one use, I inputs, O outputs.
 """
@@ -14,13 +15,13 @@ from torch import Tensor
 
 
 class RepeatedLinear:
-    """Applies one weight to several inputs; good for one backward pass.
+    """Applies one weight to several inputs; valid for one backward pass.
 
     Inputs and the gradients of outputs are kept until the last use has been differentiated.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """Take a weight [O, I]; products are made in `dtype`."""
+        """Take a weight [O, I]; products are computed in `dtype`."""
         self._uses = _Uses(weight=weight.detach().to(dtype))
         self._token: Tensor = _Weight.apply(weight, self._uses)  # type: ignore[no-untyped-call]  # torch
 
@@ -41,7 +42,7 @@ class _Uses:
 
 
 class _Weight(torch.autograd.Function):
-    """Stands for the weight in the graph: differentiated behind all of its uses."""
+    """Represents the weight in the graph: its backward runs after that of all uses."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, uses: _Uses) -> Tensor:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""What a training run says of itself: after every step, and when it has ended.
+"""What a training run reports after every step and at its end.
 
 Shapes: L training-time-test steps.
 """
@@ -9,30 +9,30 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metrics:
-    """What the last step, and the last measurement on the held-out split, gave."""
+    """Metrics of the last step and of the last measurement on the held-out split."""
 
     loss: float
     first_loss: float
-    """Of the very first step of the run."""
+    """Loss of the first step of the run."""
     step_losses: tuple[float, ...] = ()
-    """[L] nats of cross-entropy, by training-time-test step, on the last step's batches."""
+    """[L] cross-entropy in nats, by training-time-test step, on the last step's batches."""
     step_accuracies: tuple[float, ...] = ()
     """[L] on the last step's batches."""
     held_out_step: int = 0
-    """Step after which the figures below were measured; 0 without a held-out split."""
+    """Step after which the metrics below were measured; 0 without a held-out split."""
     held_out_length: float = 0.0
-    """Tokens of one verifying forward, by joint prefixes: the best checkpoint has the most."""
+    """Tokens per verifying forward, from joint prefixes; largest for the best checkpoint."""
     held_out_accuracies: tuple[float, ...] = ()
     """[L]; empty without a held-out split."""
     held_out_acceptances: tuple[float, ...] = ()
-    """[L] chance that a sampled draft token is accepted."""
+    """[L] probability that a sampled draft token is accepted."""
     held_out_prefixes: tuple[float, ...] = ()
-    """[L] share of positions where the draft is right up to this step."""
+    """[L] joint-prefix accuracy: share of positions where the draft is correct up to this step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Told after every step."""
+    """Passed to the progress callback after every step."""
 
     step: int
     loss: float
@@ -40,13 +40,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """Where training ended."""
+    """State of the run at the end of an attempt."""
 
     num_steps: int
     """Steps of the run so far, earlier attempts included."""
     figures: Metrics
     tokens_per_second: float
-    """Of this attempt, data and checkpoints included; 0 when nothing was left to do."""
+    """Of this attempt, data and checkpoints included; 0 if the run was already complete."""
     dtype: str
     """Of matrix products."""
     checkpoint_path: Path

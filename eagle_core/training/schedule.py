@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, and how many steps there are."""
+"""The learning rate as a pure function of the step, and the number of steps."""
 
 import math
 
@@ -16,7 +16,7 @@ def total_steps(
     *,
     world_size: int = 1,
 ) -> int:
-    """Return how many steps a run over samples of these lengths and groups [N] takes."""
+    """Return the number of steps of a run over samples with these lengths and groups [N]."""
     if config.max_steps is not None:
         return config.max_steps
     shape = step_shape(config, world_size=world_size)
@@ -24,7 +24,7 @@ def total_steps(
 
 
 def step_shape(config: TrainingConfig, *, rank: int = 0, world_size: int = 1) -> StepShape:
-    """Return how the batches of a run's steps are made and shared out."""
+    """Return how the batches of a run's steps are formed and distributed."""
     return StepShape(
         window=config.shuffle_window,
         batch_tokens=config.batch_tokens,

@@ -1,4 +1,4 @@
-"""SIGTERM as a request that is answered between two steps."""
+"""SIGTERM as a request to stop between two steps."""
 
 import signal
 import threading
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_sigterm(handle: Callable[[], None]) -> Iterator[None]:
-    """Call `handle` at SIGTERM while the block runs.
+    """Call `handle` on SIGTERM while the block runs.
 
-    Outside the main thread Python takes no signal handlers: there it is never called.
+    Python allows signal handlers only in the main thread: elsewhere `handle` is never called.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

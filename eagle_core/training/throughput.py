@@ -1,4 +1,4 @@
-"""How fast a run goes, what it waits for, and what memory it takes."""
+"""Throughput, waiting time and memory of a run."""
 
 import resource
 import sys
@@ -12,7 +12,7 @@ from eagle_core.training.loader import LoadedStep
 
 
 class ThroughputMeter:
-    """Counts from its making on."""
+    """Measures from its creation on."""
 
     def __init__(self, device: torch.device) -> None:
         """Measure the memory of `device`."""
@@ -36,7 +36,7 @@ class ThroughputMeter:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the tokens of this process a second; 0 before the first step."""
+        """Return this process's tokens per second; 0 before the first step."""
         return self._num_tokens / max(self._seconds, 1e-9)
 
     @property
@@ -44,7 +44,7 @@ class ThroughputMeter:
         return time.monotonic() - self._started
 
     def scalars(self) -> dict[str, float]:
-        """Return everything by name: shares are 0 to 1, memory is the peak in GiB."""
+        """Return all metrics by name: fractions are 0 to 1, memory is the peak in GiB."""
         return {
             "tokens_per_second": self.tokens_per_second,
             "supervised_fraction": self._num_supervised / max(1, self._num_tokens),

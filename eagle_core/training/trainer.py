@@ -1,7 +1,8 @@
-"""The training loop: exact, resumable, and ignorant of where its samples come from.
+"""The training loop: exact, resumable, and independent of the source of its samples.
 
-Invariant: a run interrupted after any checkpoint and resumed ends in the same bits as one that
-never was. All that the next step depends on is in the checkpoint or a pure function of the step.
+Invariant: a run that is interrupted after any checkpoint and resumed ends bit-identical to an
+uninterrupted one. Everything that the next step depends on is in the checkpoint or a pure function
+of the step.
 """
 
 import dataclasses
@@ -55,31 +56,31 @@ def train(
 ) -> TrainingResult:
     """Train `draft` in place, from the newest good checkpoint of `run_path` if there is one.
 
-    Under torchrun every process calls this alike; the first writes checkpoints, and only its
-    tracker and callback should say anything.
+    Under torchrun every process calls this; the first writes checkpoints, and only its tracker and
+    callback should report anything.
 
     Args:
-        config: settings; all but the lengths must equal those of the checkpoint.
+        config: settings; their `identity` must equal that of the checkpoint.
         draft: initialised draft on the device to train on, the same on all processes.
         target_lm_head: [V, Ht] the target's head.
         source: training samples.
         held_out: samples to measure on, if any.
         run_path: folder of the run; checkpoints go below it.
-        tracker: takes the figures.
+        tracker: records the metrics.
         on_progress: called after every step.
 
     Raises:
-        ConfigError: FlexAttention, where `compile` asks for it, is not right on this GPU.
+        ConfigError: `compile` needs FlexAttention, but its results are wrong on this GPU.
         MismatchError: the checkpoint belongs to other data or settings; names the fields.
-        CorruptError: the loss or the gradient is not finite (names the samples of the batch), or
-            the weights that are to be saved.
+        CorruptError: the loss or the gradient (names the samples of the batch) or a weight to save
+            is not finite.
 
     """
-    with join_processes() as processes, stop_request() as stop_asked:
-        # No name for it: what holds a process group must be gone when the block ends.
+    with join_processes() as processes, stop_request() as stop_requested:
+        # Not assigned: objects that hold a process group must be gone when the block ends.
         return _Run(
             config, draft, target_lm_head, source, held_out, run_path, processes
-        ).until_done(tracker, on_progress, stop_asked.is_set)
+        ).until_done(tracker, on_progress, stop_requested.is_set)
 
 
 class _Run:
@@ -105,10 +106,10 @@ class _Run:
         )
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
-        self.figures: Metrics | None = None
+        self.metrics: Metrics | None = None
         self.saved: Path | None = None
         self.best_length = 0.0
-        """On the held-out split, of the checkpoints that are there."""
+        """Largest held-out length of the existing checkpoints."""
         self._resume_weights()
         if fuses_attention(self.config, self._device):
             require_agreement(
@@ -132,7 +133,7 @@ class _Run:
         checkpoint.require_identity(folder, found.identity, self.identity)
         checkpoint.load_weights(self.draft, folder)
         self.step, self.loader, self.saved = found.step, found.loader, folder
-        self.figures = Metrics(**{name: _as_tuple(value) for name, value in found.figures.items()})
+        self.metrics = Metrics(**{name: _as_tuple(value) for name, value in found.figures.items()})
         best = checkpoint.best(self.run_path)
         if best is not None:
             self.best_length = checkpoint.read(best).figures["held_out_length"]
@@ -141,7 +142,7 @@ class _Run:
         self,
         tracker: Tracker,
         on_progress: Callable[[Progress], None],
-        stop_asked: Callable[[], bool],
+        stop_requested: Callable[[], bool],
     ) -> TrainingResult:
         meter = ThroughputMeter(self.draft.lm_head.weight.device)
         stream = steps(
@@ -149,16 +150,16 @@ class _Run:
             self.loader,
             step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
         )
-        # Before the first step there is nothing to write: a stop is answered after it.
-        while not self._is_done() and not (self.figures and self.processes.any(stop_asked())):
+        # Before the first step there is nothing to save: a stop request waits for it.
+        while not self._is_done() and not (self.metrics and self.processes.any(stop_requested())):
             with meter.waiting():
                 loaded = next(stream)
             outcomes, rate = self._one_step(loaded)
             meter.add(loaded)
-            self._remember(outcomes)
-            on_progress(Progress(step=self.step, loss=self._figures.loss))
+            self._update_metrics(outcomes)
+            on_progress(Progress(step=self.step, loss=self._last_metrics.loss))
             if self.step % self.config.log_every == 0 or self._is_done():
-                tracker.log({**_scalars(self._figures), "learning_rate": rate}, step=self.step)
+                tracker.log({**_scalars(self._last_metrics), "learning_rate": rate}, step=self.step)
                 tracker.log(meter.scalars(), step=self.step)
             is_best = False
             if self.step % self.config.held_out_every == 0 or self._is_done():
@@ -171,7 +172,7 @@ class _Run:
         assert self.saved is not None  # noqa: S101
         return TrainingResult(
             num_steps=self.step,
-            figures=self._figures,
+            figures=self._last_metrics,
             tokens_per_second=meter.tokens_per_second * self.processes.world_size,
             dtype=dtype_name(self.dtype),
             checkpoint_path=self.saved,
@@ -179,9 +180,9 @@ class _Run:
         )
 
     @property
-    def _figures(self) -> Metrics:
-        assert self.figures is not None  # noqa: S101 (at least one step is done)
-        return self.figures
+    def _last_metrics(self) -> Metrics:
+        assert self.metrics is not None  # noqa: S101 (at least one step is done)
+        return self.metrics
 
     def _is_done(self) -> bool:
         if self.config.max_steps is not None:
@@ -193,17 +194,18 @@ class _Run:
         set_learning_rate(self.optimizers, rate)
         own = [batch.to(self._device) for batch in loaded.batches]
         counts = [loss_totals(self.draft.t2d, batch, self.config) for batch in own]
-        totals = self.processes.total(sum(counts, self._blank))
+        totals = self.processes.total(sum(counts, self._zeros))
         outcomes = [
             self._backward(batch, totals, is_last=number == loaded.most_batches - 1)
             for number, batch in enumerate(own)
         ]
         for number in range(len(own), loaded.most_batches):
-            # All processes must meet as often: whoever has fewer batches adds one times zero.
+            # All processes must synchronise equally often: one with fewer batches adds a batch
+            # times zero.
             self._backward(self._filler, None, is_last=number == loaded.most_batches - 1)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         if self.processes.any(not torch.isfinite(whole(norm))):
-            self._refuse(own, f"the gradient has norm {whole(norm).item()}")
+            self._raise_not_finite(own, f"the gradient has norm {whole(norm).item()}")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -215,8 +217,8 @@ class _Run:
         with nullcontext() if is_last else without_sync(self.module):
             outcome = self._forward(batch, self.target_head, totals)
             if self.processes.any(not torch.isfinite(outcome.loss)):
-                self._refuse([batch], f"the loss is {outcome.loss.item()}")
-            factor = 0 if totals is None else self.processes.world_size  # they average
+                self._raise_not_finite([batch], f"the loss is {outcome.loss.item()}")
+            factor = 0 if totals is None else self.processes.world_size  # gradients are averaged
             (outcome.loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
         return outcome
 
@@ -228,20 +230,20 @@ class _Run:
             outcome: TttOutcome = self.module(batch, target_head, totals)
         return outcome
 
-    def _refuse(self, batches: Sequence[PackedBatch], what: str) -> None:
+    def _raise_not_finite(self, batches: Sequence[PackedBatch], what: str) -> None:
         names = [name for batch in batches for name in batch.sample_ids]
         origins = ", ".join(f"{name} ({self.source.origin(name)})" for name in names)
         raise CorruptError(
             f"step {self.step + 1}: {what} on samples {origins}, or is not finite on another "
-            f"process; no weight was changed. {self._cure}"
+            f"process; no weight was changed. {self._remedy}"
         )
 
     @property
-    def _cure(self) -> str:
+    def _remedy(self) -> str:
         newest = f"The newest checkpoint is {self.saved}. " if self.saved else ""
         return (
             f"{newest}Verify the store (eyas verify --deep). If it is sound, train another run "
-            "(--run) with a lower training.learning_rate; it may begin with this one's draft (eyas "
+            "(--run) with a lower training.learning_rate; it can start from this run's draft (eyas "
             "run export, then training.start_from)"
         )
 
@@ -254,28 +256,28 @@ class _Run:
         return pack([self.source.fetch(0)]).to(self._device)
 
     @cached_property
-    def _blank(self) -> Tensor:
+    def _zeros(self) -> Tensor:
         return torch.zeros(self.config.ttt_length, device=self._device)
 
-    def _remember(self, outcomes: Sequence[TttOutcome]) -> None:
+    def _update_metrics(self, outcomes: Sequence[TttOutcome]) -> None:
         losses = torch.stack([o.loss.detach().float() for o in outcomes]).sum() if outcomes else 0.0
         loss = self.processes.total(torch.as_tensor(losses, device=self._device)).item()
         accuracies = self._summed(o.step_correct for o in outcomes) / self._summed(
             o.step_supervised for o in outcomes
         ).clamp(min=1)
-        self.figures = dataclasses.replace(
-            self.figures or Metrics(loss=loss, first_loss=loss),
+        self.metrics = dataclasses.replace(
+            self.metrics or Metrics(loss=loss, first_loss=loss),
             loss=loss,
             step_losses=tuple(self._summed(o.step_losses for o in outcomes).tolist()),
             step_accuracies=tuple(accuracies.tolist()),
         )
 
     def _summed(self, values: Iterable[Tensor]) -> Tensor:
-        """Return [L] the sum over this process's batches, and over all processes."""
-        return self.processes.total(sum(values, self._blank))
+        """Return [L] the sum over this process's batches and over all processes."""
+        return self.processes.total(sum(values, self._zeros))
 
     def _measure(self, tracker: Tracker) -> bool:
-        """Measure on the held-out split; tell whether the draft was never as good before."""
+        """Measure on the held-out split; return whether the draft is the best so far."""
         if self.held_out is None:
             return False
         found = measure_held_out(
@@ -285,8 +287,8 @@ class _Run:
             batch_tokens=self.config.batch_tokens,
             max_tokens=self.config.held_out_tokens,
         )
-        self.figures = dataclasses.replace(
-            self._figures,
+        self.metrics = dataclasses.replace(
+            self._last_metrics,
             held_out_step=self.step,
             held_out_length=found.length,
             held_out_accuracies=found.accuracies,
@@ -304,21 +306,21 @@ class _Run:
             for step, value in enumerate(values)
         }
         tracker.log({**scalars, "held_out/acceptance_length": found.length}, step=self.step)
-        is_best = self.processes.any(found.length > self.best_length)  # all save, or none
+        is_best = self.processes.any(found.length > self.best_length)  # all processes save, or none
         self.best_length = max(self.best_length, found.length)
         return is_best
 
     def _save(self) -> None:
         weights = {name: whole(tensor) for name, tensor in self.draft.state_dict().items()}
-        where = f"step {self.step}: no checkpoint is written"
-        require_finite(weights, where=where, cure=self._cure)
+        where = f"step {self.step}: no checkpoint was written"
+        require_finite(weights, where=where, cure=self._remedy)
         optimizer = state_tensors(self.optimizers, self.draft)
         if self.processes.is_first:
             record = Checkpoint(
                 step=self.step,
                 loader=self.loader,
                 identity=self.identity,
-                figures=dataclasses.asdict(self._figures),
+                figures=dataclasses.asdict(self._last_metrics),
             )
             keep_last = self.config.keep_last
             checkpoint.save(self.run_path, record, weights, optimizer, keep_last=keep_last)
@@ -332,7 +334,7 @@ def _identity(
     vocabulary = draft.t2d.cpu().numpy().tobytes()
     return {
         "source_id": source.source_id,
-        # What "auto" was on this machine: a run does not change its dtype on another one.
+        # The dtype that "auto" selected here: a run does not change it on another machine.
         "training": {**config.identity(), "dtype": dtype_name(dtype)},
         "draft": draft.config.model_dump(mode="json"),
         "draft_vocabulary": hashlib.sha256(vocabulary).hexdigest(),
@@ -343,9 +345,9 @@ def _as_tuple(value: Any) -> Any:  # noqa: ANN401 (a JSON value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _scalars(figures: Metrics) -> dict[str, float]:
+def _scalars(metrics: Metrics) -> dict[str, float]:
     return {
-        "loss": figures.loss,
-        **{f"loss/step_{step}": value for step, value in enumerate(figures.step_losses)},
-        **{f"accuracy/step_{step}": value for step, value in enumerate(figures.step_accuracies)},
+        "loss": metrics.loss,
+        **{f"loss/step_{step}": value for step, value in enumerate(metrics.step_losses)},
+        **{f"accuracy/step_{step}": value for step, value in enumerate(metrics.step_accuracies)},
     }

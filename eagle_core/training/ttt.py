@@ -1,10 +1,10 @@
 """The training-time-test step of EAGLE-3 (arXiv 2503.01840): only the work that gradients need.
 
-At index t of step i the draft reads the embedding of token t+1+i and its own hidden state, and is
-taught the target's distribution after token t+1+i; rotary position is t+i. Against the plain
-formulation (docs/design.md, section 5): prompt positions give step-0 keys and values only, the
-embedding half of the projections is computed once a token, the teacher once a token, and logits
-exist for one chunk of rows at a time.
+At index t of step i the draft reads the embedding of token t+1+i and its own hidden state, and
+learns the target's distribution after token t+1+i; the rotary position is t+i. Savings over the
+plain formulation (docs/design.md, section 5): prompt positions give only step-0 keys and values;
+the embedding half of the projections and the teacher are computed once per token; logits exist for
+one chunk of rows at a time.
 
 Shapes: N packed tokens, A_i indices of step i, H draft hidden, L steps.
 """
@@ -34,7 +34,7 @@ from eagle_core.training.repeated_linear import RepeatedLinear
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TttOutcome:
-    """One step's loss, to be differentiated, and figures that are not."""
+    """The loss of one step, which carries gradients, and metrics, which do not."""
 
     loss: Tensor
     """Sum over steps of step_decay**i times the step's loss."""
@@ -45,11 +45,11 @@ class TttOutcome:
     step_supervised: Tensor
     """[L] supervised positions; targets outside the draft vocabulary are misses"""
     step_acceptance: Tensor
-    """[L] sum over counted positions of sum(min(p, q)); NaN where `RowOutcome` has it so"""
+    """[L] sum over counted positions of sum(min(p, q)); NaN where `RowOutcome` has NaN"""
     step_counted: Tensor
     """[L] counted positions"""
     step_prefix: Tensor
-    """[L] positions supervised in step 0 where the draft is right in this step and all before it"""
+    """[L] positions supervised in step 0 where this and all earlier steps are correct"""
 
 
 class TttModule(nn.Module):
@@ -68,15 +68,15 @@ class TttModule(nn.Module):
 
 
 def fuses_attention(options: TttConfig, device: torch.device) -> bool:
-    """Tell whether FlexAttention mixes the values: it needs a compiler, and has no CPU backward."""
+    """Return whether to use FlexAttention: it needs a compiler and has no backward on a CPU."""
     return options.compile and device.type == "cuda"
 
 
 def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> Tensor:
-    """Return [L] what the losses of a batch are means over: positions, tokens or sequences.
+    """Return [L] the divisors of a batch's losses: number of positions, tokens or sequences.
 
-    Summed over several batches and handed to `ttt_step`, the losses of these add up to that of one
-    large batch.
+    If `ttt_step` gets their sum over several batches, the losses of the batches add up to that of
+    one large batch.
     """
     return _ttt_positions(t2d, batch, options).totals
 
@@ -106,8 +106,8 @@ def ttt_step(
         draft: the model to train.
         batch: packed sequences with the target's states.
         target_head: [D, Ht] the target's head rows of the draft vocabulary.
-        options: lengths and reductions.
-        totals: [L] what losses are divided by, if this is one of several batches of a step.
+        options: settings of the step.
+        totals: [L] divisors of the losses, if this is one of several batches of a step.
 
     """
     positions = _ttt_positions(draft.t2d, batch, options)
@@ -135,10 +135,10 @@ def ttt_step(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _RowOrder:
-    """The loss rows of all steps, sorted by the token that teaches them."""
+    """The loss rows of all steps, sorted by teacher token."""
 
     rows: Tensor
-    """[R] place of each in the concatenation of all steps"""
+    """[R] index of each row in the concatenation of all steps"""
     step: Tensor
     """[R]"""
     index: Tensor
@@ -154,7 +154,7 @@ class _RowOrder:
 
     @property
     def teacher_token(self) -> Tensor:
-        """[R] the token behind which the target's distribution is the teacher; non-decreasing."""
+        """[R] the token after which the target's distribution is the teacher; non-decreasing."""
         return self.index + 1 + self.step
 
 
@@ -164,7 +164,7 @@ def _states(
     """Yield the pre-norm states [A_i, H] of each step."""
     layer, config = draft.midlayer, draft.config
     fused = draft.fuse(widened(batch.aux_hidden_states))
-    dtype = fused.dtype  # of products; autocast would round what two of them read twice
+    dtype = fused.dtype  # of products; autocast would round an input of two products twice
     inputs = _InputHalves(draft, batch, dtype)
     output = RepeatedLinear(layer.self_attn.o_proj.weight, dtype)
     feed_forward = _feed_forward(layer, dtype, checkpointed=options.gradient_checkpointing)
@@ -202,14 +202,14 @@ def _states(
 def _feed_forward(
     layer: DraftLayer, dtype: torch.dtype, *, checkpointed: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Return the feed-forward block of all steps, which takes and returns [A, H]."""
+    """Return the feed-forward block for all steps: [A, H] to [A, H]."""
     block = layer.mlp
 
     def normed(state: Tensor) -> Tensor:
         output: Tensor = layer.post_attention_layernorm(state)
         return output.to(dtype)
 
-    if checkpointed:  # what is computed again must not be kept until all steps are differentiated
+    if checkpointed:  # RepeatedLinear would keep recomputed inputs until the last backward
         return partial(checkpoint, lambda state: block(normed(state)), use_reentrant=False)
     gate, up, down = (
         RepeatedLinear(part.weight, dtype)
@@ -219,7 +219,7 @@ def _feed_forward(
 
 
 class _InputHalves:
-    """The two halves of the query, key and value projections: embeddings once, hidden each step."""
+    """Halves of the query, key and value projections: embedding once, hidden state each step."""
 
     def __init__(self, draft: DraftModel, batch: PackedBatch, dtype: torch.dtype) -> None:
         layer, size = draft.midlayer, draft.config.hidden_size
@@ -294,6 +294,6 @@ def _outcome(
 
 
 def _prefix(correct: Tensor, order: _RowOrder, positions: TttPositions) -> Tensor:
-    right = torch.zeros_like(positions.counted)
-    right[order.step, order.index] = correct
-    return right.cumprod(dim=0).sum(dim=1)
+    is_correct = torch.zeros_like(positions.counted)
+    is_correct[order.step, order.index] = correct
+    return is_correct.cumprod(dim=0).sum(dim=1)

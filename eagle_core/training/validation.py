@@ -1,4 +1,4 @@
-"""The draft on the held-out split, from stored or computed states; no gradient."""
+"""Measure a draft on the held-out split, from stored or computed states, without gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ class HeldOutFigures:
     """Means over the held-out positions, by training-time-test step."""
 
     accuracies: tuple[float, ...]
-    """[L] share of supervised positions where draft and target choose the same token."""
+    """[L] share of supervised positions where draft and target have the same argmax."""
     acceptances: tuple[float, ...]
-    """[L] mean of sum(min(p, q)); 0 where the target's choice is outside the draft vocabulary."""
+    """[L] mean of sum(min(p, q)); 0 where the target's argmax is outside the draft vocabulary."""
     prefixes: tuple[float, ...]
-    """[L] share of positions where the draft is right in this step and in all before it."""
+    """[L] joint-prefix accuracy: share of positions correct in this and all earlier steps."""
 
     @property
     def length(self) -> float:
-        """Return the tokens of one verifying forward, 1 to L + 1, if drafted greedily from here."""
+        """Return the tokens per verifying forward, 1 to L + 1, with greedy drafting."""
         return 1 + sum(self.prefixes)
 
 
@@ -37,7 +37,7 @@ def measure_held_out(
     batch_tokens: int,
     max_tokens: int,
 ) -> HeldOutFigures:
-    """Return the draft's figures on the first `max_tokens` tokens of `source`, in its own order."""
+    """Return the draft's metrics on the first `max_tokens` tokens of `source`, in source order."""
     order = torch.arange(len(source.lengths)).numpy()
     outcomes: list[TttOutcome] = []
     first = num_tokens = 0

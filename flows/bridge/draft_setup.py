@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftSetup:
-    """An untrained draft and what training needs beside it."""
+    """An untrained draft, its run folder and the target's head."""
 
     run_path: Path
     draft: DraftModel
@@ -36,9 +36,9 @@ class DraftSetup:
 
 
 def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path) -> DraftSetup:
-    """Return the untrained draft of a run, whose vocabulary is chosen already.
+    """Return the untrained draft of a run whose vocabulary exists.
 
-    Reads two tensors of the target (embedding and head), never the layers between them.
+    Reads two tensors of the target (embedding and head), not the layers between them.
     """
     folder = weights.locate(target)
     model_config = read_model_config(target, folder)
@@ -73,12 +73,12 @@ def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> Non
     imported = read_draft(folder)
     if imported.aux_layers not in {None, layers}:
         raise MismatchError(
-            f"the draft in {folder} reads the aux layers {imported.aux_layers}, the states of this "
-            f"target are of {layers}; set target.aux_layers, or start from another draft"
+            f"the draft in {folder} reads the aux layers {imported.aux_layers}, but the states of "
+            f"this target are of {layers}; set target.aux_layers, or start from another draft"
         )
     num_rows = warm_start(draft, imported)
     logger.info(
-        "starts from %s, with the head rows of %d of %d draft tokens",
+        "training starts from %s, which has the head rows of %d of %d draft tokens",
         folder,
         num_rows,
         draft.config.draft_vocab_size,
@@ -90,8 +90,8 @@ def choose_vocabulary(
 ) -> float:
     """Choose the vocabulary of a run, once; return the share of supervised tokens that it covers.
 
-    One of other data or size is kept only if the run has a checkpoint of it. Whether that
-    checkpoint's data may be left is not decided here: it carries their snapshot id.
+    An existing vocabulary of other data or size is kept only if the run has a checkpoint. Whether
+    the run may change its data is not decided here: the checkpoint records its snapshot id.
     """
     vocab_size = read_model_config(target, weights.locate(target)).vocab_size
     counts = count_supervised_tokens(tokens, vocab_size)
@@ -101,7 +101,7 @@ def choose_vocabulary(
         is_wanted = found.source_id == tokens.path.stem and len(found) == size
         if is_wanted or newest(run_path) is not None:
             return found.coverage(counts)
-        logger.info("no step was trained with the draft vocabulary of %s: chosen again", path)
+        logger.info("no step was trained with the draft vocabulary in %s: it is rebuilt", path)
     always = conversation_tokenizer(target).special_token_ids()
     vocabulary = DraftVocabulary.build(counts, size=size, always=always, source_id=tokens.path.stem)
     run_path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How many samples a store may leave out."""
+"""The limit on the samples that a store may exclude."""
 
 import logging
 import math
@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 class ExclusionLimit:
-    """Counts samples whose states are not finite; many of them are a fault of the target's.
+    """Counts samples with non-finite states; many of them indicate a fault of the target.
 
-    They are left out at the end, when they have turned out to be few: else they are tried again.
+    They are excluded at the end, if they are few; otherwise the next run tries them again.
     """
 
     def __init__(
         self, target: TargetConfig, config: StoreConfig, tokens: TokensSummary, store: Store
     ) -> None:
-        """Count what is left out already.
+        """Count the samples that are already excluded.
 
         Raises:
-            CorruptError: that is more than the limit.
+            CorruptError: they exceed the limit.
 
         """
         self._target, self._config = target, config
@@ -47,7 +47,7 @@ class ExclusionLimit:
         """Count more samples.
 
         Raises:
-            CorruptError: there are more than the limit; none of this run's is left out.
+            CorruptError: they exceed the limit; no sample of this run is excluded.
 
         """
         self._new |= {one.sample_id: one for one in exclusions}
@@ -55,10 +55,10 @@ class ExclusionLimit:
             raise self._too_many(list(self._new.values()))
 
     def exclude(self) -> None:
-        """Leave out, from now on, what was counted."""
+        """Exclude the counted samples from now on."""
         for one in self._new.values():
             self._store.exclusions.add(one)
-            logger.warning("left out: %s", one)
+            logger.warning("excluded: %s", one)
 
     @property
     def _limit(self) -> int:
@@ -68,9 +68,9 @@ class ExclusionLimit:
     def _too_many(self, examples: Sequence[Exclusion]) -> CorruptError:
         first = f", first {examples[0]}" if examples else ""
         return CorruptError(
-            f"target {self._target.name} gives {len(self._before | self._new.keys()):,} of "
-            f"{self._num_samples:,} samples states that are not finite{first}; at most "
-            f"{self._limit:,} may be left out (store.max_excluded_share "
+            f"target {self._target.name} computes non-finite states for "
+            f"{len(self._before | self._new.keys()):,} of {self._num_samples:,} samples{first}; at "
+            f"most {self._limit:,} may be excluded (store.max_excluded_share "
             f"{self._config.max_excluded_share:g}). Check the weights, set target.dtype to "
             "float32, or raise that share"
         )

@@ -1,7 +1,7 @@
-"""Keeps what online training computes: every group becomes a shard, and is read from then on.
+"""Stores the states of online training: every group becomes a shard, which later fetches read.
 
-A shard is what `hidden-states` would make of the same samples, with its probe, read back before it
-counts. What a store already holds is never computed again.
+A shard equals the one that `hidden-states` would write for the same samples, including the semantic
+probe, and is read back before it counts. Stored states are never computed again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,36 +23,36 @@ Capture = Callable[[Sequence[TokenizedSample]], Iterable[HiddenStateSample]]
 
 
 class StateKeeper:
-    """The states of some samples, of which a store holds more and more."""
+    """The states of a set of samples, which are added to a store one group at a time."""
 
     def __init__(
         self,
         store: Store,
         sample_ids: Sequence[str],
         recompute: TargetRecompute,
-        partial: RecomputeModel | None,
+        recompute_model: RecomputeModel | None,
         *,
         shards_in_memory: int,
     ) -> None:
-        """Look what the store holds; nothing is written yet.
+        """Read which samples the store holds; nothing is written yet.
 
         Args:
-            store: where states go.
-            sample_ids: the samples that are wanted.
-            recompute: checks what was written.
-            partial: what `flows.bridge.recompute.load_recompute_model` returns for the store.
-            shards_in_memory: decoded shards that are kept, those of a shuffle window.
+            store: receives the states.
+            sample_ids: the samples to store.
+            recompute: checks the written shards.
+            recompute_model: of `flows.bridge.recompute.load_recompute_model` for the store.
+            shards_in_memory: decoded shards to keep in memory, those of a shuffle window.
 
         """
         self.store = store
         self._wanted = frozenset(sample_ids)
-        self._recompute, self._partial = recompute, partial
+        self._recompute, self._recompute_model = recompute, recompute_model
         self._shards_in_memory = shards_in_memory
         self._held = store.held(self._wanted)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-keeper")
         self._writing: Future[None] | None = None
         self._written: frozenset[str] = frozenset()
-        """Samples that the newest write is about."""
+        """Samples of the newest write."""
         self._source: StoredSource | None = None
         self._index: dict[str, int] = {}
 
@@ -62,14 +62,14 @@ class StateKeeper:
         return len(self._wanted) - len(self._held)
 
     def plan(self, groups: Iterable[Sequence[PlannedSample]]) -> None:
-        """Persist which shards are to come, so that a collection of garbage leaves them alone."""
+        """Save the planned shards, so that garbage collection keeps them."""
         missing = [
             [sample for sample in group if not self.holds(sample.sample_id)] for group in groups
         ]
         self.store.plans.save(Plan.of(PlannedShard.of(members) for members in missing if members))
 
     def holds(self, sample_id: str) -> bool:
-        """Return whether the store has a sample; waits for it while it is being written."""
+        """Return whether the store has a sample; wait while it is being written."""
         if sample_id in self._written:
             self._finish_writing()
         return sample_id in self._held
@@ -82,7 +82,7 @@ class StateKeeper:
         return self._source.fetch(self._index[sample_id])
 
     def prefetch(self, sample_ids: Iterable[str]) -> None:
-        """Begin to read what these samples need, as far as it is known to be in the store."""
+        """Start reading the shards of these samples, as far as the store is known to hold them."""
         if self._source is not None:
             known = [self._index[name] for name in sample_ids if name in self._index]
             self._source.prefetch(known)
@@ -90,7 +90,7 @@ class StateKeeper:
     def compute(
         self, samples: Sequence[TokenizedSample], capture: Capture
     ) -> list[HiddenStateSample]:
-        """Return the states of `samples`, in any order, and write them as one shard beside that."""
+        """Return the states of `samples`, in any order; a thread writes them as one shard."""
         shard = PlannedShard.holding(samples)
         states = list(capture(samples))
         omitted = self.store.identity.omitted is not None
@@ -134,10 +134,10 @@ class StateKeeper:
             self._held |= self._written
 
     def _open(self) -> None:
-        """Read all that the store holds by now: once at the start, once for the second epoch."""
+        """Open all samples now in the store: once at the start, once for the second epoch."""
         commits = self.store.commits()
         snapshot = Snapshot.of(self._held, commits)
         largest = commits.totals.largest_raw_bytes
         reader = self.store.reader(snapshot, cache_bytes=self._shards_in_memory * largest)
-        self._source = StoredSource(reader, self._partial)
+        self._source = StoredSource(reader, self._recompute_model)
         self._index = {snapshot.sample_id(row): row for row in range(snapshot.num_samples)}

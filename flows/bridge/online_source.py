@@ -1,8 +1,8 @@
-"""The target model itself as the trainer's `SampleSource`: states are computed, used and forgotten.
+"""The target model as the trainer's `SampleSource`: states are computed, used and discarded.
 
-Samples are grouped and batched exactly as the store's shards would be: training sees the same
-bits online and offline. With a keeper, what is computed is kept in a store and read from there the
-next time; order and grouping do not depend on what is there already.
+Samples are grouped and batched exactly as the store's shards would be: training sees the same bits
+online and offline. With a keeper, the states are stored, and read from the store the next time;
+order and grouping do not depend on what the store holds.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def _source_id(target_fingerprint: str, groups: list[tuple[str, ...]]) -> str:
 
 
 class OnlineSource:
-    """Hidden states of `tokens`, computed a group at a time and kept while the group is in use."""
+    """Hidden states of `tokens`, computed one group at a time and kept while it is in use."""
 
     def __init__(
         self,
@@ -44,13 +44,13 @@ class OnlineSource:
         """Plan the groups; nothing is computed yet.
 
         Args:
-            load_target: returns the target model; called once, when something is to be computed.
+            load_target: returns the target model; called once, before the first computation.
             tokens: samples to serve.
-            group_tokens: tokens that the target computes at a time.
-            groups_kept: groups in memory. Fewer than the loader's shuffle window would have every
-                group computed many times over.
-            target_fingerprint: of the target's states.
-            keeper: keeps what is computed; by default it is forgotten.
+            group_tokens: tokens per group; the target computes one group at a time.
+            groups_kept: groups in memory. With fewer than the loader's shuffle window, every group
+                is computed many times.
+            target_fingerprint: fingerprint of the target's states.
+            keeper: stores the computed states; by default they are discarded.
 
         """
         planned = [
@@ -80,15 +80,15 @@ class OnlineSource:
         return "computed by the target"
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Begin to read what is kept.
+        """Start reading the stored samples.
 
-        Nothing is computed ahead: target and draft share the device, side by side is no faster.
+        Nothing is computed ahead: target and draft share the device, so overlap is no faster.
         """
         if self._keeper is not None:
             self._keeper.prefetch(self._sample_ids[index] for index in indices)
 
     def fetch(self, index: int) -> HiddenStateSample:
-        """Return sample `index`, computing its whole group if it is neither at hand nor kept."""
+        """Return sample `index`, computing its whole group unless it is in memory or stored."""
         sample_id, group = self._sample_ids[index], int(self.groups[index])
         if sample_id in self._computed.get(group, {}):
             self._computed.move_to_end(group)
@@ -101,12 +101,12 @@ class OnlineSource:
         return self._computed[group][sample_id]
 
     def release_target(self) -> None:
-        """Let go of the target and of the states at hand; the next sample loads it again."""
+        """Release the target and the states in memory; the next computation reloads the target."""
         self._target = None
         self._computed.clear()
 
     def _compute(self, members: Sequence[str]) -> dict[str, HiddenStateSample]:
-        """Return the states of a group, save those that are kept already."""
+        """Return the states of a group, except those that are already stored."""
         if self._target is None:
             self._target = self._load_target()
         if self._keeper is None:

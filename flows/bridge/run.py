@@ -1,8 +1,7 @@
-"""`run.json`: what a run was made with, from its first step on.
+"""`run.json`: the record of a run's settings and data, written at its first step.
 
-Whatever comes later (going on, estimate, evaluation, export) reads it, and no data set again. Later
-attempts change nothing in it but `training`, `store` and `tracking`, as far as a run may change
-these.
+Later stages (resuming, estimate, evaluation, export) read it instead of the data set. Later
+attempts change only `training`, `store` and `tracking`, as far as a run may change these.
 """
 
 from dataclasses import dataclass
@@ -32,23 +31,23 @@ from flows.summaries import TokensSummary
 
 RUN_NAME = "run.json"
 FORMAT_VERSION = 1
-_HOW_STATES_ARE_MADE = frozenset({"dtype", "attention", "capture_version"})
-"""Fields of a target that matter to its states; a draft serves it with others as well."""
+_STATE_FIELDS = frozenset({"dtype", "attention", "capture_version"})
+"""Fields of a target that affect only its states; a draft also serves other values."""
 
 
 class Run(BaseModel):
-    """Everything that a run was made with."""
+    """The settings and data of a run."""
 
-    model_config = ConfigDict(frozen=True)  # what a newer Eyas adds is passed over
+    model_config = ConfigDict(frozen=True)  # fields of a newer Eyas are ignored
 
     format_version: int = FORMAT_VERSION
     title: str
     source_id: str
-    """The snapshot that it learns from, or `online-` and a digest of what the target computed."""
+    """The snapshot that it trains on, or `online-` and a digest of the target and its samples."""
     store_root: str | None
     """None for a run that stores nothing."""
     tokens: str
-    """Content of its token files, as `Workspace.token_file` wants it."""
+    """Content digest of its token files, an argument of `Workspace.token_file`."""
     tokenizer_fingerprint: str
     template_fingerprint: str
     target_fields: dict[str, str]
@@ -78,7 +77,7 @@ class Run(BaseModel):
         setup: DraftSetup,
         vocabulary_coverage: float,
     ) -> Self:
-        """Return the record of a run that is about to begin."""
+        """Return the record of a run that is about to start."""
         folder = weights.locate(config.target)
         return cls(
             title=title,
@@ -100,19 +99,19 @@ class Run(BaseModel):
         )
 
     def require_vocabulary(self, run_path: Path) -> None:
-        """Raise MismatchError unless the run's folder has the draft vocabulary of its beginning."""
+        """Raise MismatchError unless the run's folder has the draft vocabulary it started with."""
         found = DraftVocabulary.load(run_path / VOCABULARY_NAME).fingerprint
         if found != self.draft_vocabulary:
             raise MismatchError(
-                f"{run_path / VOCABULARY_NAME} is not the draft vocabulary that the run began with "
-                f"({found[:12]}, {self.draft_vocabulary[:12]} in {RUN_NAME}); restore it, or "
-                "delete it: going on with the run (eyas run train) makes it again"
+                f"{run_path / VOCABULARY_NAME} is not the draft vocabulary that the run started "
+                f"with ({found[:12]}, {self.draft_vocabulary[:12]} in {RUN_NAME}); restore it, or "
+                "delete it: resuming the run (eyas run train) rebuilds it"
             )
 
     def require_target(self, target: TargetConfig, run_path: Path) -> None:
-        """Raise MismatchError naming what differs unless `target` is what the run learns from.
+        """Raise MismatchError, naming the fields, unless `target` is the target of the run.
 
-        Device, arithmetic and attention kernel may be others: a draft serves a target with any.
+        Device, arithmetic and attention kernel may differ: a draft serves a target with any.
         """
         tokenizer = conversation_tokenizer(target)
         fields = fingerprint_fields(target, weights.locate(target))
@@ -121,14 +120,14 @@ class Run(BaseModel):
             "tokenizer": tokenizer.tokenizer_fingerprint,
             "template": tokenizer.template_fingerprint,
         }
-        for name in fields.keys() - _HOW_STATES_ARE_MADE:
+        for name in fields.keys() - _STATE_FIELDS:
             own[f"target.{name}"] = self.target_fields.get(name, "")
             now[f"target.{name}"] = fields[name]
         require_identity(run_path / RUN_NAME, own, now)
 
 
 def read_run(run_path: Path) -> Run | None:
-    """Return the record of a run, None where there is none.
+    """Return the record of a run, or None without one.
 
     Raises:
         CorruptError: it is damaged.
@@ -142,22 +141,22 @@ def read_run(run_path: Path) -> Run | None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CorruptError(
-            f"{path} is damaged, or of a newer version of Eyas "
-            f"({'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}); restore it, or "
-            "delete it: it is then made again from the recipe"
+            f"{path} is damaged, or from a newer version of Eyas "
+            f"({'.'.join(map(str, first['loc'])) or 'whole file'}: {first['msg']}); restore it, or "
+            "delete it: it is then rebuilt from the recipe"
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if run.format_version > FORMAT_VERSION:
         raise ConfigError(
-            f"{path} has version {run.format_version}, and this version of Eyas reads up to "
+            f"{path} has version {run.format_version}, but this version of Eyas reads up to "
             f"{FORMAT_VERSION}; use the newer one that wrote it"
         )
     return run
 
 
 def write_run(run_path: Path, run: Run, *, begun: Run | None) -> None:
-    """Write the record of a run; of one that had `begun`, what may differ between attempts."""
+    """Write the record of a run; if it had `begun`, update only what attempts may change."""
     if begun is not None:
         changed = {name: getattr(run, name) for name in ("training", "store", "tracking")}
         run = begun.model_copy(update=changed)
@@ -165,32 +164,32 @@ def write_run(run_path: Path, run: Run, *, begun: Run | None) -> None:
 
 
 def own_tokens(run_path: Path, run: Run | None) -> str | None:
-    """Return the content of the token files that a run learns from, if its folder says so.
+    """Return the content digest of a run's token files, if its folder records it.
 
-    A run of a version that wrote no `run.json` says it by its draft vocabulary.
+    For a run of an older version, without `run.json`, the draft vocabulary records it.
     """
     if run is not None:
         return run.tokens
     path = run_path / VOCABULARY_NAME
-    if not path.exists():  # made again from the data set; the checkpoint tells whether it is that
+    if not path.exists():  # rebuilt from the data set; the checkpoint shows if it matches
         return None
     return DraftVocabulary.load(path).source_id.removeprefix("train-")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BegunRun:
-    """Where a run with a checkpoint stands, read once: its files may be gigabytes to digest."""
+    """The state of a run with a checkpoint, read once: its files may be gigabytes."""
 
     step: int
     source_id: str
     tokens: str
-    """Content of its token files."""
+    """Content digest of its token files."""
     record: Run | None
-    """None for a run of a version without `run.json`."""
+    """None for a run of an older version, without `run.json`."""
 
 
 def begun_run(run_path: Path) -> BegunRun | None:
-    """Return where a run stands; None before its first checkpoint."""
+    """Return the state of a run; None before its first checkpoint."""
     folder = checkpoint.newest(run_path)
     if folder is None:
         return None

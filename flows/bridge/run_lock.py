@@ -1,9 +1,9 @@
-"""One training of a run at a time: two would mix their checkpoints and curves in one folder.
+"""One training process per run: two would mix their checkpoints and curves in one folder.
 
-Whoever trains holds a lock on a file of the run's folder that also says who that is. On one machine
-the kernel tells whether the owner lives. A network file system may keep such a lock to each host:
-there the owner's file must go on changing, as seen by the clock of whoever waits. No clocks of two
-machines are compared, and an owner that is dead is followed at once, or after a minute.
+The training process locks a file in the run's folder, which also names the owner. On one machine
+the kernel knows whether the owner is alive. A network file system may keep the lock local to each
+host: there the owner must keep changing the file, timed by the clock of the waiting process. Clocks
+of two machines are never compared. A dead owner is replaced at once, or after a minute.
 """
 
 import fcntl
@@ -27,9 +27,9 @@ from flows.errors import RunBusyError
 
 LOCK_NAME = ".training"
 BEAT_SECONDS = 10.0
-"""Between two signs of life."""
+"""Between two heartbeats."""
 DEAD_SECONDS = 60.0
-"""An owner on another host that gives none for so long is dead."""
+"""An owner on another host without a heartbeat for this long is dead."""
 _FILE_BYTES = 1024
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 
 class Owner(BaseModel):
-    """Who trains a run."""
+    """The process that trains a run."""
 
     model_config = ConfigDict(frozen=True)
 
     token: str
-    """Of this attempt."""
+    """Identifies this attempt."""
     machine: str
-    """The kernel that a file lock is known to."""
+    """The kernel that knows the file lock."""
     host: str
     pid: int
     user: str
@@ -52,12 +52,12 @@ class Owner(BaseModel):
     beat: int = 0
 
     def __str__(self) -> str:
-        """Return who that is, for a message."""
+        """Return a description of the owner for a message."""
         return f"process {self.pid} of {self.user} on {self.host}, since {self.since:%F %T} UTC"
 
 
 class RunLock:
-    """A run's folder, held by this process."""
+    """A run's folder, locked by this process."""
 
     def __init__(self, file: IO[bytes], owner: Owner) -> None:
         self._file = file
@@ -67,17 +67,17 @@ class RunLock:
         self._taken_by: Owner | None = None
 
     def require(self) -> None:
-        """Raise RunBusyError if another host has taken this process for dead and the run over."""
+        """Raise RunBusyError if another host considered this process dead and took over the run."""
         if self._taken_by is not None:
             raise RunBusyError(
-                f"another process has taken over this run, because this one gave no sign of life "
-                f"for {DEAD_SECONDS:.0f} s: {self._taken_by}. Let it go on, or end it and run the "
-                "same command again"
+                "another process has taken over this run, because this one sent no heartbeat "
+                f"for {DEAD_SECONDS:.0f} s: {self._taken_by}. Let it continue, or stop it and run "
+                "the same command again"
             )
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Say that the owner lives until the block ends."""
+        """Send heartbeats until the block ends."""
         _write(self._file, self._owner)
         self._thread.start()
         try:
@@ -98,15 +98,15 @@ class RunLock:
                 self._owner = self._owner.model_copy(update={"beat": self._owner.beat + 1})
                 _write(self._file, self._owner)
             except OSError as error:
-                logger.warning("no sign of life in %s: %s", self._file.name, error)
+                logger.warning("cannot write a heartbeat to %s: %s", self._file.name, error)
 
 
 @contextmanager
 def sole_training(run_path: Path) -> Iterator[RunLock]:
-    """Hold a run's folder while the block trains into it; a kill lets go of it too.
+    """Lock a run's folder while the block trains in it; a kill releases the lock too.
 
     Raises:
-        RunBusyError: another process trains this run; says which.
+        RunBusyError: another process trains this run; names it.
 
     """
     run_path.mkdir(parents=True, exist_ok=True)
@@ -133,31 +133,31 @@ def sole_training(run_path: Path) -> Iterator[RunLock]:
 
 
 def _lock(file: IO[bytes], run_path: Path) -> bool:
-    """Lock the file; tell whether no process of this machine can have it locked now."""
+    """Lock the file; return whether no other process of this machine can hold the lock now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise _busy(run_path, _read(file)) from error
-    except OSError as error:  # some network file systems lock nothing
+    except OSError as error:  # some network file systems support no locks
         logger.warning(
-            "%s cannot be locked (%s); its owner's signs of life count", file.name, error
+            "%s cannot be locked (%s); relying on its owner's heartbeats", file.name, error
         )
         return False
     return True
 
 
 def _require_dead(file: IO[bytes], before: Owner, run_path: Path) -> None:
-    """Raise RunBusyError if the owner gives a sign of life."""
+    """Raise RunBusyError if the owner sends a heartbeat."""
     logger.warning(
-        "run %s belongs to %s; waiting %.0f s for a sign of life",
+        "run %s belongs to %s; waiting %.0f s for a heartbeat",
         *(run_path.name, before, DEAD_SECONDS),
     )
     deadline = time.monotonic() + DEAD_SECONDS
     while time.monotonic() < deadline:
         time.sleep(min(1.0, DEAD_SECONDS / 10))
-        with Path(file.name).open("rb") as again:  # what is open may be an old copy of a server's
+        with Path(file.name).open("rb") as again:  # the open file may be a server's old copy
             found = _read(again)
-        if found is None:  # it has ended
+        if found is None:  # the owner has ended
             return
         if found != before:
             raise _busy(run_path, found)
@@ -172,7 +172,7 @@ def _busy(run_path: Path, owner: Owner | None) -> RunBusyError:
 
 
 def _read(file: IO[bytes]) -> Owner | None:
-    """Return the owner that a lock file names; None if it names nobody."""
+    """Return the owner that a lock file names; None if it names none."""
     data = os.pread(file.fileno(), _FILE_BYTES, 0).strip()
     try:
         return Owner.model_validate_json(data) if data else None
@@ -181,14 +181,14 @@ def _read(file: IO[bytes]) -> Owner | None:
 
 
 def _write(file: IO[bytes], owner: Owner | None) -> None:
-    """Replace the content at once: there is always an owner to be read while there is one."""
+    """Replace the content in one write: a reader always finds the current owner."""
     data = b"" if owner is None else owner.model_dump_json().encode()
     os.pwrite(file.fileno(), data.ljust(_FILE_BYTES), 0)
-    os.fsync(file.fileno())  # a server must see it, not only this host's cache
+    os.fsync(file.fileno())  # it must reach the server, not only this host's cache
 
 
 def _machine() -> str:
-    """Return what tells this kernel from others: containers on it share the locks of files."""
+    """Return an id of this kernel: the containers on it share file locks."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""The semantic probe where the target and the store meet: taken, recomputed, and required to agree.
+"""The semantic probe: recorded when a shard is computed, and checked before training.
 
-What the target itself said at a few supervised tokens of a shard goes into the commit record while
-the shard is made. Stored states that do not say it again are never trained on.
+The commit record of a shard holds the target's log-probabilities at a few supervised tokens. Stored
+states that do not reproduce them are never trained on.
 """
 
 import logging
@@ -31,9 +31,9 @@ def probe_points(
     shard_id: str,
     omitted: bool,
 ) -> Sequence[ProbePoint]:
-    """Return what the target said at a few supervised tokens of a shard's `samples`.
+    """Return the target's argmax and its log-probability at a few supervised tokens of a shard.
 
-    With `omitted`, for a store that leaves states out, points hold some channels of these.
+    With `omitted`, for a store that omits states, points hold some channels of these states.
     """
     wanted: dict[str, list[int]] = {}
     masks = {sample.sample_id: sample.loss_mask for sample in samples}
@@ -64,10 +64,11 @@ def _points(
 
 
 def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int:
-    """Raise ShardCorruptError unless a few shards of `snapshot` hold what the target said.
+    """Raise ShardCorruptError unless a few shards reproduce the recorded log-probabilities.
 
-    Reads the first, the last and some between, the same ones every time; returns how many of them
-    carry a probe. Warns where this machine makes states again that differ in their last bits.
+    Reads the first and the last shard of `snapshot` and some between, the same ones every time;
+    returns how many of them carry a probe. Warns if states recomputed on this machine differ in
+    their last bits.
     """
     num_shards = len(snapshot.shard_ids)
     places = np.linspace(0, num_shards - 1, min(num_shards, SHARDS_AT_TRAIN_START)).astype(int)
@@ -77,13 +78,14 @@ def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int
         if findings:
             raise ShardCorruptError(
                 f"shard {shard_id} must not be trained on: {findings[0]}. `eyas verify --deep "
-                f"{store.root.url}` looks at every shard"
+                f"{store.root.url}` checks every shard"
             )
     if store.identity.omitted is not None and any(
         verify_shard(store, shard_id, recompute=recompute, exact=True) for shard_id in chosen
     ):
         logger.warning(
-            "states made again here differ in their last bits from those of generation (other "
-            "hardware, threads or versions): training is sound, but not bit for bit the one there"
+            "states recomputed here differ in their last bits from the generated ones (other "
+            "hardware, threads or versions): training is sound, but not bit-identical to training "
+            "there"
         )
     return sum(bool(store.commit(shard_id).probe) for shard_id in chosen)

@@ -1,4 +1,4 @@
-"""What a store's states are made with, as `storage` wants to know it."""
+"""The identity of a store: target, tokenizer, template and profile of its states."""
 
 from typing import Protocol
 
@@ -16,23 +16,23 @@ from storage.store import Store
 
 
 class Tokenizing(Protocol):
-    """What decides the tokens: a tokenizer, or what was made with one."""
+    """Determines the tokens: a tokenizer, or an object made with one."""
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Of the tokenizer."""
+        """Fingerprint of the tokenizer."""
 
     @property
     def template_fingerprint(self) -> str:
-        """Of the chat template, and of which answers are learned from."""
+        """Fingerprint of the chat template and of which answers are supervised."""
 
 
 def open_store(target: TargetConfig, config: StoreConfig, root: str) -> Store:
-    """Open the store at `root`, which must be of this target, tokenizer, template and profile.
+    """Open the store at `root`; its target, tokenizer, template and profile must be these.
 
     Raises:
-        ConfigError: there is none.
-        MismatchError: it is of something else; names the fields.
+        ConfigError: there is no store.
+        MismatchError: it was made with other settings; names the fields.
 
     """
     opened = Store.open(root)
@@ -61,7 +61,7 @@ def store_identity(target: TargetConfig, store: StoreConfig, tokens: Tokenizing)
 
 
 def omitted_states(target: TargetConfig, model_config: PretrainedConfig) -> OmittedStates:
-    """Return which states a store of this target may leave out, and how they are made again.
+    """Return which states a store of this target may omit, and which layers recompute them.
 
     Raises:
         ConfigError: the layers of this architecture cannot be run alone.

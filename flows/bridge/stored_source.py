@@ -1,4 +1,4 @@
-"""Where the two rooms meet: the store's samples as the trainer's `SampleSource`, and back."""
+"""Conversion between store and trainer: stored samples as a `SampleSource`, and back."""
 
 from collections.abc import Iterable
 
@@ -15,16 +15,16 @@ from storage.samples import StoredSample
 class StoredSource:
     """The samples of one snapshot, in snapshot order, with all their states.
 
-    States that the store leaves out are made again when a sample is fetched, which the loader does
-    ahead of the trainer, in its own thread.
+    States that the store omits are recomputed when a sample is fetched, which the loader does ahead
+    of the trainer, in its own thread.
     """
 
-    def __init__(self, reader: SnapshotReader, partial: RecomputeModel | None) -> None:
-        """Read through `reader`; `partial` comes from `flows.bridge.recompute`."""
+    def __init__(self, reader: SnapshotReader, recompute_model: RecomputeModel | None) -> None:
+        """Read through `reader`; `recompute_model` comes from `flows.bridge.recompute`."""
         self._reader = reader
-        self._partial = partial
+        self._recompute_model = recompute_model
         if reader.identity.omitted is not None:
-            require_partial(partial)
+            require_partial(recompute_model)
 
     @property
     def source_id(self) -> str:
@@ -46,14 +46,14 @@ class StoredSource:
         return f"shard {self._reader.shard_of(sample_id)}"
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Begin to read the shards of these samples."""
+        """Start reading the shards of these samples."""
         self._reader.prefetch(indices)
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index` with its bytes verified."""
         stored = self._reader.fetch(index)
         if self._reader.identity.omitted is not None:
-            stored = completed(stored, require_partial(self._partial))
+            stored = completed(stored, require_partial(self._recompute_model))
         return HiddenStateSample(
             sample_id=stored.sample_id,
             input_ids=stored.input_ids,
@@ -66,7 +66,7 @@ class StoredSource:
 
 
 def to_stored(sample: HiddenStateSample) -> StoredSample:
-    """Return `sample` as the store takes it; the arrays are shared, not copied."""
+    """Return `sample` in the store's type; the arrays are shared, not copied."""
     return StoredSample(
         sample_id=sample.sample_id,
         input_ids=sample.input_ids,

@@ -1,4 +1,4 @@
-"""Token files of a data set, named by everything that decides their content."""
+"""Token files of a data set, named by a digest of everything that determines their content."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from flows.summaries import TokensSummary
 from flows.workspace import Workspace
 
 TOKENS_VERSION = 2
-"""Raised whenever the same conversations could give other tokens or masks."""
+"""Increased whenever the same conversations could give other tokens or masks."""
 
 
 def known_tokens(target: TargetConfig, space: Workspace, content: str) -> TokensSummary | None:
-    """Return the token files of this content if both are there; no data set is read."""
+    """Return the token files of this content if both exist; no data set is read."""
     started = time.monotonic()
     train, held_out = (space.token_file(split, content) for split in ("train", "held_out"))
     if not (train.exists() and held_out.exists()):
@@ -29,7 +29,7 @@ def known_tokens(target: TargetConfig, space: Workspace, content: str) -> Tokens
 
 
 def current_content(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> str | None:
-    """Return the content of the token files of the data set as it was built last; None if never."""
+    """Return the content digest for the data set as it was last built; None if it never was."""
     try:
         manifest = load_manifest(space.dataset_path)
     except (ConfigError, CorruptError):
@@ -60,7 +60,7 @@ def tokens_summary(
 def content_name(
     dataset: DatasetConfig, dataset_fingerprint: str, tokenizer: ConversationTokenizer
 ) -> str:
-    """Return a short digest of everything that decides the content of the token files."""
+    """Return a short digest of everything that determines the content of the token files."""
     decisive = [
         TOKENS_VERSION,
         dataset_fingerprint,

@@ -1,4 +1,4 @@
-"""What the `export` flow takes from a run, and how it writes it."""
+"""What the `export` flow takes from a run, and in which form it is written."""
 
 from pydantic import Field
 
@@ -12,5 +12,5 @@ class RunExportConfig(ExportConfig):
     checkpoint: CheckpointChoice = Field(
         default="best",
         description="best: the checkpoint with the longest held-out acceptance, or the newest "
-        "where nothing was held out.",
+        "if nothing was held out.",
     )

@@ -1,4 +1,4 @@
-"""The sections of a recipe that a run is made with."""
+"""The sections of a recipe that define a run."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from flows.config.store import StoreConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """What `train` and `online` are asked to do, handed on as one value."""
+    """The settings of `train` and `online`, passed on as one value."""
 
     target: TargetConfig
     dataset: DatasetConfig
@@ -20,5 +20,5 @@ class RunConfig:
     tracking: TrackingConfig
 
     def title(self, run: str) -> str:
-        """Return the name of a run among those of all targets and data sets."""
+        """Return the name of a run, unique among all targets and data sets."""
         return f"{self.target.name}-{self.dataset.name}-{run}"

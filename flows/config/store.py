@@ -1,4 +1,4 @@
-"""What the flows themselves need to know; stages bring their own configuration."""
+"""Settings of the store of hidden states."""
 
 from pydantic import ByteSize, Field
 
@@ -7,7 +7,7 @@ from storage.profiles import DEFAULT_PROFILE, PROFILES, ProfileName
 
 
 class StoreConfig(ConfigModel):
-    """Where hidden states go, and in which portions they are made."""
+    """Where hidden states are stored, and in which portions they are computed."""
 
     root: str | None = Field(
         default=None,
@@ -15,8 +15,8 @@ class StoreConfig(ConfigModel):
     )
     credentials: str | None = Field(
         default=None,
-        description="Name of a Prefect Secret block with the AWS variables of a store on S3. Empty "
-        "means the usual variables and files where the flow runs.",
+        description="Name of a Prefect Secret block with the AWS variables of a store on S3. If "
+        "empty, the usual variables and files on the machine of the flow are used.",
     )
     profile: ProfileName = Field(
         default=DEFAULT_PROFILE,
@@ -25,40 +25,40 @@ class StoreConfig(ConfigModel):
     )
     recompute: bool = Field(
         default=False,
-        description="Store half of the states: the early and the last ones are made again while "
-        "training reads, by the target's first and last layers, bit for bit on one machine.",
+        description="Store half of the states: training recomputes the early and the last ones "
+        "with the target's first and last layers, bit-exactly on the same machine.",
     )
     keep: bool = Field(
         default=False,
-        description="The online flow alone: write the states into the store as they are computed, "
-        "so that its second epoch and every later run read them.",
+        description="Online flow only: write the states into the store as they are computed, so "
+        "that the second epoch and every later run read them.",
     )
     shard_tokens: int = Field(
         default=16384,
         gt=0,
-        description="Tokens of one shard; a kill costs two at most. Training keeps "
-        "training.shuffle_window shards in memory, about 8 bytes a token and hidden channel.",
+        description="Tokens per shard; a kill loses at most two shards. Training keeps "
+        "training.shuffle_window shards in memory, about 8 bytes per token and hidden channel.",
     )
     shards_per_task: int = Field(
         default=16,
         gt=0,
-        description="Shards that one child process makes with one loading of the target; choose it "
-        "for 50 to 300 tasks a run and at least 10 s each.",
+        description="Shards that a child process computes per task; choose it for 50 to 300 tasks "
+        "per run of at least 10 s each.",
     )
     max_excluded_share: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="Share of the samples, rounded up, that may be left out because the target "
-        "gives them states that are not finite; more stop the run.",
+        description="Largest share of the samples, rounded up, that may be excluded because their "
+        "states are not finite; more stop the run.",
     )
     cache_bytes: ByteSize = Field(
         default=ByteSize(50 * 10**9),
-        description="Most bytes of a store on S3 that training keeps on the local disk, such as "
-        "200GB; at least a window of shards, else every epoch fetches all of them again.",
+        description="Size limit of the local disk cache for a store on S3, such as 200GB; at least "
+        "a window of shards, else every epoch fetches all shards again.",
     )
     budget: ByteSize | None = Field(
         default=None,
-        description="Most bytes that the store may take, such as 2TB; nothing is made that would "
-        "exceed it. Empty means the free space alone decides.",
+        description="Size limit of the store, such as 2TB; no shard is computed that would exceed "
+        "it. If empty, only the free space limits the store.",
     )

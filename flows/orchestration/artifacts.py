@@ -10,7 +10,7 @@ from flows.reports.table import Row
 
 
 def publish_table(title: str, rows: Sequence[Row], *, key: str) -> None:
-    """Write `rows` as a Markdown artifact of the current run; `key` collects its history."""
+    """Write `rows` as a Markdown artifact of the current run; `key` groups its history."""
     lines = [f"## {title}", "", "| | |", "| --- | --- |"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
     publish_markdown(title, "\n".join(lines), key=key)

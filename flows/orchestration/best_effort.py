@@ -1,4 +1,4 @@
-"""What is shown beside the work: a server that is away or a full disk costs it, never the work."""
+"""Optional output: an unreachable server or a full disk loses the output, never the work."""
 
 import logging
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def best_effort(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong in the block into a warning that names `what`."""
+    """Turn any error in the block into a warning that names `what`."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 (whatever it is, the work beside it is done)
-        logger.warning("%s is left out: %s: %s", what, type(error).__name__, error)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the work itself is done)
+        logger.warning("%s is skipped: %s: %s", what, type(error).__name__, error)

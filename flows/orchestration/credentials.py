@@ -1,7 +1,7 @@
-"""Where a recipe's store is, made accessible: credentials of a Prefect block become variables.
+"""The root of a recipe's store; credentials of a Prefect block become environment variables.
 
-They reach the object store's client and the child processes through the environment, like the ones
-that a person sets, and stand in no parameter, record or log.
+The environment passes them to the object store's client and the child processes, like variables
+that a user sets. They appear in no parameter, record or log.
 """
 
 import os
@@ -31,7 +31,7 @@ def store_root(store: StoreConfig, space: Workspace) -> str:
     """Return the root of the store; the environment holds its credentials from now on.
 
     Raises:
-        ConfigError: there is no such block, or it does not hold what it should.
+        ConfigError: there is no such block, or its content is invalid.
 
     """
     root = store.root or str(space.store_root)
@@ -39,33 +39,33 @@ def store_root(store: StoreConfig, space: Workspace) -> str:
         if not root.startswith(S3_SCHEMES):
             raise ConfigError(
                 f"store.credentials is {store.credentials!r}, but the store at {root} needs none; "
-                "set store.root to an s3:// URL, or leave store.credentials out"
+                "set store.root to an s3:// URL, or omit store.credentials"
             )
         use_credentials(store.credentials)
     return root
 
 
 def use_credentials(name: str | None) -> None:
-    """Put what a block holds into the environment of this process; do nothing without a name."""
+    """Set the variables of a block in this process's environment; do nothing without a name."""
     if name is not None:
         found = _variables(name)
-        for variable in VARIABLES - found.keys():  # of another block, or of whoever started this
+        for variable in VARIABLES - found.keys():  # from another block or the parent process
             os.environ.pop(variable, None)
         os.environ.update(found)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients keep what they found
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients cache credentials
 
 
 def _variables(name: str) -> Mapping[str, str]:
     block = f"Prefect block secret/{name} (store.credentials)"
     try:
         found = Secret.load(name).get()  # type: ignore[union-attr]  # a flow is not a coroutine
-    except ValueError as error:  # how Prefect says that there is none
+    except ValueError as error:  # how Prefect reports a missing block
         raise ConfigError(
-            f"{block}: the server at {PREFECT_API_URL.value() or 'this process'} has none of that "
-            "name; the README says how to make it (A store on S3)"
+            f"{block}: the server at {PREFECT_API_URL.value() or 'this process'} has no block of "
+            "that name; docs/guides/s3.md shows how to create it"
         ) from error
     if not isinstance(found, dict) or not found.keys() <= VARIABLES:
         raise ConfigError(
-            f"{block} must hold a JSON object of some of {', '.join(sorted(VARIABLES))}"
+            f"{block} must hold a JSON object with keys of {', '.join(sorted(VARIABLES))}"
         )
     return {key: str(value) for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""What flows tell the Prefect server about, by the names that automations wait for. No Prefect."""
+"""Names of the events that flows send and automations wait for. Does not import Prefect."""
 
 DATASET_CHANGED = "eyas.dataset.changed"
 SNAPSHOT_PUBLISHED = "eyas.snapshot.published"

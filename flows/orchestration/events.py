@@ -1,6 +1,6 @@
-"""Sends the events that let automations start what comes next.
+"""Sends the events that trigger automations.
 
-An event may be sent twice for one thing, and what it starts finds that nothing is left to do.
+An event may be sent twice; the second flow run that it starts finds nothing left to do.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Progress a person sees: a bar in a terminal, log lines elsewhere, a moving artifact in the UI."""
+"""Progress display: a bar in a terminal, log lines elsewhere, a progress artifact in the UI."""
 
 import contextvars
 import logging
@@ -27,7 +27,7 @@ from flows.orchestration.best_effort import best_effort
 logger = logging.getLogger(__name__)
 
 ARTIFACT_SECONDS = 5.0
-"""An update is one API call: never more often than this."""
+"""Minimum time between updates: each is one API call."""
 LAST_UPDATE_SECONDS = 10.0
 """How long the end of a stage waits for its last update."""
 LOG_SECONDS = 15.0
@@ -47,7 +47,7 @@ class StageProgress:
         self.done = 0
 
     def advance(self, amount: int = 1, *, note: str = "") -> None:
-        """Count `amount` more units as done and show `note` behind them; from any thread."""
+        """Count `amount` more units as done and show `note` after them; from any thread."""
         with self._lock:
             self.move_to(self.done + amount, note=note)
 
@@ -77,7 +77,7 @@ def stage_progress(stage: str, *, key: str, total: int, unit: str) -> Iterator[S
     """Show the progress of `stage` over `total` units while the block runs.
 
     Args:
-        stage: what a person reads, such as "hidden states".
+        stage: the displayed name, such as "hidden states".
         key: artifact key in the Prefect UI, lower case with dashes: one history per key.
         total: units to do.
         unit: plural noun of what is counted.
@@ -101,9 +101,9 @@ def stage_progress(stage: str, *, key: str, total: int, unit: str) -> Iterator[S
 
 @contextmanager
 def moving(artifact: UUID) -> Iterator[Callable[[float], object]]:
-    """Yield what sets the percentage of a progress artifact, from any thread.
+    """Yield a function that sets the percentage of a progress artifact, from any thread.
 
-    Its client is not the flow's, which is closed when the flow ends, whatever another thread does.
+    It has its own client: the flow's is closed when the flow ends, even if a thread still uses it.
     """
     with get_client(httpx_settings={}, sync_client=True) as client:
         yield lambda percent: client.update_artifact(artifact, ArtifactUpdate(data=percent))
@@ -111,7 +111,7 @@ def moving(artifact: UUID) -> Iterator[Callable[[float], object]]:
 
 @contextmanager
 def _shown_in_ui(progress: StageProgress, key: str, *, description: str) -> Iterator[None]:
-    """Make the artifact and move it in a thread: work never waits for a server that is away."""
+    """Create and update the artifact in a thread: work never waits for an unreachable server."""
     ended = threading.Event()
 
     def follow() -> None:
@@ -125,7 +125,7 @@ def _shown_in_ui(progress: StageProgress, key: str, *, description: str) -> Iter
                     shown = progress.percent
                     try:
                         move(shown)
-                    except Exception as error:  # noqa: BLE001 (whatever it is, a picture is old)
+                    except Exception as error:  # noqa: BLE001 (only the display is old)
                         logger.debug("progress is not shown: %s", error)
 
     def follow_if_possible() -> None:

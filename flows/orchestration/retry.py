@@ -1,4 +1,4 @@
-"""The one question that retries ask: may trying again help?"""
+"""Which errors of tasks are retried."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ RETRYABLE = (
 
 
 async def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Tell Prefect whether trying the task again may help."""
+    """Tell Prefect whether a retry of the task may help."""
     try:
         await state.aresult()
     except RETRYABLE:
         return True
-    except BaseException:  # noqa: BLE001 (the answer for every other failure is no, whatever it is)
+    except BaseException:  # noqa: BLE001 (no other failure is retried)
         return False
     return False

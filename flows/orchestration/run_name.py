@@ -1,4 +1,4 @@
-"""Names of flow runs: what is worked on and, from the second attempt on, which attempt it is."""
+"""Names of flow runs: the subject and, from the second attempt on, the number of the attempt."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ from prefect.context import FlowRunContext
 
 
 def run_name(form: str) -> Callable[[], str]:
-    """Return what names a run by its parameters; `form` is such as "train-{target.name}-{run}"."""
+    """Return a function that names a run from `form`, such as "train-{target.name}-{run}"."""
 
     def name() -> str:
         context = FlowRunContext.get()
-        assert context is not None  # noqa: S101 (Prefect asks within one)
+        assert context is not None  # noqa: S101 (Prefect calls it within one)
         assert context.flow_run is not None  # noqa: S101
         stem = form.format(**(context.parameters or {}))
         attempts_before = context.flow_run.run_count

@@ -1,4 +1,4 @@
-"""Starts what runs the batches of shards: threads with a child each, or a cluster's workers."""
+"""Starts the task runners of shard batches: threads with one child each, or a cluster."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def running(
     *,
     on_report: Callable[[ShardReport], None],
 ) -> Iterator[Submit[Result]]:
-    """Yield what submits a batch to `task`; everything that was started ends with the block.
+    """Yield a function that submits a batch to `task`; all started processes end with the block.
 
     `on_report` is called for each sample as it is computed, unless a cluster computes it.
 
@@ -60,7 +60,7 @@ def _cluster(runner: RunnerConfig) -> Iterator[TaskRunner[Any]]:
     options = {"address": runner.address} if runner.address else {"init_kwargs": size}
     with package.RayTaskRunner(**options) as ray:
         has_gpus = _package("ray", "ray").cluster_resources().get("GPU", 0) > 0
-        # Ray hides every GPU from a task that asks for none.
+        # Ray hides every GPU from a task that requests none.
         with _package("prefect_ray.context", "ray").remote_options(num_gpus=int(has_gpus)):
             yield ray
 

@@ -1,4 +1,4 @@
-"""What is in a store, as plain figures. Knows no target and no torch: it works on any machine."""
+"""The contents of a store, as plain figures. Needs no target and no torch: works on any machine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ class SnapshotFigures:
     num_shards: int
     is_latest: bool
     names: tuple[str, ...]
-    """What it is: splits of data sets, and runs that hold it."""
+    """Splits of data sets with this snapshot, and runs that hold it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnfinishedPlan:
-    """A generation that was begun and not ended."""
+    """A plan with missing shards."""
 
     plan_id: str
     num_shards: int
@@ -34,13 +34,13 @@ class UnfinishedPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreFigures:
-    """What a store holds."""
+    """The contents of a store."""
 
     root: str
     identity: StoreIdentity
     num_shards: int
     num_probed: int
-    """Shards whose record says what the target itself said."""
+    """Shards whose record has a semantic probe."""
     num_samples: int
     num_tokens: int
     num_supervised: int
@@ -50,11 +50,11 @@ class StoreFigures:
     """The latest first."""
     unfinished: tuple[UnfinishedPlan, ...]
     garbage: Garbage | None
-    """What `gc` would drop; None while damage hides what is needed."""
+    """What `gc` would drop; None if damage hides what is needed."""
     excluded: tuple[Exclusion, ...]
-    """Samples that the store does without."""
+    """Samples that the store excludes."""
     damaged: tuple[str, ...]
-    """Documents that do not read: their keys."""
+    """Keys of unreadable documents."""
     free_bytes: int | None
 
 

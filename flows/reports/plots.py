@@ -1,7 +1,7 @@
-"""Plots as SVG that stands inside an HTML page: no file beside it, no script, no font to fetch.
+"""Plots as SVG, embedded in an HTML page: no extra file, no script, no font to fetch.
 
-Text stays text. Axes are of a grey that reads on white and on black. Matplotlib is imported when
-something is drawn: it would take half a second of the start of every flow.
+Text stays text. The grey of the axes is readable on white and on black. Matplotlib is imported only
+for drawing: it would add half a second to the start of every flow.
 """
 
 import io
@@ -52,13 +52,13 @@ class Series:
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    """NaN is left out."""
+    """NaN is skipped."""
 
 
 def lines(
     series: Sequence[Series], *, name: str, x_label: str, y_label: str, share: bool = False
 ) -> str:
-    """Return a line plot; `share` labels the y axis in per cent."""
+    """Return a line plot; `share` labels the y axis in percent."""
     with _style(name):
         figure, axes = _axes(x_label, y_label, share=share)
         for colour, line in zip(_colours(len(series)), series, strict=True):
@@ -105,10 +105,10 @@ def named_bars(
 
 
 def lengths(edges: Sequence[float], counts: Sequence[int]) -> str:
-    """Return how many samples, `counts` [B], have a number of tokens between `edges` [B + 1]."""
+    """Return a histogram: `counts` [B] samples with a length between `edges` [B + 1] in tokens."""
     name = "Lengths"
     with _style(name):
-        figure, axes = _axes("tokens of a sample", "samples")
+        figure, axes = _axes("tokens per sample", "samples")
         axes.stairs(counts, edges, fill=True, color=_COLOURS[0])
         axes.grid(visible=False, axis="x")
         return _svg(figure, name)
@@ -117,7 +117,7 @@ def lengths(edges: Sequence[float], counts: Sequence[int]) -> str:
 def _style(name: str) -> AbstractContextManager[None]:
     import matplotlib as mpl  # noqa: PLC0415 (see above)
 
-    # Marks and clips are named by digests: salted, no two plots of a page share one.
+    # Ids of marks and clips are digests: with a salt, no two plots of a page share one.
     return mpl.rc_context({**_STYLE, "svg.hashsalt": name})
 
 
@@ -141,7 +141,7 @@ def _svg(figure: "Figure", name: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every plot, and of no use
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # identical in every plot, and unused
     text = re.sub(r'^(<svg [^>]*?) width="[^"]*"', r"\1", text, flags=re.DOTALL)
     text = re.sub(r'^(<svg [^>]*?) height="[^"]*"', r"\1", text, flags=re.DOTALL)
     return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
@@ -153,7 +153,7 @@ def _legend(figure: "Figure", series: Sequence[Series]) -> None:
 
 
 def _colours(count: int) -> list[str]:
-    """Return different colours for a few things, and graded ones for many: steps, then."""
+    """Return distinct colours for a few series, a gradient for many, such as steps."""
     if count <= len(_COLOURS):
         return list(_COLOURS[:count])
     import matplotlib as mpl  # noqa: PLC0415 (see above)

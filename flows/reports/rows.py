@@ -1,4 +1,4 @@
-"""Summaries as a person reads them: rows for the terminal, artifacts for the Prefect UI."""
+"""Summaries as table rows, for the terminal and for artifacts in the Prefect UI."""
 
 import json
 import math
@@ -41,13 +41,13 @@ def dataset_rows(summary: DatasetSummary) -> list[Row]:
 
 
 def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
-    """Return the figures of a store after generation, with the bill against the raw size."""
+    """Return the figures of a store after generation, with its size relative to the raw size."""
     return [
         ("samples", f"{states.num_samples:,}"),
         ("tokens", f"{states.num_tokens:,}"),
         ("supervised tokens", f"{states.num_supervised_tokens:,}"),
-        *([("left out", _excluded(states))] if states.num_excluded else []),
-        ("shards", f"{states.num_shards:,} ({states.shards_made:,} made now)"),
+        *([("excluded", _excluded(states))] if states.num_excluded else []),
+        ("shards", f"{states.num_shards:,} ({states.shards_made:,} computed now)"),
         ("bytes per token, raw", f"{states.raw_bytes_per_token:,.0f}"),
         ("bytes per token, stored", f"{states.stored_bytes_per_token:,.0f} ({states.profile})"),
         ("size, raw", human_bytes(states.raw_bytes)),
@@ -60,7 +60,7 @@ def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
 
 def _excluded(states: HiddenStatesSummary) -> str:
     samples = "1 sample" if states.num_excluded == 1 else f"{states.num_excluded:,} samples"
-    return f"{samples} without finite states (eyas inspect names them)"
+    return f"{samples} without finite states (eyas inspect lists them)"
 
 
 def train_rows(summary: TrainSummary) -> list[Row]:
@@ -73,14 +73,17 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
         *_held_out_lengths(figures),
         ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
-        ("tokens per second", f"{summary.tokens_per_second:,.0f} (products in {summary.dtype})"),
+        (
+            "tokens per second",
+            f"{summary.tokens_per_second:,.0f} (matrix products in {summary.dtype})",
+        ),
         ("run", str(summary.run_path)),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
 
 
 def _held_out_lengths(figures: Metrics) -> list[Row]:
-    """Return what every held-out position of the store would accept, greedily and sampled."""
+    """Return the expected acceptance length over all held-out positions, greedy and sampled."""
     if not figures.held_out_step:
         return []
     sampled = float(expected_length(np.array(figures.held_out_acceptances)))
@@ -91,7 +94,7 @@ def _held_out_lengths(figures: Metrics) -> list[Row]:
 
 
 def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
-    """Return acceptance before and after training, the estimate beside it, and the speed."""
+    """Return acceptance before and after training, the estimate, and the speed."""
     trained, found = summary.trained, summary.estimate
     asked = summary.evaluation.prompts or "held-out"
     rows = [
@@ -123,19 +126,19 @@ def _speed_rows(summary: EvaluateSummary) -> list[Row]:
     how = "one prompt at a time" if together == 1 else f"{together} prompts at a time"
     rows = [("decoding, tokens per second", f"{trained.tokens_per_second:,.1f} ({how})")]
     if trained.plain_tokens_per_second is not None:
-        plain = f"{trained.plain_tokens_per_second:,.1f}, so {trained.speedup:.2f}x"
-        rows.append(("plain decoding of the same prompts", plain))
+        plain = f"{trained.plain_tokens_per_second:,.1f} (speedup {trained.speedup:.2f}x)"
+        rows.append(("plain decoding, tokens per second", plain))
     if trained.num_compared:
         same = f"{trained.num_matching:,} of {trained.num_compared:,}"
         margin = trained.largest_mismatch_margin
         if margin is not None:
-            same += f" (where they differ the target's logits are within {margin:.1e})"
+            same += f" (at mismatches the target's logits differ by at most {margin:.1e})"
         rows.append(("texts equal to plain decoding", same))
     return rows
 
 
 def offline_rows(summary: OfflineSummary) -> list[Row]:
-    """Return the figures of the whole way: one table, no line twice."""
+    """Return the figures of all stages: one table, no row twice."""
     states, training, acceptance = summary.states, summary.training, summary.acceptance
     return [
         *_without_seconds(hidden_states_rows(states)),
@@ -144,24 +147,24 @@ def offline_rows(summary: OfflineSummary) -> list[Row]:
         ("seconds: hidden states", f"{states.seconds:.1f}"),
         ("seconds: training", f"{training.seconds:.1f}"),
         ("seconds: evaluation", f"{acceptance.seconds:.1f}"),
-        ("seconds: everything", f"{summary.seconds:.1f}"),
+        ("seconds: total", f"{summary.seconds:.1f}"),
     ]
 
 
 def online_rows(summary: OnlineSummary) -> list[Row]:
-    """Return the figures of the way without a store."""
+    """Return the figures of all stages without a store."""
     training, acceptance = summary.training, summary.acceptance
     return [
         *_without_seconds(train_rows(training)),
         *_without_seconds(evaluate_rows(acceptance)),
         ("seconds: target and training", f"{training.seconds:.1f}"),
         ("seconds: evaluation", f"{acceptance.seconds:.1f}"),
-        ("seconds: everything", f"{summary.seconds:.1f}"),
+        ("seconds: total", f"{summary.seconds:.1f}"),
     ]
 
 
 def estimate_rows(summary: EstimateSummary) -> list[Row]:
-    """Return estimated acceptance with its interval and its shares, one row a depth."""
+    """Return estimated acceptance with its interval and its shares, one row per depth."""
     found = summary.estimate
     low, high = found.acceptance_interval
     depths = [
@@ -199,7 +202,7 @@ def export_rows(summary: ExportSummary) -> list[Row]:
 def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[Row]:
     """Return the command of each engine that loads this layout, ready for a shell."""
     folder, num_tokens = str(exported.path.resolve()), summary.speculative_tokens
-    if exported.layout == "speculators":  # it names its verifier and its drafted tokens itself
+    if exported.layout == "speculators":  # its config names verifier and drafted tokens
         return [("serve with vLLM (speculators)", shlex.join(["vllm", "serve", folder]))]
     revision = [] if summary.revision is None else ["--revision", summary.revision]
     target = [summary.served_model, *revision]
@@ -218,7 +221,7 @@ def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[
 
 
 def where_a_run_is(run_path: Path) -> list[Row]:
-    """Return how to see the curves of a run, and its report."""
+    """Return where to see the curves of a run, and its report."""
     return [
         ("loss curves", f"tensorboard --logdir {run_path.parent}"),
         ("report", str(run_path / REPORT_NAME)),
@@ -226,11 +229,11 @@ def where_a_run_is(run_path: Path) -> list[Row]:
 
 
 def where_to_look(run_path: Path) -> list[Row]:
-    """Return what a person would open next."""
+    """Return what to open next."""
     curves, page = where_a_run_is(run_path)
     return [
         curves,
-        ("acceptance in full", str(run_path / EVALUATION_NAME)),
+        ("full acceptance results", str(run_path / EVALUATION_NAME)),
         ("Prefect UI", "make server, then http://127.0.0.1:4200"),
         page,
     ]

@@ -1,6 +1,6 @@
-"""One HTML page for a run, made from the files in its folder: it can be mailed as it is.
+"""One HTML page for a run, made from the files in its folder; it can be mailed as it is.
 
-Everything is inside: style, tables, plots as SVG. There is no script, and nothing is fetched.
+Style, tables and SVG plots are embedded. There is no script, and nothing is fetched.
 """
 
 import math
@@ -46,7 +46,7 @@ class Section:
 
 
 def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
-    """Write the report of the run in `run_path` from what lies there, and return its path."""
+    """Write the report of the run in `run_path` from the files there, and return its path."""
     record = RunRecord.read(run_path)
     if curves is None:
         curves = read_curves(run_path)
@@ -73,7 +73,7 @@ def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
 
 
 def read_curves(run_path: Path) -> Curves:
-    """Return the metrics of a run, each thinned out to some hundred points."""
+    """Return the metrics of a run, each thinned to a few hundred points."""
     found: dict[str, Series] = {}
     for tag, by_step in read_metrics(run_path).items():
         steps = list(by_step)
@@ -85,7 +85,7 @@ def read_curves(run_path: Path) -> Curves:
 
 
 def _headlines(record: RunRecord) -> list[Row]:
-    """Return what a person wants to know first: a name and a figure each."""
+    """Return the most important figures, each with its name."""
     found: list[Row] = []
     if record.evaluation is not None:
         trained = record.evaluation.trained
@@ -93,14 +93,14 @@ def _headlines(record: RunRecord) -> list[Row]:
         length = f"{trained.acceptance_length:.2f} ({low:.2f} to {high:.2f})"
         found.append(("tokens per target forward", length))
         if trained.speedup is not None:
-            found.append(("speed against plain decoding", f"{trained.speedup:.2f}x"))
+            found.append(("speedup over plain decoding", f"{trained.speedup:.2f}x"))
     if record.training is not None:
         figures = record.training.figures
         found.append(("steps", f"{record.training.num_steps:,}"))
         found.append(("loss", f"{figures.first_loss:.2f} → {figures.loss:.2f}"))
     bill = record.settings.bill if record.settings else None
     if bill is not None and bill.raw_bytes:
-        found.append(("of the raw size stored", f"{bill.stored_bytes / bill.raw_bytes:.1%}"))
+        found.append(("stored size relative to raw", f"{bill.stored_bytes / bill.raw_bytes:.1%}"))
     return found
 
 
@@ -110,7 +110,7 @@ def loss_plot(curves: Curves) -> tuple[str, Markup] | None:
 
 
 def acceptance_plot(found: EvaluateSummary) -> str:
-    """Return bars of acceptance by depth: measured, and what the store's states said before."""
+    """Return bars of acceptance by depth: measured, and estimated from the store."""
     shares: dict[str, Sequence[float]] = {
         "untrained": found.untrained.acceptance_by_depth,
         "trained": found.trained.acceptance_by_depth,
@@ -132,7 +132,7 @@ def _acceptance(record: RunRecord) -> Section:
         caption = "Share of drafted tokens accepted at each depth, once reached"
         return Section(
             title=title,
-            note="Real speculative decoding; intervals are 95 %, by bootstrap over prompts.",
+            note="Measured by speculative decoding; 95 % intervals by bootstrap over prompts.",
             rows=_without_seconds(report.evaluate_rows(found)),
             plots=[(caption, Markup(acceptance_plot(found)))],  # noqa: S704 (ours)
         )
@@ -141,7 +141,7 @@ def _acceptance(record: RunRecord) -> Section:
         return Section(title=title, note=note)
     return Section(
         title=title,
-        note=f"{note} The stored states say:",
+        note=f"{note} Estimate from the stored states:",
         rows=_without_seconds(report.estimate_rows(estimate))[1:],
     )
 
@@ -152,7 +152,7 @@ def _counted(values: Sequence[float]) -> list[float]:
 
 def _training(record: RunRecord, curves: Curves) -> Section:
     if record.training is None and not curves:
-        return Section(title="Training", note="Not ended yet: run the train flow.")
+        return Section(title="Training", note="Not finished yet: run the train flow.")
     drawn = [
         loss_plot(curves),
         _curves(curves, _stepped(curves, "loss/step_"), "Loss by TTT step", "nats"),
@@ -252,26 +252,29 @@ def _storage(settings: RunSettings | None) -> Section:
         note = "Nothing is stored: the target computed the states during training."
         return Section(title="Storage", note=note if settings else "Not recorded.")
     svg = plots.named_bars(
-        [("bare arrays", bill.raw_bytes), (f"stored, {bill.profile}", bill.stored_bytes)],
-        name="Storage bill",
+        [("raw arrays", bill.raw_bytes), (f"stored, {bill.profile}", bill.stored_bytes)],
+        name="Storage size",
         form=human_bytes,
     )
     return Section(
         title="Storage",
-        rows=_bill_rows(bill),
+        rows=_size_rows(bill),
         plots=[("Hidden states of both splits", Markup(svg))],  # noqa: S704 (ours)
     )
 
 
-def _bill_rows(bill: StorageBill) -> list[Row]:
+def _size_rows(bill: StorageBill) -> list[Row]:
     tokens = max(bill.num_tokens, 1)
     return [
-        ("size, raw", f"{human_bytes(bill.raw_bytes)}, {bill.raw_bytes / tokens:,.0f} B a token"),
+        (
+            "size, raw",
+            f"{human_bytes(bill.raw_bytes)}, {bill.raw_bytes / tokens:,.0f} bytes per token",
+        ),
         (
             "size, stored",
-            f"{human_bytes(bill.stored_bytes)}, {bill.stored_bytes / tokens:,.0f} B a token",
+            f"{human_bytes(bill.stored_bytes)}, {bill.stored_bytes / tokens:,.0f} bytes per token",
         ),
-        ("stored of raw", f"{bill.stored_bytes / max(bill.raw_bytes, 1):.1%}"),
+        ("stored, share of raw", f"{bill.stored_bytes / max(bill.raw_bytes, 1):.1%}"),
         ("profile", bill.profile),
         ("shards", f"{bill.num_shards:,}"),
         ("tokens", f"{bill.num_tokens:,}"),

@@ -1,4 +1,4 @@
-"""What a run leaves behind for its report: the settings of its newest attempt, and every result.
+"""The files behind a run's report: the settings of the newest attempt, and every result.
 
 All are JSON files in the run's folder. A stage that has not ended has no file.
 """
@@ -30,7 +30,7 @@ Stage = TypeVar("Stage")
 
 
 class SplitFigures(BaseModel):
-    """What one split of the data holds."""
+    """The figures of one split of the data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,7 @@ class SplitFigures(BaseModel):
 
     @classmethod
     def of(cls, tokens: TokenFile, *, without: Collection[str] = ()) -> "SplitFigures":
-        """Count the samples of a token file, less some."""
+        """Count the samples of a token file, except those of `without`."""
         omitted = [name for name in without if name in tokens]
         num_supervised = tokens.num_supervised if len(tokens) else 0
         num_supervised -= sum(int(one.loss_mask.sum()) for one in tokens.by_id(omitted))
@@ -65,7 +65,7 @@ class SplitFigures(BaseModel):
 
 
 class StorageBill(BaseModel):
-    """What the states of a store take, and what they would take as bare arrays."""
+    """The size of a store's states, and their size as raw arrays."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,7 +78,7 @@ class StorageBill(BaseModel):
 
     @classmethod
     def of(cls, store: Store, commits: Commits | None = None) -> "StorageBill":
-        """Add up the commit records of a store; `commits` spares reading them again."""
+        """Add up the commit records of a store; with `commits` they are not read again."""
         totals = (store.commits() if commits is None else commits).totals
         return cls(
             root=store.root.url,
@@ -91,25 +91,25 @@ class StorageBill(BaseModel):
 
 
 class RunSettings(BaseModel):
-    """What a run is made with, written before its first step."""
+    """The settings of a run, written before its first step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str
     source_id: str
     configuration: dict[str, dict[str, JsonValue]]
-    """Section to key to value, to be read by people."""
+    """Section to key to value, for display."""
     train: SplitFigures
     held_out: SplitFigures
     bill: StorageBill | None
     """None for a run that stores nothing."""
     total_steps: int | None = None
-    """That the attempt was to reach; None in files of versions before."""
+    """Planned steps of the attempt; None in files of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """Everything a run's report is made from; None where a stage has not ended."""
+    """Everything a run's report is made from; None for a stage that has not ended."""
 
     settings: RunSettings | None
     training: TrainSummary | None
@@ -120,7 +120,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_path: Path) -> "RunRecord":
-        """Read what is there."""
+        """Read the files that exist."""
         outdated: list[str] = []
 
         def read(name: str, kind: type[Stage]) -> Stage | None:
@@ -150,7 +150,7 @@ def write_settings(
     total_steps: int,
     excluded: Collection[str] = (),
 ) -> None:
-    """Write what this attempt at a run is made with, less what the store leaves out, for people."""
+    """Write the settings of this attempt for display; split figures leave `excluded` out."""
     sections = ("target", "dataset", "store", "training", "tracking")
     settings = RunSettings(
         title=run.title,
@@ -165,13 +165,13 @@ def write_settings(
 
 
 def write_stage(path: Path, summary: TrainSummary | EvaluateSummary | EstimateSummary) -> None:
-    """Write a stage's result as strict JSON: a figure that does not exist is null, not NaN."""
+    """Write a stage's result as strict JSON: a missing figure is null, not NaN."""
     document = to_json(summary, indent=2, inf_nan_mode="null").decode()
     write_text(path, document + "\n")
 
 
 def as_text(value: JsonValue) -> str:
-    """Return a setting as a recipe would have it."""
+    """Return a setting as a recipe would write it."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(as_text, value)) or "none"
     return (

@@ -1,4 +1,4 @@
-"""What `verify` and `repair` found and did, and what `hidden-states` made."""
+"""The results of `verify`, `repair` and `hidden-states`."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class VerifySummary:
 
     store_root: str
     what: str
-    """What was looked at, in words."""
+    """What was checked, in words."""
     num_shards: int
     findings: tuple[Finding, ...]
     seconds: float
@@ -22,7 +22,7 @@ class VerifySummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairSummary:
-    """What was damaged, what was made again, and what is damaged still."""
+    """The damage, the shards that were recomputed, and the remaining damage."""
 
     store_root: str
     num_shards: int
@@ -39,7 +39,7 @@ class ShardResult:
 
     planned_id: str
     shard_id: str
-    """That of the plan unless samples were left out; empty if all of them were."""
+    """The planned id unless samples were excluded; empty if all of them were."""
     excluded: tuple[Exclusion, ...]
     seconds: float
     attempt: int

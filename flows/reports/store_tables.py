@@ -1,4 +1,4 @@
-"""Stores as people read about them: rows of `plan`, `inspect`, `verify`, `repair` and `gc`."""
+"""Table rows about stores, for `plan`, `inspect`, `verify`, `repair` and `gc`."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,42 +18,42 @@ MOST_LISTED = 20
 MOST_IN_TABLE = 1000
 
 
-def cost_rows(bill: CostEstimate) -> list[Row]:
-    """Return what is to be made and what it would cost under each profile."""
+def cost_rows(estimate: CostEstimate) -> list[Row]:
+    """Return what is missing and what it would cost under each profile."""
     rows = [
-        ("samples", f"{bill.num_samples:,}"),
-        ("tokens", f"{bill.num_tokens:,} ({bill.num_supervised_tokens:,} supervised)"),
-        ("store", bill.store_root),
+        ("samples", f"{estimate.num_samples:,}"),
+        ("tokens", f"{estimate.num_tokens:,} ({estimate.num_supervised_tokens:,} supervised)"),
+        ("store", estimate.store_root),
     ]
-    if bill.stored_bytes:
-        rows.append(("in the store already", human_bytes(bill.stored_bytes)))
-    if not bill.tokens_to_make:
-        return [*rows, ("still to make", "nothing: every sample has its states")]
-    rows.append(("still to make", f"{bill.tokens_to_make:,} tokens, {bill.num_shards:,} shards"))
-    for profile, per_token in bill.bytes_per_token.items():
-        chosen = ", chosen" if profile == bill.profile else ""
-        size = f"{human_bytes(bill.size(profile))} ({per_token:,.0f} bytes a token{chosen})"
+    if estimate.stored_bytes:
+        rows.append(("already stored", human_bytes(estimate.stored_bytes)))
+    if not estimate.tokens_to_make:
+        return [*rows, ("missing", "nothing: every sample has its states")]
+    rows.append(("missing", f"{estimate.tokens_to_make:,} tokens, {estimate.num_shards:,} shards"))
+    for profile, per_token in estimate.bytes_per_token.items():
+        chosen = ", chosen" if profile == estimate.profile else ""
+        size = f"{human_bytes(estimate.size(profile))} ({per_token:,.0f} bytes per token{chosen})"
         rows.append((f"size as {profile}", size))
-    if bill.free_bytes is not None:
-        rows.append(("free there", human_bytes(bill.free_bytes)))
-    if bill.budget_bytes is not None:
-        rows.append(("budget", human_bytes(bill.budget_bytes)))
-    if bill.recompute is not None:
-        rows.append(("recompute, in training", _recompute(bill, bill.recompute)))
-    speed = f"{bill.tokens_per_second:,.0f} tokens/s on {bill.device}"
-    missing = bill.missing_bytes(bill.profile)
+    if estimate.free_bytes is not None:
+        rows.append(("free space", human_bytes(estimate.free_bytes)))
+    if estimate.budget_bytes is not None:
+        rows.append(("budget", human_bytes(estimate.budget_bytes)))
+    if estimate.recompute is not None:
+        rows.append(("recompute during training", _recompute(estimate, estimate.recompute)))
+    speed = f"{estimate.tokens_per_second:,.0f} tokens per second on {estimate.device}"
+    missing = estimate.missing_bytes(estimate.profile)
     return [
         *rows,
-        ("time", f"about {human_seconds(bill.seconds)} ({speed})"),
-        ("fits", f"no, {human_bytes(missing)} are missing" if missing else "yes"),
+        ("time", f"about {human_seconds(estimate.seconds)} ({speed})"),
+        ("fits", f"no, short by {human_bytes(missing)}" if missing else "yes"),
     ]
 
 
-def _recompute(bill: CostEstimate, cost: RecomputeCost) -> str:
-    """Return what an epoch pays for a store of half the size."""
-    epoch = human_seconds(bill.num_tokens / max(cost.tokens_per_second, 1e-9))
+def _recompute(estimate: CostEstimate, cost: RecomputeCost) -> str:
+    """Return the cost per epoch of a store of half the size."""
+    epoch = human_seconds(estimate.num_tokens / max(cost.tokens_per_second, 1e-9))
     return (
-        f"about {epoch} an epoch ({cost.tokens_per_second:,.0f} tokens/s, "
+        f"about {epoch} per epoch ({cost.tokens_per_second:,.0f} tokens per second, "
         f"{cost.share_of_capture:.0%} of the whole target's time), "
         f"{human_bytes(cost.weight_bytes)} of weights, loaded in {cost.load_seconds:.1f} s"
     )
@@ -62,7 +62,7 @@ def _recompute(bill: CostEstimate, cost: RecomputeCost) -> str:
 def shard_table(
     shard_ids: Sequence[str], made: Mapping[str, ShardResult], store: Store
 ) -> list[dict[str, Any]]:
-    """Return a row for each committed shard: its size, and how it was made if that is known."""
+    """Return a row per committed shard: its size, and how it was computed if that is known."""
     rows = []
     for shard_id, record in store.some_commits(shard_ids[:MOST_IN_TABLE]).items():
         how = made.get(shard_id)
@@ -88,14 +88,14 @@ def store_rows(figures: StoreFigures) -> list[Row]:
     ratio = f"{figures.stored_bytes / max(figures.raw_bytes, 1):.1%} of raw"
     rows = [
         *_identity_rows(figures.identity),
-        ("shards", f"{figures.num_shards:,} ({figures.num_probed:,} with a probe)"),
+        ("shards", f"{figures.num_shards:,} ({figures.num_probed:,} with a semantic probe)"),
         ("samples", f"{figures.num_samples:,}"),
         ("tokens", f"{figures.num_tokens:,} ({figures.num_supervised:,} supervised)"),
         ("size", f"{human_bytes(figures.stored_bytes)} ({ratio})"),
-        ("bytes a token", per_token),
+        ("bytes per token", per_token),
     ]
     if figures.free_bytes is not None:
-        rows.append(("free there", human_bytes(figures.free_bytes)))
+        rows.append(("free space", human_bytes(figures.free_bytes)))
     for snapshot in figures.snapshots[:MOST_LISTED]:
         name = "latest snapshot" if snapshot.is_latest else "snapshot"
         rows.append((name, _snapshot(snapshot)))
@@ -111,10 +111,10 @@ def store_rows(figures: StoreFigures) -> list[Row]:
     if figures.excluded:
         shown = "\n".join(map(str, figures.excluded[:MOST_LISTED]))
         more = len(figures.excluded) - MOST_LISTED
-        rows.append(("left out", f"{shown}\nand {more:,} more" if more > 0 else shown))
+        rows.append(("excluded", f"{shown}\nand {more:,} more" if more > 0 else shown))
     if figures.damaged:
         shown = "\n".join(figures.damaged[:MOST_LISTED])
-        rows.append(("does not read", f"{shown}\nrun: eyas verify {figures.root}"))
+        rows.append(("unreadable", f"{shown}\nrun: eyas verify {figures.root}"))
     if figures.garbage is not None:
         rows.append(("garbage", _garbage(figures.garbage, figures.root)))
     return rows
@@ -134,7 +134,7 @@ def _identity_rows(identity: StoreIdentity) -> Iterator[Row]:
     yield "chat template", identity.template_fingerprint[:12]
     yield "profile", identity.profile
     if identity.omitted is not None:
-        yield "left out", f"the early and the last states: {identity.omitted}"
+        yield "omitted states", f"the early and the last ones: {identity.omitted}"
 
 
 def _snapshot(snapshot: SnapshotFigures) -> str:
@@ -162,13 +162,13 @@ def _amount(garbage: Garbage) -> str:
 
 
 def verify_rows(summary: VerifySummary) -> list[Row]:
-    """Return what was looked at, and all damage."""
+    """Return what was checked, and all damage."""
     damaged = {finding.shard_id for finding in summary.findings if finding.shard_id}
     state = f"{_count(len(summary.findings), 'finding')} in {_count(len(damaged), 'shard')}"
     return [
         ("store", summary.store_root),
         ("shards", f"{summary.num_shards:,}"),
-        ("looked at", summary.what),
+        ("checked", summary.what),
         ("state", state if summary.findings else "sound"),
         *_finding_rows(summary.findings),
         ("time", human_seconds(summary.seconds)),
@@ -176,30 +176,30 @@ def verify_rows(summary: VerifySummary) -> list[Row]:
 
 
 def repair_rows(summary: RepairSummary) -> list[Row]:
-    """Return what was damaged and what became of it."""
+    """Return what was damaged and what was repaired."""
     rows = [("store", summary.store_root), ("shards", f"{summary.num_shards:,}")]
     if not summary.findings:
         rows.append(("state", "sound; there was nothing to repair"))
     else:
         state = (
-            f"still damaged: {_count(len(summary.left), 'thing')}" if summary.left else "repaired"
+            f"still damaged: {_count(len(summary.left), 'object')}" if summary.left else "repaired"
         )
         rows += [
             *_finding_rows(summary.findings, with_remedy=False),
-            ("made again", _listed(summary.remade) or "no shard"),
+            ("recomputed", _listed(summary.remade) or "no shard"),
             ("state", state),
         ]
     return [*rows, ("time", human_seconds(summary.seconds))]
 
 
 def garbage_rows(garbage: Garbage, kept: Mapping[str, str], *, deleted: bool) -> list[Row]:
-    """Return what nothing needs, and which snapshots are kept and why."""
+    """Return the unneeded objects, and which snapshots are kept and why."""
     reasons = [f"{snapshot_id} ({why})" for snapshot_id, why in kept.items()]
     rows = [("snapshots kept", _listed(reasons) or "none")]
     if any("held by run" in why for why in kept.values()):
-        rows.append(("", "a run whose folder is gone is let go of by --release RUN"))
+        rows.append(("", "--release RUN releases the snapshots of a run whose folder is gone"))
     if not kept:
-        return [*rows, ("garbage", "nothing, while no snapshot tells what is needed")]
+        return [*rows, ("garbage", "nothing: no snapshot records what is needed")]
     if garbage:
         rows.append(("deleted" if deleted else "to delete", _amount(garbage)))
     else:
@@ -214,8 +214,8 @@ def garbage_rows(garbage: Garbage, kept: Mapping[str, str], *, deleted: bool) ->
             rows.append((f"  {name}", _listed(ids)))
     if garbage.young_bytes:
         amount = human_bytes(garbage.young_bytes)
-        cure = "--older-than 0 (in a flow: older_than_hours) takes it where no run is at work"
-        rows.append(("too young", f"{amount}, which nothing needs; {cure}"))
+        remedy = "if no run is active, --older-than 0 (in a flow: older_than_hours) includes it"
+        rows.append(("too young", f"{amount}, unneeded; {remedy}"))
     return rows
 
 

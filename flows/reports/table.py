@@ -1,4 +1,4 @@
-"""One table of names and values, as a person reads it in a terminal."""
+"""A table of names and values, printed in a terminal."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,6 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(escape(name), escape(value))
-    # A path must survive copying from a log: nothing is folded when this is no terminal.
+    # Paths in a log must stay copyable: outside a terminal nothing is folded.
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)

@@ -1,4 +1,4 @@
-"""What a person looks at before paying for hidden states: lengths, masks, vocabulary coverage.
+"""What to check before computing hidden states: lengths, masks, vocabulary coverage.
 
 An HTML page beside the token file, and a summary in Markdown with the same figures and the text of
 one sample.
@@ -21,7 +21,7 @@ _TEXT_CHARACTERS = 3_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenReport:
-    """What is shown of a token file in the Prefect UI."""
+    """The report on a token file in the Prefect UI."""
 
     markdown: str
     lengths: str
@@ -29,14 +29,14 @@ class TokenReport:
 
 
 def page_path(file: TokenFile) -> Path:
-    """Return where the page of a token file is."""
+    """Return the path of a token file's page."""
     return file.path.with_suffix(".html")
 
 
 def write_token_report(
     file: TokenFile, tokenizer: ConversationTokenizer, *, max_length: int, title: str
 ) -> TokenReport:
-    """Write the page of a token file that is not empty; return what the UI shows of it."""
+    """Write the page of a token file that is not empty; return the report for the UI."""
     statistics = gather_statistics(file, max_length=max_length, vocab_size=tokenizer.vocab_size)
     sizes = [size for size in _VOCABULARIES if size < tokenizer.vocab_size]
     shown = [file.fetch(row) for row in range(min(_SAMPLES_SHOWN, len(file)))]
@@ -44,8 +44,8 @@ def write_token_report(
     page = page_path(file)
     write_text(page, statistics_page(title, statistics, shown, tokenizer, sizes=sizes))
     return TokenReport(
-        markdown=f"## {title}\n\n{statistics.as_markdown(sizes=sizes)}\n\nThe first sample, «what "
-        f"the draft learns from» set off (more of them, in colour: `{page}`):\n\n{_fenced(text)}",
+        markdown=f"## {title}\n\n{statistics.as_markdown(sizes=sizes)}\n\nThe first sample, with "
+        f"«supervised text» marked (more samples, in colour: `{page}`):\n\n{_fenced(text)}",
         lengths=plots.lengths(statistics.bin_edges.tolist(), statistics.bin_counts.tolist()),
     )
 

@@ -1,4 +1,4 @@
-"""Sizes and times as people write them."""
+"""Sizes and times in readable units."""
 
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 

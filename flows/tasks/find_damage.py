@@ -1,4 +1,4 @@
-"""Looking for damage with the target at hand: every byte, and what the states mean."""
+"""Finds damage in a store, with the target: every byte, and the semantic probe."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from storage.store import Store
 
 
 def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
-    """Return how `target` reads a store's states; MismatchError if the store is another's."""
+    """Return `target`'s recompute for a store; MismatchError if the store is of another target."""
     folder = weights.locate(target)
     fields = fingerprint_fields(target, folder)
     expected = dataclasses.replace(
@@ -37,7 +37,7 @@ def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
 def find_damage(
     store: Store, *, deep: bool, recompute: Recompute | None, title: str
 ) -> Sequence[Finding]:
-    """Return everything in the store that is not as it was committed."""
+    """Return all differences between the store and its commit records."""
     total = len(store.shard_ids())
     key = artifact_key("verify-progress", title)
     with stage_progress("verifying", key=key, total=total, unit="shards") as progress:

@@ -1,6 +1,6 @@
-"""One task run = one batch of shards, made by a child process that loads the target once.
+"""One task run = one batch of shards, computed by a child process that loads the target once.
 
-A kernel kill or a device fault in the child costs its batch, never the flow run.
+A kernel kill or a device fault in the child loses its batch, never the flow run.
 """
 
 from prefect import task
@@ -21,17 +21,17 @@ from storage.store import Store
     retries=2,
     retry_delay_seconds=[2, 30],
     retry_condition_fn=is_transient,  # a corrupt shard or a wrong config is not retried
-    cache_policy=NO_CACHE,  # the commit record is the only truth about what exists
+    cache_policy=NO_CACHE,  # only the commit records know what exists
     persist_result=False,
 )
 def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[ShardResult, ...]:
-    """Make the shards of `batch` in a child process; return those that were committed.
+    """Compute the shards of `batch` in a child process; return the committed ones.
 
-    Without a `pool`, the task runs on a cluster's worker, which has one of its own.
+    Without a `pool`, the task runs on a cluster's worker, which has its own pool.
 
     Raises:
-        ChildKilledError: the child died without an answer, or hung and was killed (retried).
-        EagleCoreError, StorageError: what the child reported, as it raised it.
+        ChildKilledError: the child died without a result, or hung and was killed (retried).
+        EagleCoreError, StorageError: the error that the child reported.
 
     """
     if pool is None:
@@ -56,7 +56,7 @@ def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[
 
 
 def _rest(batch: ShardBatch) -> ShardBatch:
-    """Return the part of a batch that an attempt before did not commit."""
+    """Return the part of a batch that earlier attempts did not commit."""
     committed = set(Store.open(batch.store_root).shard_ids())
     rest = tuple(shard_id for shard_id in batch.shard_ids if shard_id not in committed)
     return batch.model_copy(update={"shard_ids": rest})

@@ -1,4 +1,4 @@
-"""Makes the shards that a store lacks: in batches, on the runner that the recipe names."""
+"""Computes the missing shards of a store: in batches, on the runner of the recipe."""
 
 import re
 from collections import Counter
@@ -36,13 +36,13 @@ EVERY_BATCH_MEETS = (
     storage.errors.OutOfSpaceError,
     storage.errors.TransientError,
 )
-"""What lies in the machine, its settings or the store; bad samples are the matter of one batch."""
+"""Faults of the machine, its settings or the store; bad samples affect only one batch."""
 FAILURES_AT_FIRST = 3
-"""So many of these before any batch has succeeded end the run: the others would fail too."""
+"""This many of these before any batch has succeeded end the run: the others would fail too."""
 EQUAL_FAILURES = 3
-"""So many of one kind and message end the run whatever has succeeded."""
+"""This many of one kind and message end the run, even if some batches have succeeded."""
 _DIGITS = re.compile(r"\d+")
-"""Numbers of shards and bytes: two failures that differ in them alone are equal."""
+"""Numbers of shards and bytes: two failures that differ only in them are equal."""
 
 
 def make_shards(
@@ -55,16 +55,16 @@ def make_shards(
     *,
     may_exclude: bool = True,
 ) -> int:
-    """Run one task per batch of shards, wait for all of them, then name what is missing.
+    """Run one task per batch of shards, wait for all of them, then name the missing shards.
 
-    Returns the number of shards that were made.
+    Returns the number of computed shards.
 
     Raises:
         MissingShardsError: some batches failed; everything else is committed and stays.
-        CorruptError: more samples have states that are not finite than the store may leave out,
-            or one has, which may not be left out.
-        EagleCoreError, StorageError, FlowError: the first batches failed, all of them, or several
-            in the same way, or there is no space left.
+        CorruptError: more samples have non-finite states than the store may exclude, or one has and
+            none may be excluded.
+        EagleCoreError, StorageError, FlowError: the first batches all failed, or several batches
+            failed in the same way, or there is no space left.
         FlowError: the runner's package is not installed.
 
     """
@@ -93,7 +93,7 @@ def make_shards(
                     if found and not may_exclude:
                         raise _was_finite(target, found[0])
                     exclusions.add(found)
-                    if runner.kind != "processes":  # a cluster says nothing in between
+                    if runner.kind != "processes":  # a cluster reports no samples
                         progress.advance(sum(sizes[shard.planned_id] for shard in shards))
                 elif failures.end_the_run(_error_of(future), has_made_some=bool(made)):
                     future.result()
@@ -104,28 +104,28 @@ def make_shards(
     _publish_table([name for name in names if name in committed], made, store, target)
     missing = [name for name in names if name and name not in committed]
     if missing:
-        _say_what_is_missing(futures, missing, num_wanted=len(names))
+        _raise_missing(futures, missing, num_wanted=len(names))
     return sum(map(bool, names))
 
 
 def _was_finite(target: TargetConfig, found: Exclusion) -> eagle_core.errors.CorruptError:
     return eagle_core.errors.CorruptError(
-        f"target {target.name}, {found}, though they were when this shard was made: other "
-        "hardware, driver or versions? Repair where it was made, or run hidden-states, which "
-        "leaves the sample out and publishes again; then runs of the earlier snapshot have to "
-        "begin anew"
+        f"target {target.name}, {found}, but they were when this shard was computed: other "
+        "hardware, driver or versions? Repair on the machine that computed it, or run "
+        "hidden-states, which excludes the sample and publishes a new snapshot; runs of the "
+        "earlier snapshot then have to start over"
     )
 
 
 class _Failures:
-    """Those of batches so far: do they tell that all others would fail as well?"""
+    """The failed batches so far: do they show that all others would fail too?"""
 
     def __init__(self) -> None:
         self._num_at_first = 0
         self._equal: Counter[tuple[type[BaseException], str]] = Counter()
 
     def end_the_run(self, error: BaseException | None, *, has_made_some: bool) -> bool:
-        """Count one more; tell whether it ends the run."""
+        """Count one more; return whether it ends the run."""
         if error is None:
             return False
         if isinstance(error, storage.errors.OutOfSpaceError):
@@ -174,11 +174,11 @@ def _publish_table(
         create_table_artifact(
             shard_table(done, {shard.shard_id: shard for shard in made}, store),
             key=artifact_key("hidden-states-shards", target.name),
-            description=f"Shards of {target.name} made by this run: {len(done):,}",
+            description=f"Shards of {target.name} computed by this run: {len(done):,}",
         )
 
 
-def _say_what_is_missing(
+def _raise_missing(
     futures: Sequence[PrefectFuture[tuple[ShardResult, ...]]],
     missing: Sequence[str],
     *,
@@ -186,9 +186,9 @@ def _say_what_is_missing(
 ) -> NoReturn:
     for future in futures:
         if future.state.is_failed():
-            future.result()  # one cause, with its own type and message: usually the same for all
+            future.result()  # raises one cause, usually the same for all
     raise MissingShardsError(
         f"{len(missing)} of {num_wanted} shards are missing: {', '.join(missing[:5])}; "
         "the others are committed. Press Retry in the Prefect UI, or run the flow again, to "
-        "make only these"
+        "compute only these"
     )

@@ -1,4 +1,4 @@
-"""Which shards a store lacks."""
+"""Plans the missing shards of a store."""
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -17,7 +17,7 @@ from storage.store import Store
 def plan_missing_shards(
     target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str
 ) -> ShardPlan:
-    """Open or create the store and return what it lacks.
+    """Open or create the store and return its missing shards.
 
     Raises:
         MismatchError: the store was made with another target, template or layers.
@@ -27,7 +27,7 @@ def plan_missing_shards(
     plan = store.plan(wanted_samples(tokens), shard_tokens=config.shard_tokens)
     missing = store.plans.missing(plan)
     get_run_logger().info(
-        "%d samples wanted, %d shards to make (%s)",
+        "%d samples required, %d shards to compute (%s)",
         tokens.num_samples,
         len(missing),
         root,

@@ -1,4 +1,4 @@
-"""Before the first shard: what is missing, what it costs, and whether there is room for it."""
+"""Checks before the first shard: what is missing, what it costs, and whether it fits."""
 
 from collections.abc import Iterator, Mapping
 
@@ -32,9 +32,9 @@ from storage.store import Store
 
 MEASURED_TOKENS = 4096
 SAMPLES_COUNTED = 2000
-"""Loss masks that are read to learn which share of the tokens keeps a last hidden state."""
+"""Loss masks that are read to find the share of tokens whose last hidden state is stored."""
 WORST_CASE = 1.05
-"""Of the bare bytes of all states: no profile comes near it."""
+"""Factor on the raw bytes of all states: no profile comes near it."""
 
 
 def wanted_samples(tokens: TokensSummary) -> Iterator[PlannedSample]:
@@ -49,12 +49,12 @@ def wanted_samples(tokens: TokensSummary) -> Iterator[PlannedSample]:
 def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str) -> None:
     """Raise DoesNotFitError unless there is room for every missing shard.
 
-    Nothing is measured where even the worst case fits.
+    Nothing is measured if even the worst case fits.
     """
     place = ObjectStore.at(root)
     free = place.free_bytes()
-    bare = _bare_bytes_per_token(target, recompute=config.recompute)
-    worst = int(tokens.num_tokens * bare * WORST_CASE)
+    raw = _raw_bytes_per_token(target, recompute=config.recompute)
+    worst = int(tokens.num_tokens * raw * WORST_CASE)
     if (free is None or worst <= free) and _within_budget(config.budget, root, worst):
         room = "" if free is None else f", {human_bytes(free)} are free"
         get_run_logger().info("states take at most %s%s", human_bytes(worst), room)
@@ -70,10 +70,10 @@ def _within_budget(budget: int | None, root: str, more: int) -> bool:
     return stored + more <= budget
 
 
-def _bare_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
+def _raw_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
     model = read_model_config(target, weights.locate(target))
     if recompute:
-        omitted_states(target, model)  # a clear error where that cannot be done
+        omitted_states(target, model)  # a clear error if recompute is impossible
     states = len(aux_layers(target, model.num_hidden_layers)) + (-1 if recompute else 1)
     return states * 2 * int(model.hidden_size) + 16
 
@@ -81,7 +81,7 @@ def _bare_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
 def estimate_cost(
     target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str
 ) -> CostEstimate:
-    """Return the bill for what the store at `root` lacks, measured with the target itself."""
+    """Return the cost of the missing states of the store at `root`, measured with the target."""
     place = ObjectStore.at(root)
     store = Store.open(root) if place.exists(keys.IDENTITY) else None
     wanted = wanted_samples(tokens)
@@ -128,7 +128,7 @@ def estimate_cost(
 
 
 def _encodings(found: Measurement) -> Mapping[str, ProfileCost]:
-    """Return what all states cost by profile, then what they cost if some are left out."""
+    """Return the cost by profile of all states, then of states with some omitted."""
     every = {encoding_name(p, recompute=False): cost for p, cost in found.profiles.items()}
     if found.recompute is None:
         return every
@@ -146,7 +146,7 @@ def _recompute_cost(measured: RecomputeMeasurement, num_tokens: int) -> Recomput
 
 
 def measure(target: TargetConfig, file: TokenFile) -> Measurement:
-    """Run the target on samples from all over the file and store them, in a child process."""
+    """Run the target on samples from across the file and store them, in a child process."""
     rows: list[int] = []
     lengths = file.lengths
     num_tokens = 0
@@ -163,7 +163,7 @@ def measure(target: TargetConfig, file: TokenFile) -> Measurement:
 
 
 def _last_share(file: TokenFile) -> float:
-    """Return the share of tokens that keep a last hidden state."""
+    """Return the share of tokens whose last hidden state is stored."""
     samples: list[TokenizedSample] = [
         file.fetch(row) for row in _spread(len(file), SAMPLES_COUNTED)
     ]
@@ -171,6 +171,6 @@ def _last_share(file: TokenFile) -> float:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """Return up to `count` different rows of `total` in an order in which any start is spread."""
+    """Return up to `count` different rows of `total`, ordered so that every prefix is spread."""
     order = np.random.default_rng(0).permutation(total)
     return [int(row) for row in order[:count]]

@@ -1,4 +1,4 @@
-"""The stages before the target model: conversations, then tokens, each done once per content."""
+"""The stages before the target model: conversations, then tokens, each run once per content."""
 
 import os
 import time
@@ -37,7 +37,7 @@ _CONVERSATIONS_PER_PROCESS = 4000
 def prepare(
     target: TargetConfig, dataset: DatasetConfig, home: str
 ) -> tuple[Workspace, TokensSummary]:
-    """Bring weights, conversations and tokens to where every later stage expects them."""
+    """Prepare weights, conversations and tokens for all later stages."""
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     prepare_weights(target)
     prepare_dataset(dataset, space)
@@ -46,7 +46,7 @@ def prepare(
 
 @task(task_run_name="dataset {config.name}", cache_policy=NO_CACHE, persist_result=False)
 def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
-    """Read, normalise, deduplicate and split the conversations, unless that is done already."""
+    """Read, normalise, deduplicate and split the conversations, unless already done."""
     started = time.monotonic()
     key = artifact_key("dataset-progress", space.dataset)
     with stage_progress("data set", key=key, total=100, unit="%") as progress:
@@ -68,10 +68,10 @@ def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
 
 @task(task_run_name="weights of {target.name}", cache_policy=NO_CACHE, persist_result=False)
 def prepare_weights(target: TargetConfig) -> Path:
-    """Find the target's weights, or fetch or convert them once, before anything else is done.
+    """Find the target's weights, or fetch or convert them once, before all other work.
 
     Raises:
-        ConfigError: they are not here and cannot be had; says what to download and where to put it.
+        ConfigError: they are missing and cannot be fetched; names the download and its folder.
 
     """
     key = artifact_key("weights", target.name)
@@ -83,13 +83,13 @@ def prepare_weights(target: TargetConfig) -> Path:
 
 @task(task_run_name="tokenize {dataset.name}", cache_policy=NO_CACHE, persist_result=False)
 def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> TokensSummary:
-    """Apply the target's chat template to both splits, unless that is done already."""
+    """Apply the target's chat template to both splits, unless already done."""
     started = time.monotonic()
     log = get_run_logger()
     manifest = load_manifest(space.dataset_path)
     tokenizer = conversation_tokenizer(target)
     content = content_name(dataset, manifest.fingerprint, tokenizer)
-    # Held out first: of a sample that both splits have, cut to one length, training must not know.
+    # Held out first: a sample that both splits have, once truncated, must not be trained on.
     counts: dict[Split, int] = {"held_out": manifest.num_held_out, "train": manifest.num_train}
     files: dict[Split, TokenFile] = {}
     space.tokens_path.mkdir(parents=True, exist_ok=True)
@@ -123,10 +123,10 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
 def tokens_of_run(
     target: TargetConfig, dataset: DatasetConfig, space: Workspace, run: str, content: str
 ) -> TokensSummary:
-    """Return the token files that a run began with, made again if need be.
+    """Return the token files that a run started with, rebuilt if necessary.
 
     Raises:
-        ConfigError: they are gone, and what they are made from has changed since.
+        ConfigError: they are gone, and their data set, template or max_length has changed since.
 
     """
     tokens = known_tokens(target, space, content)
@@ -145,9 +145,9 @@ def tokens_of_run(
 def _publish_report(
     train: TokenFile, tokenizer: ConversationTokenizer, target: TargetConfig, dataset: DatasetConfig
 ) -> None:
-    """Write the page of the tokens and show its figures in the UI, unless that is done already."""
+    """Write the page of the tokens and show its figures in the UI, unless already done."""
     page = page_path(train)
-    with best_effort("the page of the tokens"):
+    with best_effort("the token report"):
         if not page.exists() and len(train):
             title = f"Tokens: {dataset.name} for {target.name}"
             report = write_token_report(
@@ -156,11 +156,11 @@ def _publish_report(
             key = artifact_key("tokens", target.name, dataset.name)
             publish_markdown(title, report.markdown, key=key)
             publish_plot(f"Lengths: {title}", report.lengths, key=f"{key}-lengths")
-        get_run_logger().info("what they look like, supervised tokens marked: %s", page)
+        get_run_logger().info("token report, with supervised tokens marked: %s", page)
 
 
 def _num_processes(dataset: DatasetConfig, num_conversations: int) -> int:
-    """Return how many processes tokenise: another one costs seconds until it has started."""
+    """Return the number of tokenising processes: each takes seconds to start."""
     worthwhile = -(-num_conversations // _CONVERSATIONS_PER_PROCESS)
     return dataset.tokenize_processes or max(1, min(os.cpu_count() or 1, worthwhile))
 

@@ -16,12 +16,12 @@ from storage.store import Store
 def publish(
     tokens: TokensSummary, space: Workspace, root: str, *, shards_made: int, started: float
 ) -> HiddenStatesSummary:
-    """Publish the snapshots of both splits by name, training as the latest; return the bill."""
+    """Publish the snapshots of both splits by name, training as the latest; return the totals."""
     store = Store.open(root)
     commits = store.commits()
     held_out = commits.usable(TokenFile(tokens.held_out_path).sample_ids)
     if held_out:
-        # It keeps its shards from being collected as garbage.
+        # The snapshot keeps its shards from garbage collection.
         name = space.snapshot_name("held_out")
         store.publish(
             held_out, commits=commits, name=name, made_from=tokens.content, as_latest=False
@@ -29,8 +29,8 @@ def publish(
     train = commits.usable(TokenFile(tokens.train_path).sample_ids)
     if not train:
         raise CorruptError(
-            f"none of {tokens.num_samples:,} samples has states that are finite and is not held "
-            f"out; `eyas inspect {root}` says more"
+            f"none of {tokens.num_samples:,} samples has finite states and is not held out; `eyas "
+            f"inspect {root}` lists the excluded ones"
         )
     name = space.snapshot_name("train")
     snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)

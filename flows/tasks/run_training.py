@@ -1,4 +1,4 @@
-"""Train a draft from any source, show its progress, and report what came out."""
+"""Train a draft from any source, show the progress, and report the result."""
 
 import logging
 import time
@@ -32,7 +32,7 @@ from flows.workers.train_worker import tracked_run
 logger = logging.getLogger(__name__)
 
 Attempt = Callable[[Callable[[Progress], None]], TrainingResult]
-"""Trains to the end or until it is asked to stop, and tells every step."""
+"""Trains to the end or until asked to stop, and reports every step."""
 
 
 def run_training(
@@ -42,12 +42,12 @@ def run_training(
     run: Run,
     lock: RunLock,
     *,
-    write_down: Callable[[], None],
+    write_record: Callable[[], None],
 ) -> TrainSummary:
-    """Train in this process, from any source: what the offline and the online flow share.
+    """Train in this process, from any source: shared by the offline and the online flow.
 
-    `lock` is that of the run's folder; `write_down` records what the run is made with, once a step
-    shows that the run takes it.
+    `lock` is that of the run's folder; `write_record` records the run's settings, once a step shows
+    that the run accepts them.
     """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
@@ -65,7 +65,7 @@ def run_training(
             )
 
     total = total_steps(run.training, source.lengths, source.groups)
-    return run_attempt(attempt, setup.run_path, run, lock, total=total, write_down=write_down)
+    return run_attempt(attempt, setup.run_path, run, lock, total=total, write_record=write_record)
 
 
 def run_attempt(
@@ -75,9 +75,9 @@ def run_attempt(
     lock: RunLock,
     *,
     total: int,
-    write_down: Callable[[], None],
+    write_record: Callable[[], None],
 ) -> TrainSummary:
-    """Show the progress of `attempt` and report what came out."""
+    """Show the progress of `attempt` and report its result."""
     started = time.monotonic()
     key = artifact_key("train", run.title)
     with stage_progress("training", key=key, total=total, unit="steps") as bar:
@@ -87,18 +87,18 @@ def run_attempt(
             nonlocal is_written
             lock.require()
             if not is_written:
-                write_down()
+                write_record()
                 is_written = True
             bar.move_to(progress.step, note=f"loss {progress.loss:.3f}")
 
         result = attempt(show)
-        if not is_written:  # there was no step left to do
-            write_down()
+        if not is_written:  # no step was left to do
+            write_record()
     if result.stopped:
         raise TrainingStoppedError(
             f"training {run.title} was stopped at step {result.num_steps} of about {total} by "
             f"SIGTERM; nothing is lost ({result.checkpoint_path} is written): run the same command "
-            "again, or press Retry in the Prefect UI, to go on from there"
+            "again, or press Retry in the Prefect UI, to resume from there"
         )
     earlier = _earlier(run_path, result)
     summary = TrainSummary(
@@ -120,20 +120,20 @@ def run_attempt(
 def warn_of_another_length(
     run_path: Path, training: TrainingConfig, total: int, *, step: int
 ) -> None:
-    """Warn where a run that goes on was to have another length: its learning rate is of that."""
+    """Warn if a resumed run was planned with other steps: its learning rate depends on them."""
     before = RunRecord.read(run_path).settings
     if before is None or before.total_steps in {None, total}:
         return
     if step >= total:
         logger.warning(
-            "run %s has done %s steps, and %s are asked for: there is nothing to do",
+            "run %s has done %s steps, and %s are requested: there is nothing to do",
             *(run_path.name, f"{step:,}", f"{total:,}"),
         )
         return
     was, becomes = (learning_rate(training, step, length) for length in (before.total_steps, total))
     logger.warning(
-        "run %s was to have %s steps and now has %s: its learning rate goes from %.2g to %.2g at "
-        "step %s (another run with %s steps from its start has no such jump)",
+        "run %s was planned with %s steps and now has %s: its learning rate jumps from %.2g to "
+        "%.2g at step %s (a new run with %s steps has no such jump)",
         *(run_path.name, f"{before.total_steps:,}", f"{total:,}", was, becomes),
         *(f"{step:,}", f"{total:,}"),
     )
@@ -154,7 +154,7 @@ def _report(summary: TrainSummary, title: str) -> None:
 
 
 def _earlier(run_path: Path, result: TrainingResult) -> TrainSummary | None:
-    """Return what a run took that was done already, and None of one that this attempt moved."""
+    """Return the summary of a run that was already finished; None if this attempt trained."""
     found = RunRecord.read(run_path).training
     is_same = found is not None and found.num_steps == result.num_steps
     return found if is_same and not result.tokens_per_second else None

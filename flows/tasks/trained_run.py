@@ -1,4 +1,4 @@
-"""A run that has a checkpoint, for what comes after training: no data set is read for it."""
+"""A run that has a checkpoint, for the stages after training: no data set is read for it."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from flows.workspace import Workspace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedRun:
-    """A run, the target as it is now, and the checkpoint that is used."""
+    """A run, the target as it is now, and the checkpoint in use."""
 
     path: Path
     checkpoint_path: Path
@@ -31,7 +31,7 @@ class TrainedRun:
     dataset: DatasetConfig
     training: TrainingConfig
     content: str
-    """Of its token files."""
+    """Content digest of its token files."""
     stop_ids: Collection[int]
     """Token ids that end an answer."""
 
@@ -41,16 +41,16 @@ class TrainedRun:
         return setup, self.load_weights(setup)
 
     def load_weights(self, setup: DraftSetup) -> Checkpoint:
-        """Give the run's untrained draft the weights of the checkpoint, and return its record.
+        """Load the checkpoint's weights into the run's untrained draft, and return its record.
 
         Raises:
-            MismatchError: the draft has another shape than the settings give.
+            MismatchError: the checkpoint's draft has another shape than the settings.
 
         """
         return load_checkpoint(setup, self.checkpoint_path)
 
     def held_out(self) -> TokenFile:
-        """Return the samples that this run never learned from.
+        """Return the samples that this run never trained on.
 
         Raises:
             ConfigError: their file is gone, and the data set has changed since.
@@ -70,15 +70,15 @@ def open_run(
     name: str,
     choice: CheckpointChoice,
 ) -> TrainedRun:
-    """Return a run by the names of its target and data set and its own.
+    """Return a run by the names of its target, its data set and itself.
 
-    What it was made with is read from its folder; `target` says where the weights are now, and on
-    which device they work. `dataset` and `training` are used only for a run of a version that did
-    not write that down.
+    Its settings are read from its folder; `target` gives the current place of the weights and their
+    device. `dataset` and `training` are used only for a run of an older version that did not record
+    them.
 
     Raises:
         ConfigError: there is no such run, or it has no checkpoint yet.
-        MismatchError: `target` is another one, or has another tokenizer or template.
+        MismatchError: `target` differs, or has another tokenizer or template.
 
     """
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
@@ -104,7 +104,7 @@ def open_run(
 def choose_checkpoint(run_path: Path, choice: CheckpointChoice) -> Path:
     """Return the folder of a run's best checkpoint, or of its newest; ConfigError without any.
 
-    A run that was never measured on held-out data has no best one: its newest stands in.
+    A run that was never measured on held-out data has no best one: its newest is used.
     """
     best = checkpoint.best(run_path) if choice == "best" else None
     chosen = best or checkpoint.newest(run_path)
@@ -114,12 +114,12 @@ def choose_checkpoint(run_path: Path, choice: CheckpointChoice) -> Path:
 
 
 def load_checkpoint(setup: DraftSetup, folder: Path) -> Checkpoint:
-    """Give the draft of `setup` the weights of a checkpoint, and return its record.
+    """Load the weights of a checkpoint into the draft of `setup`, and return its record.
 
     A checkpoint is never loaded into a draft of another shape: the fields that differ are named.
 
     Raises:
-        MismatchError: the run's draft has another shape than the settings give.
+        MismatchError: the run's draft has another shape than the settings.
 
     """
     found = checkpoint.read(folder)

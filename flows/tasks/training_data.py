@@ -1,4 +1,4 @@
-"""Which snapshot a run learns from: its own once it has begun, else that of its data set."""
+"""Which snapshot a run trains on: its own once it has begun, else that of its data set."""
 
 import logging
 import uuid
@@ -24,24 +24,24 @@ from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 ID_NAME = ".id"
-"""File in the folder of a run that tells it from others of its name, on other machines."""
+"""File in a run's folder that distinguishes it from runs of its name on other machines."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingData:
-    """A snapshot without a held-out sample, and the tokens that it was made from."""
+    """A snapshot without held-out samples, and the tokens that it was made from."""
 
     snapshot: Snapshot
     tokens: TokensSummary
     commits: Commits
-    """Of the store, read once."""
+    """Commit records of the store, read once."""
     begun: BegunRun | None = None
 
     @property
     def record(self) -> Run | None:
-        """What the run was made with, if it has begun and wrote that down."""
+        """The record of the run, if it has begun and wrote one."""
         return None if self.begun is None else self.begun.record
 
 
@@ -53,14 +53,13 @@ def training_data(
     *,
     snapshot_id: str | None,
 ) -> TrainingData:
-    """Return what a run is to learn from.
+    """Return the data that a run trains on.
 
-    A run that has begun goes on with its own snapshot, and reads no data set. A new one takes the
-    snapshot that is asked for, or else that of the data set as it is now, which is published if it
-    is not there yet.
+    A run that has begun resumes with its own snapshot, and reads no data set. A new one uses the
+    requested snapshot, or else that of the current data set, which is published if missing.
 
     Raises:
-        ConfigError: states are missing from the store; says how many.
+        ConfigError: states are missing from the store; the message counts them.
         MismatchError: the snapshot is of other data, has held-out samples, or is not the run's.
 
     """
@@ -81,19 +80,18 @@ def training_data(
     if num_held_out:
         raise MismatchError(
             f"snapshot {data.snapshot.snapshot_id} of {store.root.url} has {num_held_out:,} of the "
-            f"{len(held_out):,} samples that data set {config.dataset.name} holds out: what is "
-            "measured on must not be learned from. Run hidden-states with this recipe, then train "
-            "another run"
+            f"{len(held_out):,} samples that data set {config.dataset.name} holds out: they must "
+            "not be trained on. Run hidden-states with this recipe, then train another run"
         )
     return data
 
 
 @contextmanager
 def held_by_run(store: Store, run_path: Path, data: TrainingData) -> Iterator[None]:
-    """Keep garbage collection from what a run needs until the block ends without an error.
+    """Protect a run's snapshots from garbage collection until the block ends without an error.
 
-    That is its snapshot, and the one of its held-out samples. The run is told from others of the
-    same name by an id in its folder; what it held before is let go.
+    These are its own snapshot, and the one of its held-out samples. An id in the run's folder
+    distinguishes it from runs of the same name; snapshots that it held before are released.
     """
     run, held = _hold_name(run_path), False
     try:
@@ -105,13 +103,13 @@ def held_by_run(store: Store, run_path: Path, data: TrainingData) -> Iterator[No
                 store.refs.release(run, snapshot_id)
         held = True
     except StorageError as error:
-        logger.warning("until run %s has ended, collect no garbage (gc): %s", run, error)
+        logger.warning("do not run gc until run %s has ended: %s", run, error)
     yield
     if held:
         try:
             store.refs.release_all(run)
         except StorageError as error:
-            logger.warning("gc goes on keeping the snapshots of run %s: %s", run, error)
+            logger.warning("gc still keeps the snapshots of run %s: %s", run, error)
 
 
 def _held_out_snapshot(store: Store, data: TrainingData) -> Iterator[str]:
@@ -132,7 +130,7 @@ def _hold_name(run_path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Origin:
-    """Where a run's samples may come from: a store, and the data set that a recipe names."""
+    """The sources of a run's samples: a store, and the data set of a recipe."""
 
     store: Store
     commits: Commits
@@ -144,7 +142,7 @@ class _Origin:
         snapshot_id = begun.source_id
         if wanted not in {None, snapshot_id}:
             raise MismatchError(
-                f"run {self.run_path.name} learns from snapshot {snapshot_id}, not from {wanted}; "
+                f"run {self.run_path.name} trains on snapshot {snapshot_id}, not on {wanted}; "
                 "train another run (--run)"
             )
         own = own_dataset(begun.record, self.config.dataset, self.run_path)
@@ -152,67 +150,67 @@ class _Origin:
             self.config.target, own, self.space, self.run_path.name, begun.tokens
         )
         if snapshot_id not in self.store.snapshot_ids():
-            self._publish_again(snapshot_id, tokens)
+            self._republish(snapshot_id, tokens)
         held_out = set(self.commits.usable(TokenFile(tokens.held_out_path).sample_ids))
         num_lost = len(held_out - self.commits.held(held_out))
         if num_lost:
             raise MismatchError(
                 f"{num_lost:,} of {len(held_out):,} samples that run {self.run_path.name} holds "
                 f"out have no states in {self.store.root.url} any more; run hidden-states with the "
-                "data set that it began with, or train another run (--run)"
+                "data set that it started with, or train another run (--run)"
             )
         snapshot = self.store.snapshot(snapshot_id)
         return TrainingData(snapshot=snapshot, tokens=tokens, commits=self.commits, begun=begun)
 
-    def _publish_again(self, snapshot_id: str, tokens: TokensSummary) -> None:
-        """Publish the lost snapshot of a run, if its samples still lie where it had them."""
+    def _republish(self, snapshot_id: str, tokens: TokensSummary) -> None:
+        """Publish the lost snapshot of a run again, if its samples are still in the same places."""
         with suppress(StorageError):
             train = self.commits.usable(TokenFile(tokens.train_path).sample_ids)
             if Snapshot.of(train, self.commits).snapshot_id == snapshot_id:
                 self.store.publish(train, commits=self.commits, as_latest=False)
                 return
         raise MismatchError(
-            f"run {self.run_path.name} learns from snapshot {snapshot_id}, which "
-            f"{self.store.root.url} does not have, and its samples have other places by now; it "
-            f"has: {', '.join(self.store.snapshot_ids()) or 'none'}. Restore it, or train another "
-            "run (--run)"
+            f"run {self.run_path.name} trains on snapshot {snapshot_id}, which is missing from "
+            f"{self.store.root.url}, and its samples are no longer in the same places; the store "
+            f"has snapshots: {', '.join(self.store.snapshot_ids()) or 'none'}. Restore the "
+            "snapshot, or train another run (--run)"
         )
 
     def compare_with_now(self, own: Snapshot, *, step: int) -> None:
-        """Say that a data set has newer data than a run; refuse where that was surely meant."""
+        """Warn if the data set is newer than the run's data; refuse if it was surely meant."""
         try:
             now = self.store.refs.get(self.space.snapshot_name("train"))
         except CorruptError as error:
-            logger.warning("whether the data set has newer data is not known: %s", error)
+            logger.warning("cannot check whether the data set has newer data: %s", error)
             return
         if now is None or now == own.snapshot_id or now not in self.store.snapshot_ids():
             return
         newer = self.store.snapshot(now)
         what = (
-            f"run {self.run_path.name} learns from snapshot {own.snapshot_id} ({own.num_samples:,} "
-            f"samples), and data set {self.space.dataset} is snapshot {now} "
-            f"({newer.num_samples:,}) since hidden-states ran last"
+            f"run {self.run_path.name} trains on snapshot {own.snapshot_id} ({own.num_samples:,} "
+            f"samples), but since the last hidden-states run data set {self.space.dataset} is "
+            f"snapshot {now} ({newer.num_samples:,} samples)"
         )
         num_shared = len(newer.members & own.members)
         if was_replaced(own.num_samples, newer.num_samples, num_shared=num_shared):
             raise MismatchError(
-                f"{what}, with {num_shared:,} of them. If the data was replaced, train another run "
-                "(--run), or delete this one's folder to begin again; if hidden-states ran with "
-                "other settings, run it once more with this recipe"
+                f"{what}, with {num_shared:,} samples in both. If the data was replaced, train "
+                "another run (--run), or delete this run's folder to start over; if hidden-states "
+                "ran with other settings, run it again with this recipe"
             )
         training = self.config.training
         total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
         if step >= total:
             raise MismatchError(
-                f"{what}; it has done its {total:,} steps. To learn from that data train another "
-                "run (--run), which may begin where this one ended (training.start_from)"
+                f"{what}; the run has done its {total:,} steps. To train on that data, train "
+                "another run (--run), which may start from this run's draft (training.start_from)"
             )
-        logger.warning("%s; it goes on with its own", what)
+        logger.warning("%s; the run continues with its own data", what)
 
     def asked_for(self, snapshot_id: str) -> TrainingData:
-        """Return a snapshot with the tokens that it was made from, which may be older ones."""
+        """Return a snapshot with the tokens that it was made from, which may be outdated."""
         snapshot = self.store.snapshot(snapshot_id)
-        # Of two versions that differ in what they hold out alone, hidden-states says which it was.
+        # If two versions differ only in held-out samples, the last hidden-states run decides.
         name = self.space.snapshot_name("train")
         last = self.store.refs.made_from(name) if self.store.refs.get(name) == snapshot_id else ""
         files = sorted(
@@ -235,9 +233,9 @@ class _Origin:
         if num_shared < snapshot.num_samples:
             raise MismatchError(
                 f"of the {snapshot.num_samples:,} samples in snapshot {snapshot_id} of "
-                f"{self.store.root.url}, data set {self.config.dataset.name} as it is now has "
+                f"{self.store.root.url}, the current data set {self.config.dataset.name} has "
                 f"{num_shared:,} for training and holds out {num_held_out:,}, and no tokens of an "
-                "earlier version of it are here; choose another snapshot (`eyas inspect` lists "
+                "earlier version of it exist here; choose another snapshot (`eyas inspect` lists "
                 "them), or the recipe that made it"
             )
         return TrainingData(snapshot=snapshot, tokens=tokens, commits=self.commits)
@@ -259,9 +257,9 @@ class _Origin:
                 self.store.publish(train, commits=self.commits, as_latest=False)
             except StorageError as error:
                 raise ConfigError(
-                    f"data set {self.config.dataset.name} with these settings is no snapshot of "
-                    f"{self.store.root.url} yet, and it cannot be published: {error}. Make the "
-                    "store writable, or run hidden-states with this recipe where it is"
+                    f"data set {self.config.dataset.name} with these settings has no snapshot in "
+                    f"{self.store.root.url} yet, and none can be published: {error}. Make the "
+                    "store writable, or run hidden-states with this recipe where it is writable"
                 ) from error
         return TrainingData(snapshot=snapshot, tokens=tokens, commits=self.commits)
 
@@ -269,20 +267,20 @@ class _Origin:
         earlier = self.store.refs.get(self.space.snapshot_name("train"))
         if earlier is None:
             return ""
-        return f", or train on what it was when that ran last (--snapshot {earlier})"
+        return f", or train on the snapshot of its last run (--snapshot {earlier})"
 
     def _prepared(self) -> TokensSummary:
-        """Return the tokens of the data set as it is now, made if need be."""
+        """Return the tokens of the current data set, built if necessary."""
         return prepare(self.config.target, self.config.dataset, str(self.space.home))[1]
 
 
 def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> DatasetConfig:
-    """Return the data set settings of a run that has begun; warn where the recipe has others."""
+    """Return the data set settings of a run that has begun; warn if the recipe differs."""
     if run is None or run.dataset == dataset:
         return dataset
     own, now = run.dataset.model_dump(), dataset.model_dump()
     changed = ", ".join(
-        f"{name}: {own[name]!r} there, {now[name]!r} in the recipe"
+        f"{name}: {own[name]!r} in the run, {now[name]!r} in the recipe"
         for name in now
         if own[name] != now[name]
     )
@@ -291,7 +289,7 @@ def own_dataset(run: Run | None, dataset: DatasetConfig, run_path: Path) -> Data
 
 
 def was_replaced(num_own: int, num_now: int, *, num_shared: int) -> bool:
-    """Tell whether data of now cannot be the data of a run, grown or cut: most of it is other."""
+    """Return whether current data cannot be the data of a run, grown or cut: most of it differs."""
     return num_shared <= num_own / 2 and num_shared < num_now
 
 

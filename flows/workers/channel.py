@@ -1,6 +1,6 @@
-"""The pipe through which child processes answer, one line of JSON at a time.
+"""The pipe through which child processes send results, one line of JSON at a time.
 
-It has a name, so that ranks find it behind torchrun, and carries nothing else: what a library
+It is a named pipe, so that ranks find it behind torchrun. It carries nothing else: what a library
 prints in a child goes to standard error. The reader notices when the last writer is gone.
 """
 
@@ -29,7 +29,7 @@ VARIABLE = "EYAS_CHANNEL"
 """Environment variable of a child that names its pipe."""
 ANSWERED_FAILURE = 3
 """Exit status after a failure that was reported."""
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 _READ_BYTES = 1 << 16
 _TRACEBACK_CHARS = 4000
 
@@ -37,7 +37,7 @@ Request = TypeVar("Request", bound=BaseModel)
 
 
 class Failure(BaseModel):
-    """What a child says of an error that ended its work."""
+    """An error that ended the work of a child."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,15 +45,15 @@ class Failure(BaseModel):
     """Module and name of the error's class."""
     message: str
     traceback: str = ""
-    """Of an error that is none of ours: a defect, or a library's."""
+    """Only for an unexpected error: a defect, or a library's error."""
 
 
 FAILURE_PREFIX = '{"failure":'
-"""With which a line begins that is a `Failure`."""
+"""Start of each line that is a `Failure`."""
 
 
 class Ended(BaseModel):
-    """What a child says when a request has been answered, or its error reported."""
+    """Sent by a child when a request is done, or its error reported."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,11 +61,11 @@ class Ended(BaseModel):
 
 
 class InactivityError(Exception):
-    """Nothing came through a channel for too long."""
+    """A channel received nothing for too long."""
 
 
 class Channel:
-    """The parent's end: made before the child, which finds it by its environment."""
+    """The parent's end: created before the child, which finds it by its environment."""
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="eyas-channel-")
@@ -79,31 +79,31 @@ class Channel:
     def lines(
         self, has_ended: Callable[[], bool], *, inactivity_timeout_seconds: float = math.inf
     ) -> Iterator[str]:
-        """Yield lines until all who may write have ended, or another thread closes the channel.
+        """Yield lines until all writers have ended, or another thread closes the channel.
 
         Raises:
-            InactivityError: there was none for `inactivity_timeout_seconds`.
+            InactivityError: no line arrived for `inactivity_timeout_seconds`.
 
         """
-        heard, is_last_look = time.monotonic(), False
+        last_received, is_last_read = time.monotonic(), False
         while True:
             data = self._read()
             if data:
-                heard = time.monotonic()
+                last_received = time.monotonic()
                 *whole, self._buffer = (self._buffer + data).split(b"\n")
                 for line in whole:
                     yield line.decode()
                 continue
-            if is_last_look:
+            if is_last_read:
                 return
-            is_last_look = has_ended() or self._pipe is None
-            if time.monotonic() - heard > inactivity_timeout_seconds:
+            is_last_read = has_ended() or self._pipe is None
+            if time.monotonic() - last_received > inactivity_timeout_seconds:
                 raise InactivityError
-            if not is_last_look:
+            if not is_last_read:
                 self._wait(is_open=data is None)
 
     def close(self) -> None:
-        """Let go of the pipe; whoever writes into it then is told that nobody reads."""
+        """Close the pipe; a later write fails, because nobody reads."""
         with self._lock:
             pipe, self._pipe = self._pipe, None
             if pipe is not None:
@@ -111,8 +111,8 @@ class Channel:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _read(self) -> bytes | None:
-        """Return what has come, b"" if nobody has the pipe open, None if they say nothing."""
-        with self._lock:  # a number that was closed may be another file's by now
+        """Return received bytes, b"" if no writer has the pipe open, None if none has written."""
+        with self._lock:  # a closed descriptor may be another file's by now
             try:
                 return b"" if self._pipe is None else os.read(self._pipe, _READ_BYTES)
             except BlockingIOError:
@@ -120,23 +120,23 @@ class Channel:
 
     def _wait(self, *, is_open: bool) -> None:
         pipe = self._pipe
-        if pipe is None or not is_open:  # select would come back at once
-            time.sleep(_LOOK_SECONDS)
+        if pipe is None or not is_open:  # poll would return at once
+            time.sleep(_POLL_SECONDS)
             return
         poll = select.poll()
         poll.register(pipe, select.POLLIN)
-        poll.poll(10_000 * _LOOK_SECONDS)
+        poll.poll(10_000 * _POLL_SECONDS)
 
 
 class ChannelWriter:
-    """A child's end, shared with its threads and with other ranks: no line ends up inside another.
+    """A child's end, shared with its threads and with other ranks: lines are never interleaved.
 
-    From now on standard output is standard error.
+    Opening it redirects standard output to standard error.
     """
 
     def __init__(self, pipe: Path) -> None:
         """Open the pipe, whose other end is open already; OSError if the parent is gone."""
-        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # would wait for ever for a reader
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # else waits for a reader
         os.set_blocking(descriptor, True)
         self._pipe = os.fdopen(descriptor, "w", encoding="utf-8")
         self._lock = (pipe.parent / "lock").open("w")
@@ -158,17 +158,17 @@ class ChannelWriter:
 
 @cache
 def channel_writer() -> ChannelWriter:
-    """Return this child's channel_writer."""
+    """Return this child's writer."""
     return ChannelWriter(Path(os.environ[VARIABLE]))
 
 
 def send(line: BaseModel) -> None:
-    """In the child: answer with one line."""
+    """In the child: send one line."""
     channel_writer().send(line)
 
 
 def report_errors(work: Callable[[], None]) -> int:
-    """In the child: do the work, report what is raised; return the exit status."""
+    """In the child: do the work and report expected errors; return the exit status."""
     try:
         work()
     except (eagle_core.errors.EagleCoreError, storage.errors.StorageError) as error:
@@ -178,17 +178,17 @@ def report_errors(work: Callable[[], None]) -> int:
 
 
 def serve(kind: type[Request], work: Callable[[Request], None]) -> int:
-    """In the child: answer each request on standard input, a line of JSON, until there is none.
+    """In the child: serve each request on standard input, a line of JSON, until there is none.
 
-    An error that is none of ours ends the process: nobody knows what state it left behind.
+    An unexpected error ends the process, because its state is unknown.
     """
     channel_writer()  # before a library prints
     for line in sys.stdin:
         try:
             report_errors(lambda line=line: work(kind.model_validate_json(line)))  # type: ignore[misc]
-        except Exception as error:  # noqa: BLE001 (whatever it is, the parent says so)
-            if _is_of_the_device(error):
-                _die_of(error)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the parent reports it)
+            if _is_device_error(error):
+                _kill_self(error)
             text = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
             send(Failure(failure=_name(error), message=str(error), traceback=text))
             return 1
@@ -196,14 +196,14 @@ def serve(kind: type[Request], work: Callable[[Request], None]) -> int:
     return 0
 
 
-def _is_of_the_device(error: Exception) -> bool:
-    """Tell whether memory or a GPU failed: another process may have better luck."""
+def _is_device_error(error: Exception) -> bool:
+    """Return whether memory or a GPU failed: another process may succeed."""
     is_cuda = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
     return isinstance(error, MemoryError) or is_cuda
 
 
-def _die_of(error: Exception) -> None:
-    """End this process as the kernel would, with the traceback as its last words."""
+def _kill_self(error: Exception) -> None:
+    """End this process as the kernel would, with the traceback as its last output."""
     traceback.print_exception(error)
     sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the end of a child process means: an error that it reported, a kill, or a defect."""
+"""Errors for the end of a child process: a reported error, a kill, or a defect."""
 
 import importlib
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ _RANKS_TAIL_CHARS = 5000
 
 
 _RANKS_SUMMARY = " FAILED\n---"
-"""Where torchrun begins to say what became of each rank, after a traceback of its own."""
+"""Where torchrun's summary of the ranks begins, after its own traceback."""
 
 
 def as_raised(failures: Sequence[Failure], what: str) -> Exception:
-    """Return the first error that was reported, with what other processes say of the same kind."""
+    """Return the first reported error, with the messages of the same kind by other processes."""
     kind = failures[0].failure
     messages = dict.fromkeys(failure.message for failure in failures if failure.failure == kind)
     message = "; another process: ".join(messages)
@@ -35,7 +35,7 @@ def last_output(stderr: IO[str]) -> str:
     try:
         stderr.seek(0)
         text = stderr.read()
-    except ValueError:  # closed by another thread: it was ended on purpose
+    except ValueError:  # closed by another thread: the child was ended on purpose
         return ""
     _, is_of_ranks, summary = text.rpartition(_RANKS_SUMMARY)
     if is_of_ranks:
@@ -55,4 +55,4 @@ def how_it_ended(what: str, status: int, tail: str) -> str:
 
 
 def quoted(tail: str) -> str:
-    return f"; its last words: {tail}" if tail else ""
+    return f"; its last output: {tail}" if tail else ""

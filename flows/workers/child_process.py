@@ -1,9 +1,9 @@
-"""Work in child processes: a kernel kill or a device fault costs them alone.
+"""Work in child processes: a kernel kill or a device fault affects only them.
 
-A child is a module of ours, and answers through a channel. A `Child` reads a request a line on
-standard input, and says after each that it has ended; ranks under torchrun, of which each may
-report an error, read theirs from a file. A signal is a kill, and may be tried again; an error that
-is none of ours is a failure, which would happen again.
+A child runs one of our modules, and sends results through a channel. A `Child` reads one request
+per line on standard input, and reports the end of each. Ranks under torchrun, each of which may
+report an error, read theirs from a file. Death by a signal is a kill, and may be retried; an
+unexpected error is a failure, and would happen again.
 """
 
 import logging
@@ -29,17 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 class Child:
-    """A process of `module` that answers one request after the other."""
+    """A process of `module` that serves one request after the other."""
 
     def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
-        """Start it; `environment` is what its own differs in from this process's."""
+        """Start it; `environment` is added to the environment of this process."""
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
         self._channel = Channel()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
-                stdout=self._stderr,  # until the child has found its channel_writer
+                stdout=self._stderr,  # until the child has opened its channel
                 stderr=self._stderr,
                 text=True,
                 env={**os.environ, **environment, **self._channel.environment},
@@ -50,23 +50,23 @@ class Child:
             raise
         self._num_logged = 0
         self.is_idle = True
-        """Whether it waits for a request; False for ever if one was not read to its end."""
+        """Whether it waits for a request; False forever if a result was not read to its end."""
 
     def request(
         self, request: BaseModel, *, what: str, inactivity_timeout_seconds: float = math.inf
     ) -> Iterator[str]:
-        """Yield the lines that answer a request; kill a child that says none for too long.
+        """Send a request and yield its lines; kill a child that sends none for too long.
 
         Raises:
             ChildKilledError: the child died, or hung and was killed.
-            ChildFailedError: it ended by an error that is none of ours.
-            EagleCoreError, StorageError: what it reported, as it raised it; it lives on.
+            ChildFailedError: it ended with an unexpected error.
+            EagleCoreError, StorageError: the error that it reported; it stays alive.
 
         """
         self.is_idle = False
         stdin = self._process.stdin
         assert stdin is not None  # noqa: S101 (PIPE was asked for)
-        with suppress(BrokenPipeError):  # it is dead: there will be no answer
+        with suppress(BrokenPipeError):  # it is dead: no result will come
             stdin.write(request.model_dump_json() + "\n")
             stdin.flush()
         failures: list[Failure] = []
@@ -79,7 +79,7 @@ class Child:
                     failures.append(Failure.model_validate_json(line))
                 elif line == _ENDED:
                     self.is_idle = True
-                    self._log_what_it_printed(what)
+                    self._log_output(what)
                     if failures:
                         raise as_raised(failures, what)
                     return
@@ -90,14 +90,14 @@ class Child:
             self._process.wait()
             raise ChildKilledError(
                 f"{what} produced no output for {inactivity_timeout_seconds:g} s and was killed; "
-                "if it was at work, raise "
+                "if it was still working, raise "
                 f"runner.inactivity_timeout_seconds{quoted(last_output(self._stderr))}"
             ) from None
         status, tail = self._process.wait(), last_output(self._stderr)
         raise as_raised(failures, what) if failures else end_error(what, status, tail)
 
-    def _log_what_it_printed(self, what: str) -> None:
-        """Pass on what libraries printed during a request, the last of it if it was much."""
+    def _log_output(self, what: str) -> None:
+        """Log what libraries printed during a request, only the end if it was long."""
         file = self._stderr.fileno()
         end = os.fstat(file).st_size
         first = max(self._num_logged, end - STDERR_TAIL_CHARS)
@@ -110,7 +110,7 @@ class Child:
         return self._process.poll() is not None
 
     def close(self) -> None:
-        """End it, from any thread; what it was working on is lost."""
+        """End it, from any thread; its current work is lost."""
         self._process.terminate()
         try:
             self._process.wait(END_SECONDS)
@@ -127,13 +127,13 @@ def run_child(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
 
     Args:
         module: dotted name; its main calls `channel.serve`.
-        request: what it is to do.
-        what: what the child is, for the message when it dies.
+        request: sent to the child.
+        what: name of the child in error messages.
 
     Raises:
-        ChildKilledError: the child died without an answer.
-        ChildFailedError: it ended by an error that is none of ours.
-        EagleCoreError, StorageError: what the child reported, as it raised it.
+        ChildKilledError: the child died without a result.
+        ChildFailedError: it ended with an unexpected error.
+        EagleCoreError, StorageError: the error that the child reported.
 
     """
     child = Child(module, environment={})

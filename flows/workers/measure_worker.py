@@ -1,7 +1,7 @@
-"""The child process that measures what states cost: runs the target on a few samples, stores them.
+"""The child process that measures the cost of states: runs the target on samples, stores them.
 
-Answers each `MeasureJob` with one `Measurement`.
-Bytes are those of real shards of a temporary store, one for each profile.
+Sends one `Measurement` per `MeasureJob`. Bytes are those of real shards in temporary stores, one
+per profile.
 """
 
 import sys
@@ -45,7 +45,7 @@ class MeasureJob(BaseModel):
 
 
 class ProfileCost(BaseModel):
-    """What one profile makes of the states."""
+    """The cost of the states under one profile."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,11 +54,11 @@ class ProfileCost(BaseModel):
     bytes_per_last_state: float
     """A last hidden state; not every token keeps one."""
     write_seconds: float
-    """To encode and write the samples measured."""
+    """To encode and write the measured samples."""
 
 
 class RecomputeMeasurement(BaseModel):
-    """What states that are left out cost, when they are made and made again."""
+    """The cost of computing and recomputing omitted states."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,7 +72,7 @@ class RecomputeMeasurement(BaseModel):
 
 
 class Measurement(BaseModel):
-    """What the samples measured cost on this machine."""
+    """The cost of the measured samples on this machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,22 +82,22 @@ class Measurement(BaseModel):
     profiles: dict[str, ProfileCost]
     """Of all states."""
     recompute: RecomputeMeasurement | None
-    """With states left out; None if layers of this target cannot be run alone."""
+    """With omitted states; None if layers of this target cannot be run alone."""
 
 
 def _measure(job: MeasureJob) -> Measurement:
     file = TokenFile(job.token_file)
     samples = [file.fetch(row) for row in job.rows]
     target = TargetModel.load(job.target)
-    # What is slow only once is not measured.
+    # Warm up: one-time costs are not measured.
     list(capture_states(target, samples[:1], on_unusable=_ignore_unusable))
     started = time.monotonic()
     states = list(capture_states(target, samples, on_unusable=_ignore_unusable))
     seconds = time.monotonic() - started
     if not states:
         raise CorruptError(
-            f"target {job.target.name}: of {len(samples)} samples that were tried, none has states "
-            "that are finite; check the weights and try dtype float32"
+            f"target {job.target.name}: none of {len(samples)} tried samples has finite states; "
+            "check the weights and try dtype float32"
         )
     usable = {state.sample_id for state in states}
     samples = [sample for sample in samples if sample.sample_id in usable]
@@ -111,7 +111,7 @@ def _measure(job: MeasureJob) -> Measurement:
 
 
 def _ignore_unusable(sample: TokenizedSample, reason: str) -> None:
-    """Measure without a sample that the store would leave out, too."""
+    """Skip a sample that the store would exclude too."""
 
 
 def _measure_recompute(
@@ -126,7 +126,7 @@ def _measure_recompute(
     states = list(capture_states(target, samples, for_recompute=True))
     captured = time.monotonic()
     stored = [StoredStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
-    model.recompute(stored[0])  # what is slow only once is not measured
+    model.recompute(stored[0])  # warm up: one-time costs are not measured
     begun = time.monotonic()
     for sequence in stored:
         model.recompute(sequence)
@@ -157,7 +157,7 @@ def _cost(identity: StoreIdentity, states: Sequence[HiddenStateSample]) -> Profi
 
 
 def num_last_states(samples: Sequence[TokenizedSample | HiddenStateSample]) -> int:
-    """Return for how many tokens of `samples` a store keeps the last hidden state."""
+    """Return the number of tokens of `samples` whose last hidden state a store keeps."""
     return sum(int(last_needed(sample.loss_mask).sum()) for sample in samples)
 
 

@@ -1,7 +1,7 @@
-"""A pool of child processes that compute shards: each lives on, so it loads its target once.
+"""A pool of child processes that compute shards: each stays alive and loads its target once.
 
-Each has a slot, which one batch at a time may have. A child that dies is replaced when its slot is
-taken the next time.
+Each has a slot, which one batch at a time may use. A child that dies is replaced when its slot is
+used the next time.
 """
 
 import functools
@@ -34,12 +34,12 @@ class WorkerPool:
         idle_seconds: float | None = None,
         on_report: Callable[[ShardReport], None] = lambda _report: None,
     ) -> None:
-        """Have a slot for each environment.
+        """Create one slot per environment.
 
         Args:
-            slots: what the environment of each child differs in from this process's.
-            idle_seconds: after so long without a batch a child is ended; None keeps it.
-            on_report: is passed every report of every child.
+            slots: per child, the variables added to this process's environment.
+            idle_seconds: a child is ended after this long without a batch; None keeps it.
+            on_report: called with every report of every child.
 
         """
         self._slots = list(slots)
@@ -57,8 +57,8 @@ class WorkerPool:
         """Yield what a child reports while it computes the shards of `batch`.
 
         Raises:
-            ChildKilledError: the child died without an answer, or hung and was killed.
-            EagleCoreError, StorageError: what it reported, as it raised it.
+            ChildKilledError: the child died without a result, or hung and was killed.
+            EagleCoreError, StorageError: the error that it reported.
             RunStoppedError: `close` was called.
 
         """
@@ -73,8 +73,8 @@ class WorkerPool:
                     self.on_report(report)
                     yield report
         except ChildKilledError as error:
-            if self._is_closed:  # not to be tried again
-                raise RunStoppedError(f"{what} was ended, because the run was") from error
+            if self._is_closed:  # must not be retried
+                raise RunStoppedError(f"{what} was ended, because the run has ended") from error
             raise
 
     @contextmanager
@@ -92,18 +92,18 @@ class WorkerPool:
             yield child
         finally:
             with self._lock:
-                self._look_after(slot)
+                self._release(slot)
             self._free.put(slot)
 
     def close(self) -> None:
-        """End all children, whatever they are at, and start no other."""
+        """End all children, even busy ones, and start no other."""
         with self._lock:
             self._is_closed = True
             for slot in range(len(self._slots)):
                 self._stop_timer(slot)
                 self._end(slot)
 
-    def _look_after(self, slot: int) -> None:
+    def _release(self, slot: int) -> None:
         child = self._children[slot]
         if child is not None and not child.is_idle:
             self._end(slot)
@@ -115,7 +115,7 @@ class WorkerPool:
 
     def _end_idle(self, slot: int) -> None:
         with self._lock:
-            if self._timers[slot] is threading.current_thread():  # nobody took it meanwhile
+            if self._timers[slot] is threading.current_thread():  # the slot is still unused
                 self._end(slot)
 
     def _stop_timer(self, slot: int) -> None:
@@ -130,9 +130,9 @@ class WorkerPool:
 
 
 def local_slots(target: TargetConfig, num_workers: int) -> Sequence[Mapping[str, str]]:
-    """Return what the environments of children on this machine differ in: each has its own GPU.
+    """Return the variables added for each child on this machine: each gets its own GPU.
 
-    With fewer GPUs than children, they share them in turn. One child sees what this process sees.
+    With fewer GPUs than children, they share GPUs in turn. One child sees all GPUs of this process.
     """
     if num_workers == 1 or resolve_device(target.device).type != "cuda":
         return [{}] * num_workers
@@ -149,5 +149,5 @@ def gpus_in_turn(
 
 @functools.cache
 def shared_pool() -> WorkerPool:
-    """Return the child of a process that a cluster started; it sees the GPUs that this one sees."""
+    """Return the pool of a cluster's worker: one child, which sees the GPUs of the worker."""
     return WorkerPool([{}], idle_seconds=IDLE_SECONDS)

@@ -1,4 +1,4 @@
-"""A training in several processes of this machine, one per GPU, and SIGTERM passed on to them."""
+"""Training in several processes of this machine, one per GPU; SIGTERM is passed on to them."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ def train_ranks(job: TrainJob, on_progress: Callable[[Progress], None]) -> Train
         num_ranks=num_ranks,
         environment=_rank_environment(job.target, num_ranks),
         what=f"training {job.title} in {num_ranks} processes (its last checkpoint is good: run the "
-        "same command again to go on)",
+        "same command again to resume)",
     )
     result: TrainingResult | None = None
     first_rank = _FirstRank()
@@ -48,9 +48,9 @@ def train_ranks(job: TrainJob, on_progress: Callable[[Progress], None]) -> Train
                     first_rank.has_ended()
                     result = line.result
     except ChildKilledError:
-        if result is None:  # else all was done, and SIGTERM met processes that were ending
+        if result is None:  # else all work was done, and SIGTERM hit processes that were ending
             raise
-    assert result is not None  # noqa: S101 (the last thing that the first rank says)
+    assert result is not None  # noqa: S101 (the first rank sends it last)
     return result
 
 
@@ -59,7 +59,7 @@ class _FirstRank:
 
     def __init__(self) -> None:
         self._pid: int | None = None
-        self._stop_asked = False
+        self._stop_requested = False
 
     def has_done_a_step(self, pid: int) -> None:
         self._pid = pid
@@ -69,17 +69,17 @@ class _FirstRank:
         self._pid = None
 
     def stop(self) -> None:
-        self._stop_asked = True
+        self._stop_requested = True
         self._pass_on()
 
     def _pass_on(self) -> None:
-        if self._stop_asked and self._pid is not None:
+        if self._stop_requested and self._pid is not None:
             os.kill(self._pid, signal.SIGTERM)
-            self._stop_asked = False
+            self._stop_requested = False
 
 
 def _rank_environment(target: TargetConfig, num_ranks: int) -> Mapping[str, str]:
-    """Return what the environment of the ranks adds: they share the processors and one machine."""
+    """Return the variables added for the ranks: they share the processors of one machine."""
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     chosen = {
         "OMP_NUM_THREADS": str(threads),
@@ -87,5 +87,5 @@ def _rank_environment(target: TargetConfig, num_ranks: int) -> Mapping[str, str]
     }
     wanted = {name: value for name, value in chosen.items() if name not in os.environ}
     if resolve_device(target.device).type == "cpu":
-        wanted["CUDA_VISIBLE_DEVICES"] = ""  # they would meet on GPUs that they do not use
+        wanted["CUDA_VISIBLE_DEVICES"] = ""  # else they would communicate over unused GPUs
     return wanted

@@ -1,4 +1,4 @@
-"""What tasks and the processes that compute shards tell each other."""
+"""The requests and reports between tasks and the processes that compute shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ class ShardPlan:
 
 
 class ShardBatch(BaseModel):
-    """The shards of one task run: what a child process is asked to compute."""
+    """The shards of one task run: the request to a child process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,16 +30,16 @@ class ShardBatch(BaseModel):
     shard_ids: tuple[str, ...]
     token_files: tuple[Path, ...]
     first: int = 0
-    """Place of the first shard in the plan, for a name that a person can read."""
+    """Position of the first shard in the plan, for a readable name."""
     last: int = 0
     inactivity_timeout_seconds: float = 1800.0
-    """A process that reports nothing for so long is killed."""
+    """A process that reports nothing for this long is killed."""
     credentials: str | None = None
-    """The block that opens the store, where a task runs on another machine."""
+    """The block with the store's credentials, for a task on another machine."""
 
 
 class ShardReport(BaseModel):
-    """One line of the answer."""
+    """One line from a child."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ class ShardReport(BaseModel):
     tokens: int = 0
     planned_id: str = ""
     shard_id: str = ""
-    """As it was written: without excluded samples. Empty if none is left."""
+    """As written, without excluded samples; empty if no sample is left."""
     excluded: tuple[Exclusion, ...] = ()
     """Samples of the shard whose states cannot be stored."""
     seconds: float = 0.0

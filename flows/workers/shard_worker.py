@@ -1,8 +1,8 @@
-"""The child process that loads the target once and makes one batch of shards after the other.
+"""The child process that loads the target once and computes one batch of shards after the other.
 
-Takes one `ShardBatch` after the other and answers each with `ShardReport`s. One shard is written
-while the target computes the next, so that neither waits for the other; a kill costs these two and
-nothing else: only what is committed shows.
+Receives one `ShardBatch` after the other and sends `ShardReport`s for each. One shard is written
+while the target computes the next, so that neither waits for the other. A kill loses only these
+two: only committed shards are visible.
 """
 
 import os
@@ -34,7 +34,7 @@ from storage.store import Store
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Computed:
-    """A shard that is to be written."""
+    """A computed shard that is not written yet."""
 
     planned_id: str
     shard: PlannedShard
@@ -45,7 +45,7 @@ class _Computed:
 
 
 class ShardWorker:
-    """The target, loaded, and the store that it writes into."""
+    """The loaded target, and the store that it writes to."""
 
     def __init__(self, target: TargetConfig, store_root: str) -> None:
         """Load the target for the store at `store_root`."""
@@ -58,7 +58,7 @@ class ShardWorker:
         self._plan: Plan | None = None
 
     def make(self, batch: ShardBatch) -> None:
-        """Make the shards of a batch, and report each."""
+        """Compute the shards of a batch, and report each."""
         shards = {shard.shard_id: shard for shard in self._planned(batch.plan_id).shards}
         files = [TokenFile(path) for path in batch.token_files]
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
@@ -70,14 +70,14 @@ class ShardWorker:
             _report(storing)
 
     def _compute(self, planned: PlannedShard, files: Sequence[TokenFile]) -> "_Computed":
-        """Return the states of a planned shard, less the samples whose states cannot be stored."""
+        """Return the states of a planned shard, without samples whose states cannot be stored."""
         began = time.monotonic()
         omitted = self._store.identity.omitted is not None
         samples = _samples_of(planned, files)
         excluded: list[Exclusion] = []
 
         def exclude(sample: TokenizedSample, reason: str) -> None:
-            send(ShardReport(kind="tokens", tokens=len(sample)))  # it is done with
+            send(ShardReport(kind="tokens", tokens=len(sample)))  # it counts as done
             excluded.append(
                 Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
             )
@@ -105,11 +105,11 @@ class ShardWorker:
         return self._plan
 
     def _store_shard(self, computed: "_Computed") -> ShardReport:
-        """Write a shard, which reads it back, in a thread: the target goes on with the next one."""
+        """Write a shard and read it back, in a thread: the target computes the next one."""
         shard = computed.shard
         if shard.sample_ids:
             if computed.excluded:
-                self._store.plans.save(Plan.of([shard]))  # or a collection would take it
+                self._store.plans.save(Plan.of([shard]))  # else gc would take it
             self._store.write_shard(
                 shard,
                 map(to_stored, computed.states),
@@ -127,13 +127,13 @@ class ShardWorker:
 
 
 class _Server:
-    """Keeps the target between batches."""
+    """Keeps the target loaded between batches."""
 
     def __init__(self) -> None:
         self._worker: ShardWorker | None = None
 
     def make(self, batch: ShardBatch) -> None:
-        """Make the shards of a batch."""
+        """Compute the shards of a batch."""
         if self._worker is None or self._worker.made_for != (batch.target, batch.store_root):
             self._worker = None  # before the next target is loaded
         try:
@@ -153,7 +153,7 @@ def _report(storing: Future[ShardReport] | None) -> None:
 
 
 def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[TokenizedSample]:
-    """Return a shard's samples; one that both splits have comes once."""
+    """Return a shard's samples; one that both splits have is returned once."""
     samples: list[TokenizedSample] = []
     missing = list(shard.sample_ids)
     for file in files:
@@ -161,9 +161,9 @@ def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[Tokeniz
         missing = [name for name in missing if name not in file]
     if missing:
         raise MismatchError(
-            f"shard {shard.shard_id} needs {len(shard.sample_ids)} samples, and {len(missing)} of "
-            f"them are in no token file, first {missing[0]}; run the hidden-states flow again to "
-            "plan anew"
+            f"shard {shard.shard_id} needs {len(shard.sample_ids)} samples, but {len(missing)} of "
+            f"them are in no token file, first {missing[0]}; run the hidden-states flow again, "
+            "which makes a new plan"
         )
     return samples
 

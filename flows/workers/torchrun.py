@@ -1,4 +1,4 @@
-"""Ranks side by side on this machine, under torchrun."""
+"""Parallel ranks on this machine, under torchrun."""
 
 import os
 import subprocess
@@ -18,21 +18,21 @@ from flows.workers.child_errors import as_raised, how_it_ended, last_output
 def run_ranks(
     module: str, request: BaseModel, *, num_ranks: int, environment: Mapping[str, str], what: str
 ) -> Iterator[str]:
-    """Run `module` in processes side by side on this machine and yield the lines of them all.
+    """Run `module` in parallel processes on this machine and yield the lines of all of them.
 
-    They form a session of their own: a signal to the terminal's or a worker's process group does
-    not reach them. Whoever stops early closes the iterator, which ends them with SIGTERM.
+    They run in a separate session: a signal to the terminal's or a worker's process group does not
+    reach them. To stop early, close the iterator, which ends them with SIGTERM.
 
     Args:
         module: dotted name; its main reads the request from the file that its argument names.
-        request: what they are to do.
-        num_ranks: how many; torchrun tells each its place.
-        environment: what theirs differs in from this process's.
-        what: what they are, for the message when one of them dies.
+        request: passed to all ranks.
+        num_ranks: number of processes; torchrun assigns their ranks.
+        environment: added to the environment of this process.
+        what: name of the ranks in error messages.
 
     Raises:
-        ChildKilledError: one died without an answer; torchrun has then ended the others.
-        EagleCoreError, StorageError: what a rank reported, as it raised it.
+        ChildKilledError: one died without a result; torchrun has then ended the others.
+        EagleCoreError, StorageError: the error that a rank reported.
 
     """
     with (

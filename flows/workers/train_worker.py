@@ -1,7 +1,7 @@
-"""One of the processes that train a draft side by side, a rank under torchrun.
+"""One of the processes that train a draft in parallel, a rank under torchrun.
 
 Its argument names a file with one `TrainJob` (JSON). All ranks do the same work on their share of
-each step; the first one alone answers, with `RankLine`s, but any may report an error.
+each step. Only the first one sends `RankLine`s, but any may report an error.
 """
 
 import logging
@@ -38,7 +38,7 @@ OWN_LOGGERS = ("eagle_core", "storage", "flows")
 
 
 class TrainJob(BaseModel):
-    """What is trained, and from what."""
+    """What to train, and on which data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,18 +46,18 @@ class TrainJob(BaseModel):
     training: TrainingConfig
     tracking: TrackingConfig
     title: str
-    """Name of the run where runs of all targets and data sets lie together."""
+    """Name of the run, unique among all targets and data sets."""
     store_root: str
     snapshot_id: str
     held_out_tokens: Path
     run_path: Path
     object_cache: Path | None
-    """Where objects of a remote store are kept; None if the store lies on a disk of its own."""
+    """Folder that caches objects of a remote store; None if the store is on a local disk."""
     object_cache_bytes: int
 
 
 class RankLine(BaseModel):
-    """One line of the first rank's answer: one of a step, a warning and the result."""
+    """One line from the first rank: a step, a warning or the result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -69,13 +69,13 @@ class RankLine(BaseModel):
 
 
 class Warnings(logging.Handler):
-    """Passes our own warnings on to the parent, whose log is the one that people read."""
+    """Passes our own warnings on to the parent, whose log users read."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say one."""
+        """Send one."""
         send(RankLine(pid=os.getpid(), warning=record.getMessage()))
 
 
@@ -84,29 +84,29 @@ def open_sources(
 ) -> tuple[StoredSource, StoredSource | None]:
     """Return the samples to train on, and the held-out ones if there are any.
 
-    `commits` spares reading the store's records again.
+    With `commits`, the store's records are not read again.
     """
     store = Store.open(job.store_root)
     commits = store.commits() if commits is None else commits
-    # Samples are shuffled inside a window of shards: with less memory than that, every sample would
-    # cost the decoding of its whole shard.
+    # Samples are shuffled inside a window of shards: with less memory, every sample would need its
+    # whole shard decoded.
     cache_bytes = job.training.shuffle_window * commits.totals.largest_raw_bytes
     objects = None
     if job.object_cache is not None:
         objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
     snapshot = store.snapshot(job.snapshot_id)
     reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects)
-    partial = load_recompute_model(job.target, store.identity)
-    source = StoredSource(reader, partial)
+    recompute_model = load_recompute_model(job.target, store.identity)
+    source = StoredSource(reader, recompute_model)
     held_out_ids = commits.usable(TokenFile(job.held_out_tokens).sample_ids)
     if not held_out_ids:
         return source, None
     held_out = Snapshot.of(held_out_ids, commits)
-    return source, StoredSource(store.reader(held_out, object_cache=objects), partial)
+    return source, StoredSource(store.reader(held_out, object_cache=objects), recompute_model)
 
 
 def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id: str) -> TrackedRun:
-    """Return what trackers are told of a run."""
+    """Return the description of a run for trackers."""
     settings: dict[str, JsonValue] = {
         "training": training.model_dump(mode="json"),
         "source_id": source_id,
@@ -114,9 +114,9 @@ def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id:
     return TrackedRun(name=title, path=run_path, settings=settings)
 
 
-@record  # torchrun's last words hold the traceback of an error that is none of ours
+@record  # torchrun's last output has the traceback of an unexpected error
 def main() -> int:
-    """Be one rank of the job that the argument names; return the exit status."""
+    """Run one rank of the job that the argument names; return the exit status."""
     channel_writer()  # before a library prints
     job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     is_first = os.environ["RANK"] == "0"
@@ -128,7 +128,7 @@ def main() -> int:
 
 def _train_joined(job: TrainJob, *, is_first: bool) -> None:
     target = job.target.model_copy(update={"device": _own_device(job.target)})
-    with join_processes():  # in a function of its own: the draft must be gone when the block ends
+    with join_processes():  # the draft must be gone when the block ends, hence a function
         _train(job.model_copy(update={"target": target}), is_first=is_first)
 
 
@@ -142,7 +142,7 @@ def _train(job: TrainJob, *, is_first: bool) -> None:
 
     with (
         _tracker(job, is_first=is_first) as tracker,
-        stop_request(),  # one after the last step must not keep the result from being said
+        stop_request(),  # one after the last step must not suppress the result
     ):
         result = train(
             config=job.training,

@@ -1,9 +1,9 @@
-"""The profile `lossless`: exponents apart from signs and mantissas, both compressed.
+"""The `lossless` profile: exponents separate from signs and mantissas, both compressed.
 
-One byte is the exponent, the other sign and mantissa, like an integer of 8 bits: widening it puts
-the sign where it belongs. From the exponents the channel's typical exponent is subtracted modulo
-256, which leaves about 2.7 bits of entropy of 8. A chunk is split, coded and forgotten while it is
-in the processor's cache.
+One byte holds the exponent; the other holds sign and mantissa, like a signed 8-bit integer, so that
+widening it moves the sign to its place. The channel's typical exponent is subtracted from the
+exponents modulo 256, which leaves about 2.7 of 8 bits of entropy. A chunk is split and compressed
+while it is in the CPU cache.
 """
 
 import math
@@ -35,8 +35,10 @@ SIGN_AND_MANTISSA = np.uint16(0x807F)
 
 
 def write(name: str, rows: StateRows, open_object: OpenObject) -> None:
-    """Write the arrays that hold `rows`."""
-    """Write one array after the other, each from all rows: two halves at a time need two files."""
+    """Write the arrays that hold `rows`.
+
+    Each array is written from all rows before the next one: both at a time would need two files.
+    """
     typical = _typical_exponents(rows)
     write_calibration(f"{name}_typical_exponents", typical, open_object)
 
@@ -63,7 +65,7 @@ def _write_plane(
     parameters: zstandard.ZstdCompressionParameters,
     open_object: OpenObject,
 ) -> None:
-    """Write one byte of each value: what `split` puts into a plane for bits that it may change."""
+    """Write one byte of each value: `split` fills a plane from bits, which it may overwrite."""
     (values,) = temporaries(rows.shape[-1], np.uint16, 1)
     plane = padded_chunk(rows.shape, np.uint8)
     frames = zstd.Frames(parameters)
@@ -72,13 +74,13 @@ def _write_plane(
             plane[chunk.stop - chunk.first :] = 0
             for at, bits in rows.blocks(chunk.first, chunk.stop, chunk.layer):
                 block = values[: len(bits)]
-                block[...] = bits  # all else is faster on contiguous rows
+                block[...] = bits  # the rest is faster on contiguous rows
                 split(block, plane[at], chunk.layer)
             writer.append(frames.compress(plane))
 
 
 def decode(name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate) -> Bits:
-    """Return the bits [R, (L,) H]; raises what `storage.encoding.states.decode_states` does."""
+    """Return the bits [R, (L,) H]; see `storage.encoding.states.decode_states` for errors."""
     coded_exponents, coded_mantissas = arrays[f"{name}_exponents"], arrays[f"{name}_mantissas"]
     typical = arrays[f"{name}_typical_exponents"].whole().astype(np.uint8)
     bits = empty_by_layer(coded_exponents.layout.shape, allocate)
@@ -101,7 +103,7 @@ def decode(name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate) -> 
 
 
 def _typical_exponents(rows: StateRows) -> NDArray[np.uint8]:
-    """Return [(L,) H] the commonest exponent of each channel among some rows."""
+    """Return [(L,) H] the most common exponent of each channel in a sample of rows."""
     channels = math.prod(rows.shape[1:])
     sample = rows.every(max(1, rows.shape[0] // CALIBRATION_ROWS)).reshape(-1, channels)
     exponents = (sample >> 7) & 0xFF

@@ -27,7 +27,7 @@ from storage.objects.buffer_pool import Allocate
 CALIBRATION_ROWS = 256
 GROUP_CHANNELS = 64
 SCALE_POWER = 0.75
-"""1 is equal relative error in all channels; between 0 and 1 the teacher's KL is smaller."""
+"""1 gives equal relative error in all channels; between 0 and 1 the teacher's KL is smaller."""
 
 
 def write(name: str, rows: StateRows, open_object: OpenObject, *, largest_code: int) -> None:
@@ -41,7 +41,7 @@ def write(name: str, rows: StateRows, open_object: OpenObject, *, largest_code: 
     values = _grouped_values(hidden, groups)
     codes = padded_chunk(rows.shape, np.int8)
     steps = np.empty((len(codes), groups), np.uint16)
-    coded_steps: list[bytes] = []  # few: they are written when the codes are
+    coded_steps: list[bytes] = []  # small: kept until the codes are written
     with write_array(states_layout(f"{name}_codes", rows.shape, np.int8), open_object) as writer:
         for chunk in chunks(rows.shape):
             codes[chunk.stop - chunk.first :] = 0
@@ -51,8 +51,8 @@ def write(name: str, rows: StateRows, open_object: OpenObject, *, largest_code: 
                 np.subtract(bf16_to_float(bits), mean[chunk.layer], out=x[:, :hidden])
                 x[:, :hidden] *= reciprocal[chunk.layer]
                 grouped = x.reshape(len(bits), groups, GROUP_CHANNELS)
-                farthest = np.maximum(grouped.max(axis=2), -grouped.min(axis=2))
-                steps[at] = float_to_bf16_up(farthest / np.float32(largest_code))
+                largest = np.maximum(grouped.max(axis=2), -grouped.min(axis=2))
+                steps[at] = float_to_bf16_up(largest / np.float32(largest_code))
                 wide = bf16_to_float(steps[at])
                 grouped *= (1 / np.where(wide == 0, 1, wide))[..., np.newaxis]
                 np.rint(x, out=x)
@@ -66,7 +66,7 @@ def write(name: str, rows: StateRows, open_object: OpenObject, *, largest_code: 
 
 
 def decode(name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate) -> Bits:
-    """Return the bits [R, (L,) H]; raises what `storage.encoding.states.decode_states` does."""
+    """Return the bits [R, (L,) H]; see `storage.encoding.states.decode_states` for errors."""
     coded_codes, coded_steps = arrays[f"{name}_codes"], arrays[f"{name}_steps"]
     mean = arrays[f"{name}_channel_mean"].whole().astype(np.float32)
     scale = arrays[f"{name}_channel_scale"].whole().astype(np.float32)
@@ -89,7 +89,7 @@ def decode(name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate) -> 
 
 
 def _channel_statistics(rows: StateRows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return [(L,) H] mean, and root mean square around it to a power and never zero."""
+    """Return [(L,) H] mean, and standard deviation to the power of `SCALE_POWER`, never zero."""
     step = max(1, rows.shape[0] // CALIBRATION_ROWS)
     sample = bf16_to_float(rows.every(step)).astype(np.float64)
     if not len(sample):
@@ -104,7 +104,7 @@ def _num_groups(hidden: int) -> int:
 
 
 def _grouped_values(hidden: int, groups: int) -> NDArray[np.float32]:
-    """Return room for the rows of a block, [r, 64 * groups], with zeros behind the channels."""
+    """Return a buffer for the rows of a block, [r, 64 * groups], with zeros after the channels."""
     values = np.empty((max(1, BLOCK_VALUES // hidden), groups * GROUP_CHANNELS), np.float32)
     values[:, hidden:] = 0
     return values

@@ -1,4 +1,4 @@
-"""The profile `raw`: bfloat16 bits, uncompressed."""
+"""The `raw` profile: bfloat16 bits, uncompressed."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ def write(name: str, rows: StateRows, open_object: OpenObject) -> None:
 
 
 def decode(name: str, arrays: Mapping[str, LoadedArray], allocate: Allocate) -> Bits:
-    """Return the bits [R, (L,) H]; raises what `storage.encoding.states.decode_states` does."""
+    """Return the bits [R, (L,) H]; see `storage.encoding.states.decode_states` for errors."""
     coded = arrays[name]
     bits = empty_by_layer(coded.layout.shape, allocate)
     scratch = coded.scratch()

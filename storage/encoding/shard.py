@@ -1,7 +1,7 @@
 """A shard: whole samples, ragged, as the objects of one Zarr v3 group.
 
 Equal samples in equal order give equal bytes. Layout (see `docs/store-format.md`): `offsets` [N+1],
-then per-token arrays of all samples one after the other, without padding.
+then the per-token arrays of all samples, concatenated without padding.
 """
 
 import json
@@ -36,7 +36,7 @@ AUX_STATES, LAST_STATES = "aux_hidden_states", "last_hidden_state"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedShard:
-    """The arrays of a shard in memory; N samples, T tokens of all of them."""
+    """The arrays of a shard in memory; N samples, T tokens in total."""
 
     shard_id: str
     sample_ids: tuple[str, ...]
@@ -44,17 +44,17 @@ class DecodedShard:
     """[N + 1]"""
     arrays: Mapping[str, NDArray[np.generic]]
     """[T, ...] by the name of the sample's field; `last_hidden_state` has present rows only, or is
-    absent where the store leaves it out."""
+    absent if the store omits it."""
     last_offsets: NDArray[np.int64]
     """[T + 1] rows of `last_hidden_state` before each token."""
 
     @property
     def num_bytes(self) -> int:
-        """Return the memory the arrays take."""
+        """Return the size of the arrays in memory."""
         return sum(array.nbytes for array in self.arrays.values())
 
     def sample(self, position: int) -> StoredSample:
-        """Return the sample at `position`, as views; raise unless its content has its id."""
+        """Return the sample at `position`, as views; raise unless its content matches its id."""
         rows = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
         names = (*TOKEN_ARRAYS, AUX_STATES)
         fields = {name: self.arrays[name][rows] for name in names}
@@ -82,7 +82,7 @@ class DecodedShard:
 
 
 def raw_bytes(samples: Sequence[StoredSample]) -> int:
-    """Return the size of the arrays as handed in."""
+    """Return the size of the arrays before encoding."""
     names = (name for name in (*TOKEN_ARRAYS, AUX_STATES, LAST_STATES) if name != "last_present")
     return sum(getattr(sample, name).nbytes for name in names for sample in samples)
 
@@ -93,7 +93,7 @@ def write_arrays(
     identity: StoreIdentity,
     open_object: OpenObject,
 ) -> None:
-    """Write every object of the shard, some of them side by side, a chunk in memory at a time."""
+    """Write every object of the shard, with one chunk in memory at a time."""
     with open_object(GROUP_KEY) as write:
         write(_group_json(shard_id, samples, identity))
     lengths = np.array([0, *(len(sample) for sample in samples)], dtype=np.int64)
@@ -117,9 +117,9 @@ def decode_shard(
     identity: StoreIdentity,
     allocate: Allocate = np.empty,
 ) -> DecodedShard:
-    """Decode objects whose digests were checked; raise ShardCorruptError if they do not fit.
+    """Decode objects with checked digests; raise ShardCorruptError if they do not fit together.
 
-    They are those that the record names: the objects of the group, or one file that has them all.
+    `objects` are those named by the record: the objects of the group, or one file with all of them.
     """
     group = group_objects(objects, shard_id=shard_id)
     stored = load_arrays(group, what=f"shard {shard_id}")
@@ -134,7 +134,7 @@ def decode_shard(
     except (ValueError, RuntimeError) as error:
         raise ShardCorruptError(f"shard {shard_id} does not decode: {error}; {REPAIR}") from error
     for array in arrays.values():
-        array.setflags(write=False)  # samples are views: who writes to one would change the next
+        array.setflags(write=False)  # samples are views: a write would change later fetches
     last_offsets = np.cumsum([0, *arrays["last_present"].astype(np.int64)])
     lengths = {name: len(array) for name, array in arrays.items()}
     last_rows = lengths.pop(LAST_STATES, int(last_offsets[-1]))
@@ -161,7 +161,7 @@ def group_objects(
     """Return the objects of a shard's Zarr group from what its record names.
 
     Raises:
-        ShardCorruptError: they are to be in one file, and it is none.
+        ShardCorruptError: the record names one file, and it does not unpack.
 
     """
     key = next(iter(objects), "")
@@ -174,17 +174,17 @@ def group_objects(
 
 
 def _sample_ids(group: Mapping[str, bytes | memoryview], *, shard_id: str) -> tuple[str, ...]:
-    """Return which samples a shard holds, as its own metadata says."""
+    """Return the sample ids from the shard's own metadata."""
     what = f"shard {shard_id}: {GROUP_KEY}"
     try:
         document = json.loads(bytes(group[GROUP_KEY]))
         found = tuple(document["attributes"]["eyas"]["sample_ids"])
     except (ValueError, LookupError, TypeError) as error:
         raise ShardCorruptError(
-            f"{what} does not say which samples it holds: {error!r}; {REPAIR}"
+            f"{what} does not list the samples of the shard: {error!r}; {REPAIR}"
         ) from error
     if shard_id_of(found) != shard_id:
-        raise ShardCorruptError(f"{what} is of shard {shard_id_of(found)}; {REPAIR}")
+        raise ShardCorruptError(f"{what} belongs to shard {shard_id_of(found)}; {REPAIR}")
     return found
 
 
@@ -206,18 +206,20 @@ def _joined(samples: Sequence[StoredSample], name: str) -> NDArray[np.generic]:
 
 
 def _kept(sample: StoredSample, needed: NDArray[np.bool_]) -> Iterator[NDArray[np.uint16]]:
-    """Yield the runs of rows that are stored, as views; an empty one if there is none."""
+    """Yield the runs of rows that are stored, as views; one empty run if there is none."""
     edges = np.flatnonzero(np.diff(needed, prepend=False, append=False)).tolist() or [0, 0]
     for first, stop in zip(edges[::2], edges[1::2], strict=True):
         yield sample.last_hidden_state[first:stop]
 
 
 def _group_json(shard_id: str, samples: Sequence[StoredSample], identity: StoreIdentity) -> bytes:
-    about = {
+    attributes = {
         "format_version": FORMAT_VERSION,
         "profile": identity.profile,
         "identity_id": identity.identity_id,
         "shard_id": shard_id,
         "sample_ids": [sample.sample_id for sample in samples],
     }
-    return canonical_json({"zarr_format": 3, "node_type": "group", "attributes": {"eyas": about}})
+    return canonical_json(
+        {"zarr_format": 3, "node_type": "group", "attributes": {"eyas": attributes}}
+    )

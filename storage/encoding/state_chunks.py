@@ -1,7 +1,7 @@
 """The inner chunks of arrays that hold states: rows of one layer each.
 
-Shapes: R rows, L layers (absent for the last hidden state), H hidden size. Layers have statistics
-of their own, so none shares a chunk with another.
+Shapes: R rows, L layers (absent for the last hidden state), H hidden size. Each layer has different
+statistics, so layers never share a chunk.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,22 @@ from storage.encoding.zarr_arrays import ArrayLayout, LoadedArray, OpenObject, w
 from storage.objects.buffer_pool import Allocate
 
 CHUNK_VALUES = 1 << 22
-"""Large enough that whole samples, which may begin alike, share a chunk."""
+"""Large enough that whole samples, which may have a common prefix, share a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """One inner chunk of all arrays of a set of states: some rows of one layer."""
+    """One inner chunk of all arrays that encode some states: some rows of one layer."""
 
     position: tuple[int, ...]
-    """In the grid."""
+    """Position in the grid."""
     layer: tuple[Any, ...]
     first: int
     stop: int
 
 
 def _chunk_rows(num_rows: int, hidden: int) -> int:
-    """Return rows of an inner chunk: equal portions, so that the last is hardly padded."""
+    """Return the rows per inner chunk: equal portions, so that the last has little padding."""
     most = max(1, CHUNK_VALUES // hidden)
     return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 
@@ -45,14 +45,14 @@ def states_layout(
     compressed: bool = True,
     hidden: int | None = None,
 ) -> ArrayLayout:
-    """Return a layout with one layer in each inner chunk: layers have their own statistics."""
+    """Return a layout with one layer per inner chunk: layers differ in their statistics."""
     rows = _chunk_rows(shape[0], hidden or shape[-1])
-    last = "hidden" if hidden is None else "group"
+    last_axis = "hidden" if hidden is None else "group"
     return ArrayLayout(
         name=name,
         shape=shape,
         dtype=np.dtype(dtype),
-        dimension_names=("token", last) if len(shape) == 2 else ("token", "layer", last),
+        dimension_names=("token", last_axis) if len(shape) == 2 else ("token", "layer", last_axis),
         inner_chunk=(rows, *(1 for _ in shape[1:-1]), shape[-1]),
         compressed=compressed,
     )
@@ -72,18 +72,18 @@ def chunks(shape: tuple[int, ...], rows: int | None = None) -> Iterator[Chunk]:
 
 
 def chunks_of(*planes: LoadedArray) -> Iterator[Chunk]:
-    """Yield the inner chunks that all planes have; ValueError if they do not fit each other."""
+    """Yield the inner chunks that all planes have; ValueError if their layouts do not match."""
     layouts = [plane.layout for plane in planes]
     shape, inner = layouts[0].shape, layouts[0].inner_chunk
     whole = (inner[0], *(1 for _ in shape[1:-1]), shape[-1])
     fits = all((a.shape[:-1], a.inner_chunk[:-1]) == (shape[:-1], inner[:-1]) for a in layouts)
     if not fits or inner != whole:
-        raise ValueError(f"its planes do not fit each other: {layouts}")
+        raise ValueError(f"the layouts of its planes do not match: {layouts}")
     return chunks(shape, inner[0])
 
 
 def row_blocks(chunk: Chunk, hidden: int) -> Iterator[tuple[slice, slice]]:
-    """Yield rows of a chunk that fit the cache, and which rows of the array they are."""
+    """Yield blocks of rows that fit the CPU cache: their slices of the chunk and of the array."""
     block_rows = max(1, BLOCK_VALUES // hidden)
     for first in range(chunk.first, chunk.stop, block_rows):
         stop = min(first + block_rows, chunk.stop)
@@ -91,12 +91,12 @@ def row_blocks(chunk: Chunk, hidden: int) -> Iterator[tuple[slice, slice]]:
 
 
 def padded_chunk(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """Return memory for an inner chunk; the last one has fewer rows than that."""
+    """Return memory for an inner chunk; the last chunk has fewer rows than that."""
     return np.empty((_chunk_rows(shape[0], shape[-1]), shape[-1]), dtype)
 
 
 def empty_by_layer(shape: tuple[int, ...], allocate: Allocate) -> Bits:
-    """Return memory [R, (L,) H] whose layers lie side by side, as chunks fill them."""
+    """Return memory [R, (L,) H] in which each layer is contiguous, as chunks fill it."""
     return np.moveaxis(allocate((*shape[1:-1], shape[0], shape[-1]), np.uint16), -2, 0)
 
 

@@ -1,4 +1,4 @@
-"""State rows of many samples, one after the other, without a copy of them all.
+"""The state rows of many samples as one sequence, without copying them all.
 
 Shapes: R rows, L layers (absent for the last hidden state), H hidden size; bfloat16 bits in uint16.
 """
@@ -18,7 +18,7 @@ class StateRows:
     """[R, (L,) H] in parts of [r, (L,) H]."""
 
     def __init__(self, parts: Sequence[Bits]) -> None:
-        """Parts must agree in all axes but the first; at least one is needed, it may be empty."""
+        """Take at least one part, perhaps empty; parts must agree in all axes but the first."""
         self._parts = parts
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
@@ -29,11 +29,11 @@ class StateRows:
 
     @property
     def layers(self) -> Sequence[tuple[int, ...]]:
-        """Return what to index the axes between rows and channels with, one entry a layer."""
+        """Return the indices into the axes between rows and channels, one per layer."""
         return list(np.ndindex(self.shape[1:-1]))
 
     def every(self, step: int) -> Bits:
-        """Return a copy of each row whose number is a multiple of `step`."""
+        """Return a copy of each row whose index is a multiple of `step`."""
         return np.concatenate(
             [
                 part[-start % step :: step]
@@ -42,7 +42,7 @@ class StateRows:
         )
 
     def blocks(self, first: int, stop: int, layer: tuple[Any, ...]) -> Iterator[tuple[slice, Bits]]:
-        """Yield rows `first` to `stop` of a layer: where they lie after `first`, and [r, H]."""
+        """Yield rows `first` to `stop` of a layer: the slice relative to `first`, and [r, H]."""
         block_rows = max(1, BLOCK_VALUES // self.shape[-1])
         part = int(np.searchsorted(self._starts, first, side="right")) - 1
         row = first

@@ -1,4 +1,4 @@
-"""Hidden states as plain Zarr arrays, encoded as the store's profile says.
+"""Hidden states as plain Zarr arrays, encoded with the store's profile.
 
 Shapes: R rows, L layers (absent for the last hidden state), H hidden size; states are bfloat16 bits
 in uint16. Inner chunks hold one layer each. `storage.profiles` has the table of profiles.
@@ -32,13 +32,13 @@ def decode_states(
     profile: ProfileName,
     allocate: Allocate = np.empty,
 ) -> Bits:
-    """Return the bits [R, (L,) H] that were encoded; of quantized profiles, the nearest they have.
+    """Return the bits [R, (L,) H] that were encoded; approximate for quantized profiles.
 
-    Rows of one layer lie side by side in memory, not layers of one row.
+    In memory the rows of one layer are contiguous, not the layers of one row.
 
     Raises:
         KeyError: an array is absent.
-        ValueError: the arrays do not fit each other, or a chunk does not decode.
+        ValueError: the layouts of the arrays do not match, or a chunk does not decode.
 
     """
     match PROFILES[profile].codec:

@@ -1,9 +1,9 @@
 """One NumPy array as the objects of one Zarr v3 array, and back.
 
 An array is one shard object whose inner chunks end in crc32c, so that any reader notices a flipped
-bit. Every inner chunk is written, even an all-zero one: absence never means zero here. Metadata is
-Zarr's own; chunks are put into the shard and taken out of it here, because Zarr's pipeline copies
-each of them several times (docs/adr/0007-own-shard-codec.md).
+bit. Every inner chunk is written, even an all-zero one: absence never means zero here. Zarr itself
+generates the metadata. This module packs and unpacks chunks, because Zarr's pipeline copies each of
+them several times (docs/adr/0007-own-shard-codec.md).
 """
 
 import json
@@ -76,13 +76,13 @@ class ArrayWriter:
         self._ends = [0]
 
     def append(self, chunk: bytes) -> None:
-        """Write the next inner chunk in C order of the grid, encoded; its crc32c is added."""
+        """Write the next encoded inner chunk, in C order of the grid, and its crc32c."""
         self._write(chunk)
         self._write(_crc32c(chunk))
         self._ends.append(self._ends[-1] + len(chunk) + CRC_BYTES)
 
     def finish(self) -> None:
-        """Write where each chunk lies."""
+        """Write the index: the offset and size of each chunk."""
         index = np.empty(len(self._ends) - 1, _INDEX_ENTRY)
         index["offset"] = self._ends[:-1]
         index["num_bytes"] = np.diff(self._ends)
@@ -111,22 +111,22 @@ def write_array(layout: ArrayLayout, open_object: OpenObject) -> Iterator[ArrayW
 class LoadedArray:
     """The objects of one array, decoded chunk by chunk.
 
-    They were compared with their digests before: crc32c is for readers that cannot do that.
+    The caller has checked their digests: crc32c is for readers that cannot do that.
     """
 
     def __init__(self, layout: ArrayLayout, shard: bytes | memoryview) -> None:
-        """Parse the index of the shard; ValueError if it is not that of `layout`."""
+        """Parse the index of the shard; ValueError if the shard is too short for it."""
         self.layout = layout
         self._shard = memoryview(shard)
         num_chunks = math.prod(layout.grid)
         index_bytes = num_chunks * _INDEX_ENTRY.itemsize + CRC_BYTES if num_chunks else 0
         if len(shard) < index_bytes:
-            raise ValueError(f"its shard has {len(shard)} bytes, its index alone {index_bytes}")
+            raise ValueError(f"its shard has {len(shard)} bytes, the index alone {index_bytes}")
         index = self._shard[len(shard) - index_bytes :][: num_chunks * _INDEX_ENTRY.itemsize]
         self._index = np.frombuffer(index, _INDEX_ENTRY).reshape(layout.grid)
 
     def chunk(self, position: tuple[int, ...], scratch: NDArray[Any]) -> NDArray[Any]:
-        """Return a whole inner chunk: `scratch`, or memory of the shard where that holds it plain.
+        """Return a whole inner chunk: `scratch`, or a view of the shard if it is uncompressed.
 
         Args:
             position: of the chunk in the grid.
@@ -169,7 +169,7 @@ def write_small(
     dimension_names: tuple[str, ...],
     open_object: OpenObject,
 ) -> None:
-    """Write an array of few bytes, in inner chunks of whole rows of at most 1 MiB if possible."""
+    """Write a small array, in inner chunks of whole rows, of at most 1 MiB each if possible."""
     row_bytes = max(1, values.nbytes // max(1, len(values)))
     rows = max(1, min(INNER_CHUNK_BYTES // row_bytes, len(values)))
     layout = ArrayLayout(
@@ -192,22 +192,22 @@ def write_small(
 def load_arrays(
     objects: Mapping[str, bytes | memoryview], *, what: str
 ) -> Mapping[str, LoadedArray]:
-    """Return every array of a group by name; raise ShardCorruptError naming one that is not ours.
+    """Return every array of a group by name; raise ShardCorruptError naming one we cannot decode.
 
-    The objects' presence, sizes and digests have been checked by the caller: Zarr itself would read
-    an absent object as zeros.
+    The caller has checked the presence, sizes and digests of the objects: Zarr itself would read an
+    absent object as zeros.
     """
     arrays: dict[str, LoadedArray] = {}
     for key in sorted(objects):
         name, _, rest = key.partition("/")
         if rest == METADATA_KEY:
-            with_problem = f"{what}: array {name} does not decode"
+            problem = f"{what}: array {name} does not decode"
             try:
                 layout = _parse_layout(name, objects[key])
                 arrays[name] = LoadedArray(layout, objects.get(layout.shard_key, b""))
             except (ValueError, RuntimeError, KeyError, TypeError) as error:
                 raise ShardCorruptError(
-                    f"{with_problem}: {error}; regenerate the shard: eyas repair"
+                    f"{problem}: {error}; regenerate the shard: eyas repair"
                 ) from error
     return arrays
 
@@ -226,7 +226,7 @@ def _metadata(layout: ArrayLayout) -> bytes:
 
 @lru_cache
 def _metadata_like(dtype: np.dtype[np.generic], num_axes: int, compressed: bool) -> str:
-    """Return what Zarr writes of an array of this kind: it takes its time for each."""
+    """Return Zarr's metadata of an array of this kind; cached, because Zarr is slow."""
     objects: dict[str, zarr.core.buffer.Buffer] = {}
     zarr.create_array(
         store=MemoryStore(objects),
@@ -248,7 +248,7 @@ def _parse_layout(name: str, metadata: bytes | memoryview) -> ArrayLayout:
     codecs = [type(codec) for codec in getattr(sharding, "codecs", ())]
     if not isinstance(sharding, ShardingCodec) or codecs not in (COMPRESSED, PLAIN):
         raise ValueError(
-            f"it has the codecs {parsed.codecs}, expected zstd and crc32c, or crc32c, in shards"
+            f"its codecs are {parsed.codecs}, expected zstd and crc32c, or crc32c alone, in shards"
         )
     return ArrayLayout(
         name=name,

@@ -1,7 +1,7 @@
-"""The objects of a shard as one ZIP file: one thing to write, to read, to digest and to lose.
+"""The objects of a shard as one ZIP file: a single file to write, read and digest.
 
-Nothing in it is compressed again, so an object is a slice of the file, and any Zarr reads it with a
-`ZipStore`. Equal objects in equal order give equal bytes.
+The ZIP format adds no compression, so an object is a slice of the file, and any Zarr implementation
+reads it with a `ZipStore`. Equal objects in equal order give equal bytes.
 """
 
 import io
@@ -14,15 +14,15 @@ from storage.encoding.zarr_arrays import OpenObject, Write
 
 _LOCAL_HEADER_BYTES = 30
 _LENGTHS_OFFSET = 26
-"""Where a local header has the lengths of the two fields that follow it: name and extra."""
+"""Offset in a local header of the lengths of the two fields that follow it: name and extra."""
 _UNIX = 3
 
 
 @contextmanager
 def packing(write: Write) -> Iterator[OpenObject]:
-    """Hand out what opens the objects, one after the other; the file is whole after the block.
+    """Yield a function that opens objects, one at a time; the file is complete after the block.
 
-    An object is in memory until it is whole: its size stands before it.
+    An object is kept in memory until it is complete: the header before it holds its size.
     """
     sink = _Sink(write)
     with zipfile.ZipFile(sink, "w") as archive:
@@ -43,7 +43,7 @@ def unpacked(data: bytes | memoryview) -> Mapping[str, memoryview]:
     """Return the objects by key, as views of `data`.
 
     Raises:
-        ValueError: this is no such file.
+        ValueError: this is not such a file.
 
     """
     view = memoryview(data)
@@ -51,7 +51,7 @@ def unpacked(data: bytes | memoryview) -> Mapping[str, memoryview]:
         with zipfile.ZipFile(_Source(view)) as archive:
             return {entry.filename: _stored(view, entry) for entry in archive.infolist()}
     except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
-        raise ValueError(f"it is no whole ZIP file: {error}") from error
+        raise ValueError(f"it is not a complete ZIP file: {error}") from error
 
 
 def _stored(view: memoryview, entry: zipfile.ZipInfo) -> memoryview:
@@ -61,35 +61,35 @@ def _stored(view: memoryview, entry: zipfile.ZipInfo) -> memoryview:
     first = entry.header_offset + _LOCAL_HEADER_BYTES + sum(lengths)
     found = view[first : first + entry.file_size]
     if len(found) != entry.file_size:
-        raise ValueError(f"{entry.filename} ends behind the file")
+        raise ValueError(f"{entry.filename} extends past the end of the file")
     return found
 
 
 class _Sink:
-    """Takes what `zipfile` writes, which goes back to the head of each object when it is whole.
+    """The output of `zipfile`, which seeks back to the header of each object to complete it.
 
-    What it was given is held, not copied: memory that is touched for the first time is dear.
+    The pieces are held, not copied: the first touch of fresh memory is expensive.
     """
 
     def __init__(self, write: Write) -> None:
         self._write = write
         self._pieces: list[bytes] = []
         self._starts_at = 0
-        """Where the first piece lies: the head of an object."""
+        """Offset of the first piece: the header of an object."""
         self._ends_at = 0
-        self._is_at_head = False
+        self._is_at_header = False
 
     def pass_on(self) -> None:
-        """Write all that is held: nothing goes back to it any more."""
+        """Write all held pieces: `zipfile` no longer seeks back to them."""
         pieces, self._pieces = self._pieces, []
         self._starts_at = self._ends_at
         for piece in pieces:
             self._write(piece)
 
     def write(self, data: bytes) -> int:
-        if self._is_at_head:
+        if self._is_at_header:
             if len(data) != len(self._pieces[0]):
-                raise ValueError("the head of an object cannot change its size")
+                raise ValueError("the header of an object cannot change its size")
             self._pieces[0] = data
         else:
             self._pieces.append(data)
@@ -98,22 +98,22 @@ class _Sink:
 
     def seek(self, offset: int) -> int:
         if offset not in (self._starts_at, self._ends_at):
-            raise ValueError(f"{offset} is neither the head of the object nor its end")
-        self._is_at_head = bool(self._pieces) and offset == self._starts_at
+            raise ValueError(f"{offset} is neither the header of the object nor its end")
+        self._is_at_header = bool(self._pieces) and offset == self._starts_at
         return offset
 
     def tell(self) -> int:
-        return self._starts_at if self._is_at_head else self._ends_at
+        return self._starts_at if self._is_at_header else self._ends_at
 
     def flush(self) -> None:
-        """Do nothing: what is held is passed on when it is whole."""
+        """Do nothing: an object is passed on when it is complete."""
 
     def close(self) -> None:
         """Do nothing."""
 
 
 class _Source(io.RawIOBase):
-    """A file over a buffer, without a copy of it."""
+    """A file that reads from a buffer without copying it."""
 
     def __init__(self, view: memoryview) -> None:
         self._view = view

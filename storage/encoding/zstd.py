@@ -1,8 +1,8 @@
-"""Zstandard frames, fast ones for state planes. Any Zstandard decoder reads them.
+"""Zstandard frames, with fast settings for state planes. Any Zstandard decoder reads them.
 
-Exponents of hidden states repeat by chance, never by structure: a match found there costs more bits
-than the literals it replaces. A tiny hash table with long minimum matches all but switches matching
-off, which leaves the entropy coder. Mantissas are noise but where several samples begin with the
+Exponents of hidden states repeat by chance, never by structure: a match costs more bits than the
+literals it replaces. A tiny hash table with long minimum matches almost switches matching off,
+which leaves the entropy coder. Mantissas are noise, except where several samples begin with the
 same tokens (a system prompt): there whole rows repeat, and a larger hash table finds them at the
 speed of copying.
 """
@@ -33,14 +33,14 @@ GENERAL = zstandard.ZstdCompressionParameters.from_level(1)
 
 
 class Frames:
-    """Frames of one kind of content; memory is kept from one to the next. One thread only."""
+    """A compressor for one kind of content that reuses its memory. Not thread-safe."""
 
     def __init__(self, parameters: zstandard.ZstdCompressionParameters = GENERAL) -> None:
         """Compress with these parameters."""
         self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
 
     def compress(self, values: NDArray[np.generic]) -> bytes:
-        """Return one frame, with its content's size, of a C-contiguous array's bytes."""
+        """Return the bytes of a C-contiguous array as one frame that records their size."""
         return self._compressor.compress(values.data)
 
 

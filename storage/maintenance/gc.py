@@ -1,11 +1,13 @@
-"""Garbage collection: drop what no kept snapshot needs, records before data.
+"""Garbage collection: remove what no kept snapshot needs, records before data.
 
-What a plan has made is kept until a snapshot has its samples, complete or not, unless the caller
-gives the plan up. A damaged snapshot is dropped, and what it alone held counts as not published. A
-kill in the middle leaves what nothing plans or names; the next collection removes it.
+The shards of a plan are kept until a snapshot has its samples, even if the plan is incomplete,
+unless the caller gives the plan up. A damaged snapshot is removed, and samples that only it held
+count as not published. A kill in the middle leaves unreferenced data, which the next collection
+removes.
 
-What is young is kept, too: another process may be about to name it. Attempts that no commit record
-names, and temporary files, are garbage once they are old: kills and rivals leave them behind.
+Young objects are kept, too: another process may be about to refer to them. Attempts that no commit
+record names, and temporary files, are garbage once they are old: killed processes and concurrent
+writers leave them behind.
 """
 
 import time
@@ -29,8 +31,7 @@ from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 OLDER_THAN_HOURS = 24.0
-"""Longer than any process takes from writing something to naming it, clocks that differ included.
-"""
+"""Longer than any process takes from writing an object to referring to it, clock skew included."""
 
 _FOLDERS_OF_RECORDS = (
     keys.RECORDS,
@@ -44,24 +45,24 @@ _FOLDERS_OF_RECORDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Garbage:
-    """What a store holds that nothing needs."""
+    """The unneeded content of a store."""
 
     snapshot_ids: tuple[str, ...]
     plan_ids: tuple[str, ...]
     shard_ids: tuple[str, ...]
     data_keys: tuple[str, ...]
-    """Of what these shards are made of: what is written for them later is not removed."""
+    """Keys of the objects of these shards; objects that are written for them later stay."""
     leftovers: tuple[str, ...]
-    """Keys, beside those of the shards above: what kills and rivals left."""
+    """Other keys: what killed processes and concurrent writers left behind."""
     num_bytes: int
     young_bytes: int
-    """Of what nothing needs either, but is younger than the limit."""
+    """Size of unneeded objects that are younger than the limit."""
     revocations: tuple[str, ...]
-    """Keys of notes that a record counts no more, where there is none that could: a few bytes that
-    go with the rest, and are no reason to say that there is garbage."""
+    """Keys of revocations without a row to revoke: a few bytes that are removed with the rest, but
+    do not count as garbage by themselves."""
 
     def __bool__(self) -> bool:
-        """Tell whether there is any."""
+        """Return whether there is any."""
         return bool(self.snapshot_ids or self.plan_ids or self.shard_ids or self.leftovers)
 
 
@@ -72,16 +73,16 @@ def snapshots_to_keep(
     released: Collection[str] = (),
     older_than_hours: float = OLDER_THAN_HOURS,
 ) -> Mapping[str, str]:
-    """Return the snapshots to keep, each with why, the latest first.
+    """Return the snapshots to keep, each with the reason, the latest first.
 
-    With `named`, those, the latest and the young are kept and no other. Otherwise these stay: the
-    latest, each that is a split of a data set by name, each that a run holds which has not ended,
-    and every other that is no earlier version of one of them: neither are more than half of its
-    samples in one of them, nor all of them in a larger one. One that is damaged and has no name is
-    not kept. What runs hold that are `released` is not kept for them.
+    With `named`, only those, the latest and the young ones are kept. Otherwise these are kept: the
+    latest, every named split of a data set, every one held by a run that has not ended, and every
+    other that is neither superseded (more than half of its samples are in one of these) nor a
+    subset of a larger kept one. A damaged one without a name is not kept. Snapshots that only
+    `released` runs hold are not kept for them.
 
     Raises:
-        ConfigError: nothing is held for one of these; says for whom.
+        ConfigError: a `released` run holds no snapshot; names the runs that do.
 
     """
     _require_held(store, released)
@@ -91,8 +92,8 @@ def snapshots_to_keep(
     latest = store.snapshot().snapshot_id
     young = _young_snapshots(store, older_than_hours)
     if named:
-        asked = dict.fromkeys(sorted(set(named) - {latest}), "as asked")
-        return {latest: "the latest", **(young | asked)}
+        requested = dict.fromkeys(sorted(set(named) - {latest}), "requested")
+        return {latest: "the latest", **(young | requested)}
     reasons, current = _named(store, latest, present, released)
     others: list[tuple[str, frozenset[bytes]]] = []
     for snapshot in _readable(store, [name for name in present if name not in reasons]):
@@ -108,9 +109,9 @@ def snapshots_to_keep(
 
 
 def _young_snapshots(store: Store, older_than_hours: float) -> dict[str, str]:
-    """Return those that may have been published a moment ago, before they have a name.
+    """Return recently published snapshots, which may not have a name yet.
 
-    One that is damaged is none of them: it was written just now by whatever damaged it.
+    Damaged ones are not among them: the recent write may be the damage.
     """
     entries, is_old = store.root.entries(keys.SNAPSHOTS), _is_older(older_than_hours)
     young = [
@@ -123,7 +124,7 @@ def _young_snapshots(store: Store, older_than_hours: float) -> dict[str, str]:
 
 
 def _is_older(hours: float) -> Callable[[Entry], bool]:
-    """Return what tells whether something was last written so long ago; after no time, all is."""
+    """Return a predicate: was an object last written so long ago? With 0 hours, all were."""
     limit = time.time() - hours * 3600 if hours else float("inf")
     return lambda entry: entry.modified <= limit
 
@@ -131,7 +132,7 @@ def _is_older(hours: float) -> Callable[[Entry], bool]:
 def _named(
     store: Store, latest: str, present: Collection[str], released: Collection[str]
 ) -> tuple[dict[str, str], Sequence[frozenset[bytes]]]:
-    """Return why each snapshot with a name is kept, and the members of these."""
+    """Return the reason to keep each snapshot with a name, and the members of these."""
     reasons = {latest: ["the latest"]}
     for name, snapshot_id in store.refs.names().items():
         if snapshot_id in present:
@@ -153,7 +154,9 @@ def _require_held(store: Store, runs: Collection[str]) -> None:
     for run in runs:
         if run not in held:
             names = ", ".join(sorted(held)) or "none"
-            raise ConfigError(f"{store.root.url} holds nothing for run {run}; it does for: {names}")
+            raise ConfigError(
+                f"{store.root.url} holds no snapshot for run {run}; it does for: {names}"
+            )
 
 
 def _readable(store: Store, snapshot_ids: Collection[str]) -> Iterator[Snapshot]:
@@ -169,13 +172,13 @@ def find_garbage(
     keep_unfinished: bool = True,
     older_than_hours: float = OLDER_THAN_HOURS,
 ) -> Garbage:
-    """Return what no snapshot of `keep`, and no plan that is still to be published, needs.
+    """Return everything that no snapshot of `keep` and no plan still to be published needs.
 
-    Where there is no snapshot at all, that is no shard: it may be the snapshots that were lost. Nor
-    is anything of a shard whose commit record was: nobody can tell which of its files it named.
+    If there is no snapshot at all, no shard is garbage: the snapshots may have been lost. Neither
+    is any object of a shard whose commit record was lost: it is unknown which ones it named.
 
     Raises:
-        ConfigError: `keep` names a snapshot that is not there, or lacks the latest one.
+        ConfigError: `keep` names a snapshot that does not exist, or lacks the latest one.
 
     """
     present = store.snapshot_ids()
@@ -227,7 +230,7 @@ def find_garbage(
 
 
 def _checked(store: Store, keep: Collection[str], present: Sequence[str]) -> set[str]:
-    """Return the snapshots to keep; ConfigError if one is not there, or the latest is lacking."""
+    """Return the snapshots to keep; ConfigError if one does not exist, or the latest is missing."""
     kept = set(keep)
     if not kept <= set(present):
         raise ConfigError(
@@ -245,7 +248,7 @@ def _shards_of(plans: Sequence[Plan], plan_ids: Collection[str]) -> set[str]:
 
 
 def _objects(store: Store, committed: Collection[str]) -> Mapping[str, Mapping[str, Entry]]:
-    """Return by shard, committed or not, what lies below its folder, by key."""
+    """Return the objects below each shard's folder, by shard (committed or not) and key."""
     found: dict[str, dict[str, Entry]] = {shard_id: {} for shard_id in committed}
     for key, entry in store.root.entries(keys.SHARDS).items():
         name, _, below = key.partition("/")
@@ -255,7 +258,7 @@ def _objects(store: Store, committed: Collection[str]) -> Mapping[str, Mapping[s
 
 
 def _loose(store: Store) -> dict[str, Entry]:
-    """Return what no shard is made of: temporary files, and what compacting left of manifests."""
+    """Return objects of no shard: temporary files, and incomplete manifests of a compaction."""
     manifests = store.log.manifests()
     whole = {
         key
@@ -273,7 +276,7 @@ def _loose(store: Store) -> dict[str, Entry]:
 
 
 def _stale_revocations(store: Store) -> Mapping[str, Entry]:
-    """Return the revocations of records that are neither alone nor in a manifest any more."""
+    """Return the revocations of records that are no longer in a manifest."""
     manifests = store.log.manifests()
     rows = {
         keys.revocation(shard_id, name)
@@ -317,11 +320,11 @@ def _committed_members(snapshot: Snapshot, committed: Collection[str]) -> Iterab
 
 
 def collect(store: Store, garbage: Garbage) -> None:
-    """Remove garbage: first what refers, then what is referred to. No writer may be at work."""
+    """Remove garbage: references first, then what they refer to. No writer may be running."""
     gone = set(garbage.shard_ids)
     kept = set(store.shard_ids()) - gone
     for plan_id in garbage.plan_ids:
-        # What stays must still be planned: a repair may know a shard's samples from nowhere else.
+        # Kept shards must stay planned: a repair may find a shard's samples nowhere else.
         plan = store.plans.load(plan_id)
         left = Plan.of(shard for shard in plan.shards if shard.shard_id in kept)
         if left.plan_id != plan_id:
@@ -332,7 +335,7 @@ def collect(store: Store, garbage: Garbage) -> None:
         store.root.delete(keys.snapshot(snapshot_id))
     present = _readable(store, store.snapshot_ids())
     published = {shard_id for snapshot in present for shard_id in snapshot.shard_ids}
-    removed = gone - published  # by another process, since the garbage was found
+    removed = gone - published  # published by another process after the search
     for shard_id in sorted(removed):
         store.revoke(shard_id)
     store.root.delete_many([key for key in garbage.data_keys if key.split("/")[1] in removed])

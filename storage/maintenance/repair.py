@@ -1,4 +1,4 @@
-"""From damage to the shards that must be made again, each with exactly the samples it had."""
+"""From findings to the shards that must be regenerated, each with exactly the samples it had."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -12,7 +12,7 @@ from storage.store import Store
 
 
 def damaged_shards(store: Store, findings: Iterable[Finding]) -> Sequence[PlannedShard]:
-    """Return the damaged shards as they were planned; CorruptError if nothing says what one held.
+    """Return the damaged shards as they were planned; CorruptError if one has unknown samples.
 
     To repair one: `store.revoke(shard.shard_id)`, compute its samples, `store.write_shard`.
     """
@@ -23,18 +23,18 @@ def damaged_shards(store: Store, findings: Iterable[Finding]) -> Sequence[Planne
             known.setdefault(candidate.shard_id, candidate)
         if len(known) == len(wanted):
             break
-    lost = [shard for shard in wanted if shard not in known]
-    if lost:
+    unknown = [shard for shard in wanted if shard not in known]
+    if unknown:
         raise CorruptError(
-            f"nothing says what {len(lost)} damaged shards held, first {lost[0]}: delete "
-            f"{keys.record(lost[0])} (and the others') below {store.root.url}, then run the "
-            "hidden-states flow, which plans their samples again"
+            f"the samples of {len(unknown)} damaged shards are unknown, first {unknown[0]}: delete "
+            f"{keys.record(unknown[0])} (and the other records) below {store.root.url}, then run "
+            "the hidden-states flow, which plans their samples again"
         )
     return [known[shard] for shard in wanted]
 
 
 def _candidates(store: Store, wanted: Sequence[str]) -> Iterator[PlannedShard]:
-    """Yield what shards held, from the likeliest source to the last resort."""
+    """Yield shards with their samples, from the likeliest source to the last resort."""
     for wanted_id in wanted:
         try:
             record = store.commit(wanted_id)
@@ -46,7 +46,7 @@ def _candidates(store: Store, wanted: Sequence[str]) -> Iterator[PlannedShard]:
     for plan in store.plans.all():
         yield from plan.shards
     for snapshot_id in store.snapshot_ids():
-        with suppress(CorruptError):  # a finding of its own, and another one may tell
+        with suppress(CorruptError):  # reported separately; another snapshot may list the shard
             yield from _snapshot_shards(store.snapshot(snapshot_id), wanted)
 
 

@@ -1,4 +1,4 @@
-"""Look at everything a store holds and report all that is not as it was committed."""
+"""Check everything in a store and report all differences from what was committed."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,9 +24,9 @@ def verify_store(
     recompute: Recompute | None = None,
     on_shard: Callable[[str], None] = lambda _shard_id: None,
 ) -> Sequence[Finding]:
-    """Return all damage: sizes of every committed object, or with `deep` every byte.
+    """Return all damage: check the size of every committed object, or with `deep` every byte.
 
-    With `recompute`, the states of every sound shard must also reproduce its semantic probe.
+    With `recompute`, the states of every intact shard must also reproduce its semantic probe.
     `on_shard` is called after each shard: reading a large store takes hours.
     """
     findings: list[Finding] = []
@@ -79,7 +79,7 @@ def _manifest_findings(store: Store) -> Iterator[Finding]:
         newest = max((entry.modified for entry in there), default=0.0)
         for key, problem in manifest.damage():
             if problem == MISSING and newest > time.time() - WRITING_SECONDS:
-                continue  # it is being written, or a kill ended that: publishing completes it
+                continue  # being written, or a kill interrupted that: publishing completes it
             yield Finding(shard_id=None, object_key=key, problem=problem, remedy=RESTORE)
 
 
@@ -106,7 +106,7 @@ def _snapshot_findings(store: Store, commits: Collection[str]) -> Iterator[Findi
 
 
 def _latest_findings(store: Store) -> Iterator[Finding]:
-    """Look at the name of the latest snapshot; a store without snapshots needs none."""
+    """Check the name of the latest snapshot; a store without snapshots needs none."""
     present = store.snapshot_ids()
     if not present:
         return
@@ -114,9 +114,9 @@ def _latest_findings(store: Store) -> Iterator[Finding]:
     try:
         latest = unseal(store.root.read(keys.LATEST), what=keys.LATEST).get("snapshot_id")
         if latest not in present:
-            problem = f"names snapshot {latest}, which is not there"
+            problem = f"names snapshot {latest}, which does not exist"
     except FileNotFoundError:
-        problem = "is missing, but there are snapshots"
+        problem = "is missing, but snapshots exist"
     except CorruptError as error:
         problem = str(error)
     if problem is not None:

@@ -1,7 +1,7 @@
-"""Memory that dead arrays leave to the next ones.
+"""Reuse the memory of freed arrays for new ones.
 
-The first touch of fresh memory takes the system about as long as copying into it. A reader replaces
-shards of about equal size all the time, so it can do without.
+The first touch of fresh memory takes the system about as long as copying into it. A reader keeps
+replacing shards of about equal size, so it can avoid that.
 """
 
 import math
@@ -15,21 +15,21 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 Allocate = Callable[[tuple[int, ...], DTypeLike], NDArray[Any]]
-"""Returns an array of a shape and a dtype whose values are undefined, like `numpy.empty`."""
+"""Returns an array of a shape and a dtype with undefined values, like `numpy.empty`."""
 
 SMALLEST = 1 << 20
-"""Bytes below which the C library reuses memory well enough itself."""
+"""Size in bytes below which the C library itself reuses memory well enough."""
 STEPS_PER_DOUBLING = 8
 
 
 class RecycledMemory:
-    """Allocates like `numpy.empty`, from the memory of arrays that nobody refers to any more.
+    """Allocates like `numpy.empty`, from the memory of arrays that are no longer referenced.
 
-    Views keep an array's memory, as usual. Safe to use from several threads.
+    Views keep an array's memory alive, as usual. Safe to use from several threads.
     """
 
     def __init__(self, most_free: int) -> None:
-        """Keep at most `most_free` pieces of memory that are not in use."""
+        """Keep at most `most_free` unused buffers."""
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=most_free)
         self._lock = threading.Lock()
 
@@ -40,7 +40,7 @@ class RecycledMemory:
         if num_bytes < SMALLEST:
             return np.empty(shape, dtype)
         memory = self._take(_rounded(num_bytes))
-        # Of an array, views would refer to `memory`; of a memoryview they refer to this array.
+        # Built on a memoryview: on an array, views would refer to `memory`, not to this array.
         array = np.frombuffer(memory.data, dtype, math.prod(shape))
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array.reshape(shape)
@@ -56,6 +56,6 @@ class RecycledMemory:
 
 
 def _rounded(num_bytes: int) -> int:
-    """Return the size up to which to round, so that what is nearly equal can be exchanged."""
+    """Round a size up, so that buffers of nearly equal size are interchangeable."""
     step = 1 << max(0, num_bytes.bit_length() - 1 - (STEPS_PER_DOUBLING.bit_length() - 1))
     return -(-num_bytes // step) * step

@@ -1,4 +1,4 @@
-"""What the bytes of an object must be: their number and their xxh3_128."""
+"""Digests of objects: the number of bytes and their xxh3_128."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from storage.objects.sealed_json import digest_bytes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectDigest:
-    """What one object's bytes must be."""
+    """The size and digest of one object."""
 
     num_bytes: int
     xxh3_128: str
@@ -23,7 +23,7 @@ class ObjectDigest:
 
     @classmethod
     def of_pieces(cls, pieces: Iterable[bytes | memoryview]) -> "ObjectDigest":
-        """Return the digest of bytes that come piece by piece."""
+        """Return the digest of bytes that arrive piece by piece."""
         digest = RunningDigest()
         for piece in pieces:
             digest.update(piece)
@@ -35,10 +35,10 @@ class ObjectDigest:
 
 
 class RunningDigest:
-    """The digest of an object that comes piece by piece."""
+    """The digest of an object that arrives piece by piece."""
 
     def __init__(self) -> None:
-        """Begin with no bytes."""
+        """Start with no bytes."""
         self._digest = xxhash.xxh3_128()
         self._num_bytes = 0
 

@@ -1,4 +1,4 @@
-"""What disks and servers raise, as this package's errors; absence stays `FileNotFoundError`."""
+"""Disk and server errors as this package's errors; absence stays `FileNotFoundError`."""
 
 import errno
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 @contextmanager
 def translated(where: str, *, is_local: bool) -> Iterator[None]:
-    """Raise what goes wrong in the block as an error that names `where`, a path or a URL."""
+    """Translate errors of the block into errors that name `where`, a path or a URL."""
     try:
         yield
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def translated(where: str, *, is_local: bool) -> Iterator[None]:
         if error.errno in FULL:
             raise OutOfSpaceError(
                 f"no space left to write {where}: {error.strerror}; free space or raise the "
-                "quota, then run the same command again: it goes on where it stopped"
+                "quota, then run the same command again: it resumes where it stopped"
             ) from error
         if isinstance(error, UNUSABLE) or error.errno in {errno.ENOSYS, errno.EROFS}:
             raise ConfigError(f"cannot use {where}: {error}") from error
@@ -54,7 +54,7 @@ def translated(where: str, *, is_local: bool) -> Iterator[None]:
 
 
 def _precondition_failed(error: OSError) -> bool:
-    """Tell whether a server refused to create what exists; not all of them say it to s3fs."""
+    """Return whether a server refused to create what exists; s3fs does not always notice."""
     cause = error.__cause__
     return (
         isinstance(cause, ClientError)

@@ -1,7 +1,7 @@
-"""Everything below a place, in one listing: what cannot be listed is an error, no empty place.
+"""All objects below a prefix, in one listing: a folder that fails is an error, not empty.
 
-fsspec's own `find` leaves out every folder that fails: a store on a disk with a fault would read as
-one without shards, and all of it as garbage.
+fsspec's own `find` skips every folder that fails: a store on a faulty disk would appear to have no
+shards, and all of its data would appear to be garbage.
 """
 
 import os
@@ -16,19 +16,19 @@ from fsspec.implementations.local import LocalFileSystem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What a listing tells of an object."""
+    """The listing entry of one object."""
 
     num_bytes: int
     modified: float
-    """When it was written, in seconds since 1970 by the clock of the place; infinite if it does not
-    say that."""
+    """When it was written, in seconds since 1970 by the clock of the disk or server; infinite if
+    unknown."""
 
 
 def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[str, Entry]:
     """Return the objects below `base` by path.
 
-    Nothing is below a folder that is not there, nor below a file. What vanishes meanwhile is left
-    out, and so is a link that leads nowhere.
+    A missing folder or a file has nothing below it. Objects that vanish meanwhile are skipped, and
+    so are broken links.
 
     Raises:
         OSError: any other failure.
@@ -36,15 +36,15 @@ def list_objects(file_system: fsspec.AbstractFileSystem, base: str) -> Mapping[s
     """
     if isinstance(file_system, LocalFileSystem):
         return dict(_on_disk(base))
-    if "s3" in file_system.protocol:  # one listing for the whole tree, a thousand objects a page
-        # By prefix: of an empty folder, `find` asks whether it is an object, by HEAD.
+    if "s3" in file_system.protocol:  # one listing for the whole tree, a thousand objects per page
+        # By prefix: for an empty folder, `find` checks by HEAD whether it is an object.
         parent, separator, name = base.rpartition("/")
         found = (
             file_system.find(parent, prefix=f"{name}/", detail=True)
             if separator
             else file_system.find(base, detail=True)
         )
-        return {path: _entry(told) for path, told in found.items()}
+        return {path: _entry(info) for path, info in found.items()}
     return dict(_by_folder(file_system, base))
 
 
@@ -80,11 +80,11 @@ def _by_folder(file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[
             yield from _by_folder(file_system, path)
 
 
-def _entry(told: Mapping[str, Any]) -> Entry:
+def _entry(info: Mapping[str, Any]) -> Entry:
     names = ("LastModified", "last_modified", "updated", "mtime", "created")
-    written = next((told[name] for name in names if told.get(name) is not None), None)
+    written = next((info[name] for name in names if info.get(name) is not None), None)
     seconds = written.timestamp() if isinstance(written, datetime) else None
     if isinstance(written, int | float):
         seconds = float(written)
-    # Where nobody tells, nothing may be taken for old.
-    return Entry(num_bytes=told["size"], modified=float("inf") if seconds is None else seconds)
+    # Without a write time, an object must not count as old.
+    return Entry(num_bytes=info["size"], modified=float("inf") if seconds is None else seconds)

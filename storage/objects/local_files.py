@@ -1,4 +1,4 @@
-"""Files on a disk that are durable once a call has returned: bytes and names are fsynced."""
+"""Local files that are durable when a call returns: bytes and names are fsynced."""
 
 import os
 import secrets
@@ -11,7 +11,9 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Callable[[bytes | memoryview], object]]:
-    """Yield what appends to a new file; its bytes are durable after the block, its name is not."""
+    """Yield a function that appends to a new file; after the block its bytes are durable, its name
+    is not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         yield file.write
@@ -27,17 +29,17 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 
 @contextmanager
 def temporary_file(path: Path, data: bytes) -> Iterator[Path]:
-    """Yield a file with `data` beside `path`, to be renamed or linked; gone after the block."""
+    """Yield a file with `data` beside `path`, to be renamed or linked; removed after the block."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         write_file(temporary, data)
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)  # gives its space back where the disk is full
+        temporary.unlink(missing_ok=True)  # frees its space if the disk is full
 
 
 def sync_names(folder: Path, *, root: Path) -> None:
-    """Make the names in `folder` durable, and those of the folders down to it from `root`."""
+    """Make the names in `folder` durable, and those of the folders from `root` down to it."""
     for parent in (folder, *folder.parents):
         if parent in (folder, root.parent) or parent.is_relative_to(root):
             sync_folder(parent)

@@ -1,9 +1,9 @@
-"""A local copy of remote objects under a hard size limit.
+"""A local cache of remote objects with a hard size limit.
 
-Objects lie under their content's digest, so a cached copy that is not what was committed is
-recognised, dropped and fetched again. Everything under such a name can be fetched again and may be
-deleted at any time; nothing else in the folder is touched. Several processes may share one folder:
-they keep the limit together.
+Objects are named by the digest of their content, so a cached copy that differs from what was
+committed is detected, deleted and fetched again. Every file with such a name can be fetched again
+and may be deleted at any time; nothing else in the folder is touched. Several processes may share
+one folder: the limit applies to all of them together.
 """
 
 import fcntl
@@ -28,19 +28,19 @@ class ObjectCache:
 
     folder: Path
     limit_bytes: int
-    """Of all objects together, at any moment."""
+    """Limit for the size of all objects together, at any moment."""
 
     def fetch(self, expected: ObjectDigest, remote: Callable[[], bytes]) -> bytes:
-        """Return the object from the cache if it is there and whole, else from `remote`.
+        """Return the object from the cache if it is there and intact, else from `remote`.
 
-        What `remote` returns is kept only if it is what was committed; the caller checks it too.
+        The result of `remote` is kept only if it matches `expected`; the caller checks it too.
         Raise OutOfSpaceError if the disk is full before the limit is reached.
         """
         path = self.folder / expected.xxh3_128
         with self._translated(), suppress(FileNotFoundError):
             data = path.read_bytes()
             if ObjectDigest.of(data) == expected:
-                os.utime(path)  # the least recently used goes first
+                os.utime(path)  # the least recently used is evicted first
                 return data
             path.unlink()
         data = remote()
@@ -52,7 +52,7 @@ class ObjectCache:
     def _keep(self, path: Path, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-        with self._alone():
+        with self._locked():
             self._make_room(len(data))
             try:
                 temporary.write_bytes(data)
@@ -61,12 +61,12 @@ class ObjectCache:
                 temporary.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Evict until `num_bytes` more fit; whoever wrote a temporary object was killed."""
+        """Evict until `num_bytes` more fit; a temporary object is left by a killed process."""
         entries: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():
             if not OURS.fullmatch(path.name):
                 continue
-            with suppress(FileNotFoundError):  # a reader drops a bad copy
+            with suppress(FileNotFoundError):  # a reader may delete a bad copy
                 status = path.stat()
                 age = 0.0 if path.name.endswith(TEMPORARY_SUFFIX) else status.st_mtime
                 entries.append((age, status.st_size, path))
@@ -78,8 +78,8 @@ class ObjectCache:
             used -= size
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the folder: two that make room for themselves would exceed the limit together."""
+    def _locked(self) -> Iterator[None]:
+        """Lock the folder: two processes that make room at once would exceed the limit."""
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

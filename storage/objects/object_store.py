@@ -1,9 +1,9 @@
-"""Named objects under one root, wherever the root is: a local path, `memory://` or `s3://`.
+"""Named objects under one root: a local path, `memory://` or `s3://`.
 
 Local writes are durable when the call returns: data is fsynced, and so is the directory that names
-it. `publish` and `create` make an object appear whole or not at all; of several that create one,
-one does. Other places get one PUT, which is that by itself. Nothing is locked: a disk of many
-machines is like any other. Failures become this package's errors; absence stays
+it. `publish` and `create` make an object appear whole or not at all; of several concurrent creates
+of one object, one succeeds. Servers get a single PUT, which is atomic. There are no locks: a disk
+shared by many machines works like any other. Failures become this package's errors; absence stays
 `FileNotFoundError`.
 """
 
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 S3_SCHEMES = ("s3://", "s3a://")
 PIECE_BYTES = 4 << 20
 RANGE_BYTES = 32 << 20
-"""Of a large object on a server, this many bytes are asked for at a time, all at the same time."""
+"""Size of the ranges in which a large object is read from a server, all at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +53,28 @@ class ObjectStore:
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """Return the directory at a local path or an fsspec URL; it need not exist.
+        """Return the object store at a local path or an fsspec URL; it need not exist.
 
-        Credentials come from where the file system's own client looks for them, for S3 the usual
-        AWS variables and files. In the URL they would end in logs and records: ConfigError. So are
+        The file system's own client finds the credentials, for S3 in the usual AWS variables and
+        files. In the URL they would end up in logs and records, so they raise ConfigError. So do
         characters that fsspec reads as a chain of file systems or, on a server, as a pattern.
         """
         scheme, separator, rest = url.partition("://")
         if "::" in url or (separator and set("*?[") & set(rest)):
             raise ConfigError(
                 f"a store cannot be at {url}: `::` anywhere, and `*`, `?` or `[` in a URL, have a "
-                "meaning of their own there; choose another name"
+                "special meaning; choose another name"
             )
         if separator and "@" in rest.partition("/")[0]:
             raise ConfigError(
-                f"the {scheme} URL carries credentials; take out what stands before the @ and set "
+                f"the {scheme} URL contains credentials; remove the part before the @ and set "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )
         file_system, root = _file_system(url)
         return cls(file_system, str(root).rstrip("/"))
 
     def __reduce__(self) -> tuple[Callable[[str], "ObjectStore"], tuple[str]]:
-        """Travel as a URL: the file system's options, credentials among them, stay behind."""
+        """Pickle as a URL, without the file system's options and the credentials among them."""
         return ObjectStore.at, (self.url,)
 
     @property
@@ -84,15 +84,15 @@ class ObjectStore:
 
     @property
     def is_local(self) -> bool:
-        """Tell whether objects are files that can be fsynced."""
+        """Return whether objects are files that can be fsynced."""
         return isinstance(self.file_system, LocalFileSystem)
 
     def path(self, key: str) -> str:
-        """Return where an object lies, as the file system names it."""
+        """Return the path of an object for the file system."""
         return f"{self.root}/{key}" if key else self.root
 
     def where(self, key: str) -> str:
-        """Return where an object lies, as a person names it: with the scheme of a URL."""
+        """Return the path of an object for messages: with the scheme of a URL."""
         return f"{self.url}/{key}" if key else self.url
 
     def read(self, key: str) -> bytes:
@@ -105,14 +105,14 @@ class ObjectStore:
 
     @property
     def _whole_read(self) -> Mapping[str, int]:
-        """Return the options of one GET: s3fs would ask for the size, then for parts."""
+        """Return the options for a single GET: s3fs would request the size, then parts."""
         return {"max_concurrency": 1} if "s3" in self.file_system.protocol else {}
 
     def read_many(self, keys: Sequence[str], *, absent_ok: bool = False) -> Mapping[str, bytes]:
-        """Return the bytes of small objects by key, from a server many at a time.
+        """Return the bytes of small objects by key; from a server, many at a time.
 
         Raises:
-            FileNotFoundError: one of them is absent, and they must not be.
+            FileNotFoundError: one of them is absent, and not `absent_ok`.
 
         """
         if self.is_local or len(keys) < 2:
@@ -127,7 +127,7 @@ class ObjectStore:
         keys_left = {self.path(key): key for key in keys}
         found: dict[str, bytes] = {}
 
-        def read_those_left() -> None:  # of many requests some fail, and all would be tried again
+        def read_remaining() -> None:  # a retry repeats only the requests that failed
             got = self.file_system.cat(list(keys_left), on_error="return", **self._whole_read)
             failed = [value for value in got.values() if isinstance(value, BaseException)]
             for path, value in got.items():
@@ -139,7 +139,7 @@ class ObjectStore:
             for error in sorted(failed, key=lambda one: not isinstance(one, FileNotFoundError)):
                 raise error
 
-        self._attempted(keys[0], read_those_left)
+        self._attempted(keys[0], read_remaining)
         return {key: found[key] for key in keys if key in found}
 
     def read_large(
@@ -147,7 +147,7 @@ class ObjectStore:
     ) -> bytes | memoryview:
         """Return an object's bytes like `read`, faster if it is large and has about `num_bytes`.
 
-        On a disk that is in memory of larger pages, from a server in parts side by side.
+        A file is read into memory with larger pages, an object on a server in parallel ranges.
         """
         if not self.is_local:
             return self._read_parts(key, num_bytes)
@@ -165,9 +165,9 @@ class ObjectStore:
             return data.data
 
     def pieces(self, key: str, *, num_bytes: int) -> Iterator[bytes | memoryview]:
-        """Yield an object's bytes one after the other; each piece is gone when the next comes.
+        """Yield an object's bytes piece by piece; a piece is valid until the next one.
 
-        What fails on the way is not tried again here: begin anew (`storage.objects.retry`).
+        Failures are not retried here: start over (`storage.objects.retry`).
         """
         if not self.is_local:
             yield self._read_parts(key, num_bytes)
@@ -184,7 +184,7 @@ class ObjectStore:
         if num_bytes <= RANGE_BYTES:
             return self.read(key)
         starts = list(range(0, num_bytes, RANGE_BYTES))
-        ends = [*starts[1:], None]  # the last goes to the end, wherever that is
+        ends = [*starts[1:], None]  # the last range is open-ended
         paths = [self.path(key)] * len(starts)
 
         def read_all() -> bytes:
@@ -192,15 +192,15 @@ class ObjectStore:
 
         try:
             return self._attempted(key, read_all)
-        except ConfigError:  # it is shorter than that: a part of it is out of range
+        except ConfigError:  # the object is shorter: a range is beyond its end
             return self.read(key)
 
     def exists(self, key: str) -> bool:
-        """Tell whether there is such an object."""
+        """Return whether there is such an object."""
 
-        def look() -> bool:
+        def check() -> bool:
             self.file_system.invalidate_cache()  # other processes write too
-            try:  # `isfile` would take a server that fails for an absent object
+            try:  # `isfile` would take a server failure for an absent object
                 return bool(self.file_system.info(self.path(key))["type"] == "file")
             except FileNotFoundError:
                 return False
@@ -213,14 +213,14 @@ class ObjectStore:
                     return False
                 return True
 
-        return self._attempted(key, look)
+        return self._attempted(key, check)
 
     def sizes(self, prefix: str) -> Mapping[str, int]:
         """Return the size of every object below `prefix`, by key relative to it."""
         return {key: entry.num_bytes for key, entry in self.entries(prefix).items()}
 
     def entries(self, prefix: str) -> Mapping[str, Entry]:
-        """Return what a listing tells of every object below `prefix`, by key relative to it."""
+        """Return the listing entry of every object below `prefix`, by key relative to it."""
         base = self.path(prefix)
 
         def find() -> Mapping[str, Entry]:
@@ -231,14 +231,14 @@ class ObjectStore:
             found = self._attempted(prefix, find)
         except FileNotFoundError as error:  # S3 lists a prefix without objects, but no lost bucket
             raise ConfigError(
-                f"cannot list {self.where(prefix)}: {error}; make the bucket, or correct the path"
+                f"cannot list {self.where(prefix)}: {error}; create the bucket, or correct the path"
             ) from error
         return {  # a server may list the folder itself, as an empty object without a name
             path[len(base) + 1 :]: entry for path, entry in sorted(found.items()) if path != base
         }
 
     def temporaries(self) -> Mapping[str, Entry]:
-        """Return what kills left of objects directly below the root; a server has no such."""
+        """Return the temporary files that kills left directly below the root; none on a server."""
         found: dict[str, Entry] = {}
         with translated(self.where(""), is_local=self.is_local):
             for path in Path(self.root).glob(f"*{TEMPORARY_SUFFIX}") if self.is_local else ():
@@ -258,7 +258,7 @@ class ObjectStore:
     def open(self, key: str) -> Iterator[Callable[[bytes], object]]:
         """Write an object piece by piece; like `write` once the block has ended without an error.
 
-        A failure leaves a part of a file, and nothing on an object store.
+        A failure leaves a partial file on a disk, and nothing on a server.
         """
         if not self.is_local:
             pieces = io.BytesIO()
@@ -276,7 +276,7 @@ class ObjectStore:
             )
         except FileNotFoundError as error:
             raise ConfigError(
-                f"cannot write {self.where(key)}: {error}; make the bucket, or correct the path"
+                f"cannot write {self.where(key)}: {error}; create the bucket, or correct the path"
             ) from error
 
     def flush(self, prefix: str) -> None:
@@ -297,9 +297,9 @@ class ObjectStore:
             temporary.replace(path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Make an object appear like `publish` unless it is there; return whether it was not.
+        """Publish an object unless it exists; return whether it did not.
 
-        Where neither links nor conditions are known, of two at the same moment the later stands.
+        Without hard links or conditional writes, the later of two concurrent creates wins.
         """
         if self.exists(key):
             return False
@@ -307,10 +307,10 @@ class ObjectStore:
             return self._create_on_server(key, data)
         with self._beside(key, data) as (temporary, path):
             try:
-                path.hardlink_to(temporary)  # a rename would replace
+                path.hardlink_to(temporary)  # a rename would overwrite
             except FileExistsError:
                 return False
-            except OSError:  # there are no links here, or not this one; a rename says what else
+            except OSError:  # no hard links here, or not this one; else the rename fails
                 temporary.replace(path)
         return True
 
@@ -319,13 +319,13 @@ class ObjectStore:
             self._put(key, data, mode="create")
         except FileExistsError:
             return False
-        except ConfigError:  # a server without conditional writes; a plain one says what else it is
+        except ConfigError:  # perhaps no conditional writes; else the plain write fails
             self.write(key, data)
         return True
 
     @contextmanager
     def _beside(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """Write a file under a name of its own; the block gives it the other. Durable after it."""
+        """Write a temporary file; the block renames or links it. Durable after the block."""
         with translated(self.where(key), is_local=self.is_local):
             path = Path(self.path(key))
             with temporary_file(path, data) as temporary:
@@ -341,7 +341,7 @@ class ObjectStore:
                     sync_folder(Path(self.path(key)).parent)
 
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Remove objects; any may be absent already. From a server a thousand go at a time."""
+        """Remove objects; any may be absent already. On S3, a thousand per request."""
         if keys and "s3" in self.file_system.protocol:
             paths = [self.path(key) for key in keys]
             self._attempted(keys[0], lambda: self.file_system.rm(paths))
@@ -362,7 +362,7 @@ class ObjectStore:
             self.delete(f"{prefix}/{key}")
 
     def free_bytes(self) -> int | None:
-        """Return the free space of the disk below the root, or None where that has no meaning."""
+        """Return the free space of the disk below the root, or None if it is not on a disk."""
         if not self.is_local:
             return None
         path = Path(self.root)
@@ -380,7 +380,7 @@ class ObjectStore:
 
 
 def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a URL and the path in it: on S3, one that does not try again.
+    """Return the file system of a URL and the path in it; on S3, one that does not retry.
 
     s3fs and botocore below it try five times each; with `retried` above them that would be a
     hundred requests and minutes until they give up.

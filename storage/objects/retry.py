@@ -1,4 +1,4 @@
-"""Try again what may succeed later: bounded, with growing pauses and jitter."""
+"""Retry transient failures: bounded, with growing pauses and jitter."""
 
 import random
 import time
@@ -15,9 +15,9 @@ PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
 def retried(
     attempt: Callable[[], Result], *, pauses_seconds: Sequence[float] = PAUSES_SECONDS
 ) -> Result:
-    """Return what `attempt` returns; call it again after a TransientError, once for each pause.
+    """Return the result of `attempt`; call it again after a TransientError, once per pause.
 
-    Pauses vary between half and all of their length, so that readers do not come back in step.
+    Pauses vary between half and all of their length, so that readers do not retry in lockstep.
     """
     for pause in pauses_seconds:
         try:

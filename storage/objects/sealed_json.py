@@ -1,7 +1,7 @@
 """Canonical JSON and content digests: equal values always give equal bytes and equal ids.
 
-A sealed document carries the digest of its own content, so that a flipped digit in a record, a plan
-or `store.json` is an error and never another value.
+A sealed document contains the digest of its content, so that a flipped digit in a record, a plan or
+`store.json` is an error and never another value.
 """
 
 import json

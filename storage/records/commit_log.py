@@ -1,9 +1,9 @@
-"""Which shards a store has committed: single records, and manifests of many.
+"""The committed shards of a store: single records, and manifests of many.
 
-A record is written alone (`commits/<shard_id>.json`). When there are many, they are put into a
-manifest as well (`storage.records.compaction`) and, once that has been there for a while, removed.
-A single record counts more than a row of a manifest: it is newer. A row is taken back by
-`revoked/<shard_id>/<record_id>.json`, since manifests never change.
+A record is first written alone (`commits/<shard_id>.json`). When there are many, they are also
+written to a manifest (`storage.records.compaction`); the single records are removed once that
+manifest has existed for a while. A single record takes precedence over a row of a manifest: it is
+newer. `revoked/<shard_id>/<record_id>.json` revokes a row, since manifests never change.
 """
 
 import threading
@@ -36,17 +36,17 @@ PAUSES_SECONDS = (0.0, 0.1, 0.5, 2.0, 5.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """What lies in a store at one moment; single records before the manifests they may move to."""
+    """The records at one moment: single ones are listed before manifests they may move to."""
 
     records: Sequence[str]
-    """Shards that have one, sorted."""
+    """Ids of the shards that have a single record, sorted."""
     manifest_ids: Sequence[str]
     revoked: Collection[tuple[str, str]]
     """(shard id, record id)"""
 
     @classmethod
     def of(cls, root: ObjectStore) -> "Listing":
-        """List it."""
+        """List the records below the root of a store."""
         names = (
             key.removesuffix(keys.JSON_SUFFIX)
             for key in root.sizes(keys.RECORDS)
@@ -71,7 +71,7 @@ class CommitLog:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["CommitLog"], tuple[ObjectStore, str]]:
-        """Travel without what was read."""
+        """Pickle without the cached manifests."""
         return CommitLog, (self.root, self.identity_id)
 
     # ---- reading
@@ -88,7 +88,7 @@ class CommitLog:
         return sorted(found)
 
     def read(self) -> Commits:
-        """Return all that is committed; CorruptError if a record or a manifest is damaged."""
+        """Return all committed shards; CorruptError if a record or a manifest is damaged."""
         return self.consistently(self._read)
 
     def _read(self) -> Commits:
@@ -97,13 +97,13 @@ class CommitLog:
         return Commits(newer, self.parts(listing, newer), self.exclusions.sample_ids())
 
     def read_what_is_sound(self) -> tuple[Commits, Mapping[str, CorruptError]]:
-        """Return all that is committed and parses, and what does not by shard id.
+        """Return the committed shards with a valid record, and the errors of others by shard id.
 
         Raises:
             CorruptError: both copies of a manifest are damaged.
 
         """
-        with suppress(CorruptError):  # which of them is damaged is found one by one
+        with suppress(CorruptError):  # else read one by one to find the damaged ones
             return self.read(), {}
         damaged: dict[str, CorruptError] = {}
 
@@ -134,27 +134,27 @@ class CommitLog:
         return self.consistently(lambda: self._in_manifests(shard_id)[shard_id])
 
     def objects(self, shard_id: str) -> Mapping[str, ObjectDigest]:
-        """Return what the objects of one shard must be; raises what `find` does."""
+        """Return the committed digests of a shard's objects; raises the errors of `find`."""
         with suppress(FileNotFoundError):
             return self.alone([shard_id])[shard_id].objects
         return self.consistently(lambda: self._in_manifests(shard_id).objects(shard_id))
 
     def some(self, shard_ids: Iterable[str]) -> Mapping[str, CommitRecord]:
-        """Return the records of some shards by id; raises what `find` does."""
+        """Return the records of some shards by id; raises the errors of `find`."""
         wanted = list(shard_ids)
         found = self.alone(wanted, absent_ok=True)
         return {name: found[name] if name in found else self.find(name) for name in wanted}
 
     def forget(self) -> None:
-        """Look at all manifests anew when the next shard is asked for."""
+        """Drop the cached manifests; the next lookup reads them again."""
         with self._lock:
             self._manifests.clear()
             self._last = None
 
     def _in_manifests(self, shard_id: str) -> Commits:
-        """Return a manifest, known from before or new, that has a shard whose row still counts."""
+        """Return the rows of a manifest, cached or new, in which the shard's row still counts."""
         revoked: set[str] | None = None
-        for manifest in chain(self._known(), self._listed()):
+        for manifest in chain(self._cached(), self._listed()):
             name = manifest.record_id_of(shard_id)
             if name is None:
                 continue
@@ -164,9 +164,9 @@ class CommitLog:
         raise ShardMissingError(f"shard {shard_id} has no commit record; {REPAIR}")
 
     def _rows_of(self, manifest: Manifest) -> Commits:
-        """Return all rows of a manifest; those of the last one stay, with the samples it has read.
+        """Return all rows of a manifest; the last ones are cached, with the samples they have read.
 
-        So reading one record after another takes one reading of the samples.
+        So reading one record after another reads the samples once.
         """
         with self._lock:
             if self._last is None or self._last[0] is not manifest:
@@ -174,7 +174,7 @@ class CommitLog:
                 self._last = (manifest, Commits({}, [Part(manifest=manifest, keep=keep)]))
             return self._last[1]
 
-    def _known(self) -> Sequence[Manifest]:
+    def _cached(self) -> Sequence[Manifest]:
         with self._lock:
             return list(self._manifests.values())
 
@@ -182,7 +182,7 @@ class CommitLog:
         yield from self._loaded(manifest_ids(self.root))
 
     def _loaded(self, names: Sequence[str]) -> Sequence[Manifest]:
-        """Return manifests, reading those that were not read before."""
+        """Return manifests, reading those that are not cached."""
         with self._lock:
             for gone in self._manifests.keys() - set(names):
                 del self._manifests[gone]
@@ -202,7 +202,7 @@ class CommitLog:
     def alone(
         self, shard_ids: Sequence[str], *, absent_ok: bool = False
     ) -> dict[str, CommitRecord]:
-        """Return single records by shard id; FileNotFoundError if one is not there and must be."""
+        """Return single records by id; FileNotFoundError if one is absent, unless `absent_ok`."""
         by_key = {keys.record(shard_id): shard_id for shard_id in shard_ids}
         return {
             by_key[key]: CommitRecord.from_json(
@@ -212,8 +212,8 @@ class CommitLog:
         }
 
     def parts(self, listing: Listing, newer: Collection[str]) -> Sequence[Part]:
-        """Return the manifests, and of each shard the one row that counts."""
-        manifests = sorted(  # what has been merged into a larger one counts there
+        """Return the manifests, with the one row per shard that counts."""
+        manifests = sorted(  # a row that was merged into a larger one counts there
             self._loaded(listing.manifest_ids), key=lambda one: -len(one.shard_ids)
         )
         if not manifests:
@@ -239,7 +239,7 @@ class CommitLog:
         ]
 
     def consistently(self, read: Callable[[], Result]) -> Result:
-        """Read once more where a record moved to a manifest, or one to another, meanwhile.
+        """Read again if a record moved to a manifest, or a manifest to another, meanwhile.
 
         Raises:
             TransientError: they move faster than they can be read.
@@ -253,8 +253,8 @@ class CommitLog:
             self.forget()
             time.sleep(pause)
         raise TransientError(
-            f"{moved}, though it was listed a moment ago; is this host's view of a shared disk "
-            "behind? Run the same command again"
+            f"{moved}, although it was listed a moment ago; is this host's view of a shared disk "
+            "stale? Run the same command again"
         )
 
     # ---- writing
@@ -264,13 +264,13 @@ class CommitLog:
         return self.root.create(keys.record(record.shard_id), record.to_json())
 
     def replace(self, record: CommitRecord) -> None:
-        """Commit a shard in place of a record that is damaged, or whose data is."""
+        """Commit a shard in place of a damaged record, or of one with damaged data."""
         self.root.publish(keys.record(record.shard_id), record.to_json())
 
     def revoke(self, shard_id: str) -> None:
-        """Take back whatever says that a shard is committed.
+        """Revoke every record of a shard.
 
-        Also its single record is named as revoked, since it may be on its way to a manifest.
+        Its single record gets a revocation, too, since it may be moving to a manifest.
         """
         for manifest in self.manifests():  # first, or a kill would let an older row count
             name = manifest.record_id_of(shard_id)
@@ -281,7 +281,7 @@ class CommitLog:
         self.root.delete(keys.record(shard_id))
 
     def revoke_row(self, shard_id: str, name: str) -> None:
-        """Let a row of a manifest, or a record that may become one, count no more."""
+        """Revoke a row of a manifest, or a record that may become one."""
         document = {"format_version": FORMAT_VERSION, "record_id": name, "shard_id": shard_id}
         self.root.publish(keys.revocation(shard_id, name), seal(document))
 
@@ -298,13 +298,13 @@ class CommitLog:
 
 
 def revocations(root: ObjectStore) -> Collection[tuple[str, str]]:
-    """Return (shard id, record id) of every row of a manifest that was taken back."""
+    """Return (shard id, record id) of every row of a manifest that was revoked."""
     parts = (key.removesuffix(keys.JSON_SUFFIX).split("/") for key in root.sizes(keys.REVOCATIONS))
     return {(part[0], part[1]) for part in parts if len(part) == 2 and all(map(is_id, part))}
 
 
 def _among(ids: NDArray[np.bytes_], names: Collection[str]) -> NDArray[np.bool_]:
-    """Return [N] which of some ids are among a few others."""
+    """Return [N] whether each id is in `names`."""
     if not names:
         return np.zeros(len(ids), np.bool_)
     few = np.sort(ids_of(names))

@@ -18,9 +18,9 @@ from storage.records.probe_point import ProbePoint
 from storage.records.sample_rows import is_id
 
 MOST_BYTES = 5 << 40
-"""Of one object; no server takes more."""
+"""Limit for one object; no server accepts more."""
 SEVERAL_OBJECTS = 2
-"""The format version in which a shard is not one file."""
+"""The format version in which a shard is several objects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,15 +31,15 @@ class CommitRecord:
     identity_id: str
     sample_ids: tuple[str, ...]
     sample_tokens: tuple[int, ...]
-    """Tokens of each sample."""
+    """Number of tokens per sample."""
     sample_supervised: tuple[int, ...]
-    """Tokens of each sample that the loss mask holds."""
+    """Number of supervised tokens per sample."""
     raw_bytes: int
-    """Size of the arrays as handed in, before any encoding."""
+    """Size of the arrays before encoding."""
     objects: Mapping[str, ObjectDigest]
-    """Object key, relative to the shard, to what its bytes must be."""
+    """Object key, relative to the shard, to its committed size and digest."""
     probe: tuple[ProbePoint, ...]
-    """What the target itself said at some positions; empty if nobody asked it."""
+    """The target's own predictions at some positions; empty if none were recorded."""
     format_version: int = FORMAT_VERSION
     """2: `objects` are those of the Zarr group; 3: they are in one ZIP file, named by attempt."""
 
@@ -78,7 +78,7 @@ class CommitRecord:
 
     @classmethod
     def from_json(cls, data: bytes, *, shard_id: str, identity_id: str) -> Self:
-        """Parse a record; raise ShardCorruptError unless it is this shard's, in this store."""
+        """Parse a record; raise ShardCorruptError unless it is of this shard in this store."""
         what = f"commit record of shard {shard_id}"
         try:
             document = unseal(data, what=what)
@@ -88,7 +88,7 @@ class CommitRecord:
             raise ShardCorruptError(f"{error}; {REPAIR}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ShardCorruptError(
-                f"{what} lacks or garbles a field: {error!r}; {REPAIR}"
+                f"{what} has a missing or invalid field: {error!r}; {REPAIR}"
             ) from error
         derived = shard_id_of(record.sample_ids)
         if not record.shard_id == derived == shard_id:
@@ -123,8 +123,8 @@ def parse_objects(document: Any, *, format_version: int) -> Mapping[str, ObjectD
     """Return the objects of a shard from JSON.
 
     Raises:
-        ValueError: they are none, or lie elsewhere: a record must not lead out of its shard.
-        TypeError: they are no objects at all.
+        ValueError: an entry is invalid, or its key points outside of the shard.
+        TypeError: there are none, or the document is not a mapping.
 
     """
     if not isinstance(document, dict) or not document:
@@ -134,11 +134,11 @@ def parse_objects(document: Any, *, format_version: int) -> Mapping[str, ObjectD
         num_bytes, digest = value
         parts = key.split("/")
         if not all(parts) or {".", ".."} & set(parts) or "\\" in key:
-            raise ValueError(f"an object lies at {key!r}")
+            raise ValueError(f"an object has the key {key!r}")
         if type(num_bytes) is not int or not 0 <= num_bytes <= MOST_BYTES or not is_id(digest):
             raise ValueError(f"object {key} has {num_bytes!r} bytes and digest {digest!r}")
         found[key] = ObjectDigest(num_bytes=num_bytes, xxh3_128=digest)
     is_file = [key.endswith(keys.SHARD_SUFFIX) and "/" not in key for key in found]
     if any(is_file) if format_version == SEVERAL_OBJECTS else is_file != [True]:
-        raise ValueError(f"of version {format_version} it has the objects {sorted(found)[:3]}")
+        raise ValueError(f"in version {format_version} it has the objects {sorted(found)[:3]}")
     return found

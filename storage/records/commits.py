@@ -1,7 +1,7 @@
 """The committed shards of a store at one moment: single records, and rows of manifests.
 
-Records are made when they are asked for, samples are columns: of a store of a million shards it
-takes what opening needs.
+Records are built on access and samples are columns: a store of a million shards takes no more
+memory than opening needs.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,12 +19,12 @@ from storage.records.plan import PlannedSample
 from storage.records.sample_rows import SampleRows, Wanted, ids_of, names_of
 
 SAMPLES_AT_A_TIME = 4 << 20
-"""Wanted samples for which all that are committed are gone through once."""
+"""Wanted samples per pass over all committed ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
-    """What all shards of a store have together."""
+    """Totals over all shards of a store."""
 
     num_shards: int
     num_samples: int
@@ -35,7 +35,7 @@ class Totals:
     num_probed: int
     """Shards that hold a semantic probe."""
     largest_raw_bytes: int
-    """Of one shard."""
+    """`raw_bytes` of the largest shard."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -47,7 +47,7 @@ class Part:
 
 
 class Commits(Mapping[str, CommitRecord]):
-    """The committed shards at one moment, by id; records are made when they are asked for."""
+    """The committed shards at one moment, by id; records are built on access."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class Commits(Mapping[str, CommitRecord]):
         parts: Sequence[Part] = (),
         excluded: Collection[str] = (),
     ) -> None:
-        """Use `CommitLog.read`; of a mapping of records, this is a view."""
+        """Use `CommitLog.read` instead, or view a mapping of records."""
         self._newer = newer
         self._parts = parts
         self.excluded = frozenset(excluded)
-        """Samples that the store does without (`storage.records.exclusions`)."""
+        """Ids of excluded samples (`storage.records.exclusions`)."""
         self._samples: tuple[Manifest, pa.Table] | None = None
 
     def __len__(self) -> int:
@@ -67,21 +67,21 @@ class Commits(Mapping[str, CommitRecord]):
         return len(self._newer) + sum(int(part.keep.sum()) for part in self._parts)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield all shard ids, those of a manifest one after the other."""
+        """Yield all shard ids, grouped by manifest."""
         yield from self._newer
         for part in self._parts:
             yield from names_of(part.manifest.shard_ids[part.keep])
 
     def __contains__(self, shard_id: object) -> bool:
-        """Tell whether a shard is committed; nothing is read."""
+        """Return whether a shard is committed; reads nothing."""
         return isinstance(shard_id, str) and (
             shard_id in self._newer or self._row(shard_id) is not None
         )
 
     def __getitem__(self, shard_id: str) -> CommitRecord:
-        """Return a whole record; of a manifest the samples are read, and kept until the next one.
+        """Return a whole record; a manifest's samples are read, and cached until the next one.
 
-        So all of them, in the order of iteration, take one reading of each manifest.
+        So access to all records, in the order of iteration, reads each manifest once.
         """
         if shard_id in self._newer:
             return self._newer[shard_id]
@@ -94,7 +94,7 @@ class Commits(Mapping[str, CommitRecord]):
         return manifest.record(row, self._samples[1])
 
     def objects(self, shard_id: str) -> Mapping[str, ObjectDigest]:
-        """Return what the objects of a shard must be; KeyError if it is not committed."""
+        """Return the committed digests of a shard's objects; KeyError if it is not committed."""
         if shard_id in self._newer:
             return self._newer[shard_id].objects
         found = self._row(shard_id)
@@ -104,27 +104,27 @@ class Commits(Mapping[str, CommitRecord]):
         return manifest.objects_at(row)
 
     def holds(self, sample_ids: Sequence[str]) -> NDArray[np.bool_]:
-        """Return [M] which of some samples are committed, in memory for them alone."""
+        """Return [M] whether each sample is committed; memory use grows with these only."""
         return Wanted(sample_ids).found_in(rows.sample_ids for rows in self.sample_rows())
 
     def held(self, sample_ids: Collection[str]) -> set[str]:
-        """Return those of some samples that are committed."""
+        """Return the given samples that are committed."""
         names = list(sample_ids)
         return {name for name, is_held in zip(names, self.holds(names), strict=True) if is_held}
 
     def usable(self, sample_ids: Iterable[str]) -> list[str]:
-        """Return those of some samples that the store does not leave out, in order."""
+        """Return the given samples that are not excluded, in order."""
         return [name for name in sample_ids if name not in self.excluded]
 
     def lacks(self, samples: Iterable[PlannedSample]) -> Iterator[PlannedSample]:
-        """Yield those of any number of samples that are to be made, in order."""
-        left = (sample for sample in samples if sample.sample_id not in self.excluded)
-        while block := list(islice(left, SAMPLES_AT_A_TIME)):
+        """Yield the given samples, of any number, that are still to be generated, in order."""
+        usable = (sample for sample in samples if sample.sample_id not in self.excluded)
+        while block := list(islice(usable, SAMPLES_AT_A_TIME)):
             held = self.holds([sample.sample_id for sample in block])
             yield from (sample for sample, is_held in zip(block, held, strict=True) if not is_held)
 
     def sample_rows(self) -> Iterator[SampleRows]:
-        """Yield the samples of all shards, those of a manifest at a time."""
+        """Yield the samples of all shards, one manifest at a time."""
         if self._newer:
             yield _rows_of([self._newer[name] for name in sorted(self._newer)])
         for part in self._parts:
@@ -132,7 +132,7 @@ class Commits(Mapping[str, CommitRecord]):
 
     @property
     def totals(self) -> Totals:
-        """What all shards have together; no sample is read."""
+        """Totals over all shards; reads no samples."""
         newer = list(self._newer.values())
         parts = [(part.manifest, part.keep) for part in self._parts]
 

@@ -1,7 +1,7 @@
-"""Put many commit records together, so that a store opens with a few reads.
+"""Compact many commit records into manifests, so that a store opens with a few reads.
 
-Safe at any moment beside others that read, write, revoke and compact: manifests never change, and a
-record, or a manifest, is removed only when another manifest has had all of it for a while.
+Safe while other processes read, write, revoke and compact: manifests never change, and a record or
+a manifest is removed only when another manifest has contained all of it for a while.
 """
 
 import time
@@ -16,61 +16,61 @@ from storage.records.commits import Commits
 from storage.records.manifest import Manifest, delete_manifest, record_id
 
 COMPACT_FROM = 1000
-"""Single records from which on a manifest is worth its files."""
+"""Number of single records from which a manifest is worth its files."""
 MOST_SHARDS = 50_000
-"""In a manifest that others are merged into."""
+"""Maximum number of shards in a manifest that others are merged into."""
 SETTLE_SECONDS = 3600.0
-"""What a newer manifest has stays beside it for so long, for whoever has listed the one and reads
-on, or does not see the other yet."""
+"""How long records remain after a newer manifest contains them: a reader may have listed the old
+objects and still read them, or not see the new manifest yet."""
 REMOVED_AT_A_TIME = 1000
 
 
 def is_worth_compacting(log: CommitLog) -> bool:
-    """Tell whether there are many single records, or manifests that may have become too many."""
+    """Return whether there are many single records, or manifests that may be too many."""
     listing = Listing.of(log.root)
     return len(listing.records) >= COMPACT_FROM or bool(listing.manifest_ids)
 
 
 def compact(log: CommitLog) -> None:
-    """Put single records into a manifest, and remove those that have been in one for a while.
+    """Write single records to a manifest, and remove those that have been in one for a while.
 
     Raises:
         CorruptError: a record or a manifest is damaged.
 
     """
-    records = _there(log, Listing.of(log.root).records)
+    records = _existing(log, Listing.of(log.root).records)
     manifests, written, revoked = log.manifests(), _written_at(log), revocations(log.root)
     fresh: list[CommitRecord] = []
     settled: list[CommitRecord] = []
     for record in records.values():
         name = record_id(record)
         if (record.shard_id, name) in revoked:
-            continue  # a kill ended that half-way: as a row it would be lost
-        there = [
+            continue  # a kill interrupted the revocation: as a row it would be lost
+        times = [
             written.get(manifest.manifest_id, time.time())
             for manifest in manifests
             if manifest.record_id_of(record.shard_id) == name
         ]
-        if not there:
+        if not times:
             fresh.append(record)
-        elif min(there) < time.time() - SETTLE_SECONDS:
+        elif min(times) < time.time() - SETTLE_SECONDS:
             settled.append(record)
     _revoke_older(log, manifests, [*fresh, *settled])
     if len(fresh) >= COMPACT_FROM:
-        _put_together(log, fresh)
+        _write_manifests(log, fresh)
     _remove_settled(log, settled)
     _remove_covered(log, manifests, written)
 
 
-def _there(log: CommitLog, shard_ids: Sequence[str]) -> Mapping[str, CommitRecord]:
-    """Return those of some single records that are there: others compact, or revoke, too."""
+def _existing(log: CommitLog, shard_ids: Sequence[str]) -> Mapping[str, CommitRecord]:
+    """Return the single records that exist: other processes may compact or revoke, too."""
     return log.alone(shard_ids, absent_ok=True)
 
 
 def _revoke_older(
     log: CommitLog, manifests: Sequence[Manifest], records: Sequence[CommitRecord]
 ) -> None:
-    """Let no older row of a shard count when its newer, single record is gone."""
+    """Revoke older rows of a shard, which would count once its newer, single record is gone."""
     for record in records:
         for manifest in manifests:
             name = manifest.record_id_of(record.shard_id)
@@ -78,8 +78,8 @@ def _revoke_older(
                 log.revoke_row(record.shard_id, name)
 
 
-def _put_together(log: CommitLog, fresh: Sequence[CommitRecord]) -> None:
-    """Write manifests of single records, and of what smaller manifests have."""
+def _write_manifests(log: CommitLog, fresh: Sequence[CommitRecord]) -> None:
+    """Write manifests of single records, merged with smaller manifests."""
     records = {record.shard_id: record for record in fresh}
     parts = log.consistently(lambda: log.parts(Listing.of(log.root), list(records)))
     for part in sorted(parts, key=lambda part: int(part.keep.sum())):
@@ -93,11 +93,11 @@ def _put_together(log: CommitLog, fresh: Sequence[CommitRecord]) -> None:
 
 
 def _remove_settled(log: CommitLog, settled: Sequence[CommitRecord]) -> None:
-    """Remove single records that a manifest has had for a while, unless they are new themselves.
+    """Remove single records that a manifest has contained for a while, unless they are new.
 
-    A shard may have been taken back and written again since its record was read.
+    A shard may have been revoked and written again since its record was read.
     """
-    still = _there(log, [record.shard_id for record in settled])
+    still = _existing(log, [record.shard_id for record in settled])
     gone = [one.shard_id for one in settled if still.get(one.shard_id) == one]
     for first in range(0, len(gone), REMOVED_AT_A_TIME):
         written = log.root.entries(keys.RECORDS)
@@ -115,12 +115,12 @@ def _remove_settled(log: CommitLog, settled: Sequence[CommitRecord]) -> None:
 def _remove_covered(
     log: CommitLog, manifests: Sequence[Manifest], written: Mapping[str, float]
 ) -> None:
-    """Remove manifests of which a larger one, that was there for a while, has every row."""
+    """Remove manifests whose rows are all in larger ones that have existed for a while."""
     limit = time.time() - SETTLE_SECONDS
     ordered = sorted(manifests, key=lambda one: (len(one.shard_ids), one.manifest_id))
-    for place, manifest in enumerate(ordered):
+    for index, manifest in enumerate(ordered):
         left = np.ones(len(manifest.shard_ids), np.bool_)
-        for larger in ordered[place + 1 :]:
+        for larger in ordered[index + 1 :]:
             if written.get(larger.manifest_id, limit) < limit:
                 left &= ~larger.has(manifest.shard_ids, manifest.record_ids)
         if not left.any():
@@ -128,7 +128,7 @@ def _remove_covered(
 
 
 def _written_at(log: CommitLog) -> Mapping[str, float]:
-    """Return when each manifest was written, by the clock of the place."""
+    """Return when each manifest was written, by the clock of the disk or server."""
     return {
         key.rpartition("/")[2].partition(".")[0]: entry.modified
         for key, entry in log.root.entries(keys.MANIFESTS).items()

@@ -1,7 +1,7 @@
-"""Samples that a store does without: the target gives them states that cannot be stored.
+"""Excluded samples: the target computes states for them that cannot be stored.
 
-`excluded/<sample_id>.json` says why, and in which file and record the conversation stands. They are
-not planned again and are in no snapshot. Deleting such a note lets the sample be tried once more.
+`excluded/<sample_id>.json` records the reason, and the file and record of the conversation. The
+samples are not planned again and are in no snapshot. Delete the note to try the sample again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +15,17 @@ from storage.records.identity import FORMAT_VERSION
 from storage.records.presence import Finding
 from storage.records.sample_rows import is_id
 
-RETRY_SAMPLE = "drop it, hidden-states tries the sample again: eyas repair"
+RETRY_SAMPLE = "delete the note, so that hidden-states tries the sample again: eyas repair"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exclusion:
-    """A sample that is left out."""
+    """An excluded sample."""
 
     sample_id: str
     reason: str
     location: str = ""
-    """File and record of the conversation; empty if that is not known."""
+    """File and record of the conversation; empty if unknown."""
 
     def __str__(self) -> str:
         """Return one line for a report or an error."""
@@ -41,21 +41,21 @@ class Exclusions:
         self._root = root
 
     def add(self, exclusion: Exclusion) -> None:
-        """Leave a sample out from now on."""
+        """Exclude a sample from now on."""
         document = {"format_version": FORMAT_VERSION, **asdict(exclusion)}
         self._root.publish(keys.exclusion(exclusion.sample_id), seal(document))
 
     def sample_ids(self) -> frozenset[str]:
-        """Return the samples that are left out; no note is read."""
+        """Return the ids of the excluded samples; reads no note."""
         names = (keys.without(key, keys.JSON_SUFFIX) for key in self._root.sizes(keys.EXCLUSIONS))
         return frozenset(name for name in names if name is not None and is_id(name))
 
     def read(self) -> Sequence[Exclusion]:
-        """Return all notes that read, by sample."""
+        """Return all notes that are not damaged, sorted by sample."""
         return [note for note in self._notes().values() if isinstance(note, Exclusion)]
 
     def findings(self) -> Iterator[Finding]:
-        """Yield the notes that are damaged: the samples are left out, and nobody knows why."""
+        """Yield the notes that are damaged: their samples are excluded for an unknown reason."""
         for sample_id, note in self._notes().items():
             if isinstance(note, CorruptError):
                 yield Finding(

@@ -1,7 +1,7 @@
-"""What a store holds states of: everything that must be equal for states to be mixed.
+"""The identity of a store: everything that must be equal for states to be mixed.
 
 Two stores with equal identities hold interchangeable shards. A difference in any field is a
-`MismatchError` that names the field; nothing is ever mixed.
+`MismatchError` that names the field; different states are never mixed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,31 +15,31 @@ from storage.profiles import PROFILES, ProfileName
 FORMAT = "eyas-store"
 FORMAT_VERSION = 3
 READ_VERSIONS = (2, 3)
-"""In a store of version 2 a shard is many objects; shards that are added to it are of version 3."""
+"""In a store of version 2 a shard is many objects; shards that are added to it have version 3."""
 NORM_CONVENTIONS = ("post_norm",)
 RECOMPUTE_MODES = ("one_sequence",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OmittedStates:
-    """The states that a store leaves out, because the target's ends make them again.
+    """The states that a store omits, because the target's first and last layers recompute them.
 
-    These are the first aux layer's output, which follows from the token ids, and the last hidden
-    state, which follows from the last aux layer's.
+    These are the output of the first aux layer, computed from the token ids, and the last hidden
+    state, computed from the output of the last aux layer.
     """
 
     mode: str
-    """`one_sequence`: each sample is run alone, when its states are made and made again; the layers
-    behind the last aux layer are fed with its output in bfloat16."""
+    """`one_sequence`: each sample is run alone, at generation and at recomputation; the layers
+    after the last aux layer take its output in bfloat16."""
     early_layers: tuple[int, ...]
-    """Decoder layers that lead from the token ids to the first aux layer's output."""
+    """Decoder layers from the token ids to the first aux layer's output."""
     last_layers: tuple[int, ...]
     """Decoder layers between the last aux layer's output and the final norm."""
 
     def __str__(self) -> str:
         """Return a form for error messages."""
         return (
-            f"layers {list(self.early_layers)} and {list(self.last_layers)} are run again, "
+            f"layers {list(self.early_layers)} and {list(self.last_layers)} are recomputed, "
             f"mode {self.mode}"
         )
 
@@ -50,7 +50,7 @@ class StoreIdentity:
 
     target_fingerprint: str
     target_fields: Mapping[str, str]
-    """The readable fields behind the fingerprint, so that a mismatch can say which one differs."""
+    """The readable fields behind the fingerprint, so that a mismatch can name those that differ."""
     tokenizer_fingerprint: str
     template_fingerprint: str
     aux_layers: tuple[int, ...]
@@ -64,7 +64,7 @@ class StoreIdentity:
     """None if every state is stored."""
 
     def __post_init__(self) -> None:
-        """Refuse values no store can have."""
+        """Refuse values that no store can have."""
         if self.profile not in PROFILES:
             raise ConfigError(f"unknown profile {self.profile!r}; known: {', '.join(PROFILES)}")
         if self.norm_convention not in NORM_CONVENTIONS:
@@ -76,22 +76,22 @@ class StoreIdentity:
                 f"aux_layers {self.aux_layers}"
             )
         if self.omitted is not None:
-            self._require_makeable(self.omitted)
+            self._require_recomputable(self.omitted)
 
-    def _require_makeable(self, omitted: OmittedStates) -> None:
+    def _require_recomputable(self, omitted: OmittedStates) -> None:
         if omitted.mode not in RECOMPUTE_MODES:
             known = ", ".join(RECOMPUTE_MODES)
-            raise ConfigError(f"unknown mode {omitted.mode!r} of recomputation; known: {known}")
+            raise ConfigError(f"unknown recompute mode {omitted.mode!r}; known: {known}")
         early, last = omitted.early_layers, omitted.last_layers
-        behind = self.aux_layers[-1] + 1
+        after = self.aux_layers[-1] + 1
         if (
             len(self.aux_layers) < 2
             or early != tuple(range(self.aux_layers[0] + 1))
-            or last != tuple(range(behind, behind + len(last)))
+            or last != tuple(range(after, after + len(last)))
         ):
             raise ConfigError(
-                f"layers {early} and {last} do not make what aux layers {self.aux_layers} need: "
-                f"expected 0 to {self.aux_layers[0]}, and those from {behind} on"
+                f"layers {early} and {last} do not fit aux layers {self.aux_layers}: "
+                f"expected 0 to {self.aux_layers[0]}, and those from {after} on"
             )
 
     @property
@@ -131,7 +131,7 @@ class StoreIdentity:
         try:
             return cls._parse(document["identity"])
         except (KeyError, TypeError) as error:
-            raise CorruptError(f"{what} lacks or garbles a field: {error!r}") from error
+            raise CorruptError(f"{what} has a missing or invalid field: {error!r}") from error
 
     @classmethod
     def _parse(cls, values: Mapping[str, Any]) -> Self:
@@ -150,8 +150,8 @@ class StoreIdentity:
         if differences:
             listed = "; ".join(differences)
             raise MismatchError(
-                f"{where} holds other states: {listed}. States of different targets are never "
-                "mixed: choose another store path, or go back to the settings it was made with"
+                f"{where} holds different states: {listed}. States of different targets are never "
+                "mixed: choose another store path, or restore the settings it was created with"
             )
 
     def _differences(self, expected: Self) -> Iterator[str]:
@@ -174,7 +174,7 @@ class StoreIdentity:
 
 
 def require_format(document: Mapping[str, Any], *, what: str) -> None:
-    """Raise MismatchError unless `document` is of a format version that this code knows."""
+    """Raise MismatchError unless this code reads the format version of `document`."""
     found, version = document.get("format", FORMAT), document.get("format_version")
     if found != FORMAT or version not in READ_VERSIONS:
         known = " and ".join(map(str, READ_VERSIONS))

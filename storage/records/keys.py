@@ -1,6 +1,6 @@
-"""Where everything lies in a store: each object's key, relative to its root.
+"""The layout of a store: each object's key, relative to the root.
 
-`docs/store-format.md` shows the tree. Nothing else builds a key.
+`docs/store-format.md` shows the tree. No other module builds a key.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ EXCLUSIONS = "excluded"
 JSON_SUFFIX = ".json"
 PARQUET_SUFFIX = ".parquet"
 SHARD_SUFFIX = ".zarr.zip"
-"""Of a shard that is one file."""
+"""Suffix of a shard that is one file."""
 
 
 def shard_folder(shard_id: str) -> str:
-    """Return where the objects of a shard are."""
+    """Return the prefix of the objects of a shard."""
     return f"{SHARDS}/{shard_id}"
 
 
@@ -38,7 +38,7 @@ def record(shard_id: str) -> str:
 
 
 def revocation(shard_id: str, record_id: str) -> str:
-    """Return the key that takes back the row of a manifest."""
+    """Return the key of the note that revokes a row of a manifest."""
     return f"{REVOCATIONS}/{shard_id}/{record_id}{JSON_SUFFIX}"
 
 
@@ -59,15 +59,15 @@ def snapshot(snapshot_id: str) -> str:
 
 
 def ref(name: str) -> str:
-    """Return the key of a name of a snapshot."""
+    """Return the key of a snapshot's name."""
     return f"{REFS}/{name}{JSON_SUFFIX}"
 
 
 def exclusion(sample_id: str) -> str:
-    """Return the key of the note that a sample is left out."""
+    """Return the key of the note that excludes a sample."""
     return f"{EXCLUSIONS}/{sample_id}{JSON_SUFFIX}"
 
 
 def without(name: str, suffix: str) -> str | None:
-    """Return a name less its suffix, None if it has another one."""
+    """Return a name without its suffix, None if it has another one."""
     return name.removesuffix(suffix) if name.endswith(suffix) else None

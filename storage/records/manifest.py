@@ -1,9 +1,9 @@
 """Many commit records in two files, so that a store of a million shards opens with a few reads.
 
-A manifest has one row for each shard: what opening needs in `<id>.shards.parquet`, and what only a
-plan or a snapshot needs, its samples, in `<id>.samples.parquet`. Neither is ever changed. The id is
-the digest of the first, which names the digest of the second and has something random in it: no id
-comes twice. As much hangs on them, each has a copy.
+A manifest has one row per shard: `<id>.shards.parquet` holds what opening a store needs, and
+`<id>.samples.parquet` holds its samples, which only plans and snapshots need. Neither ever changes.
+The id is the digest of the first file, which holds the digest of the second and a random token: no
+id occurs twice. Since many shards depend on them, each file has a copy.
 """
 
 import io
@@ -43,7 +43,7 @@ _SHARD_COLUMNS = (
     "num_supervised",
     "num_probed",
 )
-"""Of which there is one number, or 16 bytes, a shard; the objects are beside them."""
+"""Columns with one number, or 16 bytes, per shard; the objects have a column besides these."""
 _PARSING = (pa.ArrowException, OSError, LookupError, TypeError, ValueError)
 
 
@@ -56,7 +56,7 @@ class Manifest:
     identity_id: str
     samples_digest: str
     shard_ids: NDArray[np.bytes_]
-    """[S] 16 bytes each, rising"""
+    """[S] 16 bytes each, ascending"""
     record_ids: NDArray[np.bytes_]
     """[S] 16 bytes each: the digest of the whole record"""
     format_versions: NDArray[np.int64]
@@ -72,12 +72,12 @@ class Manifest:
 
     @classmethod
     def write(cls, root: ObjectStore, records: Sequence[CommitRecord], *, identity_id: str) -> Self:
-        """Write a manifest of these shards and return it as it reads back."""
+        """Write a manifest of these shards, read it back and return it."""
         ordered = sorted(records, key=lambda record: record.shard_id)
         samples = _samples_file(ordered)
         shards = _shards_file(ordered, identity_id=identity_id, samples=digest_bytes(samples))
         manifest_id = digest_bytes(shards)
-        for kind, data in ((SAMPLES, samples), (SHARDS, shards)):  # it is there with its shards
+        for kind, data in ((SAMPLES, samples), (SHARDS, shards)):  # the shards file makes it exist
             for key in keys.manifest_copies(manifest_id, kind):
                 root.publish(key, data)
         manifest = cls.read(root, manifest_id, identity_id=identity_id)
@@ -89,21 +89,21 @@ class Manifest:
         """Read what opening a store needs.
 
         Raises:
-            CorruptError: both copies are damaged, or are of another store.
-            MovedError: there is none of this id any more.
+            CorruptError: both copies are damaged, or belong to another store.
+            MovedError: there is no manifest with this id any more.
 
         """
         data = _whole(root, manifest_id, SHARDS, digest=manifest_id)
         what = f"manifest {manifest_id}"
         try:
             table = _read(data, [*_SHARD_COLUMNS, "objects"])
-            about = json.loads(table.schema.metadata[_METADATA])
+            metadata = json.loads(table.schema.metadata[_METADATA])
             columns = {name: table[name].combine_chunks() for name in _SHARD_COLUMNS}
             found = cls(
                 manifest_id=manifest_id,
                 root=root,
-                identity_id=about["identity_id"],
-                samples_digest=about["samples"],
+                identity_id=metadata["identity_id"],
+                samples_digest=metadata["samples"],
                 shard_ids=_ids(columns["shard_id"]),
                 record_ids=_ids(columns["record_id"]),
                 objects=table["objects"].combine_chunks(),
@@ -125,12 +125,12 @@ class Manifest:
         return found
 
     def require_whole(self) -> None:
-        """Raise CorruptError unless every copy of both files has its digest."""
+        """Raise CorruptError unless every copy of both files matches its digest."""
         for key, problem in self.damage():
             raise CorruptError(f"{self.root.where(key)} {problem} right after it was written")
 
     def damage(self) -> Iterator[tuple[str, str]]:
-        """Yield the key of each copy that is not whole, and what is wrong with it."""
+        """Yield the key and the problem of each copy that is damaged or missing."""
         digests = {SHARDS: self.manifest_id, SAMPLES: self.samples_digest}
         for kind, digest in digests.items():
             for key in keys.manifest_copies(self.manifest_id, kind):
@@ -143,7 +143,7 @@ class Manifest:
                     yield key, f"has digest {found}, expected {digest}"
 
     def mend(self) -> None:
-        """Write each copy that is not whole again, from the other one."""
+        """Restore each copy that is damaged or missing from the other one."""
         digests = {SHARDS: self.manifest_id, SAMPLES: self.samples_digest}
         for key, _ in list(self.damage()):
             kind = key.split(".")[-2]
@@ -151,7 +151,7 @@ class Manifest:
             self.root.publish(key, data)
 
     def row(self, shard_id: str) -> int | None:
-        """Return where a shard stands, None if it is not here."""
+        """Return the row of a shard, None if it is not in this manifest."""
         if not is_id(shard_id):
             return None
         wanted = np.frombuffer(bytes.fromhex(shard_id), self.shard_ids.dtype)
@@ -161,7 +161,7 @@ class Manifest:
     def has(
         self, shard_ids: NDArray[np.bytes_], record_ids: NDArray[np.bytes_]
     ) -> NDArray[np.bool_]:
-        """Return [N] of which of some shards it has just the records that are named."""
+        """Return [N] whether this manifest has exactly the given record of each shard."""
         at = np.minimum(np.searchsorted(self.shard_ids, shard_ids), len(self.shard_ids) - 1)
         found: NDArray[np.bool_] = (self.shard_ids[at] == shard_ids) & (
             self.record_ids[at] == record_ids
@@ -173,12 +173,12 @@ class Manifest:
         return self.record_ids[row : row + 1].tobytes().hex()
 
     def record_id_of(self, shard_id: str) -> str | None:
-        """Return the digest of the record of a shard, None if it is not here."""
+        """Return the digest of the record of a shard, None if it is not in this manifest."""
         row = self.row(shard_id)
         return None if row is None else self.record_id_at(row)
 
     def objects_at(self, row: int) -> Mapping[str, ObjectDigest]:
-        """Return what the objects of a shard must be."""
+        """Return the committed digests of a shard's objects."""
         return parse_objects(
             json.loads(self.objects[row].as_py()), format_version=int(self.format_versions[row])
         )
@@ -188,14 +188,14 @@ class Manifest:
 
         Raises:
             CorruptError: both copies are damaged.
-            MovedError: the manifest is not there any more.
+            MovedError: the manifest does not exist any more.
 
         """
         data = _whole(self.root, self.manifest_id, SAMPLES, digest=self.samples_digest)
         return _read(data, ["sample_ids", "tokens", "supervised", *["probe"] * with_probes])
 
     def sample_rows(self, keep: NDArray[np.bool_]) -> SampleRows:
-        """Return the samples of the shards in [S] `keep`, one row each."""
+        """Return the samples of the shards in [S] `keep`, one row per sample."""
         table = self.samples(with_probes=False)
         if not keep.all():
             table = table.filter(pa.array(keep))
@@ -228,30 +228,30 @@ class Manifest:
         )
 
 
-_REMEDY = "delete its files below manifests, then run hidden-states: what they held is made again"
+_REMEDY = "delete its files below manifests, then run hidden-states to regenerate what they held"
 
 
 def manifest_ids(root: ObjectStore) -> Sequence[str]:
-    """Return the ids of all manifests, of which one copy is enough, sorted."""
+    """Return the ids of all manifests with at least one copy, sorted."""
     ending = f".{SHARDS}.parquet"
     names = (key.rpartition("/")[2] for key in root.sizes(keys.MANIFESTS))
     return sorted({name.removesuffix(ending) for name in names if name.endswith(ending)})
 
 
 def delete_manifest(root: ObjectStore, manifest_id: str) -> None:
-    """Remove a manifest whose shards are in others."""
+    """Remove a manifest whose shards are in other manifests."""
     for kind in KINDS:
         for key in reversed(keys.manifest_copies(manifest_id, kind)):
             root.delete(key)
 
 
 def record_id(record: CommitRecord) -> str:
-    """Return the digest that tells a record from any other of its shard."""
+    """Return the digest that distinguishes a record from others of the same shard."""
     return digest_bytes(record.to_json())
 
 
 def _whole(root: ObjectStore, manifest_id: str, kind: str, *, digest: str) -> bytes:
-    """Return a file from whichever copy is whole."""
+    """Return a file from the first intact copy."""
     absent = 0
     copies = keys.manifest_copies(manifest_id, kind)
     for key in copies:
@@ -266,8 +266,8 @@ def _whole(root: ObjectStore, manifest_id: str, kind: str, *, digest: str) -> by
         kind == SAMPLES and any(map(root.exists, keys.manifest_copies(manifest_id, SHARDS)))
     ):
         raise MovedError(
-            f"{root.where(copies[0])} is not there any more: it was put into another one since it "
-            "was read. Run the same command again"
+            f"{root.where(copies[0])} is gone: it was merged into another manifest after it was "
+            "listed. Run the same command again"
         )
     raise CorruptError(
         f"manifest {manifest_id} ({kind}) is damaged or lost, and so is its copy; {_REMEDY}"
@@ -295,13 +295,13 @@ def _shards_file(records: Sequence[CommitRecord], *, identity_id: str, samples: 
             ),
         }
     )
-    about = {
+    metadata = {
         "format_version": FORMAT_VERSION,
         "identity_id": identity_id,
         "samples": samples,
-        "attempt": secrets.token_hex(8),  # so that no key is ever used again: see ADR 10
+        "attempt": secrets.token_hex(8),  # so that no key is ever reused: see ADR 10
     }
-    return _written(table.replace_schema_metadata({_METADATA: canonical_json(about)}))
+    return _written(table.replace_schema_metadata({_METADATA: canonical_json(metadata)}))
 
 
 def _samples_file(records: Sequence[CommitRecord]) -> bytes:
@@ -336,7 +336,7 @@ def _written(table: pa.Table) -> bytes:
 
 
 def _read(data: bytes, columns: Sequence[str]) -> pa.Table:
-    # In this thread alone: one of Arrow's at work when Python ends aborts the process.
+    # No Arrow threads: one that still runs when Python exits aborts the process.
     return pq.ParquetFile(pa.BufferReader(data)).read(columns=list(columns), use_threads=False)
 
 
@@ -358,7 +358,7 @@ def _ids(column: pa.Array) -> NDArray[np.bytes_]:
 
 
 def _joined(column: pa.ChunkedArray) -> NDArray[np.uint8]:
-    """Return the bytes of all rows, one after the other."""
+    """Return the bytes of all rows, concatenated."""
     parts: list[NDArray[np.uint8]] = []
     for chunk in column.chunks:
         _, offsets, values = chunk.buffers()

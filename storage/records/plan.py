@@ -1,7 +1,7 @@
-"""Which shards are still to be made: a pure function of the samples and of what is committed.
+"""The shards that are still to be generated: a pure function of the samples and the commits.
 
 Samples are whole, a shard's id follows from its sample ids alone, and equal inputs give equal
-plans, so that an interrupted generation goes on with exactly the shards it would have made anyway.
+plans, so that an interrupted generation resumes with exactly the shards it would have made anyway.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from storage.records.identity import FORMAT_VERSION, require_format
 
 
 class Sample(Protocol):
-    """A sample, with states or without; its length is in tokens."""
+    """A sample, with or without states; its length is in tokens."""
 
     @property
     def sample_id(self) -> str:
@@ -26,7 +26,7 @@ class Sample(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedSample:
-    """A sample that some shard shall hold."""
+    """A sample that a shard is to hold."""
 
     sample_id: str
     num_tokens: int
@@ -42,7 +42,7 @@ class PlannedShard:
 
     @classmethod
     def holding(cls, samples: Sequence[Sample]) -> Self:
-        """Return the shard of samples that are at hand, in this order."""
+        """Return the shard of these samples, in this order, with the lengths they have."""
         return cls.of([PlannedSample(sample_id=s.sample_id, num_tokens=len(s)) for s in samples])
 
     @classmethod
@@ -55,7 +55,7 @@ class PlannedShard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The shards of one generation, persisted before the first of them is made."""
+    """The shards of one generation, persisted before the first of them is generated."""
 
     plan_id: str
     shards: tuple[PlannedShard, ...]
@@ -91,7 +91,7 @@ class Plan:
                 for shard in document["shards"]
             )
         except (KeyError, TypeError) as error:
-            raise CorruptError(f"{what} lacks or garbles a field: {error!r}") from error
+            raise CorruptError(f"{what} has a missing or invalid field: {error!r}") from error
         if plan.plan_id != plan_id:
             raise CorruptError(f"{what} holds plan {plan.plan_id}: delete it and plan again")
         return plan
@@ -109,11 +109,11 @@ def plan_shards(
     shard_tokens: int,
     pending: Iterable[PlannedShard] = (),
 ) -> Plan:
-    """Return the shards that hold every sample no committed shard holds yet.
+    """Return the shards for all samples that no committed shard holds yet.
 
-    Shards of `pending` (from earlier, unfinished plans) are kept as they are when all their samples
-    are still wanted and none is committed. What then remains is filled up in the given order to at
-    most `shard_tokens` tokens a shard; a longer sample gets a shard of its own, a duplicate counts
+    Shards of `pending` (from earlier, unfinished plans) are kept as they are if all their samples
+    are still wanted and none is committed. The remaining samples fill shards in the given order, up
+    to `shard_tokens` tokens per shard; a longer sample gets a separate shard, a duplicate counts
     once.
     """
     if shard_tokens < 1:

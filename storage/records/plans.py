@@ -1,4 +1,4 @@
-"""The plans that a store keeps until everything they make is published."""
+"""The plans of a store, kept until all their samples are published."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from storage.records.plan import Plan, PlannedShard
 from storage.records.snapshot import Snapshot
 
 MIN_AGE_SECONDS = 24 * 3600.0
-"""A younger plan may be in use, though all of it is published: a repair's, for one."""
+"""A younger plan may be in use although all of it is published, for example by a repair."""
 
 
 class Plans:
@@ -42,12 +42,12 @@ class Plans:
         return Plan.from_json(data, plan_id=plan_id)
 
     def save(self, plan: Plan) -> None:
-        """Persist a plan; one without shards leaves nothing behind."""
+        """Persist a plan; one without shards is not written."""
         if plan.shards:
             self._root.publish(keys.plan(plan.plan_id), plan.to_json())
 
     def delete(self, plan_id: str) -> None:
-        """Remove a plan; what it made stays."""
+        """Remove a plan; its shards stay."""
         self._root.delete(keys.plan(plan_id))
 
     def missing(self, plan: Plan) -> tuple[PlannedShard, ...]:
@@ -56,9 +56,9 @@ class Plans:
         return tuple(shard for shard in plan.shards if shard.shard_id not in committed)
 
     def unfinished(self) -> Sequence[tuple[Plan, Sequence[PlannedShard]]]:
-        """Return the plans with samples that are still to be made, and in which of their shards.
+        """Return the plans with samples still to be generated, and the shards that hold these.
 
-        All samples of a shard that is not committed may be in others, or excluded.
+        All samples of an uncommitted shard may be in other shards, or excluded.
         """
         committed = set(self._log.ids())
         uncommitted = [
@@ -77,7 +77,7 @@ class Plans:
         return [(plan, shards) for plan, shards in still if shards]
 
     def drop_published(self, snapshot: Snapshot) -> None:
-        """Remove the old plans of which a snapshot has everything, in compacted records."""
+        """Remove the old plans that a snapshot has completely, in compacted records."""
         limit = time.time() - MIN_AGE_SECONDS
         written = self._root.entries(keys.PLANS)
         old = {key for key, entry in written.items() if entry.modified < limit}
@@ -91,6 +91,7 @@ class Plans:
             if (
                 f"{plan.plan_id}{keys.JSON_SUFFIX}" in old
                 and committed.isdisjoint(shard.shard_id for shard in others)
-                and snapshot.has_all(elsewhere)  # in shards made without a sample, or after it
+                # In shards made without an excluded sample, or after its exclusion.
+                and snapshot.has_all(elsewhere)
             ):
                 self.delete(plan.plan_id)

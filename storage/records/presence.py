@@ -1,4 +1,4 @@
-"""Findings, what is wrong with a store and where, and those that a listing is enough for."""
+"""Findings (what is wrong with a store, and where), and the checks that need only a listing."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from storage.records.commit_record import CommitRecord
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that is not as it was committed."""
+    """One difference from what was committed."""
 
     shard_id: str | None
-    """The damaged shard, or None where the damage is not in one shard."""
+    """The damaged shard, or None if the damage is not in one shard."""
     object_key: str
     """Key relative to the store's root."""
     problem: str
@@ -42,7 +42,7 @@ def check_sizes(root: ObjectStore, record: CommitRecord) -> Iterator[Finding]:
 def check_presence(
     root: ObjectStore, committed: Mapping[str, Mapping[str, ObjectDigest]]
 ) -> Iterator[Finding]:
-    """Yield what `check_sizes` would for the objects of many shards, after one listing of all."""
+    """Yield the findings of `check_sizes` for many shards, from a single listing."""
     sizes = root.sizes(keys.SHARDS)
     for shard_id, objects in committed.items():
         yield from _compare_sizes(shard_id, objects, sizes, prefix=f"{shard_id}/")

@@ -1,4 +1,4 @@
-"""What the target itself predicted after one token, as a commit record holds it."""
+"""The target's own prediction after one token, as a commit record holds it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

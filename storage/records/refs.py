@@ -1,8 +1,8 @@
-"""Names of snapshots in a store: what a split of a data set is now, and what runs still learn from.
+"""Names of snapshots in a store: the current one of each data set split, and those that runs hold.
 
 `snapshots/refs/<name>.json` is sealed and is replaced when the split is published again. A run that
-has not ended holds its snapshot by `snapshots/refs/runs/<run>/<snapshot_id>.json`, whose key says
-everything. Garbage collection keeps what has a name.
+has not ended holds its snapshot with `snapshots/refs/runs/<run>/<snapshot_id>.json`, whose key has
+all the information. Garbage collection keeps every snapshot with a name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ _RUNS = "runs/"
 
 
 class Refs:
-    """The names that a store keeps."""
+    """The snapshot names of one store."""
 
     def __init__(self, root: ObjectStore) -> None:
         """Read and write below the root of a store."""
         self._root = root
 
     def set(self, name: str, snapshot_id: str, *, made_from: str = "") -> None:
-        """Let `name` be this snapshot from now on; `made_from` is for whoever wrote it."""
+        """Let `name` refer to this snapshot; `made_from` is its origin, for the caller."""
         document = {
             "format_version": FORMAT_VERSION,
             "snapshot_id": snapshot_id,
@@ -36,7 +36,7 @@ class Refs:
         with suppress(CorruptError):
             found = self._document(name) or {}
             if {**found, "format_version": FORMAT_VERSION} == document:
-                return  # such a store may be read-only
+                return  # no write: the store may be read-only
         self._root.publish(keys.ref(name), seal(document))
 
     def get(self, name: str) -> str | None:
@@ -50,7 +50,7 @@ class Refs:
         return None if document is None else document["snapshot_id"]
 
     def made_from(self, name: str) -> str:
-        """Return what whoever wrote a name says of its origin; empty if that is nothing."""
+        """Return the recorded origin of a name; empty if there is none."""
         return str((self._document(name) or {}).get("made_from", ""))
 
     def _document(self, name: str) -> dict[str, Any] | None:
@@ -73,23 +73,23 @@ class Refs:
         self.set(f"{_RUNS}{run}/{snapshot_id}", snapshot_id)
 
     def release(self, run: str, snapshot_id: str) -> None:
-        """Keep a snapshot for a run no longer."""
+        """Stop keeping a snapshot for a run."""
         self._root.delete(keys.ref(f"{_RUNS}{run}/{snapshot_id}"))
 
     def release_all(self, run: str) -> int:
-        """Keep nothing for a run any longer; return how many snapshots it held."""
+        """Release all snapshots of a run; return how many it held."""
         held = [snapshot_id for name, snapshot_id in self.held() if name == run]
         for snapshot_id in held:
             self.release(run, snapshot_id)
         return len(held)
 
     def held(self) -> Sequence[tuple[str, str]]:
-        """Return (run, snapshot id) of all that runs hold."""
+        """Return (run, snapshot id) of every snapshot that a run holds."""
         parts = (name.split("/") for name in self._listed() if name.startswith(_RUNS))
         return [(part[1], part[2]) for part in parts if len(part) == 3]
 
     def forget(self, snapshot_id: str) -> None:
-        """Drop every name of a snapshot."""
+        """Remove every name of a snapshot."""
         for name, named in self.names().items():
             if named == snapshot_id:
                 self._root.delete(keys.ref(name))
@@ -98,7 +98,7 @@ class Refs:
                 self.release(run, held)
 
     def findings(self, snapshot_ids: Sequence[str]) -> Iterator[Finding]:
-        """Yield the names that are damaged, or are of a snapshot that is not there."""
+        """Yield findings on names that are damaged or refer to a missing snapshot."""
         for name in self._listed():
             if name.startswith(_RUNS):
                 continue
@@ -106,7 +106,7 @@ class Refs:
             try:
                 named = self.get(name)
                 if named is not None and named not in snapshot_ids:
-                    problem = f"names snapshot {named}, which is not there"
+                    problem = f"names snapshot {named}, which does not exist"
             except CorruptError as error:
                 problem = str(error)
             if problem is not None:

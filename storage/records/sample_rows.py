@@ -1,4 +1,4 @@
-"""Samples by the hundred million: columns instead of objects, and looking some of them up."""
+"""Columns for hundreds of millions of samples, and lookups in them."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 ID_BYTES = 16
 _ID = re.compile(r"[0-9a-f]{32}")
 BLOCK = 1 << 20
-"""Samples that are looked up at a time: what is made of them stays in a cache."""
+"""Samples per lookup block: intermediate results stay in the CPU cache."""
 MOST_BITS = 27
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class SampleRows:
-    """N samples of some shards, by shard, then by position in it."""
+    """N samples of some shards, sorted by shard, then by position in it."""
 
     shard_ids: NDArray[np.bytes_]
-    """[S] 16 bytes each, rising"""
+    """[S] 16 bytes each, ascending"""
     shards: NDArray[np.int64]
     """[N] index into `shard_ids`, non-decreasing"""
     sample_ids: NDArray[np.bytes_]
@@ -27,21 +27,21 @@ class SampleRows:
     tokens: NDArray[np.int32]
     """[N] tokens"""
     supervised: NDArray[np.int32]
-    """[N] tokens that the loss mask holds"""
+    """[N] supervised tokens"""
 
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return at which place in its shard each of these rows is."""
+        """Return the position of each of these rows in its shard."""
         starts = np.searchsorted(self.shards, np.arange(len(self.shard_ids)))
         return rows - starts[self.shards[rows]]
 
 
 class Wanted:
-    """M samples to look for among many more."""
+    """M samples to look up among many more."""
 
     def __init__(self, sample_ids: Collection[str]) -> None:
-        """Look for these; one that is named twice counts once."""
+        """Take the samples to look up; duplicates count once."""
         self.sample_ids, self.places = np.unique(ids_of(sample_ids), return_inverse=True)
-        """[M] rising, and where each of those that were given is among them"""
+        """[M] ascending, and the index in it of each given sample"""
         self._keys = _keys(self.sample_ids)
         bits = min(MOST_BITS, max(10, (16 * len(self.sample_ids)).bit_length()))
         self._shift = np.uint64(64 - bits)
@@ -53,7 +53,7 @@ class Wanted:
         return len(self.sample_ids)
 
     def found_in(self, many: Iterable[NDArray[np.bytes_]]) -> NDArray[np.bool_]:
-        """Return for each that was given whether it is in one of many columns of ids."""
+        """Return for each given sample whether it is in one of many columns of ids."""
         found = np.zeros(len(self), np.bool_)
         for sample_ids in many:
             for _, at in self.find(sample_ids):
@@ -64,13 +64,13 @@ class Wanted:
     def find(
         self, sample_ids: NDArray[np.bytes_]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield which of [N] `sample_ids` are wanted, and which of the wanted each is."""
+        """Yield the indices of wanted samples in [N] `sample_ids`, and their indices in [M]."""
         for first in range(0, len(sample_ids), BLOCK):
             block = sample_ids[first : first + BLOCK]
             keys = _keys(block)
             rows = np.flatnonzero(self._may_be[(keys >> self._shift).astype(np.int64)])
             at = np.searchsorted(self._keys, keys[rows])
-            while len(rows):  # once more only where two of them begin with the same 8 bytes
+            while len(rows):  # repeats only if two of them share their first 8 bytes
                 inside = at < len(self._keys)
                 rows, at = rows[inside], at[inside]
                 equal = self.sample_ids[at] == block[rows]
@@ -86,7 +86,7 @@ def ids_of(names: Collection[str]) -> NDArray[np.bytes_]:
 
 
 def is_id(name: str) -> bool:
-    """Tell whether a name is an id: 32 hex digits. Others may lie beside what is ours."""
+    """Return whether a name is an id: 32 hex digits. A store may contain foreign files."""
     return _ID.fullmatch(name) is not None
 
 

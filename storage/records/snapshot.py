@@ -1,7 +1,7 @@
-"""A snapshot: an immutable list of samples and where each lies. Training names it by its id.
+"""A snapshot: an immutable list of samples and their shards. Training refers to it by its id.
 
-The id is the digest of the rows, whatever file holds them: two stores that publish the same samples
-from the same shards publish the same snapshot. Rows are sorted by shard, then by position in it.
+The id is the digest of the rows, not of the file: two stores that publish the same samples from the
+same shards publish the same snapshot. Rows are sorted by shard, then by position in it.
 """
 
 import io
@@ -39,7 +39,7 @@ class Snapshot:
     lengths: NDArray[np.int64]
     """[N] tokens"""
     supervised: NDArray[np.int64]
-    """[N] tokens that the loss mask holds"""
+    """[N] supervised tokens"""
 
     @property
     def num_samples(self) -> int:
@@ -48,12 +48,12 @@ class Snapshot:
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens of all samples."""
+        """Return the number of tokens in all samples."""
         return int(self.lengths.sum())
 
     @property
     def num_supervised(self) -> int:
-        """Return the supervised tokens of all samples."""
+        """Return the number of supervised tokens in all samples."""
         return int(self.supervised.sum())
 
     @property
@@ -62,7 +62,7 @@ class Snapshot:
         return frozenset(self.sample_ids.tolist())
 
     def has_all(self, sample_ids: Collection[str]) -> bool:
-        """Tell whether all of some samples are in it, in memory for them alone."""
+        """Return whether it has all these samples; memory use grows with these only."""
         ids = self.sample_ids.view(f"S{ID_BYTES}")
         return bool(Wanted(sample_ids).found_in([ids]).all())
 
@@ -72,7 +72,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, sample_ids: Collection[str], commits: Commits) -> Self:
-        """Return the snapshot of these samples; raise ConfigError if one is in no commit.
+        """Return the snapshot of these samples; raise ConfigError if one is not committed.
 
         A sample that several shards hold is taken from the shard with the smallest id.
         """
@@ -86,7 +86,7 @@ class Snapshot:
         for rows in commits.sample_rows():
             for many, ats in wanted.find(rows.sample_ids):
                 smaller = rows.shard_ids[rows.shards[many]] < shards[ats]
-                # Shards rise: of a sample that two of them hold, what is written last stays.
+                # Shard ids ascend: reversed, so that the smallest of a sample is written last.
                 found, at = many[smaller][::-1], ats[smaller][::-1]
                 shards[at] = rows.shard_ids[rows.shards[found]]
                 positions[at] = rows.positions(found)
@@ -95,7 +95,7 @@ class Snapshot:
         if len(missing):
             raise ConfigError(
                 f"{len(missing)} of {num} samples are in no committed shard, first "
-                f"{names_of(missing[:1])[0]}: generate what is missing, then publish again"
+                f"{names_of(missing[:1])[0]}: generate the missing ones, then publish again"
             )
         shard_ids, groups = np.unique(shards, return_inverse=True)
         order = np.lexsort((positions, groups))
@@ -160,7 +160,7 @@ class Snapshot:
         """Parse a snapshot; raise CorruptError unless its rows have this id."""
         what = f"snapshot {snapshot_id}"
         try:
-            # In this thread alone: one of Arrow's at work when Python ends aborts the process.
+            # No Arrow threads: one that still runs when Python exits aborts the process.
             file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["shard_id"])
             table = file.read(use_threads=False)
             snapshot = cls._of_table(table.combine_chunks())

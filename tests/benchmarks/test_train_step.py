@@ -150,7 +150,7 @@ def test_a_worker_answers_in_turn_and_is_ended_when_late(tmp_path: Path) -> None
         assert second.loss < first.loss
         assert first.cpu_seconds > 0
         assert first.step_bytes < 2**28
-        with pytest.raises(PeerFailedError, match="no answer in 0 s"):
+        with pytest.raises(PeerFailedError, match="no answer within 0 s"):
             worker.turn(0)
 
 

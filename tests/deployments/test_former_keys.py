@@ -43,7 +43,7 @@ def test_a_former_key_is_read_with_a_warning(
     recipe = load_recipe("smollm2", [f"{former}={value + 1}"])
     assert getattr(getattr(recipe, section), key) == value + 1
     (message,) = caplog.messages
-    assert message.startswith(f"{former} is called {key} now")
+    assert message.startswith(f"{former} is now called {key}")
 
 
 def test_a_key_under_both_names_is_refused() -> None:

@@ -96,9 +96,9 @@ def test_overrides_are_parsed_as_yaml() -> None:
     [
         (
             "training.max_step=7",
-            r"training\.max_step: there is no such key; there are: .*max_steps",
+            r"training\.max_step: there is no such key; known keys: .*max_steps",
         ),
-        ("trainig.max_steps=7", r"trainig: there is no such key; there are: target, dataset"),
+        ("trainig.max_steps=7", r"trainig: there is no such key; known keys: target, dataset"),
         ("training.max_steps=many", r"training\.max_steps: .*valid integer.*\(found 'many'\)"),
         ("training.learning_rate=-1", r"training\.learning_rate: .*greater than 0"),
         ("max_steps=7", r"expected section\.key=value"),
@@ -111,7 +111,7 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
 
 
 def test_an_unknown_recipe_lists_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"no recipe 'gpt5'; there are: .*llama3.*smollm2"):
+    with pytest.raises(ConfigError, match=r"no recipe 'gpt5'; known recipes: .*llama3.*smollm2"):
         load_recipe("gpt5")
 
 

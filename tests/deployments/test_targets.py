@@ -15,7 +15,7 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.target import weights
 from eagle_core.target.model_config import aux_layers, read_model_config
 from flows.bridge.target_tokenizer import conversation_tokenizer
-from flows.tasks.preflight import _bare_bytes_per_token
+from flows.tasks.preflight import _raw_bytes_per_token
 from tests.deployments.architectures import ARCHITECTURES, Architecture
 from tests.eagle_core.tokenization.test_template_families import train
 
@@ -99,7 +99,7 @@ def test_its_template_supervises_the_answer_and_its_end(
 def test_its_shards_are_of_a_size_that_can_be_lost_and_kept(
     recipe: Recipe, architecture: Architecture
 ) -> None:
-    per_token = _bare_bytes_per_token(recipe.target, recompute=False)
+    per_token = _raw_bytes_per_token(recipe.target, recompute=False)
     assert per_token == architecture.bytes_per_token
     if recipe.target.name == "smollm2":  # a demo of some minutes
         return

@@ -85,7 +85,7 @@ def test_one_run_is_cancelled_killed_and_obstructed_and_goes_on_by_retry(
     _still_there(root, before)
     assert digests(root) == digests(Path(whole.root.root))
     page.goto(f"{_address(server, run)}?tab=Artifacts")
-    page.get_by_text("Shards of tiny made by this run: 2", exact=True).wait_for()
+    page.get_by_text("Shards of tiny computed by this run: 2", exact=True).wait_for()
 
 
 def _outlives_a_restart_of_the_server(server: Server) -> Store:

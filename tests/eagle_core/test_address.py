@@ -45,7 +45,7 @@ def test_an_address_with_a_secret_is_refused_and_not_shown(address: str) -> None
         (EvaluationConfig, {"prompts": address}),
         (RegenerationConfig, {"base_url": address}),
     ):
-        with pytest.raises(ValidationError, match="carries a password") as caught:
+        with pytest.raises(ValidationError, match="contains a password") as caught:
             kind.model_validate(values)
         assert "hunter2" not in str(caught.value)
 

@@ -191,10 +191,10 @@ def test_a_disk_that_takes_no_more_is_one_error_with_the_path_and_nothing_is_lef
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
-        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.ENOSPC, "No space left on device; free disk space"),
         (errno.EROFS, "Read-only file system; make it writable"),
         (errno.EACCES, "Permission denied; make it writable"),
-        (errno.EIO, "Input/output error; mend that"),
+        (errno.EIO, "Input/output error; fix that"),
     ],
 )
 def test_each_refusal_has_its_cure(tmp_path: Path, number: int, cure: str) -> None:

@@ -85,7 +85,7 @@ def test_the_store_says_what_the_target_says_and_the_target_is_not_loaded(
     assert small.num_samples == len(small.acceptance_by_depth) == 2
 
     other = TemplateConfig(last_turn_only=True)
-    with pytest.raises(MismatchError, match=r"run\.json was made with other settings \(template"):
+    with pytest.raises(MismatchError, match=r"run\.json was .* other settings \(template"):
         estimate_flow(target.model_copy(update={"template": other}), dataset, store, home=home)
     exported = export_flow(target.model_copy(update={"dtype": "bfloat16"}), dataset, home=home)
     assert exported.checkpoint_step == 30, "a draft serves a target in any arithmetic"

@@ -107,7 +107,7 @@ def test_one_bad_sample_is_left_out_and_named(
     assert not find_garbage(opened, keep=kept, older_than_hours=0)
     figures = look(made.store_root)
     assert not figures.unfinished
-    assert "facts.json, record 5" in dict(store_rows(figures))["left out"]
+    assert "facts.json, record 5" in dict(store_rows(figures))["excluded"]
 
     before = _trees(opened)
     again = hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
@@ -143,7 +143,7 @@ def test_all_that_is_held_out_can_be_left_out(tmp_path: Path, poisoned: TargetCo
     assert settings is not None
     assert settings.held_out.num_samples == settings.held_out.num_supervised == 0
     assert settings.train.num_samples + made.num_excluded == NUM_CONVERSATIONS
-    with pytest.raises(ConfigError, match=r"leaves out all \d+ held-out samples"):
+    with pytest.raises(ConfigError, match=r"excludes all \d+ held-out samples"):
         estimate_flow(
             target=poisoned, dataset=dataset, store=store, training=training, home=str(tmp_path)
         )
@@ -152,9 +152,9 @@ def test_all_that_is_held_out_can_be_left_out(tmp_path: Path, poisoned: TargetCo
 def test_nothing_is_left_says_so(tmp_path: Path, poisoned: TargetConfig) -> None:
     dataset = _dataset(tmp_path, range(NUM_CONVERSATIONS))
     store = StoreConfig(shard_tokens=600, max_excluded_share=1)
-    with pytest.raises(CorruptError, match=r"none of 24 samples has states that are finite"):
+    with pytest.raises(CorruptError, match=r"none of 24 samples has finite states"):
         hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
-    with pytest.raises(CorruptError, match=r"of \d+ samples that were tried, none has states"):
+    with pytest.raises(CorruptError, match=r"none of \d+ tried samples has finite states"):
         plan_flow(target=poisoned, dataset=dataset, home=str(tmp_path / "plan"))
 
 
@@ -185,7 +185,9 @@ def test_repair_leaves_nothing_out_and_collection_nothing_behind(
     damaged = space.store_root / "shards" / record.shard_id / key
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
 
-    with pytest.raises(CorruptError, match=r"record 5 .*though they were when this shard was made"):
+    with pytest.raises(
+        CorruptError, match=r"record 5 .*but they were when this shard was computed"
+    ):
         repair_flow(target=poisoned, dataset=dataset, store=config, home=str(tmp_path))
     kept = snapshots_to_keep(store, older_than_hours=0)
     collect(store, find_garbage(store, keep=kept, older_than_hours=0))
@@ -227,10 +229,10 @@ def test_many_bad_samples_stop_the_run_and_are_not_left_out(
     dataset = _dataset(tmp_path, range(0, NUM_CONVERSATIONS, 3))
     store = StoreConfig(shard_tokens=600, shards_per_task=16)
     with pytest.raises(
-        CorruptError, match=r"8 of 24 samples .* first sample \w+ \(facts\.json, record \d+.*"
+        CorruptError, match=r"8 of 24 samples, first sample \w+ \(facts\.json, record \d+.*"
     ) as raised:
         hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
-    assert "at most 1 may be left out (store.max_excluded_share 0.01)" in str(raised.value)
+    assert "at most 1 may be excluded (store.max_excluded_share 0.01)" in str(raised.value)
     opened = Store.open(str(tmp_path / "stores" / "tiny-facts"))
     assert not opened.exclusions.read()
     assert not opened.snapshot_ids()
@@ -254,7 +256,7 @@ def test_a_damaged_note_is_found_and_its_sample_tried_again(
     opened.root.publish(key, b"{}")
     (finding,) = verify_store(opened, deep=False)
     assert finding.object_key == key
-    assert key in dict(store_rows(look(made.store_root)))["does not read"]
+    assert key in dict(store_rows(look(made.store_root)))["unreadable"]
     repair_flow(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
     assert not opened.exclusions.sample_ids()
     hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))

@@ -109,7 +109,7 @@ def test_a_damaged_name_is_found_and_nothing_is_garbage_meanwhile(store: Store) 
         snapshots_to_keep(store, older_than_hours=0)
     assert look(store.root.root).damaged == ("the name of a snapshot",)
     store.refs.set("facts-train", "f" * 32)
-    assert "which is not there" in verify_store(store, deep=False)[0].problem
+    assert "which does not exist" in verify_store(store, deep=False)[0].problem
     assert list(snapshots_to_keep(store, older_than_hours=0)) == [train]
 
 

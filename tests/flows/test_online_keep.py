@@ -11,6 +11,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import MismatchError
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.samples import HiddenStateSample, TokenizedSample
+from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.tokenization.token_file import TokenFile
@@ -43,17 +44,14 @@ SHORT = EvaluationConfig(num_prompts=1, num_plain_prompts=0, max_new_tokens=2, d
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of the samples that the target computed, in order."""
     found: list[str] = []
-    capture = TargetModel.capture
 
     def counted(
-        self: TargetModel,
-        samples: list[TokenizedSample],
-        **options: Any,
+        target: TargetModel, samples: list[TokenizedSample], **options: Any
     ) -> Iterator[HiddenStateSample]:
         found.extend(sample.sample_id for sample in samples)
-        return capture(self, samples, **options)
+        return capture_states(target, samples, **options)
 
-    monkeypatch.setattr(TargetModel, "capture", counted)
+    monkeypatch.setattr("flows.bridge.online_source.capture_states", counted)
     return found
 
 
@@ -134,9 +132,9 @@ def test_an_unfinished_run_notices_that_its_data_set_has_changed(
     prepare(target, dataset, str(tmp_path))
     caplog.clear()
     assert go_on(2) == 2
-    assert "it goes on with its own" in caplog.text
+    assert "it continues with its own data" in caplog.text
     (train,) = (path for path in own if path.name.startswith("train"))
-    assert f"of its {len(TokenFile(train))} samples the data set as it is now has" in caplog.text
+    assert f"of its {len(TokenFile(train))} samples" in caplog.text
 
     tiny.write_conversations(source, 6)  # few of the same
     prepare(target, dataset, str(tmp_path))
@@ -144,5 +142,5 @@ def test_an_unfinished_run_notices_that_its_data_set_has_changed(
 
     tiny.write_conversations(source, 20, first=100)  # others
     prepare(target, dataset, str(tmp_path))
-    with pytest.raises(MismatchError, match=r"as it is now has 0\. If the data was replaced"):
+    with pytest.raises(MismatchError, match=r"has 0 of its \d+ samples\. If the data was replaced"):
         go_on(4)

@@ -84,7 +84,7 @@ class _Data:
     def interrupted(self, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
         """Train, and die after the last checkpoint."""
         with monkeypatch.context() as patched:
-            patched.setattr("flows.train.write_stage", _fails)
+            patched.setattr("flows.tasks.run_training.write_stage", _fails)
             with pytest.raises(RuntimeError, match="killed"):
                 self.train(**how)
 
@@ -170,7 +170,7 @@ def test_a_run_that_has_begun_goes_on_with_its_own_snapshot_and_reads_no_data_se
         gone_on = data.train(max_steps=2)
     assert (gone_on.source_id, gone_on.num_steps) == (old.snapshot_id, 2)
     assert f"is snapshot {new.snapshot_id}" in caplog.text
-    assert "it goes on with its own" in caplog.text
+    assert "the run continues with its own data" in caplog.text
     assert data.members(gone_on) == data.tokens(gone_on)
     settings = RunRecord.read(first.run_path).settings
     assert settings is not None
@@ -180,7 +180,7 @@ def test_a_run_that_has_begun_goes_on_with_its_own_snapshot_and_reads_no_data_se
     changed = {"training": Run.model_validate_json(record).training}
     assert after.training.max_steps == 2
     assert after.model_copy(update=changed) == Run.model_validate_json(record), "else written once"
-    with pytest.raises(eagle_core.errors.MismatchError, match=f"not from {new.snapshot_id}"):
+    with pytest.raises(eagle_core.errors.MismatchError, match=f"not on {new.snapshot_id}"):
         data.train(max_steps=3, snapshot_id=new.snapshot_id)
     data.write(40)
     assert data.train(max_steps=1, run="fresh").source_id == new.snapshot_id
@@ -352,7 +352,7 @@ def test_what_is_held_out_is_refused_in_a_snapshot(data: _Data) -> None:
     trained = data.train()
     folder, content = data.home / "tokens" / "tiny-grows", _run(trained).tokens
     shutil.copy(folder / f"train-{content}.arrow", folder / f"held_out-{content}.arrow")
-    with pytest.raises(eagle_core.errors.MismatchError, match="must not be learned from"):
+    with pytest.raises(eagle_core.errors.MismatchError, match="must not be trained on"):
         data.train(max_steps=2)
 
 
@@ -377,9 +377,9 @@ def test_a_finished_run_that_was_extended_and_died_goes_on(
     first = data.train(max_steps=1)
     ended = (first.run_path / TRAINING_NAME).read_text()
     extended = data.train(max_steps=2)
-    assert "was to have 1 steps and now has 2: its learning rate goes from" in caplog.text
+    assert "was planned with 1 steps and now has 2: its learning rate jumps from" in caplog.text
     data.train(max_steps=1)
-    assert "has done 2 steps, and 1 are asked for: there is nothing to do" in caplog.text
+    assert "has done 2 steps, and 1 are requested: there is nothing to do" in caplog.text
     (first.run_path / TRAINING_NAME).write_text(ended)
     again = data.train(max_steps=3)
     assert (again.source_id, again.num_steps) == (extended.source_id, 3)
@@ -392,7 +392,7 @@ def test_a_finished_run_that_was_extended_and_died_goes_on(
     with pytest.raises(eagle_core.errors.MismatchError, match="is not the draft vocabulary that"):
         export_flow(data.target, data.dataset(), home=str(data.home))
     vocabulary.unlink()
-    with pytest.raises(eagle_core.errors.ConfigError, match=r"eyas run train\) makes it"):
+    with pytest.raises(eagle_core.errors.ConfigError, match=r"eyas run train\) to build it"):
         export_flow(data.target, data.dataset(), home=str(data.home))
 
     path = first.run_path / RUN_NAME

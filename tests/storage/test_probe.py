@@ -61,9 +61,9 @@ def test_wrong_states_do_not_reproduce_the_probe(store: Store, samples: list[Sto
         ({"position": 10_000}, "no such token"),
         ({"sample_id": "0" * 32}, "no such token"),
         ({"position": 0}, "no supervised token needs"),
-        ({"argmax": VOCAB}, "target_argmax says"),
-        ({"logprob": 0.5}, "is no log-probability"),
-        ({"logprob": float("nan")}, "is no log-probability"),
+        ({"argmax": VOCAB}, "target_argmax is"),
+        ({"logprob": 0.5}, "is not a log-probability"),
+        ({"logprob": float("nan")}, "is not a log-probability"),
     ],
 )
 def test_probe_that_fits_no_sample_is_refused(

@@ -44,7 +44,7 @@ def test_object_cache_holds_its_limit_and_no_bad_bytes(filled: Store, tmp_path: 
 
 def test_refuses_an_index_outside(filled: Store) -> None:
     reader = filled.reader(filled.snapshot())
-    with pytest.raises(IndexError, match="sample 12 of a snapshot of 12"):
+    with pytest.raises(IndexError, match="sample 12 is outside the snapshot of 12"):
         reader.fetch(12)
     with pytest.raises(IndexError, match="sample -1"):
         reader.fetch(-1)

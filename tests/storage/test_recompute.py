@@ -104,10 +104,10 @@ def test_the_probe_covers_states_that_are_made_again(
     assert verify_store(store, deep=True, recompute=maker) == []
 
     (rounded,) = verify_shard(store, shard_id, recompute=Maker(samples, early_ulps=1), exact=True)
-    assert "other bits" in rounded.problem
+    assert "differ in bits" in rounded.problem
     assert verify_store(store, deep=True, recompute=Maker(samples, early_ulps=1)) == []
     (another,) = verify_store(store, deep=True, recompute=Maker(samples, early_ulps=1 << 7))
-    assert f"{point}: the early aux state made again is another one" in another.problem
+    assert f"{point}: the recomputed early aux state differs" in another.problem
     elsewhere = [replace(s, last_hidden_state=s.last_hidden_state ^ 0x8000) for s in samples]
     (wrong,) = verify_store(store, deep=True, recompute=Maker(elsewhere))
     assert "log-probability" in wrong.problem
@@ -120,7 +120,7 @@ def test_a_point_with_other_channels_than_the_sample_is_refused(
     point = point_of(samples[2], Maker(samples))
     assert len(point.omitted) == 2 * NUM_CHANNELS
     for wrong in ((), (*point.omitted[:-1], point.omitted[-1] ^ 1)):
-        with pytest.raises(SampleRefusedError, match="other channels"):
+        with pytest.raises(SampleRefusedError, match="channels of the omitted states"):
             store.write_shard(plan.shards[0], samples, probe=[replace(point, omitted=wrong)])
 
 
@@ -140,7 +140,7 @@ def test_stores_that_leave_other_states_out_are_never_mixed(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("omitted", "message"),
     [
-        (replace(OMITTED, mode="padded"), "unknown mode 'padded'"),
+        (replace(OMITTED, mode="padded"), "unknown recompute mode 'padded'"),
         (replace(OMITTED, early_layers=(0,)), "expected 0 to 1, and those from 9 on"),
         (replace(OMITTED, last_layers=(8, 9)), "expected 0 to 1, and those from 9 on"),
     ],

@@ -36,7 +36,7 @@ def test_a_wrong_key_is_one_message_without_traceback() -> None:
 def test_a_run_name_where_there_is_no_run_is_refused() -> None:
     ended = eyas_here("run", "hidden-states", "smollm2", "--run", "wide")
     assert ended.returncode == 1
-    assert "hidden-states belongs to no run; leave out --run wide" in ended.stderr
+    assert "hidden-states takes no run name; omit --run wide" in ended.stderr
 
 
 @pytest.mark.server
@@ -73,8 +73,8 @@ def test_a_server_that_cannot_start_says_why_and_what_to_do(
     ended = eyas("run", "dataset", "smollm2", "--home", str(tmp_path / "home"))
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("ServerFailedError: Prefect's temporary server ended after")
-    assert f"{tmp_path / 'prefect.db'} is damaged or of another version" in last
+    assert last.startswith("ServerFailedError: Prefect's temporary server exited after")
+    assert f"{tmp_path / 'prefect.db'} is damaged or from another version" in last
     assert "file is not a database" in last
 
 
@@ -126,7 +126,7 @@ def test_the_folder_of_a_run_is_all_that_a_command_needs(
     trained = RunRecord.read(folder).training
     assert trained is not None
     assert trained.num_steps == 2
-    assert "WARNING: run tiny-facts-one was to have 1 steps and now has 2" in ended.stderr
+    assert "WARNING: run tiny-facts-one was planned with 1 steps and now has 2" in ended.stderr
     assert eyas_here("run", "export", str(folder)).returncode == 0
     assert (folder / "export" / "serving").is_dir()
     copied, old = folder.with_name("backup"), folder.with_name("tiny-facts-old")
@@ -134,15 +134,21 @@ def test_the_folder_of_a_run_is_all_that_a_command_needs(
         shutil.copytree(folder, copy)
     (old / "run.json").unlink()
     for arguments, expected in (
-        (("train", str(copied)), "is looked for at HOME/runs/tiny-facts-NAME: move or rename"),
-        (("train", str(folder), "--set", "dataset.name=other"), "leave target.name and dataset"),
-        (("train", str(old)), "of a version before run.json: name the recipe and --run"),
-        (("export", str(folder), "--run", "two"), "says which run that is: leave out --run"),
-        (("plan", str(folder)), "plan belongs to no run: name a recipe instead of"),
+        (
+            ("train", str(copied)),
+            "but flows expect it at HOME/runs/tiny-facts-NAME: move or rename",
+        ),
+        (
+            ("train", str(folder), "--set", "dataset.name=other"),
+            "do not change target.name or dataset",
+        ),
+        (("train", str(old)), "from an older version: name the recipe and --run"),
+        (("export", str(folder), "--run", "two"), "already names the run: omit --run"),
+        (("plan", str(folder)), "plan takes no run: name a recipe instead of"),
         (("export", str(home)), "or the folder of a run"),
         (
             ("export", "smollm2", "--snapshot", "feed"),
-            "--snapshot is for train alone; export takes none",
+            "--snapshot is for train only; export takes none",
         ),
     ):
         refused = eyas_here("run", *arguments)

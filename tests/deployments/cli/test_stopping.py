@@ -120,7 +120,7 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
     # Whoever lived on would hold the pipes open.
     _, stderr = child.communicate(timeout=LIMIT_SECONDS)
     assert child.returncode == 130, stderr
-    assert stderr.strip().endswith("stopped; the same command goes on with what is missing")
+    assert stderr.strip().endswith("stopped; the same command resumes with what is missing")
     assert "Traceback" not in stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(child.pid, 0)

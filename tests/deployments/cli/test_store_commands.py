@@ -67,7 +67,7 @@ def test_inspect_shows_what_is_there_without_torch(store: Store) -> None:
     for expected in (
         "dtype bfloat16",
         "layers 1, 5, 8 and the last (post-norm)",
-        f"{len(commits)} (0 with a probe)",
+        f"{len(commits)} (0 with a semantic probe)",
         f"{sum(record.num_tokens for record in commits):,} (",
         f"{sum(record.num_supervised for record in commits):,} supervised",
         "of raw)",

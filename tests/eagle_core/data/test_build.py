@@ -90,7 +90,7 @@ def test_the_same_again_is_a_no_op(config: DatasetConfig, tmp_path: Path) -> Non
         renamed, out_dir=tmp_path / "d", progress=lambda _share, what: reports.append(what)
     )
     assert second == first
-    assert reports == ["200 conversations are there already"]
+    assert reports == ["200 conversations already built"]
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()} == before
     assert set(before) == {"train.parquet", "held_out.parquet", "ledger.parquet", "manifest.json"}
 

@@ -152,7 +152,7 @@ def test_presets_fill_in_and_the_user_wins() -> None:
     assert again == config
     for name in PRESETS:
         DatasetConfig(name=name, source=f"preset:{name}")
-    with pytest.raises(ValidationError, match="known are"):
+    with pytest.raises(ValidationError, match="use one of"):
         DatasetConfig(name="m", source="preset:none")
 
 

@@ -143,14 +143,14 @@ def test_a_hub_data_set_is_pinned_cached_and_read_offline(hub: str, tmp_path: Pa
     cached = build(hub, tmp_path, "two", subsets=["main", "extra"], revision=COMMIT, offline=True)
     assert json.loads(cached)["fingerprint"] == manifest["fingerprint"]
     unpinned = build(hub, tmp_path, "three", subsets=["main"], offline=True)
-    assert unpinned.startswith("ConfigError the hub is switched off")
+    assert unpinned.startswith("ConfigError the hub is disabled")
     other = build(hub, tmp_path, "four", subsets=["main"], revision="f" * 40, offline=True)
-    assert other.startswith("MismatchError org/set: asked for commit ffff")
+    assert other.startswith("MismatchError org/set: requested commit ffff")
 
 
 def test_a_hub_that_does_not_answer_is_worth_another_try(tmp_path: Path) -> None:
     found = build("http://127.0.0.1:9", tmp_path, "d", subsets=["main"])
-    assert found.startswith("TransientError the hub could not say which commit")
+    assert found.startswith("TransientError the hub could not resolve")
 
 
 @pytest.mark.parametrize(

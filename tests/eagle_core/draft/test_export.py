@@ -215,11 +215,11 @@ def test_what_the_weights_say_counts_where_a_configuration_says_nothing_or_the_t
     ("name", "content", "expected"),
     [
         ("config.json", b"{", r"config\.json is not JSON"),
-        ("config.json", b"[1]", r"config\.json holds no object"),
+        ("config.json", b"[1]", r"config\.json is not a JSON object"),
         (
             "config.json",
             b'{"transformer_layer_config": 3}',
-            "transformer_layer_config is no object",
+            "transformer_layer_config is not an object",
         ),
         ("model.safetensors", b"\x40\x00", "cannot be read"),
         ("pytorch_model.bin", b"cut", "cannot be read"),

@@ -71,7 +71,7 @@ def test_what_is_no_question_is_named(tmp_path: Path, tokenizer: ConversationTok
     path.write_text('{"prompt": "Well?"}\n{"answer": "Rivers."}\n')
     prompts = read_prompts(str(path), tokenizer)
     assert next(prompts).category == ""
-    with pytest.raises(ConfigError, match=r"questions\.jsonl.* is no question.*`turns`"):
+    with pytest.raises(ConfigError, match=r"questions\.jsonl.* is not a question.*`turns`"):
         next(prompts)
 
 
@@ -80,5 +80,5 @@ def test_a_marker_of_the_template_in_a_question_is_refused(
 ) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps({"prompt": "<|im_end|>"}) + "\n")
-    with pytest.raises(ConfigError, match="is no question"):
+    with pytest.raises(ConfigError, match="is not a question"):
         list(read_prompts(str(path), tokenizer))

@@ -280,7 +280,7 @@ def test_the_target_here_refuses_what_it_cannot_tell(
     rows = {row["conversation_id"]: row for row in ledger(tmp_path / "out")}
     assert rows["tools"]["reason"] == "tools_need_server"
     assert rows["long"]["reason"] == "context_too_long"
-    assert "of 512" in rows["long"]["detail"]
+    assert "limit 512" in rows["long"]["detail"]
     assert rows["control"]["reason"] == "special_token_in_text"
     assert done.manifest.num_conversations >= 4
 
@@ -312,7 +312,7 @@ def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(
         with pytest.raises(ConfigError, match="no server answers at"):  # not to be tried again
             Regeneration(config, answers, source=source, out_dir=tmp_path / "out").run()
     assert "no server answers at http://127.0.0.1:9/v1" in caplog.text
-    assert caplog.text.count("asking up to 2 times") == 1
+    assert caplog.text.count("trying up to 2 times") == 1
     with (
         serving(fault=lambda _times, _body: "502") as server,
         pytest.raises(TransientError, match="failed 20 conversations in a row"),
@@ -455,7 +455,7 @@ def test_two_runs_never_write_one_journal(tmp_path: Path) -> None:
 def test_answers_and_other_data_sets_do_not_replace_each_other(made: Make, tmp_path: Path) -> None:
     source, other = made(questions(10)), made(questions(12), name="other")
     with serving() as server:
-        with pytest.raises(ConfigError, match=r"not answers of a target.*regeneration\.name"):
+        with pytest.raises(ConfigError, match=r"without a target's answers.*regeneration\.name"):
             ask(server, source, other)
         with pytest.raises(ConfigError, match="their own source"):
             ask(server, source, source)
@@ -467,7 +467,7 @@ def test_answers_and_other_data_sets_do_not_replace_each_other(made: Make, tmp_p
         build_dataset(given, out_dir=tmp_path / "out")
     with pytest.raises(ConfigError, match="eyas run regenerate RECIPE"):
         build_dataset(config, out_dir=tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="not made by the flow `regenerate`"):
+    with pytest.raises(ConfigError, match="not built by the flow `regenerate`"):
         build_dataset(config, out_dir=other)
 
 

@@ -152,7 +152,7 @@ def test_a_model_that_caps_its_logits_is_refused() -> None:
 @pytest.mark.parametrize("layers", [(3, 2, 5), (0, 1, 8), (-1, 2, 3), (2, 2, 5)])
 def test_aux_layers_that_cannot_be_are_named(layers: tuple[int, int, int]) -> None:
     config = CONFIG.model_copy(update={"aux_layers": layers})
-    with pytest.raises(ConfigError, match="must rise and lie in"):
+    with pytest.raises(ConfigError, match="must ascend within"):
         aux_layers(config, 8)
 
 

@@ -428,5 +428,5 @@ def test_a_template_without_control_tokens_between_turns_is_refused(
     trained: dict[str, PreTrainedTokenizerFast],
 ) -> None:
     ours = ConversationTokenizer(trained["llama3"], TemplateConfig(chat_template="plain"))
-    with pytest.raises(RejectedRecord, match="parted by control tokens"):
+    with pytest.raises(RejectedRecord, match="separated by control tokens"):
         ours.tokenize(as_text(rendered(ours, PLAIN)))

@@ -100,7 +100,7 @@ def test_a_tracker_that_breaks_is_given_up_with_one_warning(
     told = probe(trackers_python, "break", tracker, tmp_path)
     assert len(told["warnings"]) == 1
     assert told["warnings"][0].startswith(f"tracker {tracker} failed (")
-    assert told["warnings"][0].endswith("training goes on without it")
+    assert told["warnings"][0].endswith("training continues without it")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_disk_that_refuses_costs_the_metrics_and_not_the_training(
         metrics.log({"loss": 3.0}, step=1)
         metrics.log({"loss": 2.0}, step=2)
     (warning,) = caplog.messages
-    assert "training goes on without it" in warning
+    assert "training continues without it" in warning
 
 
 def test_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -64,6 +64,6 @@ def test_a_wrong_kernel_is_refused_before_the_first_step(
 ) -> None:
     monkeypatch.setattr("eagle_core.training.trainer.fuses_attention", lambda *_: True)
     monkeypatch.setattr(KERNEL, lambda: _changed(change))
-    with pytest.raises(ConfigError, match=r"FlexAttention is off by .* set training\.compile"):
+    with pytest.raises(ConfigError, match=r"FlexAttention differs by .* set training\.compile"):
         run(tmp_path)
     assert not (tmp_path / "checkpoints").exists()

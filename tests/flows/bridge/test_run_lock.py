@@ -90,10 +90,10 @@ def test_an_owner_on_another_host_that_is_dead_is_followed(
         monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
         with sole_training(tmp_path / "run") as awake:
             wait_for(lambda: asleep._taken_by is not None, what="the sleeper to look")
-            with pytest.raises(RunBusyError, match="no sign of life for"):
+            with pytest.raises(RunBusyError, match="no heartbeat for"):
                 asleep.require()
             awake.require()
-    assert "waiting 2 s for a sign of life" in caplog.text
+    assert "waiting 2 s for a heartbeat" in caplog.text
     assert "cannot be locked" in caplog.text
 
 

@@ -14,7 +14,6 @@ from prefect.client.schemas.objects import Artifact
 from flows.orchestration import progress
 from flows.orchestration.artifacts import publish_table
 from flows.orchestration.progress import moving, stage_progress
-from flows.reports import rows as report
 
 
 @pytest.fixture
@@ -77,13 +76,15 @@ def test_a_server_that_is_away_from_the_start_costs_a_picture(
         raise ConnectionError("no server")
 
     monkeypatch.setattr(progress, "create_progress_artifact", refuse)
-    monkeypatch.setattr(report, "create_markdown_artifact", lambda *_text, **_about: refuse())
+    monkeypatch.setattr(
+        "flows.orchestration.artifacts.create_markdown_artifact", lambda *_text, **_about: refuse()
+    )
     with stage_progress("training", key="k", total=2, unit="steps") as stage:
         stage.advance(2)
     publish_table("Training", [("steps", "2")], key="k")
     assert stage.done == 2
-    assert "progress of training is left out: ConnectionError: no server" in caplog.text
-    assert "the artifact 'Training' is left out: ConnectionError: no server" in caplog.text
+    assert "progress of training is skipped: ConnectionError: no server" in caplog.text
+    assert "the artifact 'Training' is skipped: ConnectionError: no server" in caplog.text
 
 
 @pytest.mark.server

@@ -52,9 +52,9 @@ def test_what_fits_passes(changes: dict[str, object]) -> None:
         (
             {"free_bytes": 15 * GB},
             (
-                r"about 20\.4 GB, 15\.0 GB are free at /data/store: 5\.4 GB are missing, "
-                r"no shard was made\. You can: free space, or put the store elsewhere "
-                r"\(store\.root\); take fewer conversations \(about 735 of 1,000 fit: "
+                r"about 20\.4 GB, but only 15\.0 GB are free at /data/store: short by 5\.4 GB; "
+                r"nothing was computed\. You can: free disk space, or move the store "
+                r"\(store\.root\); use fewer conversations \(about 735 of 1,000 fit: "
                 r"dataset\.max_conversations\).*"
                 r"set store\.profile=int8 \(10\.2 GB\)$"
             ),
@@ -62,12 +62,12 @@ def test_what_fits_passes(changes: dict[str, object]) -> None:
         (
             {"budget_bytes": 25 * GB, "stored_bytes": 10 * GB},
             (
-                r"10\.0 GB are there already, the budget is 25\.0 GB: 5\.4 GB are missing.*"
+                r"10\.0 GB are already stored and the budget is 25\.0 GB: short by 5\.4 GB;.*"
                 r"raise the budget \(store\.budget\).*\(dataset\.max_length\)$"
             ),  # its profile is settled
         ),
-        ({"free_bytes": 5 * GB, "budget_bytes": 100 * GB}, r"5\.0 GB are free.*15\.4 GB are"),
-        ({"free_bytes": 100 * GB, "budget_bytes": 5 * GB}, r"budget is 5\.0 GB.*15\.4 GB are"),
+        ({"free_bytes": 5 * GB, "budget_bytes": 100 * GB}, r"5\.0 GB are free.*short by 15\.4 GB"),
+        ({"free_bytes": 100 * GB, "budget_bytes": 5 * GB}, r"budget is 5\.0 GB.*short by 15\.4 GB"),
         (
             {
                 "free_bytes": 9 * GB,
@@ -75,7 +75,7 @@ def test_what_fits_passes(changes: dict[str, object]) -> None:
             },
             r"set store\.profile=int8 and store\.recompute=true \(5\.1 GB\)$",
         ),
-        ({"free_bytes": 1}, r"20\.4 GB are missing.*\(store\.root\)$"),  # no remedy would help
+        ({"free_bytes": 1}, r"short by 20\.4 GB.*\(store\.root\)$"),  # no remedy would help
     ],
 )
 def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(

@@ -103,7 +103,7 @@ def test_a_browser_shows_the_whole_run_and_asks_nobody_for_anything(
         "Held-out accuracy by TTT step",
         "Decoding speed",
         "Lengths",
-        "Storage bill",
+        "Storage size",
     ]
     assert all(
         box["width"] > 300 and box["height"] > 80  # drawn, at a size that can be read
@@ -139,5 +139,5 @@ def test_a_file_of_another_version_is_left_out_and_named(tmp_path: Path) -> None
 
 def test_a_run_that_has_only_begun_says_what_to_run(tmp_path: Path) -> None:
     text = write_run_page(tmp_path).read_text()
-    assert "Not ended yet: run the train flow." in text
+    assert "Not finished yet: run the train flow." in text
     assert "Not measured yet: run the evaluate flow." in text

@@ -32,8 +32,8 @@ def test_the_bill_is_what_generation_then_takes(
         assert with_recompute < 0.75 * bill.bytes_per_token[profile]
     assert bill.recompute is not None
     assert 0 < bill.recompute.share_of_capture < 2
-    assert "recompute, in training" in printed
-    assert f"{bill.recompute.tokens_per_second:,.0f} tokens/s" in printed
+    assert "recompute during training" in printed
+    assert f"{bill.recompute.tokens_per_second:,.0f} tokens per second" in printed
     assert f"{bill.tokens_to_make:,} tokens, {bill.num_shards} shards" in printed
     assert bill.tokens_per_second > 0
     assert bill.free_bytes is not None
@@ -52,10 +52,10 @@ def test_no_shard_is_made_when_not_all_would_fit(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
 ) -> None:
     store = StoreConfig(shard_tokens=600, budget="200 KB")
-    with pytest.raises(DoesNotFitError, match=r"budget is 200\.0 KB.*are missing"):
+    with pytest.raises(DoesNotFitError, match=r"budget is 200\.0 KB.*short by"):
         hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
     assert not (tmp_path / "stores").exists()  # not even a profile is settled
-    with pytest.raises(DoesNotFitError, match="are missing"):
+    with pytest.raises(DoesNotFitError, match="short by"):
         plan(target=target, dataset=dataset, store=store, home=str(tmp_path))
 
 
@@ -68,7 +68,7 @@ def test_a_budget_counts_what_is_there_already(
     before = Store.open(made.store_root).shard_ids()
 
     tight = store.model_copy(update={"budget": made.stored_bytes + 1000})
-    with pytest.raises(DoesNotFitError, match="are there already"):
+    with pytest.raises(DoesNotFitError, match="are already stored"):
         hidden_states(target=target, dataset=dataset, store=tight, home=str(tmp_path))
     assert Store.open(made.store_root).shard_ids() == before
 

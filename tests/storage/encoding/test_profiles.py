@@ -12,6 +12,7 @@ from storage.bfloat16 import bf16_to_float, float_to_bf16
 from storage.encoding.state_rows import StateRows
 from storage.encoding.states import decode_states, write_states
 from storage.encoding.zarr_arrays import load_arrays
+from storage.profiles import PROFILES, Profile
 from storage.samples import StoredSample, last_needed
 from storage.store import Store
 from tests.storage.synthetic import (
@@ -124,3 +125,29 @@ def test_last_needed_covers_every_step_of_the_loss() -> None:
     mask = np.zeros(20, bool)
     mask[5] = True
     np.testing.assert_array_equal(np.flatnonzero(last_needed(mask)), np.arange(4, 13))
+
+
+def test_a_quantized_profile_is_one_entry_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Identity, encoding, probe and reading follow from it."""
+    five = Profile(codec="quantized", summary="5 bits", tolerance_nats=4.0, largest_code=15)
+    monkeypatch.setitem(PROFILES, "int5", five)  # type: ignore[arg-type,misc]
+    samples = make_samples(6)
+    store = Store.create(str(tmp_path / "store"), make_identity(profile="int5"))
+    fill(store, samples)
+    snapshot = store.publish([sample.sample_id for sample in samples])
+    reader = Store.open(str(tmp_path / "store")).reader(snapshot)
+    by_id = {sample.sample_id: sample for sample in samples}
+    errors = {}
+    for name in ("int6", "int5", "int4"):
+        parts = [sample.aux_hidden_states for sample in samples]
+        found = bf16_to_float(through(name, *parts)) - bf16_to_float(np.concatenate(parts))
+        errors[name] = float(np.square(found).mean())
+    assert errors["int6"] < errors["int5"] < errors["int4"]
+    for row in range(len(samples)):
+        found = reader.fetch(row)
+        wanted = by_id[found.sample_id]
+        np.testing.assert_array_equal(found.input_ids, wanted.input_ids)
+        away = bf16_to_float(found.aux_hidden_states) - bf16_to_float(wanted.aux_hidden_states)
+        assert np.abs(away).max() < np.abs(bf16_to_float(wanted.aux_hidden_states)).max() / 4

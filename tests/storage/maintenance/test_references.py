@@ -235,7 +235,7 @@ def test_data_that_is_collected_before_it_is_named_is_an_error(store: Store) -> 
         return mock.MagicMock()
 
     stepped = Store(SteppedObjectStore.over(store.root, step), store.identity)
-    with pytest.raises(TransientError, match=r"does a collection of garbage \(gc\) run"):
+    with pytest.raises(TransientError, match=r"is a garbage collection \(gc\) running"):
         stepped.write_shard(shard, samples)
     store.write_shard(shard, samples)
     assert verify_store(store, deep=True) == []

@@ -83,7 +83,7 @@ def test_missing_ones_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_urls_that_carry_them_are_refused_without_a_word_of_them() -> None:
-    with pytest.raises(ConfigError, match="carries credentials") as caught:
+    with pytest.raises(ConfigError, match="contains credentials") as caught:
         ObjectStore.at("s3://AKIAEXAMPLE:hunter2@bucket/store")
     assert not re.search("AKIA|hunter2", json.dumps(str(caught.value)))
     assert ObjectStore.at("/data/run@home/store").root == "/data/run@home/store"

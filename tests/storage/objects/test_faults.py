@@ -168,7 +168,7 @@ def test_a_refusal_has_its_reason_and_cure_at_once(
 
 def test_a_missing_bucket_is_a_clear_error(proxy: FaultyProxy, s3_root: str) -> None:
     proxy.fault = lambda method, path: Answer(status=404, code="NoSuchBucket")  # noqa: ARG005
-    with pytest.raises(ConfigError, match="make the bucket, or correct the path"):
+    with pytest.raises(ConfigError, match="create the bucket, or correct the path"):
         Store.create(s3_root, make_identity())
     with pytest.raises(ConfigError, match="there is no store at"):
         Store.open(s3_root)
