@@ -46,7 +46,7 @@ def watch(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> SourceChange | No
         TransientError: the source could not be reached in three attempts.
 
     """
-    change = look(dataset, Workspace.at(home, target="", dataset=dataset.name))
+    change = check_source(dataset, Workspace.at(home, target="", dataset=dataset.name))
     log = get_run_logger()
     if change is None:
         log.info("%s has not changed since the data set was built", dataset.source)
@@ -68,7 +68,7 @@ def watch(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> SourceChange | No
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def look(dataset: DatasetConfig, space: Workspace) -> SourceChange | None:
+def check_source(dataset: DatasetConfig, space: Workspace) -> SourceChange | None:
     """Compare the source with what the data set was built from: content, not dates."""
     if dataset.source == REGENERATED:
         raise ConfigError(

@@ -7,7 +7,7 @@ import typer
 from rich.progress import Progress
 
 from deployments.cli.console import ERRORS, OUT, one_message
-from flows.reports.inspection import look
+from flows.reports.inspection import inspect_store
 from flows.reports.store_summaries import SIZES, VerifySummary
 from flows.reports.store_tables import garbage_rows, store_rows, verify_rows
 from flows.reports.table import print_table
@@ -23,7 +23,7 @@ StoreArgument = Annotated[
 def inspect(store: StoreArgument) -> None:
     """Show the contents of a store."""
     with one_message():
-        figures = look(store)
+        figures = inspect_store(store)
         print_table(f"Store {store}", store_rows(figures))
 
 

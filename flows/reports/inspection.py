@@ -58,7 +58,7 @@ class StoreFigures:
     free_bytes: int | None
 
 
-def look(root: str) -> StoreFigures:
+def inspect_store(root: str) -> StoreFigures:
     """Return the figures of the store at a path or URL; ConfigError if there is none."""
     store = Store.open(root)
     damaged: list[str] = []

@@ -23,7 +23,7 @@ from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states
 from flows.plan import plan as plan_flow
 from flows.repair import repair_flow
-from flows.reports.inspection import look
+from flows.reports.inspection import inspect_store
 from flows.reports.run_record import RunRecord
 from flows.reports.store_tables import store_rows
 from flows.tasks.preflight import wanted_samples
@@ -105,7 +105,7 @@ def test_one_bad_sample_is_left_out_and_named(
     assert verify_store(opened, deep=True) == []
     kept = snapshots_to_keep(opened, older_than_hours=0)
     assert not find_garbage(opened, keep=kept, older_than_hours=0)
-    figures = look(made.store_root)
+    figures = inspect_store(made.store_root)
     assert not figures.unfinished
     assert "facts.json, record 5" in dict(store_rows(figures))["excluded"]
 
@@ -256,7 +256,7 @@ def test_a_damaged_note_is_found_and_its_sample_tried_again(
     opened.root.publish(key, b"{}")
     (finding,) = verify_store(opened, deep=False)
     assert finding.object_key == key
-    assert key in dict(store_rows(look(made.store_root)))["unreadable"]
+    assert key in dict(store_rows(inspect_store(made.store_root)))["unreadable"]
     repair_flow(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
     assert not opened.exclusions.sample_ids()
     hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))

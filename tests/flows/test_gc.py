@@ -7,7 +7,7 @@ import pytest
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.gc import gc_flow
-from flows.reports.inspection import look
+from flows.reports.inspection import inspect_store
 from storage.errors import ConfigError, CorruptError
 from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep
 from storage.maintenance.verify import verify_store
@@ -107,7 +107,7 @@ def test_a_damaged_name_is_found_and_nothing_is_garbage_meanwhile(store: Store) 
     assert [finding.object_key for finding in verify_store(store, deep=False)] == [key]
     with pytest.raises(CorruptError, match=r"facts-train\.json.*eyas repair"):
         snapshots_to_keep(store, older_than_hours=0)
-    assert look(store.root.root).damaged == ("the name of a snapshot",)
+    assert inspect_store(store.root.root).damaged == ("the name of a snapshot",)
     store.refs.set("facts-train", "f" * 32)
     assert "which does not exist" in verify_store(store, deep=False)[0].problem
     assert list(snapshots_to_keep(store, older_than_hours=0)) == [train]
@@ -149,7 +149,7 @@ def test_an_unfinished_plan_stays_until_it_is_given_up(store: Store) -> None:
     begun = plan.shards[0]
     store.write_shard(begun, [by_id[sample_id] for sample_id in begun.sample_ids])
     assert not find_garbage(store, keep=[train], older_than_hours=0)
-    (unfinished,) = look(store.root.root).unfinished
+    (unfinished,) = inspect_store(store.root.root).unfinished
     assert (unfinished.num_missing, unfinished.num_shards) == (
         len(plan.shards) - 1,
         len(plan.shards),
@@ -159,7 +159,7 @@ def test_an_unfinished_plan_stays_until_it_is_given_up(store: Store) -> None:
     assert garbage.plan_ids == (plan.plan_id,)
     assert garbage.shard_ids == (begun.shard_id,)
     collect(store, garbage)
-    assert look(store.root.root).unfinished == ()
+    assert inspect_store(store.root.root).unfinished == ()
     assert store.plans.unfinished() == []
 
 

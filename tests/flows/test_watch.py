@@ -13,7 +13,7 @@ from prefect.logging import disable_run_logger
 from eagle_core.data.build import build_dataset
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
-from flows.watch import SourceChange, look
+from flows.watch import SourceChange, check_source
 from flows.workspace import Workspace
 from tests import tiny
 
@@ -47,7 +47,7 @@ def url(data_path: Path) -> Iterator[str]:
 
 def looked(source: str | Path, space: Workspace) -> SourceChange | None:
     with disable_run_logger():
-        return look.fn(DatasetConfig(name="facts", source=str(source)), space)
+        return check_source.fn(DatasetConfig(name="facts", source=str(source)), space)
 
 
 def built(source: str | Path, space: Workspace) -> None:
