@@ -6,6 +6,7 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
+from flows.bridge.store_identity import store_identity
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
@@ -43,6 +44,7 @@ def hidden_states(
 
     Raises:
         DoesNotFitError: there is no room for the missing shards; none was computed.
+        MismatchError: the store was made with another target, template or layers.
         CorruptError: more samples have non-finite states than may be excluded.
         MissingShardsError: some batches failed; everything else is committed and stays.
 
@@ -51,10 +53,11 @@ def hidden_states(
     space, tokens = prepare(target, dataset, home)
     root = store_root(store, space)
     preflight(target, store, tokens, root)
-    work = plan_missing_shards(target, store, tokens, root)
-    num_made = make_shards(target, store, runner, tokens, root, work)
-    known = Store.open(root).snapshot_ids()
-    summary = publish(tokens, space, root, shards_made=num_made, started=started)
+    opened = Store.create(root, store_identity(target, store, tokens))
+    plan = plan_missing_shards(opened, tokens, shard_tokens=store.shard_tokens)
+    num_made = make_shards(opened, plan, target, store, runner, tokens)
+    known = opened.snapshot_ids()
+    summary = publish(opened, tokens, space, shards_made=num_made, started=started)
     if summary.snapshot_id not in known:  # an automation would train on it again
         send(
             SNAPSHOT_PUBLISHED,

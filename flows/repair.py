@@ -30,6 +30,7 @@ from storage.errors import CorruptError
 from storage.maintenance.repair import damaged_shards
 from storage.maintenance.verify import verify_shard, verify_store
 from storage.recompute import Recompute
+from storage.records import keys
 from storage.records.plan import Plan, PlannedShard
 from storage.records.presence import Finding
 from storage.store import Store
@@ -64,15 +65,16 @@ def repair_flow(
     title = f"{target.name}-{dataset.name}"
     findings = find_damage(opened, deep=deep, recompute=recompute if deep else None, title=title)
     for finding in findings:
-        if finding.object_key.startswith(("plans/", "excluded/")):
+        if keys.folder(finding.object_key) in {keys.PLANS, keys.EXCLUSIONS}:
             opened.root.delete(finding.object_key)  # what is then missing is planned again
-    if any(finding.object_key.startswith("manifests/") for finding in findings):
+    damaged = {keys.folder(finding.object_key) for finding in findings}
+    if keys.MANIFESTS in damaged:
         opened.mend_manifests()
     remade, foreign = _split(damaged_shards(opened, findings), tokens)
     if remade:
         _recompute_shards(opened, remade, target, store, runner, tokens)
-    if any(finding.object_key.startswith("snapshots/") for finding in findings):
-        publish(tokens, space, root, shards_made=len(remade), started=started)
+    if keys.SNAPSHOTS in damaged:
+        publish(opened, tokens, space, shards_made=len(remade), started=started)
     summary = RepairSummary(
         store_root=root,
         num_shards=len(opened.shard_ids()),
@@ -118,18 +120,18 @@ def _recompute_shards(
 ) -> None:
     """Recompute the shards; after a kill, this flow or `hidden-states` finishes the plan."""
     plan = Plan.of(shards)
-    is_new = not opened.root.exists(f"plans/{plan.plan_id}.json")
+    is_new = not opened.root.exists(keys.plan(plan.plan_id))
     opened.plans.save(plan)  # before any record is removed: it lists the samples of the shards
     damaged = {key for shard in shards for key in _data_keys(opened, shard)}
     for shard in shards:
         opened.revoke(shard.shard_id)
     work = ShardPlan(plan_id=plan.plan_id, shards=plan.shards)
-    make_shards(target, store, runner, tokens, opened.root.url, work, may_exclude=False)
+    make_shards(opened, work, target, store, runner, tokens, may_exclude=False)
     committed = {key for shard in shards for key in _data_keys(opened, shard)}
     for key in damaged - committed:  # the recomputed objects are beside them
         opened.root.delete(key)
     if is_new:
-        opened.root.delete(f"plans/{plan.plan_id}.json")
+        opened.plans.delete(plan.plan_id)
 
 
 def _data_keys(opened: Store, shard: PlannedShard) -> Sequence[str]:
@@ -138,7 +140,7 @@ def _data_keys(opened: Store, shard: PlannedShard) -> Sequence[str]:
         objects = opened.log.objects(shard.shard_id)
     except CorruptError:
         return ()
-    return [f"shards/{shard.shard_id}/{key}" for key in objects]
+    return [keys.shard_object(shard.shard_id, key) for key in objects]
 
 
 def _left(

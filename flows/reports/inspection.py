@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from storage.errors import ConfigError, CorruptError
 from storage.maintenance.gc import Garbage, find_garbage, snapshots_to_keep
+from storage.records import keys
 from storage.records.exclusions import Exclusion
 from storage.records.identity import StoreIdentity
 from storage.store import Store
@@ -64,7 +65,7 @@ def inspect_store(root: str) -> StoreFigures:
     damaged: list[str] = []
     commits, unreadable = store.log.read_what_is_sound()
     damaged += [finding.object_key for finding in store.exclusions.findings()]
-    damaged += [f"commits/{shard_id}.json" for shard_id in unreadable]
+    damaged += [keys.record(shard_id) for shard_id in unreadable]
     totals = commits.totals
     snapshots = tuple(_snapshots(store, damaged))
     garbage = _garbage(store)
@@ -95,7 +96,7 @@ def _snapshots(store: Store, damaged: list[str]) -> Iterator[SnapshotFigures]:
         try:
             snapshot = store.snapshot(snapshot_id)
         except CorruptError:
-            damaged.append(f"snapshots/{snapshot_id}.parquet")
+            damaged.append(keys.snapshot(snapshot_id))
             continue
         yield SnapshotFigures(
             snapshot_id=snapshot_id,

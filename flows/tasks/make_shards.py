@@ -46,12 +46,12 @@ _DIGITS = re.compile(r"\d+")
 
 
 def make_shards(
+    store: Store,
+    plan: ShardPlan,
     target: TargetConfig,
     config: StoreConfig,
     runner: RunnerConfig,
     tokens: TokensSummary,
-    root: str,
-    work: ShardPlan,
     *,
     may_exclude: bool = True,
 ) -> int:
@@ -68,9 +68,8 @@ def make_shards(
         FlowError: the runner's package is not installed.
 
     """
-    store = Store.open(root)
     exclusions = ExclusionLimit(target, config, tokens, store)
-    sizes = {shard.shard_id: shard.num_tokens for shard in work.shards}
+    sizes = {shard.shard_id: shard.num_tokens for shard in plan.shards}
     total = sum(sizes.values())
     key = artifact_key("hidden-states-progress", target.name)
     made: list[ShardResult] = []
@@ -80,9 +79,8 @@ def make_shards(
             progress.advance(report.tokens, note=report.planned_id[:8])
 
         with running(runner, target, generate_shards, on_report=on_report) as submit:
-            futures = [
-                submit(batch) for batch in _batches(target, config, runner, tokens, root, work)
-            ]
+            batches = _batches(store, plan, target, config, runner, tokens)
+            futures = [submit(batch) for batch in batches]
             failures = _Failures()
             for future in futures:
                 future.wait()
@@ -100,7 +98,7 @@ def make_shards(
     exclusions.exclude()
     committed = set(store.shard_ids())
     written = {one.planned_id: one.shard_id for one in made}
-    names = [written.get(shard.shard_id, shard.shard_id) for shard in work.shards]
+    names = [written.get(shard.shard_id, shard.shard_id) for shard in plan.shards]
     _publish_table([name for name in names if name in committed], made, store, target)
     missing = [name for name in names if name and name not in committed]
     if missing:
@@ -142,19 +140,19 @@ def _error_of(future: PrefectFuture[tuple[ShardResult, ...]]) -> BaseException |
 
 
 def _batches(
+    store: Store,
+    plan: ShardPlan,
     target: TargetConfig,
     config: StoreConfig,
     runner: RunnerConfig,
     tokens: TokensSummary,
-    root: str,
-    work: ShardPlan,
 ) -> Iterator[ShardBatch]:
-    for first in range(0, len(work.shards), config.shards_per_task):
-        members = work.shards[first : first + config.shards_per_task]
+    for first in range(0, len(plan.shards), config.shards_per_task):
+        members = plan.shards[first : first + config.shards_per_task]
         yield ShardBatch(
             target=target,
-            store_root=root,
-            plan_id=work.plan_id,
+            store_root=store.root.url,
+            plan_id=plan.plan_id,
             shard_ids=tuple(shard.shard_id for shard in members),
             token_files=(tokens.train_path, tokens.held_out_path),
             first=first,

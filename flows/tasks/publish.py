@@ -14,10 +14,9 @@ from storage.store import Store
 
 @task(task_run_name="publish snapshot", cache_policy=NO_CACHE, persist_result=False)
 def publish(
-    tokens: TokensSummary, space: Workspace, root: str, *, shards_made: int, started: float
+    store: Store, tokens: TokensSummary, space: Workspace, *, shards_made: int, started: float
 ) -> HiddenStatesSummary:
     """Publish the snapshots of both splits by name, training as the latest; return the totals."""
-    store = Store.open(root)
     commits = store.commits()
     held_out = commits.usable(TokenFile(tokens.held_out_path).sample_ids)
     if held_out:
@@ -30,13 +29,13 @@ def publish(
     if not train:
         raise CorruptError(
             f"none of {tokens.num_samples:,} samples has finite states and is not held out; `eyas "
-            f"inspect {root}` lists the excluded ones"
+            f"inspect {store.root.url}` lists the excluded ones"
         )
     name = space.snapshot_name("train")
     snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)
     totals = commits.totals
     return HiddenStatesSummary(
-        store_root=root,
+        store_root=store.root.url,
         snapshot_id=snapshot.snapshot_id,
         profile=store.identity.profile,
         num_samples=totals.num_samples,

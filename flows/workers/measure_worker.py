@@ -25,6 +25,7 @@ from flows.bridge.stored_source import to_stored
 from flows.workers.channel import send, serve
 from storage.encoding.shard import group_objects
 from storage.profiles import PROFILES, ProfileName
+from storage.records import keys
 from storage.records.commit_record import CommitRecord
 from storage.records.identity import OmittedStates, StoreIdentity
 from storage.records.plan import PlannedShard
@@ -162,7 +163,9 @@ def num_last_states(samples: Sequence[TokenizedSample | HiddenStateSample]) -> i
 
 
 def _last_bytes(store: Store, record: CommitRecord) -> int:
-    files = {key: store.root.read(f"shards/{record.shard_id}/{key}") for key in record.objects}
+    files = {
+        key: store.root.read(keys.shard_object(record.shard_id, key)) for key in record.objects
+    }
     objects = group_objects(files, shard_id=record.shard_id).items()
     return sum(len(data) for key, data in objects if key.startswith(LAST_STATES))
 

@@ -68,6 +68,11 @@ def exclusion(sample_id: str) -> str:
     return f"{EXCLUSIONS}/{sample_id}{JSON_SUFFIX}"
 
 
+def folder(key: str) -> str:
+    """Return the folder of a key, directly below the root; the key itself if it has none."""
+    return key.partition("/")[0]
+
+
 def without(name: str, suffix: str) -> str | None:
     """Return a name without its suffix, None if it has another one."""
     return name.removesuffix(suffix) if name.endswith(suffix) else None

@@ -178,7 +178,7 @@ def test_repair_leaves_nothing_out_and_collection_nothing_behind(
     for shard in store.plan(wanted_samples(tokens), shard_tokens=600).shards:
         states = capture_states(elsewhere, [every[name] for name in shard.sample_ids])
         store.write_shard(shard, map(to_stored, states))
-    publish(tokens, space, store.root.url, shards_made=0, started=0.0)
+    publish(store, tokens, space, shards_made=0, started=0.0)
     (bad,) = [name for name, sample in every.items() if "record 5 " in sample.location]
     (record,) = [one for one in store.commits().values() if bad in one.sample_ids]
     (key,) = record.objects

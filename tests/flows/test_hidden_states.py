@@ -22,6 +22,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.run import read_run
+from flows.bridge.store_identity import store_identity
 from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.orchestration.artifact_key import artifact_key
@@ -229,7 +230,8 @@ def _plan_only(
     prepare_dataset(dataset, space)
     tokens = tokenize(target, dataset, space)
     root = str(space.store_root)
-    plan = plan_missing_shards(target, store, tokens, root)
+    opened = Store.create(root, store_identity(target, store, tokens))
+    plan = plan_missing_shards(opened, tokens, shard_tokens=store.shard_tokens)
     return ShardBatch(
         target=target,
         store_root=root,
