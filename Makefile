@@ -17,7 +17,7 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 QUICK := not (server or ui or slow or s3 or gpu or vllm)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-oldest test-gpu test-vllm test-newest check lint docs format server worker deploy clean
+.PHONY: help install demo test test-quick test-oldest test-gpu test-vllm test-newest check lint docs generate format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ install: $(VENV)/installed ## set up .venv with everything pinned
 demo: install ## conversations -> hidden states -> trained draft -> measured acceptance, offline
 	@$(BIN)/eyas run offline smollm2
 
-test: install ## run the tests (about 9 minutes on 2 cores)
+test: install ## run the tests (about 12 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-quick: install ## the tests without a server, browser, S3 or torchrun (about a minute)
@@ -71,8 +71,12 @@ lint: install ## ruff, mypy --strict, import-linter
 check: lint docs test ## everything CI checks
 
 docs: install ## build the documentation in site/; warnings and broken links are errors
-	@$(BIN)/python -m deployments.reference
 	@$(BIN)/zensical build --strict --clean
+
+generate: install ## write what is derived from the code: prefect.yaml, the form snapshot, docs/reference
+	@$(BIN)/eyas render-deployments
+	@$(BIN)/python -m tests.deployments.snapshot
+	@$(BIN)/python -m deployments.reference
 
 format: install ## format the code
 	@$(BIN)/ruff format .

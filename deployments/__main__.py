@@ -1,6 +1,6 @@
 """`python -m deployments` is `eyas`."""
 
-from deployments.cli.app import app
+from deployments.cli import app
 
 if __name__ == "__main__":
     app()

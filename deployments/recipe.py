@@ -66,12 +66,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _paths().get(name)
+    if path is not None and path.resolve().parent == FORMER_FOLDER and not path.is_file():
+        path = FOLDER / path.name
     if path is None or not path.is_file():
         raise ConfigError(
             f"there is no recipe {name!r}; known recipes: {', '.join(recipe_names())}. Name one of "
             "these, or give the path of a YAML file or the folder of a run"
         )
-    if path.parent == FORMER_FOLDER:
+    if path.resolve().parent == FORMER_FOLDER:
         _log.warning("%s: recipes are in deployments/recipes/ now; move this one there", path)
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: run `make docs`, or `python -m deployments.reference`.
+"""Write the reference pages from the code: run `make generate`.
 
 A test compares the committed pages with what this would write.
 """
@@ -14,15 +14,15 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from deployments.cli.app import app
+from deployments.cli import app
 from deployments.recipe import Recipe
 from deployments.registry import FLOWS
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
-_NOTE = "<!-- Written by deployments/reference.py: change the code, then run `make docs`. -->"
+_NOTE = "<!-- Written by deployments/reference.py: change the code, then run `make generate`. -->"
 
 
-_ERROR = re.compile(
+_ENTRY = re.compile(
     r"^    (\w+(?:, \w+)*): (.+?)(?=^    \w+(?:, \w+)*: |\Z)", re.MULTILINE | re.DOTALL
 )
 
@@ -56,28 +56,33 @@ def _command_lines() -> Iterator[str]:
     context = typer.Context(group, info_name="eyas")
     commands: Mapping[str, Any] = group.commands  # type: ignore[attr-defined]
     for name, command in commands.items():
-        arguments = [p for p in command.params if p.param_type_name == "argument"]
-        usage = " ".join(["eyas", name, *[(p.name or "").upper() for p in arguments], "[OPTIONS]"])
+        usage = ["eyas", name, *(_argument(p) for p in command.params if _is_argument(p))]
         yield from (f"## eyas {name}", "", inspect.cleandoc(command.help or ""), "")
-        yield from ("```", usage, "```", "")
-        rows = [row for parameter in command.params if (row := _parameter_row(parameter, context))]
+        yield from ("```", " ".join([*usage, "[OPTIONS]"]), "```", "")
+        rows = [_parameter_row(p, context) for p in command.params if p.name != "help"]
         if rows:
             yield from ("| option | meaning |", "| --- | --- |", *rows, "")
 
 
-def _parameter_row(parameter: Any, context: typer.Context) -> str | None:  # noqa: ANN401 (of click)
+def _is_argument(parameter: Any) -> bool:  # noqa: ANN401 (of click)
+    return bool(parameter.param_type_name == "argument")
+
+
+def _argument(parameter: Any) -> str:  # noqa: ANN401 (of click)
+    name = str(parameter.name).upper()
+    return name if parameter.required else f"[{name}]"
+
+
+def _parameter_row(parameter: Any, context: typer.Context) -> str:  # noqa: ANN401 (of click)
     help_text = getattr(parameter, "help", None) or ""
-    if parameter.name == "help":
-        return None
-    if parameter.param_type_name == "argument":
-        return f"| `{(parameter.name or '').upper()}` | {_cell(help_text)} |"
-    names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+    if _is_argument(parameter):
+        names = f"`{_argument(parameter)}`"
+    else:
+        value = "" if parameter.is_flag else f" {parameter.metavar or 'VALUE'}"
+        names = ", ".join(f"`{name}{value}`" for name in parameter.opts)
     default = parameter.get_default(context)
-    shown = (
-        ""
-        if default in (None, False, "", (), []) or callable(default)
-        else f" Default: `{default}`."
-    )
+    has_default = default not in (None, False, "", (), []) and not callable(default)
+    shown = f" Default: `{default}`." if has_default else ""
     return f"| {names} | {_cell(help_text)}{shown} |"
 
 
@@ -101,12 +106,16 @@ def _flow_lines() -> Iterator[str]:
         )
     for entry in FLOWS:
         text = inspect.cleandoc(entry.load().fn.__doc__ or "")  # type: ignore[attr-defined]
-        summary, _, errors = text.partition("Raises:")
+        before, _, errors = text.partition("Raises:")
+        summary, _, arguments = before.partition("Args:")
         yield from ("", f"## {entry.name}", "", summary.strip())
-        found = _ERROR.findall(errors)
-        if found:
-            yield from ("", "| error | when |", "| --- | --- |")
-            yield from (f"| `{name}` | {_cell(when)} |" for name, when in found)
+        for found, head in (
+            (_ENTRY.findall(arguments), "| parameter | meaning |"),
+            (_ENTRY.findall(errors), "| error | when |"),
+        ):
+            if found:
+                yield from ("", head, "| --- | --- |")
+                yield from (f"| `{name}` | {_cell(meaning)} |" for name, meaning in found)
 
 
 def _recipe() -> str:
@@ -115,7 +124,7 @@ def _recipe() -> str:
 
 def _recipe_lines() -> Iterator[str]:
     yield "A recipe is one YAML file with these sections. `--set SECTION.KEY=VALUE` of `eyas run`"
-    yield "overrides one key. A key without a default is required."
+    yield "overrides one key. A key without a default is required. `null` means: not set."
     yield ""
     for section, field in Recipe.model_fields.items():
         yield from _section_lines(section, field)
@@ -132,17 +141,25 @@ def _section_lines(section: str, field: FieldInfo) -> Iterator[str]:
             nested[f"{section}.{key}"] = one
             continue
         default = "" if one.is_required() else f"`{_default(one)}`"
-        kind, meaning = _cell(_type(one.annotation)), _cell(one.description or "")
+        kind = _cell(", ".join([_type(one.annotation), *_bounds(one)]))
+        meaning = _cell(one.description or "")
         yield f"| `{key}` | {kind} | {default} | {meaning} |"
     yield ""
     for name, one in nested.items():
         yield from _section_lines(name, one)
 
 
+def _bounds(field: FieldInfo) -> Iterator[str]:
+    for sign, name in ((">", "gt"), ("≥", "ge"), ("<", "lt"), ("≤", "le")):
+        for constraint in field.metadata:
+            if (bound := getattr(constraint, name, None)) is not None:
+                yield f"{sign} {bound:g}"
+
+
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
-        return "empty"
+        return "null"
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

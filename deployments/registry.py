@@ -95,7 +95,7 @@ FLOWS = (
         entrypoint="flows/offline.py:offline",
         sections=("target", "dataset", "store", "runner", "training", "tracking", "evaluation"),
         own_parameters=("run",),
-        description="hidden-states, then train, then evaluate",
+        description="hidden-states, then train, estimate and evaluate",
     ),
     FlowEntry(
         name="online",

@@ -4,7 +4,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +18,19 @@ class ConfigModel(BaseModel):
 
     former_keys: ClassVar[Mapping[str, str]] = {}
     """Maps the former spelling of a key to its replacement; kept for one release."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Let a Prefect server accept former keys, which no form shows, in stored parameters."""
+        schema = handler(core_schema)
+        if cls.former_keys:
+            own = handler.resolve_ref_schema(schema)
+            own["patternProperties"] = {
+                f"^{former}$": own["properties"][now] for former, now in cls.former_keys.items()
+            }
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -35,8 +50,8 @@ class ConfigModel(BaseModel):
             if now in renamed:
                 raise ValueError(f"both {now} and its former name {former} are given; keep {now}")
             logger.warning(
-                "%s.%s is now called %s; rename it, the next release refuses the former name",
-                *(cls.__name__.removesuffix("Config").lower(), former, now),
+                "the key %s is now called %s; rename it, the next release refuses the former name",
+                *(former, now),
             )
             renamed[now] = renamed.pop(former)
         return renamed

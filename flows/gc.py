@@ -45,8 +45,8 @@ def gc_flow(
         dataset: see `target`.
         store: where the store is, if not below `home`.
         home: folder of the stores.
-        keep: snapshots to keep in addition to the latest; by default those that are not an earlier
-            version of another (`storage.maintenance.gc.snapshots_to_keep`).
+        keep: snapshots to keep beside the latest and the young ones; by default all that are not an
+            earlier version of another one.
         drop_unfinished: also drop the shards of unfinished plans.
         release: runs whose snapshots are released, because their folders are gone.
         older_than_hours: younger objects stay, because another process may be about to reference

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from storage.encoding import zip_file as packed
+from storage.encoding import zip_file
 from storage.encoding.shard import raw_bytes, write_arrays
 from storage.errors import (
     CorruptError,
@@ -94,7 +94,7 @@ class ShardWriter:
                 append(data)
                 digest.update(data)
 
-            with packed.packing(write) as open_object:
+            with zip_file.packing(write) as open_object:
                 write_arrays(shard_id, samples, self.identity, open_object)
         self.root.flush(keys.shard_folder(shard_id))
         return digest.value()

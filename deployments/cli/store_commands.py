@@ -65,8 +65,9 @@ def gc(
         list[str] | None,
         typer.Option(
             metavar="SNAPSHOT",
-            help="Keep only this snapshot and the latest; may be repeated. By default gc keeps "
-            "every snapshot that is not an earlier version of another one.",
+            help="Keep only this snapshot, the latest and those younger than --older-than; may be "
+            "repeated. By default gc keeps every snapshot that is not an earlier version of "
+            "another one.",
         ),
     ] = None,
     drop_unfinished: Annotated[

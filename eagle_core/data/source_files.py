@@ -143,8 +143,8 @@ def _found(filesystem: fsspec.AbstractFileSystem, path: str, source: str) -> lis
     found_files = [file for file in files if file is not None]
     if not found_files:
         raise ConfigError(
-            f"no file at {source}: expected JSON, JSON lines or Parquet; correct `source`, or use "
-            "`package:NAME` or `hf:ORG/NAME`"
+            f"no file at {source}: expected JSON, JSON lines, Parquet or CSV; correct `source`, or "
+            "use `package:NAME` or `hf:ORG/NAME`"
         )
     return found_files
 

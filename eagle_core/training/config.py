@@ -26,7 +26,7 @@ class TttConfig(ConfigModel):
     loss_positions: LossPositions = Field(
         default="predicted",
         description="Which token must be the assistant's for a position to count: eagle3: token "
-        "t, as in EAGLE-3; predicted: the predicted token, as in serving.",
+        "t + i of step i, as in EAGLE-3; predicted: the predicted token, as in serving.",
     )
     loss_reduction: LossReduction = Field(
         default="tokens",
@@ -53,7 +53,9 @@ class TttConfig(ConfigModel):
 
 
 class TrainingConfig(TttConfig):
-    """Settings of one training run; `identity` has those that must not change on resuming."""
+    """Settings of one training run. A resumed run keeps all but its length, its processes, and how
+    often it saves, measures and logs.
+    """
 
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."

@@ -242,7 +242,7 @@ class _Run:
     def _remedy(self) -> str:
         newest = f"The newest checkpoint is {self.saved}. " if self.saved else ""
         return (
-            f"{newest}Verify the store (eyas verify --deep). If it is sound, train another run "
+            f"{newest}Verify the store (eyas run verify RECIPE). If it is sound, train another run "
             "(--run) with a lower training.learning_rate; it can start from this run's draft (eyas "
             "run export, then training.start_from)"
         )

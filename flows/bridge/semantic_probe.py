@@ -77,8 +77,8 @@ def require_sound(store: Store, snapshot: Snapshot, recompute: Recompute) -> int
         findings = verify_shard(store, shard_id, recompute=recompute)
         if findings:
             raise ShardCorruptError(
-                f"shard {shard_id} must not be trained on: {findings[0]}. `eyas verify --deep "
-                f"{store.root.url}` checks every shard"
+                f"shard {shard_id} must not be trained on: {findings[0]}. `eyas run "
+                "verify RECIPE` checks every shard"
             )
     if store.identity.omitted is not None and any(
         verify_shard(store, shard_id, recompute=recompute, exact=True) for shard_id in chosen

@@ -16,7 +16,7 @@ class RunnerConfig(ConfigModel):
     kind: Literal["processes", "dask", "ray"] = Field(
         default="processes",
         description="Child processes on this machine, each with its own GPU, or the workers "
-        "of a Dask or Ray cluster (pip install 'eyas[dask]' or 'eyas[ray]').",
+        "of a Dask or Ray cluster (in the repository: pip install -e '.[dask]' or '.[ray]').",
     )
     num_workers: int = Field(
         default=1,

@@ -71,5 +71,5 @@ def _package(name: str, kind: str) -> Any:  # noqa: ANN401 (it is optional)
     except ImportError as error:
         raise FlowError(
             f"runner.kind is {kind!r}, but {name} cannot be imported here ({error}); run: "
-            f"pip install 'eyas[{kind}]', or set runner.kind to processes"
+            f"pip install -e '.[{kind}]' in the repository, or set runner.kind to processes"
         ) from error

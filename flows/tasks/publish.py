@@ -28,8 +28,8 @@ def publish(
     train = commits.usable(TokenFile(tokens.train_path).sample_ids)
     if not train:
         raise CorruptError(
-            f"none of {tokens.num_samples:,} samples has finite states and is not held out; `eyas "
-            f"inspect {store.root.url}` lists the excluded ones"
+            f"there is no sample to train on: all of {tokens.num_samples:,} are excluded or held "
+            f"out; `eyas inspect {store.root.url}` lists the excluded ones"
         )
     name = space.snapshot_name("train")
     snapshot = store.publish(train, commits=commits, name=name, made_from=tokens.content)

@@ -89,7 +89,7 @@ class Child:
             self._process.kill()
             self._process.wait()
             raise ChildKilledError(
-                f"{what} produced no output for {inactivity_timeout_seconds:g} s and was killed; "
+                f"{what} reported nothing for {inactivity_timeout_seconds:g} s and was killed; "
                 "if it was still working, raise "
                 f"runner.inactivity_timeout_seconds{quoted(last_output(self._stderr))}"
             ) from None

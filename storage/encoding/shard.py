@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.encoding import zip_file as packed
+from storage.encoding import zip_file
 from storage.encoding.state_rows import StateRows
 from storage.encoding.states import decode_states, write_states
 from storage.encoding.zarr_arrays import OpenObject, load_arrays, write_small
@@ -168,7 +168,7 @@ def group_objects(
     if not key.endswith(keys.SHARD_SUFFIX):
         return objects
     try:
-        return packed.unpacked(objects[key])
+        return zip_file.unpacked(objects[key])
     except ValueError as error:
         raise ShardCorruptError(f"shard {shard_id} does not unpack: {error}; {REPAIR}") from error
 

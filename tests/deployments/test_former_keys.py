@@ -1,6 +1,7 @@
 """Keys of a recipe that have another name now: the former one is read, with a warning."""
 
 import pytest
+from prefect.utilities.schema_tools.validation import ValidationError, validate
 from pydantic import BaseModel
 
 from deployments.recipe import Recipe, load_recipe
@@ -43,7 +44,23 @@ def test_a_former_key_is_read_with_a_warning(
     recipe = load_recipe("smollm2", [f"{former}={value + 1}"])
     assert getattr(getattr(recipe, section), key) == value + 1
     (message,) = caplog.messages
-    assert message.startswith(f"{former} is now called {key}")
+    assert message.startswith(f"the key {former.partition(chr(46))[2]} is now called {key};")
+
+
+def test_a_server_accepts_former_keys_in_stored_parameters() -> None:
+    """Deployments that were registered anew check the parameters of old schedules and triggers."""
+    schema = Recipe.model_json_schema()
+    document = load_recipe("smollm2").model_dump(mode="json")
+    for former, now in FORMER_KEYS.items():
+        section, _, key = now.partition(".")
+        value = document[section].pop(key)
+        document[section][former.partition(".")[2]] = value
+    validate(document, schema, raise_on_error=True)
+    for former in FORMER_KEYS:
+        section, _, key = former.partition(".")
+        document[section][f"{key}s"] = document[section].pop(key)
+    with pytest.raises(ValidationError, match=r"not match any of the regexes"):
+        validate(document, schema, raise_on_error=True)
 
 
 def test_a_key_under_both_names_is_refused() -> None:

@@ -43,6 +43,14 @@ def test_a_recipe_in_the_former_folder_is_found_with_a_warning(
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("path", ["deployments/smollm2.yaml", "deployments/recipes/smollm2.yaml"])
+def test_a_recipe_is_found_by_its_path_of_now_and_before(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load_recipe(path).target.name == "smollm2"
+
+
 def test_prefect_yaml_is_what_the_recipes_say() -> None:
     committed = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
     assert committed == prefect_yaml.render(), "run: eyas render-deployments"

@@ -152,7 +152,7 @@ def test_all_that_is_held_out_can_be_left_out(tmp_path: Path, poisoned: TargetCo
 def test_nothing_is_left_says_so(tmp_path: Path, poisoned: TargetConfig) -> None:
     dataset = _dataset(tmp_path, range(NUM_CONVERSATIONS))
     store = StoreConfig(shard_tokens=600, max_excluded_share=1)
-    with pytest.raises(CorruptError, match=r"none of 24 samples has finite states"):
+    with pytest.raises(CorruptError, match=r"no sample to train on: all of 24 are excluded"):
         hidden_states(target=poisoned, dataset=dataset, store=store, home=str(tmp_path))
     with pytest.raises(CorruptError, match=r"none of \d+ tried samples has finite states"):
         plan_flow(target=poisoned, dataset=dataset, home=str(tmp_path / "plan"))

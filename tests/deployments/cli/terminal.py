@@ -9,7 +9,7 @@ from unittest import mock
 
 from typer.testing import CliRunner
 
-from deployments.cli.app import app
+from deployments.cli import app
 from tests.paths import ROOT
 from tests.waiting import LIMIT_SECONDS
 

@@ -24,7 +24,7 @@ from tests.waiting import LIMIT_SECONDS
 SAMPLES = make_samples(12)
 WITHOUT_TORCH = """
 import sys
-from deployments.cli.app import app
+from deployments.cli import app
 try:
     app(sys.argv[1:])
 finally:

@@ -159,7 +159,7 @@ def test_a_runner_whose_package_is_missing_says_what_to_install(
 ) -> None:
     with (
         mock.patch.dict("sys.modules", {"prefect_dask": None}),
-        pytest.raises(FlowError, match=r"pip install 'eyas\[dask\]'"),
+        pytest.raises(FlowError, match=r"pip install -e '\.\[dask\]'"),
         runner_module.running(RunnerConfig(kind="dask"), target, generate_shards, on_report=print),
     ):
         pass
@@ -185,7 +185,7 @@ def test_a_child_that_hangs_is_killed_and_one_that_talks_is_not() -> None:
     hanging = Talk(pauses=(0.1,), is_ending=False)
     lines = child.request(hanging, what="the child", inactivity_timeout_seconds=3.0)
     assert Talk.model_validate_json(next(lines)).pauses == (0.1,)
-    with pytest.raises(ChildKilledError, match=r"produced no output for 3 s.*raise runner"):
+    with pytest.raises(ChildKilledError, match=r"reported nothing for 3 s.*raise runner"):
         next(lines)
     assert not child.is_idle
     child.close()
