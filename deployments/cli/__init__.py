@@ -1,5 +1,12 @@
 """The command line; an installed `eyas` calls `app`."""
 
-from deployments.cli.commands import app
+from typing import Any
 
-__all__ = ["app"]
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (of a module)
+    """Return `app` when it is asked for: a temporary server starts without the commands."""
+    if name == "app":
+        from deployments.cli.commands import app  # noqa: PLC0415 (see above)
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

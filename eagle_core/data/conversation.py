@@ -11,8 +11,6 @@ from eagle_core.data.tool_calls import (
 )
 
 Role = Literal["system", "user", "assistant", "tool"]
-
-
 _THINK_END = "</think>"
 
 

@@ -47,8 +47,6 @@ _MAY_FOLLOW: Mapping[Role | None, frozenset[Role]] = {
 
 
 _MESSAGE_KEYS = ("conversations", "conversation", "messages")
-
-
 _ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid")
 
 

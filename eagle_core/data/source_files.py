@@ -17,14 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from eagle_core.errors import ConfigError, CorruptError, TransientError
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
-
-
 _COMPRESSIONS = (".gz", ".zst")
-
-
 BLOCK_BYTES = 8 << 20
-
-
 _UNREACHABLE = (TimeoutError, ConnectionError)
 
 

@@ -31,8 +31,6 @@ _TOO_LONG = re.compile(r"context.{0,9}length|too long|longer than|max_model_len"
 _LONGEST_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
 _DETAIL_CHARS = 300
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -20,8 +20,6 @@ from eagle_core.target.model import TargetModel
 
 OnUnusable = Callable[[TokenizedSample, str], None]
 """Called with a sample whose states cannot be stored, and the reason."""
-
-
 _LOGITS_CHUNK_TOKENS = 1024
 
 

@@ -11,8 +11,6 @@ from eagle_core.target.model_config import aux_layers, read_model_config
 
 CAPTURE_VERSION = 1
 """Incremented whenever the same weights and ids could give different stored bytes."""
-
-
 NORM_CONVENTION = "post_norm"
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+TENSORBOARD_FOLDER = "tensorboard"
+"""Below the folder of a run."""
 _ALL_SCALARS = {"scalars": 0}
 
 

@@ -8,15 +8,16 @@ TensorBoard's event files, which are imported.
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from eagle_core.atomic_files import write_text
-from eagle_core.tracking.event_files import read_event_files
-from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER
+from eagle_core.tracking.event_files import TENSORBOARD_FOLDER, read_event_files
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -29,25 +30,19 @@ class MetricsFile:
     def __init__(self, run_path: Path) -> None:
         """Open the file of the run in `run_path`; import the metrics of earlier versions."""
         self._path = run_path / METRICS_NAME
-        self._is_disabled = False
+        self._file: FileIO | None = None
+        """None once it has failed."""
         try:
             if not self._path.exists():
                 write_text(self._path, "".join(_former_lines(run_path)))
             self._file = self._path.open("a+b", buffering=0)
-            self._end_torn_line()
+            _end_torn_line(self._file)
         except OSError as error:
             self._disable(error)
 
-    def _end_torn_line(self) -> None:
-        """End the line that a kill may have cut short."""
-        if self._file.seek(0, 2):
-            self._file.seek(-1, 2)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
-
     def log(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Record `scalars` at `step`."""
-        if self._is_disabled:
+        if self._file is None:
             return
         try:
             self._file.write(_line(scalars, step=step, when=time.time()).encode())
@@ -55,7 +50,7 @@ class MetricsFile:
             self._disable(error)
 
     def _disable(self, error: Exception) -> None:
-        self._is_disabled = True
+        self._close()
         logger.warning(
             "%s cannot be written (%s); training continues without it", self._path, error
         )
@@ -71,8 +66,12 @@ class MetricsFile:
         trace: TracebackType | None,
     ) -> None:
         """Close the file."""
-        if hasattr(self, "_file"):
-            self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def read_metrics(run_path: Path) -> Mapping[str, Mapping[int, float]]:
@@ -94,6 +93,14 @@ def read_metrics(run_path: Path) -> Mapping[str, Mapping[int, float]]:
             for name, value in metrics.items():
                 found.setdefault(name, {})[step] = math.nan if value is None else float(value)
     return {name: dict(sorted(by_step.items())) for name, by_step in found.items()}
+
+
+def _end_torn_line(file: FileIO) -> None:
+    """End the line that a kill may have cut short."""
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 def _former_lines(run_path: Path) -> Iterator[str]:

@@ -14,11 +14,7 @@ from eagle_core.tracking.hosted import HostedTracker, hosted_run_id
 from eagle_core.tracking.tracker import Tracker
 
 MLFLOW_STORE = "mlflow.db"
-
-
 _RUN_TAG = "eyas.run"
-
-
 _MLFLOW_VALUE_CHARACTERS = 6000
 
 

@@ -8,9 +8,7 @@ from typing import Self
 from torch.utils.tensorboard import SummaryWriter
 
 from eagle_core.tracking.config import TrackedRun, TrackingConfig
-
-TENSORBOARD_FOLDER = "tensorboard"
-"""Below the folder of a run."""
+from eagle_core.tracking.event_files import TENSORBOARD_FOLDER
 
 
 class TensorBoardTracker:

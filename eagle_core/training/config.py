@@ -5,10 +5,12 @@ from typing import Literal
 from pydantic import Field
 
 from eagle_core.config_model import ConfigModel
-from eagle_core.training.distributed import Sharding
-from eagle_core.training.loss import Objective
-from eagle_core.training.positions import LossPositions, LossReduction
 from eagle_core.training.precision import TrainingDtype
+
+LossPositions = Literal["eagle3", "predicted"]
+LossReduction = Literal["positions", "tokens", "sequence"]
+Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
+Sharding = Literal["replicate", "shard"]
 
 
 class TttConfig(ConfigModel):

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-Sharding = Literal["replicate", "shard"]
+from eagle_core.training.config import Sharding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

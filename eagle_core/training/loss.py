@@ -12,14 +12,13 @@ import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eagle_core.bfloat16 import widened
-
-Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
+from eagle_core.training.config import Objective
 
 CHUNK_ROWS = 1024
 TILE_BYTES = 1 << 21

@@ -9,13 +9,11 @@ Shapes: N packed tokens, L training-time-test steps.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-LossPositions = Literal["eagle3", "predicted"]
-LossReduction = Literal["positions", "tokens", "sequence"]
+from eagle_core.training.config import LossPositions, LossReduction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

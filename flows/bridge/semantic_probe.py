@@ -19,8 +19,6 @@ from storage.records.snapshot import Snapshot
 from storage.store import Store
 
 SHARDS_AT_TRAIN_START = 4
-
-
 logger = logging.getLogger(__name__)
 
 

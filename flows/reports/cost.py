@@ -8,8 +8,6 @@ from flows.reports.units import human_bytes
 
 HEADROOM = 1.02
 """Commit records, snapshots and the file system's blocks add to the size of the shards."""
-
-
 WITH_RECOMPUTE = " + recompute"
 
 

@@ -8,11 +8,7 @@ from flows.errors import ChildFailedError, ChildKilledError, FlowError
 from flows.workers.channel import Failure
 
 STDERR_TAIL_CHARS = 2000
-
-
 _RANKS_TAIL_CHARS = 5000
-
-
 _RANKS_SUMMARY = " FAILED\n---"
 """Where torchrun's summary of the ranks begins, after its own traceback."""
 
@@ -32,6 +28,7 @@ def as_raised(failures: Sequence[Failure], what: str) -> Exception:
 
 
 def last_output(stderr: IO[str]) -> str:
+    """Return the end of what a child wrote, or torchrun's summary of its ranks."""
     try:
         stderr.seek(0)
         text = stderr.read()
@@ -44,15 +41,18 @@ def last_output(stderr: IO[str]) -> str:
 
 
 def end_error(what: str, status: int, tail: str) -> FlowError:
+    """Return the error for a child that ended without a result: a kill, or a defect."""
     kind = ChildKilledError if status < 0 else ChildFailedError
     return kind(how_it_ended(what, status, tail))
 
 
 def how_it_ended(what: str, status: int, tail: str) -> str:
+    """Return the message for an exit status, with the last output."""
     cause = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     hint = " (out of memory? lower target.batch_tokens)" if status == -9 else ""
     return f"{what} {cause}{hint}{quoted(tail)}"
 
 
 def quoted(tail: str) -> str:
+    """Return the last output as the end of a message."""
     return f"; its last output: {tail}" if tail else ""

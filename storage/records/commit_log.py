@@ -47,12 +47,8 @@ class Listing:
     @classmethod
     def of(cls, root: ObjectStore) -> "Listing":
         """List the records below the root of a store."""
-        names = (
-            key.removesuffix(keys.JSON_SUFFIX)
-            for key in root.sizes(keys.RECORDS)
-            if key.endswith(keys.JSON_SUFFIX)
-        )
-        records = sorted(name for name in names if is_id(name))
+        names = (keys.without(key, keys.JSON_SUFFIX) for key in root.sizes(keys.RECORDS))
+        records = sorted(name for name in names if name is not None and is_id(name))
         manifests = manifest_ids(root)
         revoked = revocations(root) if manifests else ()
         return cls(records=records, manifest_ids=manifests, revoked=revoked)

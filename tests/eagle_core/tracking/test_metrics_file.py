@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from eagle_core.tracking.config import TrackedRun, TrackingConfig
+from eagle_core.tracking.event_files import TENSORBOARD_FOLDER
 from eagle_core.tracking.metrics_file import METRICS_NAME, MetricsFile, read_metrics
-from eagle_core.tracking.tensorboard import TENSORBOARD_FOLDER, TensorBoardTracker
+from eagle_core.tracking.tensorboard import TensorBoardTracker
 from eagle_core.tracking.trackers import open_trackers
 
 
