@@ -23,11 +23,13 @@ HEAD = np.random.default_rng(7).normal(0, 0.1, (VOCAB, HIDDEN)).astype(np.float3
 
 
 class Maker:
-    """Makes states again by having kept them, moved by `early_ulps` of their last bit."""
+    """Makes states again by having kept them, moved by some of their last bits."""
 
-    def __init__(self, samples: list[StoredSample], *, early_ulps: int = 0) -> None:
+    def __init__(
+        self, samples: list[StoredSample], *, early_ulps: int = 0, last_ulps: int = 0
+    ) -> None:
         self._samples = {sample.sample_id: sample for sample in samples}
-        self._early_ulps = early_ulps
+        self._early_ulps, self._last_ulps = early_ulps, last_ulps
 
     def log_probabilities(self, last: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
         logits = np.tanh(bf16_to_float(last)) @ HEAD.T
@@ -37,9 +39,8 @@ class Maker:
         whole = self._samples[sample.sample_id]
         early = whole.aux_hidden_states[:, :1] + np.uint16(self._early_ulps)
         aux = np.concatenate([early, sample.aux_hidden_states], axis=1)
-        return replace(
-            sample, aux_hidden_states=aux, last_hidden_state=whole.last_hidden_state.copy()
-        )
+        last = whole.last_hidden_state + np.uint16(self._last_ulps)
+        return replace(sample, aux_hidden_states=aux, last_hidden_state=last)
 
 
 def point_of(sample: StoredSample, maker: Maker) -> ProbePoint:
@@ -111,6 +112,19 @@ def test_the_probe_covers_states_that_are_made_again(
     elsewhere = [replace(s, last_hidden_state=s.last_hidden_state ^ 0x8000) for s in samples]
     (wrong,) = verify_store(store, deep=True, recompute=Maker(elsewhere))
     assert "log-probability" in wrong.problem
+
+
+def test_last_states_must_be_exact_only_where_they_follow_from_exact_states(
+    tmp_path: Path, samples: list[StoredSample], profile: str
+) -> None:
+    """The codes of a quantized profile move the late state, and so the last one."""
+    identity = make_identity(profile=profile, omitted=OMITTED)
+    store = Store.create(str(tmp_path / "s"), identity)
+    plan = store.plan(planned(samples), shard_tokens=10**6)
+    point = point_of(samples[2], Maker(samples))
+    shard_id = store.write_shard(plan.shards[0], samples, probe=[point]).shard_id
+    rounded = verify_shard(store, shard_id, recompute=Maker(samples, last_ulps=1), exact=True)
+    assert len(rounded) == (0 if profile == "int8" else 1)
 
 
 def test_a_point_with_other_channels_than_the_sample_is_refused(
