@@ -36,7 +36,7 @@ from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
-from flows.reports.run_record import StorageBill, write_settings
+from flows.reports.run_record import StorageSize, write_settings
 from flows.reports.table import print_table
 from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
 from flows.tasks.preflight import preflight
@@ -150,8 +150,8 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
 
         def write_record() -> None:
             write_run(run_path, record, begun=known)
-            bill = None if keeper is None else StorageBill.of(keeper.store)
-            write_settings(run_path, record, tokens, bill, total_steps=total)
+            storage_size = None if keeper is None else StorageSize.of(keeper.store)
+            write_settings(run_path, record, tokens, storage_size, total_steps=total)
 
         trained = run_training(setup, source, None, record, lock, write_record=write_record)
         source.release_target()  # evaluation loads it again: two may not fit

@@ -26,7 +26,7 @@ from flows.config.store import StoreConfig
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
 from flows.reports.run_record import (
-    StorageBill,
+    StorageSize,
     write_settings,
 )
 from flows.summaries import TrainSummary
@@ -134,8 +134,10 @@ def _train(
 
     def write_record() -> None:
         write_run(run_path, record, begun=data.record)
-        bill, excluded = StorageBill.of(store, data.commits), data.commits.excluded
-        write_settings(run_path, record, data.tokens, bill, total_steps=total, excluded=excluded)
+        storage_size, excluded = StorageSize.of(store, data.commits), data.commits.excluded
+        write_settings(
+            run_path, record, data.tokens, storage_size, total_steps=total, excluded=excluded
+        )
 
     if data.begun:
         warn_of_another_length(run_path, training, total, step=data.begun.step)

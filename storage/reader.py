@@ -183,7 +183,7 @@ def read_shard(
     try:
         objects = _read_objects(log, shard_id, cache, allocate)
     except ShardMissingError:  # perhaps the cached manifests are out of date
-        log.forget()
+        log.drop_cached()
         objects = _read_objects(log, shard_id, cache, allocate)
     return decode_shard(shard_id, objects, identity=identity, allocate=allocate)
 

@@ -5,6 +5,9 @@ Shapes: L training-time-test steps.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +29,12 @@ class Metrics:
     """[L]; empty without a held-out split."""
     held_out_acceptances: tuple[float, ...] = ()
     """[L] probability that a sampled draft token is accepted."""
-    held_out_prefixes: tuple[float, ...] = ()
+    held_out_joint_prefix_accuracies: Annotated[
+        tuple[float, ...],
+        Field(
+            validation_alias=AliasChoices("held_out_joint_prefix_accuracies", "held_out_prefixes")
+        ),
+    ] = ()
     """[L] joint-prefix accuracy: share of positions where the draft is correct up to this step."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from eagle_core.bfloat16 import require_finite
@@ -133,7 +134,7 @@ class _Run:
         checkpoint.require_identity(folder, found.identity, self.identity)
         checkpoint.load_weights(self.draft, folder)
         self.step, self.loader, self.saved = found.step, found.loader, folder
-        self.metrics = Metrics(**{name: _as_tuple(value) for name, value in found.figures.items()})
+        self.metrics = TypeAdapter(Metrics).validate_python(found.figures)
         best = checkpoint.best(self.run_path)
         if best is not None:
             self.best_length = checkpoint.read(best).figures["held_out_length"]
@@ -293,12 +294,12 @@ class _Run:
             held_out_length=found.length,
             held_out_accuracies=found.accuracies,
             held_out_acceptances=found.acceptances,
-            held_out_prefixes=found.prefixes,
+            held_out_joint_prefix_accuracies=found.joint_prefix_accuracies,
         )
         named = {
             "accuracy": found.accuracies,
             "acceptance": found.acceptances,
-            "prefix": found.prefixes,
+            "prefix": found.joint_prefix_accuracies,
         }
         scalars = {
             f"held_out/{name}_{step}": value
@@ -339,10 +340,6 @@ def _identity(
         "draft": draft.config.model_dump(mode="json"),
         "draft_vocabulary": hashlib.sha256(vocabulary).hexdigest(),
     }
-
-
-def _as_tuple(value: Any) -> Any:  # noqa: ANN401 (a JSON value)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:

@@ -19,13 +19,13 @@ class HeldOutFigures:
     """[L] share of supervised positions where draft and target have the same argmax."""
     acceptances: tuple[float, ...]
     """[L] mean of sum(min(p, q)); 0 where the target's argmax is outside the draft vocabulary."""
-    prefixes: tuple[float, ...]
+    joint_prefix_accuracies: tuple[float, ...]
     """[L] joint-prefix accuracy: share of positions correct in this and all earlier steps."""
 
     @property
     def length(self) -> float:
         """Return the tokens per verifying forward, 1 to L + 1, with greedy drafting."""
-        return 1 + sum(self.prefixes)
+        return 1 + sum(self.joint_prefix_accuracies)
 
 
 @torch.no_grad()
@@ -54,5 +54,5 @@ def measure_held_out(
     return HeldOutFigures(
         accuracies=tuple(torch.as_tensor(correct / supervised).tolist()),
         acceptances=tuple(torch.as_tensor(acceptance / supervised).tolist()),
-        prefixes=tuple(torch.as_tensor(prefix / supervised[0]).tolist()),
+        joint_prefix_accuracies=tuple(torch.as_tensor(prefix / supervised[0]).tolist()),
     )

@@ -40,8 +40,8 @@ class CostEstimate:
     num_supervised_tokens: int
     num_shards: int
     """Missing shards; the two below count missing samples and tokens."""
-    samples_to_make: int
-    tokens_to_make: int
+    missing_samples: int
+    missing_tokens: int
     stored_bytes: int
     """Size of the store now."""
     bytes_per_token: Mapping[str, float]
@@ -57,11 +57,11 @@ class CostEstimate:
     @property
     def seconds(self) -> float:
         """Return the time to compute the missing states."""
-        return self.tokens_to_make / self.tokens_per_second if self.tokens_to_make else 0.0
+        return self.missing_tokens / self.tokens_per_second if self.missing_tokens else 0.0
 
     def size(self, profile: str) -> int:
         """Return the bytes of the missing states under a profile."""
-        return int(self.tokens_to_make * self.bytes_per_token.get(profile, 0.0) * HEADROOM)
+        return int(self.missing_tokens * self.bytes_per_token.get(profile, 0.0) * HEADROOM)
 
     def missing_bytes(self, profile: str) -> int:
         """Return by how many bytes the disk or the budget is too small; 0 if everything fits."""
@@ -70,7 +70,7 @@ class CostEstimate:
             over.append(self.size(profile) - self.free_bytes)
         if self.budget_bytes is not None:
             over.append(self.stored_bytes + self.size(profile) - self.budget_bytes)
-        return max(over) if self.tokens_to_make else 0
+        return max(over) if self.missing_tokens else 0
 
 
 def require_fits(estimate: CostEstimate) -> None:
@@ -79,7 +79,7 @@ def require_fits(estimate: CostEstimate) -> None:
     if not missing:
         return
     size = human_bytes(estimate.size(estimate.profile))
-    what = f"the {estimate.profile} states of {estimate.tokens_to_make:,} tokens take about {size}"
+    what = f"the {estimate.profile} states of {estimate.missing_tokens:,} tokens take about {size}"
     over_budget = estimate.budget_bytes is not None and (
         estimate.stored_bytes + estimate.size(estimate.profile) - estimate.budget_bytes == missing
     )
@@ -105,10 +105,10 @@ def require_fits(estimate: CostEstimate) -> None:
 
 def _remedies(estimate: CostEstimate, missing: int) -> Iterator[str]:
     size = estimate.size(estimate.profile)
-    fitting = int(estimate.samples_to_make * (size - missing) / size)
+    fitting = int(estimate.missing_samples * (size - missing) / size)
     if fitting > 0:
         yield (
-            f"use fewer conversations (about {fitting:,} of {estimate.samples_to_make:,} fit: "
+            f"use fewer conversations (about {fitting:,} of {estimate.missing_samples:,} fit: "
             "dataset.max_conversations) or shorter ones (dataset.max_length)"
         )
     if estimate.stored_bytes:  # its profile is fixed

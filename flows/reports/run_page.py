@@ -21,7 +21,7 @@ from flows.reports.run_record import (
     RunRecord,
     RunSettings,
     SplitFigures,
-    StorageBill,
+    StorageSize,
     as_text,
 )
 from flows.reports.table import Row
@@ -98,9 +98,14 @@ def _headlines(record: RunRecord) -> list[Row]:
         figures = record.training.figures
         found.append(("steps", f"{record.training.num_steps:,}"))
         found.append(("loss", f"{figures.first_loss:.2f} → {figures.loss:.2f}"))
-    bill = record.settings.bill if record.settings else None
-    if bill is not None and bill.raw_bytes:
-        found.append(("stored size relative to raw", f"{bill.stored_bytes / bill.raw_bytes:.1%}"))
+    storage_size = record.settings.storage_size if record.settings else None
+    if storage_size is not None and storage_size.raw_bytes:
+        found.append(
+            (
+                "stored size relative to raw",
+                f"{storage_size.stored_bytes / storage_size.raw_bytes:.1%}",
+            )
+        )
     return found
 
 
@@ -247,38 +252,44 @@ def _split(figures: SplitFigures) -> str:
 
 
 def _storage(settings: RunSettings | None) -> Section:
-    bill = settings.bill if settings else None
-    if bill is None:
+    storage_size = settings.storage_size if settings else None
+    if storage_size is None:
         note = "Nothing is stored: the target computed the states during training."
         return Section(title="Storage", note=note if settings else "Not recorded.")
     svg = plots.named_bars(
-        [("raw arrays", bill.raw_bytes), (f"stored, {bill.profile}", bill.stored_bytes)],
+        [
+            ("raw arrays", storage_size.raw_bytes),
+            (f"stored, {storage_size.profile}", storage_size.stored_bytes),
+        ],
         name="Storage size",
         form=human_bytes,
     )
     return Section(
         title="Storage",
-        rows=_size_rows(bill),
+        rows=_size_rows(storage_size),
         plots=[("Hidden states of both splits", Markup(svg))],  # noqa: S704 (ours)
     )
 
 
-def _size_rows(bill: StorageBill) -> list[Row]:
-    tokens = max(bill.num_tokens, 1)
+def _size_rows(size: StorageSize) -> list[Row]:
+    tokens = max(size.num_tokens, 1)
     return [
         (
             "size, raw",
-            f"{human_bytes(bill.raw_bytes)}, {bill.raw_bytes / tokens:,.0f} bytes per token",
+            f"{human_bytes(size.raw_bytes)}, {size.raw_bytes / tokens:,.0f} bytes per token",
         ),
         (
             "size, stored",
-            f"{human_bytes(bill.stored_bytes)}, {bill.stored_bytes / tokens:,.0f} bytes per token",
+            f"{human_bytes(size.stored_bytes)}, {size.stored_bytes / tokens:,.0f} bytes per token",
         ),
-        ("stored, share of raw", f"{bill.stored_bytes / max(bill.raw_bytes, 1):.1%}"),
-        ("profile", bill.profile),
-        ("shards", f"{bill.num_shards:,}"),
-        ("tokens", f"{bill.num_tokens:,}"),
-        ("store", bill.root),
+        (
+            "stored, share of raw",
+            f"{size.stored_bytes / max(size.raw_bytes, 1):.1%}",
+        ),
+        ("profile", size.profile),
+        ("shards", f"{size.num_shards:,}"),
+        ("tokens", f"{size.num_tokens:,}"),
+        ("store", size.root),
     ]
 
 

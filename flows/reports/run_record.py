@@ -6,10 +6,18 @@ All are JSON files in the run's folder. A stage that has not ended has no file.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import to_json
 
 from eagle_core.atomic_files import write_text
@@ -64,7 +72,7 @@ class SplitFigures(BaseModel):
         )
 
 
-class StorageBill(BaseModel):
+class StorageSize(BaseModel):
     """The size of a store's states, and their size as raw arrays."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,7 +85,7 @@ class StorageBill(BaseModel):
     stored_bytes: int
 
     @classmethod
-    def of(cls, store: Store, commits: Commits | None = None) -> "StorageBill":
+    def of(cls, store: Store, commits: Commits | None = None) -> "StorageSize":
         """Add up the commit records of a store; with `commits` they are not read again."""
         totals = (store.commits() if commits is None else commits).totals
         return cls(
@@ -101,7 +109,9 @@ class RunSettings(BaseModel):
     """Section to key to value, for display."""
     train: SplitFigures
     held_out: SplitFigures
-    bill: StorageBill | None
+    storage_size: Annotated[
+        StorageSize | None, Field(validation_alias=AliasChoices("storage_size", "bill"))
+    ]
     """None for a run that stores nothing."""
     total_steps: int | None = None
     """Planned steps of the attempt; None in files of older versions."""
@@ -145,7 +155,7 @@ def write_settings(
     run_path: Path,
     run: Run,
     tokens: TokensSummary,
-    bill: StorageBill | None,
+    storage_size: StorageSize | None,
     *,
     total_steps: int,
     excluded: Collection[str] = (),
@@ -158,7 +168,7 @@ def write_settings(
         configuration={name: getattr(run, name).model_dump(mode="json") for name in sections},
         train=SplitFigures.of(TokenFile(tokens.train_path), without=excluded),
         held_out=SplitFigures.of(TokenFile(tokens.held_out_path), without=excluded),
-        bill=bill,
+        storage_size=storage_size,
         total_steps=total_steps,
     )
     write_text(run_path / SETTINGS_NAME, settings.model_dump_json(indent=2) + "\n")

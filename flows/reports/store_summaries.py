@@ -43,5 +43,5 @@ class ShardResult:
     excluded: tuple[Exclusion, ...]
     seconds: float
     attempt: int
-    made_by: str
+    worker: str
     """Host and process that wrote it."""

@@ -27,9 +27,9 @@ def cost_rows(estimate: CostEstimate) -> list[Row]:
     ]
     if estimate.stored_bytes:
         rows.append(("already stored", human_bytes(estimate.stored_bytes)))
-    if not estimate.tokens_to_make:
+    if not estimate.missing_tokens:
         return [*rows, ("missing", "nothing: every sample has its states")]
-    rows.append(("missing", f"{estimate.tokens_to_make:,} tokens, {estimate.num_shards:,} shards"))
+    rows.append(("missing", f"{estimate.missing_tokens:,} tokens, {estimate.num_shards:,} shards"))
     for profile, per_token in estimate.bytes_per_token.items():
         chosen = ", chosen" if profile == estimate.profile else ""
         size = f"{human_bytes(estimate.size(profile))} ({per_token:,.0f} bytes per token{chosen})"
@@ -75,7 +75,7 @@ def shard_table(
                 "of raw": f"{record.stored_bytes / record.raw_bytes:.1%}",
                 "seconds": round(how.seconds, 1) if how else None,
                 "attempt": how.attempt if how else None,
-                "made by": how.made_by if how else None,
+                "worker": how.worker if how else None,
             }
         )
     return rows

@@ -33,7 +33,7 @@ def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
     return TargetRecompute(lm_head.to(device), load_recompute_model(target, store.identity))
 
 
-@task(task_run_name="look for damage", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="find damage", cache_policy=NO_CACHE, persist_result=False)
 def find_damage(
     store: Store, *, deep: bool, recompute: Recompute | None, title: str
 ) -> Sequence[Finding]:

@@ -45,7 +45,7 @@ def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[
             excluded=report.excluded,
             seconds=report.seconds,
             attempt=attempt,
-            made_by=report.made_by,
+            worker=report.worker,
         )
         for report in pool.make(batch if attempt == 1 else _rest(batch))
         if report.kind == "shard"

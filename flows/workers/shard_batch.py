@@ -52,5 +52,5 @@ class ShardReport(BaseModel):
     """Samples of the shard whose states cannot be stored."""
     seconds: float = 0.0
     """From the first token of a shard to its commit."""
-    made_by: str = ""
+    worker: str = ""
     """Host and process."""

@@ -122,7 +122,7 @@ class ShardWorker:
             shard_id=shard.shard_id if shard.sample_ids else "",
             excluded=computed.excluded,
             seconds=time.monotonic() - computed.began,
-            made_by=f"{socket.gethostname()}:{os.getpid()}",
+            worker=f"{socket.gethostname()}:{os.getpid()}",
         )
 
 

@@ -331,7 +331,7 @@ def collect(store: Store, garbage: Garbage) -> None:
             store.plans.save(left)
             store.plans.delete(plan_id)
     for snapshot_id in garbage.snapshot_ids:  # no plan names its shards any more
-        store.refs.forget(snapshot_id)
+        store.refs.remove(snapshot_id)
         store.root.delete(keys.snapshot(snapshot_id))
     present = _readable(store, store.snapshot_ids())
     published = {shard_id for snapshot in present for shard_id in snapshot.shard_ids}

@@ -141,7 +141,7 @@ class CommitLog:
         found = self.alone(wanted, absent_ok=True)
         return {name: found[name] if name in found else self.find(name) for name in wanted}
 
-    def forget(self) -> None:
+    def drop_cached(self) -> None:
         """Drop the cached manifests; the next lookup reads them again."""
         with self._lock:
             self._manifests.clear()
@@ -246,7 +246,7 @@ class CommitLog:
                 return read()
             except FileNotFoundError as error:
                 moved = error
-            self.forget()
+            self.drop_cached()
             time.sleep(pause)
         raise TransientError(
             f"{moved}, although it was listed a moment ago; is this host's view of a shared disk "

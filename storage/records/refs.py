@@ -88,7 +88,7 @@ class Refs:
         parts = (name.split("/") for name in self._listed() if name.startswith(_RUNS))
         return [(part[1], part[2]) for part in parts if len(part) == 3]
 
-    def forget(self, snapshot_id: str) -> None:
+    def remove(self, snapshot_id: str) -> None:
         """Remove every name of a snapshot."""
         for name, named in self.names().items():
             if named == snapshot_id:

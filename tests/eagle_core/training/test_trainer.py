@@ -336,7 +336,7 @@ def test_a_checkpoint_says_what_was_measured_at_its_step(tmp_path: Path) -> None
     assert best is not None
     figures = checkpoint.read(best).figures
     assert figures["held_out_step"] == 4
-    assert figures["held_out_length"] == 1 + sum(figures["held_out_prefixes"])
+    assert figures["held_out_length"] == 1 + sum(figures["held_out_joint_prefix_accuracies"])
 
 
 def test_the_best_measurement_has_a_checkpoint_wherever_it_falls(
@@ -347,7 +347,9 @@ def test_the_best_measurement_has_a_checkpoint_wherever_it_falls(
 
     def measured(*_: object, **__: object) -> HeldOutFigures:
         share = next(found)
-        return HeldOutFigures(accuracies=(share,), acceptances=(share,), prefixes=(share,))
+        return HeldOutFigures(
+            accuracies=(share,), acceptances=(share,), joint_prefix_accuracies=(share,)
+        )
 
     monkeypatch.setattr("eagle_core.training.trainer.measure_held_out", measured)
     every = {"held_out_every": 1, "checkpoint_every": 100, "max_steps": 6, "keep_last": 1}

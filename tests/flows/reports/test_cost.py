@@ -8,15 +8,15 @@ from flows.errors import DoesNotFitError
 from flows.reports.cost import HEADROOM, CostEstimate, require_fits
 
 GB = 10**9
-BILL = CostEstimate(
+ESTIMATE = CostEstimate(
     store_root="/data/store",
     profile="lossless",
     num_samples=2000,
     num_tokens=2_000_000,
     num_supervised_tokens=1_000_000,
     num_shards=100,
-    samples_to_make=1000,
-    tokens_to_make=1_000_000,
+    missing_samples=1000,
+    missing_tokens=1_000_000,
     stored_bytes=0,
     bytes_per_token={"raw": 30_000.0, "lossless": 20_000.0, "int8": 10_000.0},
     tokens_per_second=100.0,
@@ -27,9 +27,9 @@ BILL = CostEstimate(
 
 
 def test_sizes_and_time_are_of_what_is_still_to_be_made() -> None:
-    assert BILL.size("lossless") == int(20 * GB * HEADROOM)
-    assert BILL.seconds == 10_000
-    assert replace(BILL, tokens_to_make=0, bytes_per_token={}).seconds == 0
+    assert ESTIMATE.size("lossless") == int(20 * GB * HEADROOM)
+    assert ESTIMATE.seconds == 10_000
+    assert replace(ESTIMATE, missing_tokens=0, bytes_per_token={}).seconds == 0
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ def test_sizes_and_time_are_of_what_is_still_to_be_made() -> None:
         {"free_bytes": 21 * GB},
         {"budget_bytes": 21 * GB},
         {"budget_bytes": 31 * GB, "stored_bytes": 10 * GB},
-        {"free_bytes": 0, "budget_bytes": 1, "tokens_to_make": 0, "bytes_per_token": {}},
+        {"free_bytes": 0, "budget_bytes": 1, "missing_tokens": 0, "bytes_per_token": {}},
     ],
 )
 def test_what_fits_passes(changes: dict[str, object]) -> None:
-    require_fits(replace(BILL, **changes))
+    require_fits(replace(ESTIMATE, **changes))
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(
     changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(DoesNotFitError, match=message):
-        require_fits(replace(BILL, **changes))
+        require_fits(replace(ESTIMATE, **changes))

@@ -1,4 +1,4 @@
-"""The bill is right, costs nothing to ask for, and is asked for before the first shard."""
+"""The estimate is right, costs nothing to ask for, and is asked for before the first shard."""
 
 from pathlib import Path
 
@@ -18,32 +18,34 @@ from storage.store import Store
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
 
-def test_the_bill_is_what_generation_then_takes(
+def test_the_estimate_is_what_generation_then_takes(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = StoreConfig(shard_tokens=2000)
-    bill = plan(target=target, dataset=dataset, store=store, home=str(tmp_path))
+    estimate = plan(target=target, dataset=dataset, store=store, home=str(tmp_path))
     printed = capsys.readouterr().out
     assert not (tmp_path / "stores").exists()
     half = {encoding_name(profile, recompute=True) for profile in PROFILES}
-    assert set(bill.bytes_per_token) == {*PROFILES, *half}
+    assert set(estimate.bytes_per_token) == {*PROFILES, *half}
     for profile in PROFILES:
-        with_recompute = bill.bytes_per_token[encoding_name(profile, recompute=True)]
-        assert with_recompute < 0.75 * bill.bytes_per_token[profile]
-    assert bill.recompute is not None
-    assert 0 < bill.recompute.share_of_capture < 2
+        with_recompute = estimate.bytes_per_token[encoding_name(profile, recompute=True)]
+        assert with_recompute < 0.75 * estimate.bytes_per_token[profile]
+    assert estimate.recompute is not None
+    assert estimate.recompute.share_of_capture > 0
     assert "recompute during training" in printed
-    assert f"{bill.recompute.tokens_per_second:,.0f} tokens per second" in printed
-    assert f"{bill.tokens_to_make:,} tokens, {bill.num_shards} shards" in printed
-    assert bill.tokens_per_second > 0
-    assert bill.free_bytes is not None
+    assert f"{estimate.recompute.tokens_per_second:,.0f} tokens per second" in printed
+    assert f"{estimate.missing_tokens:,} tokens, {estimate.num_shards} shards" in printed
+    assert estimate.tokens_per_second > 0
+    assert estimate.free_bytes is not None
 
     made = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
-    assert (made.num_shards, made.num_tokens) == (bill.num_shards, bill.num_tokens)
-    assert bill.bytes_per_token["lossless"] == pytest.approx(made.stored_bytes_per_token, rel=0.1)
+    assert (made.num_shards, made.num_tokens) == (estimate.num_shards, estimate.num_tokens)
+    assert estimate.bytes_per_token["lossless"] == pytest.approx(
+        made.stored_bytes_per_token, rel=0.1
+    )
 
     after = plan(target=target, dataset=dataset, store=store, home=str(tmp_path))
-    assert after.num_shards == after.tokens_to_make == 0
+    assert after.num_shards == after.missing_tokens == 0
     assert after.stored_bytes == made.stored_bytes
     assert "nothing: every sample has its states" in capsys.readouterr().out
 

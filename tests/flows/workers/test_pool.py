@@ -71,7 +71,7 @@ def _require_made_by_two(
     assert len(table) == two.num_shards
     assert {row["attempt"] for row in table} == {1}
     assert sum(row["tokens"] for row in table) == two.num_tokens  # type: ignore[misc]
-    assert len({row["made by"] for row in table}) == 2, "each loaded the target once"
+    assert len({row["worker"] for row in table}) == 2, "each loaded the target once"
 
 
 @pytest.mark.slow
