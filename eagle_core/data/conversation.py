@@ -6,9 +6,7 @@ from typing import Literal, Self
 
 import xxhash
 
-from eagle_core.data.tool_calls import (
-    ToolCall,
-)
+from eagle_core.data.tool_calls import ToolCall
 
 Role = Literal["system", "user", "assistant", "tool"]
 _THINK_END = "</think>"
@@ -23,6 +21,12 @@ class Message:
     reasoning_content: str = ""
     """The assistant's reasoning before `content`."""
     tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    """Of the function whose result a tool turn is."""
+    tool_call_id: str = ""
+    """The call that a tool turn answers."""
+    is_supervised: bool = True
+    """False for an answer that its record excludes from the loss (`weight: 0`, `train: false`)."""
 
     @property
     def reasoning(self) -> str:
@@ -46,6 +50,10 @@ class Message:
         if self.tool_calls:
             message["content"] = self.content or None
             message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
+        if self.name:
+            message["name"] = self.name
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
         return message
 
 
@@ -76,6 +84,10 @@ def content_key(conversation: Conversation) -> str:
         if message.reasoning_content or message.tool_calls:
             calls = [astuple(call) for call in message.tool_calls]
             digest.update(b"\n" + json.dumps([message.reasoning_content, calls]).encode())
+        if message.name or message.tool_call_id:
+            digest.update(b"\nof " + json.dumps([message.name, message.tool_call_id]).encode())
+        if not message.is_supervised:
+            digest.update(b"\nunsupervised")
     if conversation.tools:
         digest.update(b"\ntools " + conversation.tools.encode())
     if conversation.rendered_text:

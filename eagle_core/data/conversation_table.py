@@ -15,6 +15,9 @@ _MESSAGE = pa.struct(
         ("content", pa.string()),
         ("reasoning_content", pa.string()),
         ("tool_calls", pa.list_(_TOOL_CALL)),
+        ("name", pa.string()),
+        ("tool_call_id", pa.string()),
+        ("is_supervised", pa.bool_()),
     ]
 )
 CONVERSATION_SCHEMA = pa.schema(
@@ -58,4 +61,7 @@ def _message(row: dict[str, Any]) -> Message:
         content=row["content"],
         reasoning_content=row["reasoning_content"],
         tool_calls=tuple(ToolCall(**call) for call in row["tool_calls"]),
+        name=row.get("name") or "",  # these three were not written before rules 5
+        tool_call_id=row.get("tool_call_id") or "",
+        is_supervised=row.get("is_supervised", True),
     )
