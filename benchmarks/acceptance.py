@@ -36,6 +36,7 @@ from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import read_model_config
 from eagle_core.target.recompute_model import RecomputeModel
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
 from eagle_core.training.config import TrainingConfig
@@ -300,8 +301,9 @@ def _trained(experiment: Experiment, source: SampleSource, *, num_seeds: int) ->
             run_path=run_path,
             tracker=NoTracker(),
         )
+        stop_ids = conversation_tokenizer(target.config).stop_ids
         results = decode_prompts(
-            target, setup.draft, experiment.prompts, experiment.evaluation, stop_ids=target.stop_ids
+            target, setup.draft, experiment.prompts, experiment.evaluation, stop_ids=stop_ids
         )
         traces = [result.speculative for result in results]
         gained.append([sum(each.gained for each in trace.rounds) for trace in traces])

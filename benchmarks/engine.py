@@ -24,6 +24,7 @@ from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.decode_prompts import decode_prompts
 from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.target.model import TargetModel
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.draft_setup import set_up_draft
 from flows.tasks.trained_run import choose_checkpoint, load_checkpoint
@@ -96,7 +97,8 @@ def main() -> None:
     setup = set_up_draft(recipe.target, recipe.training, run_path)
     step = load_checkpoint(setup, choose_checkpoint(run_path, arguments.checkpoint)).step
     target = TargetModel.load(recipe.target)
-    decoded = decode_prompts(target, setup.draft, prompts, config, stop_ids=target.stop_ids)
+    stop_ids = conversation_tokenizer(recipe.target).stop_ids
+    decoded = decode_prompts(target, setup.draft, prompts, config, stop_ids=stop_ids)
     traces = [result.speculative for result in decoded]
     rounds = [verification for trace in traces for verification in trace.rounds]
     depths = np.arange(1, config.draft_tokens + 1)

@@ -23,6 +23,7 @@ from eagle_core.decoding.trace import GenerationTrace
 from eagle_core.evaluation.decode_prompts import mismatch_margin
 from eagle_core.evaluation.prompts import sample_prompts
 from eagle_core.target.model import TargetModel
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.checkpoint import newest
 from flows.bridge.draft_setup import choose_vocabulary, load_trained, set_up_draft
@@ -61,12 +62,13 @@ def main() -> None:
     draft, kind = _draft(recipe, space)
     config = DecodingConfig(max_new_tokens=arguments.max_new_tokens)
     batch = arguments.batch
+    stop_ids = conversation_tokenizer(recipe.target).stop_ids
 
     def plainly(some: Sequence[Sequence[int]]) -> list[GenerationTrace]:
-        return generate_plain_batch(target, some, config, target.stop_ids)
+        return generate_plain_batch(target, some, config, stop_ids)
 
     def speculatively(some: Sequence[Sequence[int]]) -> list[GenerationTrace]:
-        return generate_speculative_batch(target, draft, some, config, target.stop_ids)
+        return generate_speculative_batch(target, draft, some, config, stop_ids)
 
     console = Console(width=200)
     plainly(prompts[:1])  # warm-up

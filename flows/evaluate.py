@@ -17,9 +17,9 @@ from eagle_core.evaluation.prompt_file import read_prompts
 from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import set_up_draft
-from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.artifacts import publish_plot, publish_table
 from flows.orchestration.best_effort import best_effort

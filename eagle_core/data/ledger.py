@@ -31,6 +31,8 @@ class Reason(StrEnum):
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # noqa: S105 - a reason, not a secret
     TOO_FEW_SUPERVISED_TOKENS = "too_few_supervised_tokens"
     TEXT_NOT_OF_TEMPLATE = "text_not_of_template"
+    CALLS_NOT_RENDERED = "calls_not_rendered"
+    """The chat template does not write tool calls: the answer would be empty."""
     SERVER_ERROR = "server_error"
     REQUEST_REFUSED = "request_refused"
     EMPTY_ANSWER = "empty_answer"
@@ -48,6 +50,10 @@ class Change(StrEnum):
     """The turns after a tool call refer to the original call, not to the target's."""
     ENDED_BEFORE_FAILED_ANSWER = "ended_before_failed_answer"
     """The detail names the turn and the `Reason`."""
+    SYSTEM_NOT_RENDERED = "system_not_rendered"
+    REASONING_NOT_RENDERED = "reasoning_not_rendered"
+    TOOLS_NOT_RENDERED = "tools_not_rendered"
+    """These three: the chat template does not write what the record holds."""
 
 
 class RejectedRecord(EagleCoreError):  # noqa: N818 - the outcome of one record, not a fault
@@ -87,4 +93,17 @@ class LedgerEntry:
             action="dropped",
             reason=rejected.reason.value,
             detail=rejected.detail,
+        )
+
+    @classmethod
+    def of_change(
+        cls, change: Change, *, location: str, conversation_id: str, detail: str = ""
+    ) -> Self:
+        """Return the row of a record that was kept with a change."""
+        return cls(
+            location=location,
+            conversation_id=conversation_id,
+            action="changed",
+            reason=change.value,
+            detail=detail,
         )

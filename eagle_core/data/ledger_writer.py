@@ -45,12 +45,13 @@ class LedgerWriter:
         self, change: Change, *, location: str, conversation_id: str, detail: str = ""
     ) -> None:
         """Enter a record that was kept with a change."""
-        self.changed[change.value] += 1
-        entry = LedgerEntry(
-            location=location,
-            conversation_id=conversation_id,
-            action="changed",
-            reason=change.value,
-            detail=detail,
+        self.enter_change(
+            LedgerEntry.of_change(
+                change, location=location, conversation_id=conversation_id, detail=detail
+            )
         )
+
+    def enter_change(self, entry: LedgerEntry) -> None:
+        """Enter a change that another process found."""
+        self.changed[entry.reason] += 1
         self._rows.add(asdict(entry))

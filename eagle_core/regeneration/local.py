@@ -5,8 +5,6 @@ For a small data set or a check. A server batches; use one for a whole data set.
 
 from collections.abc import Mapping
 
-from transformers import AutoTokenizer
-
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.decoding.config import DecodingConfig
@@ -16,7 +14,7 @@ from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
-from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.target.tokenizer import conversation_tokenizer
 
 
 class LocalAnswers:
@@ -28,10 +26,7 @@ class LocalAnswers:
         self._target_config = target
         self._config = config
         folder = weights.locate(target)
-        self._tokenizer = ConversationTokenizer(
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=target.trust_remote_code),
-            target.template,
-        )
+        self._tokenizer = conversation_tokenizer(target)
         self._identity = {
             "weights": weights.weight_digests(folder),
             "dtype": target.dtype,
@@ -82,8 +77,9 @@ class LocalAnswers:
         decoding = DecodingConfig(
             max_new_tokens=self._config.max_tokens, temperature=self._config.temperature, seed=seed
         )
-        ids = list(generate_plain(target, prompt, decoding, target.stop_ids).tokens)
-        if ids[-1] in target.stop_ids:
+        stop_ids = self._tokenizer.stop_ids
+        ids = list(generate_plain(target, prompt, decoding, stop_ids).tokens)
+        if ids[-1] in stop_ids:
             return ids[:-1]
         if self._config.cut_answers == "drop":
             raise NoAnswer(Reason.ANSWER_CUT, f"after {len(ids)} tokens")

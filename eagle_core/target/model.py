@@ -26,7 +26,6 @@ from eagle_core.target.model_config import (
     aux_layers,
     read_model_config,
     resolve_device,
-    stop_ids_of,
 )
 
 
@@ -74,11 +73,6 @@ class TargetModel:
     def num_bytes(self) -> int:
         """Return the size of the weights in memory."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters())
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end a turn, from the model's generation config."""
-        return stop_ids_of(self._model.generation_config)  # type: ignore[arg-type]
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the target's logits [..., V] for post-norm states [..., H]."""

@@ -7,7 +7,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
-    GenerationConfig,
     PretrainedConfig,
 )
 
@@ -57,17 +56,3 @@ def _whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
             "removed), or install a transformers version that supports this model"
         ) from error
     return loaded
-
-
-def read_stop_ids(config: TargetConfig, folder: Path) -> frozenset[int]:
-    """Return the ids that end a turn, from the generation config in the weights folder."""
-    try:
-        found = GenerationConfig.from_pretrained(folder)
-    except OSError:  # missing: transformers derives it from the model configuration
-        found = GenerationConfig.from_model_config(_whole_config(config, folder))
-    return stop_ids_of(found)
-
-
-def stop_ids_of(config: GenerationConfig) -> frozenset[int]:
-    eos: int | list[int] | None = config.eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or [])

@@ -9,9 +9,10 @@ turns that the longer rendering changed. All decisions compare whole strings.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eagle_core.data.conversation import Conversation
+from eagle_core.tokenization.answer_end import AnswerEnd
 from eagle_core.tokenization.chat_template import ChatTemplate, Rendering, TemplateRefusedError
 
 
@@ -24,9 +25,9 @@ class AssistantTurn:
     start: int
     """First character that the model generates: `text[:start]` is the serving context."""
     content_end: int
-    """Where the end-of-turn marker begins."""
+    """Where the content ends."""
     end: int
-    """Where the end-of-turn marker ends; what follows (a line break) belongs to the template."""
+    """Where the token that ends the answer ends (see `answer_end`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,24 +39,14 @@ class Row:
     """Ascending (start, end); the text before a start is the serving context."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Closing:
-    """Text that the template writes after the last assistant turn's content."""
-
-    text: str
-    """Marker and the text after it."""
-    marker_end: int
-    """Length of the marker in `text`."""
-
-
 def find_turns(
     template: ChatTemplate,
     conversation: Conversation,
-    closing: Closing,
+    end: AnswerEnd,
     *,
     enable_thinking: bool | None,
 ) -> list[AssistantTurn]:
-    """Return the assistant's turns; raise `TemplateRefusedError` if one cannot be located.
+    """Return the supervised turns; raise `TemplateRefusedError` if one cannot be located.
 
     Without `enable_thinking`, serving is assumed to request reasoning if the answer has some.
     """
@@ -63,7 +54,7 @@ def find_turns(
     tools = json.loads(conversation.tools) if conversation.tools else None
     turns = []
     for index, message in enumerate(conversation.messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or not message.is_supervised:
             continue
         inputs = _TurnInputs(
             template=template,
@@ -73,16 +64,8 @@ def find_turns(
             tools=tools,
             thinking=bool(message.reasoning) if enable_thinking is None else enable_thinking,
         )
-        turns.append(_marked_turn(inputs) if template.marks_generation else _turn(inputs, closing))
+        turns.append(_turn(inputs, end))
     return turns
-
-
-def common_end(one: str, two: str) -> str:
-    """Return the longest common suffix."""
-    length = 0
-    while length < min(len(one), len(two)) and one[-1 - length] == two[-1 - length]:
-        length += 1
-    return one[len(one) - length :]
 
 
 def plan_rows(turns: Sequence[AssistantTurn], *, last_turn_only: bool) -> list[Row]:
@@ -126,28 +109,49 @@ class _TurnInputs:
         )
 
 
-def _turn(inputs: _TurnInputs, closing: Closing) -> AssistantTurn:
-    context = inputs.context()
-    text = inputs.whole().text
-    if not text.startswith(context):
-        text = _with_reasoning(context, text, inputs.reasoning)
-    if text.endswith(closing.text) and len(text) - len(closing.text) >= len(context):
-        content_end = len(text) - len(closing.text)
-        end = content_end + closing.marker_end
-    else:  # a tool call may close with another marker
-        content_end = end = len(text.rstrip())
-    return AssistantTurn(text=text, start=len(context), content_end=content_end, end=end)
-
-
-def _marked_turn(inputs: _TurnInputs) -> AssistantTurn:
-    """Return the turn from the `{% generation %}` blocks after the generation prompt."""
+def _turn(inputs: _TurnInputs, end: AnswerEnd) -> AssistantTurn:
     whole = inputs.whole()
-    after = _common_length(whole.text, inputs.context())
-    blocks = [block for block in whole.generated if block[0] >= after]
+    context = inputs.context()
+    text = whole.text
+    if not text.startswith(context):
+        if inputs.template.marks_generation:
+            return _marked(whole, _common_length(text, context), _ended(whole.text, 0, inputs, end))
+        text = _with_reasoning(context, text, inputs.reasoning)
+    turn = _ended(text, len(context), inputs, end)
+    return _marked(whole, len(context), turn) if inputs.template.marks_generation else turn
+
+
+def _ended(text: str, start: int, inputs: _TurnInputs, end: AnswerEnd) -> AssistantTurn:
+    """Return the turn of `text` from `start` on, with the token that ends it."""
+    is_call = bool(inputs.answer.get("tool_calls"))
+    content_end = len(text) - len(end.closing)
+    is_closed = text.endswith(end.closing) and content_end >= start
+    ending = end.call_ending if is_call and end.call_ending else end.ending
+    if is_closed and end.closing.startswith(ending):
+        return AssistantTurn(
+            text=text, start=start, content_end=content_end, end=content_end + len(ending)
+        )
+    if is_closed and not end.closing.strip():  # the next role's marker ends it
+        text = text[:content_end] + ending
+        return AssistantTurn(text=text, start=start, content_end=content_end, end=len(text))
+    # another marker closes it, as a tool call's may
+    stripped = len(text.rstrip())
+    return AssistantTurn(text=text, start=start, content_end=stripped, end=stripped)
+
+
+def _marked(whole: Rendering, after: int, turn: AssistantTurn) -> AssistantTurn:
+    """Return the part of the turn in the `{% generation %}` blocks behind the generation prompt.
+
+    Blocks that reach to the end of the content supervise the token that ends the answer, too,
+    wherever the template closes them.
+    """
+    blocks = [block for block in whole.generated if block[1] > after]
     if not blocks:
         raise TemplateRefusedError("no generation block for an assistant turn")
-    start, end = blocks[0][0], blocks[-1][1]
-    return AssistantTurn(text=whole.text, start=start, content_end=end, end=end)
+    start, block_end = max(blocks[0][0], after), blocks[-1][1]
+    if block_end >= turn.content_end:
+        return replace(turn, start=start)
+    return replace(turn, start=start, content_end=block_end, end=block_end)
 
 
 def _with_reasoning(context: str, text: str, reasoning: str) -> str:

@@ -89,7 +89,7 @@ class ChatTemplate:
                 **self._variables,
                 **chosen,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error
         return _without_marks(text)
 

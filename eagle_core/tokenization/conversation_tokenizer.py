@@ -9,8 +9,8 @@ with the answer, the row is tokenised in two pieces, as in serving.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -19,42 +19,100 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from eagle_core.data.conversation import Conversation, Message
-from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.ledger import Change, LedgerEntry, Reason, RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.tokenization.assistant_turns import Closing, Row, common_end, find_turns, plan_rows
-from eagle_core.tokenization.chat_template import PLAIN_TEMPLATE, ChatTemplate, TemplateRefusedError
+from eagle_core.tokenization.answer_end import AnswerEnd, learn_answer_end
+from eagle_core.tokenization.assistant_turns import Row, find_turns, plan_rows
+from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
 from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.rendered_text import NotOfTemplateError, RenderedTextReader
+from eagle_core.tokenization.template_source import TemplateSource, template_source
+from eagle_core.tokenization.unrendered import find_unrendered
 
 OnRejected = Callable[[RejectedRecord], None]
+OnChanged = Callable[[LedgerEntry], None]
 _MAX_CACHED_TAILS = 4096
 _Messages = Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Format:
+    """A chat template and what ends an answer in it."""
+
+    template: ChatTemplate
+    end: AnswerEnd
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Planned:
+    """The rows of one conversation, before they are tokenised."""
+
+    conversation: Conversation
+    rows: list[Row]
+    unrendered: tuple[Change, ...]
+
+    def entries(self) -> Iterator[LedgerEntry]:
+        """Yield what the ledger says of it."""
+        for change in self.unrendered:
+            yield LedgerEntry.of_change(
+                change,
+                location=self.conversation.location or self.conversation.conversation_id,
+                conversation_id=self.conversation.conversation_id,
+            )
 
 
 class ConversationTokenizer:
     """Tokenises conversations with one target model's tokenizer and template."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TemplateConfig | None = None,
+        stop_ids: Collection[int] = (),
     ) -> None:
-        """Wrap a fast tokenizer; raise `ConfigError` if it is slow or has no usable template."""
+        """Wrap a fast tokenizer.
+
+        Args:
+            tokenizer: the target's tokenizer, with its chat template.
+            config: how conversations are rendered.
+            stop_ids: the ids on which a server stops, from the model's configuration; the
+                tokenizer's end of text and the template's end of turn are added.
+
+        Raises:
+            ConfigError: it is slow, has no usable template, or nothing ends an answer.
+
+        """
         config = config or TemplateConfig()
         self.name = str(tokenizer.name_or_path)
         self._config = config
-        self._init_args = (tokenizer, config)
+        self._init_args = (tokenizer, config, frozenset(stop_ids))
         self._backend = _exact_offsets(tokenizer, self.name)
-        self._template = _template(tokenizer, config, self.name)
-        self.template_fingerprint = _sha256(
-            {"template": self._template.fingerprint, "config": config.model_dump(mode="json")}
+        source = template_source(tokenizer, config)
+        declared = frozenset(stop_ids) | _end_of_text(tokenizer)
+        self._plain = self._format(source.default, tokenizer, declared)
+        self._with_tools = (
+            self._plain
+            if source.with_tools is None
+            else self._format(source.with_tools, tokenizer, declared)
         )
+        self._template = self._plain.template
+        self.template_fingerprint = _sha256(
+            {"template": self._template.fingerprint, "config": _identity(config, source)}
+        )
+        self.stop_ids = declared | self._plain.end.token_ids | self._with_tools.end.token_ids
+        if not self.stop_ids:
+            raise ConfigError(
+                f"nothing ends an answer of {self.name}: generation_config.json, config.json and "
+                "the tokenizer name no end of text, and the chat template writes no token behind "
+                "an answer; set eos_token_id in generation_config.json, or `chat_template`"
+            )
         self.tokenizer_fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         added = self._backend.get_added_tokens_decoder()
         self._added_ids = np.array(sorted(added), dtype=np.int32)
         self._special_ids = frozenset(number for number, one in added.items() if one.special)
         self._anchor = next((token.content for token in added.values() if token.special), "")
         self._tails: dict[str, NDArray[np.int32]] = {}
-        self._closing = self._find_closing()
         control = self._control_tokens(
             [token.content for token in added.values() if token.special],
             [tokenizer.bos_token, tokenizer.eos_token],
@@ -76,12 +134,30 @@ class ConversationTokenizer:
         """Number of tokens, added ones included; the target model's may be larger (padding)."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def masks_fingerprint(self) -> str:
+        """Digest of what decides on the masks besides tokenizer and template."""
+        ends = [self._plain.end, self._with_tools.end]
+        return _sha256([self._with_tools.template.fingerprint, *map(asdict, ends)])
+
+    def ends_text(self) -> str:
+        """Return in words what ends an answer, for the log."""
+        names = [f"{self._backend.id_to_token(one)} ({one})" for one in sorted(self.stop_ids)]
+        found = sorted(self._plain.end.token_ids | self._with_tools.end.token_ids)
+        if not found:
+            return (
+                f"the chat template of {self.name} writes no token behind an answer: its end is "
+                f"not supervised; a server stops on {', '.join(names)}"
+            )
+        ends = " or ".join(str(self._backend.id_to_token(one)) for one in found)
+        return f"an answer ends with {ends}; a server stops on {', '.join(names)}"
+
     def special_token_ids(self) -> tuple[int, ...]:
         """Return the ids that every draft vocabulary must contain: begin, end, the template's.
 
         Excludes the tokens that a tokenizer merely reserves (256 in Llama 3, thousands in Gemma 3).
         """
-        return self._control_ids
+        return tuple(sorted({*self._control_ids, *self.stop_ids}))
 
     def decode(self, ids: NDArray[np.int32]) -> str:
         """Return the text of `ids`, special tokens included."""
@@ -97,7 +173,7 @@ class ConversationTokenizer:
         """
         self._refuse_control_tokens(messages, location="")
         try:
-            rendering = self._template.render(
+            rendering = self._format_for(tools).template.render(
                 [message.as_openai() for message in messages],
                 tools=json.loads(tools) if tools else None,
                 thinking=self._config.enable_thinking if thinking is None else thinking,
@@ -124,7 +200,7 @@ class ConversationTokenizer:
         Samples are not truncated. Raises `RejectedRecord`, located by conversation id, if the
         template refuses the turns or a message contains the text of a control token.
         """
-        rows = self._rows(conversation)
+        rows = self._plan(conversation).rows
         encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
         return tuple(
             sample
@@ -139,23 +215,28 @@ class ConversationTokenizer:
         max_length: int,
         min_supervised_tokens: int = 1,
         on_rejected: OnRejected | None = None,
+        on_changed: OnChanged | None = None,
         batch_size: int = 32,
     ) -> Iterator[TokenizedSample]:
         """Yield samples of at most `max_length` tokens in order, one batch in memory at a time.
 
         Rejections (template, control tokens, too few supervised tokens after truncation) are passed
-        to `on_rejected`; without it, they are skipped.
+        to `on_rejected`; what the template does not write of a conversation that is kept, to
+        `on_changed`.
         """
         reject = on_rejected or (lambda _rejected: None)
+        change = on_changed or (lambda _entry: None)
         for batch in _batched(conversations, batch_size):
             rows: list[tuple[Conversation, Row]] = []
             for conversation in batch:
                 try:
-                    planned = self._rows(conversation)
+                    planned = self._plan(conversation)
                 except RejectedRecord as rejected:
                     reject(rejected)
-                else:
-                    rows += ((conversation, row) for row in planned)
+                    continue
+                rows += ((conversation, row) for row in planned.rows)
+                for entry in planned.entries():
+                    change(entry)
             encodings = self._backend.encode_batch(
                 [row.text for _, row in rows], add_special_tokens=False
             )
@@ -178,25 +259,35 @@ class ConversationTokenizer:
                         Reason.SPECIAL_TOKEN_IN_TEXT, location, f"turn {index} contains {found[0]}"
                     )
 
-    def _rows(self, conversation: Conversation) -> list[Row]:
+    def _plan(self, conversation: Conversation) -> _Planned:
         if conversation.rendered_text:
             conversation = self._read_back(conversation)
         self._refuse_control_tokens(conversation.messages, location=conversation.conversation_id)
         if self._config.reasoning == "drop":
             answers = tuple(message.without_reasoning() for message in conversation.messages)
             conversation = replace(conversation, messages=answers)
+        used = self._format_for(conversation.tools)
         try:
             turns = find_turns(
-                self._template,
+                used.template,
                 conversation,
-                self._closing,
+                used.end,
                 enable_thinking=self._config.enable_thinking,
             )
+            unrendered = find_unrendered(used.template, conversation, turns)
         except TemplateRefusedError as error:
             raise RejectedRecord(
                 Reason.TEMPLATE_REFUSED, conversation.conversation_id, str(error)
             ) from error
-        return plan_rows(turns, last_turn_only=self._config.last_turn_only)
+        if not turns:
+            detail = "its record excludes every answer from the loss"
+            reason = Reason.TOO_FEW_SUPERVISED_TOKENS
+            raise RejectedRecord(reason, conversation.conversation_id, detail)
+        return _Planned(
+            conversation=conversation,
+            rows=plan_rows(turns, last_turn_only=self._config.last_turn_only),
+            unrendered=unrendered,
+        )
 
     def _read_back(self, conversation: Conversation) -> Conversation:
         try:
@@ -256,25 +347,22 @@ class ConversationTokenizer:
         rendering = self._template.render(messages, add_generation_prompt=add_generation_prompt)
         return rendering.text
 
-    def _find_closing(self) -> Closing:
-        """Find the text after an answer: the common suffix of two renderings."""
-        user = {"role": "user", "content": "a"}
+    def _format(
+        self, source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+    ) -> _Format:
+        variables, today = tokenizer.special_tokens_map, self._config.date
+        template = ChatTemplate(source, variables=variables, today=today)
         try:
-            one = self._render([user, {"role": "assistant", "content": "x"}])
-            two = self._render([user, {"role": "assistant", "content": "y"}])
+            end = learn_answer_end(template, self._backend, stop_ids)
         except TemplateRefusedError as error:
             raise ConfigError(
                 f"the chat template of {self.name} refuses one question and one answer: {error}; "
                 "set `chat_template`"
             ) from error
-        text = common_end(one, two)
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        marker_ends = [
-            end
-            for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if token in self._added_ids
-        ]
-        return Closing(text=text, marker_end=marker_ends[-1] if marker_ends else len(text.rstrip()))
+        return _Format(template=template, end=end)
+
+    def _format_for(self, tools: str) -> _Format:
+        return self._with_tools if tools else self._plain
 
     def _control_tokens(self, added: Iterable[str], always: Iterable[str | None]) -> set[str]:
         """Return the added tokens that the template itself writes, and `always`."""
@@ -283,7 +371,8 @@ class ConversationTokenizer:
             text = self._render(turns, add_generation_prompt=True)
         except TemplateRefusedError:  # it takes no system turn
             text = self._render(turns[1:], add_generation_prompt=True)
-        text += self._closing.text
+        for used in (self._plain, self._with_tools):
+            text += used.end.closing + used.end.ending + used.end.call_ending
         return {token for token in added if token in text} | {token for token in always if token}
 
 
@@ -313,20 +402,14 @@ def _exact_offsets(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     return copy
 
 
-def _template(
-    tokenizer: PreTrainedTokenizerBase, config: TemplateConfig, name: str
-) -> ChatTemplate:
-    source = config.chat_template or tokenizer.chat_template
-    if source == "plain":
-        source = PLAIN_TEMPLATE
-    if isinstance(source, Mapping):
-        source = source.get("default")
-    if not source:
-        raise ConfigError(
-            f"the tokenizer {name} has no chat template; set `chat_template`, or use the "
-            "instruction-tuned model"
-        )
-    return ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)
+def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+
+
+def _identity(config: TemplateConfig, source: TemplateSource) -> dict[str, object]:
+    """Return the configuration as JSON, with the text of a template that it names by its file."""
+    own = {"chat_template": source.default} if config.chat_template not in {None, "plain"} else {}
+    return {**config.model_dump(mode="json"), **own}
 
 
 def _sha256(value: object) -> str:

@@ -13,14 +13,18 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
 from eagle_core.data.conversation import Conversation
-from eagle_core.data.ledger import RejectedRecord
+from eagle_core.data.ledger import LedgerEntry, RejectedRecord
 from eagle_core.errors import TransientError
 from eagle_core.samples import TokenizedSample
-from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer, OnRejected
+from eagle_core.tokenization.conversation_tokenizer import (
+    ConversationTokenizer,
+    OnChanged,
+    OnRejected,
+)
 
 _CHUNK = 64
 _CHUNKS_PER_PROCESS = 3
-_Chunk = tuple[list[TokenizedSample], list[RejectedRecord]]
+_Chunk = tuple[list[TokenizedSample], list[RejectedRecord], list[LedgerEntry]]
 
 
 def tokenize_in_processes(
@@ -31,11 +35,12 @@ def tokenize_in_processes(
     num_processes: int,
     min_supervised_tokens: int = 1,
     on_rejected: OnRejected | None = None,
+    on_changed: OnChanged | None = None,
 ) -> Iterator[TokenizedSample]:
     """Yield samples of at most `max_length` tokens in the order of the conversations.
 
-    One process means the calling one. `on_rejected` is called there, in order. Raises
-    `TransientError` if a process dies.
+    One process means the calling one. `on_rejected` and `on_changed` are called there, in order.
+    Raises `TransientError` if a process dies.
     """
     if num_processes == 1:
         yield from tokenizer.tokenize_all(
@@ -43,9 +48,11 @@ def tokenize_in_processes(
             max_length=max_length,
             min_supervised_tokens=min_supervised_tokens,
             on_rejected=on_rejected,
+            on_changed=on_changed,
         )
         return
     reject = on_rejected or (lambda _rejected: None)
+    change = on_changed or (lambda _entry: None)
     executor = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("spawn"),  # tokenizers' threads rule out fork
@@ -53,9 +60,11 @@ def tokenize_in_processes(
         initargs=(tokenizer, max_length, min_supervised_tokens),
     )
     try:
-        for samples, rejected in _in_order(executor, conversations, num_processes):
+        for samples, rejected, changed in _in_order(executor, conversations, num_processes):
             for one in rejected:
                 reject(one)
+            for entry in changed:
+                change(entry)
             yield from samples
     except BrokenProcessPool as error:
         raise TransientError(
@@ -101,10 +110,12 @@ def _start_worker(
 
 def _work(chunk: list[Conversation]) -> _Chunk:
     rejected: list[RejectedRecord] = []
+    changed: list[LedgerEntry] = []
     samples = _Worker.tokenizer.tokenize_all(
         chunk,
         max_length=_Worker.max_length,
         min_supervised_tokens=_Worker.min_supervised_tokens,
         on_rejected=rejected.append,
+        on_changed=changed.append,
     )
-    return list(samples), rejected
+    return list(samples), rejected, changed

@@ -15,10 +15,10 @@ from eagle_core.errors import MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.checkpoint import load_draft, newest
 from eagle_core.training.config import TrainingConfig
-from flows.bridge.target_tokenizer import conversation_tokenizer
 
 VOCABULARY_NAME = "draft_vocabulary.safetensors"
 

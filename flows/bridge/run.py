@@ -18,13 +18,12 @@ from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint_fields
-from eagle_core.target.model_config import read_stop_ids
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import require_identity
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup
-from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
 from flows.summaries import TokensSummary
@@ -87,7 +86,7 @@ class Run(BaseModel):
             tokenizer_fingerprint=tokens.tokenizer_fingerprint,
             template_fingerprint=tokens.template_fingerprint,
             target_fields=fingerprint_fields(config.target, folder),
-            stop_ids=tuple(sorted(read_stop_ids(config.target, folder))),
+            stop_ids=tuple(sorted(conversation_tokenizer(config.target).stop_ids)),
             draft=setup.draft.config,
             draft_vocabulary=DraftVocabulary.load(setup.run_path / VOCABULARY_NAME).fingerprint,
             vocabulary_coverage=vocabulary_coverage,

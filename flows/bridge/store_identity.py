@@ -9,7 +9,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
 from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.target.recompute_model import recomputed_layers, slice_config
-from flows.bridge.target_tokenizer import conversation_tokenizer
+from eagle_core.target.tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
 from storage.records.identity import OmittedStates, StoreIdentity
 from storage.store import Store

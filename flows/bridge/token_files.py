@@ -8,13 +8,13 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.data.manifest import load_manifest
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 from eagle_core.tokenization.token_file import TokenFile
-from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.summaries import TokensSummary
 from flows.workspace import Workspace
 
-TOKENS_VERSION = 2
+TOKENS_VERSION = 3
 """Increased whenever the same conversations could give other tokens or masks."""
 
 
@@ -68,5 +68,6 @@ def content_name(
         dataset.min_supervised_tokens,
         tokenizer.tokenizer_fingerprint,
         tokenizer.template_fingerprint,
+        tokenizer.masks_fingerprint,
     ]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]

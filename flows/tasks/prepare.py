@@ -18,10 +18,10 @@ from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 from eagle_core.tokenization.parallel import tokenize_in_processes
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
-from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.bridge.token_files import content_name, known_tokens, tokens_summary
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.artifacts import publish_markdown, publish_plot
@@ -88,6 +88,7 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     log = get_run_logger()
     manifest = load_manifest(space.dataset_path)
     tokenizer = conversation_tokenizer(target)
+    log.info(tokenizer.ends_text())
     content = content_name(dataset, manifest.fingerprint, tokenizer)
     # Held out first: a sample that both splits have, once truncated, must not be trained on.
     counts: dict[Split, int] = {"held_out": manifest.num_held_out, "train": manifest.num_train}
@@ -108,6 +109,7 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
                         max_length=dataset.max_length,
                         min_supervised_tokens=dataset.min_supervised_tokens,
                         on_rejected=ledger.drop,
+                        on_changed=ledger.enter_change,
                     )
                     held_out = files["held_out"].sample_ids if split == "train" else ()
                     write_token_file(path, _counted(samples, progress), without=held_out)

@@ -7,9 +7,8 @@ from pathlib import Path
 from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.config import CheckpointChoice
 from eagle_core.errors import ConfigError
-from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model_config import read_stop_ids
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
@@ -133,4 +132,6 @@ def load_checkpoint(setup: DraftSetup, folder: Path) -> Checkpoint:
 
 
 def _stop_ids(run: Run | None, target: TargetConfig) -> Collection[int]:
-    return read_stop_ids(target, weights.locate(target)) if run is None else run.stop_ids
+    """Return what ends an answer; runs of earlier versions recorded fewer."""
+    recorded = frozenset() if run is None else frozenset(run.stop_ids)
+    return recorded | conversation_tokenizer(target).stop_ids

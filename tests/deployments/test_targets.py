@@ -14,7 +14,7 @@ from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.target import weights
 from eagle_core.target.model_config import aux_layers, read_model_config
-from flows.bridge.target_tokenizer import conversation_tokenizer
+from eagle_core.target.tokenizer import conversation_tokenizer
 from flows.tasks.preflight import _raw_bytes_per_token
 from tests.deployments.architectures import ARCHITECTURES, Architecture
 from tests.eagle_core.tokenization.test_template_families import train

@@ -11,9 +11,9 @@ from eagle_core.data.manifest import load_manifest
 from eagle_core.errors import ConfigError
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.token_file import TokenFile
-from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.regenerate import answer_source, regenerate_flow, summary_rows

@@ -22,6 +22,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
+from eagle_core.target.tokenizer import conversation_tokenizer
 from tests.eagle_core.decoding.float64_target import load_float64_target
 from tests.eagle_core.decoding.oracle_draft import OracleDraft
 
@@ -289,6 +290,7 @@ def test_smollm2_says_the_same_with_and_without_a_draft() -> None:
     draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=0)
     decoding = DecodingConfig(max_new_tokens=24, draft_tokens=4)
     prompt = list(range(100, 140))
-    plain = generate_plain(target, prompt, decoding, target.stop_ids)
-    found = generate_speculative(target, draft, prompt, decoding, target.stop_ids)
+    stop_ids = conversation_tokenizer(config).stop_ids
+    plain = generate_plain(target, prompt, decoding, stop_ids)
+    found = generate_speculative(target, draft, prompt, decoding, stop_ids)
     assert found.tokens == plain.tokens

@@ -27,7 +27,7 @@ from eagle_core.target.capture import batches_by_length, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint_fields
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import aux_layers, read_stop_ids
+from eagle_core.target.model_config import aux_layers
 
 SIZES = {
     "vocab_size": 90,
@@ -214,20 +214,6 @@ def test_a_configuration_that_transformers_does_not_take_is_named(
     config = TargetConfig(name="odd", model=str(folder), dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match=rf"target odd: .*config\.json: .*{said}.*Correct that"):
         TargetModel.load(config)
-
-
-@pytest.mark.parametrize("stops", [2, [2, 5], None])
-def test_stop_tokens_are_those_of_the_loaded_model(
-    tiny_target_path: Path, tmp_path: Path, stops: int | list[int] | None
-) -> None:
-    folder = shutil.copytree(tiny_target_path, tmp_path / "target")
-    config = TargetConfig(name="tiny", model=str(folder), dtype="float32", device="cpu")
-    path = folder / "generation_config.json"
-    document = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(document | {"eos_token_id": stops}))
-    assert read_stop_ids(config, folder) == TargetModel.load(config).stop_ids
-    path.unlink()
-    assert read_stop_ids(config, folder) == TargetModel.load(config).stop_ids
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
