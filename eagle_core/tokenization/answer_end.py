@@ -118,13 +118,13 @@ def _ending(
 
 def _call_end(template: ChatTemplate, backend: Tokenizer) -> tuple[_Token | None, _Token | None]:
     """Return the token that closes a call, and the one that follows it in context."""
-    call = {"type": "function", "id": _CALL_ID, "function": {"name": "f", "arguments": {"a": "b"}}}
-    calling: dict[str, object] = {"role": "assistant", "content": "", "tool_calls": [call]}
     result: dict[str, object] = {"role": "tool", "content": _NEXT, "name": "f"}
     try:
-        alone = _render(template, calling)
-        followed = _render(template, calling, {**result, "tool_call_id": _CALL_ID})
+        alone, other = _render(template, _call("f")), _render(template, _call("g"))
+        followed = _render(template, _call("f"), {**result, "tool_call_id": _CALL_ID})
     except TemplateRefusedError:
+        return None, None
+    if alone == other:  # it writes no calls
         return None, None
     closing = [
         token
@@ -134,6 +134,12 @@ def _call_end(template: ChatTemplate, backend: Tokenizer) -> tuple[_Token | None
     is_in_order = followed.startswith(alone) and _NEXT in followed
     between = followed[len(alone) :].partition(_NEXT)[0] if is_in_order else ""
     return next(iter(closing), None), next(iter(_added(backend, between)), None)
+
+
+def _call(name: str) -> dict[str, object]:
+    function = {"name": name, "arguments": {"a": "b"}}
+    call = {"type": "function", "id": _CALL_ID, "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _added(backend: Tokenizer, text: str) -> list[_Token]:

@@ -14,7 +14,7 @@ from eagle_core.data.ledger import Change, Reason, RejectedRecord
 from eagle_core.tokenization.assistant_turns import AssistantTurn
 from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
 
-_OTHER = {"type": "function", "function": {"name": "another_name", "arguments": {"another": "one"}}}
+_OTHER = {"function": {"name": "another_name", "arguments": {"another": "one"}}}
 
 
 def find_unrendered(
@@ -55,7 +55,7 @@ class _View:
     def writes_calls(self) -> bool:
         """Compare with other calls in their place."""
         others = [
-            {**one, "tool_calls": [_OTHER for _ in message.tool_calls]}
+            {**one, "tool_calls": [{**call.as_openai(), **_OTHER} for call in message.tool_calls]}
             if message.tool_calls
             else one
             for message, one in zip(self._messages, self._openai, strict=True)

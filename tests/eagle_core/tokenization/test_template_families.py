@@ -6,6 +6,7 @@ same text, same quirks. Their tokenizers are small ones trained here with the fa
 
 import datetime as dt
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
@@ -14,7 +15,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from eagle_core.data.config import DatasetConfig
@@ -99,6 +109,12 @@ def train(name: str, corpus: list[str]) -> PreTrainedTokenizerFast:
         else [line for text in corpus[:30] for line in text.split(". ")]
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=False, normalized=False)
+            for token in FAMILIES[name].get("added", ())
+        ]
+    )
     wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=FAMILIES[name]["bos"],
@@ -106,6 +122,14 @@ def train(name: str, corpus: list[str]) -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return wrapped
+
+
+def converter(
+    tokenizer: PreTrainedTokenizerFast, name: str, config: TemplateConfig | None = None
+) -> ConversationTokenizer:
+    """Return our tokenizer, which knows the family's stop tokens as from its generation config."""
+    stop_ids = tokenizer.convert_tokens_to_ids(FAMILIES[name].get("stop", []))
+    return ConversationTokenizer(tokenizer, config, stop_ids)
 
 
 def say(*turns: tuple[str, str] | Message) -> Conversation:
@@ -152,7 +176,7 @@ CALLED = say(
         content="",
         tool_calls=(ToolCall(name="sky", arguments='{"at": 1}', call_id="call00001"),),
     ),
-    ("tool", "wet"),
+    Message(role="tool", content="wet", name="sky", tool_call_id="call00001"),
     ("assistant", "Yes."),
 )
 SPOKEN = {"plain": PLAIN, "reasoned": REASONED, "called": CALLED}
@@ -170,7 +194,7 @@ def test_masks_are_as_written_out(
     spoken: str,
     rows: list[str],
 ) -> None:
-    samples = ConversationTokenizer(trained[name]).tokenize(SPOKEN[spoken])
+    samples = converter(trained[name], name).tokenize(SPOKEN[spoken])
     assert [shown(trained[name], sample) for sample in samples] == rows
 
 
@@ -182,9 +206,13 @@ TEXT = st.text(alphabet=st.sampled_from(list("ab \n.é😀<|>1")), min_size=1, m
 
 
 def check_contexts(
-    tokenizer: PreTrainedTokenizerFast, conversation: Conversation, *, thinking: bool
+    tokenizer: PreTrainedTokenizerFast, name: str, conversation: Conversation, *, thinking: bool
 ) -> int:
-    """Check every answer against transformers' own prompt for it; return the number of rows."""
+    """Check every answer against transformers' own prompt for it; return the number of rows.
+
+    What precedes an answer is what a server has in context, and it ends with a token on which a
+    server stops, once.
+    """
     messages: list[Any] = [message.as_openai() for message in conversation.messages]
 
     def write(upto: int, *, prompt: bool) -> str:
@@ -202,7 +230,8 @@ def check_contexts(
     prompts = [write(index, prompt=True) for index in answers]
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     config = TemplateConfig(date=dt.datetime.now().astimezone().date())
-    samples = ConversationTokenizer(tokenizer, config).tokenize(conversation)
+    ours = converter(tokenizer, name, config)
+    samples = ours.tokenize(conversation)
     found = []
     for sample in samples:
         for start, end in runs(sample.loss_mask):
@@ -210,12 +239,18 @@ def check_contexts(
                 continue
             turn = ids.index(sample.input_ids[:start].tolist())
             found.append(turn)
-            if not thinking:  # the answer is what the template writes behind the prompt
+            supervised = sample.input_ids[start:end].tolist()
+            if supervised[-1] in ours.stop_ids:
+                supervised.pop()
+            else:  # an earlier turn of harmony, where the token behind it is no stop token
+                assert tokenizer.convert_ids_to_tokens(int(sample.input_ids[end])) == "<|end|>"
+            assert not ours.stop_ids.intersection(supervised)
+            if not thinking and is_byte_level(tokenizer):
+                # the answer is what the template writes behind the prompt
                 written = write(answers[turn] + 1, prompt=False)[len(prompts[turn]) :]
-                answer = str(tokenizer.decode(sample.input_ids[start:end].tolist()))
-                assert written.rstrip("\n").removesuffix("<|return|>") in (
-                    answer, answer.removesuffix("<|return|>"),
-                ) or not is_byte_level(tokenizer)  # fmt: skip
+                answer = str(tokenizer.decode(supervised))
+                assert written.startswith(answer)
+                assert re.fullmatch(r"(<[^<>]*>|\s)*", written[len(answer) :])
     assert sorted(found) == list(range(len(answers)))
     return len(samples)
 
@@ -238,11 +273,11 @@ def test_any_answer_stands_in_the_context_of_serving(
     for question, answer in exchanges:
         turns += [("user", question), ("assistant", answer)]
     if family != "deepseek_r1":  # whose answers must have reasoning
-        check_contexts(trained[family], say(*turns), thinking=False)
+        check_contexts(trained[family], family, say(*turns), thinking=False)
     reasoned = [
         think("so  it\n is", text) if who == "assistant" else (who, text) for who, text in turns
     ]
-    check_contexts(trained[family], say(*reasoned), thinking=True)
+    check_contexts(trained[family], family, say(*reasoned), thinking=True)
 
 
 @pytest.mark.parametrize("name", APPEND_ONLY)
@@ -251,8 +286,8 @@ def test_real_conversations_need_one_row_where_history_is_kept(
 ) -> None:
     for conversation in sharegpt[60:75]:  # not what the tokenizers were trained on
         first = conversation.messages[0].content.strip() == conversation.messages[0].content
-        assert check_contexts(trained[name], conversation, thinking=False) >= 1
-        rows = check_contexts(trained[name], conversation, thinking=False)
+        assert check_contexts(trained[name], name, conversation, thinking=False) >= 1
+        rows = check_contexts(trained[name], name, conversation, thinking=False)
         assert rows == 1 or not first
 
 
