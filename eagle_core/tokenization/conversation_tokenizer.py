@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -137,8 +137,11 @@ class ConversationTokenizer:
     @property
     def masks_fingerprint(self) -> str:
         """Digest of what decides on the masks besides tokenizer and template."""
-        ends = [self._plain.end, self._with_tools.end]
-        return _sha256([self._with_tools.template.fingerprint, *map(asdict, ends)])
+        ends = [
+            [end.closing, end.ending, end.call_ending, sorted(end.token_ids)]
+            for end in (self._plain.end, self._with_tools.end)
+        ]
+        return _sha256([self._with_tools.template.fingerprint, ends])
 
     def ends_text(self) -> str:
         """Return in words what ends an answer, for the log."""

@@ -58,6 +58,8 @@ def test_named_templates_are_chosen_as_servers_choose_them(named: PreTrainedToke
         found = ours.decode(ours.prompt([Message(role="user", content="Rain?")], tools=tools))
         assert found == served
         assert text(ours, ask(tools)).startswith(served[:40])
+    plain = ConversationTokenizer(named, TemplateConfig(chat_template=CHAT_TEMPLATE))
+    assert ours.masks_fingerprint != plain.masks_fingerprint
     assert ours.decode(ours.prompt(ask().messages[:1], tools=TOOLS)) != ours.decode(
         ours.prompt(ask().messages[:1])
     )
@@ -91,6 +93,7 @@ def test_a_path_is_read_and_moving_the_file_changes_nothing(
     (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE)
     for path in (str(tmp_path / "own.jinja"), "~/own.jinja"):
         ours = ConversationTokenizer(smollm2_tokenizer, TemplateConfig(chat_template=path))
+        assert ours.masks_fingerprint == given.masks_fingerprint
         assert ours.template_fingerprint == given.template_fingerprint
         assert text(ours, ask()) == text(given, ask())
 
