@@ -21,10 +21,11 @@ from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import set_up_draft
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_plot, publish_table
+from flows.orchestration.artifacts import publish_plot
 from flows.orchestration.best_effort import best_effort
 from flows.orchestration.progress import stage_progress
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
 from flows.reports import rows as report
 from flows.reports.run_page import acceptance_plot, write_run_page
 from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
@@ -77,11 +78,6 @@ def evaluate_flow(
         estimate=_estimate(run_path, step),
         seconds=time.monotonic() - started,
     )
-    publish_table(
-        f"Acceptance: {target.name} on {dataset.name}, run {run}",
-        report.evaluate_rows(summary),
-        key=artifact_key("acceptance", target.name, dataset.name, run),
-    )
     publish_plot(
         f"Acceptance by depth: {target.name} on {dataset.name}, run {run}",
         acceptance_plot(summary),
@@ -90,6 +86,12 @@ def evaluate_flow(
     write_stage(run_path / EVALUATION_NAME, summary)
     with best_effort("report.html"):
         write_run_page(run_path)
+    report_stage(
+        f"Acceptance: {target.name} on {dataset.name}, run {run}",
+        report.evaluate_rows(summary),
+        key=artifact_key("acceptance", target.name, dataset.name, run),
+        following=[*report.where_to_look(run_path), ("next", "eyas run export RECIPE")],
+    )
     return summary
 
 

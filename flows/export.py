@@ -16,10 +16,9 @@ from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.training.config import TrainingConfig
 from flows.config.export import RunExportConfig
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_table
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
 from flows.reports import rows as report
-from flows.reports.table import print_table
 from flows.summaries import ExportedLayout, ExportSummary
 from flows.tasks.trained_run import open_run
 from flows.workspace import DEFAULT_HOME, RunName
@@ -71,8 +70,7 @@ def export_flow(
     )
     rows = report.export_rows(summary)
     title = f"Export: {target.name} on {dataset.name}, run {run}"
-    print_table(title, rows)
-    publish_table(title, rows, key=artifact_key("export", target.name, dataset.name, run))
+    report_stage(title, rows, key=artifact_key("export", target.name, dataset.name, run))
     return summary
 
 

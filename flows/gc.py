@@ -9,11 +9,10 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
 from flows.reports.store_tables import garbage_rows
-from flows.reports.table import print_table
 from flows.workspace import DEFAULT_HOME, Workspace
 from storage.maintenance.gc import (
     OLDER_THAN_HOURS,
@@ -71,6 +70,5 @@ def gc_flow(
         collect(opened, garbage)
     rows = garbage_rows(garbage, kept, deleted=delete)
     title = f"Garbage in the store of {target.name} on {dataset.name}"
-    print_table(title, rows)
-    publish_table(title, rows, key=artifact_key("gc", target.name, dataset.name))
+    report_stage(title, rows, key=artifact_key("gc", target.name, dataset.name))
     return garbage

@@ -10,11 +10,11 @@ from flows.bridge.store_identity import store_identity
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.event_names import SNAPSHOT_PUBLISHED, store_resource
 from flows.orchestration.events import send
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
 from flows.reports import rows as report
 from flows.summaries import HiddenStatesSummary
 from flows.tasks.make_shards import make_shards
@@ -64,9 +64,10 @@ def hidden_states(
             resource=store_resource(target.name, dataset.name),
             payload={"snapshot_id": summary.snapshot_id, "shards_made": summary.shards_made},
         )
-    publish_table(
+    report_stage(
         f"Hidden states: {target.name} on {dataset.name}",
         report.hidden_states_rows(summary),
         key=artifact_key("hidden-states", target.name, dataset.name),
+        following=[("next", "eyas run train RECIPE")],
     )
     return summary

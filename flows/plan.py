@@ -6,12 +6,11 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
 from flows.reports.cost import CostEstimate, require_fits
 from flows.reports.store_tables import cost_rows
-from flows.reports.table import print_table
 from flows.tasks.preflight import estimate_cost
 from flows.tasks.prepare import prepare
 from flows.workspace import DEFAULT_HOME
@@ -36,7 +35,6 @@ def plan(
     estimate = estimate_cost(target, store, tokens, store_root(store, space))
     rows = cost_rows(estimate)
     title = f"Plan: {target.name} on {dataset.name}"
-    print_table(title, rows)
-    publish_table(title, rows, key=artifact_key("plan", target.name, dataset.name))
+    report_stage(title, rows, key=artifact_key("plan", target.name, dataset.name))
     require_fits(estimate)
     return estimate

@@ -13,12 +13,11 @@ from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
 from flows.reports.store_summaries import RepairSummary
 from flows.reports.store_tables import repair_rows
-from flows.reports.table import print_table
 from flows.summaries import TokensSummary
 from flows.tasks.find_damage import find_damage, probe_recompute
 from flows.tasks.make_shards import make_shards
@@ -85,8 +84,7 @@ def repair_flow(
     )
     rows = repair_rows(summary)
     title = f"Repair: {target.name} on {dataset.name}"
-    print_table(title, rows)
-    publish_table(title, rows, key=artifact_key("repair", target.name, dataset.name))
+    report_stage(title, rows, key=artifact_key("repair", target.name, dataset.name))
     if summary.left:
         first = summary.left[0]
         raise DamagedStoreError(

@@ -25,6 +25,8 @@ from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import print_stage
+from flows.reports import rows as report
 from flows.reports.run_record import (
     StorageSize,
     write_settings,
@@ -101,7 +103,16 @@ def train_flow(
         object_cache_bytes=store.cache_bytes,
     )
     with sole_training(run_path) as lock, held_by_run(opened, run_path, data):
-        return _train(job, config, opened, data, lock)
+        summary = _train(job, config, opened, data, lock)
+    print_stage(
+        f"Training: {config.title(run)}",
+        [
+            *report.train_rows(summary),
+            *report.where_a_run_is(run_path),
+            ("next", "eyas run evaluate RECIPE (or estimate, export)"),
+        ],
+    )
+    return summary
 
 
 def _train(

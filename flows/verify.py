@@ -9,12 +9,11 @@ from eagle_core.target.config import TargetConfig
 from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_table
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
 from flows.reports.store_summaries import SIZES, VerifySummary
 from flows.reports.store_tables import verify_rows
-from flows.reports.table import print_table
 from flows.tasks.find_damage import find_damage, probe_recompute
 from flows.tasks.prepare import prepare_weights
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -59,8 +58,7 @@ def verify_flow(
     )
     rows = verify_rows(summary)
     title = f"Store of {target.name} on {dataset.name}"
-    print_table(title, rows)
-    publish_table(title, rows, key=artifact_key("verify", target.name, dataset.name))
+    report_stage(title, rows, key=artifact_key("verify", target.name, dataset.name))
     if findings:
         raise DamagedStoreError(
             f"{len(findings)} problems in {root}, first {findings[0].object_key}: "
