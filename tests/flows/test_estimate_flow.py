@@ -58,10 +58,17 @@ def test_the_store_says_what_the_target_says_and_the_target_is_not_loaded(
     dataset: DatasetConfig,
     store: StoreConfig,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     home = str(tmp_path)
     hidden_states(target, dataset, store, home=home)
+    printed = capsys.readouterr().out
+    for told in ("bytes per token, stored", str(tmp_path / "stores"), "eyas run train RECIPE"):
+        assert told in printed
     train_flow(target, dataset, store, TRAINING, home=home)
+    printed = capsys.readouterr().out
+    for told in ("held-out length, joint prefix", "report.html", "eyas run evaluate RECIPE"):
+        assert told in printed
     expected = by_the_target(target, dataset, home)
     monkeypatch.delattr(TargetModel, "load")
     monkeypatch.delattr("flows.tasks.prepare.build_dataset")  # the run knows what it needs
