@@ -17,8 +17,8 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.data.conversation import content_key
 from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import DatasetManifest, load_manifest
-from eagle_core.data.splits import is_held_out
-from eagle_core.data.writer import Split
+from eagle_core.data.splits import is_held_out, question_key
+from eagle_core.data.writer import SPLITS, Split
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 
 
@@ -78,7 +78,9 @@ def test_the_accounts_add_up(config: DatasetConfig, tmp_path: Path) -> None:
     assert (len(held["train"]), len(held["held_out"])) == (
         manifest.num_train, manifest.num_held_out,
     )  # fmt: skip
-    assert all(is_held_out(key, 0.2) for key in held["held_out"])
+    for split in SPLITS:
+        keys = map(question_key, load_conversations(tmp_path / "d", split))
+        assert all(is_held_out(key, 0.2) == (split == "held_out") for key in keys)
 
 
 def test_the_same_again_is_a_no_op(config: DatasetConfig, tmp_path: Path) -> None:
