@@ -7,6 +7,7 @@ from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.artifacts import publish_table
 from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
+from flows.reports.table import print_table
 from flows.summaries import DatasetSummary
 from flows.tasks.prepare import prepare_dataset
 from flows.workspace import DEFAULT_HOME, Workspace
@@ -17,9 +18,8 @@ def dataset_flow(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> DatasetSum
     """Build the data set unless it exists already, from the same source with the same options."""
     space = Workspace.at(home, target="", dataset=dataset.name)
     summary = prepare_dataset(dataset, space)
-    publish_table(
-        f"Data set {dataset.name}",
-        report.dataset_rows(summary),
-        key=artifact_key("dataset", dataset.name),
-    )
+    title = f"Data set {dataset.name}"
+    rows = report.dataset_rows(summary)
+    print_table(title, rows)
+    publish_table(title, rows, key=artifact_key("dataset", dataset.name))
     return summary
