@@ -59,24 +59,39 @@ def normalise(
     """
     if not isinstance(record, Mapping):
         raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(record).__name__}")
-    notes = Notes()
-    fields = Fields(record, notes=notes)
-    conversation_id = _record_id(fields, location)
-    if rendered_text is not None:
-        text = _rendered(fields, rendered_text, location)
-        conversation = Conversation(
-            conversation_id=conversation_id, messages=(), rendered_text=text, location=location
+    try:
+        if rendered_text is not None:
+            return _rendered(Fields(record, notes=Notes()), rendered_text, location)
+        form = _Form(
+            columns=columns, roles=roles, join_turns=join_turns, questions_suffice=questions_suffice
         )
-        return _normalised(conversation, (), fields)
+        return _chat(Fields(record, notes=Notes()), form, location)
+    except RecursionError as error:
+        raise RejectedRecord(Reason.BROKEN_JSON, location, "nested too deeply") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Form:
+    """How turns are found and read."""
+
+    columns: Columns | None
+    roles: Mapping[str, Role]
+    join_turns: bool
+    questions_suffice: bool
+
+
+def _chat(fields: Fields, form: _Form, location: str) -> Normalised:
+    """Return the conversation in a record of turns, or of question and answer."""
+    conversation_id = _record_id(fields, location)
     messages = [
-        read_turn(turn, location=f"{location}, turn {index}", roles=roles, notes=notes)
-        for index, turn in enumerate(_turns(fields, columns, location, questions_suffice))
+        read_turn(turn, location=f"{location}, turn {index}", roles=form.roles, notes=fields.notes)
+        for index, turn in enumerate(_turns(fields, form, location))
     ]
     turns = ordered(
         [*_system_turn(fields, messages, location), *messages],
         location=location,
-        join_turns=join_turns,
-        questions_suffice=questions_suffice,
+        join_turns=form.join_turns,
+        questions_suffice=form.questions_suffice,
     )
     conversation = Conversation(
         conversation_id=conversation_id,
@@ -107,7 +122,18 @@ def _record_id(record: Fields, location: str) -> str:
     return "" if named is None else encodable(str(named), location)
 
 
-def _rendered(record: Fields, column: str, location: str) -> str:
+def _rendered(fields: Fields, column: str, location: str) -> Normalised:
+    """Return the text in a column that a chat template rendered."""
+    conversation = Conversation(
+        conversation_id=_record_id(fields, location),
+        messages=(),
+        rendered_text=_rendered_text(fields, column, location),
+        location=location,
+    )
+    return _normalised(conversation, (), fields)
+
+
+def _rendered_text(record: Fields, column: str, location: str) -> str:
     text = record.take(column)
     if text is None:
         detail = f"no column {column}; found {record.names}"
@@ -119,17 +145,15 @@ def _rendered(record: Fields, column: str, location: str) -> str:
     return encodable(text, location)
 
 
-def _turns(
-    record: Fields, columns: Columns | None, location: str, questions_suffice: bool
-) -> Sequence[object]:
-    for key in () if columns else _MESSAGE_KEYS:
+def _turns(record: Fields, form: _Form, location: str) -> Sequence[object]:
+    for key in () if form.columns else _MESSAGE_KEYS:
         turns = parsed(record.see(key))
         if is_list(turns):
             if not turns:
                 raise RejectedRecord(Reason.NO_MESSAGES, location, f"{key} is empty")
             record.ignore(key)
             return turns
-    asked = as_turns(record, columns, questions_suffice=questions_suffice)
+    asked = as_turns(record, form.columns, questions_suffice=form.questions_suffice)
     if asked is None:
         detail = f"neither turns nor question; found {record.names}"
         raise RejectedRecord(Reason.NO_MESSAGES, location, detail)

@@ -35,8 +35,8 @@ def chat_key(conversation: Conversation) -> str | None:
 class ChatGroups:
     """Groups of conversations that share a chat or a first question, directly or through others.
 
-    A group is known only after the last conversation: two chats can meet in any later one. About
-    300 bytes per conversation are in memory, as for the content keys of the duplicates.
+    A group is known only after the last conversation: two chats can meet in any later one. Up
+    to 200 bytes per conversation are in memory, as for the content keys of the duplicates.
     """
 
     def __init__(self) -> None:

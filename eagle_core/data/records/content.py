@@ -43,8 +43,6 @@ def read_text(value: object, *, location: str) -> str:
 
 
 def _part(part: object, turn: Fields, location: str) -> Content:
-    if isinstance(part, str):
-        return Content(text=encodable(part, location))
     if not isinstance(part, Mapping):
         raise RejectedRecord(Reason.NOT_TEXT, location, f"content part {type(part).__name__!a}")
     fields = turn.inner(part, "content")

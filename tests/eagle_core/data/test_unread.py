@@ -164,3 +164,41 @@ def test_turns_in_a_column_of_json_text(key: str) -> None:
     with pytest.raises(RejectedRecord) as caught:
         normalise({key: "[not json"}, location="x")
     assert caught.value.reason is Reason.NO_MESSAGES
+
+
+def _nested(depth: int) -> object:
+    value: object = "x"
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS, "meta": _nested(5000)},
+        {"messages": TURNS, "tools": "[" * 100_000},
+        {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f", "id": _nested(5000)}]}]},
+    ],
+)
+def test_a_record_that_is_nested_too_deeply_is_dropped_alone(record: object) -> None:
+    with pytest.raises(RejectedRecord, match="nested too deeply"):
+        normalise(record, location="x")
+
+
+def test_openais_own_data_with_thinking() -> None:
+    """Of gpt-oss: the columns repeat what the turns say."""
+    record = {
+        "developer": "Be kind.",
+        "user": "q",
+        "analysis": "hm",
+        "final": "a",
+        "messages": [
+            {"role": "system", "content": "Be kind.", "thinking": None},
+            {**TURNS[0], "thinking": None},
+            {**TURNS[1], "thinking": "hm"},
+        ],
+    }
+    found = normalise(record, location="x")
+    assert found.conversation.messages[2].reasoning_content == "hm"
+    assert found.unread == ("analysis", "developer", "final", "user")

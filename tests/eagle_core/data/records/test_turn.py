@@ -132,6 +132,7 @@ def test_a_refusal_is_the_answer() -> None:
         {"type": "image_url", "image_url": {"url": "u"}, "text": "x"},
         {"image": "bytes"},
         {"type": "tool_use", "name": "sky"},
+        "text without a part",
         3,
     ],
 )
