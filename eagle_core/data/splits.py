@@ -1,5 +1,7 @@
 """Select held-out conversations by their first question, or by the chat they are a piece of."""
 
+from dataclasses import dataclass
+
 import xxhash
 
 from eagle_core.data.conversation import Conversation, content_key
@@ -21,22 +23,31 @@ def question_key(conversation: Conversation) -> str:
     return xxhash.xxh3_128_hexdigest(question.strip().encode())
 
 
-def chat_key(conversation: Conversation) -> str | None:
-    """Return the key shared by all pieces of one chat: ids `X_0`, `X_1`, ... have that of `X`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One of the pieces, with ids `X_0`, `X_1`, ..., in which ShareGPT published long chats."""
 
-    ShareGPT was published in such pieces. None for an id of another form.
-    """
+    chat_key: str
+    """The key shared by all pieces of the chat, 32 hex digits."""
+    is_first: bool
+    """Whether the chat begins with it."""
+
+
+def piece_of(conversation: Conversation) -> Piece | None:
+    """Return which piece of a chat the conversation is; None if its id has another form."""
     stem, mark, number = conversation.conversation_id.rpartition("_")
     if not stem or not mark or not number.isdecimal():
         return None
-    return xxhash.xxh3_128_hexdigest(stem.encode())
+    return Piece(chat_key=xxhash.xxh3_128_hexdigest(stem.encode()), is_first=not number.strip("0"))
 
 
 class ChatGroups:
     """Groups of conversations that share a chat or a first question, directly or through others.
 
-    A group is known only after the last conversation: two chats can meet in any later one. Up
-    to 200 bytes per conversation are in memory, as for the content keys of the duplicates.
+    The first question of a chat is that of its first piece: a later one begins with any turn, and
+    hundreds begin with "continue". A group is known only after the last conversation: two chats can
+    meet in any later one. Up to 200 bytes per conversation are in memory, as for the content keys
+    of the duplicates.
     """
 
     def __init__(self) -> None:
@@ -44,23 +55,26 @@ class ChatGroups:
 
     def add(self, conversation: Conversation) -> None:
         """Put the conversation into the group of its chat and of its first question."""
-        question = self._root(bytes.fromhex(question_key(conversation)))
-        chat = chat_key(conversation)
-        if chat is None:
-            return
-        other = self._root(bytes.fromhex(chat))
-        # The key of a group is one of its keys, in whatever order they came. Other bytes than
-        # those that decide the split select it: large groups are held out as often as small ones.
-        first, second = sorted((question, other), key=lambda key: (key[_HALF:], key))
-        self._parents[second] = first
+        piece = piece_of(conversation)
+        if piece is not None and piece.is_first:
+            self._join(piece.chat_key, question_key(conversation))
 
     def key(self, conversation: Conversation) -> str:
         """Return the key of the conversation's group."""
-        return self._root(bytes.fromhex(question_key(conversation))).hex()
+        piece = piece_of(conversation)
+        own = question_key(conversation) if piece is None else piece.chat_key
+        return self._root(bytes.fromhex(own)).hex()
+
+    def _join(self, one: str, two: str) -> None:
+        roots = (self._root(bytes.fromhex(key)) for key in (one, two))
+        # The key of a group is one of its keys, in whatever order they came. Other bytes than
+        # those that decide the split select it: large groups are held out as often as small ones.
+        first, second = sorted(roots, key=lambda key: (key[_HALF:], key))
+        self._parents[second] = first
 
     def _root(self, key: bytes) -> bytes:
         path = []
-        while (parent := self._parents.setdefault(key, key)) != key:
+        while (parent := self._parents.get(key, key)) != key:
             path.append(key)
             key = parent
         for passed in path:

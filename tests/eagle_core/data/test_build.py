@@ -158,12 +158,12 @@ def test_answers_to_one_question_are_in_one_split(tmp_path: Path) -> None:
         assert not train & held_out
 
 
-def test_chats_with_a_question_in_common_stay_together(tmp_path: Path) -> None:
-    """Piece by piece: chat 0 meets chat 1 in a question, 1 meets 2 in another one, and so on."""
+def test_chats_that_begin_alike_stay_together(tmp_path: Path) -> None:
+    """Three chats have one question each time; all of them go on with `continue`."""
     records = [
-        {**turns(f"question {chat // 3} {chat % 3 + piece}", f"a {chat}"), "id": f"c{chat}_{piece}"}
-        for chat in range(180)
+        {**turns("continue" if piece else f"Q{chat // 3}", f"a {chat}"), "id": f"c{chat}_{piece}"}
         for piece in range(2)
+        for chat in range(180)
     ]
     config = write(tmp_path / "a.json", records)
     config = config.model_copy(update={"keep_pieces_together": True})
@@ -171,7 +171,8 @@ def test_chats_with_a_question_in_common_stay_together(tmp_path: Path) -> None:
     assert manifest.num_conversations == 360
     threes = {
         split: {
-            one.messages[0].content.split()[1] for one in load_conversations(tmp_path / "d", split)
+            int(one.conversation_id[1:].partition("_")[0]) // 3
+            for one in load_conversations(tmp_path / "d", split)
         }
         for split in SPLITS
     }

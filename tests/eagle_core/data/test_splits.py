@@ -53,30 +53,35 @@ def groups_of(conversations: list[Conversation]) -> dict[str, set[str]]:
     return found
 
 
-def test_chats_meet_in_a_question_however_late() -> None:
+def test_chats_that_begin_alike_meet_however_late() -> None:
     conversations = [
         conversation("q1", name="x_0"),
-        conversation("q2", name="y_0"),
+        conversation("continue", name="x_1"),
+        conversation("continue", name="y_1"),
         conversation("q3", name="alone"),
-        conversation("q4", name="y_1"),
-        conversation("q1", name="y_2"),
-        conversation("q4", "b", name="no piece"),
+        conversation("q3", "b", name="z_00"),
+        conversation("q1", name="no piece"),
+        conversation("q4", name="z_2"),
+        conversation("q1", name="y_0"),
     ]
     groups = groups_of(conversations)
     assert sorted(map(sorted, groups.values())) == [
-        ["alone"], ["no piece", "x_0", "y_0", "y_1", "y_2"],
+        ["alone", "z_00", "z_2"], ["no piece", "x_0", "x_1", "y_0", "y_1"],
     ]  # fmt: skip
     random.Random(0).shuffle(conversations)  # noqa: S311
     assert groups_of(conversations) == groups
 
 
+def test_pieces_that_begin_in_the_middle_are_not_alike() -> None:
+    conversations = [conversation("continue", name=f"{chat}_1") for chat in range(9)]
+    assert len(groups_of(conversations)) == 9
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30))
 def test_groups_are_the_connected_ones(edges: list[tuple[int, int]]) -> None:
-    conversations = [
-        conversation(f"q{question}", name=f"{chat}_{number}")
-        for number, (chat, question) in enumerate(edges)
-    ]
+    """A chat may have several first pieces, as from several sources."""
+    conversations = [conversation(f"q{question}", name=f"{chat}_0") for chat, question in edges]
     groups = ChatGroups()
     for one in conversations:
         groups.add(one)
