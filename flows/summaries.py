@@ -1,5 +1,6 @@
 """The result of each flow: plain figures, ready for a table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,25 @@ class DatasetSummary:
     num_records: int
     num_train: int
     num_held_out: int
-    num_dropped: int
+    dropped: Mapping[str, int]
+    """Records by reason."""
+    changed: Mapping[str, int]
+    """Records that were kept with a change, by change."""
+    unread: Mapping[str, int]
+    """Records that were kept, by the name of a field that nothing reads."""
+    ledger_path: Path
+    """Lists all of these with their locations."""
     seconds: float
+
+    @property
+    def num_dropped(self) -> int:
+        """Dropped records, for any reason."""
+        return sum(self.dropped.values())
+
+    @property
+    def dropped_share(self) -> float:
+        """Dropped records per record read, 0 to 1."""
+        return self.num_dropped / max(self.num_records, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,24 +9,28 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.data.conversation import Conversation, content_key
-from eagle_core.data.conversation_table import from_row, to_row
+from eagle_core.data.conversation_table import CONVERSATION_SCHEMA, from_row, to_row
 from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.ledger_writer import LedgerWriter
 from eagle_core.data.manifest import DatasetManifest, FileDigest, load_manifest
-from eagle_core.data.normalise import normalise
+from eagle_core.data.normalise import Normalised, normalise
+from eagle_core.data.row_writer import RowWriter
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.data.sources import find_source, identify, read_records
-from eagle_core.data.splits import is_held_out, piece_key
+from eagle_core.data.splits import ChatGroups, is_held_out, question_key
 from eagle_core.data.writer import (
     DatasetWriters,
     Split,
     building,
     digest,
     digests,
+    keep_ledger,
     open_writers,
     publish,
 )
@@ -35,32 +39,65 @@ from eagle_core.errors import ConfigError, CorruptError, MismatchError
 Progress = Callable[[float, str], None]
 """Called periodically with the fraction of the source read (0 to 1) and a message."""
 
-RULES_VERSION = 4
+RULES_VERSION = 5
 """Increment it when cleaning or columns change: older data sets are then rebuilt."""
+_OLDEST_ANSWERS = 4
+"""A target's answers are expensive: data sets of them are read from these rules on."""
+_UNSPLIT = "unsplit.parquet"
 _RECORDS_PER_REPORT = 500
 _ROWS_PER_BATCH = 256
 
 
 def build_dataset(
-    config: DatasetConfig, *, out_dir: Path, progress: Progress = lambda _share, _what: None
+    config: DatasetConfig,
+    *,
+    out_dir: Path,
+    questions_suffice: bool = False,
+    progress: Progress = lambda _share, _what: None,
 ) -> DatasetManifest:
     """Write `train.parquet`, `held_out.parquet`, `ledger.parquet` and `manifest.json`.
 
+    With `questions_suffice` conversations may lack answers, for a target that will give its own.
+    A data set that was built without is then built anew, and the other way round.
+
     Returns the existing manifest if it was built from the same source with the same options and
     rules. Raises `ConfigError` or `CorruptError` for a source that is missing or damaged, and
-    `MismatchError` if the source changed while it was read; nothing is left behind. A target's
+    `MismatchError` if the source changed while it was read. Nothing is left behind, except the
+    ledger if no record can be used: its path is in the message. A target's
     answers are neither generated nor replaced here: an existing data set of them is returned.
     """
     if config.source == REGENERATED:
         return _regenerated(out_dir, config)
     _refuse_to_replace_answers(out_dir, config)
     source = identify(find_source(config))
-    finished = _finished(out_dir, config, source)
+    identity = _identity(config, questions_suffice=questions_suffice)
+    finished = _finished(out_dir, identity, source)
     if finished is not None:
         progress(1.0, f"{finished.num_conversations} conversations already built")
         return finished
     with building(out_dir) as directory:
-        manifest = _write(config, source, directory, progress)
+        with open_writers(directory) as writers:
+            cleaning = _Cleaning(config, writers.ledger, questions_suffice=questions_suffice)
+            written = _Splits(config, writers)
+            written.write(cleaning.conversations(progress), directory)
+        if not written.kept["train"]:
+            ledger = keep_ledger(directory, out_dir)
+            raise ConfigError(_nothing_usable(config, cleaning, written, ledger))
+        progress(1.0, f"{written.kept.total()} conversations kept")
+        manifest = DatasetManifest(
+            name=config.name,
+            fingerprint=written.fingerprint,
+            rules_version=RULES_VERSION,
+            config=identity,
+            source=source,
+            num_records=cleaning.num_records,
+            num_train=written.kept["train"],
+            num_held_out=written.kept["held_out"],
+            dropped=dict(sorted(writers.ledger.dropped.items())),
+            changed=dict(sorted(writers.ledger.changed.items())),
+            unread=writers.ledger.unread,
+            files=digests(directory),
+        )
         if identify(find_source(config)) != source:
             raise MismatchError(
                 f"data set {config.name}: {config.source} changed while it was read; run again"
@@ -77,112 +114,149 @@ def load_conversations(directory: Path, split: Split) -> Iterator[Conversation]:
     """
     name = f"{split}.parquet"
     manifest = load_manifest(directory)
-    if manifest.rules_version != RULES_VERSION:
+    if not _is_readable(manifest):
         raise MismatchError(
             f"{directory} was built with rules {manifest.rules_version}, but this version has "
             f"rules {RULES_VERSION}; run the flow that built it (`dataset` or `regenerate`) again"
         )
     _check_file(directory / name, manifest.files[name])
-    with pq.ParquetFile(directory / name) as table:
+    yield from map(from_row, _rows(directory / name))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as table:
         for batch in table.iter_batches(_ROWS_PER_BATCH):
-            yield from map(from_row, batch.to_pylist())
+            yield from batch.to_pylist()
 
 
-class _Builder:
-    """Adds records one by one and counts them."""
+def _is_readable(manifest: DatasetManifest) -> bool:
+    oldest = _OLDEST_ANSWERS if manifest.is_regenerated else RULES_VERSION
+    return oldest <= manifest.rules_version <= RULES_VERSION
 
-    def __init__(self, config: DatasetConfig, writers: DatasetWriters) -> None:
+
+class _Cleaning:
+    """Turns records into conversations, each once, and enters the others in the ledger."""
+
+    def __init__(
+        self, config: DatasetConfig, ledger: LedgerWriter, *, questions_suffice: bool
+    ) -> None:
         self._config = config
-        self._writers = writers
+        self._ledger = ledger
+        self._questions_suffice = questions_suffice
         self._seen: set[bytes] = set()
-        self._fingerprint = hashlib.sha256()
-        self.kept: Counter[Split] = Counter()
 
     @property
     def num_records(self) -> int:
-        return self.kept.total() + self._writers.ledger.dropped.total()
+        return len(self._seen) + self._ledger.dropped.total()
 
     @property
-    def fingerprint(self) -> str:
-        return self._fingerprint.hexdigest()
+    def dropped(self) -> Counter[str]:
+        return self._ledger.dropped
 
-    def add(self, record: SourceRecord | DamagedRecord) -> None:
-        """Keep the record, or enter the reason in the ledger."""
-        ledger = self._writers.ledger
+    def conversations(self, progress: Progress) -> Iterator[tuple[Conversation, str]]:
+        """Yield the conversations that are kept, with their content keys."""
+        for index, record in enumerate(read_records(self._config)):
+            if (kept := self._clean(record)) is not None:
+                yield kept
+            if index % _RECORDS_PER_REPORT == 0:
+                progress(record.fraction_read, f"{len(self._seen)} conversations kept")
+            if len(self._seen) == self._config.max_conversations:
+                break
+
+    def _clean(self, record: SourceRecord | DamagedRecord) -> tuple[Conversation, str] | None:
         if isinstance(record, DamagedRecord):
-            ledger.drop(RejectedRecord(record.reason, record.location, record.detail))
-            return
+            self._ledger.drop(RejectedRecord(record.reason, record.location, record.detail))
+            return None
         try:
-            normalised = normalise(
-                record.value,
-                location=record.location,
-                columns=self._config.columns,
-                rendered_text=self._config.rendered_text,
-            )
+            normalised = self._normalised(record)
         except RejectedRecord as rejected:
-            ledger.drop(rejected)
-            return
+            self._ledger.drop(rejected)
+            return None
         conversation = normalised.conversation
         conversation_id = conversation.conversation_id
         key = content_key(conversation)
         if bytes.fromhex(key) in self._seen:
             duplicate = RejectedRecord(Reason.DUPLICATE, record.location, f"content key {key}")
-            ledger.drop(duplicate, conversation_id=conversation_id)
-            return
+            self._ledger.drop(duplicate, conversation_id=conversation_id)
+            return None
         self._seen.add(bytes.fromhex(key))
-        self._keep(conversation, key)
+        self._ledger.leave_unread(normalised.unread, location=record.location)
         for change in normalised.changes:
-            ledger.change(change, location=record.location, conversation_id=conversation_id)
+            self._ledger.change(change, location=record.location, conversation_id=conversation_id)
+        return conversation, key
 
-    def _keep(self, conversation: Conversation, key: str) -> None:
-        split_key = piece_key(conversation) if self._config.keep_pieces_together else key
+    def _normalised(self, record: SourceRecord) -> Normalised:
+        return normalise(
+            record.value,
+            location=record.location,
+            columns=self._config.columns,
+            rendered_text=self._config.rendered_text,
+            roles=self._config.roles,
+            join_turns=self._config.join_turns,
+            questions_suffice=self._questions_suffice,
+        )
+
+
+class _Splits:
+    """Writes every conversation into its split."""
+
+    def __init__(self, config: DatasetConfig, writers: DatasetWriters) -> None:
+        self._config = config
+        self._writers = writers
+        self._fingerprint = hashlib.sha256()
+        self.kept: Counter[Split] = Counter()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint.hexdigest()
+
+    def write(self, conversations: Iterator[tuple[Conversation, str]], directory: Path) -> None:
+        """Write all conversations; `directory` is for a temporary file."""
+        if self._config.keep_pieces_together:
+            self._write_groups(conversations, directory / _UNSPLIT)
+            return
+        for conversation, key in conversations:
+            self._put(to_row(conversation, key), question_key(conversation))
+
+    def _write_groups(self, conversations: Iterator[tuple[Conversation, str]], path: Path) -> None:
+        """Write all conversations to `path` first: the last one can join two groups."""
+        groups = ChatGroups()
+        with RowWriter(path, CONVERSATION_SCHEMA) as rows:
+            for conversation, key in conversations:
+                groups.add(conversation)
+                rows.add(to_row(conversation, key))
+        for row in _rows(path):
+            self._put(row, groups.key(from_row(row)))
+
+    def _put(self, row: dict[str, Any], split_key: str) -> None:
         is_test = is_held_out(split_key, self._config.held_out_fraction)
         split: Split = "held_out" if is_test else "train"
         self.kept[split] += 1
-        self._fingerprint.update(f"{split} {key}\n".encode())
-        self._writers.splits[split].add(to_row(conversation, key))
+        self._fingerprint.update(f"{split} {row['content_key']}\n".encode())
+        self._writers.splits[split].add(row)
 
 
-def _write(
-    config: DatasetConfig,
-    source: tuple[dict[str, object], ...],
-    directory: Path,
-    progress: Progress,
-) -> DatasetManifest:
-    with open_writers(directory) as writers:
-        builder = _Builder(config, writers)
-        for index, record in enumerate(read_records(config)):
-            builder.add(record)
-            num_kept = builder.kept.total()
-            if index % _RECORDS_PER_REPORT == 0:
-                progress(record.fraction_read, f"{num_kept} conversations kept")
-            if num_kept == config.max_conversations:
-                break
-    dropped = dict(sorted(writers.ledger.dropped.items()))
-    if not builder.kept["train"]:
-        raise ConfigError(
-            f"data set {config.name}: {config.source} has no usable training conversation "
-            f"({builder.num_records} records; dropped: {dropped}; held out: "
-            f"{builder.kept['held_out']}); correct `source`"
-        )
-    progress(1.0, f"{builder.kept.total()} conversations kept")
-    return DatasetManifest(
-        name=config.name,
-        fingerprint=builder.fingerprint,
-        rules_version=RULES_VERSION,
-        config=config.identity(),
-        source=source,
-        num_records=builder.num_records,
-        num_train=builder.kept["train"],
-        num_held_out=builder.kept["held_out"],
-        dropped=dropped,
-        changed=dict(sorted(writers.ledger.changed.items())),
-        files=digests(directory),
+def _nothing_usable(
+    config: DatasetConfig, cleaning: _Cleaning, written: _Splits, ledger: Path
+) -> str:
+    dropped = dict(sorted(cleaning.dropped.items()))
+    advice = "correct `source`"
+    if Reason.NO_ASSISTANT_TURN in dropped:
+        advice += ", or let the target answer its questions (`eyas run regenerate`)"
+    return (
+        f"data set {config.name}: {config.source} has no usable training conversation "
+        f"({cleaning.num_records} records; dropped: {dropped}; held out: "
+        f"{written.kept['held_out']}); {ledger} lists them; {advice}"
     )
 
 
+def _identity(config: DatasetConfig, *, questions_suffice: bool) -> dict[str, object]:
+    """Return what determines the contents; data sets for training are as they always were."""
+    return config.identity() | ({"questions_suffice": True} if questions_suffice else {})
+
+
 def _finished(
-    out_dir: Path, config: DatasetConfig, source: tuple[dict[str, object], ...]
+    out_dir: Path, identity: dict[str, object], source: tuple[dict[str, object], ...]
 ) -> DatasetManifest | None:
     """Return the manifest of a finished build of the same inputs if its files have their sizes."""
     try:
@@ -190,7 +264,7 @@ def _finished(
     except (ConfigError, CorruptError):
         return None
     made_from = (manifest.rules_version, manifest.config, manifest.source)
-    if made_from != (RULES_VERSION, config.identity(), source):
+    if made_from != (RULES_VERSION, identity, source):
         return None
     for name, expected in manifest.files.items():
         path = out_dir / name

@@ -1,7 +1,13 @@
-"""Records with one question and one answer in columns (Alpaca, GSM8K, ...), as two turns."""
+"""Records with question and answer in columns (Alpaca, Dolly, GSM8K, TRL, ...), as turns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeGuard
+
+from eagle_core.data.records.fields import Fields, is_list, parsed
+
+_PAIR = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,18 +19,37 @@ class Columns:
     optional: frozenset[str] = frozenset()
     """Columns that may be missing or empty."""
 
-    def are_in(self, record: Mapping[str, object]) -> bool:
-        """Return whether the record has all required columns."""
-        return all(
-            name in record or name in self.optional for name in (*self.question, *self.answer)
-        )
+    def fit(self, record: Fields) -> "Fit":
+        """Return how much of question and answer the record holds."""
+        names = (*self.question, *self.answer)
+        is_asked = any(map(record.holds, self.question))
+        if all(name in self.optional or record.exists(name) for name in names):
+            if not is_asked:
+                return Fit.BLANK
+            return Fit.ANSWERED if any(map(record.holds, self.answer)) else Fit.BLANK_ANSWER
+        missing = [name for name in self.question if not record.exists(name)]
+        return Fit.QUESTION if is_asked and self.optional.issuperset(missing) else Fit.NONE
+
+
+class Fit(IntEnum):
+    """How much of question and answer a record holds, in ascending order."""
+
+    NONE = 0
+    BLANK = 1
+    """The columns exist, and there is no question in them."""
+    QUESTION = 2
+    """A question, and no column with an answer."""
+    BLANK_ANSWER = 3
+    ANSWERED = 4
 
 
 KNOWN_COLUMNS: Sequence[Columns] = (
     Columns(
         question=("instruction", "input"), answer=("output",), optional=frozenset({"input"})
     ),  # Alpaca, CodeAlpaca, opc-sft-stage1
-    Columns(question=("instruction",), answer=("response",)),  # Magicoder, Dolly
+    Columns(
+        question=("instruction", "context"), answer=("response",), optional=frozenset({"context"})
+    ),  # Magicoder, Dolly
     Columns(question=("prompt",), answer=("response",)),
     Columns(question=("prompt",), answer=("completion",)),
     Columns(question=("query",), answer=("response",)),  # MetaMath
@@ -33,32 +58,65 @@ KNOWN_COLUMNS: Sequence[Columns] = (
     Columns(question=("input",), answer=("output",)),  # OpenCodeInstruct
     Columns(question=("message_1",), answer=("message_2",)),  # CAMEL
 )
-"""Tried in this order."""
+"""The first of those that fit best is taken."""
 
 
 def as_turns(
-    record: Mapping[str, object], columns: Columns | None
-) -> list[dict[str, object]] | None:
-    """Return the two turns (after those of a `system` column), or None if columns are missing.
+    record: Fields, columns: Columns | None, *, questions_suffice: bool = False
+) -> list[object] | None:
+    """Return the turns of question and answer, after those of `history`; None without columns.
 
-    Without `columns`, the usual names are tried. Other values than text are passed on: `normalise`
-    refuses them.
+    Without `columns`, the usual names are tried. A question whose answer has no column is its only
+    turn, and with `questions_suffice` also one whose answer is empty. Question and answer may be
+    lists of turns themselves, as in TRL. Other values than text are passed on: `normalise` refuses
+    them.
     """
     candidates = KNOWN_COLUMNS if columns is None else (columns,)
-    found = next((one for one in candidates if one.are_in(record)), None)
-    if found is None:
+    # A table of several forms has the columns of all of them, filled with null.
+    chosen = max(candidates, key=lambda one: one.fit(record))
+    fit = chosen.fit(record)
+    if fit is Fit.NONE or (fit is Fit.QUESTION and columns and not questions_suffice):
         return None
-    turns: list[dict[str, object]] = []
-    system = record.get("system", record.get("system_prompt"))
-    if isinstance(system, str) and system.strip():
-        turns.append({"role": "system", "content": system})
-    turns.append({"role": "user", "content": _joined(record, found.question)})
-    turns.append({"role": "assistant", "content": _joined(record, found.answer)})
-    return turns
+    turns = [*_history(record), *_turns_of("user", record, chosen.question)]
+    if fit is Fit.QUESTION or (fit is Fit.BLANK_ANSWER and questions_suffice):
+        return turns
+    return [*turns, *_turns_of("assistant", record, chosen.answer)]
 
 
-def _joined(record: Mapping[str, object], names: Sequence[str]) -> object:
-    values = [record.get(name) for name in names]
+def _turns_of(role: str, record: Fields, names: Sequence[str]) -> list[object]:
+    value = _joined(record, names)
+    return list(value) if is_turn_list(value) else [{"role": role, "content": value}]
+
+
+def is_turn_list(value: object) -> TypeGuard[Sequence[object]]:
+    """Return whether a value is a list of turns, and not of a content's parts."""
+    return (
+        is_list(value)
+        and bool(value)
+        and all(isinstance(one, Mapping) and ("role" in one or "from" in one) for one in value)
+    )
+
+
+def _history(record: Fields) -> list[object]:
+    """Return the earlier turns in `history`: pairs of question and answer, or turns."""
+    value = parsed(record.see("history"))
+    if not is_list(value):
+        return []
+    pairs = [pair for pair in value if is_list(pair) and len(pair) == _PAIR]
+    if not is_turn_list(value) and len(pairs) < len(value):
+        return []
+    record.ignore("history")
+    if is_turn_list(value):
+        return list(value)
+    texts = [text for pair in pairs for text in pair]
+    return [
+        {"role": "assistant" if index % _PAIR else "user", "content": text}
+        for index, text in enumerate(texts)
+    ]
+
+
+def _joined(record: Fields, names: Sequence[str]) -> object:
+    values = [record.take(name) for name in names]
     present = [value for value in values if value not in (None, "")]
     if all(isinstance(value, str) for value in present):
         return "\n".join(map(str, present))

@@ -9,6 +9,7 @@ from eagle_core.address import Address
 from eagle_core.atomic_files import FOLDER_NAME
 from eagle_core.config_model import ConfigModel
 from eagle_core.data.columns import Columns
+from eagle_core.data.conversation import Role
 from eagle_core.data.presets import PRESETS
 
 REGENERATED = "regenerated"
@@ -62,6 +63,20 @@ class DatasetConfig(ConfigModel):
             "a text that its turns do not render to exactly is dropped"
         ),
     )
+    roles: dict[str, Role] = Field(
+        default={},
+        description=(
+            "Names of roles that are not known, such as `narrator: assistant`; capitals do not "
+            "count. They take precedence over the known names"
+        ),
+    )
+    join_turns: bool = Field(
+        default=False,
+        description=(
+            "Join consecutive turns of one role by an empty line; otherwise records that have "
+            "them are dropped (`wrong_alternation`)"
+        ),
+    )
     accept_truncated: bool = Field(
         default=False,
         description="Use the whole records of a truncated file; the ledger records the loss",
@@ -82,13 +97,17 @@ class DatasetConfig(ConfigModel):
         default=0.05,
         ge=0.0,
         lt=1.0,
-        description="Fraction of conversations held out for evaluation, selected by their content",
+        description=(
+            "Fraction of questions held out for evaluation: conversations with one first question "
+            "are all held out, or none"
+        ),
     )
     keep_pieces_together: bool = Field(
         default=False,
         description=(
             "Put conversations with ids X_0, X_1, ... into the same split: they are pieces of one "
-            "chat, and evaluating on one after training on another overrates the draft"
+            "chat, and evaluating on one after training on another overrates the draft. Chats "
+            "that share a first question stay together, too"
         ),
     )
     max_length: int = Field(

@@ -1,7 +1,9 @@
 """The cleaning ledger: why a record was dropped or changed, and its location in the source.
 
 Invariant: every record read is either kept or entered as dropped, so counts add up to the input. A
-changed record is kept and entered once per change.
+changed record is kept and entered once per change. What concerns whole columns (fields that are not
+read, null members of a table) has one entry per name, with the number of records and the first of
+them.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ class Reason(StrEnum):
     EMPTY_TURN = "empty_turn"
     WRONG_ALTERNATION = "wrong_alternation"
     NO_ASSISTANT_TURN = "no_assistant_turn"
+    UNSUPPORTED_WEIGHT = "unsupported_weight"
     DUPLICATE = "duplicate"
     TEMPLATE_REFUSED = "template_refused"
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # noqa: S105 - a reason, not a secret
@@ -46,6 +49,9 @@ class Change(StrEnum):
 
     LEADING_ASSISTANT_TURNS_CUT = "leading_assistant_turns_cut"
     TRAILING_TURNS_CUT = "trailing_turns_cut"
+    TURNS_JOINED = "turns_joined"
+    NULL_MEMBERS_DROPPED = "null_members_dropped"
+    """Of tools or of a call's arguments; a table fills absent members with null."""
     ENDED_AT_TOOL_CALL = "ended_at_tool_call"
     """The turns after a tool call refer to the original call, not to the target's."""
     ENDED_BEFORE_FAILED_ANSWER = "ended_before_failed_answer"
@@ -79,9 +85,9 @@ class LedgerEntry:
     conversation_id: str
     """Empty where the record was too damaged to have one."""
     action: str
-    """`dropped` or `changed`."""
+    """`dropped`, `changed` or `unread`."""
     reason: str
-    """A `Reason` or a `Change`."""
+    """A `Reason` or a `Change`; for `unread`, the name of the field."""
     detail: str
 
     @classmethod

@@ -46,6 +46,8 @@ class DatasetManifest(BaseModel):
     """Dropped records, by reason."""
     changed: dict[str, int] = Field(default_factory=dict)
     """Records kept with a change, by change; one record may count more than once."""
+    unread: dict[str, int] = Field(default_factory=dict)
+    """Kept records with a field that holds something and has no meaning here, by its name."""
     files: dict[str, FileDigest]
 
     @property

@@ -1,61 +1,38 @@
 """Normalise conversations of all supported record formats into one form.
 
 A conversation is an optional system turn, then alternating user and assistant turns (tool results
-may come between two assistant turns), and ends with the assistant. A record that does not fit this
-form raises `RejectedRecord`; nothing is guessed and nothing is silently repaired.
+may come between two assistant turns), and ends with the assistant, or with a question if questions
+suffice. A record that does not fit this form raises `RejectedRecord`. Nothing is guessed, nothing
+is silently repaired, and what holds something and is not read is named.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from eagle_core.data.columns import Columns, as_turns
 from eagle_core.data.conversation import Conversation, Message, Role, content_key
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
-from eagle_core.data.tool_calls import (
-    parse_function_call,
-    parse_tool_calls,
-    parse_tools,
-)
-
-_ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-
-
-_MAY_FOLLOW: Mapping[Role | None, frozenset[Role]] = {
-    None: frozenset({"system", "user"}),
-    "system": frozenset({"user"}),
-    "user": frozenset({"assistant"}),
-    "assistant": frozenset({"user", "tool"}),
-    "tool": frozenset({"assistant", "tool"}),
-}
-
+from eagle_core.data.records.alternation import ordered
+from eagle_core.data.records.calls import parse_tools
+from eagle_core.data.records.fields import Fields, Notes, encodable, is_list, parsed
+from eagle_core.data.records.turn import read_turn
 
 _MESSAGE_KEYS = ("conversations", "conversation", "messages")
 _ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid")
+_SYSTEM_KEYS = ("system", "system_prompt")
+_NO_ROLES: Mapping[str, Role] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normalised:
-    """A conversation and the changes that were needed."""
+    """A conversation, the changes that were needed, and what was not read."""
 
     conversation: Conversation
     changes: tuple[Change, ...]
+    unread: tuple[str, ...]
+    """Names of fields that hold something and have no meaning here; those of turns begin with
+    `turn.`."""
 
 
 def normalise(
@@ -64,168 +41,132 @@ def normalise(
     location: str,
     columns: Columns | None = None,
     rendered_text: str | None = None,
+    roles: Mapping[str, Role] = _NO_ROLES,
+    join_turns: bool = False,
+    questions_suffice: bool = False,
 ) -> Normalised:
     """Return the conversation in a ShareGPT, OpenAI, question-and-answer or rendered record.
 
     ShareGPT turns have `from` and `value`, OpenAI's `role` and `content`. `columns` names question
     and answer; without it, the usual names apply if there is no list of turns. `rendered_text`
-    names the column of a text that a chat template rendered.
+    names the column of a text that a chat template rendered. `roles` names roles that are not
+    known. `join_turns` joins consecutive turns of one role. With `questions_suffice` a
+    conversation needs no answer, and a question at its end stays.
 
-    Two changes are made, and reported in `changes`. Assistant turns before the first user turn are
-    cut: the question that they answer is missing. Turns after the last assistant turn are cut:
-    nothing in them is supervised. Raises `RejectedRecord` with a reason for everything else.
+    Changes are reported in `changes`. Assistant turns before the first user turn are cut: the
+    question that they answer is missing. Turns after the last assistant turn are cut: nothing in
+    them is supervised. Raises `RejectedRecord` with a reason for everything else.
     """
     if not isinstance(record, Mapping):
         raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(record).__name__}")
-    if rendered_text is not None:
-        conversation = Conversation(
-            conversation_id=_record_id(record, location),
-            messages=(),
-            rendered_text=_rendered(record, rendered_text, location),
-            location=location,
+    try:
+        if rendered_text is not None:
+            return _rendered(Fields(record, notes=Notes()), rendered_text, location)
+        form = _Form(
+            columns=columns, roles=roles, join_turns=join_turns, questions_suffice=questions_suffice
         )
-        return Normalised(conversation=_with_id(conversation), changes=())
+        return _chat(Fields(record, notes=Notes()), form, location)
+    except RecursionError as error:
+        raise RejectedRecord(Reason.BROKEN_JSON, location, "nested too deeply") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Form:
+    """How turns are found and read."""
+
+    columns: Columns | None
+    roles: Mapping[str, Role]
+    join_turns: bool
+    questions_suffice: bool
+
+
+def _chat(fields: Fields, form: _Form, location: str) -> Normalised:
+    """Return the conversation in a record of turns, or of question and answer."""
+    conversation_id = _record_id(fields, location)
     messages = [
-        _message(turn, location=f"{location}, turn {index}")
-        for index, turn in enumerate(_turns(record, columns, location))
+        read_turn(turn, location=f"{location}, turn {index}", roles=form.roles, notes=fields.notes)
+        for index, turn in enumerate(_turns(fields, form, location))
     ]
-    kept, changes = _cut_ends(messages)
-    if not any(message.role == "assistant" for message in kept):
-        raise RejectedRecord(Reason.NO_ASSISTANT_TURN, location, f"{len(messages)} turns")
-    _check_turns(kept, location)
+    turns = ordered(
+        [*_system_turn(fields, messages, location), *messages],
+        location=location,
+        join_turns=form.join_turns,
+        questions_suffice=form.questions_suffice,
+    )
     conversation = Conversation(
-        conversation_id=_record_id(record, location),
-        messages=tuple(kept),
-        tools=parse_tools(record.get("tools"), location=location),
+        conversation_id=conversation_id,
+        messages=turns.messages,
+        tools=parse_tools(fields, location=location),
         location=location,
     )
-    return Normalised(conversation=_with_id(conversation), changes=changes)
+    return _normalised(conversation, turns.changes, fields)
 
 
-def _record_id(record: Mapping[str, object], location: str) -> str:
+def _normalised(
+    conversation: Conversation, changes: Sequence[Change], fields: Fields
+) -> Normalised:
+    fields.finish()
+    if fields.notes.null_members:
+        changes = (*changes, Change.NULL_MEMBERS_DROPPED)
+    if not conversation.conversation_id:
+        conversation = replace(conversation, conversation_id=content_key(conversation))
+    return Normalised(
+        conversation=conversation, changes=tuple(changes), unread=tuple(sorted(fields.notes.unread))
+    )
+
+
+def _record_id(record: Fields, location: str) -> str:
     """Return the id of the record; empty if it has none."""
-    named = next((record[key] for key in _ID_KEYS if record.get(key) not in (None, "")), None)
-    return _encodable(str(named), location) if named is not None else ""
+    named = record.take(*(name for name in _ID_KEYS if record.see(name) != ""))
+    record.ignore(*_ID_KEYS)
+    return "" if named is None else encodable(str(named), location)
 
 
-def _with_id(conversation: Conversation) -> Conversation:
-    if conversation.conversation_id:
-        return conversation
-    return replace(conversation, conversation_id=content_key(conversation))
+def _rendered(fields: Fields, column: str, location: str) -> Normalised:
+    """Return the text in a column that a chat template rendered."""
+    conversation = Conversation(
+        conversation_id=_record_id(fields, location),
+        messages=(),
+        rendered_text=_rendered_text(fields, column, location),
+        location=location,
+    )
+    return _normalised(conversation, (), fields)
 
 
-def _rendered(record: Mapping[str, object], column: str, location: str) -> str:
-    text = record.get(column)
+def _rendered_text(record: Fields, column: str, location: str) -> str:
+    text = record.take(column)
     if text is None:
-        found = ", ".join(sorted(map(str, record))[:8])
-        raise RejectedRecord(Reason.NO_MESSAGES, location, f"no column {column}; found {found}")
+        detail = f"no column {column}; found {record.names}"
+        raise RejectedRecord(Reason.NO_MESSAGES, location, detail)
     if not isinstance(text, str):
         raise RejectedRecord(Reason.NOT_TEXT, location, f"{column} is {type(text).__name__}")
     if not text.strip():
         raise RejectedRecord(Reason.EMPTY_TURN, location, f"{column} is empty")
-    return _encodable(text, location)
+    return encodable(text, location)
 
 
-def _turns(
-    record: Mapping[str, object], columns: Columns | None, location: str
-) -> Sequence[object]:
-    for key in () if columns else _MESSAGE_KEYS:
-        turns = record.get(key)
-        if isinstance(turns, Sequence) and not isinstance(turns, str | bytes):
+def _turns(record: Fields, form: _Form, location: str) -> Sequence[object]:
+    for key in () if form.columns else _MESSAGE_KEYS:
+        turns = parsed(record.see(key))
+        if is_list(turns):
             if not turns:
                 raise RejectedRecord(Reason.NO_MESSAGES, location, f"{key} is empty")
+            record.ignore(key)
             return turns
-    pair = as_turns(record, columns)
-    if pair is not None:
-        return pair
-    found = ", ".join(sorted(map(str, record))[:8])
-    raise RejectedRecord(Reason.NO_MESSAGES, location, f"neither turns nor question; found {found}")
+    asked = as_turns(record, form.columns, questions_suffice=form.questions_suffice)
+    if asked is None:
+        detail = f"neither turns nor question; found {record.names}"
+        raise RejectedRecord(Reason.NO_MESSAGES, location, detail)
+    return asked
 
 
-def _message(turn: object, *, location: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(turn).__name__}")
-    name = _first(turn, "role", "from")
-    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-    if role is None:
-        raise RejectedRecord(Reason.UNKNOWN_ROLE, location, f"role {str(name)[:40]!a}")
-    content = _text(_first(turn, "content", "value"), location)
-    if name == "function_call":
-        call = parse_function_call(content, location=location)
-        return Message(role=role, content="", tool_calls=(call,))
-    if role != "assistant":
-        return Message(role=role, content=content)
-    return Message(
-        role=role,
-        content=content,
-        reasoning_content=_text(_first(turn, "reasoning_content", "reasoning"), location),
-        tool_calls=parse_tool_calls(turn.get("tool_calls"), location=location),
-    )
-
-
-def _first(turn: Mapping[str, object], *names: str) -> object:
-    """Return the first field that is not None: tables fill absent fields with null."""
-    return next((turn[name] for name in names if turn.get(name) is not None), None)
-
-
-def _text(content: object, location: str) -> str:
-    if isinstance(content, str):
-        return _encodable(content, location)
-    if content is None:
-        return ""
-    if isinstance(content, Sequence) and not isinstance(content, bytes):
-        return "".join(_part_text(part, location) for part in content)
-    raise RejectedRecord(Reason.NOT_TEXT, location, f"content is {type(content).__name__}")
-
-
-def _part_text(part: object, location: str) -> str:
-    """Return the text of one OpenAI content part; images and audio are refused."""
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return _encodable(part["text"], location)
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RejectedRecord(Reason.NOT_TEXT, location, f"content part {str(kind)[:40]!a}")
-
-
-def _encodable(text: str, location: str) -> str:
-    """Return `text`; refuse half a surrogate pair: JSON can escape it, UTF-8 cannot encode it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RejectedRecord(
-            Reason.BROKEN_UTF8, location, f"lone surrogate at character {error.start}"
-        ) from error
-    return text
-
-
-def _cut_ends(messages: Sequence[Message]) -> tuple[list[Message], tuple[Change, ...]]:
-    """Return the turns from the first user turn to the last assistant turn, and the system turn."""
-    changes = []
-    start = 1 if messages[0].role == "system" else 0
-    first = start
-    while first < len(messages) and messages[first].role == "assistant":
-        first += 1
-    kept = [*messages[:start], *messages[first:]]
-    if first > start:
-        changes.append(Change.LEADING_ASSISTANT_TURNS_CUT)
-    end = len(kept)
-    while end > 0 and kept[end - 1].role != "assistant":
-        end -= 1
-    if end < len(kept):
-        changes.append(Change.TRAILING_TURNS_CUT)
-    return kept[:end], tuple(changes)
-
-
-def _check_turns(messages: Sequence[Message], location: str) -> None:
-    previous: Role | None = None
-    for index, message in enumerate(messages):
-        if message.role not in _MAY_FOLLOW[previous]:
-            raise RejectedRecord(
-                Reason.WRONG_ALTERNATION,
-                location,
-                f"turn {index} is {message.role} after {previous or 'nothing'}",
-            )
-        if not message.content.strip() and not message.tool_calls:
-            raise RejectedRecord(
-                Reason.EMPTY_TURN, location, f"turn {index} ({message.role}) is empty"
-            )
-        previous = message.role
+def _system_turn(record: Fields, messages: Sequence[Message], location: str) -> list[Message]:
+    """Return the turn in a `system` column; turns that have one of their own keep it."""
+    name = next((name for name in _SYSTEM_KEYS if record.holds(name)), None)
+    text = record.see(name) if name else None
+    if name is None or not isinstance(text, str):
+        return []
+    has_own = messages[0].role == "system"
+    if not has_own or messages[0].content.strip() == text.strip():
+        record.ignore(name)
+    return [] if has_own else [Message(role="system", content=encodable(text, location))]

@@ -1,25 +1,91 @@
-"""Select held-out conversations by their content, or by the chat that they are a piece of."""
+"""Select held-out conversations by their first question, or by the chat they are a piece of."""
+
+from dataclasses import dataclass
 
 import xxhash
 
 from eagle_core.data.conversation import Conversation, content_key
 
+_HALF = 8
+"""Bytes of a key that decide neither split nor order."""
 
-def piece_key(conversation: Conversation) -> str:
-    """Return the key shared by all pieces of one chat: ids `X_0`, `X_1`, ... map to the key of `X`.
 
-    ShareGPT was published in such pieces. An id of another form maps to the content key.
+def question_key(conversation: Conversation) -> str:
+    """Return the key shared by all conversations with this first question, 32 hex digits.
+
+    Blanks around the question do not count. A rendered text, whose template is not known here, has
+    its content key.
     """
+    asked = (message.content for message in conversation.messages if message.role == "user")
+    question = next(asked, None)
+    if question is None:
+        return content_key(conversation)
+    return xxhash.xxh3_128_hexdigest(question.strip().encode())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One of the pieces, with ids `X_0`, `X_1`, ..., in which ShareGPT published long chats."""
+
+    chat_key: str
+    """The key shared by all pieces of the chat, 32 hex digits."""
+    is_first: bool
+    """Whether the chat begins with it."""
+
+
+def piece_of(conversation: Conversation) -> Piece | None:
+    """Return which piece of a chat the conversation is; None if its id has another form."""
     stem, mark, number = conversation.conversation_id.rpartition("_")
     if not stem or not mark or not number.isdecimal():
-        return content_key(conversation)
-    return xxhash.xxh3_128_hexdigest(stem.encode())
+        return None
+    return Piece(chat_key=xxhash.xxh3_128_hexdigest(stem.encode()), is_first=not number.strip("0"))
+
+
+class ChatGroups:
+    """Groups of conversations that share a chat or a first question, directly or through others.
+
+    The first question of a chat is that of its first piece: a later one begins with any turn, and
+    hundreds begin with "continue". A group is known only after the last conversation: two chats can
+    meet in any later one. Up to 200 bytes per conversation are in memory, as for the content keys
+    of the duplicates.
+    """
+
+    def __init__(self) -> None:
+        self._parents: dict[bytes, bytes] = {}
+
+    def add(self, conversation: Conversation) -> None:
+        """Put the conversation into the group of its chat and of its first question."""
+        piece = piece_of(conversation)
+        if piece is not None and piece.is_first:
+            self._join(piece.chat_key, question_key(conversation))
+
+    def key(self, conversation: Conversation) -> str:
+        """Return the key of the conversation's group."""
+        piece = piece_of(conversation)
+        own = question_key(conversation) if piece is None else piece.chat_key
+        return self._root(bytes.fromhex(own)).hex()
+
+    def _join(self, one: str, two: str) -> None:
+        roots = (self._root(bytes.fromhex(key)) for key in (one, two))
+        # The key of a group is one of its keys, in whatever order they came. Other bytes than
+        # those that decide the split select it: large groups are held out as often as small ones.
+        first, second = sorted(roots, key=lambda key: (key[_HALF:], key))
+        self._parents[second] = first
+
+    def _root(self, key: bytes) -> bytes:
+        path = []
+        while (parent := self._parents.get(key, key)) != key:
+            path.append(key)
+            key = parent
+        for passed in path:
+            self._parents[passed] = key
+        return key
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether the conversation with this content or piece key is held out.
+    """Return whether conversations with this question or group key are held out.
 
-    Depends on the key alone: adding data moves no conversation between splits, and a larger
-    fraction only adds held-out ones.
+    Depends on the key alone: adding data moves no conversation between splits (unless it joins
+    groups), and a larger fraction only adds held-out ones.
     """
     return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float

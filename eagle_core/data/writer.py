@@ -21,6 +21,8 @@ Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 LEDGER_NAME = "ledger.parquet"
 _FILE_NAMES = (*(f"{split}.parquet" for split in SPLITS), LEDGER_NAME)
+FAILED_LEDGER_NAME = "failed-ledger.parquet"
+"""The ledger of a build that kept nothing; a data set of an earlier build stays beside it."""
 _BUILDING = ".building-"
 
 
@@ -58,6 +60,11 @@ def open_writers(directory: Path) -> Iterator[DatasetWriters]:
         )
 
 
+def keep_ledger(directory: Path, out_dir: Path) -> Path:
+    """Move the ledger of a build that kept nothing to where it can be read; return its path."""
+    return (directory / LEDGER_NAME).replace(out_dir / FAILED_LEDGER_NAME)
+
+
 def digests(directory: Path) -> dict[str, FileDigest]:
     """Return the manifest entries of the files in `directory`."""
     return {name: digest(directory / name) for name in _FILE_NAMES}
@@ -79,4 +86,5 @@ def publish(manifest: DatasetManifest, directory: Path, out_dir: Path) -> None:
         (directory / name).replace(out_dir / name)
     sync(out_dir)
     (directory / MANIFEST_NAME).replace(out_dir / MANIFEST_NAME)
+    (out_dir / FAILED_LEDGER_NAME).unlink(missing_ok=True)
     sync(out_dir)

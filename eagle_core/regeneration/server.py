@@ -19,7 +19,7 @@ import httpx
 
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
-from eagle_core.data.tool_calls import parse_tool_calls
+from eagle_core.data.records.calls import parse_tool_calls
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.answers import Answer, NoAnswer, Question, usable
 from eagle_core.regeneration.config import RegenerationConfig

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +26,34 @@ from flows.summaries import (
     TrainSummary,
 )
 
+_MAX_UNREAD = 12
+"""Names of fields in a table; the manifest has all of them."""
+
 
 def dataset_rows(summary: DatasetSummary) -> list[Row]:
-    """Return the figures of a data set."""
+    """Return the figures of a data set: what was read, kept, dropped, changed and not read."""
+    share = f" ({summary.dropped_share:.1%})" if summary.num_dropped else ""
     return [
         ("records read", f"{summary.num_records:,}"),
         ("conversations to train on", f"{summary.num_train:,}"),
         ("held out", f"{summary.num_held_out:,}"),
-        ("dropped (see ledger.parquet)", f"{summary.num_dropped:,}"),
+        ("dropped", f"{summary.num_dropped:,}{share}"),
+        *((f"dropped: {reason}", f"{count:,}") for reason, count in summary.dropped.items()),
+        *((f"changed: {change}", f"{count:,}") for change, count in summary.changed.items()),
+        *_unread_rows(summary.unread),
+        ("ledger, with locations", str(summary.ledger_path)),
         ("data set", str(summary.path)),
         ("fingerprint", summary.fingerprint),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
+
+
+def _unread_rows(unread: Mapping[str, int]) -> list[Row]:
+    """Return the most frequent fields that nothing reads."""
+    first = sorted(unread, key=lambda name: (-unread[name], name))[:_MAX_UNREAD]
+    rows = [(f"not read: {name}", f"{unread[name]:,}") for name in first]
+    others = len(unread) - len(first)
+    return [*rows, ("not read: others", f"{others:,} fields")] if others else rows
 
 
 def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:

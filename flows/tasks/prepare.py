@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from prefect import task
@@ -13,7 +13,7 @@ from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.ledger_writer import LedgerWriter
 from eagle_core.data.manifest import load_manifest
-from eagle_core.data.writer import Split
+from eagle_core.data.writer import LEDGER_NAME, Split
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
 from eagle_core.target import weights
@@ -32,6 +32,9 @@ from flows.summaries import DatasetSummary, TokensSummary
 from flows.workspace import Workspace
 
 _CONVERSATIONS_PER_PROCESS = 4000
+_MUCH = 0.1
+"""Share of records dropped from which on a warning says so."""
+_MAX_NAMES = 12
 
 
 def prepare(
@@ -45,25 +48,64 @@ def prepare(
 
 
 @task(task_run_name="dataset {config.name}", cache_policy=NO_CACHE, persist_result=False)
-def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
-    """Read, normalise, deduplicate and split the conversations, unless already done."""
+def prepare_dataset(
+    config: DatasetConfig, space: Workspace, *, questions_suffice: bool = False
+) -> DatasetSummary:
+    """Read, normalise, deduplicate and split the conversations, unless already done.
+
+    With `questions_suffice` conversations may lack answers: the target will give its own.
+    """
     started = time.monotonic()
     key = artifact_key("dataset-progress", space.dataset)
     with stage_progress("data set", key=key, total=100, unit="%") as progress:
         manifest = build_dataset(
             config,
             out_dir=space.dataset_path,
+            questions_suffice=questions_suffice,
             progress=lambda share, what: progress.move_to(int(100 * share), note=what),
         )
-    return DatasetSummary(
+    summary = DatasetSummary(
         path=space.dataset_path,
         fingerprint=manifest.fingerprint,
         num_records=manifest.num_records,
         num_train=manifest.num_train,
         num_held_out=manifest.num_held_out,
-        num_dropped=sum(manifest.dropped.values()),
+        dropped=manifest.dropped,
+        changed=manifest.changed,
+        unread=manifest.unread,
+        ledger_path=space.dataset_path / LEDGER_NAME,
         seconds=time.monotonic() - started,
     )
+    _report_dataset(summary)
+    return summary
+
+
+def _report_dataset(summary: DatasetSummary) -> None:
+    """Log what was kept and what was not; warn if much was dropped."""
+    log = get_run_logger()
+    log.info(
+        "%s records: %s to train on, %s held out, %s dropped; ledger: %s",
+        *(f"{summary.num_records:,}", f"{summary.num_train:,}", f"{summary.num_held_out:,}"),
+        *(f"{summary.num_dropped:,}", summary.ledger_path),
+    )
+    for what, counts in (("changed", summary.changed), ("fields not read", summary.unread)):
+        if counts:
+            log.info("%s: %s", what, _counts(counts))
+    if summary.dropped_share > _MUCH:
+        log.warning(
+            "%.0f %% of the records of this data set are dropped: %s; %s says which",
+            *(100 * summary.dropped_share, _counts(summary.dropped), summary.ledger_path),
+        )
+    elif summary.dropped:
+        log.info("dropped: %s", _counts(summary.dropped))
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """Return counts by name, the largest first, up to twelve names."""
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    shown = [f"{name} {counts[name]:,}" for name in names[:_MAX_NAMES]]
+    others = len(names) - len(shown)
+    return ", ".join([*shown, f"and {others:,} more"] if others else shown)
 
 
 @task(task_run_name="weights of {target.name}", cache_policy=NO_CACHE, persist_result=False)

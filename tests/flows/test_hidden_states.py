@@ -12,10 +12,13 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from pydantic import ValidationError
+from transformers import AutoTokenizer
 
 import eagle_core.errors
 import storage.errors
+from eagle_core.data.build import load_conversations
 from eagle_core.data.config import DatasetConfig
+from eagle_core.data.writer import SPLITS
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.config import TargetConfig
@@ -91,25 +94,46 @@ def test_a_person_sees_what_the_draft_will_learn(
     assert "«" in artifact.data
 
 
+def _rendered(target: TargetConfig, texts: list[str]) -> str:
+    messages = [
+        {"role": "assistant" if index % 2 else "user", "content": text}
+        for index, text in enumerate(texts)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(target.model)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
 def test_a_sample_that_both_splits_would_have_is_held_out(
     tmp_path: Path, target: TargetConfig, store: StoreConfig
 ) -> None:
-    """Different conversations that are cut where they are still the same."""
+    """Different rendered texts that are cut where they are still the same.
+
+    Turns with one first question are in one split; where the template is not known, it is not read.
+    """
     lasting = "Tell me of rivers and of tides. " * 40
-    turns = [{"from": "human", "value": "Please."}, {"from": "gpt", "value": lasting}]
-    alike = [
-        {"id": str(n), "conversations": [*turns, {"from": "human", "value": f"{n}?"}, turns[1]]}
-        for n in range(12)
-    ]
-    source = tiny.write_conversations(tmp_path / "alike.json", 20)
-    source.write_text(json.dumps([*alike, *json.loads(source.read_text())]))
-    dataset = DatasetConfig(name="alike", source=str(source), held_out_fraction=0.4, max_length=128)
+    turns = ["Please.", lasting]
+    alike = [[*turns, f"{n}?", lasting] for n in range(12)]
+    others = [[f"Tell me fact {n}.", f"Well: {n}."] for n in range(20)]
+    records = [{"text": _rendered(target, texts)} for texts in [*alike, *others]]
+    source = tmp_path / "alike.json"
+    source.write_text(json.dumps(records))
+    dataset = DatasetConfig(
+        name="alike",
+        source=str(source),
+        rendered_text="text",
+        held_out_fraction=0.4,
+        max_length=128,
+    )
     made = hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
     space = Workspace(home=tmp_path, target=target.name, dataset=dataset.name)
     (held_out,) = space.tokens_path.glob("held_out-*.arrow")
     (train,) = space.tokens_path.glob("train-*.arrow")
     splits = [set(TokenFile(path).sample_ids) for path in (held_out, train)]
     assert made.num_samples == len(splits[0] | splits[1]) == len(splits[0]) + len(splits[1]) == 21
+    texts = {record["text"] for record in records[:12]}
+    for split in SPLITS:  # without the check, the sample would be in both
+        conversations = load_conversations(space.dataset_path, split)
+        assert any(one.rendered_text in texts for one in conversations)
 
 
 def test_a_shard_of_token_files_with_one_sample_in_both_is_made(tmp_path: Path) -> None:

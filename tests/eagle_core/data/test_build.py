@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -9,16 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.conversation import content_key
+from eagle_core.data.conversation_table import CONVERSATION_SCHEMA
 from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import DatasetManifest, load_manifest
-from eagle_core.data.splits import is_held_out
-from eagle_core.data.writer import Split
+from eagle_core.data.splits import is_held_out, question_key
+from eagle_core.data.writer import SPLITS, Split, digest
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 
 
@@ -78,7 +81,9 @@ def test_the_accounts_add_up(config: DatasetConfig, tmp_path: Path) -> None:
     assert (len(held["train"]), len(held["held_out"])) == (
         manifest.num_train, manifest.num_held_out,
     )  # fmt: skip
-    assert all(is_held_out(key, 0.2) for key in held["held_out"])
+    for split in SPLITS:
+        keys = map(question_key, load_conversations(tmp_path / "d", split))
+        assert all(is_held_out(key, 0.2) == (split == "held_out") for key in keys)
 
 
 def test_the_same_again_is_a_no_op(config: DatasetConfig, tmp_path: Path) -> None:
@@ -133,6 +138,93 @@ def test_pieces_of_one_chat_stay_together(tmp_path: Path) -> None:
     held_out = chats(together, "held_out")
     assert 0 < len(held_out) < 30
     assert set(held_out.values()) == {3}
+
+
+def test_answers_to_one_question_are_in_one_split(tmp_path: Path) -> None:
+    records = [turns(f"question {n % 60}", f"answer {n}") for n in range(480)]
+    for number, record in enumerate(records):  # with and without a system turn
+        record["system"] = "Be brief." if number % 2 else None
+        record["id"] = f"chat{number}_0"
+    config = write(tmp_path / "a.json", records)
+    for together in (False, True):
+        chosen = config.model_copy(update={"keep_pieces_together": together})
+        build_dataset(chosen, out_dir=tmp_path / "d")
+        train, held_out = (
+            {question_key(one) for one in load_conversations(tmp_path / "d", split)}
+            for split in SPLITS
+        )
+        assert 4 < len(held_out) < 25
+        assert len(train | held_out) == 60
+        assert not train & held_out
+
+
+def test_chats_that_begin_alike_stay_together(tmp_path: Path) -> None:
+    """Three chats have one question each time; all of them go on with `continue`."""
+    records = [
+        {**turns("continue" if piece else f"Q{chat // 3}", f"a {chat}"), "id": f"c{chat}_{piece}"}
+        for piece in range(2)
+        for chat in range(180)
+    ]
+    config = write(tmp_path / "a.json", records)
+    config = config.model_copy(update={"keep_pieces_together": True})
+    manifest = build_dataset(config, out_dir=tmp_path / "d")
+    assert manifest.num_conversations == 360
+    threes = {
+        split: {
+            int(one.conversation_id[1:].partition("_")[0]) // 3
+            for one in load_conversations(tmp_path / "d", split)
+        }
+        for split in SPLITS
+    }
+    assert 0 < len(threes["held_out"]) < 30
+    assert not threes["train"] & threes["held_out"]
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {
+        "train.parquet", "held_out.parquet", "ledger.parquet", "manifest.json",
+    }  # fmt: skip
+
+
+def test_questions_are_kept_for_a_target_that_answers_them(tmp_path: Path) -> None:
+    questions = [{"prompt": f"bare {number}"} for number in range(20)]
+    more = [turns(f"question {number}", "answer", "and then?") for number in range(5)]
+    config = write(tmp_path / "a.json", [*questions, *more, *GOOD])
+    config = config.model_copy(update={"held_out_fraction": 0.0})
+    for_training = build_dataset(config, out_dir=tmp_path / "d")
+    assert for_training.dropped == {"no_assistant_turn": 20}
+    assert for_training.changed == {"trailing_turns_cut": 5}
+    asked = build_dataset(config, out_dir=tmp_path / "d", questions_suffice=True)
+    assert asked.num_train == 225
+    assert (asked.dropped, asked.changed) == ({}, {})
+    last = [one.messages[-1].role for one in load_conversations(tmp_path / "d", "train")]
+    assert Counter(last) == {"user": 25, "assistant": 200}
+    assert build_dataset(config, out_dir=tmp_path / "d", questions_suffice=True) == asked
+    assert build_dataset(config, out_dir=tmp_path / "d") == for_training
+
+
+def test_only_questions(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.json", [{"prompt": f"bare {number}"} for number in range(20)])
+    with pytest.raises(ConfigError, match=r"no_assistant_turn.*eyas run regenerate"):
+        build_dataset(config, out_dir=tmp_path / "d")
+    asked = build_dataset(config, out_dir=tmp_path / "d", questions_suffice=True)
+    assert asked.num_conversations == 20
+    assert not (tmp_path / "d" / "failed-ledger.parquet").exists()
+
+
+def test_roles_and_joined_turns_of_the_recipe(tmp_path: Path) -> None:
+    record = {
+        "conversations": [
+            {"from": name, "value": name} for name in ("pupil", "pupil", "Tutor", "tutor")
+        ]
+    }
+    config = write(tmp_path / "a.json", [record]).model_copy(update={"held_out_fraction": 0.0})
+    with pytest.raises(ConfigError, match="unknown_role"):
+        build_dataset(config, out_dir=tmp_path / "d")
+    named = config.model_copy(update={"roles": {"pupil": "user", "tutor": "assistant"}})
+    with pytest.raises(ConfigError, match="wrong_alternation"):
+        build_dataset(named, out_dir=tmp_path / "d")
+    joined = named.model_copy(update={"join_turns": True})
+    assert build_dataset(joined, out_dir=tmp_path / "d").changed == {"turns_joined": 1}
+    (one,) = load_conversations(tmp_path / "d", "train")
+    assert [message.content for message in one.messages] == ["pupil\n\npupil", "Tutor\n\ntutor"]
 
 
 def test_a_failed_build_leaves_what_was_there(config: DatasetConfig, tmp_path: Path) -> None:
@@ -245,6 +337,65 @@ def test_a_source_without_conversations_is_refused(tmp_path: Path) -> None:
     config = write(tmp_path / "a.json", list(BAD[:3]))
     with pytest.raises(ConfigError, match="no usable training conversation"):
         build_dataset(config, out_dir=tmp_path / "d")
+
+
+def test_the_ledger_of_a_build_that_kept_nothing_stays(
+    config: DatasetConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "d" / "failed-ledger.parquet"
+    first = build_dataset(config, out_dir=tmp_path / "d")
+    nothing = write(tmp_path / "b.json", BAD[:4])
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        build_dataset(nothing, out_dir=tmp_path / "d")
+    reasons = [row["reason"] for row in pq.read_table(path).to_pylist()]
+    assert reasons == ["not_an_object", "no_messages", "no_assistant_turn", "empty_turn"]
+    assert len(list(load_conversations(tmp_path / "d", "train"))) == first.num_train
+    build_dataset(nothing.model_copy(update={"source": config.source}), out_dir=tmp_path / "d")
+    write(tmp_path / "a.json", [*GOOD, turns("new", "one")])
+    build_dataset(config, out_dir=tmp_path / "d")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("rules", "is_read"), [(3, False), (4, True), (5, True), (6, False)])
+def test_answers_of_a_target_are_read_from_rules_4_on(
+    config: DatasetConfig, tmp_path: Path, rules: int, is_read: bool
+) -> None:
+    directory = tmp_path / "d"
+    manifest = build_dataset(config, out_dir=directory)
+    for name in ("train.parquet", "held_out.parquet"):
+        _write_as_rules_4_did(directory / name)
+    answers = manifest.model_copy(
+        update={
+            "rules_version": rules,
+            "config": {"regeneration": {"target": {}}},
+            "files": {name: digest(directory / name) for name in manifest.files},
+        }
+    )
+    text = json.dumps({**answers.model_dump(mode="json", exclude={"unread"})})
+    (directory / "manifest.json").write_text(text, encoding="utf-8")
+    mine = config.model_copy(update={"source": "regenerated"})
+    assert build_dataset(mine, out_dir=directory).num_train == manifest.num_train
+    if not is_read:
+        with pytest.raises(MismatchError, match=f"rules {rules}"):
+            list(load_conversations(directory, "train"))
+        return
+    conversations = list(load_conversations(directory, "train"))
+    assert len(conversations) == manifest.num_train
+    assert all(message.is_supervised for one in conversations for message in one.messages)
+
+
+def _write_as_rules_4_did(path: Path) -> None:
+    later = ("name", "tool_call_id", "is_supervised")
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        row["messages"] = [
+            {name: value for name, value in message.items() if name not in later}
+            for message in row["messages"]
+        ]
+    fields = {field.name: field.type for field in CONVERSATION_SCHEMA}
+    message = fields["messages"].value_type
+    fields["messages"] = pa.list_(pa.struct([one for one in message if one.name not in later]))
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), path)
 
 
 @pytest.mark.slow

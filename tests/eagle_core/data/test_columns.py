@@ -35,14 +35,115 @@ def turns(record: object, columns: Columns | None = None) -> list[tuple[str, str
         ({"question": "q", "answer": "a", "id": 3}, "q"),
         ({"problem": "q", "solution": "a", "level": "5"}, "q"),
         ({"message_1": "q", "message_2": "a"}, "q"),
+        ({"instruction": "q", "context": "passage", "response": "a"}, "q\npassage"),  # Dolly
+        ({"instruction": "q", "context": "", "response": "a"}, "q"),
+        ({"prompt": "q", "response": None, "completion": "a"}, "q"),
     ],
 )
 def test_usual_columns_are_recognised(record: dict[str, object], question: str) -> None:
     assert turns(record) == [("user", question), ("assistant", "a")]
 
 
-def test_a_system_column_leads() -> None:
-    assert turns({"system": "s", "question": "q", "answer": "a"})[0] == ("system", "s")
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "q", "answer": "a"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ],
+)
+def test_a_system_column_leads(name: str, record: dict[str, object]) -> None:
+    expected = [("system", "s"), ("user", "q"), ("assistant", "a")]
+    assert turns({name: "s", **record}) == expected
+    assert turns({name: " ", **record}) == expected[1:]
+
+
+def test_turns_with_a_system_turn_keep_it() -> None:
+    record = {"messages": [{"role": "system", "content": "s"}, *PROMPT, *COMPLETION]}
+    for column, unread in (("s\n", ()), ("other", ("system",))):
+        found = normalise({"system": column, **record}, location="here")
+        assert found.conversation.messages[0].content == "s"
+        assert found.unread == unread
+
+
+PROMPT = [{"role": "user", "content": "q"}]
+COMPLETION = [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": PROMPT, "completion": COMPLETION},
+        {"prompt": "q", "completion": COMPLETION},
+        {"prompt": PROMPT, "completion": "a"},
+        {"prompt": PROMPT, "response": COMPLETION},
+    ],
+)
+def test_question_and_answer_as_lists_of_turns(record: dict[str, object]) -> None:
+    assert turns(record) == [("user", "q"), ("assistant", "a")]
+    long = {**record, "prompt": [{"role": "system", "content": "s"}, *PROMPT, *COMPLETION, *PROMPT]}
+    assert [role for role, _ in turns(long)] == [
+        "system", "user", "assistant", "user", "assistant",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["q0", "a0"]],
+        [("q0", "a0")],
+        '[["q0", "a0"]]',
+        [{"role": "user", "content": "q0"}, {"from": "gpt", "value": "a0"}],
+    ],
+)
+def test_a_history_comes_before_the_question(history: object) -> None:
+    record = {"instruction": "q", "input": "", "output": "a", "system": "s", "history": history}
+    found = normalise(record, location="here")
+    assert [one.content for one in found.conversation.messages] == ["s", "q0", "a0", "q", "a"]
+    assert found.unread == ()
+    assert len(turns({**record, "history": []})) == 3
+
+
+@pytest.mark.parametrize("history", [[["q0"]], [["q0", "a0"], "x"], [3]])
+def test_a_history_of_another_form_is_counted(history: object) -> None:
+    found = normalise({"prompt": "q", "response": "a", "history": history}, location="here")
+    assert found.unread == ("history",)
+
+
+QUESTIONS: list[dict[str, object]] = [
+    {"prompt": "q"},
+    {"prompt": PROMPT},
+    {"instruction": "q", "input": ""},
+    {"instruction": "q", "output": " "},
+    {"question": "q", "answer": None, "answerKey": "B"},
+    {"messages": PROMPT},
+    {"instruction": None, "output": None, "prompt": "q"},
+]
+
+
+@pytest.mark.parametrize("record", QUESTIONS)
+def test_questions_suffice_for_a_target_that_answers(record: dict[str, object]) -> None:
+    found = normalise(record, location="here", questions_suffice=True).conversation
+    assert [(one.role, one.content) for one in found.messages] == [("user", "q")]
+
+
+@pytest.mark.parametrize("record", QUESTIONS)
+def test_for_training_a_question_is_dropped(record: dict[str, object]) -> None:
+    with pytest.raises(RejectedRecord) as caught:
+        normalise(record, location="here")
+    has_blank_answer = "output" in record or "answer" in record
+    expected = {Reason.NO_ASSISTANT_TURN} | ({Reason.EMPTY_TURN} if has_blank_answer else set())
+    assert caught.value.reason in expected
+
+
+def test_named_columns_of_a_question_suffice_too() -> None:
+    columns = Columns(question=("Problem",), answer=("Rationale",))
+    record = {"Problem": "q", "prompt": "other"}
+    found = normalise(record, location="here", columns=columns, questions_suffice=True)
+    assert [one.content for one in found.conversation.messages] == ["q"]
+    with pytest.raises(RejectedRecord, match="found Problem, prompt"):
+        normalise(record, location="here", columns=columns)
 
 
 def test_named_columns_win_over_turns() -> None:

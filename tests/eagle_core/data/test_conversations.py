@@ -10,6 +10,7 @@ from eagle_core.data.conversation import Conversation, Message, content_key
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
 from eagle_core.data.normalise import normalise
 from eagle_core.data.splits import is_held_out
+from eagle_core.data.tool_calls import ToolCall
 
 
 def sharegpt(*turns: tuple[str, str]) -> dict[str, object]:
@@ -126,6 +127,24 @@ def conversation(*contents: str) -> Conversation:
 def test_content_keys_are_equal_exactly_for_equal_turns(one: list[str], two: list[str]) -> None:
     equal = content_key(conversation(*one)) == content_key(conversation(*two))
     assert equal == (one == two)
+
+
+def test_what_earlier_versions_read_has_its_key_of_then() -> None:
+    """Journals of a target's answers find their conversations by it."""
+    assert content_key(conversation("q", "a")) == "d92bc8bf0829866a211b16664a466df2"
+    call = ToolCall(name="f", arguments="{}", call_id="c")
+    long = Conversation(
+        conversation_id="",
+        tools='[{"name": "f"}]',
+        messages=(
+            Message(role="system", content="s"),
+            Message(role="user", content="q"),
+            Message(role="assistant", content="", reasoning_content="r", tool_calls=(call,)),
+            Message(role="tool", content="x"),
+            Message(role="assistant", content="a"),
+        ),
+    )
+    assert content_key(long) == "096d8391158d2fd6f059b0a6f702ebbb"
 
 
 @given(

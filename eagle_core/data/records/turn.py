@@ -1,0 +1,134 @@
+"""One turn of a record as a message."""
+
+from collections.abc import Mapping
+
+from eagle_core.data.conversation import Message, Role
+from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.records.calls import parse_call_turn, parse_tool_calls
+from eagle_core.data.records.content import Content, read_content
+from eagle_core.data.records.fields import Fields, Notes, encodable, holds_something, parsed
+from eagle_core.data.records.roles import Speaker, speaker
+from eagle_core.data.tool_calls import ToolCall
+
+ROLE_KEYS = ("role", "from", "speaker", "sender")
+_CONTENT_KEYS = ("content", "value", "text")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_LOSS_KEYS = ("weight", "loss_mask", "loss", "train", "training", "trainable")
+_IN_THE_LOSS: Mapping[object, bool] = {
+    1: True,  # equal to True and 1.0, with equal hashes
+    0: False,
+    "1": True,
+    "0": False,
+    "true": True,
+    "false": False,
+}
+
+
+def read_turn(turn: object, *, location: str, roles: Mapping[str, Role], notes: Notes) -> Message:
+    """Return the message in a turn, and note the fields that nothing reads.
+
+    Reads role, content (text or parts), reasoning, tool calls, the call that a tool's result
+    belongs to, and whether the loss counts an answer. Raises `RejectedRecord` with a reason.
+    """
+    turn = parsed(turn)
+    if not isinstance(turn, Mapping):
+        raise RejectedRecord(Reason.NOT_AN_OBJECT, location, f"found {type(turn).__name__}")
+    fields = Fields(turn, within="turn.", notes=notes)
+    by = _speaker(fields, roles, location)
+    if by.is_call:
+        message = _called(fields, location)
+    elif by.role == "assistant":
+        message = _answered(fields, location)
+    else:
+        message = _asked(fields, by.role, location)
+    fields.finish()
+    return message
+
+
+def _speaker(fields: Fields, roles: Mapping[str, Role], location: str) -> Speaker:
+    name = fields.take(*ROLE_KEYS)
+    found = speaker(name, roles) if isinstance(name, str) else None
+    if found is None:
+        detail = f"role {str(name)[:40]!a}; `dataset.roles` can name it"
+        raise RejectedRecord(Reason.UNKNOWN_ROLE, location, detail)
+    return found
+
+
+def _called(fields: Fields, location: str) -> Message:
+    calls = parse_call_turn(fields.take(*_CONTENT_KEYS), fields, location=location)
+    return Message(
+        role="assistant",
+        content="",
+        reasoning_content=_content(fields, location, *_REASONING_KEYS).text,
+        tool_calls=calls,
+        is_supervised=_is_supervised(fields, location),
+    )
+
+
+def _answered(fields: Fields, location: str) -> Message:
+    content = _content(fields, location, *_CONTENT_KEYS)
+    if not content.text.strip() and fields.holds("refusal"):
+        content = _content(fields, location, "refusal")
+    thought = _content(fields, location, *_REASONING_KEYS).text
+    return Message(
+        role="assistant",
+        content=content.text,
+        reasoning_content=thought or content.reasoning,
+        tool_calls=_calls(fields, location),
+        is_supervised=_is_supervised(fields, location),
+    )
+
+
+def _asked(fields: Fields, role: Role, location: str) -> Message:
+    content = _content(fields, location, *_CONTENT_KEYS)
+    if content.reasoning:
+        raise RejectedRecord(Reason.NOT_TEXT, location, f"reasoning in a turn of {role}")
+    for name in _LOSS_KEYS:
+        if _as_flag(fields.see(name)) is False:
+            fields.ignore(name)  # the loss never counts these turns
+    if role != "tool":
+        return Message(role=role, content=content.text)
+    return Message(
+        role=role,
+        content=content.text,
+        name=_name(fields.take("name"), location),
+        tool_call_id=_name(fields.take("tool_call_id", "call_id"), location),
+    )
+
+
+def _content(fields: Fields, location: str, *names: str) -> Content:
+    return read_content(fields.take(*names), fields, location=location)
+
+
+def _calls(fields: Fields, location: str) -> tuple[ToolCall, ...]:
+    """Return the calls in `tool_calls`, or in OpenAI's former `function_call`."""
+    calls = parse_tool_calls(fields.take("tool_calls"), location=location, turn=fields)
+    if calls or not fields.holds("function_call"):
+        return calls
+    return parse_call_turn(fields.take("function_call"), fields, location=location)
+
+
+def _is_supervised(fields: Fields, location: str) -> bool:
+    """Return whether the loss counts the answer; refuse weights between 0 and 1."""
+    is_supervised = True
+    for name in _LOSS_KEYS:
+        value = fields.see(name)
+        flag = _as_flag(value)
+        if not holds_something(value) or (name == "loss" and flag is None):  # or a measured loss
+            continue
+        fields.ignore(name)
+        if flag is None:
+            detail = f"{name} is {str(value)[:40]!a}; only 0 and 1 can be honoured"
+            raise RejectedRecord(Reason.UNSUPPORTED_WEIGHT, location, detail)
+        is_supervised = is_supervised and flag
+    return is_supervised
+
+
+def _as_flag(value: object) -> bool | None:
+    if isinstance(value, str):
+        value = value.strip().lower()
+    return _IN_THE_LOSS.get(value) if isinstance(value, str | int | float) else None
+
+
+def _name(value: object, location: str) -> str:
+    return "" if value is None else encodable(str(value), location)

@@ -1,0 +1,221 @@
+"""Turns of the wild: roles, weights, reasoning, calls and results, parts of contents."""
+
+import json
+from collections.abc import Mapping
+
+import pytest
+
+from eagle_core.data.conversation import Message, Role
+from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.data.normalise import Normalised, normalise
+from eagle_core.data.tool_calls import ToolCall
+
+QUESTION = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def read(*turns: Mapping[str, object], **record: object) -> Normalised:
+    return normalise({"messages": list(turns), **record}, location="here")
+
+
+def answer(**fields: object) -> Message:
+    return read(QUESTION, {**ANSWER, **fields}).conversation.messages[-1]
+
+
+def refused(*turns: Mapping[str, object]) -> Reason:
+    with pytest.raises(RejectedRecord) as caught:
+        read(*turns)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *((name, "user") for name in ("question", "instruction", "query", "Input", "prompt")),
+        *((name, "assistant") for name in ("bot", "ai", "AI", "agent", "answer", "output")),
+        *((name, "assistant") for name in ("response", "chatbot", "completion", "llm")),
+        ("system_prompt", "system"),
+    ],
+)
+def test_role_names_of_the_wild(name: str, role: str) -> None:
+    turns = [
+        {"from": name if role == known else known, "value": "x"}
+        for known in ("system", "user", "assistant")
+    ]
+    messages = normalise({"conversations": turns}, location="x").conversation.messages
+    assert [message.role for message in messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "name", ["ipython", "environment", "tool_response", "Tool-Result", "function", "tool output"]
+)
+def test_names_of_tool_results(name: str) -> None:
+    turns = [QUESTION, ANSWER, {"role": name, "content": "wet", "name": "sky"}, ANSWER]
+    assert read(*turns).conversation.messages[2] == Message(role="tool", content="wet", name="sky")
+
+
+def test_roles_of_the_recipe_come_first() -> None:
+    turns = [{"from": "Pupil", "value": "q"}, {"from": "tutor", "value": "a"}]
+    roles: dict[str, Role] = {"pupil": "user", "Tutor": "assistant"}
+    found = normalise({"conversations": turns}, location="x", roles=roles).conversation
+    assert [message.role for message in found.messages] == ["user", "assistant"]
+    with pytest.raises(RejectedRecord, match=r"dataset\.roles"):
+        normalise({"conversations": turns}, location="x")
+    swapped: dict[str, Role] = {"human": "assistant", "gpt": "user", "function_call": "assistant"}
+    turns = [{"from": "gpt", "value": "q"}, {"from": "function_call", "value": "f()"}]
+    found = normalise({"conversations": turns}, location="x", roles=swapped).conversation
+    assert found.messages[1] == Message(role="assistant", content="f()")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"loss_mask": 0}, {"loss_mask": False},
+        {"train": False}, {"train": "False"}, {"trainable": False}, {"loss": False},
+        {"weight": 1, "train": False},
+    ],
+)  # fmt: skip
+def test_an_answer_that_the_record_excludes_is_not_supervised(fields: dict[str, object]) -> None:
+    assert not answer(**fields).is_supervised
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"weight": None}, {"weight": 1}, {"train": True}, {"loss_mask": "1"}]
+)
+def test_every_other_answer_is_supervised(fields: dict[str, object]) -> None:
+    assert answer(**fields) == Message(role="assistant", content="a")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"weight": 0.5}, {"weight": 2}, {"loss_mask": [0, 1]}, {"train": "maybe"}]
+)
+def test_a_weight_that_cannot_be_honoured_drops_the_record(fields: dict[str, object]) -> None:
+    assert refused(QUESTION, {**ANSWER, **fields}) is Reason.UNSUPPORTED_WEIGHT
+
+
+def test_weights_of_turns_that_are_never_supervised() -> None:
+    assert read({**QUESTION, "weight": 0}, ANSWER).unread == ()
+    assert read({**QUESTION, "weight": 1}, ANSWER).unread == ("turn.weight",)
+    assert read(QUESTION, {**ANSWER, "loss": 2.31}).unread == ("turn.loss",)  # a measured one
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_under_every_name(name: str) -> None:
+    expected = Message(role="assistant", content="a", reasoning_content="hm")
+    assert answer(**{name: "hm"}) == expected
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"type": "reasoning", "text": "hm"},
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "reasoning", "reasoning": "hm"},
+        {"type": "Reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+    ],
+)
+def test_parts_with_reasoning_are_reasoning(thought: dict[str, object]) -> None:
+    parts = [thought, {"type": "output_text", "text": "a", "image_url": None}]
+    expected = Message(role="assistant", content="a", reasoning_content="hm")
+    assert answer(content=parts) == expected
+
+
+def test_a_refusal_is_the_answer() -> None:
+    assert answer(content=[{"type": "refusal", "refusal": "No."}]).content == "No."
+    assert answer(content=None, refusal="No.").content == "No."
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "text": ""},
+        {"type": "image_url", "image_url": {"url": "u"}, "text": "x"},
+        {"image": "bytes"},
+        {"type": "tool_use", "name": "sky"},
+        "text without a part",
+        3,
+    ],
+)
+def test_parts_that_are_not_text_drop_the_record(part: object) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, part]
+    assert refused({"role": "user", "content": parts}, ANSWER) is Reason.NOT_TEXT
+
+
+def test_a_signature_of_reasoning_is_counted() -> None:
+    part = {"type": "thinking", "thinking": "hm", "signature": "s"}
+    content = [part, {"type": "text", "text": "a"}]
+    assert read(QUESTION, {**ANSWER, "content": content}).unread == ("turn.content.signature",)
+
+
+SKY, SEA = (ToolCall(name=name, arguments='{"at": 1}') for name in ("sky", "sea"))
+CALLS = [{"name": "sky", "arguments": {"at": 1}}, {"name": "sea", "arguments": {"at": 1}}]
+
+
+@pytest.mark.parametrize("name", ["function_call", "Function_Call", "tool_call", "FUNCTION-CALLS"])
+@pytest.mark.parametrize("is_text", [True, False])
+def test_call_turns_of_sharegpt(name: str, is_text: bool) -> None:
+    for value, calls in ((CALLS[0], (SKY,)), (CALLS, (SKY, SEA))):
+        turns = [
+            {"from": "human", "value": "q"},
+            {"from": name, "value": json.dumps(value) if is_text else value},
+            {"from": "observation", "value": "wet"},
+            {"from": "gpt", "value": "a"},
+        ]
+        messages = normalise({"conversations": turns}, location="x").conversation.messages
+        assert messages[1] == Message(role="assistant", content="", tool_calls=calls)
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_openais_old_function_call_and_functions(is_text: bool) -> None:
+    called = {"name": "sky", "arguments": '{"at": 1}'}
+    functions = [{"name": "sky", "parameters": {}}]
+    record = read(
+        QUESTION,
+        {
+            "role": "assistant",
+            "content": None,
+            "function_call": json.dumps(called) if is_text else called,
+        },
+        {"role": "function", "name": "sky", "content": "wet"},
+        ANSWER,
+        functions=json.dumps(functions) if is_text else functions,
+    )
+    messages = record.conversation.messages
+    assert messages[1] == Message(role="assistant", content="", tool_calls=(SKY,))
+    assert messages[2] == Message(role="tool", content="wet", name="sky")
+    assert json.loads(record.conversation.tools) == [{"type": "function", "function": functions[0]}]
+    assert record.unread == ()
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_tool_calls_with_ids_and_their_results(is_text: bool) -> None:
+    calls = [{"id": "c1", "type": "function", "function": CALLS[0]}]
+    record = read(
+        QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": json.dumps(calls) if is_text else calls},
+        {"role": "tool", "name": "sky", "tool_call_id": "c1", "content": "wet"},
+        ANSWER,
+    )
+    messages = record.conversation.messages
+    assert messages[1].tool_calls == (ToolCall(name="sky", arguments='{"at": 1}', call_id="c1"),)
+    assert (messages[2].name, messages[2].tool_call_id) == ("sky", "c1")
+    assert record.unread == ()
+
+
+def test_arguments_are_never_lost() -> None:
+    (call,) = answer(tool_calls=[{"name": "sky", "parameters": {"at": 1}}]).tool_calls
+    assert call == SKY
+    strange = {"name": "sky", "arguments": {"at": 1}, "index": 7}
+    assert read(QUESTION, {**ANSWER, "tool_calls": [strange]}).unread == ("turn.tool_calls.index",)
+
+
+@pytest.mark.parametrize("arguments", [{"at": b"bytes"}, {"at": "\ud83d"}])
+def test_arguments_that_are_no_json_drop_the_record(arguments: dict[str, object]) -> None:
+    called = {**ANSWER, "tool_calls": [{"name": "sky", "arguments": arguments}]}
+    assert refused(QUESTION, called) in {Reason.BAD_TOOLS, Reason.BROKEN_UTF8}
+
+
+def test_calls_of_a_question_are_counted_and_not_made() -> None:
+    record = read({**QUESTION, "tool_calls": CALLS, "name": "Ann"}, ANSWER)
+    assert record.unread == ("turn.name", "turn.tool_calls")
+    assert record.conversation.messages[0] == Message(role="user", content="q")
