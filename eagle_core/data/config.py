@@ -35,7 +35,7 @@ class DatasetConfig(ConfigModel):
     )
     format: Literal["auto", "json", "jsonl", "parquet", "csv"] = Field(
         default="auto",
-        description="File format; `auto` checks the file name, then the first character",
+        description="File format; `auto` checks the first bytes, and the name for CSV",
     )
     revision: str | None = Field(
         default=None,

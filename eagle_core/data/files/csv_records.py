@@ -12,7 +12,11 @@ _MAX_FIELD_CHARACTERS = 1 << 28
 
 
 def read_csv(
-    stream: io.RawIOBase, *, path: str, fraction: Callable[[], float]
+    stream: "io.BufferedReader[io.RawIOBase]",
+    *,
+    path: str,
+    fraction: Callable[[], float],
+    delimiter: str = ",",
 ) -> Iterator[SourceRecord]:
     """Yield one mapping per row, from column to text.
 
@@ -22,8 +26,8 @@ def read_csv(
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     row = 0
     try:
-        with io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, strict=True)
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, strict=True, delimiter=delimiter)
             header = next(reader, [])
             for row, cells in enumerate(reader):
                 if not cells:
