@@ -29,6 +29,7 @@ class DatasetConfig(ConfigModel):
             "Source of the records: a path, a glob, any fsspec URL (s3://, https://, ...), "
             "`package:NAME` for the data file of an installed Python package (`package:NAME/PATH` "
             "if it has several), `hf:ORG/NAME` for a data set on the Hugging Face hub, "
+            "`hf://datasets/ORG/NAME/PATH` for some of its files, "
             f"`preset:NAME` with one of {', '.join(sorted(PRESETS))}, or `{REGENERATED}` for the "
             "data set of this name that the flow `regenerate` built; it is used unchanged"
         )
@@ -45,6 +46,13 @@ class DatasetConfig(ConfigModel):
         default=(), description="Hub only: configurations of the data set, read one after another"
     )
     split: str = Field(default="train", description="Hub only: split of the data set to read")
+    streaming: bool = Field(
+        default=False,
+        description=(
+            "Hub only: read rows over the network as they are needed, instead of downloading the "
+            "data set first; with `max_conversations`, the rest is never read"
+        ),
+    )
     question: tuple[str, ...] = Field(
         default=(),
         description=(
@@ -142,5 +150,5 @@ class DatasetConfig(ConfigModel):
 
     def identity(self) -> dict[str, object]:
         """Return the fields that determine which conversations the data set contains."""
-        later = {"name", "max_length", "min_supervised_tokens", "tokenize_processes"}
+        later = {"name", "streaming", "max_length", "min_supervised_tokens", "tokenize_processes"}
         return self.model_dump(mode="json", exclude=later)

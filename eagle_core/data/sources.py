@@ -34,7 +34,13 @@ from eagle_core.data.files.streams import (
     decompressed,
     read_head,
 )
-from eagle_core.data.hub import HubDataset, find_hub_dataset, read_hub_dataset
+from eagle_core.data.hub import (
+    FILES_OF_HUB,
+    HubDataset,
+    find_hub_dataset,
+    find_hub_files,
+    read_hub_dataset,
+)
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import ConfigError, CorruptError
 
@@ -44,28 +50,35 @@ _JSON_START = re.compile(rb'[{\["0-9]|-[0-9]|(true|false|null)\b')
 
 def find_source(config: DatasetConfig) -> tuple[SourceFile, ...] | HubDataset:
     """Resolve `config.source`; raise `ConfigError` if nothing is found."""
+    if config.source.startswith(FILES_OF_HUB):
+        return tuple(_not_empty(find_hub_files(config)))
     if config.source.startswith("hf:"):
         return find_hub_dataset(config)
-    if config.revision is not None:
-        raise ConfigError(
-            f"data set {config.name}: `revision` is for hub data sets, but the source is "
-            f"{config.source}; remove it or use a source `hf:ORG/NAME`"
-        )
+    for key in ("revision", "streaming"):
+        if getattr(config, key):
+            raise ConfigError(
+                f"data set {config.name}: `{key}` is for hub data sets, but the source is "
+                f"{config.source}; remove it or use a source `hf:ORG/NAME`"
+            )
     if config.source.startswith("package:"):
         files = [package_file(config.source.removeprefix("package:"))]
     else:
         files = files_of(config.source)
+    return tuple(_not_empty(files))
+
+
+def _not_empty(files: list[SourceFile]) -> list[SourceFile]:
     for file in files:
         if file.size == 0:
             raise CorruptError(f"{file.path} is empty (0 bytes); replace it and run again")
-    return tuple(files)
+    return files
 
 
 def identify(source: tuple[SourceFile, ...] | HubDataset) -> tuple[dict[str, object], ...]:
     """Return, for every file, its name, size and digest; for a hub data set, its pinned commit."""
     if isinstance(source, HubDataset):
         return (source.identity(),)
-    return tuple({"name": file.name, "size": file.size, "digest": file.digest()} for file in source)
+    return tuple(file.identity() for file in source)
 
 
 def read_records(config: DatasetConfig) -> Iterator[SourceRecord | DamagedRecord]:

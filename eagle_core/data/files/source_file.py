@@ -40,14 +40,24 @@ class SourceFile:
     """An fsspec file system."""
     path: str
     size: int
+    commit: str | None = None
+    """Of a file on the hub: the commit that it is read from."""
 
     @property
     def name(self) -> str:
         """Last part of the path, used in messages and in the ledger."""
         return PurePosixPath(self.path).name
 
+    def identity(self) -> dict[str, object]:
+        """Return what identifies the content exactly."""
+        pinned = {"commit": self.commit} if self.commit else {}
+        return {"name": self.name, "size": self.size, "digest": self.digest(), **pinned}
+
     def digest(self) -> str:
         """Return xxh3_128 of a local file's bytes; otherwise the file system's checksum."""
+        if self.commit is not None:
+            with source_errors(self.path):
+                return f"git:{self.filesystem.info(self.path)['blob_id']}"
         if not isinstance(self.filesystem, fsspec.get_filesystem_class("file")):
             with source_errors(self.path):
                 return f"checksum:{self.filesystem.checksum(self.path)}"
@@ -115,27 +125,27 @@ def source_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         status = _http_status(error)
+        words = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         if status is not None and 400 <= status < 500 and status not in _WORTH_ANOTHER_TRY:
             raise ConfigError(
-                f"{where}: the server refuses access with status {status} ({error}); correct the "
-                "address or the credentials, or download the file and give its path"
+                f"{where}: the server refuses access with status {status} ({words}); "
+                f"{_remedy(error)}"
             ) from error
-        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if status is not None or _is_away(error):
             raise TransientError(
                 f"{where}: the server does not answer ({words}); run again, or download the file "
                 "and give its path"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
-            raise DiskError(
-                f"cannot read {where}: {error}; check the disk, then run again"
-            ) from error
+            raise DiskError(f"cannot read {where}: {words}; check the disk") from error
         raise ConfigError(f"cannot read {where}: {words}; {_remedy(error)}") from error
 
 
 def _remedy(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "install the package that it names, or download the file and give its path"
+    if "gated" in str(error):
+        return "accept its conditions on its page, and set HF_TOKEN to a token of that account"
     if isinstance(error, PermissionError):
         return "give this user access to it, or correct `source`"
     return "correct the address or the credentials, or download the file and give its path"
