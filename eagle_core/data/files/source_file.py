@@ -54,18 +54,17 @@ class SourceFile:
         return {"name": self.name, "size": self.size, "digest": self.digest(), **pinned}
 
     def digest(self) -> str:
-        """Return xxh3_128 of a local file's bytes; otherwise the file system's checksum."""
-        if self.commit is not None:
-            with source_errors(self.path):
+        """Return xxh3_128 of a local file's bytes; else the checksum of the hub or file system."""
+        with source_errors(self.path):
+            if self.commit is not None:
                 return f"git:{self.filesystem.info(self.path)['blob_id']}"
-        if not isinstance(self.filesystem, fsspec.get_filesystem_class("file")):
-            with source_errors(self.path):
+            if not isinstance(self.filesystem, LocalFileSystem):
                 return f"checksum:{self.filesystem.checksum(self.path)}"
-        digest = xxhash.xxh3_128()
-        with self.filesystem.open(self.path, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-        return f"xxh3_128:{digest.hexdigest()}"
+            digest = xxhash.xxh3_128()
+            with self.filesystem.open(self.path, "rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+            return f"xxh3_128:{digest.hexdigest()}"
 
 
 def data_suffix(name: str) -> str:
