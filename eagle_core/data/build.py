@@ -8,6 +8,7 @@ checks size and digest of every file that it opens.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,11 +17,11 @@ from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.data.conversation import Conversation, content_key
 from eagle_core.data.conversation_table import from_row, to_row
 from eagle_core.data.ledger import Reason, RejectedRecord
-from eagle_core.data.manifest import DatasetManifest, FileDigest, load_manifest
+from eagle_core.data.manifest import DatasetManifest, FileDigest, SourceCounts, load_manifest
 from eagle_core.data.normalise import normalise
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
-from eagle_core.data.sources import find_source, identify, read_records
-from eagle_core.data.splits import is_held_out, piece_key
+from eagle_core.data.sources import read_records, source_identity
+from eagle_core.data.splits import is_held_out, is_taken, piece_key
 from eagle_core.data.writer import (
     DatasetWriters,
     Split,
@@ -54,16 +55,16 @@ def build_dataset(
     if config.source == REGENERATED:
         return _regenerated(out_dir, config)
     _refuse_to_replace_answers(out_dir, config)
-    source = identify(find_source(config))
+    source = source_identity(config)
     finished = _finished(out_dir, config, source)
     if finished is not None:
         progress(1.0, f"{finished.num_conversations} conversations already built")
         return finished
     with building(out_dir) as directory:
         manifest = _write(config, source, directory, progress)
-        if identify(find_source(config)) != source:
+        if source_identity(config) != source:
             raise MismatchError(
-                f"data set {config.name}: {config.source} changed while it was read; run again"
+                f"data set {config.name}: {config.origin} changed while it was read; run again"
             )
         publish(manifest, directory, out_dir)
     return manifest
@@ -92,7 +93,9 @@ class _Builder:
     """Adds records one by one and counts them."""
 
     def __init__(self, config: DatasetConfig, writers: DatasetWriters) -> None:
-        self._config = config
+        self._names_sources = bool(config.sources)
+        self._keeps_pieces = any(part.keep_pieces_together for part in config.parts)
+        self._held_out_fraction = config.held_out_fraction
         self._writers = writers
         self._seen: set[bytes] = set()
         self._fingerprint = hashlib.sha256()
@@ -106,37 +109,64 @@ class _Builder:
     def fingerprint(self) -> str:
         return self._fingerprint.hexdigest()
 
-    def add(self, record: SourceRecord | DamagedRecord) -> None:
-        """Keep the record, or enter the reason in the ledger."""
+    def add_source(self, part: DatasetConfig, progress: Progress) -> None:
+        """Add the records of one source, up to its `max_conversations`."""
+        taken: set[bytes] = set()
+        for index, record in enumerate(read_records(part)):
+            named = replace(record, location=f"{part.name}: {record.location}")
+            key = self._add(named if self._names_sources else record, part, taken)
+            if key is not None and part.max_conversations:
+                taken.add(key)
+            if index % _RECORDS_PER_REPORT == 0:
+                progress(record.fraction_read, f"{self.kept.total()} conversations kept")
+            if part.max_conversations == len(taken):
+                break
+
+    def _add(
+        self, record: SourceRecord | DamagedRecord, part: DatasetConfig, taken: set[bytes]
+    ) -> bytes | None:
+        """Keep the record, or enter the reason in the ledger.
+
+        Returns the content key of a conversation that this source gives. That another source gave
+        it too makes no difference to what this one gives.
+        """
         ledger = self._writers.ledger
         if isinstance(record, DamagedRecord):
             ledger.drop(RejectedRecord(record.reason, record.location, record.detail))
-            return
+            return None
         try:
             normalised = normalise(
                 record.value,
                 location=record.location,
-                columns=self._config.columns,
-                rendered_text=self._config.rendered_text,
+                columns=part.columns,
+                rendered_text=part.rendered_text,
             )
         except RejectedRecord as rejected:
             ledger.drop(rejected)
-            return
+            return None
         conversation = normalised.conversation
         conversation_id = conversation.conversation_id
         key = content_key(conversation)
-        if bytes.fromhex(key) in self._seen:
-            duplicate = RejectedRecord(Reason.DUPLICATE, record.location, f"content key {key}")
-            ledger.drop(duplicate, conversation_id=conversation_id)
-            return
-        self._seen.add(bytes.fromhex(key))
-        self._keep(conversation, key)
-        for change in normalised.changes:
-            ledger.change(change, location=record.location, conversation_id=conversation_id)
+        reason = self._reason_to_drop(key, part)
+        if reason is not None:
+            dropped = RejectedRecord(reason, record.location, f"content key {key}")
+            ledger.drop(dropped, conversation_id=conversation_id)
+        else:
+            self._seen.add(bytes.fromhex(key))
+            self._keep(conversation, key)
+            for change in normalised.changes:
+                ledger.change(change, location=record.location, conversation_id=conversation_id)
+        is_given = reason is not Reason.NOT_SELECTED and bytes.fromhex(key) not in taken
+        return bytes.fromhex(key) if is_given else None
+
+    def _reason_to_drop(self, key: str, part: DatasetConfig) -> Reason | None:
+        if not is_taken(key, part.weight):
+            return Reason.NOT_SELECTED
+        return Reason.DUPLICATE if bytes.fromhex(key) in self._seen else None
 
     def _keep(self, conversation: Conversation, key: str) -> None:
-        split_key = piece_key(conversation) if self._config.keep_pieces_together else key
-        is_test = is_held_out(split_key, self._config.held_out_fraction)
+        split_key = piece_key(conversation) if self._keeps_pieces else key
+        is_test = is_held_out(split_key, self._held_out_fraction)
         split: Split = "held_out" if is_test else "train"
         self.kept[split] += 1
         self._fingerprint.update(f"{split} {key}\n".encode())
@@ -149,19 +179,21 @@ def _write(
     directory: Path,
     progress: Progress,
 ) -> DatasetManifest:
+    by_source: dict[str, SourceCounts] = {}
     with open_writers(directory) as writers:
         builder = _Builder(config, writers)
-        for index, record in enumerate(read_records(config)):
-            builder.add(record)
-            num_kept = builder.kept.total()
-            if index % _RECORDS_PER_REPORT == 0:
-                progress(record.fraction_read, f"{num_kept} conversations kept")
-            if num_kept == config.max_conversations:
-                break
+        for number, part in enumerate(config.parts):
+            read, kept = builder.num_records, builder.kept.copy()
+            builder.add_source(part, _share_of(progress, number, len(config.parts)))
+            by_source[part.name] = SourceCounts(
+                num_records=builder.num_records - read,
+                num_train=builder.kept["train"] - kept["train"],
+                num_held_out=builder.kept["held_out"] - kept["held_out"],
+            )
     dropped = dict(sorted(writers.ledger.dropped.items()))
     if not builder.kept["train"]:
         raise ConfigError(
-            f"data set {config.name}: {config.source} has no usable training conversation "
+            f"data set {config.name}: {config.origin} has no usable training conversation "
             f"({builder.num_records} records; dropped: {dropped}; held out: "
             f"{builder.kept['held_out']}); correct `source`"
         )
@@ -177,8 +209,14 @@ def _write(
         num_held_out=builder.kept["held_out"],
         dropped=dropped,
         changed=dict(sorted(writers.ledger.changed.items())),
+        by_source=by_source if config.sources else {},
         files=digests(directory),
     )
+
+
+def _share_of(progress: Progress, number: int, total: int) -> Progress:
+    """Return what reports the progress of one of several sources."""
+    return lambda fraction, message: progress((number + fraction) / total, message)
 
 
 def _finished(
@@ -224,7 +262,7 @@ def _refuse_to_replace_answers(out_dir: Path, config: DatasetConfig) -> None:
     if manifest.is_regenerated:
         raise ConfigError(
             f"data set {config.name} in {out_dir} contains a target's answers; to use them, set "
-            f"dataset.source={REGENERATED}; for data from {config.source}, choose another name"
+            f"dataset.source={REGENERATED}; for data from {config.origin}, choose another name"
         )
 
 

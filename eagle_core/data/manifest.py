@@ -22,6 +22,16 @@ class FileDigest(BaseModel):
     xxh3_128: str
 
 
+class SourceCounts(BaseModel):
+    """What one of several sources gave."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_records: int
+    num_train: int
+    num_held_out: int
+
+
 class DatasetManifest(BaseModel):
     """One built data set."""
 
@@ -46,6 +56,8 @@ class DatasetManifest(BaseModel):
     """Dropped records, by reason."""
     changed: dict[str, int] = Field(default_factory=dict)
     """Records kept with a change, by change; one record may count more than once."""
+    by_source: dict[str, SourceCounts] = Field(default_factory=dict)
+    """Counts by the names of `dataset.sources`; the rest of the records was dropped."""
     files: dict[str, FileDigest]
 
     @property

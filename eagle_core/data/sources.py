@@ -81,8 +81,17 @@ def identify(source: tuple[SourceFile, ...] | HubDataset) -> tuple[dict[str, obj
     return tuple(file.identity() for file in source)
 
 
+def source_identity(config: DatasetConfig) -> tuple[dict[str, object], ...]:
+    """Return `identify` of the source of a data set, or of all of its sources, by their names."""
+    if not config.sources:
+        return identify(find_source(config))
+    return tuple(
+        {"of": part.name, **entry} for part in config.parts for entry in identify(find_source(part))
+    )
+
+
 def read_records(config: DatasetConfig) -> Iterator[SourceRecord | DamagedRecord]:
-    """Yield the records of the source in order, in constant memory.
+    """Yield the records of the only source in order, in constant memory.
 
     Raises `ConfigError` for a missing source and `CorruptError` for a damaged one, unless the
     configuration accepts the damage: then lost records are yielded as `DamagedRecord`.

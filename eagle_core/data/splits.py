@@ -1,4 +1,4 @@
-"""Select held-out conversations by their content, or by the chat that they are a piece of."""
+"""Select conversations by their content: which are used, and which of them are held out."""
 
 import xxhash
 
@@ -23,3 +23,11 @@ def is_held_out(key: str, fraction: float) -> bool:
     fraction only adds held-out ones.
     """
     return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
+
+
+def is_taken(key: str, weight: float) -> bool:
+    """Return whether a source of this weight gives the conversation with this content key.
+
+    Like `is_held_out`, and independent of it: other digits of the key decide.
+    """
+    return int(key[-13:], 16) < weight * 16**13
