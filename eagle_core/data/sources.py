@@ -44,7 +44,7 @@ from eagle_core.data.hub import (
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import ConfigError, CorruptError
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_TABLES = (".csv", ".tsv")
 _JSON_START = re.compile(rb'[{\["0-9]|-[0-9]|(true|false|null)\b')
 
 
@@ -153,24 +153,22 @@ def _read_text(
 ) -> Iterator[SourceRecord | DamagedRecord]:
     """Yield the records of a decompressed file."""
     head = read_head(stream)
-    is_whole = len(head) < HEAD_BYTES
-    if is_whole and not head.strip():
-        raise CorruptError(f"{file.path} is empty; replace it and run again")
     if (kind := columnar_kind(head)) is not None:
         raise CorruptError(f"{file.path} is a compressed {kind} file; decompress it and run again")
     refuse_foreign(head, file.path)
     utf8 = io.BufferedReader(as_utf8(stream, head), BLOCK_BYTES)
-    start = utf8.peek(4)[:4]
+    is_whole = len(head) < HEAD_BYTES
+    start = utf8.peek(HEAD_BYTES)
+    if is_whole and not start.removeprefix(codecs.BOM_UTF8).strip():
+        raise CorruptError(f"{file.path} is empty; replace it and run again")
     suffix = data_suffix(file.name)
     if config.format == "parquet" or (config.format == "auto" and suffix == ".parquet"):
         raise CorruptError(
-            f"{file.path} is not a complete Parquet file (it starts with {start!a}); replace it "
-            "and run again"
+            f"{file.path} is not a complete Parquet file (it starts with {start[:4]!a}); replace "
+            "it and run again"
         )
-    if config.format == "csv" or (config.format == "auto" and suffix in _DELIMITERS):
-        yield from read_csv(
-            utf8, path=file.path, fraction=progress, delimiter=_DELIMITERS.get(suffix, ",")
-        )
+    if config.format == "csv" or (config.format == "auto" and suffix in _TABLES):
+        yield from read_csv(utf8, path=file.path, fraction=progress)
         return
     yield from _read_json(utf8, file, config, progress, is_whole=is_whole)
 

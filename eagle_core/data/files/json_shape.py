@@ -56,8 +56,10 @@ def spans_lines(text: str, *, is_whole: bool) -> bool:
     not make a file of lines another one.
     """
     line, _, rest = text.partition("\n")
+    if len(line) == len(text) and (list_of_records(text) is not None or _follows_another(text)):
+        return True
     if len(line) == len(text) and not is_whole:
-        return list_of_records(text) is not None
+        return False
     if _is_json(line):
         return not rest.strip() and is_whole
     opens = line.rstrip().endswith(("{", "["))
@@ -69,6 +71,15 @@ def spans_lines(text: str, *, is_whole: bool) -> bool:
     except RecursionError:
         return False
     return end > len(line)
+
+
+def _follows_another(text: str) -> bool:
+    """Return whether a second object stands behind the first, as with line breaks of old Macs."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith("{")
 
 
 def _is_json(text: str) -> bool:

@@ -166,10 +166,11 @@ def test_text_of_unicode_in_any_encoding(
 
 
 def test_a_table_that_a_spreadsheet_saved_as_unicode_text(tmp_path: Path) -> None:
-    for name, separator in {"a.csv": ",", "a.tsv": "\t"}.items():
+    for name, separator in {"a.csv": ",", "b.csv": ";", "c.csv": "\t", "a.tsv": "\t"}.items():
         rows = [f"question{separator}answer", f"é?{separator}ü"]
-        (tmp_path / name).write_bytes("\r\n".join(rows).encode("utf-16"))
-        assert values(tmp_path / name) == [{"question": "é?", "answer": "ü"}]
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            (tmp_path / name).write_bytes("\r\n".join(rows).encode(encoding))
+            assert values(tmp_path / name) == [{"question": "é?", "answer": "ü"}]
 
 
 def test_a_cut_character_of_utf16_is_damage(tmp_path: Path) -> None:
@@ -255,6 +256,7 @@ FOREIGN = {
     "tar": (tar(), "tar archive.*unpack"),
     "pickle": (b"\x80\x04\x95\x10", "a pickle"),
     "blank": (b" \n\n", "is empty"),
+    "nothing but a mark": (b"\xff\xfe", "is empty"),
     "binary": (b"\x00\x01\x02" * 9, "binary data of an unknown form"),
     "yaml": (b"- question: a\n  answer: b\n", "not JSON.*'- question: a'.*JSON lines"),
     "table": (b"question,answer\na,b\n", r"not JSON.*dataset\.format=csv"),
@@ -293,3 +295,10 @@ def test_a_database_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_file_of_blanks_first_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n" * (HEAD_BYTES + 9) + as_lines(RECORDS).encode())
     assert values(tmp_path / "a.jsonl") == RECORDS
+
+
+def test_records_on_one_line_or_with_line_breaks_of_old_macs(tmp_path: Path) -> None:
+    for separator in ("\r", " ", ""):
+        text = separator.join(json.dumps(record) for record in LARGE)
+        (tmp_path / "a.jsonl").write_bytes(text.encode())
+        assert values(tmp_path / "a.jsonl") == LARGE
