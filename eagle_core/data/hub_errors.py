@@ -1,8 +1,6 @@
 """Errors of the hub and of `datasets`, which raise anything: one message each, with what helps."""
 
 import errno
-import importlib
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from eagle_core.data.files.source_file import is_away
 from eagle_core.errors import (
     ConfigError,
     CorruptError,
@@ -24,10 +23,6 @@ from eagle_core.errors import (
     TransientError,
 )
 
-_HTTP_CLIENT = "httpx2" if importlib.util.find_spec("httpx2") else "httpx"
-_TransportError: type[Exception] = importlib.import_module(_HTTP_CLIENT).TransportError
-"""Passed on by huggingface_hub if the hub does not answer; the client was renamed in version 2."""
-_AWAY = (ConnectionError, TimeoutError, _TransportError)
 _WORTH_ANOTHER_TRY = (408, 425, 429)
 _NO_SUBSET = re.compile(r"BuilderConfig|Config name|config name|[Uu]nknown split|Bad split")
 
@@ -87,20 +82,19 @@ def _access(chain: list[BaseException], words: str, page: str, what: str) -> Eag
 
 
 def _network(chain: list[BaseException], words: str, what: str) -> EagleCoreError | None:
+    if any(isinstance(error, OfflineModeIsEnabled) for error in chain):
+        return ConfigError(
+            f"{what}: the hub is disabled (HF_HUB_OFFLINE), and this is not in the cache; unset "
+            "HF_HUB_OFFLINE, or use data that is here"
+        )
     for error in chain:
-        if isinstance(error, OfflineModeIsEnabled):
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status is not None and status < 500 and status not in _WORTH_ANOTHER_TRY:
             return ConfigError(
-                f"{what}: the hub is disabled (HF_HUB_OFFLINE), and this is not in the cache; "
-                "unset HF_HUB_OFFLINE, or use data that is here"
+                f"{what}: the hub refuses with status {status} ({words}); correct `source`, or set "
+                "HF_TOKEN to a token that may read it"
             )
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            if status < 500 and status not in _WORTH_ANOTHER_TRY:
-                return ConfigError(
-                    f"{what}: the hub refuses with status {status} ({words}); correct `source`, "
-                    "or set HF_TOKEN to a token that may read it"
-                )
-        if isinstance(error, (HfHubHTTPError, *_AWAY)):
+        if status is not None or is_away(error):
             return TransientError(
                 f"{what} is not in the cache and the hub is unreachable: {words}; run again when "
                 "it is reachable"
@@ -125,7 +119,9 @@ def _of_datasets(
     chain: list[BaseException], words: str, repository: str, what: str
 ) -> EagleCoreError:
     """Return what an error of `datasets` means; its classes are told by name, to load it late."""
-    kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
+    # Not what an error was raised in the handling of: that may be an import that was only tried.
+    direct = (chain[0], chain[0].__cause__)
+    kinds = {kind.__name__ for error in direct for kind in type(error).__mro__}
     by_name = f"read its files by name (`source: hf://datasets/{repository}/*.parquet`)"
     access = "correct `source` or `revision`, or set HF_TOKEN to a token that may read it"
     nothing = f"{what} has no files that `datasets` reads ({words}); {by_name}"

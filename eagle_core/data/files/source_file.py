@@ -130,7 +130,7 @@ def source_errors(where: str) -> Iterator[None]:
                 f"{where}: the server refuses access with status {status} ({words}); "
                 f"{_remedy(error)}"
             ) from error
-        if status is not None or _is_away(error):
+        if status is not None or is_away(error):
             raise TransientError(
                 f"{where}: the server does not answer ({words}); run again, or download the file "
                 "and give its path"
@@ -159,7 +159,8 @@ def _http_status(error: Exception) -> int | None:
     return None
 
 
-def _is_away(error: Exception) -> bool:
+def is_away(error: BaseException) -> bool:
+    """Return whether a server did not answer, by the error of any client."""
     is_http = type(error).__module__.startswith("aiohttp")
     return is_http or any(kind.__name__ in _AWAY for kind in type(error).__mro__)
 
