@@ -160,6 +160,8 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
         return "null"
+    if value == "":
+        return '""'
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -176,6 +178,8 @@ def _type(annotation: Any) -> str:  # noqa: ANN401 (any type)
     if arguments:
         return " or ".join(_type(one) for one in arguments if one is not type(None))
     names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "groups of keys"
     name = getattr(annotation, "__name__", str(annotation))
     return names.get(name, {"ByteSize": "bytes, such as 200GB"}.get(name, name))
 

@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.data.manifest import MANIFEST_NAME, load_manifest
-from eagle_core.data.sources import find_source, identify
+from eagle_core.data.sources import source_identity
 from eagle_core.errors import ConfigError
 from flows.orchestration.event_names import DATASET_CHANGED, dataset_resource
 from flows.orchestration.events import send
@@ -49,9 +49,9 @@ def watch(dataset: DatasetConfig, home: str = DEFAULT_HOME) -> SourceChange | No
     change = check_source(dataset, Workspace.at(home, target="", dataset=dataset.name))
     log = get_run_logger()
     if change is None:
-        log.info("%s has not changed since the data set was built", dataset.source)
+        log.info("%s has not changed since the data set was built", dataset.origin)
         return None
-    log.info("%s has changed: %s", dataset.source, "; ".join(change.new) or "entries were removed")
+    log.info("%s has changed: %s", dataset.origin, "; ".join(change.new) or "entries were removed")
     send(
         DATASET_CHANGED,
         resource=dataset_resource(dataset.name),
@@ -75,7 +75,7 @@ def check_source(dataset: DatasetConfig, space: Workspace) -> SourceChange | Non
             f"data set {dataset.name} holds answers of a target and has no source; watch the "
             "data set of its questions"
         )
-    found = identify(find_source(dataset))
+    found = source_identity(dataset)
     is_built = (space.dataset_path / MANIFEST_NAME).is_file()
     built_from = load_manifest(space.dataset_path).source if is_built else ()
     if found == built_from:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deployments.cli.console import ERRORS, OUT, one_message
 from deployments.cli.environment import settle_environment
+from deployments.cli.preset_commands import presets
 from deployments.cli.store_commands import gc, inspect, verify
 from deployments.registry import FLOWS, FlowEntry, find_flow
 from eagle_core.errors import ConfigError
@@ -76,6 +77,7 @@ def repair(recipe: RecipeArgument, overrides: Overrides = None, home: Home = DEF
 app.command()(inspect)
 app.command()(verify)
 app.command()(gc)
+app.command()(presets)
 
 
 @app.command(name="list")

@@ -30,6 +30,8 @@ class Reason(StrEnum):
     NO_ASSISTANT_TURN = "no_assistant_turn"
     UNSUPPORTED_WEIGHT = "unsupported_weight"
     DUPLICATE = "duplicate"
+    NOT_SELECTED = "not_selected"
+    """The weight of its source leaves it out."""
     TEMPLATE_REFUSED = "template_refused"
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # noqa: S105 - a reason, not a secret
     TOO_FEW_SUPERVISED_TOKENS = "too_few_supervised_tokens"

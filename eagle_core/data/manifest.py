@@ -22,6 +22,16 @@ class FileDigest(BaseModel):
     xxh3_128: str
 
 
+class SourceCounts(BaseModel):
+    """What one of several sources gave."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_records: int
+    num_train: int
+    num_held_out: int
+
+
 class DatasetManifest(BaseModel):
     """One built data set."""
 
@@ -48,6 +58,8 @@ class DatasetManifest(BaseModel):
     """Records kept with a change, by change; one record may count more than once."""
     unread: dict[str, int] = Field(default_factory=dict)
     """Kept records with a field that holds something and has no meaning here, by its name."""
+    by_source: dict[str, SourceCounts] = Field(default_factory=dict)
+    """Counts by the names of `dataset.sources`; the rest of the records was dropped."""
     files: dict[str, FileDigest]
 
     @property

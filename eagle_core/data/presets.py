@@ -1,7 +1,7 @@
 """Named data sets for training draft models: `source: preset:NAME`.
 
 A preset only fills in fields of `DatasetConfig`; the user's values take precedence. Pin
-`revision` for a data set that must stay the same.
+`revision` for a data set that must stay the same. `eyas presets --check` asks the hub for each.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "answer": ("solution",),
     },
     "math_qa": {
-        "source": "hf:allenai/math_qa",
+        "source": "hf:regisss/math_qa",
         "question": ("Problem", "options"),
         "answer": ("Rationale",),
     },

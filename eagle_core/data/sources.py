@@ -6,63 +6,92 @@ it; the stream is never silently shorter.
 """
 
 import codecs
-import gzip
+import contextlib
 import io
-import zlib
+import re
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
-from typing import BinaryIO, cast
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.csv_records import read_csv
-from eagle_core.data.hub import HubDataset, find_hub_dataset, read_hub_dataset
-from eagle_core.data.json_records import JsonArrayReader, read_json_lines
-from eagle_core.data.source_files import (
+from eagle_core.data.files.arrow_records import columnar_kind, read_columnar
+from eagle_core.data.files.csv_records import read_csv
+from eagle_core.data.files.foreign import refuse_foreign
+from eagle_core.data.files.json_lines import read_json_lines
+from eagle_core.data.files.json_records import JsonReader
+from eagle_core.data.files.json_shape import spans_lines
+from eagle_core.data.files.source_file import (
     BLOCK_BYTES,
     SourceFile,
     data_suffix,
     files_of,
-    is_away,
     package_file,
-    server_errors,
+    source_errors,
+)
+from eagle_core.data.files.streams import (
+    DECOMPRESSION_ERRORS,
+    HEAD_BYTES,
+    GuardedFile,
+    as_utf8,
+    decompressed,
+    read_head,
+)
+from eagle_core.data.hub import (
+    FILES_OF_HUB,
+    HubDataset,
+    find_hub_dataset,
+    find_hub_files,
+    read_hub_dataset,
 )
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import ConfigError, CorruptError
 
-_PARQUET_ROWS = 64
+_TABLES = (".csv", ".tsv")
+_JSON_START = re.compile(rb'[{\["0-9]|-[0-9]|(true|false|null)\b')
 
 
 def find_source(config: DatasetConfig) -> tuple[SourceFile, ...] | HubDataset:
     """Resolve `config.source`; raise `ConfigError` if nothing is found."""
+    if config.source.startswith(FILES_OF_HUB):
+        return tuple(_not_empty(find_hub_files(config)))
     if config.source.startswith("hf:"):
         return find_hub_dataset(config)
-    if config.revision is not None:
-        raise ConfigError(
-            f"data set {config.name}: `revision` is for hub data sets, but the source is "
-            f"{config.source}; remove it or use a source `hf:ORG/NAME`"
-        )
+    for key in ("revision", "streaming"):
+        if getattr(config, key):
+            raise ConfigError(
+                f"data set {config.name}: `{key}` is for hub data sets, but the source is "
+                f"{config.source}; remove it or use a source `hf:ORG/NAME`"
+            )
     if config.source.startswith("package:"):
         files = [package_file(config.source.removeprefix("package:"))]
     else:
         files = files_of(config.source)
+    return tuple(_not_empty(files))
+
+
+def _not_empty(files: list[SourceFile]) -> list[SourceFile]:
     for file in files:
         if file.size == 0:
             raise CorruptError(f"{file.path} is empty (0 bytes); replace it and run again")
-    return tuple(files)
+    return files
 
 
 def identify(source: tuple[SourceFile, ...] | HubDataset) -> tuple[dict[str, object], ...]:
     """Return, for every file, its name, size and digest; for a hub data set, its pinned commit."""
     if isinstance(source, HubDataset):
         return (source.identity(),)
-    return tuple({"name": file.name, "size": file.size, "digest": file.digest()} for file in source)
+    return tuple(file.identity() for file in source)
+
+
+def source_identity(config: DatasetConfig) -> tuple[dict[str, object], ...]:
+    """Return `identify` of the source of a data set, or of all of its sources, by their names."""
+    if not config.sources:
+        return identify(find_source(config))
+    return tuple(
+        {"of": part.name, **entry} for part in config.parts for entry in identify(find_source(part))
+    )
 
 
 def read_records(config: DatasetConfig) -> Iterator[SourceRecord | DamagedRecord]:
-    """Yield the records of the source in order, in constant memory.
+    """Yield the records of the only source in order, in constant memory.
 
     Raises `ConfigError` for a missing source and `CorruptError` for a damaged one, unless the
     configuration accepts the damage: then lost records are yielded as `DamagedRecord`.
@@ -93,24 +122,55 @@ class _Progress:
 def _read_file(
     file: SourceFile, config: DatasetConfig, progress: _Progress
 ) -> Iterator[SourceRecord | DamagedRecord]:
-    with server_errors(file.path), file.filesystem.open(file.path, "rb") as raw:
+    with contextlib.ExitStack() as stack:
+        with source_errors(file.path):
+            raw = stack.enter_context(file.filesystem.open(file.path, "rb"))
+        stream = GuardedFile(raw, file.path)
         progress.position = raw.tell
-        suffix = data_suffix(file.name)
-        if config.format == "parquet" or (config.format == "auto" and suffix == ".parquet"):
-            yield from _read_parquet(raw, file, progress)
+        head = read_head(stream)
+        kind = columnar_kind(head)
+        if kind is not None:
+            _check_format(file, config, kind)
+            stream.seek(0)
+            yield from read_columnar(stream, file, kind, progress)
             return
-        if config.format == "csv" or (config.format == "auto" and suffix == ".csv"):
-            yield from read_csv(_decompressed(raw, file), path=file.path, fraction=progress)
-            return
-        stream = io.BufferedReader(_decompressed(raw, file), BLOCK_BYTES)
         try:
-            yield from _read_json(stream, file, config, progress)
-        except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
-            if is_away(error):
-                raise
+            yield from _read_text(decompressed(stream, head), file, config, progress)
+        except DECOMPRESSION_ERRORS as error:
             raise CorruptError(
-                f"{file.path} cannot be read to its end: {error}; replace it and run again"
+                f"{file.path} cannot be read to its end: {error or type(error).__name__}; replace "
+                "it and run again"
             ) from error
+        except UnicodeDecodeError as error:
+            raise CorruptError(
+                f"{file.path} is not valid {error.encoding}: {error.reason}; replace it and run "
+                "again"
+            ) from error
+
+
+def _read_text(
+    stream: io.RawIOBase, file: SourceFile, config: DatasetConfig, progress: _Progress
+) -> Iterator[SourceRecord | DamagedRecord]:
+    """Yield the records of a decompressed file."""
+    head = read_head(stream)
+    if (kind := columnar_kind(head)) is not None:
+        raise CorruptError(f"{file.path} is a compressed {kind} file; decompress it and run again")
+    refuse_foreign(head, file.path)
+    utf8 = io.BufferedReader(as_utf8(stream, head), BLOCK_BYTES)
+    is_whole = len(head) < HEAD_BYTES
+    start = utf8.peek(HEAD_BYTES)
+    if is_whole and not start.removeprefix(codecs.BOM_UTF8).strip():
+        raise CorruptError(f"{file.path} is empty; replace it and run again")
+    suffix = data_suffix(file.name)
+    if config.format == "parquet" or (config.format == "auto" and suffix == ".parquet"):
+        raise CorruptError(
+            f"{file.path} is not a complete Parquet file (it starts with {start[:4]!a}); replace "
+            "it and run again"
+        )
+    if config.format == "csv" or (config.format == "auto" and suffix in _TABLES):
+        yield from read_csv(utf8, path=file.path, fraction=progress)
+        return
+    yield from _read_json(utf8, file, config, progress, is_whole=is_whole)
 
 
 def _read_json(
@@ -118,15 +178,21 @@ def _read_json(
     file: SourceFile,
     config: DatasetConfig,
     progress: _Progress,
+    *,
+    is_whole: bool,
 ) -> Iterator[SourceRecord | DamagedRecord]:
-    if config.format == "json" or (config.format == "auto" and _is_array(stream)):
-        reader = JsonArrayReader(
+    if config.format == "json" or (
+        config.format == "auto" and _is_one_text(stream, is_whole=is_whole)
+    ):
+        reader = JsonReader(
             stream, path=file.path, fraction=progress, max_record_bytes=config.max_record_bytes
         )
         yield from reader.read(
             accept_truncated=config.accept_truncated, accept_damaged=config.accept_damaged
         )
         return
+    if not config.accept_damaged:
+        _check_json(stream, file)
     yield from read_json_lines(
         stream,
         path=file.path,
@@ -137,35 +203,36 @@ def _read_json(
     )
 
 
-def _read_parquet(
-    stream: BinaryIO, file: SourceFile, progress: _Progress
-) -> Iterator[SourceRecord]:
-    row = 0
-    try:
-        for batch in pq.ParquetFile(stream).iter_batches(_PARQUET_ROWS):
-            for value in batch.to_pylist():
-                yield SourceRecord(
-                    value=value, location=f"{file.name}, row {row}", fraction_read=progress()
-                )
-                row += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        if is_away(error):
-            raise
+def _is_one_text(stream: "io.BufferedReader[io.RawIOBase]", *, is_whole: bool) -> bool:
+    """Return whether a file is JSON of another form than one record on each line.
+
+    `is_whole` says that `peek` returns all of it.
+    """
+    text = stream.peek(HEAD_BYTES).decode("utf-8-sig", "surrogateescape").lstrip()
+    is_array = text.startswith("[")
+    return is_array or (text.startswith("{") and spans_lines(text, is_whole=is_whole))
+
+
+def _check_json(stream: "io.BufferedReader[io.RawIOBase]", file: SourceFile) -> None:
+    """Raise `CorruptError` if the file does not even start like JSON."""
+    start = stream.peek(HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:40]
+    if not start or _JSON_START.match(start):
+        return
+    if b"\0" in start:
         raise CorruptError(
-            f"{file.path} is not a complete Parquet file ({row} rows could be read): {error}; "
-            "replace it and run again"
-        ) from error
+            f"{file.path} is binary data of an unknown form (it starts with {start!a}); "
+            "replace it, or write its records as JSON lines or Parquet, then run again"
+        )
+    line = start.decode("utf-8", "replace").splitlines()[0]
+    raise CorruptError(
+        f"{file.path} is not JSON (it starts with {line!a}); for a table with a header line, set "
+        "dataset.format=csv; otherwise write its records as JSON lines, then run again"
+    )
 
 
-def _decompressed(raw: BinaryIO, file: SourceFile) -> io.RawIOBase:
-    compression = PurePosixPath(file.name).suffix.lower()
-    if compression == ".gz":
-        return cast("io.RawIOBase", gzip.GzipFile(fileobj=raw, mode="rb"))
-    if compression == ".zst":
-        return cast("io.RawIOBase", pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
-    return cast("io.RawIOBase", raw)
-
-
-def _is_array(stream: "io.BufferedReader[io.RawIOBase]") -> bool:
-    head: bytes = stream.peek(4096)
-    return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+def _check_format(file: SourceFile, config: DatasetConfig, kind: str) -> None:
+    if config.format not in ("auto", kind.lower()):
+        raise ConfigError(
+            f"{file.path} has the form {kind}, but dataset.format is {config.format}; remove "
+            "`format` and run again"
+        )

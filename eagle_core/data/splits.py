@@ -1,4 +1,7 @@
-"""Select held-out conversations by their first question, or by the chat they are a piece of."""
+"""Select conversations: which are used, by their content, and which are held out.
+
+Held out by their first question, or by the chat they are a piece of.
+"""
 
 from dataclasses import dataclass
 
@@ -89,3 +92,11 @@ def is_held_out(key: str, fraction: float) -> bool:
     groups), and a larger fraction only adds held-out ones.
     """
     return int(key[:13], 16) < fraction * 16**13  # 52 bits: exact in a float
+
+
+def is_taken(key: str, weight: float) -> bool:
+    """Return whether a source of this weight gives the conversation with this content key.
+
+    Like `is_held_out`, and independent of it: other digits of the key decide.
+    """
+    return int(key[-13:], 16) < weight * 16**13

@@ -246,7 +246,7 @@ def test_a_form_that_writes_every_field_out_gets_the_preset_too(name: str) -> No
 
 def test_presets_fill_in_and_the_user_wins() -> None:
     config = DatasetConfig(name="m", source="preset:math_qa", split="test")
-    assert config.source == "hf:allenai/math_qa"
+    assert config.source == "hf:regisss/math_qa"
     assert config.columns == Columns(question=("Problem", "options"), answer=("Rationale",))
     assert config.split == "test"
     again = DatasetConfig.model_validate_json(config.model_dump_json())

@@ -1,30 +1,22 @@
 """Hub data sets, against a small hub that speaks the Hugging Face HTTP API on this machine."""
 
-import hashlib
 import json
 import os
+import random
+import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from tests.hub import COMMIT, Hub, Repository, serve_hub
 from tests.waiting import LIMIT_SECONDS
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(40)]
-FILES = {
-    "README.md": (
-        b"---\nconfigs:\n- config_name: main\n  data_files: main.jsonl\n"
-        b"- config_name: extra\n  data_files: extra.jsonl\n---\n"
-    ),
-    "main.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[:30]).encode(),
-    "extra.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[30:]).encode(),
-}
 BUILD = """
 import sys
 from pathlib import Path
@@ -38,89 +30,69 @@ except Exception as error:
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """One data set, `org/set`, at one commit."""
-
-    def do_HEAD(self) -> None:
-        self._file(with_body=False)
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        if path.startswith("/datasets/"):
-            self._file(with_body=True)
-        elif path in (
-            "/api/datasets/org/set", "/api/datasets/org/set/revision/main",
-            f"/api/datasets/org/set/revision/{COMMIT}",
-        ):  # fmt: skip
-            siblings = [{"rfilename": name} for name in FILES]
-            self._json({"_id": "1", "id": "org/set", "sha": COMMIT, "siblings": siblings})
-        elif path.startswith(f"/api/datasets/org/set/tree/{COMMIT}"):
-            self._json([entry(name) for name in FILES])
-        else:
-            self._missing("RepoNotFound")
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        wanted = self.rfile.read(length).decode()
-        self._json([entry(name) for name in FILES if name in unquote(wanted)])
-
-    def _file(self, *, with_body: bool) -> None:
-        prefix = f"/datasets/org/set/resolve/{COMMIT}/"
-        path = unquote(urlsplit(self.path).path)
-        data = FILES.get(path.removeprefix(prefix)) if path.startswith(prefix) else None
-        if data is None:
-            self._missing("EntryNotFound")
-            return
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha1(data, usedforsecurity=False).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(data)
-
-    def _json(self, value: object) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def _missing(self, code: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+def parquet(records: list[dict[str, object]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(records), sink, row_group_size=10)
+    return bytes(sink.getvalue())
 
 
-def entry(name: str) -> dict[str, object]:
-    oid = hashlib.sha1(FILES[name], usedforsecurity=False).hexdigest()
-    return {"type": "file", "path": name, "size": len(FILES[name]), "oid": oid}
+def in_lines(records: Sequence[Mapping[str, object]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+NOISE = random.Random(0)  # noqa: S311 (what does not compress, and no secret)
+LARGE = [
+    {"question": f"q{number}", "answer": f"a{number} {NOISE.randbytes(25_000).hex()}"}
+    for number in range(400)
+]
+CARD = (
+    b"---\nconfigs:\n- config_name: main\n  data_files: main.jsonl\n"
+    b"- config_name: extra\n  data_files: extra.jsonl\n---\n"
+)
+CARD_THAT_LIES = (
+    b"---\ndataset_info:\n  features:\n  - name: question\n    dtype: string\n"
+    b"  - name: answer\n    dtype: string\n  splits:\n  - name: train\n    num_bytes: 9\n"
+    b"    num_examples: 7\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n"
+)
+REPOSITORIES = {
+    "org/set": Repository(
+        files={
+            "README.md": CARD,
+            "main.jsonl": in_lines(ROWS[:30]),
+            "extra.jsonl": in_lines(ROWS[30:]),
+        }
+    ),
+    "org/large": Repository(
+        files={f"data/train-{n}-of-4.parquet": parquet(LARGE[n::4]) for n in range(4)}
+    ),
+    "org/gated": Repository(files={"a.jsonl": in_lines(ROWS)}, is_gated=True),
+    "org/script": Repository(files={"script.py": b"import datasets", "README.md": b""}),
+    "org/bare": Repository(files={".gitattributes": b""}),
+    "org/cut": Repository(files={"a.parquet": parquet(LARGE[:40])[:-2000]}),
+    "org/broken": Repository(files={"a.jsonl": in_lines(ROWS) + b'{"question": '}),
+    "org/mixed": Repository(
+        files={"a.jsonl": in_lines(ROWS), "b.jsonl": in_lines([{"id": 1, "text": "t"}] * 9)}
+    ),
+    "org/lies": Repository(files={"README.md": CARD_THAT_LIES, "a.jsonl": in_lines(ROWS)}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub() -> Iterator[Hub]:
+    with serve_hub(REPOSITORIES) as served:
+        yield served
 
 
-def build(hub: str, home: Path, out: str, *, offline: object = False, **fields: object) -> str:
+def build(
+    hub: Hub | str, home: Path, out: str, *, offline: object = False, **fields: object
+) -> str:
     """Build in a process of its own: the hub's address is read when its client is imported."""
     config = json.dumps({"name": "d", "source": "hf:org/set", **fields})
     done = subprocess.run(
         [sys.executable, "-c", BUILD, config, str(home / out)],
         env={
             **os.environ,
-            "HF_ENDPOINT": hub,
+            "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
             "HF_HOME": str(home / "hf"),
             "HF_HUB_OFFLINE": str(int(bool(offline))),
             "NO_PROXY": "127.0.0.1",
@@ -134,7 +106,7 @@ def build(hub: str, home: Path, out: str, *, offline: object = False, **fields: 
 
 
 @pytest.mark.slow
-def test_a_hub_data_set_is_pinned_cached_and_read_offline(hub: str, tmp_path: Path) -> None:
+def test_a_hub_data_set_is_pinned_cached_and_read_offline(hub: Hub, tmp_path: Path) -> None:
     manifest = json.loads(build(hub, tmp_path, "one", subsets=["main", "extra"]))
     assert manifest["num_records"] == 40
     assert manifest["source"] == [
@@ -150,18 +122,115 @@ def test_a_hub_data_set_is_pinned_cached_and_read_offline(hub: str, tmp_path: Pa
 
 def test_a_hub_that_does_not_answer_is_worth_another_try(tmp_path: Path) -> None:
     found = build("http://127.0.0.1:9", tmp_path, "d", subsets=["main"])
-    assert found.startswith("TransientError the hub could not resolve")
+    assert found.startswith("TransientError org/set is not in the cache and the hub is unreachable")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"source": "hf:org/none"}, "ConfigError the hub has no data set org/none"),
-        ({"subsets": ["none"]}, "ConfigError org/set@01234567 has no subset none"),
-        ({"subsets": ["main"], "split": "none"}, "with split none"),
+        ({"subsets": ["none"]}, "ConfigError org/set/none/train@01234567 does not exist"),
+        (
+            {"subsets": ["main"], "split": "none"},
+            "ConfigError org/set/main/none@01234567 does not exist",
+        ),
     ],
 )
 def test_what_the_hub_does_not_have_is_named(
-    hub: str, tmp_path: Path, fields: dict[str, object], message: str
+    hub: Hub, tmp_path: Path, fields: dict[str, object], message: str
 ) -> None:
     assert message in build(hub, tmp_path, "d", **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "hf:org/gated"}, r"ConfigError .*gated: accept its conditions.*HF_TOKEN"),
+        ({"source": "hf:org/script"}, r"ConfigError .*script.*refs/convert/parquet"),
+        ({"source": "hf:org/bare"}, r"ConfigError .*no files that `datasets` reads.*hf://"),
+        ({"source": "hf:org/cut"}, r"CorruptError org/cut/train@01234567 cannot be read"),
+        ({"source": "hf:org/broken"}, r"CorruptError org/broken/train@01234567 cannot be read"),
+        ({"revision": "none"}, r"ConfigError org/set@none does not exist.*`revision`"),
+        ({"revision": "f" * 40}, r"ConfigError (org/set|the hub has no).*f{8}.*`revision`"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_what_datasets_raises_is_one_message(
+    hub: Hub, tmp_path: Path, fields: dict[str, object], message: str, *, is_streamed: bool
+) -> None:
+    found = build(hub, tmp_path, "d", streaming=is_streamed, **fields)
+    assert re.match(message, found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:org/mixed", r"ConfigError .*files of different columns"),
+        ("hf:org/lies", r"CorruptError .*is not what its card says.*hf cache rm"),
+    ],
+)
+def test_what_datasets_finds_while_it_stores_is_one_message(
+    hub: Hub, tmp_path: Path, source: str, message: str
+) -> None:
+    found = build(hub, tmp_path, "d", source=source)
+    assert re.match(message, found), found
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_a_disk_error(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "datasets").symlink_to("/proc/nowhere")
+    found = build(hub, tmp_path, "d", source="hf:org/large")
+    assert re.match(r"DiskError org/large/train@01234567 cannot be stored.*HF_HOME", found), found
+
+
+@pytest.mark.slow
+def test_streaming_reads_what_is_needed_and_makes_the_same_data_set(
+    hub: Hub, tmp_path: Path
+) -> None:
+    size = sum(map(len, REPOSITORIES["org/large"].files.values()))
+    hub.sent.clear()
+    some = {"source": "hf:org/large", "max_conversations": 12}
+    first = json.loads(build(hub, tmp_path, "one", streaming=True, **some))
+    assert first["num_records"] == 12
+    assert hub.num_bytes_sent < size / 2
+    hub.sent.clear()
+    files = {**some, "source": "hf://datasets/org/large/data/*.parquet"}
+    by_name = json.loads(build(hub, tmp_path, "two", **files))
+    assert hub.num_bytes_sent < size / 2
+    whole = json.loads(build(hub, tmp_path, "three", **some))
+    assert first["fingerprint"] == by_name["fingerprint"] == whole["fingerprint"]
+    assert first["config"] == whole["config"]
+    assert first["source"] == whole["source"]
+    names = [file["name"] for file in by_name["source"]]
+    assert names == [f"train-{n}-of-4.parquet" for n in range(4)]
+    assert {file["commit"] for file in by_name["source"]} == {COMMIT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "fields", "message"),
+    [
+        ("org/set/none.jsonl", {}, "ConfigError no file at hf://datasets/org/set@0123"),
+        ("org/none/a.jsonl", {}, "ConfigError the hub has no data set org/none"),
+        ("org/set", {}, "ConfigError hf://datasets/org/set names no file"),
+        ("org/set@main/main.jsonl", {"revision": "main"}, "already names a revision"),
+        ("org/gated/a.jsonl", {}, "status 401"),
+        ("org/set@none/main.jsonl", {}, "ConfigError org/set@none does not exist"),
+    ],
+)
+def test_files_that_the_hub_does_not_have_are_named(
+    hub: Hub, tmp_path: Path, source: str, fields: dict[str, object], message: str
+) -> None:
+    assert message in build(hub, tmp_path, "d", source=f"hf://datasets/{source}", **fields)
+
+
+@pytest.mark.slow
+def test_files_of_the_hub_are_read_by_name(hub: Hub, tmp_path: Path) -> None:
+    for source in ("org/set/main.jsonl", f"org/set@{COMMIT}/main.jsonl", "org/set@main/m*.jsonl"):
+        manifest = json.loads(build(hub, tmp_path, "d", source=f"hf://datasets/{source}"))
+        assert manifest["num_records"] == 30
+        assert manifest["source"][0]["commit"] == COMMIT

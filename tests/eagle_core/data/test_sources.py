@@ -229,6 +229,18 @@ def test_a_cut_compressed_or_parquet_file_is_damage(tmp_path: Path, share: float
             values(tmp_path / name)
 
 
+def test_a_folder_is_not_read_instead_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` prefers a folder of this name, and says nothing."""
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    (tmp_path / "org" / "set" / "a.jsonl").write_bytes(lines())
+    monkeypatch.chdir(tmp_path)
+    for is_streamed in (False, True):
+        with pytest.raises(ConfigError, match="would read the folder org/set"):
+            values("hf:org/set", revision="0" * 40, streaming=is_streamed)
+
+
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValidationError, match="accept_truncatd"):
         values("a.json", accept_truncatd=True)

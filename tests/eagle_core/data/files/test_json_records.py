@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_core.data import json_records
-from eagle_core.data.json_records import JsonArrayReader, read_json_lines
+from eagle_core.data.files import json_records
+from eagle_core.data.files.json_lines import read_json_lines
+from eagle_core.data.files.json_records import JsonReader
 from eagle_core.data.ledger import Reason
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import CorruptError
@@ -19,7 +20,7 @@ Found = list[SourceRecord | DamagedRecord]
 def read_array(
     data: bytes, *, limit: int = 1 << 20, truncated: bool = False, damaged: bool = False
 ) -> Found:
-    reader = JsonArrayReader(
+    reader = JsonReader(
         io.BytesIO(data), path="dir/a.json", fraction=lambda: 0.5, max_record_bytes=limit
     )
     return list(reader.read(accept_truncated=truncated, accept_damaged=damaged))
@@ -103,7 +104,7 @@ def test_a_cut_names_file_offset_and_whole_records() -> None:
         b'[{"a": 1},, {"b": 2}, {"c": 333333333333333333}]',
         b"[{'a': 1}, {'b': 22222222222222222222222}]",
         b'[{"a": 1}] trailing',
-        b'{"a": 1}',
+        b'{"a": 1}, {"b": 2}',
         b"",
         b"[" * 100_000,
     ],

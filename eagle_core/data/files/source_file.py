@@ -1,5 +1,6 @@
 """The files of a source, at any fsspec location or in a Python package."""
 
+import errno
 import fnmatch
 import glob
 import os
@@ -14,12 +15,21 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from eagle_core.errors import ConfigError, CorruptError, TransientError
+from eagle_core.errors import (
+    ConfigError,
+    CorruptError,
+    DiskError,
+    EagleCoreError,
+    TransientError,
+)
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
-_COMPRESSIONS = (".gz", ".zst")
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 8 << 20
-_UNREACHABLE = (TimeoutError, ConnectionError)
+_AWAY = frozenset({"TimeoutError", "ConnectionError", "HTTPClientError", "TransportError"})
+"""Classes of Python, requests, botocore and httpx for a server that does not answer, by name: each
+library of a file system has its own, and may not be installed."""
+_WORTH_ANOTHER_TRY = (408, 425, 429)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,22 +40,31 @@ class SourceFile:
     """An fsspec file system."""
     path: str
     size: int
+    commit: str | None = None
+    """Of a file on the hub: the commit that it is read from."""
 
     @property
     def name(self) -> str:
         """Last part of the path, used in messages and in the ledger."""
         return PurePosixPath(self.path).name
 
+    def identity(self) -> dict[str, object]:
+        """Return what identifies the content exactly."""
+        pinned = {"commit": self.commit} if self.commit else {}
+        return {"name": self.name, "size": self.size, "digest": self.digest(), **pinned}
+
     def digest(self) -> str:
-        """Return xxh3_128 of a local file's bytes; otherwise the file system's checksum."""
-        if not isinstance(self.filesystem, fsspec.get_filesystem_class("file")):
-            with server_errors(self.path):
+        """Return xxh3_128 of a local file's bytes; else the checksum of the hub or file system."""
+        with source_errors(self.path):
+            if self.commit is not None:
+                return f"git:{self.filesystem.info(self.path)['blob_id']}"
+            if not isinstance(self.filesystem, LocalFileSystem):
                 return f"checksum:{self.filesystem.checksum(self.path)}"
-        digest = xxhash.xxh3_128()
-        with self.filesystem.open(self.path, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-        return f"xxh3_128:{digest.hexdigest()}"
+            digest = xxhash.xxh3_128()
+            with self.filesystem.open(self.path, "rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+            return f"xxh3_128:{digest.hexdigest()}"
 
 
 def data_suffix(name: str) -> str:
@@ -86,43 +105,64 @@ def package_file(name: str) -> SourceFile:
 
 
 def files_of(source: str) -> list[SourceFile]:
-    filesystem, path = fsspec.core.url_to_fs(source)
-    try:
-        with server_errors(source):
-            return _found(filesystem, path, source)
-    except OSError as error:
-        raise ConfigError(f"cannot read {source}: {error}") from error
+    """Return the files at a path, a pattern or a URL; raise `ConfigError` if there are none."""
+    with source_errors(source):
+        filesystem, path = fsspec.core.url_to_fs(source)
+        return _found(filesystem, path, source)
 
 
 @contextmanager
-def server_errors(where: str) -> Iterator[None]:
-    """Convert errors of a silent or slow server to `TransientError`, refusals to `ConfigError`.
+def source_errors(where: str) -> Iterator[None]:
+    """Turn whatever a file system raises into one of our errors, with its own words.
 
-    Prefect would mistake a bare timeout for its own.
+    A server that does not answer is a `TransientError`: Prefect would mistake a bare timeout for
+    its own. A broken disk is a `DiskError`. All else is a `ConfigError`.
     """
     try:
         yield
+    except EagleCoreError:
+        raise
     except Exception as error:
-        status = getattr(error, "status", None)
-        if _is_http(error) and isinstance(status, int) and 400 <= status < 500:
+        status = _http_status(error)
+        words = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        if status is not None and 400 <= status < 500 and status not in _WORTH_ANOTHER_TRY:
             raise ConfigError(
-                f"{where}: the server refuses access with status {status} ({error}); correct the "
-                "address or the credentials, or download the file and give its path"
+                f"{where}: the server refuses access with status {status} ({words}); "
+                f"{_remedy(error)}"
             ) from error
-        if not is_away(error):
-            raise
-        raise TransientError(
-            f"{where}: the server does not answer ({type(error).__name__}: {error}); run again, or "
-            "download the file and give its path"
-        ) from error
+        if status is not None or is_away(error):
+            raise TransientError(
+                f"{where}: the server does not answer ({words}); run again, or download the file "
+                "and give its path"
+            ) from error
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
+            raise DiskError(f"cannot read {where}: {words}; check the disk") from error
+        raise ConfigError(f"cannot read {where}: {words}; {_remedy(error)}") from error
 
 
-def is_away(error: Exception) -> bool:
-    return isinstance(error, _UNREACHABLE) or _is_http(error)
+def _remedy(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "install the package that it names, or download the file and give its path"
+    if "gated" in str(error):
+        return "accept its conditions on its page, and set HF_TOKEN to a token of that account"
+    if isinstance(error, PermissionError):
+        return "give this user access to it, or correct `source`"
+    return "correct the address or the credentials, or download the file and give its path"
 
 
-def _is_http(error: Exception) -> bool:
-    return type(error).__module__.startswith("aiohttp")
+def _http_status(error: Exception) -> int | None:
+    """Return the status that a server answered with: aiohttp's, or that of a hub's response."""
+    answered = getattr(error, "response", None)
+    for status in (getattr(error, "status", None), getattr(answered, "status_code", None)):
+        if isinstance(status, int) and status >= 400:
+            return status
+    return None
+
+
+def is_away(error: BaseException) -> bool:
+    """Return whether a server did not answer, by the error of any client."""
+    is_http = type(error).__module__.startswith("aiohttp")
+    return is_http or any(kind.__name__ in _AWAY for kind in type(error).__mro__)
 
 
 def _found(filesystem: fsspec.AbstractFileSystem, path: str, source: str) -> list[SourceFile]:
@@ -137,8 +177,8 @@ def _found(filesystem: fsspec.AbstractFileSystem, path: str, source: str) -> lis
     found_files = [file for file in files if file is not None]
     if not found_files:
         raise ConfigError(
-            f"no file at {source}: expected JSON, JSON lines, Parquet or CSV; correct `source`, or "
-            "use `package:NAME` or `hf:ORG/NAME`"
+            f"no file at {source}: expected JSON, JSON lines, Parquet, Arrow or CSV; correct "
+            "`source`, or use `package:NAME` or `hf:ORG/NAME`"
         )
     return found_files
 

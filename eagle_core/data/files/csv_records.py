@@ -8,22 +8,28 @@ from pathlib import PurePosixPath
 from eagle_core.data.source_record import SourceRecord
 from eagle_core.errors import CorruptError
 
+_MAX_HEADER_BYTES = 1 << 16
 _MAX_FIELD_CHARACTERS = 1 << 28
 
 
 def read_csv(
-    stream: io.RawIOBase, *, path: str, fraction: Callable[[], float]
+    stream: "io.BufferedReader[io.RawIOBase]",
+    *,
+    path: str,
+    fraction: Callable[[], float],
+    delimiter: str = ",",
 ) -> Iterator[SourceRecord]:
-    """Yield one mapping per row, from column to text.
+    """Yield one mapping per row, from column to text; the header tells what separates cells.
 
     Raises `CorruptError` for bytes that are not UTF-8 and for a row with more or fewer cells than
     the header, as in a file that is truncated or has a stray quote.
     """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     row = 0
+    delimiter = _delimiter(stream.peek(_MAX_HEADER_BYTES))
     try:
-        with io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, strict=True)
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, strict=True, delimiter=delimiter)
             header = next(reader, [])
             for row, cells in enumerate(reader):
                 if not cells:
@@ -40,5 +46,12 @@ def read_csv(
                 )
     except (csv.Error, UnicodeDecodeError) as error:
         raise CorruptError(
-            f"{path} is not valid UTF-8 CSV after row {row}: {error}; replace it and run again"
+            f"{path} is not valid UTF-8 CSV after row {row}: {error}; save it as UTF-8 or "
+            "replace it, then run again"
         ) from error
+
+
+def _delimiter(head: bytes) -> str:
+    """Return what separates the cells of the header: spreadsheets write `;` in some languages."""
+    header = head.splitlines()[0] if head else b""
+    return next((sign for sign in (",", ";", "\t") if sign.encode() in header), ",")

@@ -1,4 +1,4 @@
-"""Records of a JSON array or of JSON lines, streamed in constant memory, each with its byte offset.
+"""Records of one JSON text, streamed in constant memory, each with its byte offset.
 
 The incremental parser knows where every record starts, so it can report a truncated file ("17671
 whole records, the next one starts at byte N") and attribute damage. Bytes that are not UTF-8 are
@@ -12,6 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, NoReturn
 
+from eagle_core.data.files.json_shape import (
+    WRAPPER_CHARACTERS,
+    WRAPPERS,
+    list_of_records,
+    may_be_truncated,
+)
 from eagle_core.data.ledger import Reason
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import CorruptError
@@ -19,14 +25,16 @@ from eagle_core.errors import CorruptError
 _CHUNK_BYTES = 1 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-_LONGEST_LITERAL = 16
-"""A syntax error this close to the end of the text may be a truncated literal or escape."""
 Fraction = Callable[[], float]
 """Returns the fraction of the source that has been read, 0 to 1."""
 
 
-class JsonArrayReader:
-    """Reads the records of one JSON array, one after the other."""
+class JsonReader:
+    """Reads the records of a JSON text, one after the other.
+
+    The text is an array of records; an object that wraps one, such as `{"data": [...]}`; or records
+    one after another, on any number of lines.
+    """
 
     def __init__(
         self, file: BinaryIO, *, path: str, fraction: Fraction, max_record_bytes: int
@@ -41,44 +49,118 @@ class JsonArrayReader:
         self._position = 0  # in characters of self._text
         self._offset = 0  # the same position in bytes of the file
         self._at_end = False
+        self._accept_truncated = False
+        self._accept_damaged = False
         self.num_records = 0
 
     def read(
         self, *, accept_truncated: bool, accept_damaged: bool
     ) -> Iterator[SourceRecord | DamagedRecord]:
         """Yield every record; raise `CorruptError` at damage that is not accepted."""
+        self._accept_truncated = accept_truncated
+        self._accept_damaged = accept_damaged
         self._skip_blank()
         if self._peek() == "\ufeff":
             self._advance(self._position + 1)
             self._skip_blank()
-        if self._peek() != "[":
-            self._fail(f"starts with {self._peek()!a}, not with the `[` of a JSON array")
+        if self._peek() == "[":
+            yield from self._array()
+            self._check_end("the JSON array")
+        elif self._peek() == "{":
+            yield from self._objects()
+        else:
+            self._fail(f"starts with {self._peek()!a}, not with the `[` or `{{` of JSON")
+
+    def _objects(self) -> Iterator[SourceRecord | DamagedRecord]:
+        start = self._list_of_records()
+        if start is not None:
+            self._advance(start)
+            yield from self._array()
+            self._skip_other_members()
+            self._check_end("the JSON object")
+            return
+        while self._peek():
+            if self._peek() != "{":
+                self._check_end("a JSON object")
+            record = self._next_record()
+            if record is None:
+                yield self._truncated()
+                return
+            yield record
+            self.num_records += 1
+            self._skip_blank()
+
+    def _array(self) -> Iterator[SourceRecord | DamagedRecord]:
         self._advance(self._position + 1)
         while True:
             self._skip_blank()
             if self._peek() == "]":
                 break
-            record = self._next_record(accept_damaged=accept_damaged)
+            record = self._next_record()
             if record is not None:
                 yield record
                 self.num_records += 1
             if record is None or not self._skip_comma():
-                yield self._truncated(accept_truncated=accept_truncated)
+                yield self._truncated()
                 return
         self._advance(self._position + 1)
+
+    def _list_of_records(self) -> int | None:
+        """Return where the list of records in a wrapping object starts; None if it wraps none."""
+        while len(self._text) - self._position < WRAPPER_CHARACTERS and not self._at_end:
+            self._fill()
+        return list_of_records(self._text, self._position)
+
+    def _skip_other_members(self) -> None:
+        """Step over what follows the list of records in a wrapping object, and over its end."""
+        self._skip_blank()
+        while self._peek() == ",":
+            self._advance(self._position + 1)
+            self._skip_blank()
+            name = self._skip_value()
+            if self._peek() == ":":
+                self._advance(self._position + 1)
+                self._skip_blank()
+            if name in WRAPPERS and self._peek() == "[":
+                self._fail(f"has a second list of records, {name!a}: write each to its own file")
+            self._skip_value()
+        if not self._peek():
+            self._cut_behind_records()
+            return
+        if self._peek() != "}":
+            self._fail(f"is not JSON: expected `,` or `}}` after a member, found {self._peek()!a}")
+        self._advance(self._position + 1)
+
+    def _skip_value(self) -> object:
+        parsed = self._parse_value()
+        if parsed is None:
+            self._cut_behind_records()
+            return None
+        value, end = parsed
+        self._advance(end)
+        self._skip_blank()
+        return value
+
+    def _cut_behind_records(self) -> None:
+        """Go to the end of a file that is cut behind its last record; raise if not accepted."""
+        if not self._accept_truncated:
+            self._fail("ends inside its JSON object: it is truncated", option="accept_truncated")
+        self._position = len(self._text)
+
+    def _check_end(self, of: str) -> None:
         self._skip_blank()
         if self._peek():
-            self._fail(f"continues with {self._peek()!a} after the end of the JSON array")
+            self._fail(f"continues with {self._peek()!a} after the end of {of}")
 
-    def _next_record(self, *, accept_damaged: bool) -> SourceRecord | DamagedRecord | None:
+    def _next_record(self) -> SourceRecord | DamagedRecord | None:
         """Return the record that starts here, or None if the file ends inside it."""
         parsed = self._parse_value()
         if parsed is None:
             return None
         value, end = parsed
-        location = _location(self._path, self.num_records, self._offset)
+        location = location_of(self._path, self.num_records, self._offset)
         damaged = _ESCAPED_BYTE.search(self._text, self._position, end)
-        if damaged and not accept_damaged:
+        if damaged and not self._accept_damaged:
             self._advance(damaged.start())
             self._fail("has bytes that are not UTF-8", option="accept_damaged")
         num_bytes = self._advance(end)
@@ -101,7 +183,7 @@ class JsonArrayReader:
             try:
                 value, end = self._parse(self._text, self._position)
             except json.JSONDecodeError as error:
-                if not _may_be_truncated(error, len(self._text)):
+                if not may_be_truncated(error, len(self._text)):
                     self._advance(error.pos)
                     self._fail(f"is not JSON: {error.msg}")
             except RecursionError:
@@ -155,64 +237,20 @@ class JsonArrayReader:
         self._text = rest + self._decode(data, final=self._at_end)
         self._position = 0
 
-    def _truncated(self, *, accept_truncated: bool) -> DamagedRecord:
-        if not accept_truncated:
-            self._fail("ends inside its JSON array: it is truncated", option="accept_truncated")
-        return DamagedRecord(
+    def _truncated(self) -> DamagedRecord:
+        if not self._accept_truncated:
+            self._fail("ends inside its JSON: it is truncated", option="accept_truncated")
+        cut = DamagedRecord(
             reason=Reason.TRUNCATED,
-            location=_location(self._path, self.num_records, self._offset),
+            location=location_of(self._path, self.num_records, self._offset),
             detail=f"the file ends {len(self._text) - self._position} characters later",
             fraction_read=1.0,
         )
+        self._position = len(self._text)
+        return cut
 
     def _fail(self, what: str, *, option: str | None = None) -> NoReturn:
         raise CorruptError(damage(self._path, what, self._offset, self.num_records, option))
-
-
-def read_json_lines(
-    file: BinaryIO,
-    *,
-    path: str,
-    fraction: Fraction,
-    max_record_bytes: int,
-    accept_truncated: bool,
-    accept_damaged: bool,
-) -> Iterator[SourceRecord | DamagedRecord]:
-    """Yield one record per non-blank line; raise `CorruptError` at unaccepted damage."""
-    offset = 0
-    num_records = 0
-    while line := file.readline(max_record_bytes + 1):
-        location = _location(path, num_records, offset)
-        start, offset = offset, offset + len(line)
-        is_too_large = len(line) > max_record_bytes
-        while len(line) > max_record_bytes and not line.endswith(b"\n"):
-            line = file.readline(max_record_bytes + 1)
-            offset += len(line)
-        if not is_too_large and not line.strip():
-            continue
-        found = (Reason.TOO_LARGE, f"over {max_record_bytes} bytes") if is_too_large else None
-        parsed = found or _parse_line(line)
-        if isinstance(parsed, SourceValue):
-            yield SourceRecord(value=parsed.value, location=location, fraction_read=fraction())
-        else:
-            reason, detail = parsed
-            option = _option_for(reason)
-            accepted = {"accept_truncated": accept_truncated, "accept_damaged": accept_damaged}
-            if option is not None and not accepted[option]:
-                raise CorruptError(damage(path, f"{reason}: {detail}", start, num_records, option))
-            yield DamagedRecord(
-                reason=reason, location=location, detail=detail, fraction_read=fraction()
-            )
-        num_records += 1
-
-
-class SourceValue:
-    """The value of a line; wrapped in a class because it may have any type."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
 
 
 def damage(path: str, what: str, offset: int, num_records: int, option: str | None) -> str:
@@ -224,30 +262,5 @@ def damage(path: str, what: str, offset: int, num_records: int, option: str | No
     )
 
 
-def _location(path: str, record: int, offset: int) -> str:
+def location_of(path: str, record: int, offset: int) -> str:
     return f"{PurePosixPath(path).name}, record {record} at byte {offset}"
-
-
-def _parse_line(line: bytes) -> SourceValue | tuple[Reason, str]:
-    try:
-        return SourceValue(json.loads(line.decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        return Reason.BROKEN_UTF8, f"{error.reason} at byte {error.start} of the line"
-    except json.JSONDecodeError as error:
-        reason = Reason.BROKEN_JSON if line.endswith(b"\n") else Reason.TRUNCATED
-        return reason, f"{error.msg} at character {error.pos} of the line"
-    except RecursionError:
-        return Reason.BROKEN_JSON, "nests too deeply"
-
-
-def _option_for(reason: Reason) -> str | None:
-    if reason is Reason.TOO_LARGE:
-        return None  # a limit, not damage
-    return "accept_truncated" if reason is Reason.TRUNCATED else "accept_damaged"
-
-
-def _may_be_truncated(error: json.JSONDecodeError, num_characters: int) -> bool:
-    """Return whether more text could resolve the error, unlike a real syntax error."""
-    return (
-        error.msg.startswith("Unterminated string") or error.pos + _LONGEST_LITERAL > num_characters
-    )

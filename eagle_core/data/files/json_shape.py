@@ -1,0 +1,97 @@
+"""Where the records of a JSON file are: on a line each, one after another, or in a wrapping object.
+
+Decided from the beginning of the file alone, so that it is read in constant memory.
+"""
+
+import json
+import re
+
+_MEMBER = re.compile(r'\s*[{,]\s*"([^"\\]*)"\s*:\s*')
+_FIRST_OBJECT = re.compile(r"\[\s*\{")
+WRAPPERS = frozenset(
+    {
+        *("data", "dataset", "rows", "records", "examples", "samples", "items", "instances"),
+        *("entries", "conversations", "train", "training", "validation", "valid", "dev", "test"),
+    }
+)
+"""Names of the list of records in a wrapping object."""
+_OF_TURNS = frozenset({"role", "from", "content", "value"})
+"""Keys of a turn: a list of turns is part of one record."""
+WRAPPER_CHARACTERS = 1 << 15
+"""A list of records starts within this many characters of its file."""
+_LONGEST_LITERAL = 16
+"""A syntax error this close to the end of the text may be a truncated literal or escape."""
+
+
+def list_of_records(text: str, start: int = 0) -> int | None:
+    """Return where the list of records starts in the object that starts at `start`.
+
+    `text` may end anywhere. None if the object is a record itself, as far as the text shows.
+    """
+    position = start
+    while member := _MEMBER.match(text, position):
+        name, position = member[1], member.end()
+        if name in WRAPPERS and (first := _FIRST_OBJECT.match(text, position)):
+            return None if _is_turn(text, first.end() - 1) else position
+        try:
+            _, position = json.JSONDecoder().raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError):
+            return None
+    return None
+
+
+def _is_turn(text: str, start: int) -> bool:
+    """Return whether the object at `start` is a turn; by its first key if the text ends in it."""
+    try:
+        keys = json.JSONDecoder().raw_decode(text, start)[0].keys()
+    except (json.JSONDecodeError, RecursionError):
+        keys = {member[1] for member in [_MEMBER.match(text, start)] if member}
+    return not _OF_TURNS.isdisjoint(keys)
+
+
+def spans_lines(text: str, *, is_whole: bool) -> bool:
+    """Return whether a text of JSON objects has them on other places than one on each line.
+
+    `text` is the beginning of the file; `is_whole` says that it is all of it. A damaged line does
+    not make a file of lines another one.
+    """
+    line, _, rest = text.partition("\n")
+    if len(line) == len(text) and (list_of_records(text) is not None or _follows_another(text)):
+        return True
+    if len(line) == len(text) and not is_whole:
+        return False
+    if _is_json(line):
+        return not rest.strip() and is_whole
+    opens = line.rstrip().endswith(("{", "["))
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        is_cut = may_be_truncated(error, len(text.rstrip()))
+        return is_cut and (not is_whole or opens or rest.lstrip().startswith('"'))
+    except RecursionError:
+        return False
+    return end > len(line)
+
+
+def _follows_another(text: str) -> bool:
+    """Return whether a second object stands behind the first, as with line breaks of old Macs."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith("{")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
+
+
+def may_be_truncated(error: json.JSONDecodeError, num_characters: int) -> bool:
+    """Return whether more text could resolve the error, unlike a real syntax error."""
+    return (
+        error.msg.startswith("Unterminated string") or error.pos + _LONGEST_LITERAL > num_characters
+    )

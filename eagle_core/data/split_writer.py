@@ -1,0 +1,70 @@
+"""Write every conversation of a data set into its split."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from eagle_core.data.config import DatasetConfig
+from eagle_core.data.conversation import Conversation
+from eagle_core.data.conversation_table import CONVERSATION_SCHEMA, from_row, to_row
+from eagle_core.data.row_writer import RowWriter
+from eagle_core.data.splits import ChatGroups, is_held_out, question_key
+from eagle_core.data.writer import DatasetWriters, Split
+
+_UNSPLIT = "unsplit.parquet"
+_ROWS_PER_BATCH = 256
+
+
+class SplitWriter:
+    """Decides on the split of every conversation, and counts."""
+
+    def __init__(self, config: DatasetConfig, writers: DatasetWriters) -> None:
+        self._config = config
+        self._writers = writers
+        self._fingerprint = hashlib.sha256()
+        self.kept: Counter[Split] = Counter()
+        self.kept_by_source: Counter[tuple[str, Split]] = Counter()
+        """Empty unless the data set has several sources."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over splits and content keys in order."""
+        return self._fingerprint.hexdigest()
+
+    def write(self, conversations: Iterator[tuple[Conversation, str]], directory: Path) -> None:
+        """Write all conversations; `directory` is for a temporary file."""
+        if any(part.keep_pieces_together for part in self._config.parts):
+            self._write_groups(conversations, directory / _UNSPLIT)
+            return
+        for conversation, key in conversations:
+            self._put(to_row(conversation, key), question_key(conversation))
+
+    def _write_groups(self, conversations: Iterator[tuple[Conversation, str]], path: Path) -> None:
+        """Write all conversations to `path` first: the last one can join two groups."""
+        groups = ChatGroups()
+        with RowWriter(path, CONVERSATION_SCHEMA) as rows:
+            for conversation, key in conversations:
+                groups.add(conversation)
+                rows.add(to_row(conversation, key))
+        for row in read_rows(path):
+            self._put(row, groups.key(from_row(row)))
+
+    def _put(self, row: dict[str, Any], split_key: str) -> None:
+        is_test = is_held_out(split_key, self._config.held_out_fraction)
+        split: Split = "held_out" if is_test else "train"
+        self.kept[split] += 1
+        if self._config.sources:
+            self.kept_by_source[row["location"].partition(": ")[0], split] += 1
+        self._fingerprint.update(f"{split} {row['content_key']}\n".encode())
+        self._writers.splits[split].add(row)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table of conversations, one row group in memory at a time."""
+    with pq.ParquetFile(path) as table:
+        for batch in table.iter_batches(_ROWS_PER_BATCH):
+            yield from batch.to_pylist()
