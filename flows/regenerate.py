@@ -5,8 +5,8 @@ This is the largest lever on acceptance: the draft then learns the target's own 
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect import flow, task
@@ -17,11 +17,13 @@ from prefect.settings import PREFECT_API_URL
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.data.manifest import DatasetManifest
+from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError
 from eagle_core.regeneration.answers import AnswerSource
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.regeneration.journal import FinishedConversation
 from eagle_core.regeneration.local import LocalAnswers
+from eagle_core.regeneration.past_end import special_tokens
 from eagle_core.regeneration.regenerate import Regenerated, Regeneration
 from eagle_core.regeneration.server import AnswerServer
 from eagle_core.target.config import TargetConfig
@@ -53,9 +55,18 @@ class RegenerateSummary:
     """Kept, but ended early; by reason."""
     num_asked: int
     """Conversations that this run sent; the others were answered before."""
+    num_answered: int
+    """Of these, with a new answer."""
     num_tokens: int
     """Tokens of this run's answers."""
     seconds: float
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """A detail, such as the server's words, for every reason to drop; empty if none was asked."""
+
+    @property
+    def ledger_path(self) -> Path:
+        """The file that lists every dropped or changed conversation."""
+        return self.path / LEDGER_NAME
 
 
 @flow(
@@ -71,12 +82,13 @@ def regenerate_flow(
 ) -> RegenerateSummary:
     """Answer the questions of `dataset` that the target has not answered; write a data set.
 
-    A retry, or a run over more questions, sends no question twice. Questions that failed on the
-    server are in the ledger; the next run sends them again.
+    A retry, or a run over more questions, sends no question twice. Questions that the server
+    refused or failed to answer are in the ledger; the next run sends them again.
 
     Raises:
         TransientError: the server is unreachable; finished answers are kept.
-        ConfigError: the server refuses key or model, or another data set has the name.
+        ConfigError: the server refuses key, model or every question, or another data set has the
+            name.
 
     """
     started = time.monotonic()
@@ -121,8 +133,6 @@ def answer_all(
     with stage_progress("answers", key=key, total=total, unit="conversations") as progress:
         done = regeneration.run(on_finished=lambda finished: progress.advance(note=_note(finished)))
         progress.move_to(total)
-    if done.manifest.dropped:
-        log.info("dropped %s, see ledger.parquet", done.manifest.dropped)
     return done
 
 
@@ -135,24 +145,40 @@ def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSou
     """
     if config.base_url is None:
         return LocalAnswers(target, config)
-    return AnswerServer(config, model=config.model or target.model, api_key=_api_key(config))
+    return AnswerServer(
+        config,
+        model=config.model or target.model,
+        api_key=_api_key(config),
+        special_tokens=special_tokens(target),
+    )
 
 
 def summary_rows(summary: RegenerateSummary) -> list[Row]:
     """Return the figures, and the next command."""
     use = f"--set dataset.name={summary.name} --set dataset.source={REGENERATED}"
     return [
-        ("conversations", f"{summary.num_conversations:,} ({summary.num_asked:,} sent now)"),
+        ("conversations", f"{summary.num_conversations:,}"),
+        ("asked in this run", f"{summary.num_asked:,}"),
+        ("answered in this run", f"{summary.num_answered:,}"),
+        ("answer tokens, this run", f"{summary.num_tokens:,}"),
+        ("kept", f"{summary.num_train + summary.num_held_out:,}"),
         ("conversations to train on", f"{summary.num_train:,}"),
         ("held out", f"{summary.num_held_out:,}"),
-        *((f"dropped: {reason}", f"{count:,}") for reason, count in summary.dropped.items()),
+        *_dropped_rows(summary),
         *((f"changed: {change}", f"{count:,}") for change, count in summary.changed.items()),
-        ("answer tokens, this run", f"{summary.num_tokens:,}"),
+        ("ledger", str(summary.ledger_path)),
         ("data set", str(summary.path)),
         ("fingerprint", summary.fingerprint),
         ("train on it", f"eyas run offline RECIPE {use}"),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
+
+
+def _dropped_rows(summary: RegenerateSummary) -> Iterator[Row]:
+    yield "dropped", f"{sum(summary.dropped.values()):,}"
+    for reason, count in summary.dropped.items():
+        example = summary.examples.get(reason)
+        yield f"dropped: {reason}", f"{count:,}" + (f", such as {example}" if example else "")
 
 
 def _summary(done: Regenerated, space: Workspace, *, seconds: float) -> RegenerateSummary:
@@ -167,8 +193,10 @@ def _summary(done: Regenerated, space: Workspace, *, seconds: float) -> Regenera
         dropped=manifest.dropped,
         changed=manifest.changed,
         num_asked=done.num_asked,
+        num_answered=done.num_answered,
         num_tokens=done.num_tokens,
         seconds=seconds,
+        examples=done.examples,
     )
 
 

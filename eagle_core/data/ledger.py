@@ -35,6 +35,10 @@ class Reason(StrEnum):
     REQUEST_REFUSED = "request_refused"
     EMPTY_ANSWER = "empty_answer"
     ANSWER_CUT = "answer_cut"
+    ANSWER_NOT_ENDED = "answer_not_ended"
+    """The server stopped before the target did, such as `abort` or `content_filter`."""
+    ANSWER_PAST_END = "answer_past_end"
+    """The server's text goes on after the end of the turn."""
     CONTEXT_TOO_LONG = "context_too_long"
     TOOLS_NEED_SERVER = "tools_need_server"
 
@@ -48,6 +52,8 @@ class Change(StrEnum):
     """The turns after a tool call refer to the original call, not to the target's."""
     ENDED_BEFORE_FAILED_ANSWER = "ended_before_failed_answer"
     """The detail names the turn and the `Reason`."""
+    ENDED_BEFORE_UNANSWERED = "ended_before_unanswered"
+    """The same, but the next run asks that turn again."""
 
 
 class RejectedRecord(EagleCoreError):  # noqa: N818 - the outcome of one record, not a fault

@@ -65,14 +65,19 @@ class LocalAnswers:
             prompt = self._tokenizer.prompt(
                 question.messages, tools=question.tools, thinking=self._config.thinking
             )
-            ids = self._generate(target, prompt.tolist(), question.seed)
+            ids, is_cut = self._generate(target, prompt.tolist(), question.seed)
             text = self._tokenizer.answer_text(ids)
         except RejectedRecord as error:
             raise NoAnswer(error.reason, error.detail) from error
-        return Answer(message=usable(Message(role="assistant", content=text)), num_tokens=len(ids))
+        if "</think>" not in text and self._tokenizer.decode(prompt).rstrip().endswith("<think>"):
+            text = f"<think>{text}"  # the template opened the reasoning, and nothing closed it
+        message = usable(Message(role="assistant", content=text), is_cut=is_cut)
+        return Answer(message=message, num_tokens=len(ids))
 
-    def _generate(self, target: TargetModel, prompt: list[int], seed: int) -> list[int]:
-        """Return the answer's ids without the stop token."""
+    def _generate(
+        self, target: TargetModel, prompt: list[int], seed: int
+    ) -> tuple[list[int], bool]:
+        """Return the answer's ids without the stop token, and whether max_tokens cut it."""
         longest: int | None = getattr(target.model_config, "max_position_embeddings", None)
         if longest is not None and len(prompt) + self._config.max_tokens > longest:
             raise NoAnswer(
@@ -84,10 +89,10 @@ class LocalAnswers:
         )
         ids = list(generate_plain(target, prompt, decoding, target.stop_ids).tokens)
         if ids[-1] in target.stop_ids:
-            return ids[:-1]
+            return ids[:-1], False
         if self._config.cut_answers == "drop":
             raise NoAnswer(Reason.ANSWER_CUT, f"after {len(ids)} tokens")
-        return ids
+        return ids, True
 
     def _loaded(self) -> TargetModel:
         if self._target is None:
