@@ -13,12 +13,13 @@ from prefect import flow, task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.runtime import task_run
 from prefect.settings import PREFECT_API_URL
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.data.manifest import DatasetManifest
 from eagle_core.data.writer import LEDGER_NAME
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.answers import AnswerSource
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.regeneration.journal import FinishedConversation
@@ -36,6 +37,8 @@ from flows.reports.table import Row, print_table
 from flows.summaries import DatasetSummary
 from flows.tasks.prepare import prepare_dataset
 from flows.workspace import DEFAULT_HOME, Workspace
+
+_RETRY_SECONDS = (30, 300)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +110,8 @@ def regenerate_flow(
 
 @task(
     task_run_name="answers of {target.name}",
-    retries=2,
-    retry_delay_seconds=[30, 300],
+    retries=len(_RETRY_SECONDS),
+    retry_delay_seconds=list(_RETRY_SECONDS),
     retry_condition_fn=is_transient,  # a server that restarts; a wrong key is not retried
     cache_policy=NO_CACHE,  # only the journal knows what is answered
     persist_result=False,
@@ -131,9 +134,23 @@ def answer_all(
     total = questions.num_train + questions.num_held_out
     key = artifact_key("answers-progress", space.target, space.dataset)
     with stage_progress("answers", key=key, total=total, unit="conversations") as progress:
-        done = regeneration.run(on_finished=lambda finished: progress.advance(note=_note(finished)))
+        try:
+            done = regeneration.run(
+                on_finished=lambda finished: progress.advance(note=_note(finished))
+            )
+        except TransientError as error:
+            _announce_retry(error)
+            raise
         progress.move_to(total)
     return done
+
+
+def _announce_retry(error: TransientError) -> None:
+    """Say why nothing happens until the next attempt."""
+    attempt = task_run.run_count or 1
+    if attempt <= len(_RETRY_SECONDS):
+        seconds = _RETRY_SECONDS[attempt - 1]
+        get_run_logger().warning("%s; the next attempt is in %d seconds", error, seconds)
 
 
 def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSource:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+from prefect import flow
 from prefect.blocks.system import Secret
 
 from eagle_core.data.build import load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.manifest import load_manifest
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.config import TemplateConfig
@@ -16,7 +17,7 @@ from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
-from flows.regenerate import answer_source, regenerate_flow, summary_rows
+from flows.regenerate import answer_all, answer_source, regenerate_flow, summary_rows
 from flows.tasks.prepare import prepare_dataset, tokenize
 from flows.workspace import Workspace
 from tests.eagle_core.regeneration.answer_server import Body, serving
@@ -144,3 +145,25 @@ def test_a_server_that_refuses_every_question_fails_the_flow_with_its_words(
         ):
             regenerate_flow(target, dataset, config, home=str(tmp_path))
         assert server.asked.total() <= 7
+
+
+def test_a_pause_before_the_next_attempt_is_announced(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    space = Workspace(home=tmp_path, target="tiny", dataset="facts")
+    answers = Workspace(home=tmp_path, target="tiny", dataset="answers")
+    once = answer_all.with_options(retries=0)
+    with serving(fault=lambda _times, _body: "502") as server:
+        config = RegenerationConfig(base_url=server.url, attempts=1, concurrency=2)
+
+        @flow(persist_result=False)
+        def ask_once() -> None:
+            once(target, config, prepare_dataset(dataset, space), answers)
+
+        with pytest.raises(TransientError, match="failed 20 conversations in a row"):
+            ask_once()
+    assert "fault 502 (attempt 1); check its log" in caplog.text
+    assert "the next attempt is in 30 seconds" in caplog.text
