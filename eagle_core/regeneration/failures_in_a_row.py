@@ -51,15 +51,15 @@ class FailuresInARow:
             TransientError: the server failed too many conversations in a row.
 
         """
+        if has_new_answers or not finished.is_asked_again:
+            self._num_answered += 1
+            self._num_errors = self._num_refusals = self._num_equal = 0
+            return
         if finished.failure is Reason.SERVER_ERROR:
             self._num_errors += 1
             self._require_some_success(finished.detail)
             return
         self._num_errors = 0
-        if has_new_answers or not finished.is_asked_again:
-            self._num_answered += 1
-            self._num_refusals = self._num_equal = 0
-            return
         kind = _kind(finished)
         self._num_equal = self._num_equal + 1 if kind == self._kind else 1
         self._num_refusals += 1

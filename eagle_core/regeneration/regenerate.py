@@ -15,18 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eagle_core.data.build import RULES_VERSION
-from eagle_core.data.conversation import Message
-from eagle_core.data.ledger import Change, Reason
+from eagle_core.data.ledger import Change
 from eagle_core.data.manifest import DatasetManifest, load_manifest
 from eagle_core.data.writer import building, digests, open_writers, publish
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.regeneration.answered_dataset import AnsweredDataset
-from eagle_core.regeneration.answers import ASKED_AGAIN, AnswerSource, NoAnswer, Question
+from eagle_core.regeneration.answers import ASKED_AGAIN, AnswerSource
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.dialogue import answer_conversation
 from eagle_core.regeneration.failures_in_a_row import FailuresInARow
 from eagle_core.regeneration.journal import AnswerJournal, FinishedConversation
 from eagle_core.regeneration.source_rows import SourceRow, source_rows
-from eagle_core.regeneration.turns import open_turns
 
 OnFinished = Callable[[FinishedConversation], None]
 
@@ -171,7 +170,9 @@ class Regeneration:
             for entry in todo:
                 async with failures.asking():
                     earlier = entry.find(journal)
-                    finished = await self._converse(entry, earlier)
+                    finished = await answer_conversation(
+                        entry, earlier, self._answers, seed=self._config.seed
+                    )
                     journal.add(finished)
                     failures.add(finished, has_new_answers=self._count(finished, earlier))
                     on_finished(finished)
@@ -195,41 +196,6 @@ class Regeneration:
         self._counts.tokens += finished.num_tokens - (earlier.num_tokens if earlier else 0)
         return has_new_answers
 
-    async def _converse(
-        self, entry: SourceRow, earlier: FinishedConversation | None
-    ) -> FinishedConversation:
-        """Request one answer after another, each after the target's own earlier ones."""
-        conversation = entry.conversation
-        history: list[Message] = []
-        answers = list(earlier.answers) if earlier else []
-        num_tokens = earlier.num_tokens if earlier else 0
-        failure: NoAnswer | None = None
-        if conversation.rendered_text:
-            failure = NoAnswer(Reason.NO_MESSAGES, "rendered text has no questions to ask")
-        for number, turn in enumerate(open_turns(conversation)):
-            history += turn.asked
-            if number == len(answers):
-                seed = _seed(self._config.seed, entry.key, turn.index)
-                question = Question(messages=tuple(history), tools=conversation.tools, seed=seed)
-                try:
-                    answer = await self._answers.ask(question)
-                except NoAnswer as error:
-                    failure = NoAnswer(error.reason, f"turn {turn.index}: {error.detail}")
-                    break
-                answers.append(answer.message)
-                num_tokens += answer.num_tokens
-            history.append(answers[number])
-            if answers[number].tool_calls:
-                break
-        return FinishedConversation(
-            key=entry.key,
-            conversation_id=conversation.conversation_id,
-            answers=tuple(answers),
-            failure=failure.reason if failure else None,
-            detail=failure.detail if failure else "",
-            num_tokens=num_tokens,
-        )
-
     def _write(self, journal: AnswerJournal) -> tuple[DatasetManifest, Mapping[str, str]]:
         with building(self._out_dir) as directory:
             with open_writers(directory) as writers:
@@ -245,7 +211,9 @@ class Regeneration:
                 raise ConfigError(
                     f"no conversation of {self._source_manifest.name} has an answer that can be "
                     f"trained on (dropped: {dropped}{_such_as(dropped, builder.examples)}); check "
-                    "the server, regeneration.max_tokens and regeneration.cut_answers"
+                    "the server, regeneration.max_tokens and regeneration.cut_answers. "
+                    f"{self.journal_path} keeps what is final, such as context_too_long; delete it "
+                    "to ask everything again"
                 )
             manifest = DatasetManifest(
                 name=self._out_dir.name,
@@ -285,12 +253,6 @@ def refuse_other_kind(source: Path, out_dir: Path) -> None:
         raise ConfigError(
             f"{out_dir} contains a data set without a target's answers; set regeneration.name"
         )
-
-
-def _seed(seed: int, key: str, turn: int) -> int:
-    """Return the seed of one answer: 31 bits, which every server accepts."""
-    digest = hashlib.sha256(f"{seed} {key} {turn}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def _such_as(dropped: Mapping[str, int], examples: Mapping[str, str]) -> str:

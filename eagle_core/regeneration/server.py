@@ -162,7 +162,8 @@ class AnswerServer:
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             raise _Retryable(f"{type(error).__name__} {error}".strip(), reached=reached) from error
         self._was_reached, self._has_warned = True, False
-        status, words = response.status_code, self._words(response.text)
+        said = response.text or response.headers.get("Location") or response.reason_phrase
+        status, words = response.status_code, self._words(said)
         if status == HTTPStatus.OK:
             try:
                 return response.json()
