@@ -22,6 +22,7 @@ from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.answers import AnswerSource
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.generation_prompt import served_target_opens_reasoning
 from eagle_core.regeneration.journal import FinishedConversation
 from eagle_core.regeneration.local import LocalAnswers
 from eagle_core.regeneration.past_end import special_tokens
@@ -167,6 +168,8 @@ def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSou
         model=config.model or target.model,
         api_key=_api_key(config),
         special_tokens=special_tokens(target),
+        opens_reasoning=config.cut_answers == "keep"
+        and served_target_opens_reasoning(target, thinking=config.thinking),
     )
 
 

@@ -91,6 +91,13 @@ def usable(message: Message, *, is_cut: bool) -> Message:
     return message
 
 
+def with_opened_reasoning(message: Message) -> Message:
+    """Return the message with the tag that the prompt had, unless its reasoning is complete."""
+    if message.reasoning_content or _CLOSES_REASONING.search(message.content):
+        return message
+    return replace(message, content=f"<think>{message.content}")
+
+
 def starts_unclosed_reasoning(content: str) -> bool:
     """Return whether the text is reasoning from its first tag on, without an end."""
     return bool(_OPENS_REASONING.match(content.lstrip())) and _leaves_reasoning_open(content)

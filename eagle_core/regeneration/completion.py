@@ -11,7 +11,7 @@ from typing import Literal
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason
 from eagle_core.data.tool_calls import parse_tool_calls
-from eagle_core.regeneration.answers import Answer, NoAnswer, usable
+from eagle_core.regeneration.answers import Answer, NoAnswer, usable, with_opened_reasoning
 from eagle_core.regeneration.past_end import require_one_turn
 
 _ENDED = {
@@ -26,8 +26,11 @@ def parse_completion(
     *,
     cut_answers: Literal["drop", "keep"] = "drop",
     special_tokens: Collection[str] = (),
+    opens_reasoning: bool = False,
 ) -> Answer:
     """Return the answer in a chat completion's first choice.
+
+    `opens_reasoning` says that the prompt ends with the opening tag of the reasoning.
 
     Raises:
         NoAnswer: it did not end, was cut, is empty, or goes on after its end.
@@ -45,6 +48,8 @@ def parse_completion(
     if is_cut and cut_answers == "drop":
         raise NoAnswer(Reason.ANSWER_CUT, f"after {num_tokens or 'max_tokens'} tokens")
     require_one_turn(message, special_tokens)
+    if is_cut and opens_reasoning:  # a whole answer may have had its empty reasoning taken off
+        message = with_opened_reasoning(message)
     return Answer(message=usable(message, is_cut=is_cut), num_tokens=num_tokens)
 
 

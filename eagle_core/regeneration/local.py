@@ -11,8 +11,15 @@ from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import generate_plain
-from eagle_core.regeneration.answers import Answer, NoAnswer, Question, usable
+from eagle_core.regeneration.answers import (
+    Answer,
+    NoAnswer,
+    Question,
+    usable,
+    with_opened_reasoning,
+)
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.generation_prompt import opens_reasoning
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
@@ -69,9 +76,10 @@ class LocalAnswers:
             text = self._tokenizer.answer_text(ids)
         except RejectedRecord as error:
             raise NoAnswer(error.reason, error.detail) from error
-        if "</think>" not in text and self._tokenizer.decode(prompt).rstrip().endswith("<think>"):
-            text = f"<think>{text}"  # the template opened the reasoning, and nothing closed it
-        message = usable(Message(role="assistant", content=text), is_cut=is_cut)
+        message = Message(role="assistant", content=text)
+        if opens_reasoning(self._tokenizer, thinking=self._config.thinking):
+            message = with_opened_reasoning(message)
+        message = usable(message, is_cut=is_cut)
         return Answer(message=message, num_tokens=len(ids))
 
     def _generate(

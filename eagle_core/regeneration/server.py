@@ -66,6 +66,7 @@ class AnswerServer:
         model: str,
         api_key: str | None,
         special_tokens: Collection[str] = (),
+        opens_reasoning: bool = False,
         first_pause_seconds: float = 1.0,
     ) -> None:
         assert config.base_url is not None  # noqa: S101 (set whenever there is a server)
@@ -73,6 +74,7 @@ class AnswerServer:
         self._model = model
         self._api_key = api_key
         self._special_tokens = special_tokens
+        self._opens_reasoning = opens_reasoning
         self._first_pause_seconds = first_pause_seconds
         self._url = config.base_url.rstrip("/")
         self._was_reached = self._has_warned = False
@@ -192,6 +194,7 @@ class AnswerServer:
                 value,
                 cut_answers=self._config.cut_answers,
                 special_tokens=self._special_tokens,
+                opens_reasoning=self._opens_reasoning,
             )
         except ValueError as error:
             words = self._words(json.dumps(value))

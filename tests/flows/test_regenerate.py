@@ -20,7 +20,8 @@ from flows.hidden_states import hidden_states
 from flows.regenerate import answer_all, answer_source, regenerate_flow, summary_rows
 from flows.tasks.prepare import prepare_dataset, tokenize
 from flows.workspace import Workspace
-from tests.eagle_core.regeneration.answer_server import Body, serving
+from tests.eagle_core.regeneration.answer_server import Body, say, serving
+from tests.tiny import CHAT_TEMPLATE
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -167,3 +168,19 @@ def test_a_pause_before_the_next_attempt_is_announced(
             ask_once()
     assert "fault 502 (attempt 1); check its log" in caplog.text
     assert "the next attempt is in 30 seconds" in caplog.text
+
+
+def test_a_cut_inside_reasoning_that_the_template_opened_is_not_kept(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    opening = CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    template = TemplateConfig(chat_template=opening)
+    with serving(lambda _body: say("Let me see", finish_reason="length")) as server:
+        config = RegenerationConfig(base_url=server.url, cut_answers="keep", concurrency=4)
+        with pytest.raises(ConfigError, match=r"'answer_cut': 40.*inside the reasoning"):
+            regenerate_flow(
+                target.model_copy(update={"template": template}),
+                dataset,
+                config,
+                home=str(tmp_path),
+            )

@@ -94,6 +94,31 @@ def test_a_cut_before_the_answer_is_a_cut(message: dict[str, object], cut_answer
     assert reason is Reason.ANSWER_CUT
 
 
+@pytest.mark.parametrize("content", ["Let me see", "Let me see\n\nThe user"])
+def test_a_cut_inside_reasoning_that_the_prompt_opened_is_a_cut(content: str) -> None:
+    value = completion("length", content=content)
+    assert refused(value, cut_answers="keep", opens_reasoning=True) == (
+        Reason.ANSWER_CUT,
+        "inside the reasoning",
+    )
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "message"),
+    [
+        ("length", {"content": "Hm.</think>It is"}),
+        ("length", {"content": "It is", "reasoning_content": "Hm."}),
+        ("stop", {"content": "It is"}),
+    ],
+)
+def test_an_answer_behind_such_reasoning_is_kept(
+    finish_reason: str, message: dict[str, object]
+) -> None:
+    value = completion(finish_reason, **message)
+    answer = parse_completion(value, cut_answers="keep", opens_reasoning=True)
+    assert answer.message.content == "It is"
+
+
 def test_a_cut_says_where_it_was() -> None:
     value = completion("length", reasoning_content="Let me see")
     assert refused(value, cut_answers="keep")[1] == "inside the reasoning"

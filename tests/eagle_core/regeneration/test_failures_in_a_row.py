@@ -105,11 +105,11 @@ def test_a_server_that_begins_to_refuse_ends_the_run_too(made: Make, tmp_path: P
         pytest.raises(ConfigError, match="had no answer, the last with turn 1: status 400"),
     ):
         ask(server, source, tmp_path / "out")
-    assert server.asked.total() <= 10 + 20 + 4
+    assert server.asked.total() < 60
     with serving() as server:
         done = ask(server, source, tmp_path / "out")
-    assert done.num_asked >= 80  # the answers before it were kept
-    assert server.asked.total() <= 80
+    assert 80 <= done.num_asked < 90  # the answers before it were kept
+    assert server.asked.total() == done.num_asked
     assert done.manifest.dropped == {}
 
 

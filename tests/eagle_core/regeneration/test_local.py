@@ -11,6 +11,7 @@ from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason
 from eagle_core.regeneration.answers import Answer, NoAnswer, Question
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.generation_prompt import served_target_opens_reasoning
 from eagle_core.regeneration.local import LocalAnswers
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.config import TemplateConfig
@@ -49,6 +50,18 @@ def test_reasoning_that_the_template_opened_is_no_answer(
     assert caught.value.reason is Reason.ANSWER_CUT
     if cut_answers == "keep":
         assert caught.value.detail == "inside the reasoning"
+
+
+def test_a_served_target_is_asked_for_its_template_only_if_it_is_here(
+    tiny_target_path: Path,
+) -> None:
+    target = TargetConfig(name="tiny", model=str(tiny_target_path))
+    assert not served_target_opens_reasoning(target, thinking=None)
+    template = TemplateConfig(chat_template=REASONS_FIRST)
+    opening = target.model_copy(update={"template": template})
+    assert served_target_opens_reasoning(opening, thinking=None)
+    elsewhere = opening.model_copy(update={"model": "nobody/not-here"})
+    assert not served_target_opens_reasoning(elsewhere, thinking=None)
 
 
 def test_what_ends_an_answer_is_the_targets_stop_token(
