@@ -5,35 +5,41 @@ This is the largest lever on acceptance: the draft then learns the target's own 
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect import flow, task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.runtime import task_run
 from prefect.settings import PREFECT_API_URL
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.data.manifest import DatasetManifest
-from eagle_core.errors import ConfigError
+from eagle_core.data.writer import LEDGER_NAME
+from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.answers import AnswerSource
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.generation_prompt import served_target_opens_reasoning
 from eagle_core.regeneration.journal import FinishedConversation
 from eagle_core.regeneration.local import LocalAnswers
+from eagle_core.regeneration.past_end import special_tokens
 from eagle_core.regeneration.regenerate import Regenerated, Regeneration
 from eagle_core.regeneration.server import AnswerServer
 from eagle_core.target.config import TargetConfig
 from flows.orchestration.artifact_key import artifact_key
-from flows.orchestration.artifacts import publish_table
 from flows.orchestration.progress import stage_progress
 from flows.orchestration.retry import is_transient
 from flows.orchestration.run_name import run_name
-from flows.reports.table import Row, print_table
+from flows.orchestration.stage_report import report_stage
+from flows.reports.table import Row
 from flows.summaries import DatasetSummary
 from flows.tasks.prepare import prepare_dataset
 from flows.workspace import DEFAULT_HOME, Workspace
+
+_RETRY_SECONDS = (30, 300)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +59,18 @@ class RegenerateSummary:
     """Kept, but ended early; by reason."""
     num_asked: int
     """Conversations that this run sent; the others were answered before."""
+    num_answered: int
+    """Of these, with a new answer."""
     num_tokens: int
     """Tokens of this run's answers."""
     seconds: float
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """A detail, such as the server's words, for every reason to drop; empty if none was asked."""
+
+    @property
+    def ledger_path(self) -> Path:
+        """The file that lists every dropped or changed conversation."""
+        return self.path / LEDGER_NAME
 
 
 @flow(
@@ -71,32 +86,32 @@ def regenerate_flow(
 ) -> RegenerateSummary:
     """Answer the questions of `dataset` that the target has not answered; write a data set.
 
-    A retry, or a run over more questions, sends no question twice. Questions that failed on the
-    server are in the ledger; the next run sends them again.
+    A retry, or a run over more questions, sends no question twice. Questions that the server
+    refused or failed to answer are in the ledger; the next run sends them again.
 
     Raises:
         TransientError: the server is unreachable; finished answers are kept.
-        ConfigError: the server refuses key or model, or another data set has the name.
+        ConfigError: the server refuses key, model or every question, or another data set has the
+            name.
 
     """
     started = time.monotonic()
     name = regeneration.name or f"{dataset.name}-by-{target.name}"
     source = Workspace.at(home, target=target.name, dataset=dataset.name)
     space = Workspace.at(home, target=target.name, dataset=name)
-    questions = prepare_dataset(dataset, source)
+    questions = prepare_dataset(dataset, source, questions_suffice=True)
     done = answer_all(target, regeneration, questions, space)
     summary = _summary(done, space, seconds=time.monotonic() - started)
     title = f"Answers of {target.name} to {dataset.name}"
     rows = summary_rows(summary)
-    print_table(title, rows)
-    publish_table(title, rows, key=artifact_key("regenerate", target.name, dataset.name))
+    report_stage(title, rows, key=artifact_key("regenerate", target.name, dataset.name))
     return summary
 
 
 @task(
     task_run_name="answers of {target.name}",
-    retries=2,
-    retry_delay_seconds=[30, 300],
+    retries=len(_RETRY_SECONDS),
+    retry_delay_seconds=list(_RETRY_SECONDS),
     retry_condition_fn=is_transient,  # a server that restarts; a wrong key is not retried
     cache_policy=NO_CACHE,  # only the journal knows what is answered
     persist_result=False,
@@ -119,11 +134,23 @@ def answer_all(
     total = questions.num_train + questions.num_held_out
     key = artifact_key("answers-progress", space.target, space.dataset)
     with stage_progress("answers", key=key, total=total, unit="conversations") as progress:
-        done = regeneration.run(on_finished=lambda finished: progress.advance(note=_note(finished)))
+        try:
+            done = regeneration.run(
+                on_finished=lambda finished: progress.advance(note=_note(finished))
+            )
+        except TransientError as error:
+            _announce_retry(error)
+            raise
         progress.move_to(total)
-    if done.manifest.dropped:
-        log.info("dropped %s, see ledger.parquet", done.manifest.dropped)
     return done
+
+
+def _announce_retry(error: TransientError) -> None:
+    """Say why nothing happens until the next attempt."""
+    attempt = task_run.run_count or 1
+    if attempt <= len(_RETRY_SECONDS):
+        seconds = _RETRY_SECONDS[attempt - 1]
+        get_run_logger().warning("%s; the next attempt is in %d seconds", error, seconds)
 
 
 def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSource:
@@ -135,24 +162,42 @@ def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSou
     """
     if config.base_url is None:
         return LocalAnswers(target, config)
-    return AnswerServer(config, model=config.model or target.model, api_key=_api_key(config))
+    return AnswerServer(
+        config,
+        model=config.model or target.model,
+        api_key=_api_key(config),
+        special_tokens=special_tokens(target),
+        opens_reasoning=config.cut_answers == "keep"
+        and served_target_opens_reasoning(target, thinking=config.thinking),
+    )
 
 
 def summary_rows(summary: RegenerateSummary) -> list[Row]:
     """Return the figures, and the next command."""
     use = f"--set dataset.name={summary.name} --set dataset.source={REGENERATED}"
     return [
-        ("conversations", f"{summary.num_conversations:,} ({summary.num_asked:,} sent now)"),
+        ("conversations", f"{summary.num_conversations:,}"),
+        ("asked in this run", f"{summary.num_asked:,}"),
+        ("answered in this run", f"{summary.num_answered:,}"),
+        ("answer tokens, this run", f"{summary.num_tokens:,}"),
+        ("kept", f"{summary.num_train + summary.num_held_out:,}"),
         ("conversations to train on", f"{summary.num_train:,}"),
         ("held out", f"{summary.num_held_out:,}"),
-        *((f"dropped: {reason}", f"{count:,}") for reason, count in summary.dropped.items()),
+        *_dropped_rows(summary),
         *((f"changed: {change}", f"{count:,}") for change, count in summary.changed.items()),
-        ("answer tokens, this run", f"{summary.num_tokens:,}"),
+        ("ledger", str(summary.ledger_path)),
         ("data set", str(summary.path)),
         ("fingerprint", summary.fingerprint),
         ("train on it", f"eyas run offline RECIPE {use}"),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
+
+
+def _dropped_rows(summary: RegenerateSummary) -> Iterator[Row]:
+    yield "dropped", f"{sum(summary.dropped.values()):,}"
+    for reason, count in summary.dropped.items():
+        example = summary.examples.get(reason)
+        yield f"dropped: {reason}", f"{count:,}" + (f", such as {example}" if example else "")
 
 
 def _summary(done: Regenerated, space: Workspace, *, seconds: float) -> RegenerateSummary:
@@ -167,8 +212,10 @@ def _summary(done: Regenerated, space: Workspace, *, seconds: float) -> Regenera
         dropped=manifest.dropped,
         changed=manifest.changed,
         num_asked=done.num_asked,
+        num_answered=done.num_answered,
         num_tokens=done.num_tokens,
         seconds=seconds,
+        examples=done.examples,
     )
 
 

@@ -1,5 +1,6 @@
 """A question to the target and its answer, from a server or from the target run locally."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -8,7 +9,18 @@ from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason
 from eagle_core.errors import EagleCoreError
 
+ASKED_AGAIN = frozenset(
+    {
+        Reason.SERVER_ERROR,
+        Reason.REQUEST_REFUSED,
+        Reason.ANSWER_NOT_ENDED,
+        Reason.ANSWER_PAST_END,
+    }
+)
+"""What the server may do otherwise next time; every other outcome is final."""
 _THINK_END = "</think>"
+_OPENS_REASONING = re.compile(r"<(?:\w+:)?think(?:ing)?>|\[THINK\]", re.IGNORECASE)
+_CLOSES_REASONING = re.compile(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +69,40 @@ class AnswerSource(Protocol):
         """Release connections."""
 
 
-def usable(message: Message) -> Message:
-    """Return the answer with separate reasoning; raise `NoAnswer` without text and calls."""
+def usable(message: Message, *, is_cut: bool) -> Message:
+    """Return the answer with separate reasoning; `is_cut` says that max_tokens truncated it.
+
+    Raises:
+        NoAnswer: `ANSWER_CUT` inside the reasoning or a tool call, `EMPTY_ANSWER` without text and
+            calls.
+
+    """
     if _THINK_END in message.content and not message.reasoning_content:
         answer = message.without_reasoning()
         message = replace(answer, reasoning_content=message.reasoning)
-    if not message.content.strip() and not message.tool_calls:
-        detail = "only reasoning" if message.reasoning_content else ""
-        raise NoAnswer(Reason.EMPTY_ANSWER, detail)
+    if is_cut and message.tool_calls:
+        raise NoAnswer(Reason.ANSWER_CUT, "inside a tool call")
+    only_reasoning = starts_unclosed_reasoning(message.content) or bool(message.reasoning_content)
+    if is_cut and (not message.content.strip() or _leaves_reasoning_open(message.content)):
+        raise NoAnswer(Reason.ANSWER_CUT, "inside the reasoning" if only_reasoning else "no text")
+    has_text = message.content.strip() and not starts_unclosed_reasoning(message.content)
+    if not has_text and not message.tool_calls:
+        raise NoAnswer(Reason.EMPTY_ANSWER, "only reasoning" if only_reasoning else "")
     return message
+
+
+def with_opened_reasoning(message: Message) -> Message:
+    """Return the message with the tag that the prompt had, unless its reasoning is complete."""
+    if message.reasoning_content or _CLOSES_REASONING.search(message.content):
+        return message
+    return replace(message, content=f"<think>{message.content}")
+
+
+def starts_unclosed_reasoning(content: str) -> bool:
+    """Return whether the text is reasoning from its first tag on, without an end."""
+    return bool(_OPENS_REASONING.match(content.lstrip())) and _leaves_reasoning_open(content)
+
+
+def _leaves_reasoning_open(content: str) -> bool:
+    num_opened = len(_OPENS_REASONING.findall(content))
+    return num_opened > len(_CLOSES_REASONING.findall(content))

@@ -54,7 +54,7 @@ class RegenerationConfig(ConfigModel):
     cut_answers: Literal["drop", "keep"] = Field(
         default="drop",
         description="What to do with an answer that max_tokens truncated: `keep` teaches the draft "
-        "an end of turn that the target did not generate.",
+        "an end of turn that the target did not generate. Reasoning without an answer is dropped.",
     )
     temperature: float = Field(
         default=0.0, ge=0.0, le=2.0, description="0 decodes greedily; higher values sample."

@@ -1,4 +1,7 @@
-"""The journal of answers: one line per finished conversation, on disk before it counts.
+"""The journal of answers: one line per conversation, on disk before it counts.
+
+A conversation whose next question is asked again has a line too: it goes on after its answers. A
+later line replaces an earlier one.
 
 A line is the xxh3_64 of its JSON, a space and the JSON. A line that does not match its digest (the
 last line of a killed run, a damaged one) is ignored: that conversation is regenerated. One process
@@ -17,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason
 from eagle_core.errors import ConfigError, CorruptError
+from eagle_core.regeneration.answers import ASKED_AGAIN, starts_unclosed_reasoning
 
 _DIGEST_CHARS = 16
 
@@ -35,6 +39,26 @@ class FinishedConversation(BaseModel):
     """Why the next answer is missing; None if none is missing, or after a tool call."""
     detail: str = ""
     num_tokens: int = 0
+
+    @property
+    def is_asked_again(self) -> bool:
+        """Whether the next run asks for the missing answer again."""
+        return self.failure in ASKED_AGAIN
+
+    def without_cut_reasoning(self) -> Self:
+        """Return the answers before one that is reasoning without an end.
+
+        Earlier versions took it for an answer.
+        """
+        for index, answer in enumerate(self.answers):
+            if starts_unclosed_reasoning(answer.content) and not answer.reasoning_content:
+                update = {
+                    "answers": self.answers[:index],
+                    "failure": Reason.ANSWER_CUT,
+                    "detail": f"answer {index} ends inside the reasoning",
+                }
+                return self.model_copy(update=update)
+        return self
 
 
 class AnswerJournal:
@@ -69,7 +93,7 @@ class AnswerJournal:
         self._file.close()
 
     def __contains__(self, key: str) -> bool:
-        """Return whether the conversation with this content key is finished."""
+        """Return whether there is a line of the conversation with this content key."""
         return bytes.fromhex(key) in self._offsets
 
     def add(self, finished: FinishedConversation) -> None:
@@ -81,7 +105,7 @@ class AnswerJournal:
         self._offsets[bytes.fromhex(finished.key)] = offset
 
     def find(self, key: str) -> FinishedConversation | None:
-        """Return the finished conversation, or None; CorruptError if it was damaged meanwhile."""
+        """Return the latest line, or None; CorruptError if it was damaged meanwhile."""
         offset = self._offsets.get(bytes.fromhex(key))
         if offset is None:
             return None
@@ -89,7 +113,7 @@ class AnswerJournal:
         found = _parse(self._file.readline())
         if found is None or found.key != key:
             raise CorruptError(f"{self.path} changed at byte {offset} while it was read; run again")
-        return found
+        return found.without_cut_reasoning()
 
     def _index(self) -> None:
         self._file.seek(0)

@@ -9,12 +9,19 @@ from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import generate_plain
-from eagle_core.regeneration.answers import Answer, NoAnswer, Question, usable
+from eagle_core.regeneration.answers import (
+    Answer,
+    NoAnswer,
+    Question,
+    usable,
+    with_opened_reasoning,
+)
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.generation_prompt import opens_reasoning
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
-from eagle_core.target.tokenizer import conversation_tokenizer
+from eagle_core.target.tokenizer import conversation_tokenizer, declared_stop_ids
 
 
 class LocalAnswers:
@@ -27,13 +34,16 @@ class LocalAnswers:
         self._config = config
         folder = weights.locate(target)
         self._tokenizer = conversation_tokenizer(target)
-        self._identity = {
+        self._identity: dict[str, object] = {
             "weights": weights.weight_digests(folder),
             "dtype": target.dtype,
             "attention": target.attention,
             "tokenizer": self._tokenizer.tokenizer_fingerprint,
             "template": self._tokenizer.template_fingerprint,
         }
+        stop_ids = self._tokenizer.stop_ids
+        if stop_ids != declared_stop_ids(folder):  # earlier versions did not stop on the others
+            self._identity["stop_ids"] = sorted(stop_ids)
         self._target: TargetModel | None = None
 
     def identity(self) -> Mapping[str, object]:
@@ -60,14 +70,20 @@ class LocalAnswers:
             prompt = self._tokenizer.prompt(
                 question.messages, tools=question.tools, thinking=self._config.thinking
             )
-            ids = self._generate(target, prompt.tolist(), question.seed)
+            ids, is_cut = self._generate(target, prompt.tolist(), question.seed)
             text = self._tokenizer.answer_text(ids)
         except RejectedRecord as error:
             raise NoAnswer(error.reason, error.detail) from error
-        return Answer(message=usable(Message(role="assistant", content=text)), num_tokens=len(ids))
+        message = Message(role="assistant", content=text)
+        if opens_reasoning(self._tokenizer, thinking=self._config.thinking):
+            message = with_opened_reasoning(message)
+        message = usable(message, is_cut=is_cut)
+        return Answer(message=message, num_tokens=len(ids))
 
-    def _generate(self, target: TargetModel, prompt: list[int], seed: int) -> list[int]:
-        """Return the answer's ids without the stop token."""
+    def _generate(
+        self, target: TargetModel, prompt: list[int], seed: int
+    ) -> tuple[list[int], bool]:
+        """Return the answer's ids without the stop token, and whether max_tokens cut it."""
         longest: int | None = getattr(target.model_config, "max_position_embeddings", None)
         if longest is not None and len(prompt) + self._config.max_tokens > longest:
             raise NoAnswer(
@@ -80,10 +96,10 @@ class LocalAnswers:
         stop_ids = self._tokenizer.stop_ids
         ids = list(generate_plain(target, prompt, decoding, stop_ids).tokens)
         if ids[-1] in stop_ids:
-            return ids[:-1]
+            return ids[:-1], False
         if self._config.cut_answers == "drop":
             raise NoAnswer(Reason.ANSWER_CUT, f"after {len(ids)} tokens")
-        return ids
+        return ids, True
 
     def _loaded(self) -> TargetModel:
         if self._target is None:

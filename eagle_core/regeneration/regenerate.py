@@ -1,42 +1,39 @@
 """Regenerate a data set's answers with the target, turn by turn, as a new data set.
 
 Every later question follows the target's own earlier answers, as in serving. A conversation is
-answered once: it is in the journal before it counts. The ledger lists every conversation without an
-answer, and train + held out + dropped = conversations of the source.
+answered once: it is in the journal before it counts. What the server refused or broke off is in the
+journal too, and asked again by the next run, after the new questions. The ledger lists every
+conversation without an answer, and train + held out + dropped = conversations of the source.
 """
 
 import asyncio
 import hashlib
 import json
-from collections import Counter
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from eagle_core.data.build import RULES_VERSION, load_conversations
-from eagle_core.data.conversation import Conversation, Message, content_key
-from eagle_core.data.conversation_table import to_row
-from eagle_core.data.ledger import Change, Reason, RejectedRecord
+from eagle_core.data.build import RULES_VERSION
+from eagle_core.data.ledger import Change
 from eagle_core.data.manifest import DatasetManifest, load_manifest
-from eagle_core.data.writer import (
-    SPLITS,
-    DatasetWriters,
-    Split,
-    building,
-    digests,
-    open_writers,
-    publish,
-)
-from eagle_core.errors import ConfigError, MismatchError, TransientError
-from eagle_core.regeneration.answers import AnswerSource, NoAnswer, Question
+from eagle_core.data.writer import building, digests, open_writers, publish
+from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.regeneration.answered_dataset import AnsweredDataset
+from eagle_core.regeneration.answers import ASKED_AGAIN, AnswerSource
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.dialogue import answer_conversation
+from eagle_core.regeneration.failures_in_a_row import FailuresInARow
 from eagle_core.regeneration.journal import AnswerJournal, FinishedConversation
+from eagle_core.regeneration.source_rows import SourceRow, source_rows
 
 OnFinished = Callable[[FinishedConversation], None]
 
 REGENERATION_VERSION = 1
 """Increment it when the same answers give another data set, or the same settings other answers."""
-_FAILURES_IN_A_ROW = 20
+_ANSWER_RULES = 2
+"""Increment it when journals stay valid, but say something else: data sets are written again."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,22 +42,22 @@ class Regenerated:
 
     manifest: DatasetManifest
     num_asked: int
-    """Conversations finished in this run; the others were in the journal."""
+    """Conversations that were sent in this run; the others were in the journal."""
+    num_answered: int
+    """Of these, with a new answer."""
     num_tokens: int
     """Tokens of this run's answers."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """A detail, such as the server's words, for every reason to drop; empty if nothing was done."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _SourceRow:
-    """A conversation of the source and its position."""
+@dataclass(kw_only=True, slots=True)
+class _Counts:
+    """What this run did."""
 
-    conversation: Conversation
-    key: str
-    split: Split
-    row: int
-
-    def location(self, source: str) -> str:
-        return f"{source}, {self.split}.parquet, row {self.row}"
+    asked: int = 0
+    answered: int = 0
+    tokens: int = 0
 
 
 class Regeneration:
@@ -80,8 +77,7 @@ class Regeneration:
             "target": dict(answers.identity()),
             **config.identity(),
         }
-        self._failures: dict[str, NoAnswer] = {}
-        self._num_tokens = 0
+        self._counts = _Counts()
         refuse_other_kind(source, out_dir)
 
     @property
@@ -99,7 +95,9 @@ class Regeneration:
         made_from = (manifest.rules_version, manifest.config, manifest.source)
         if made_from != (RULES_VERSION, self._manifest_config(), self._manifest_source()):
             return None
-        return None if manifest.dropped.get(Reason.SERVER_ERROR) else manifest
+        is_complete = not ASKED_AGAIN & manifest.dropped.keys()
+        is_complete &= Change.ENDED_BEFORE_UNANSWERED not in manifest.changed
+        return manifest if is_complete else None
 
     def run(self, *, on_finished: OnFinished = lambda _finished: None) -> Regenerated:
         """Answer the remaining questions, write the data set, and return the result.
@@ -108,114 +106,102 @@ class Regeneration:
 
         Raises:
             TransientError: the server is unreachable; finished answers are kept, run again.
-            ConfigError: the journal is in use, or no answer can be trained on.
+            ConfigError: the journal is in use, the server refuses every question, or no answer can
+                be trained on.
 
         """
         if finished := self.finished():
-            return Regenerated(manifest=finished, num_asked=0, num_tokens=0)
+            return Regenerated(manifest=finished, num_asked=0, num_answered=0, num_tokens=0)
         self._out_dir.mkdir(parents=True, exist_ok=True)
         with AnswerJournal(self.journal_path) as journal:
-            todo = self._unfinished(journal, on_finished)
-            num_asked = asyncio.run(self._ask_all(todo, journal, on_finished))
-            manifest = self._write(journal)
-        return Regenerated(manifest=manifest, num_asked=num_asked, num_tokens=self._num_tokens)
+            asyncio.run(self._ask_all(journal, on_finished))
+            manifest, examples = self._write(journal)
+        return Regenerated(
+            manifest=manifest,
+            num_asked=self._counts.asked,
+            num_answered=self._counts.answered,
+            num_tokens=self._counts.tokens,
+            examples=examples,
+        )
 
-    def _source_rows(self) -> Iterator[_SourceRow]:
-        for split in SPLITS:
-            for row, conversation in enumerate(load_conversations(self._source, split)):
-                key = content_key(conversation)
-                yield _SourceRow(conversation=conversation, key=key, split=split, row=row)
+    async def _ask_all(self, journal: AnswerJournal, on_finished: OnFinished) -> None:
+        """Ask the new questions, then those that the server refused or broke off before."""
+        again: list[SourceRow] = []
+        try:
+            new = self._new_rows(journal, again, on_finished)
+            if refused := await self._ask(new, journal, on_finished):
+                raise ConfigError(
+                    f"{refused.num_refusals} questions in a row had no answer, the last with "
+                    f"{refused.last_words}; correct the server or the settings and run again: "
+                    "these questions are asked again, finished answers are kept"
+                )
+            if refused := await self._ask(iter(again), journal, on_finished):
+                logger.warning(
+                    "questions that were refused before are refused again, the last with %s; the "
+                    "rest of them wait for the next run",
+                    refused.last_words,
+                )
+        finally:
+            await self._answers.close()
 
-    def _unfinished(self, journal: AnswerJournal, on_finished: OnFinished) -> Iterator[_SourceRow]:
-        for entry in self._source_rows():
-            finished = journal.find(entry.key)
-            if finished is None:
+    def _new_rows(
+        self, journal: AnswerJournal, again: list[SourceRow], on_finished: OnFinished
+    ) -> Iterator[SourceRow]:
+        """Yield what was never asked or only begun; put what is asked again into `again`."""
+        for entry in source_rows(self._source):
+            found = entry.find(journal)
+            if found is not None and found.is_asked_again:
+                again.append(entry)
+            elif found is None or not entry.is_settled(found):
                 yield entry
             else:
-                on_finished(finished)
+                on_finished(found)
 
-    async def _ask_all(
-        self, todo: Iterator[_SourceRow], journal: AnswerJournal, on_finished: OnFinished
-    ) -> int:
-        """Keep `concurrency` conversations in flight until all are done; an error stops all."""
-        counts: Counter[str] = Counter()
+    async def _ask(
+        self, todo: Iterator[SourceRow], journal: AnswerJournal, on_finished: OnFinished
+    ) -> FailuresInARow | None:
+        """Keep `concurrency` conversations in flight until all are done; an error stops all.
 
-        async def work() -> None:
+        Returns the row of refusals that ended it early, if one did.
+        """
+        failures = FailuresInARow(self._answers.concurrency)
+
+        async def work() -> bool:
             for entry in todo:
-                finished = await self._converse(entry)
-                if finished.failure is Reason.SERVER_ERROR:
-                    counts["failures in a row"] += 1
-                    self._failures[entry.key] = NoAnswer(finished.failure, finished.detail)
-                    self._require_some_success(counts["failures in a row"], finished.detail)
-                    continue
-                journal.add(finished)
-                counts["failures in a row"] = 0
-                counts["asked"] += 1
-                self._num_tokens += finished.num_tokens
-                on_finished(finished)
+                async with failures.asking():
+                    earlier = entry.find(journal)
+                    finished = await answer_conversation(
+                        entry, earlier, self._answers, seed=self._config.seed
+                    )
+                    journal.add(finished)
+                    failures.add(finished, has_new_answers=self._count(finished, earlier))
+                    on_finished(finished)
+                if await failures.only_refusals():
+                    return False
+            return True
 
         workers = [asyncio.create_task(work()) for _ in range(self._answers.concurrency)]
         try:
-            await asyncio.gather(*workers)
+            return None if all(await asyncio.gather(*workers)) else failures
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-            await self._answers.close()
-        return counts["asked"]
 
-    def _require_some_success(self, failures: int, detail: str) -> None:
-        if failures >= max(_FAILURES_IN_A_ROW, 2 * self._answers.concurrency):
-            raise TransientError(
-                f"the server failed {failures} conversations in a row, the last with {detail}; "
-                "check its log and run again; finished answers are kept"
-            )
+    def _count(self, finished: FinishedConversation, earlier: FinishedConversation | None) -> bool:
+        """Count a conversation; return whether it has new answers."""
+        has_new_answers = len(finished.answers) > (len(earlier.answers) if earlier else 0)
+        self._counts.asked += 1
+        self._counts.answered += has_new_answers
+        self._counts.tokens += finished.num_tokens - (earlier.num_tokens if earlier else 0)
+        return has_new_answers
 
-    async def _converse(self, entry: _SourceRow) -> FinishedConversation:
-        """Request one answer after another, each after the target's own earlier ones."""
-        conversation = entry.conversation
-        history: list[Message] = []
-        answers: list[Message] = []
-        num_tokens = 0
-        failure: NoAnswer | None = None
-        if conversation.rendered_text:
-            failure = NoAnswer(Reason.NO_MESSAGES, "rendered text has no questions to ask")
-        for index, message in enumerate(conversation.messages):
-            if message.role == "tool":
-                break  # the result of a call that the target did not make
-            if message.role != "assistant":
-                history.append(message)
-                continue
-            question = Question(
-                messages=tuple(history),
-                tools=conversation.tools,
-                seed=_seed(self._config.seed, entry.key, index),
-            )
-            try:
-                answer = await self._answers.ask(question)
-            except NoAnswer as error:
-                failure = NoAnswer(error.reason, f"turn {index}: {error.detail}")
-                break
-            history.append(answer.message)
-            answers.append(answer.message)
-            num_tokens += answer.num_tokens
-            if answer.message.tool_calls:
-                break
-        return FinishedConversation(
-            key=entry.key,
-            conversation_id=conversation.conversation_id,
-            answers=tuple(answers),
-            failure=failure.reason if failure else None,
-            detail=failure.detail if failure else "",
-            num_tokens=num_tokens,
-        )
-
-    def _write(self, journal: AnswerJournal) -> DatasetManifest:
+    def _write(self, journal: AnswerJournal) -> tuple[DatasetManifest, Mapping[str, str]]:
         with building(self._out_dir) as directory:
             with open_writers(directory) as writers:
-                builder = _DatasetBuilder(self._source_manifest.name, writers)
-                for entry in self._source_rows():
-                    builder.add(entry, journal.find(entry.key), self._failures.get(entry.key))
+                builder = AnsweredDataset(self._source_manifest.name, writers)
+                for entry in source_rows(self._source):
+                    builder.add(entry, entry.find(journal))
             if builder.num_records != self._source_manifest.num_conversations:
                 raise MismatchError(
                     f"{self._source} changed while its questions were answered; run again"
@@ -224,8 +210,10 @@ class Regeneration:
             if not builder.kept["train"]:
                 raise ConfigError(
                     f"no conversation of {self._source_manifest.name} has an answer that can be "
-                    f"trained on (dropped: {dropped}); check regeneration.max_tokens and "
-                    "regeneration.cut_answers"
+                    f"trained on (dropped: {dropped}{_such_as(dropped, builder.examples)}); check "
+                    "the server, regeneration.max_tokens and regeneration.cut_answers. "
+                    f"{self.journal_path} keeps what is final, such as context_too_long; delete it "
+                    "to ask everything again"
                 )
             manifest = DatasetManifest(
                 name=self._out_dir.name,
@@ -241,84 +229,14 @@ class Regeneration:
                 files=digests(directory),
             )
             publish(manifest, directory, self._out_dir)
-        return manifest
+        return manifest, builder.examples
 
     def _manifest_config(self) -> dict[str, object]:
-        return {"regeneration": self._identity}
+        return {"regeneration": self._identity, "answer_rules": _ANSWER_RULES}
 
     def _manifest_source(self) -> tuple[dict[str, object], ...]:
         manifest = self._source_manifest
         return ({"data_set": manifest.name, "fingerprint": manifest.fingerprint},)
-
-
-class _DatasetBuilder:
-    """Writes answered conversations and enters the others in the ledger."""
-
-    def __init__(self, source: str, writers: DatasetWriters) -> None:
-        self._source = source
-        self._writers = writers
-        self._seen: set[bytes] = set()
-        self.fingerprint = hashlib.sha256()
-        self.kept: Counter[Split] = Counter()
-
-    @property
-    def num_records(self) -> int:
-        return self.kept.total() + self._writers.ledger.dropped.total()
-
-    def add(
-        self, entry: _SourceRow, finished: FinishedConversation | None, failure: NoAnswer | None
-    ) -> None:
-        """Keep the answered conversation in its split, or enter the reason in the ledger."""
-        if finished is None:
-            detail = failure.detail if failure else "not asked"
-            self._drop(entry, Reason.SERVER_ERROR, detail)
-            return
-        answered = with_answers(entry.conversation, finished.answers)
-        if answered is None:
-            self._drop(entry, finished.failure or Reason.NO_ASSISTANT_TURN, finished.detail)
-            return
-        key = content_key(answered)
-        if bytes.fromhex(key) in self._seen:
-            self._drop(entry, Reason.DUPLICATE, f"content key {key}")
-            return
-        self._seen.add(bytes.fromhex(key))
-        self.kept[entry.split] += 1
-        self.fingerprint.update(f"{entry.split} {key}\n".encode())
-        self._writers.splits[entry.split].add(to_row(answered, key))
-        if len(answered.messages) < len(entry.conversation.messages):
-            self._shortened(entry, finished)
-
-    def _shortened(self, entry: _SourceRow, finished: FinishedConversation) -> None:
-        failed = finished.failure
-        self._writers.ledger.change(
-            Change.ENDED_BEFORE_FAILED_ANSWER if failed else Change.ENDED_AT_TOOL_CALL,
-            location=entry.location(self._source),
-            conversation_id=entry.conversation.conversation_id,
-            detail=f"{failed}, {finished.detail}" if failed else "",
-        )
-
-    def _drop(self, entry: _SourceRow, reason: Reason, detail: str) -> None:
-        self._writers.ledger.drop(
-            RejectedRecord(reason, entry.location(self._source), detail),
-            conversation_id=entry.conversation.conversation_id,
-        )
-
-
-def with_answers(conversation: Conversation, answers: tuple[Message, ...]) -> Conversation | None:
-    """Return the conversation up to its last new answer; None if there is no answer."""
-    remaining = iter(answers)
-    messages: list[Message] = []
-    for message in conversation.messages:
-        if message.role != "assistant":
-            messages.append(message)
-            continue
-        answer = next(remaining, None)
-        if answer is None:
-            break
-        messages.append(answer)
-    while messages and messages[-1].role != "assistant":
-        messages.pop()
-    return replace(conversation, messages=tuple(messages)) if messages else None
 
 
 def refuse_other_kind(source: Path, out_dir: Path) -> None:
@@ -337,13 +255,7 @@ def refuse_other_kind(source: Path, out_dir: Path) -> None:
         )
 
 
-def _seed(seed: int, key: str, turn: int) -> int:
-    """Return the seed of one answer: 31 bits, which every server accepts."""
-    digest = hashlib.sha256(f"{seed} {key} {turn}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
-
-
-def answered_by(manifest: DatasetManifest) -> Mapping[str, object]:
-    """Return the identity of the target that generated the answers; empty for other data sets."""
-    regeneration = manifest.config.get("regeneration")
-    return regeneration["target"] if isinstance(regeneration, Mapping) else {}
+def _such_as(dropped: Mapping[str, int], examples: Mapping[str, str]) -> str:
+    """Return an example of the most frequent reason."""
+    most = max(dropped, key=lambda reason: dropped[reason], default="")
+    return f", such as {examples[most]}" if examples.get(most) else ""

@@ -2,8 +2,8 @@
 
 Transient failures (no connection, a dropped connection, a time-out, 408, 425, 429, 5xx, a partial
 answer) are retried after a pause that doubles, with jitter. A permanent failure stops the run or,
-if it concerns one conversation, raises `NoAnswer` with its reason. The API key is sent and never
-shown.
+if it concerns one conversation, raises `NoAnswer` with its reason and the server's own words. The
+API key is sent and never shown. A server on this machine is reached without a web proxy.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import NoReturn
 
@@ -19,18 +19,28 @@ import httpx
 
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
-from eagle_core.data.records.calls import parse_tool_calls
 from eagle_core.errors import ConfigError, TransientError
-from eagle_core.regeneration.answers import Answer, NoAnswer, Question, usable
+from eagle_core.regeneration.answers import Answer, NoAnswer, Question
+from eagle_core.regeneration.completion import parse_completion
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.server_words import own_words
 
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 """In addition to every status from 500 up."""
 _FATAL = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND}
-_TOO_LONG = re.compile(r"context.{0,9}length|too long|longer than|max_model_len", re.IGNORECASE)
+_TOO_LONG = re.compile(
+    r"context.{0,9}(?:length|size|window)|too long|longer than|max_model_len"
+    r"|max_new_tokens. must be <=|must have less than \d+ tokens",  # TGI
+    re.IGNORECASE,
+)
+_ABOUT_TEMPLATE = re.compile(
+    r"chat_template|template_kwargs|thinking|extra|unknown|unrecogni|unsupported|unexpected"
+    r"|not supported|not permitted|not allowed|additional propert",
+    re.IGNORECASE,
+)
 _LONGEST_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
-_DETAIL_CHARS = 300
+_LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|0\.0\.0\.0|::1?")
 logger = logging.getLogger(__name__)
 
 
@@ -55,18 +65,27 @@ class AnswerServer:
         *,
         model: str,
         api_key: str | None,
+        special_tokens: Collection[str] = (),
+        opens_reasoning: bool = False,
         first_pause_seconds: float = 1.0,
     ) -> None:
         assert config.base_url is not None  # noqa: S101 (set whenever there is a server)
         self._config = config
         self._model = model
+        self._api_key = api_key
+        self._special_tokens = special_tokens
+        self._opens_reasoning = opens_reasoning
         self._first_pause_seconds = first_pause_seconds
         self._url = config.base_url.rstrip("/")
         self._was_reached = self._has_warned = False
+        limits = httpx.Limits(max_connections=config.concurrency)
+        is_here = _LOOPBACK.fullmatch(httpx.URL(self._url).host)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(config.timeout_seconds, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=config.concurrency),
+            limits=limits,
+            # A transport of our own keeps httpx from the proxies that the environment names.
+            transport=httpx.AsyncHTTPTransport(limits=limits) if is_here else None,
         )
 
     @property
@@ -145,42 +164,52 @@ class AnswerServer:
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             raise _Retryable(f"{type(error).__name__} {error}".strip(), reached=reached) from error
         self._was_reached, self._has_warned = True, False
-        status, text = response.status_code, response.text[:_DETAIL_CHARS]
+        said = response.text or response.headers.get("Location") or response.reason_phrase
+        status, words = response.status_code, self._words(said)
         if status == HTTPStatus.OK:
             try:
                 return response.json()
             except ValueError as error:
-                raise _Retryable(f"not JSON: {text!a}") from error
+                raise _Retryable(f"not JSON: {words}") from error
         if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise _Retryable(f"status {status}: {text}", pause_seconds=_retry_after(response))
+            raise _Retryable(f"status {status}: {words}", pause_seconds=_retry_after(response))
         if status in _FATAL:
             raise ConfigError(
                 f"the server at {self._url} refuses model {self._model} with status {status}: "
-                f"{text}; correct regeneration.base_url (which usually ends in /v1) or "
+                f"{words}; correct regeneration.base_url (which usually ends in /v1) or "
                 f"regeneration.model, or set its API key in {self._config.api_key_variable}"
             )
-        reason = Reason.CONTEXT_TOO_LONG if _TOO_LONG.search(text) else Reason.REQUEST_REFUSED
-        raise NoAnswer(reason, f"status {status}: {text}")
+        if _TOO_LONG.search(words):
+            raise NoAnswer(Reason.CONTEXT_TOO_LONG, f"status {status}: {words}")
+        hint = _likely_cause(body, words)
+        raise NoAnswer(Reason.REQUEST_REFUSED, f"status {status}: {words}{hint}")
+
+    def _words(self, text: str) -> str:
+        return own_words(text, secret=self._api_key)
 
     def _read(self, value: object) -> Answer:
         """Parse a completion; a partial one is worth another attempt."""
         try:
-            choice = value["choices"][0]  # type: ignore[index]  # any other type fails below
-            reply, finish_reason = choice["message"], choice["finish_reason"]
-            num_tokens = int((value.get("usage") or {}).get("completion_tokens") or 0)  # type: ignore[attr-defined]
-            message = Message(
-                role="assistant",
-                content=reply.get("content") or "",
-                reasoning_content=reply.get("reasoning_content") or reply.get("reasoning") or "",
-                tool_calls=parse_tool_calls(reply.get("tool_calls"), location="the answer"),
+            return parse_completion(
+                value,
+                cut_answers=self._config.cut_answers,
+                special_tokens=self._special_tokens,
+                opens_reasoning=self._opens_reasoning,
             )
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise _Retryable(f"not a completion: {str(value)[:_DETAIL_CHARS]!a}") from error
+        except ValueError as error:
+            words = self._words(json.dumps(value))
+            raise _Retryable(f"not a completion: {error}: {words}") from error
         except RejectedRecord as error:
             raise NoAnswer(error.reason, error.detail) from error
-        if finish_reason == "length" and self._config.cut_answers == "drop":
-            raise NoAnswer(Reason.ANSWER_CUT, f"after {num_tokens or 'max_tokens'} tokens")
-        return Answer(message=usable(message), num_tokens=num_tokens)
+
+
+def _likely_cause(body: Mapping[str, object], words: str) -> str:
+    if "chat_template_kwargs" not in body or not _ABOUT_TEMPLATE.search(words):
+        return ""
+    return (
+        " (likely cause: regeneration.thinking, which is sent as chat_template_kwargs; leave it "
+        "empty if this server does not take it)"
+    )
 
 
 def _as_sent(message: Message) -> dict[str, object]:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+from prefect import flow
 from prefect.blocks.system import Secret
 
 from eagle_core.data.build import load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.manifest import load_manifest
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -16,10 +17,11 @@ from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.token_file import TokenFile
 from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
-from flows.regenerate import answer_source, regenerate_flow, summary_rows
+from flows.regenerate import answer_all, answer_source, regenerate_flow, summary_rows
 from flows.tasks.prepare import prepare_dataset, tokenize
 from flows.workspace import Workspace
-from tests.eagle_core.regeneration.answer_server import serving
+from tests.eagle_core.regeneration.answer_server import Body, say, serving
+from tests.tiny import CHAT_TEMPLATE
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -102,3 +104,83 @@ def test_the_recipe_decides_what_is_learned_from_and_processes_change_nothing(
     assert fewer.num_supervised_tokens < every.num_supervised_tokens
     assert fewer.train_path != every.train_path
     assert fewer.template_fingerprint != every.template_fingerprint
+
+
+def test_the_terminal_says_what_became_of_the_questions(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fault(_times: int, body: Body) -> tuple[int, str] | None:
+        is_refused = "about rivers" in body["messages"][0]["content"]
+        return (400, '{"error": {"message": "no rivers here"}}') if is_refused else None
+
+    with serving(fault=fault) as server:
+        config = RegenerationConfig(base_url=server.url, name="answers")
+        summary = regenerate_flow(target, dataset, config, home=str(tmp_path))
+        printed = capsys.readouterr().out
+    num_refused = summary.dropped["request_refused"]
+    assert num_refused >= 5
+    assert (summary.num_asked, summary.num_answered) == (40, 40 - num_refused)
+    assert summary.ledger_path.is_file()
+    rows = dict(summary_rows(summary))
+    assert (rows["asked in this run"], rows["kept"]) == ("40", str(40 - num_refused))
+    assert (rows["dropped"], rows["answered in this run"]) == (
+        str(num_refused),
+        str(40 - num_refused),
+    )
+    for text in ("asked in this run", "dropped: request_refused", "400: no rivers here"):
+        assert text in printed
+    assert str(summary.ledger_path) in printed.replace("\n", "")
+
+
+def test_a_server_that_refuses_every_question_fails_the_flow_with_its_words(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    said = (400, '{"error": {"message": "chat_template_kwargs is not supported"}}')
+    with serving(fault=lambda _times, _body: said) as server:
+        config = RegenerationConfig(base_url=server.url, thinking=False, concurrency=2)
+        with pytest.raises(
+            ConfigError, match=r"400: chat_template_kwargs .*regeneration\.thinking"
+        ):
+            regenerate_flow(target, dataset, config, home=str(tmp_path))
+        assert server.asked.total() <= 7
+
+
+def test_a_pause_before_the_next_attempt_is_announced(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    space = Workspace(home=tmp_path, target="tiny", dataset="facts")
+    answers = Workspace(home=tmp_path, target="tiny", dataset="answers")
+    once = answer_all.with_options(retries=0)
+    with serving(fault=lambda _times, _body: "502") as server:
+        config = RegenerationConfig(base_url=server.url, attempts=1, concurrency=2)
+
+        @flow(persist_result=False)
+        def ask_once() -> None:
+            once(target, config, prepare_dataset(dataset, space), answers)
+
+        with pytest.raises(TransientError, match="failed 20 conversations in a row"):
+            ask_once()
+    assert "fault 502 (attempt 1); check its log" in caplog.text
+    assert "the next attempt is in 30 seconds" in caplog.text
+
+
+def test_a_cut_inside_reasoning_that_the_template_opened_is_not_kept(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    opening = CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    template = TemplateConfig(chat_template=opening)
+    with serving(lambda _body: say("Let me see", finish_reason="length")) as server:
+        config = RegenerationConfig(base_url=server.url, cut_answers="keep", concurrency=4)
+        with pytest.raises(ConfigError, match=r"'answer_cut': 40.*inside the reasoning"):
+            regenerate_flow(
+                target.model_copy(update={"template": template}),
+                dataset,
+                config,
+                home=str(tmp_path),
+            )

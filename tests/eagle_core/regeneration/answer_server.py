@@ -12,7 +12,9 @@ from typing import Any
 Body = dict[str, Any]
 Talk = Callable[[Body], dict[str, Any]]
 """From a request to the `choices[0]` of its completion."""
-Fault = Callable[[int, Body], str | None]
+Response = tuple[int, str]
+"""Status and body."""
+Fault = Callable[[int, Body], str | Response | None]
 """From how often these messages were asked before, and the request, to what goes wrong."""
 
 SENT = {
@@ -85,12 +87,14 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.seen.take(body, self.headers.get("Authorization", "")) as times:
             self._answer(body, self.server.fault(times, body))
 
-    def _answer(self, body: Body, kind: str | None) -> None:
+    def _answer(self, body: Body, kind: str | Response | None) -> None:
         if self.path != "/v1/chat/completions":
             self._send(404, "no such page")
         elif kind is None:
             choice, usage = self.server.talk(body), {"completion_tokens": 3}
             self._send(200, json.dumps({"choices": [choice], "usage": usage}))
+        elif isinstance(kind, tuple):
+            self._send(*kind)
         elif kind == "cut":
             self.send_response(200)
             self.send_header("Content-Length", "1000")

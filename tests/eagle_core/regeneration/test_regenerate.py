@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -19,73 +18,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.conversation import Conversation, Message, content_key
-from eagle_core.data.manifest import DatasetManifest
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.answers import Question
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.regeneration.journal import AnswerJournal, FinishedConversation
 from eagle_core.regeneration.local import LocalAnswers
-from eagle_core.regeneration.regenerate import Regenerated, Regeneration
+from eagle_core.regeneration.regenerate import Regeneration
 from eagle_core.regeneration.server import AnswerServer
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from tests.eagle_core.regeneration.answer_server import Body, Fault, Server, echo, say, serving
+from tests.eagle_core.regeneration.answer_server import Body, Fault, echo, say, serving
+from tests.eagle_core.regeneration.runs import (
+    Make,
+    adds_up,
+    ask,
+    conversations,
+    ledger,
+    questions,
+    write_dataset,
+)
 from tests.waiting import LIMIT_SECONDS, wait_for
-
-Make = Callable[..., Path]
-
-
-def questions(num: int, *, turns: int = 2) -> list[dict[str, object]]:
-    return [
-        {
-            "id": f"c{number}",
-            "messages": [
-                message
-                for turn in range(turns)
-                for message in (
-                    {"role": "user", "content": f"question {number}.{turn}"},
-                    {"role": "assistant", "content": f"old answer {number}.{turn}"},
-                )
-            ],
-        }
-        for number in range(num)
-    ]
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Make:
-    def make(records: Sequence[object], *, name: str = "questions") -> Path:
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(records), encoding="utf-8")
-        config = DatasetConfig(name=name, source=str(path), held_out_fraction=0.2)
-        build_dataset(config, out_dir=tmp_path / name)
-        return tmp_path / name
-
-    return make
-
-
-def ask(
-    server: Server, source: Path, out_dir: Path, *, key: str | None = None, **settings: object
-) -> Regenerated:
-    config = RegenerationConfig.model_validate(
-        {"base_url": server.url, "attempts": 3, "concurrency": 4, **settings}
-    )
-    answers = AnswerServer(config, model="m", api_key=key, first_pause_seconds=0.01)
-    return Regeneration(config, answers, source=source, out_dir=out_dir).run()
-
-
-def conversations(directory: Path) -> list[Conversation]:
-    return [one for split in ("train", "held_out") for one in load_conversations(directory, split)]
-
-
-def ledger(directory: Path) -> list[dict[str, str]]:
-    rows: list[dict[str, str]] = pq.read_table(directory / "ledger.parquet").to_pylist()
-    return rows
-
-
-def adds_up(manifest: DatasetManifest, num: int) -> None:
-    assert manifest.num_records == num
-    assert manifest.num_conversations + manifest.num_dropped == num
 
 
 def test_every_answer_is_the_targets_and_follows_its_own_earlier_ones(
@@ -193,8 +145,8 @@ def test_failures_are_in_the_ledger_and_only_the_servers_are_asked_again(
         before = server.asked.copy()
         broken.clear()
         again = ask(server, source, tmp_path / "out")
-        assert again.num_asked == 2
-        assert again.manifest.dropped.get("server_error") is None
+        assert (again.num_asked, again.num_answered) == (3, 3)
+        assert not {"server_error", "request_refused"} & again.manifest.dropped.keys()
         adds_up(again.manifest, 30)
         assert server.asked_about("question 3.0") == before[_messages("question 3.0")] == 1
         total = server.asked.total()
@@ -225,6 +177,63 @@ def test_questions_that_become_equal_count_once(made: Make, tmp_path: Path) -> N
         done = ask(server, source, tmp_path / "out")
     assert done.manifest.dropped == {"duplicate": 1}
     adds_up(done.manifest, 11)
+
+
+def conversation(name: str, *roles: str) -> Conversation:
+    messages = [
+        Message(role=role, content=f"{name} {index}")  # type: ignore[arg-type]
+        for index, role in enumerate(roles)
+    ]
+    return Conversation(conversation_id=name, messages=tuple(messages))
+
+
+def test_questions_suffice(tmp_path: Path) -> None:
+    given = [
+        conversation("bare", "user"),
+        conversation("told", "system", "user"),
+        conversation("last", "user", "assistant", "user"),
+        conversation("old", "user", "assistant"),
+    ]
+    source = write_dataset(given, tmp_path / "questions")
+    with serving() as server:
+        done = ask(server, source, tmp_path / "out")
+        assert server.asked.total() == 5
+        assert ask(server, source, tmp_path / "out").num_asked == 0
+    assert (done.manifest.dropped, done.manifest.changed) == ({}, {})
+    kept = {one.conversation_id: one.messages for one in conversations(tmp_path / "out")}
+    assert [message.role for message in kept["bare"]] == ["user", "assistant"]
+    assert [message.role for message in kept["told"]] == ["system", "user", "assistant"]
+    assert [message.content for message in kept["last"]] == [
+        *("last 0", "re(1): last 0", "last 2", "re(3): last 2")
+    ]
+
+
+def test_a_last_question_without_an_answer_is_in_the_ledger(tmp_path: Path) -> None:
+    given = [conversation("last", "user", "assistant", "user"), conversation("bare", "user")]
+    source = write_dataset(given, tmp_path / "questions")
+
+    def talk(body: Body) -> dict[str, object]:
+        return echo(body) if body["messages"][-1]["content"] == "last 0" else say("")
+
+    with serving(talk) as server:
+        done = ask(server, source, tmp_path / "out")
+    assert done.manifest.dropped == {"empty_answer": 1}
+    assert done.manifest.changed == {"ended_before_failed_answer": 1}
+
+
+def test_an_answer_that_goes_on_is_not_kept_and_asked_again(made: Make, tmp_path: Path) -> None:
+    source = made(questions(10, turns=1))
+
+    def talk(body: Body) -> dict[str, object]:
+        goes_on = {"question 1.0": "Yes.<|im_end|>", "question 2.0": "Yes.</turn>No."}
+        return say(goes_on.get(body["messages"][0]["content"], "Yes"))
+
+    with serving(talk) as server:
+        done = ask(server, source, tmp_path / "out", special_tokens=("</turn>",))
+        assert done.manifest.dropped == {"answer_past_end": 2}
+        assert ask(server, source, tmp_path / "out").num_asked == 2
+    details = {row["detail"] for row in ledger(tmp_path / "out")}
+    assert "turn 1: the answer contains <|im_end|>" in details
 
 
 def with_tools(name: str, *rest: dict[str, object]) -> dict[str, object]:
@@ -412,44 +421,6 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(
 def conversations_finished(journal: AnswerJournal, source: Path) -> list[FinishedConversation]:
     found = [journal.find(content_key(one)) for one in conversations(source)]
     return [one for one in found if one is not None]
-
-
-def finished(number: int) -> FinishedConversation:
-    return FinishedConversation(key=f"{number:032x}", conversation_id=str(number), answers=())
-
-
-@pytest.mark.parametrize("how", ["torn", "flipped", "newline"])
-def test_a_damaged_line_is_as_if_it_had_not_been_written(tmp_path: Path, how: str) -> None:
-    path = tmp_path / "journal"
-    with AnswerJournal(path) as journal:
-        for number in range(4):
-            journal.add(finished(number))
-    data = bytearray(path.read_bytes())
-    lines = bytes(data).splitlines(keepends=True)
-    if how == "torn":
-        path.write_bytes(data[:-5])
-        lost = {3}
-    elif how == "flipped":
-        data[len(lines[0]) + 40] ^= 1
-        path.write_bytes(data)
-        lost = {1}
-    else:
-        path.write_bytes(data[: len(lines[0]) + 30] + b"\n" + data[len(lines[0]) + 30 :])
-        lost = {1}
-    for _attempt in range(2):  # what was lost is written once more, and all is found afterwards
-        with AnswerJournal(path) as journal:
-            assert {number for number in range(4) if finished(number).key not in journal} == lost
-            assert bool(journal.num_damaged) == (lost != set() or how != "torn" or _attempt == 1)
-            for number in sorted(lost):
-                journal.add(finished(number))
-            assert journal.find(finished(2).key) == finished(2)
-            lost = set()
-
-
-def test_two_runs_never_write_one_journal(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    with AnswerJournal(path), pytest.raises(ConfigError, match="in use"), AnswerJournal(path):
-        pass
 
 
 def test_answers_and_other_data_sets_do_not_replace_each_other(made: Make, tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""The conversations of the data set whose questions are asked, each with its position."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle_core.data.build import load_conversations
+from eagle_core.data.conversation import Conversation, content_key
+from eagle_core.data.writer import SPLITS, Split
+from eagle_core.regeneration.journal import AnswerJournal, FinishedConversation
+from eagle_core.regeneration.turns import open_turns, up_to_last_answer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceRow:
+    """A conversation of the source and its position."""
+
+    conversation: Conversation
+    key: str
+    """Content key of the conversation."""
+    split: Split
+    row: int
+
+    def location(self, source: str) -> str:
+        """Return the position as the ledger names it."""
+        return f"{source}, {self.split}.parquet, row {self.row}"
+
+    def find(self, journal: AnswerJournal) -> FinishedConversation | None:
+        """Return what the journal holds of this conversation, or of it without its last question.
+
+        Data sets of earlier versions lacked a last question without an answer.
+        """
+        if found := journal.find(self.key):
+            return found
+        shorter = content_key(up_to_last_answer(self.conversation))
+        found = None if shorter == self.key else journal.find(shorter)
+        return found.model_copy(update={"key": self.key}) if found else None
+
+    def is_settled(self, finished: FinishedConversation) -> bool:
+        """Return whether no question of this conversation is left."""
+        if finished.failure or (finished.answers and finished.answers[-1].tool_calls):
+            return not finished.is_asked_again
+        return len(finished.answers) >= len(list(open_turns(self.conversation)))
+
+
+def source_rows(source: Path) -> Iterator[SourceRow]:
+    """Yield the conversations of both splits in order."""
+    for split in SPLITS:
+        for row, conversation in enumerate(load_conversations(source, split)):
+            key = content_key(conversation)
+            yield SourceRow(conversation=conversation, key=key, split=split, row=row)
