@@ -221,12 +221,13 @@ class _Splits:
     def _write_groups(self, conversations: Iterator[tuple[Conversation, str]], path: Path) -> None:
         """Write all conversations to `path` first: the last one can join two groups."""
         groups = ChatGroups()
+        members: list[bytes] = []
         with RowWriter(path, CONVERSATION_SCHEMA) as rows:
             for conversation, key in conversations:
-                groups.add(conversation)
+                members.append(bytes.fromhex(groups.add(conversation)))
                 rows.add(to_row(conversation, key))
-        for row in _rows(path):
-            self._put(row, groups.key(from_row(row)))
+        for member, row in zip(members, _rows(path), strict=True):
+            self._put(row, groups.key(member.hex()))
 
     def _put(self, row: dict[str, Any], split_key: str) -> None:
         is_test = is_held_out(split_key, self._config.held_out_fraction)
