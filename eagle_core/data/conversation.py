@@ -1,4 +1,4 @@
-"""A conversation: turns in order, ending with the assistant's."""
+"""A conversation: turns in order, ending with an answer, or with a question that asks for one."""
 
 import json
 from dataclasses import astuple, dataclass, field, replace
@@ -59,7 +59,9 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns in order, ending with the assistant's; or the text that a chat template rendered.
+    """Turns in order, or the text that a chat template rendered.
+
+    The assistant's turn is the last, or a user's in a data set of questions for a target.
 
     Tokenisation, where the template is known, parses such a text back into turns.
     """

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.conversation import Conversation
-from eagle_core.data.conversation_table import CONVERSATION_SCHEMA, from_row, to_row
+from eagle_core.data.conversation_table import CONVERSATION_SCHEMA, to_row
 from eagle_core.data.row_writer import RowWriter
 from eagle_core.data.splits import ChatGroups, is_held_out, question_key
 from eagle_core.data.writer import DatasetWriters, Split
@@ -46,12 +46,13 @@ class SplitWriter:
     def _write_groups(self, conversations: Iterator[tuple[Conversation, str]], path: Path) -> None:
         """Write all conversations to `path` first: the last one can join two groups."""
         groups = ChatGroups()
+        members: list[bytes] = []
         with RowWriter(path, CONVERSATION_SCHEMA) as rows:
             for conversation, key in conversations:
-                groups.add(conversation)
+                members.append(bytes.fromhex(groups.add(conversation)))
                 rows.add(to_row(conversation, key))
-        for row in read_rows(path):
-            self._put(row, groups.key(from_row(row)))
+        for member, row in zip(members, read_rows(path), strict=True):
+            self._put(row, groups.key(member.hex()))
 
     def _put(self, row: dict[str, Any], split_key: str) -> None:
         is_test = is_held_out(split_key, self._config.held_out_fraction)

@@ -49,24 +49,28 @@ class ChatGroups:
 
     The first question of a chat is that of its first piece: a later one begins with any turn, and
     hundreds begin with "continue". A group is known only after the last conversation: two chats can
-    meet in any later one. Up to 200 bytes per conversation are in memory, as for the content keys
+    meet in any later one. Up to 300 bytes per conversation are in memory, as for the content keys
     of the duplicates.
     """
 
     def __init__(self) -> None:
         self._parents: dict[bytes, bytes] = {}
 
-    def add(self, conversation: Conversation) -> None:
-        """Put the conversation into the group of its chat and of its first question."""
-        piece = piece_of(conversation)
-        if piece is not None and piece.is_first:
-            self._join(piece.chat_key, question_key(conversation))
+    def add(self, conversation: Conversation) -> str:
+        """Put the conversation into the group of its chat and of its first question.
 
-    def key(self, conversation: Conversation) -> str:
-        """Return the key of the conversation's group."""
+        Returns one of the keys of the group, for `key` after the last conversation.
+        """
         piece = piece_of(conversation)
-        own = question_key(conversation) if piece is None else piece.chat_key
-        return self._root(bytes.fromhex(own)).hex()
+        if piece is None:
+            return question_key(conversation)
+        if piece.is_first:
+            self._join(piece.chat_key, question_key(conversation))
+        return piece.chat_key
+
+    def key(self, member: str) -> str:
+        """Return the key that all members of a group share, for what `add` returned."""
+        return self._root(bytes.fromhex(member)).hex()
 
     def _join(self, one: str, two: str) -> None:
         roots = (self._root(bytes.fromhex(key)) for key in (one, two))

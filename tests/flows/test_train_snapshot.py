@@ -214,7 +214,7 @@ def test_garbage_collection_keeps_what_a_run_needs_that_has_not_ended(
     data.gc()
     assert old.snapshot_id not in data.store.snapshot_ids()
     assert verify_store(data.store, deep=True) == []
-    with pytest.raises(eagle_core.errors.MismatchError, match=r"1 of 6 samples that .* holds out"):
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"1 of 5 samples that .* holds out"):
         data.train(max_steps=3)
 
 

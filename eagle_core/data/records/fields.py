@@ -46,10 +46,6 @@ class Fields:
         """Return whether there is such a field, null or not."""
         return name in self._values
 
-    def has(self, name: str) -> bool:
-        """Return whether the field exists and is not null."""
-        return self._values.get(name) is not None
-
     def holds(self, name: str) -> bool:
         """Return whether the field holds something."""
         return holds_something(self._values.get(name))
@@ -60,9 +56,10 @@ class Fields:
 
     def take(self, *names: str) -> object:
         """Read the first of these fields that holds something, or else the first that is there."""
-        name = next(filter(self.holds, names), None) or next(filter(self.has, names), None)
-        if name is None:
+        there = [name for name in names if self._values.get(name) is not None]
+        if not there:
             return None
+        name = next(filter(self.holds, there), there[0])
         self._read.add(name)
         return self._values[name]
 

@@ -83,7 +83,7 @@ def _asked(fields: Fields, role: Role, location: str) -> Message:
     content = _content(fields, location, *_CONTENT_KEYS)
     if content.reasoning:
         raise RejectedRecord(Reason.NOT_TEXT, location, f"reasoning in a turn of {role}")
-    for name in _LOSS_KEYS:
+    for name in filter(fields.exists, _LOSS_KEYS):
         if _as_flag(fields.see(name)) is False:
             fields.ignore(name)  # the loss never counts these turns
     if role != "tool":
@@ -111,7 +111,7 @@ def _calls(fields: Fields, location: str) -> tuple[ToolCall, ...]:
 def _is_supervised(fields: Fields, location: str) -> bool:
     """Return whether the loss counts the answer; refuse weights between 0 and 1."""
     is_supervised = True
-    for name in _LOSS_KEYS:
+    for name in filter(fields.exists, _LOSS_KEYS):
         value = fields.see(name)
         flag = _as_flag(value)
         if not holds_something(value) or (name == "loss" and flag is None):  # or a measured loss

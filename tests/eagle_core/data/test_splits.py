@@ -45,11 +45,10 @@ def test_a_rendered_text_has_its_own_key(text: str) -> None:
 
 def groups_of(conversations: list[Conversation]) -> dict[str, set[str]]:
     groups = ChatGroups()
-    for one in conversations:
-        groups.add(one)
+    members = [groups.add(one) for one in conversations]
     found: dict[str, set[str]] = defaultdict(set)
-    for one in conversations:
-        found[groups.key(one)].add(one.conversation_id)
+    for member, one in zip(members, conversations, strict=True):
+        found[groups.key(member)].add(one.conversation_id)
     return found
 
 
@@ -83,26 +82,23 @@ def test_groups_are_the_connected_ones(edges: list[tuple[int, int]]) -> None:
     """A chat may have several first pieces, as from several sources."""
     conversations = [conversation(f"q{question}", name=f"{chat}_0") for chat, question in edges]
     groups = ChatGroups()
-    for one in conversations:
-        groups.add(one)
+    members = [groups.add(one) for one in conversations]
     labels = {chat: chat for chat, _ in edges}
     for _ in edges:  # the slow way: until nothing changes
         for chat, question in edges:
             same = [labels[other] for other, asked in edges if asked == question]
             labels[chat] = min(labels[chat], *same)
-    keys = [groups.key(one) for one in conversations]
+    keys = [groups.key(member) for member in members]
     expected = [labels[chat] for chat, _ in edges]
     assert [keys.index(key) for key in keys] == [expected.index(one) for one in expected]
 
 
 def test_large_groups_are_held_out_as_often_as_small_ones() -> None:
     groups = ChatGroups()
-    pieces = [
-        [conversation(f"q {chat} {piece}", name=f"{chat}_{piece}") for piece in range(20)]
+    members = [
+        [groups.add(conversation(f"q {chat}", name=f"{chat} {part}_0")) for part in range(20)]
         for chat in range(2000)
     ]
-    for chat in pieces:
-        for piece in chat:
-            groups.add(piece)
-    share = sum(is_held_out(groups.key(chat[0]), 0.2) for chat in pieces) / len(pieces)
+    assert all(len({groups.key(member) for member in chat}) == 1 for chat in members)
+    share = sum(is_held_out(groups.key(chat[0]), 0.2) for chat in members) / len(members)
     assert abs(share - 0.2) < 0.03
