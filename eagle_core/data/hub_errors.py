@@ -125,12 +125,14 @@ def _of_datasets(
     by_name = f"read its files by name (`source: hf://datasets/{repository}/*.parquet`)"
     access = "correct `source` or `revision`, or set HF_TOKEN to a token that may read it"
     nothing = f"{what} has no files that `datasets` reads ({words}); {by_name}"
+    differ = f"{what} has files of different columns ({words}); set `subsets` or {by_name}"
     messages = {
         "DataFilesNotFoundError": nothing,
         "EmptyDatasetError": nothing,
         "DatasetNotFoundError": f"the hub has no {what} ({words}); {access}",
         "ImportError": f"{what}: {words}; install the package that it names, then run again",
-        "CastError": f"{what} has files of different columns ({words}); set `subsets` or {by_name}",
+        "CastError": differ,
+        "DatasetGenerationCastError": differ,
     }
     for kind, message in messages.items():
         if kind in kinds:

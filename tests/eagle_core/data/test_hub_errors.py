@@ -79,6 +79,10 @@ CASES: dict[str, tuple[Callable[[], Exception], type[EagleCoreError], str]] = {
         *(CorruptError, "cannot be read by `datasets`.*Trailing data"),
     ),
     "columns": (columns_differ, ConfigError, "files of different columns"),
+    "columns, as earlier versions say it": (
+        lambda: exceptions.DatasetGenerationCastError("All the data files must have the same"),
+        *(ConfigError, "files of different columns.*same"),
+    ),
     "full disk": (
         lambda: in_generation(OSError(errno.ENOSPC, "No space left on device", "/cache/a")),
         *(DiskError, "No space left on device.*HF_HOME.*dataset.streaming"),
