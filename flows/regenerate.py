@@ -32,7 +32,7 @@ from flows.orchestration.retry import is_transient
 from flows.orchestration.run_name import run_name
 from flows.reports.table import Row, print_table
 from flows.summaries import DatasetSummary
-from flows.tasks.prepare import prepare_dataset
+from flows.tasks.prepare import check_runnable, prepare_dataset, prepare_weights
 from flows.workspace import DEFAULT_HOME, Workspace
 
 
@@ -83,6 +83,9 @@ def regenerate_flow(
     name = regeneration.name or f"{dataset.name}-by-{target.name}"
     source = Workspace.at(home, target=target.name, dataset=dataset.name)
     space = Workspace.at(home, target=target.name, dataset=name)
+    if regeneration.base_url is None:  # else a server has the weights
+        prepare_weights(target)
+        check_runnable(target)
     questions = prepare_dataset(dataset, source)
     done = answer_all(target, regeneration, questions, space)
     summary = _summary(done, space, seconds=time.monotonic() - started)

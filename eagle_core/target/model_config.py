@@ -40,11 +40,11 @@ def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
         ConfigError: transformers rejects it; the message includes its reason.
 
     """
-    text_config: PretrainedConfig = _whole_config(config, folder).get_text_config()
+    text_config: PretrainedConfig = read_whole_config(config, folder).get_text_config()
     return text_config
 
 
-def _whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
+def read_whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
     try:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
@@ -64,7 +64,7 @@ def read_stop_ids(config: TargetConfig, folder: Path) -> frozenset[int]:
     try:
         found = GenerationConfig.from_pretrained(folder)
     except OSError:  # missing: transformers derives it from the model configuration
-        found = GenerationConfig.from_model_config(_whole_config(config, folder))
+        found = GenerationConfig.from_model_config(read_whole_config(config, folder))
     return stop_ids_of(found)
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -18,9 +19,13 @@ from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.embedded_tokens import require_embedded
+from eagle_core.target.model_config import read_model_config
+from eagle_core.target.preflight import check_target, check_weights
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 from eagle_core.tokenization.parallel import tokenize_in_processes
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
+from flows.bridge.draft_setup import require_draft_sizes
 from flows.bridge.target_tokenizer import conversation_tokenizer
 from flows.bridge.token_files import content_name, known_tokens, tokens_summary
 from flows.orchestration.artifact_key import artifact_key
@@ -35,11 +40,21 @@ _CONVERSATIONS_PER_PROCESS = 4000
 
 
 def prepare(
-    target: TargetConfig, dataset: DatasetConfig, home: str
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    home: str,
+    *,
+    capture: Literal["here", "on workers"] | None = None,
 ) -> tuple[Workspace, TokensSummary]:
-    """Prepare weights, conversations and tokens for all later stages."""
+    """Prepare weights, conversations and tokens for all later stages.
+
+    With `capture`, the place where the target will run on the tokens, it is checked first.
+    """
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     prepare_weights(target)
+    if capture is not None:
+        here = capture == "here"
+        check_runnable(target, max_length=dataset.max_length, runs_here=here)
     prepare_dataset(dataset, space)
     return space, tokenize(target, dataset, space)
 
@@ -70,15 +85,37 @@ def prepare_dataset(config: DatasetConfig, space: Workspace) -> DatasetSummary:
 def prepare_weights(target: TargetConfig) -> Path:
     """Find the target's weights, or fetch or convert them once, before all other work.
 
+    Only the headers of the files are read: enough for stages that do not run the target.
+
     Raises:
         ConfigError: they are missing and cannot be fetched; names the download and its folder.
+        CorruptError: a file is empty, cut or a Git LFS pointer; names it.
 
     """
     key = artifact_key("weights", target.name)
     with stage_progress("target weights", key=key, total=1, unit="model") as progress:
-        folder = weights.locate(target)
+        folder = check_weights(target)
         progress.advance()
     return folder
+
+
+@task(task_run_name="check of {target.name}", cache_policy=NO_CACHE, persist_result=False)
+def check_runnable(
+    target: TargetConfig,
+    *,
+    max_length: int | None = None,
+    runs_here: bool = True,
+    rolls_back: bool = False,
+) -> None:
+    """Refuse within seconds what would fail after hours: see `check_target` for the arguments.
+
+    Raises:
+        ConfigError: this target cannot be run, or no draft can be made for it; names the cause.
+        CorruptError: its weights are incomplete; names the tensors.
+
+    """
+    check_target(target, max_length=max_length, runs_here=runs_here, rolls_back=rolls_back)
+    require_draft_sizes(target)
 
 
 @task(task_run_name="tokenize {dataset.name}", cache_policy=NO_CACHE, persist_result=False)
@@ -110,7 +147,8 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
                         on_rejected=ledger.drop,
                     )
                     held_out = files["held_out"].sample_ids if split == "train" else ()
-                    write_token_file(path, _counted(samples, progress), without=held_out)
+                    embedded = _embedded(samples, target, tokenizer)
+                    write_token_file(path, _counted(embedded, progress), without=held_out)
                 log.info("tokens of %s: dropped %s", split, dict(ledger.dropped) or "none")
             files[split] = TokenFile(path)
         progress.move_to(total)
@@ -163,6 +201,17 @@ def _num_processes(dataset: DatasetConfig, num_conversations: int) -> int:
     """Return the number of tokenising processes: each takes seconds to start."""
     worthwhile = -(-num_conversations // _CONVERSATIONS_PER_PROCESS)
     return dataset.tokenize_processes or max(1, min(os.cpu_count() or 1, worthwhile))
+
+
+def _embedded(
+    samples: Iterable[TokenizedSample], target: TargetConfig, tokenizer: ConversationTokenizer
+) -> Iterator[TokenizedSample]:
+    """Yield the samples; ConfigError if one has a token that the target has no embedding for."""
+    num_rows = read_model_config(target, weights.locate(target)).vocab_size
+    for sample in samples:
+        where = sample.location or f"sample {sample.sample_id}"
+        require_embedded(sample.input_ids, num_rows, target, where=where, name_of=tokenizer.token)
+        yield sample
 
 
 def _counted(

@@ -134,7 +134,9 @@ def test_training_takes_the_states_of_its_own_data_set(
     made = {}
     for name, first in (("ours", 0), ("theirs", 40)):
         source = tiny.write_conversations(tmp_path / f"{name}.json", 30, first=first)
-        dataset = DatasetConfig(name=name, source=str(source), held_out_fraction=0.2)
+        dataset = DatasetConfig(
+            name=name, source=str(source), held_out_fraction=0.2, max_length=256
+        )
         made[name] = (
             hidden_states(target=target, dataset=dataset, store=shared, home=str(tmp_path)),
             dataset,
@@ -154,7 +156,7 @@ def test_training_takes_the_states_of_its_own_data_set(
         train_flow(target=target, dataset=dataset, store=shared, training=other, home=str(tmp_path))
     assert (trained.run_path / "settings.json").read_text() == settings  # the refused are nobody's
     source = tiny.write_conversations(tmp_path / "new.json", 30, first=80)
-    new = DatasetConfig(name="new", source=str(source), held_out_fraction=0.2)
+    new = DatasetConfig(name="new", source=str(source), held_out_fraction=0.2, max_length=256)
     with pytest.raises(ConfigError, match="holds 0 of 30 samples of data set new; run hidden-st"):
         train_flow(target=target, dataset=new, store=shared, training=training, home=str(tmp_path))
 
@@ -302,7 +304,7 @@ def test_truncated_data_file_names_the_offset_and_leaves_nothing(
     whole = tiny.write_conversations(tmp_path / "whole.json", 5).read_bytes()
     cut = tmp_path / "cut.json"
     cut.write_bytes(whole[: len(whole) - 40])
-    dataset = DatasetConfig(name="cut", source=str(cut))
+    dataset = DatasetConfig(name="cut", source=str(cut), max_length=256)
     with pytest.raises(Exception, match=r"cut\.json.*byte \d+, 4 whole records.*accept_truncated"):
         hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path / "home"))
     left = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]

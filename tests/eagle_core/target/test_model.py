@@ -25,6 +25,7 @@ from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target import weights
 from eagle_core.target.capture import batches_by_length, capture_states
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import load_ends
 from eagle_core.target.fingerprint import fingerprint_fields
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import aux_layers, read_stop_ids
@@ -184,7 +185,7 @@ def test_the_fingerprint_sees_one_changed_weight(tiny_target_path: Path, tmp_pat
 
 
 def test_ends_are_loaded_without_the_layers(tiny_target_path: Path) -> None:
-    embedding, head = weights.load_ends(tiny_target_path, dtype=torch.float32)
+    embedding, head = load_ends(tiny_target_path, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tiny_target_path, dtype=torch.float32)
     assert torch.equal(embedding, model.get_input_embeddings().weight)
     assert torch.equal(head, model.get_output_embeddings().weight)
