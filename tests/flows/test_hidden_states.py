@@ -161,7 +161,7 @@ def test_training_takes_the_states_of_its_own_data_set(
         train_flow(target=target, dataset=new, store=shared, training=training, home=str(tmp_path))
 
 
-def test_what_every_batch_meets_is_met_three_times(
+def test_what_every_batch_meets_for_certain_is_met_once(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundred loads of the target onto a GPU that is too small for it help nobody; a batch that
@@ -179,8 +179,8 @@ def test_what_every_batch_meets_is_met_three_times(
         hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
     (plan,) = Store.open(str(root)).plans.all()
     assert len(plan.shards) > 8
-    first = sum(shard.num_tokens for shard in plan.shards[:3])
-    assert first <= sum(computed) < first + sum(s.num_tokens for s in plan.shards[3:6])
+    sizes = [shard.num_tokens for shard in plan.shards]
+    assert sizes[0] <= sum(computed) < sum(sizes[:4])  # the next ones are ended, not awaited
 
 
 def test_new_conversations_alone_are_computed(
