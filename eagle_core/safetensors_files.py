@@ -1,6 +1,7 @@
 """The safetensors files of a model folder: list them, read their headers, load single tensors."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 from eagle_core.errors import ConfigError, CorruptError
 
 _INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_OF_SEVERAL = re.compile(r"-\d+-of-\d+$")
 _POINTER = b"version https://git-lfs"
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
@@ -62,7 +65,8 @@ def read_headers(folder: Path, *, remedy: str) -> dict[str, TensorHeader]:
         CorruptError: a file is empty, cut or a Git LFS pointer, or lacks a tensor of the index.
 
     """
-    by_file = {path.name: read_header(path, remedy=remedy) for path in weight_files(folder)}
+    paths = _loaded_files(folder, remedy=remedy)
+    by_file = {path.name: read_header(path, remedy=remedy) for path in paths}
     for name, file in (_weight_map(folder) or {}).items():
         if name not in by_file[file]:
             raise CorruptError(
@@ -135,6 +139,18 @@ def load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
     with safe_open(files[name], framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
+
+
+def _loaded_files(folder: Path, *, remedy: str) -> list[Path]:
+    """Return the weight files that transformers reads, which ignores others beside them."""
+    paths = weight_files(folder)
+    if _weight_map(folder) is not None:
+        return paths
+    if folder / _SINGLE in paths:
+        return [folder / _SINGLE]
+    if any(_OF_SEVERAL.search(path.stem) for path in paths):
+        raise ConfigError(f"{folder / _INDEX} is missing; {remedy}")
+    return paths
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

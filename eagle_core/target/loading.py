@@ -70,10 +70,11 @@ def rehearse_loading(
     skeleton: "PreTrainedModel",
     headers: Mapping[str, TensorHeader],
     folder: Path,
-) -> None:
+) -> "PreTrainedModel | None":
     """Load the tensors of `headers` without their values, through transformers' own key mapping.
 
-    Nothing is decided about models whose conversion needs values, or that bring their own code.
+    Returns the model as it is after loading, with its quantised modules; None for models whose
+    conversion needs values, or that bring their own code: nothing is decided about them.
 
     Raises:
         ConfigError: the quantisation is unknown, or its package is not installed.
@@ -83,7 +84,7 @@ def rehearse_loading(
     _require_quantisation(config, whole)
     _require_scales(config, headers, folder)
     if skeleton.is_custom_code():
-        return
+        return None
     try:
         with silent(), certain(config, f"{folder} cannot be loaded"):
             found: tuple[PreTrainedModel, LoadingInfo] = type(skeleton).from_pretrained(  # type: ignore[assignment]
@@ -98,16 +99,18 @@ def rehearse_loading(
             )
     except NotImplementedError as error:  # an operation that has no meta kernel
         logger.debug("the names in %s are compared at loading: %s", folder, error)
-        return
+        return None
     except RuntimeError as error:
         if getattr(whole, "quantization_config", None) is not None:
             logger.debug("the names in %s are compared at loading: %s", folder, error)
-            return
+            return None
         raise CorruptError(
             f"target {config.name}: the weights in {folder} do not fit its model: "
             f"{' '.join(str(error).split())}; {_remedy(folder)}"
         ) from error
-    _require_complete(*found, config, folder)
+    model, info = found
+    _require_complete(model, info, config, folder)
+    return model
 
 
 def _require_complete(

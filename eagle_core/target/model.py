@@ -41,7 +41,7 @@ class TargetModel:
         self.device = next(model.parameters()).device
         self._model = model.eval().requires_grad_(requires_grad=False)
         self._decoder = _decoder_of(model, config, model_config.num_hidden_layers)
-        self._lm_head = _head_of(model, config)
+        self._lm_head = plain_head(model, config)
         if self.device.type != "meta":  # a model without values
             self._check_head()
 
@@ -217,7 +217,7 @@ def _decoder_of(model: nn.Module, config: TargetConfig, num_layers: int) -> nn.M
     return decoder
 
 
-def _head_of(model: nn.Module, config: TargetConfig) -> nn.Module:
+def plain_head(model: nn.Module, config: TargetConfig) -> nn.Module:
     """Return the head; ConfigError if its logits are not those of one plain matrix."""
     head = model.get_output_embeddings()  # type: ignore[operator]  # PreTrainedModel
     if head is None or getattr(head, "bias", None) is not None:

@@ -18,7 +18,7 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import require_ends
 from eagle_core.target.loading import rehearse_loading
-from eagle_core.target.model import TargetModel, cannot_roll_back
+from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config
 from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain
@@ -82,7 +82,9 @@ def check_target(
     _require_runnable(config, skeleton, text, rolls_back=rolls_back)
     require_ends(headers, folder)
     if runs_here or getattr(whole, "quantization_config", None) is None:
-        rehearse_loading(config, whole, skeleton, headers, folder)
+        rehearsed = rehearse_loading(config, whole, skeleton, headers, folder)
+        if rehearsed is not None:
+            plain_head(rehearsed, config)
     _check_tokens(config, folder, num_rows=text.vocab_size)
 
 
@@ -149,7 +151,10 @@ def _check_tokens(config: TargetConfig, folder: Path, *, num_rows: int) -> None:
 
     Some tokenizers have tokens for other members of the family: Gemma 3 1B's has one for images.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    with certain(config, f"the tokenizer in {folder} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
     beyond = {
         number: token for token, number in tokenizer.get_vocab().items() if number >= num_rows
     }

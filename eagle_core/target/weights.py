@@ -19,8 +19,8 @@ from eagle_core.safetensors_files import TensorHeader, read_headers, weight_file
 from eagle_core.target.config import TargetConfig
 
 PACKAGE_SCHEME = "package:"
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_UNWANTED = ["original/*", "consolidated*", "*/*.safetensors"]
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+SECOND_COPIES = ["original/*", "consolidated*", "*/*.safetensors"]
 """The same weights once more, for other programs: 14 GB beside gpt-oss-20b."""
 
 
@@ -77,8 +77,8 @@ def _from_hub(config: TargetConfig) -> Path:
             snapshot_download(
                 config.model,
                 revision=config.revision,
-                allow_patterns=_WANTED,
-                ignore_patterns=_UNWANTED,
+                allow_patterns=WANTED_FILES,
+                ignore_patterns=SECOND_COPIES,
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

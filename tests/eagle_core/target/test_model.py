@@ -150,6 +150,25 @@ def test_a_model_that_caps_its_logits_is_refused() -> None:
         small_target(config)
 
 
+def test_a_quantised_head_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"])
+    head = torch.nn.Linear(32, 90, bias=False)
+    head.weight = torch.nn.Parameter(
+        head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
+    )
+    model.set_output_embeddings(head)
+    with pytest.raises(ConfigError, match="target small: the head of LlamaForCausalLM is quanti"):
+        TargetModel(model, config=CONFIG, model_config=ARCHITECTURES["llama"])
+
+
+def test_a_token_without_an_embedding_is_named_before_it_is_looked_up() -> None:
+    target, _ = small_target(ARCHITECTURES["llama"])
+    sample = replace(tokenized([9])[0], location="facts.json, record 5")
+    sample.input_ids[3] = 90
+    with pytest.raises(ConfigError, match=r"record 5\) contains token 90, .* has 90 rows"):
+        list(capture_states(target, [sample]))
+
+
 @pytest.mark.parametrize("layers", [(3, 2, 5), (0, 1, 8), (-1, 2, 3), (2, 2, 5)])
 def test_aux_layers_that_cannot_be_are_named(layers: tuple[int, int, int]) -> None:
     config = CONFIG.model_copy(update={"aux_layers": layers})

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +38,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model import TargetModel
 from eagle_core.target.preflight import check_target, check_weights
+from eagle_core.target.weights import SECOND_COPIES, WANTED_FILES
 from tests import tiny
 
 SIZES: dict[str, Any] = {
@@ -157,6 +160,9 @@ def test_an_index_without_files_and_a_wrong_one_are_named(folder: Path) -> None:
     index.write_text("{cut")
     with pytest.raises(CorruptError, match=r"index\.json is no index of weights"):
         check_weights(target(folder))
+    index.unlink()
+    with pytest.raises(ConfigError, match=r"index\.json is missing; `hf download"):
+        check_weights(target(folder))
     index.write_text(json.dumps(document))
     for path in paths:
         path.unlink()
@@ -255,6 +261,55 @@ def test_tensors_for_other_purposes_are_let_through(folder: Path) -> None:
     change_config(folder, num_nextn_predict_layers=1)
     check_target(target(folder))
     TargetModel.load(target(folder))
+
+
+def test_second_copies_of_the_weights_are_neither_read_nor_downloaded(folder: Path) -> None:
+    copy = {"layers.0.attention.wq.weight": torch.zeros(4, 4)}
+    save_file(copy, folder / "consolidated.safetensors")
+    check_target(target(folder))
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
+    copies = [
+        "original/model.safetensors",
+        "original/params.json",
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "fp16/model.safetensors",
+        "metal/model.bin",
+    ]
+    chosen = filter_repo_objects(
+        [*wanted, *copies], allow_patterns=WANTED_FILES, ignore_patterns=SECOND_COPIES
+    )
+    assert list(chosen) == wanted
+
+
+CUSTOM_CODE = """
+from transformers import LlamaForCausalLM
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_a_model_that_brings_its_code_is_checked_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(modules, str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (folder / "modeling_own.py").write_text(CUSTOM_CODE)
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    config = target(folder, trust_remote_code=True)
+    check_target(config, rolls_back=True)
+    change_weights(folder, _drop_a_layer)
+    with pytest.raises(CorruptError, match=r"weights of OwnForCausalLM: no weights for"):
+        TargetModel.load(config)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{cut")
+    with pytest.raises(ConfigError, match=r"target odd: the tokenizer in .* cannot be loaded"):
+        check_target(target(folder))
 
 
 @pytest.mark.parametrize(
