@@ -1,23 +1,38 @@
-"""The safetensors files of a model folder: list them and load single tensors."""
+"""The safetensors files of a model folder: list them, read their headers, load single tensors."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 
 _INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_OF_SEVERAL = re.compile(r"-\d+-of-\d+$")
+_POINTER = b"version https://git-lfs"
+_LENGTH_BYTES = 8
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorHeader:
+    """What a file's header says of one tensor."""
+
+    dtype: str
+    """As safetensors names it, such as BF16."""
+    shape: tuple[int, ...]
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder, sorted by name."""
-    index = folder / _INDEX
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [folder / name for name in sorted(names)]
+    weight_map = _weight_map(folder)
+    if weight_map is not None:
+        return [folder / name for name in sorted(set(weight_map.values()))]
     try:
         return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     except FileNotFoundError:
@@ -28,9 +43,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Map every tensor name of a model folder to its file; an index avoids opening the files."""
-    index = folder / _INDEX
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    weight_map = _weight_map(folder)
+    if weight_map is not None:
         return {name: folder / file for name, file in weight_map.items()}
     found: dict[str, Path] = {}
     for path in weight_files(folder):
@@ -39,9 +53,82 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def only_tensor(names: Mapping[str, Path], suffix: str, folder: Path) -> str:
-    """Return the only tensor name that ends with `suffix`; ConfigError if none or several do."""
-    matches = [name for name in names if name.endswith(suffix)]
+def read_headers(folder: Path, *, remedy: str) -> dict[str, TensorHeader]:
+    """Return what the headers say of every tensor, by name; no weight is read.
+
+    Args:
+        folder: with the safetensors files, and perhaps an index.
+        remedy: how to get the files again, the end of every message.
+
+    Raises:
+        ConfigError: a file that the index names is missing, or cannot be read.
+        CorruptError: a file is empty, cut or a Git LFS pointer, or lacks a tensor of the index.
+
+    """
+    paths = _loaded_files(folder, remedy=remedy)
+    by_file = {path.name: read_header(path, remedy=remedy) for path in paths}
+    for name, file in (_weight_map(folder) or {}).items():
+        if name not in by_file[file]:
+            raise CorruptError(
+                f"{folder / _INDEX} places {name} in {file}, which does not hold it; delete both, "
+                f"then {remedy}"
+            )
+    return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
+
+
+def read_header(path: Path, *, remedy: str) -> dict[str, TensorHeader]:
+    """Return the tensors of one file by name, if the file is whole; see `read_headers`."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+            file.seek(_LENGTH_BYTES)
+            length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+            text = file.read(min(length, size))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing; {remedy}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}; check it, or {remedy}") from error
+    again = f"delete it, then {remedy}"
+    if not size:
+        raise CorruptError(f"{path} is empty; {again}")
+    if start == _POINTER:
+        raise CorruptError(
+            f"{path} is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull` in "
+            f"its folder, or {again}"
+        )
+    if size < _LENGTH_BYTES + length:
+        raise CorruptError(
+            f"{path} is cut or no safetensors file: it has {size:,} bytes and no whole header; "
+            f"{again}"
+        )
+    try:
+        entries = json.loads(text)
+        entries.pop(_METADATA, None)
+        expected = _LENGTH_BYTES + length
+        expected += max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {
+            name: TensorHeader(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path} is no safetensors file: {error!r}; {again}") from error
+    if size != expected:
+        raise CorruptError(
+            f"{path} is cut: it has {size:,} bytes, and its header says {expected:,}; {again}"
+            if size < expected
+            else f"{path} has {size:,} bytes, but its header says {expected:,}; {again}"
+        )
+    return tensors
+
+
+def only_tensor(names: Iterable[str], suffix: str, folder: Path) -> str:
+    """Return the only tensor name that ends with `suffix`, outside of the layers.
+
+    Layers that predict further tokens have an embedding and a head of their own. ConfigError if no
+    name or several do.
+    """
+    matches = [name for name in names if name.endswith(suffix) and ".layers." not in f".{name}"]
     if len(matches) != 1:
         raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
     return matches[0]
@@ -52,3 +139,29 @@ def load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
     with safe_open(files[name], framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
+
+
+def _loaded_files(folder: Path, *, remedy: str) -> list[Path]:
+    """Return the weight files that transformers reads, which ignores others beside them."""
+    paths = weight_files(folder)
+    if _weight_map(folder) is not None:
+        return paths
+    if folder / _SINGLE in paths:
+        return [folder / _SINGLE]
+    if any(_OF_SEVERAL.search(path.stem) for path in paths):
+        raise ConfigError(f"{folder / _INDEX} is missing; {remedy}")
+    return paths
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Return the file of every tensor, as the index has it; None without an index."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return None
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CorruptError(
+            f"{index} is no index of weights ({error!r}); download it again"
+        ) from error

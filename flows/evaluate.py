@@ -1,5 +1,6 @@
 """`evaluate`: acceptance on held-out prompts by real decoding, before and after training."""
 
+import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.model import DraftModel
+from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import PromptResult, summarise, summarise_by_category
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.decode_prompts import decode_prompts
@@ -16,8 +18,12 @@ from eagle_core.evaluation.estimate import AcceptanceEstimate
 from eagle_core.evaluation.prompt_file import read_prompts
 from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import read_model_config
+from eagle_core.target.positions import Positions
 from eagle_core.target.tokenizer import conversation_tokenizer
+from eagle_core.target.weights import locate
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import set_up_draft
 from flows.orchestration.artifact_key import artifact_key
@@ -30,8 +36,11 @@ from flows.reports import rows as report
 from flows.reports.run_page import acceptance_plot, write_run_page
 from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
+from flows.tasks.prepare import check_runnable
 from flows.tasks.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
+
+logger = logging.getLogger(__name__)
 
 
 @flow(
@@ -53,14 +62,15 @@ def evaluate_flow(
     is needed only for a run of an older version, without `run.json`.
 
     Raises:
-        ConfigError: the run has no checkpoint yet, no prompt is short enough, or a prompt file
-            holds no questions.
+        ConfigError: the run has no checkpoint yet, no prompt is short enough, a prompt file
+            holds no questions, or the target cannot be decoded speculatively.
         MismatchError: the run was trained for another target, tokenizer or template.
 
     """
     started = time.monotonic()
     trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
     run_path = trained.path
+    check_runnable(target, rolls_back=True)
     prompts = _prompts(trained, evaluation)
     setup = set_up_draft(target, trained.training, run_path)
     model = TargetModel.load(target)
@@ -68,6 +78,9 @@ def evaluate_flow(
     before = decode(setup.draft, title="untrained draft")
     step = trained.load_weights(setup).step
     after = decode(setup.draft, title="trained draft")
+    warning = inequality_warning(target, before, after)
+    if warning:
+        logger.warning("%s", warning)
     by_group = summarise_by_category(after, draft_tokens=evaluation.draft_tokens)
     summary = EvaluateSummary(
         evaluation=evaluation,
@@ -76,6 +89,7 @@ def evaluate_flow(
         trained=summarise(after, draft_tokens=evaluation.draft_tokens),
         trained_by_group=by_group if len(by_group) > 1 else {},
         estimate=_estimate(run_path, step),
+        warning=warning,
         seconds=time.monotonic() - started,
     )
     publish_plot(
@@ -96,6 +110,46 @@ def evaluate_flow(
 
 
 def _prompts(trained: TrainedRun, evaluation: EvaluationConfig) -> list[Prompt]:
+    """Return the prompts that leave room for their answers.
+
+    Raises:
+        ConfigError: none does, or one has a token that the target has no embedding for.
+
+    """
+    model_config = read_model_config(trained.target, locate(trained.target))
+    prompts = _prompts_up_to(trained, evaluation)
+    for prompt in prompts:
+        require_embedded(
+            prompt.input_ids, model_config.vocab_size, trained.target, where="a prompt"
+        )
+    new_tokens = evaluation.max_new_tokens + evaluation.draft_tokens
+    num_long, room = num_beyond(prompts, Positions.of(model_config), new_tokens)
+    if not num_long:
+        return prompts
+    shorter = evaluation.model_copy(update={"max_prompt_tokens": max(room, 0)})
+    fitting = _prompts_up_to(trained, shorter)
+    what = (
+        f"{num_long} of {len(prompts)} prompts leave no room for {evaluation.max_new_tokens} new "
+        f"tokens in the positions of target {trained.target.name}"
+    )
+    if not fitting:
+        raise ConfigError(f"{what}, and no other is shorter; lower evaluation.max_new_tokens")
+    logger.warning("%s: prompts of more than %d tokens are skipped", what, room)
+    return fitting
+
+
+def num_beyond(prompts: Sequence[Prompt], positions: Positions, new_tokens: int) -> tuple[int, int]:
+    """Return how many prompts leave no room for `new_tokens`, and how long the others may be.
+
+    Scaled positions are no limit.
+    """
+    if positions.limit is None or positions.is_scaled:
+        return 0, 0
+    room = positions.limit - new_tokens
+    return sum(len(prompt.input_ids) > room for prompt in prompts), room
+
+
+def _prompts_up_to(trained: TrainedRun, evaluation: EvaluationConfig) -> list[Prompt]:
     if evaluation.prompts is None:
         return sample_prompts(
             trained.held_out(),
@@ -132,6 +186,24 @@ class _Decoder:
                     on_progress=lambda progress: bar.move_to(progress.num_done),
                 )
             )
+
+
+def inequality_warning(target: TargetConfig, *decoded: Sequence[PromptResult]) -> str:
+    """Return a warning if greedy texts differ from plain decoding though float32 rounds too little.
+
+    Empty in bfloat16, where rounding alone makes texts differ, and if all compared texts are equal.
+    """
+    results = [result for results in decoded for result in results if result.plain is not None]
+    compared = [result for result in results if not result.sampled]
+    num_unequal = sum(not result.matches_plain for result in compared)
+    if target.dtype != "float32" or not num_unequal:
+        return ""
+    margins = [result.mismatch_margin or 0.0 for result in compared]
+    return (
+        f"{num_unequal} of {len(compared)} speculative texts of target {target.name} differ from "
+        f"plain decoding (logits up to {max(margins):.1e} apart), though in float32 only ties of "
+        "about 1e-4 may: do not rely on these figures; use `eyas run estimate RECIPE`"
+    )
 
 
 def _estimate(run_path: Path, step: int) -> AcceptanceEstimate | None:

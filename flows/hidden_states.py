@@ -1,6 +1,7 @@
 """`hidden-states`: conversations in, a snapshot of the store out; computes only what is missing."""
 
 import time
+from typing import Literal
 
 from prefect import flow
 
@@ -43,6 +44,7 @@ def hidden_states(
     A retry, from the Prefect UI or as a new run, computes only shards without a commit record.
 
     Raises:
+        ConfigError: the target cannot be run, such as for its architecture; nothing was tokenised.
         DoesNotFitError: there is no room for the missing shards; none was computed.
         MismatchError: the store was made with another target, template or layers.
         CorruptError: more samples have non-finite states than may be excluded.
@@ -50,7 +52,8 @@ def hidden_states(
 
     """
     started = time.monotonic()
-    space, tokens = prepare(target, dataset, home)
+    place: Literal["here", "on workers"] = "here" if runner.kind == "processes" else "on workers"
+    space, tokens = prepare(target, dataset, home, capture=place)
     root = store_root(store, space)
     preflight(target, store, tokens, root)
     opened = Store.create(root, store_identity(target, store, tokens))

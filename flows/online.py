@@ -40,7 +40,12 @@ from flows.reports.run_record import StorageSize, write_settings
 from flows.reports.table import print_table
 from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
 from flows.tasks.preflight import preflight
-from flows.tasks.prepare import prepare, prepare_weights, tokens_of_run
+from flows.tasks.prepare import (
+    check_runnable,
+    prepare,
+    prepare_weights,
+    tokens_of_run,
+)
 from flows.tasks.run_training import run_training, warn_of_another_length
 from flows.tasks.training_data import own_dataset, was_replaced
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
@@ -108,6 +113,7 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
     target, training, run_path = config.target, config.training, space.run_path(run)
     prepare_weights(target)
     begun = begun_run(run_path)
+    check_runnable(target, max_length=None if begun else config.dataset.max_length)
     known = begun.record if begun else None
     given = config.dataset
     if begun:  # the data set is not read again

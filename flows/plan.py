@@ -28,10 +28,11 @@ def plan(
     """Estimate what `hidden-states` would compute and what it would cost; compute nothing.
 
     Raises:
+        ConfigError: the target cannot be run, such as for its architecture.
         DoesNotFitError: the disk or `store.budget` is too small; states by how much, and remedies.
 
     """
-    space, tokens = prepare(target, dataset, home)
+    space, tokens = prepare(target, dataset, home, capture="here")
     estimate = estimate_cost(target, store, tokens, store_root(store, space))
     rows = cost_rows(estimate)
     title = f"Plan: {target.name} on {dataset.name}"

@@ -36,7 +36,7 @@ from flows.orchestration.run_name import run_name
 from flows.orchestration.stage_report import report_stage
 from flows.reports.table import Row
 from flows.summaries import DatasetSummary
-from flows.tasks.prepare import prepare_dataset
+from flows.tasks.prepare import check_runnable, prepare_dataset, prepare_weights
 from flows.workspace import DEFAULT_HOME, Workspace
 
 _RETRY_SECONDS = (30, 300)
@@ -99,6 +99,9 @@ def regenerate_flow(
     name = regeneration.name or f"{dataset.name}-by-{target.name}"
     source = Workspace.at(home, target=target.name, dataset=dataset.name)
     space = Workspace.at(home, target=target.name, dataset=name)
+    if regeneration.base_url is None:  # else a server has the weights
+        prepare_weights(target)
+        check_runnable(target)
     questions = prepare_dataset(dataset, source, questions_suffice=True)
     done = answer_all(target, regeneration, questions, space)
     summary = _summary(done, space, seconds=time.monotonic() - started)

@@ -21,7 +21,7 @@ from flows.reports.store_tables import repair_rows
 from flows.summaries import TokensSummary
 from flows.tasks.find_damage import find_damage, probe_recompute
 from flows.tasks.make_shards import make_shards
-from flows.tasks.prepare import prepare
+from flows.tasks.prepare import check_runnable, prepare, prepare_weights
 from flows.tasks.publish import publish
 from flows.workers.shard_batch import ShardPlan
 from flows.workspace import DEFAULT_HOME
@@ -56,6 +56,8 @@ def repair_flow(
 
     """
     started = time.monotonic()
+    prepare_weights(target)
+    check_runnable(target, runs_here=runner.kind == "processes")
     space, tokens = prepare(target, dataset, home)
     root = store_root(store, space)
     Store.open(root)  # a clear error without a store, instead of a new empty one

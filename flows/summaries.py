@@ -114,6 +114,8 @@ class EvaluateSummary:
     estimate: AcceptanceEstimate | None
     """Estimate from stored states for the same checkpoint; None if there is none."""
     seconds: float
+    warning: str = ""
+    """Why the figures are not to be relied on; empty if they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

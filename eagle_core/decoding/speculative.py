@@ -52,7 +52,8 @@ def generate_speculative_batch(
     """Decode several prompts in one batch, each with its own chains.
 
     Raises:
-        ConfigError: a prompt is empty, or the target cannot decode several prompts at once.
+        ConfigError: a prompt is empty, the target cannot decode several prompts at once, or its
+            cache cannot drop rejected tokens.
 
     """
     batch = _Batch(target, prompts, config, stop_ids)
@@ -62,6 +63,7 @@ def generate_speculative_batch(
         generators=[text.generator for text in batch.active] if config.temperature else (),
     )
     aux = batch.prefill()
+    batch.require_rollback()
     next_ids = [
         (*prompt[1:], text.tokens[-1]) for prompt, text in zip(prompts, batch.active, strict=True)
     ]
@@ -146,6 +148,10 @@ class _Batch(Generic[CacheT]):
         self._append_target_token(logits)
         self._prefill_seconds = time.perf_counter() - self._started
         return aux
+
+    def require_rollback(self) -> None:
+        """Raise ConfigError if rejected tokens would leave traces in the cache."""
+        self._cache.require_croppable()
 
     def drop_ended(self) -> list[int]:
         """Drop the finished texts; return the former rows of the others."""

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from eagle_core.errors import ConfigError
+from eagle_core.target.model import cannot_roll_back
+
 _RECORD_PAST = "activate_past_recording"
+_IS_CROPPABLE = "is_croppable"
+"""False before the first token: only then a layer has a recurrent state, or none."""
 
 
 class CroppableCache(Protocol):
@@ -85,6 +90,11 @@ class TargetCache(Generic[CacheT]):
             getattr(self._past, _RECORD_PAST)()
         self._valid_mask, self._lengths = valid_mask, self._lengths + counts
         return last, aux
+
+    def require_croppable(self) -> None:
+        """Raise ConfigError if the cache, which holds tokens, cannot drop the newest ones."""
+        if not getattr(self._past, _IS_CROPPABLE, True):
+            raise ConfigError(cannot_roll_back("this target"))
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Drop the newest `counts` tokens of the texts."""

@@ -16,6 +16,7 @@ from eagle_core.bfloat16 import to_bfloat16_bits
 from eagle_core.errors import CorruptError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.model import TargetModel
 
 OnUnusable = Callable[[TokenizedSample, str], None]
@@ -42,6 +43,7 @@ def capture_states(
 
     Raises:
         CorruptError: there is such a sample and no `on_unusable`; names the sample and the state.
+        ConfigError: a sample has a token that the target has no embedding for.
 
     """
     batches: Iterable[Sequence[TokenizedSample]] = (
@@ -56,11 +58,15 @@ def capture_states(
 
 
 def _refuse(config: TargetConfig, sample: TokenizedSample, reason: str) -> NoReturn:
-    where = f" ({sample.location})" if sample.location else ""
     raise CorruptError(
-        f"target {config.name}: sample {sample.sample_id}{where}: {reason}; check the weights, try "
+        f"target {config.name}: {_where(sample)}: {reason}; check the weights, try "
         "dtype float32, or remove this record from the data set"
     )
+
+
+def _where(sample: TokenizedSample) -> str:
+    location = f" ({sample.location})" if sample.location else ""
+    return f"sample {sample.sample_id}{location}"
 
 
 @torch.inference_mode()
@@ -75,6 +81,9 @@ def _capture_batch(
     ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
     for row, sample in enumerate(batch):
         ids[row, : len(sample)] = sample.input_ids
+        require_embedded(
+            sample.input_ids, target.model_config.vocab_size, target.config, where=_where(sample)
+        )
     last, aux = target.run(
         torch.from_numpy(ids).to(target.device), use_cache=False, round_late=round_late
     )

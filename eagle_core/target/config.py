@@ -7,6 +7,8 @@ from pydantic import Field
 from eagle_core.config_model import ConfigModel
 from eagle_core.tokenization.config import TemplateConfig
 
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
 
 class TargetConfig(ConfigModel):
     """The frozen model whose hidden states the draft model learns from."""
@@ -30,7 +32,7 @@ class TargetConfig(ConfigModel):
     device: str = Field(
         default="auto", description="auto (CUDA if available), cpu, cuda or cuda:N."
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+    attention: Attention = Field(
         default="sdpa", description="Attention kernel family; part of the target's fingerprint."
     )
     aux_layers: tuple[int, int, int] | None = Field(

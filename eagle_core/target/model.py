@@ -12,21 +12,20 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    PretrainedConfig,
-)
+from transformers import DynamicCache, PretrainedConfig
 
-from eagle_core.bfloat16 import DTYPES
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.loading import load_model
 from eagle_core.target.model_config import (
     aux_layers,
     read_model_config,
     resolve_device,
 )
+from eagle_core.target.skeleton import certain
+
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class TargetModel:
@@ -40,28 +39,27 @@ class TargetModel:
         self.aux_layers = aux_layers(config, model_config.num_hidden_layers)
         self.device = next(model.parameters()).device
         self._model = model.eval().requires_grad_(requires_grad=False)
-        self._decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # PreTrainedModel
-        self._lm_head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        self._check_head()
+        self._decoder = _decoder_of(model, config, model_config.num_hidden_layers)
+        self._lm_head = plain_head(model, config)
+        if self.device.type != "meta":  # a model without values
+            self._check_head()
 
     @classmethod
     def load(cls, config: TargetConfig) -> "TargetModel":
         """Load the target's weights onto its device.
 
         Raises:
-            ConfigError: weights missing, or logits that are not `lm_head(last)`.
+            ConfigError: no weights, an architecture that is not supported, or logits that are not
+                `lm_head(last)`.
+            CorruptError: weights are missing, left over, or of another shape; names them.
 
         """
         folder = weights.locate(config)
         model_config = read_model_config(config, folder)  # fails before minutes of loading
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = load_model(config, folder)
         nn.Module.to(model, resolve_device(config.device))
-        return cls(model, config=config, model_config=model_config)
+        with certain(config, f"{type(model).__name__} cannot be run"):
+            return cls(model, config=config, model_config=model_config)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -85,6 +83,13 @@ class TargetModel:
             getattr(layer, "is_sliding", False)
             for layer in DynamicCache(config=self.model_config).layers
         )
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether the cache can drop tokens again; not with layers that keep a recurrent state."""
+        ids = torch.ones(1, 4, dtype=torch.int64, device=self.device)
+        _, _, cache = self.forward_cached(ids, None)
+        return cache.is_croppable
 
     @torch.inference_mode()
     def forward_cached(
@@ -177,3 +182,47 @@ class TargetModel:
                 f"target {self.config.name}: its logits are not lm_head(last hidden state) (logit "
                 "soft-capping or scaling?); this architecture is not supported yet"
             )
+
+
+def cannot_roll_back(what: str) -> str:
+    """Return why `what` is not decoded speculatively, and what to do instead."""
+    return (
+        f"{what} keeps a recurrent state in its cache, which cannot drop rejected tokens: "
+        "speculative decoding would give other texts than plain decoding. Use `eyas run estimate "
+        "RECIPE`, which measures acceptance from stored states"
+    )
+
+
+def _decoder_of(model: nn.Module, config: TargetConfig, num_layers: int) -> nn.Module:
+    """Return the stack of decoder layers; ConfigError if the architecture keeps them elsewhere."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder else None
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(decoder, nn.Module) or not isinstance(layers, nn.ModuleList):
+        raise ConfigError(
+            f"target {config.name}: {type(model).__name__} is not supported: expected a decoder "
+            f"with a list `layers`, found {type(decoder).__name__}; choose another target"
+        )
+    if len(layers) != num_layers:
+        raise ConfigError(
+            f"target {config.name}: {type(decoder).__name__} has {len(layers)} layers, but its "
+            f"num_hidden_layers is {num_layers}; this architecture is not supported"
+        )
+    return decoder
+
+
+def plain_head(model: nn.Module, config: TargetConfig) -> nn.Module:
+    """Return the head; ConfigError if its logits are not those of one plain matrix."""
+    head = model.get_output_embeddings()  # type: ignore[operator]  # PreTrainedModel
+    if head is None or getattr(head, "bias", None) is not None:
+        what = "no head" if head is None else "a head with a bias"
+        raise ConfigError(
+            f"target {config.name}: {type(model).__name__} has {what}, but training needs logits "
+            "that are lm_head(last hidden state); this architecture is not supported yet"
+        )
+    if not isinstance(head, nn.Module) or head.weight.dtype not in _PLAIN_DTYPES:
+        raise ConfigError(
+            f"target {config.name}: the head of {type(model).__name__} is quantized; use weights "
+            "whose lm_head is not"
+        )
+    return head

@@ -39,11 +39,11 @@ def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
         ConfigError: transformers rejects it; the message includes its reason.
 
     """
-    text_config: PretrainedConfig = _whole_config(config, folder).get_text_config()
+    text_config: PretrainedConfig = read_whole_config(config, folder).get_text_config()
     return text_config
 
 
-def _whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
+def read_whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
     try:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code

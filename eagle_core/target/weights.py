@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.errors import ConfigError
-from eagle_core.safetensors_files import load_tensor, only_tensor, tensor_files, weight_files
+from eagle_core.safetensors_files import TensorHeader, read_headers, weight_files
 from eagle_core.target.config import TargetConfig
 
 PACKAGE_SCHEME = "package:"
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+SECOND_COPIES = ["original/*", "consolidated*", "*/*.safetensors"]
+"""The same weights once more, for other programs: 14 GB beside gpt-oss-20b."""
 
 
 def cache_path() -> Path:
@@ -52,13 +54,31 @@ def locate(config: TargetConfig) -> Path:
     return _from_hub(config)
 
 
+def read_weight_headers(config: TargetConfig, folder: Path) -> dict[str, TensorHeader]:
+    """Return what the weight files of a located target hold, by tensor name; reads no weight.
+
+    Raises:
+        ConfigError: a weight file is missing.
+        CorruptError: one is empty, cut or a Git LFS pointer; names it and the download.
+
+    """
+    remedy = f"`hf download ORG/MODEL --local-dir {folder}`"
+    if config.model.startswith(PACKAGE_SCHEME):
+        remedy = f"delete {folder}, which is then converted again"
+    elif folder != Path(config.model).expanduser():  # of the hub's cache
+        revision = f" --revision {config.revision}" if config.revision else ""
+        remedy = f"`hf download {config.model}{revision} --force-download`"
+    return read_headers(folder, remedy=remedy)
+
+
 def _from_hub(config: TargetConfig) -> Path:
     try:
         return Path(
             snapshot_download(
                 config.model,
                 revision=config.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                allow_patterns=WANTED_FILES,
+                ignore_patterns=SECOND_COPIES,
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -113,16 +133,3 @@ def weight_digests(folder: Path) -> dict[str, str]:
     return {
         path.name: file_digest(path) for path in [folder / "config.json", *weight_files(folder)]
     }
-
-
-def load_ends(folder: Path, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (input embedding [V, H], lm_head [V, H]) without loading the layers between them.
-
-    Offline training needs nothing else of the target. Tied models return the same tensor twice.
-    """
-    names = tensor_files(folder)
-    embedding_name = only_tensor(names, "embed_tokens.weight", folder)
-    embedding = load_tensor(names, embedding_name).to(dtype)
-    if not any(name.endswith("lm_head.weight") for name in names):
-        return embedding, embedding
-    return embedding, load_tensor(names, only_tensor(names, "lm_head.weight", folder)).to(dtype)

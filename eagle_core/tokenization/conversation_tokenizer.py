@@ -162,6 +162,10 @@ class ConversationTokenizer:
         """
         return tuple(sorted({*self._control_ids, *self.stop_ids}))
 
+    def token(self, number: int) -> str:
+        """Return the token of an id."""
+        return str(self._backend.id_to_token(number))
+
     def decode(self, ids: NDArray[np.int32]) -> str:
         """Return the text of `ids`, special tokens included."""
         return str(self._backend.decode(ids.tolist(), skip_special_tokens=False))

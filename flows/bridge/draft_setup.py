@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.importing import read_draft, warm_start
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary, count_supervised_tokens
-from eagle_core.errors import MismatchError
+from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
@@ -43,7 +45,7 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
     folder = weights.locate(target)
     model_config = read_model_config(target, folder)
     device = resolve_device(target.device)
-    embedding, lm_head = weights.load_ends(folder, dtype=torch.float32)
+    embedding, lm_head = load_ends(folder, dtype=torch.float32)
     vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
     config = DraftConfig.from_target(
         model_config,
@@ -60,6 +62,19 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
             draft, Path(training.start_from), aux_layers(target, model_config.num_hidden_layers)
         )
     return DraftSetup(run_path=run_path, draft=draft.to(device), target_lm_head=lm_head.to(device))
+
+
+def require_draft_sizes(target: TargetConfig) -> None:
+    """Raise ConfigError unless the sizes of a draft follow from the target's configuration."""
+    model_config = read_model_config(target, weights.locate(target))
+    try:
+        DraftConfig.from_target(model_config, draft_vocab_size=model_config.vocab_size)
+    except (AttributeError, TypeError, ValidationError) as error:
+        raise ConfigError(
+            f"target {target.name}: no draft can be made for a {model_config.model_type} model, "
+            f"whose configuration lacks a size of the draft: {' '.join(str(error).split())}; "
+            "choose another target"
+        ) from error
 
 
 def load_trained(setup: DraftSetup) -> DraftModel:

@@ -133,6 +133,8 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     if found is not None:
         shares = _series(found.acceptance_by_depth, "{:.0%}")
         rows.append(("acceptance by depth, estimated", shares))
+    if summary.warning:
+        rows.insert(0, ("warning", summary.warning))
     return [*rows, *_speed_rows(summary), ("seconds", f"{summary.seconds:.1f}")]
 
 

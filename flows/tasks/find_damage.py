@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import load_ends
 from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
 from eagle_core.target.model_config import resolve_device
 from flows.bridge.recompute import TargetRecompute, load_recompute_model
@@ -28,7 +29,7 @@ def probe_recompute(target: TargetConfig, store: Store) -> Recompute:
         store.identity, target_fields=fields, target_fingerprint=fingerprint(fields)
     )
     store.identity.require_equal(expected, where=f"the store at {store.root.url}")
-    _, lm_head = weights.load_ends(folder, dtype=torch.float32)
+    _, lm_head = load_ends(folder, dtype=torch.float32)
     device = resolve_device(target.device)
     return TargetRecompute(lm_head.to(device), load_recompute_model(target, store.identity))
 

@@ -37,8 +37,10 @@ EVERY_BATCH_MEETS = (
     storage.errors.TransientError,
 )
 """Faults of the machine, its settings or the store; bad samples affect only one batch."""
+CERTAIN = (ChildFailedError, eagle_core.errors.ConfigError, storage.errors.ConfigError)
+"""Of these, one before any batch has succeeded ends the run: each costs a loading of the target."""
 FAILURES_AT_FIRST = 3
-"""This many of these before any batch has succeeded end the run: the others would fail too."""
+"""This many of the others, before any batch has succeeded, end it too."""
 EQUAL_FAILURES = 3
 """This many of one kind and message end the run, even if some batches have succeeded."""
 _DIGITS = re.compile(r"\d+")
@@ -127,6 +129,8 @@ class _Failures:
         if error is None:
             return False
         if isinstance(error, storage.errors.OutOfSpaceError):
+            return True
+        if isinstance(error, CERTAIN) and not has_made_some:
             return True
         self._num_at_first += isinstance(error, EVERY_BATCH_MEETS) and not has_made_some
         kind = type(error), _DIGITS.sub("0", str(error).partition("\n")[0])

@@ -13,7 +13,8 @@ from eagle_core.data.build import load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.dataset import dataset_flow
-from flows.tasks.prepare import prepare_dataset, tokenize
+from flows.tasks.prepare import prepare_dataset
+from flows.tasks.tokenize import tokenize
 from flows.workspace import Workspace
 from tests import tiny
 

@@ -7,6 +7,11 @@ from pathlib import Path
 from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.evaluation.acceptance import PromptResult, summarise
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.prompts import Prompt
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.positions import Positions
+from flows.evaluate import inequality_warning, num_beyond
+from flows.reports.rows import evaluate_rows
 from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
 
@@ -34,3 +39,44 @@ def test_the_result_is_strict_json_where_a_depth_was_never_reached(tmp_path: Pat
     assert found.trained.acceptance_by_depth[0] == 0
     assert all(map(math.isnan, found.trained.acceptance_by_depth[1:]))
     assert found.trained.plain_tokens_per_second is None
+
+
+def _result(plain: tuple[int, ...], *, margin: float | None = None) -> PromptResult:
+    missed = VerificationRound(verified=3, accepted=0, gained=1)
+    traces = [
+        GenerationTrace(tokens=tokens, rounds=(missed,), seconds=1.0, prefill_seconds=0.1)
+        for tokens in ((1, 2), plain)
+    ]
+    return PromptResult(speculative=traces[0], plain=traces[1], mismatch_margin=margin)
+
+
+def test_texts_that_differ_in_float32_are_no_figure_without_a_warning(target: TargetConfig) -> None:
+    equal, other = _result((1, 2)), _result((1, 3), margin=0.25)
+    assert inequality_warning(target, [equal], [equal]) == ""
+    found = inequality_warning(target, [equal, equal], [equal, other])
+    assert found.startswith("1 of 4 speculative texts of target tiny differ")
+    assert "2.5e-01 apart" in found
+    assert "eyas run estimate" in found
+    half = target.model_copy(update={"dtype": "bfloat16"})
+    assert inequality_warning(half, [other]) == ""
+    report = summarise([other], draft_tokens=3)
+    summary = EvaluateSummary(
+        evaluation=EvaluationConfig(),
+        checkpoint_step=3,
+        untrained=report,
+        trained=report,
+        trained_by_group={},
+        estimate=None,
+        seconds=1.0,
+        warning=found,
+    )
+    assert evaluate_rows(summary)[0] == ("warning", found)
+
+
+def test_prompts_leave_room_for_their_answers() -> None:
+    prompts = [Prompt(input_ids=(1,) * length) for length in (10, 60, 61, 128)]
+    short = Positions(limit=128, is_scaled=False)
+    assert num_beyond(prompts, short, 68) == (2, 60)
+    assert num_beyond(prompts, short, 0) == (0, 128)
+    assert num_beyond(prompts, Positions(limit=128, is_scaled=True), 68) == (0, 0)
+    assert num_beyond(prompts, Positions(limit=None, is_scaled=False), 68) == (0, 0)

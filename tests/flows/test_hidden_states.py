@@ -30,7 +30,8 @@ from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.orchestration.artifact_key import artifact_key
 from flows.tasks.plan_shards import plan_missing_shards
-from flows.tasks.prepare import prepare_dataset, tokenize
+from flows.tasks.prepare import prepare_dataset
+from flows.tasks.tokenize import tokenize
 from flows.train import train_flow
 from flows.workers.channel import Channel
 from flows.workers.shard_batch import ShardBatch, ShardReport
@@ -158,7 +159,9 @@ def test_training_takes_the_states_of_its_own_data_set(
     made = {}
     for name, first in (("ours", 0), ("theirs", 40)):
         source = tiny.write_conversations(tmp_path / f"{name}.json", 30, first=first)
-        dataset = DatasetConfig(name=name, source=str(source), held_out_fraction=0.2)
+        dataset = DatasetConfig(
+            name=name, source=str(source), held_out_fraction=0.2, max_length=256
+        )
         made[name] = (
             hidden_states(target=target, dataset=dataset, store=shared, home=str(tmp_path)),
             dataset,
@@ -178,12 +181,12 @@ def test_training_takes_the_states_of_its_own_data_set(
         train_flow(target=target, dataset=dataset, store=shared, training=other, home=str(tmp_path))
     assert (trained.run_path / "settings.json").read_text() == settings  # the refused are nobody's
     source = tiny.write_conversations(tmp_path / "new.json", 30, first=80)
-    new = DatasetConfig(name="new", source=str(source), held_out_fraction=0.2)
+    new = DatasetConfig(name="new", source=str(source), held_out_fraction=0.2, max_length=256)
     with pytest.raises(ConfigError, match="holds 0 of 30 samples of data set new; run hidden-st"):
         train_flow(target=target, dataset=new, store=shared, training=training, home=str(tmp_path))
 
 
-def test_what_every_batch_meets_is_met_three_times(
+def test_what_every_batch_meets_for_certain_is_met_once(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundred loads of the target onto a GPU that is too small for it help nobody; a batch that
@@ -201,8 +204,8 @@ def test_what_every_batch_meets_is_met_three_times(
         hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
     (plan,) = Store.open(str(root)).plans.all()
     assert len(plan.shards) > 8
-    first = sum(shard.num_tokens for shard in plan.shards[:3])
-    assert first <= sum(computed) < first + sum(s.num_tokens for s in plan.shards[3:6])
+    sizes = [shard.num_tokens for shard in plan.shards]
+    assert sizes[0] <= sum(computed) < sum(sizes[:4])  # the next ones are ended, not awaited
 
 
 def test_new_conversations_alone_are_computed(
@@ -326,7 +329,7 @@ def test_truncated_data_file_names_the_offset_and_leaves_nothing(
     whole = tiny.write_conversations(tmp_path / "whole.json", 5).read_bytes()
     cut = tmp_path / "cut.json"
     cut.write_bytes(whole[: len(whole) - 40])
-    dataset = DatasetConfig(name="cut", source=str(cut))
+    dataset = DatasetConfig(name="cut", source=str(cut), max_length=256)
     with pytest.raises(Exception, match=r"cut\.json.*byte \d+, 4 whole records.*accept_truncated"):
         hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path / "home"))
     left = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]

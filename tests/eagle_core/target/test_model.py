@@ -25,6 +25,7 @@ from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target import weights
 from eagle_core.target.capture import batches_by_length, capture_states
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import load_ends
 from eagle_core.target.fingerprint import fingerprint_fields
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import aux_layers
@@ -149,6 +150,25 @@ def test_a_model_that_caps_its_logits_is_refused() -> None:
         small_target(config)
 
 
+def test_a_quantised_head_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"])
+    head = torch.nn.Linear(32, 90, bias=False)
+    head.weight = torch.nn.Parameter(
+        head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
+    )
+    model.set_output_embeddings(head)
+    with pytest.raises(ConfigError, match="target small: the head of LlamaForCausalLM is quanti"):
+        TargetModel(model, config=CONFIG, model_config=ARCHITECTURES["llama"])
+
+
+def test_a_token_without_an_embedding_is_named_before_it_is_looked_up() -> None:
+    target, _ = small_target(ARCHITECTURES["llama"])
+    sample = replace(tokenized([9])[0], location="facts.json, record 5")
+    sample.input_ids[3] = 90
+    with pytest.raises(ConfigError, match=r"record 5\) contains token 90, .* has 90 rows"):
+        list(capture_states(target, [sample]))
+
+
 @pytest.mark.parametrize("layers", [(3, 2, 5), (0, 1, 8), (-1, 2, 3), (2, 2, 5)])
 def test_aux_layers_that_cannot_be_are_named(layers: tuple[int, int, int]) -> None:
     config = CONFIG.model_copy(update={"aux_layers": layers})
@@ -184,7 +204,7 @@ def test_the_fingerprint_sees_one_changed_weight(tiny_target_path: Path, tmp_pat
 
 
 def test_ends_are_loaded_without_the_layers(tiny_target_path: Path) -> None:
-    embedding, head = weights.load_ends(tiny_target_path, dtype=torch.float32)
+    embedding, head = load_ends(tiny_target_path, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tiny_target_path, dtype=torch.float32)
     assert torch.equal(embedding, model.get_input_embeddings().weight)
     assert torch.equal(head, model.get_output_embeddings().weight)

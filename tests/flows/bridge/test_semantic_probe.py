@@ -11,6 +11,7 @@ import torch
 
 from eagle_core.bfloat16 import to_bfloat16_bits
 from eagle_core.data.config import DatasetConfig
+from eagle_core.errors import ConfigError
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
@@ -153,15 +154,14 @@ def test_training_refuses_a_store_that_does_not_say_what_the_target_said(
     assert not list((tmp_path / "runs").rglob("*checkpoint*"))
 
 
-def test_a_head_with_a_bias_costs_one_shard_and_is_named(
+def test_a_head_with_a_bias_is_refused_before_anything_is_tokenised(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
 ) -> None:
     folder = write_biased_target(tmp_path / "biased")
     biased = target.model_copy(update={"model": str(folder)})
-    with pytest.raises(ShardCorruptError, match="a head with a bias"):
+    with pytest.raises(ConfigError, match="a head with a bias"):
         hidden_states(target=biased, dataset=dataset, store=store, home=str(tmp_path))
-    (root,) = (tmp_path / "stores").iterdir()
-    assert not Store.open(str(root)).shard_ids()
+    assert not list(tmp_path.rglob("*.arrow"))
 
 
 class _RemadeAs:

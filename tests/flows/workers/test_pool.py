@@ -263,6 +263,24 @@ def test_equal_failures_end_a_run_though_others_succeeded(
     assert ends.index(True) + 1 == ends_at if ends_at else not any(ends)
 
 
+@pytest.mark.parametrize(
+    ("error", "ends_at"),
+    [
+        (ChildFailedError("the process of shards 0-0 failed: builtins.TypeError"), 1),
+        (ConfigError("target tiny: no such layer"), 1),
+        (storage.errors.ConfigError("no such block"), 1),
+        (ChildKilledError("killed"), 3),
+        (storage.errors.TransientError("busy"), 3),
+    ],
+)
+def test_what_fails_for_certain_is_not_tried_again_with_other_shards(
+    error: Exception, ends_at: int
+) -> None:
+    failures = _Failures()
+    ends = [failures.end_the_run(error, has_made_some=False) for _ in range(3)]
+    assert ends.index(True) + 1 == ends_at
+
+
 def test_ranks_answer_through_one_channel_and_long_lines_stay_whole() -> None:
     request = Talk(pauses=(0.0,) * 50, padding="x" * 20_000)
     lines = list(

@@ -1,0 +1,177 @@
+"""Check a target in seconds, before anything is tokenised: nothing that fails later for certain.
+
+Reads config.json, the index, the headers of the weight files and the tokenizer, and builds the
+model without weights. It refuses by name what cannot work, and never reads a weight.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig
+
+from eagle_core.data.conversation import Message
+from eagle_core.data.ledger import RejectedRecord
+from eagle_core.errors import ConfigError
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import require_ends
+from eagle_core.target.loading import rehearse_loading
+from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
+from eagle_core.target.model_config import aux_layers, read_whole_config
+from eagle_core.target.positions import Positions
+from eagle_core.target.skeleton import build_skeleton, certain
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings that make logits other than lm_head(last), unless they are absent or 1."""
+_NUM_IDS = 4
+
+logger = logging.getLogger(__name__)
+
+
+def check_weights(config: TargetConfig) -> Path:
+    """Return the target's folder if its weight files are whole.
+
+    Raises:
+        ConfigError: a file is missing.
+        CorruptError: a file is empty, cut or a Git LFS pointer.
+
+    """
+    folder = weights.locate(config)
+    weights.read_weight_headers(config, folder)
+    return folder
+
+
+def check_target(
+    config: TargetConfig,
+    *,
+    max_length: int | None = None,
+    runs_here: bool = True,
+    rolls_back: bool = False,
+) -> None:
+    """Raise unless the target can be loaded, and gives states that mean something.
+
+    Args:
+        config: the target.
+        max_length: tokens of the longest sample; None if no sample is captured.
+        runs_here: whether the target runs in this environment; elsewhere, other attention kernels
+            and quantisation packages may be installed.
+        rolls_back: whether decoding drops tokens from its cache again.
+
+    Raises:
+        ConfigError: an unsupported architecture, attention kernel or quantisation, too few
+            positions, or a tokenizer with tokens that have no embedding.
+        CorruptError: weights are missing, left over, cut, or of another shape; names them.
+
+    """
+    folder = weights.locate(config)
+    headers = weights.read_weight_headers(config, folder)
+    whole = read_whole_config(config, folder)
+    text: PretrainedConfig = whole.get_text_config()
+    if max_length is not None:
+        Positions.of(text).require(max_length, config, setting="dataset.max_length")
+    _require_plain_logits(config, text)
+    if not runs_here:
+        config = config.model_copy(update={"attention": "eager"})
+    skeleton = build_skeleton(config, whole)
+    _require_runnable(config, skeleton, text, rolls_back=rolls_back)
+    require_ends(headers, folder)
+    if runs_here or getattr(whole, "quantization_config", None) is None:
+        rehearsed = rehearse_loading(config, whole, skeleton, headers, folder)
+        if rehearsed is not None:
+            plain_head(rehearsed, config)
+    _check_tokens(config, folder, num_rows=text.vocab_size)
+
+
+def _require_plain_logits(config: TargetConfig, text: PretrainedConfig) -> None:
+    for key in _LOGIT_KEYS:
+        value = getattr(text, key, None)
+        if value not in {None, 1}:
+            raise ConfigError(
+                f"target {config.name}: its logits are not lm_head(last hidden state) ({key} is "
+                f"{value}); this architecture is not supported yet"
+            )
+
+
+def _require_runnable(
+    config: TargetConfig, skeleton: "PreTrainedModel", text: PretrainedConfig, *, rolls_back: bool
+) -> None:
+    """Run the model without values: its layers must give what is captured, its cache roll back."""
+    num_layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
+        raise ConfigError(
+            f"target {config.name}: config.json has no num_hidden_layers: {type(skeleton).__name__}"
+            " is not supported"
+        )
+    aux_layers(config, num_layers)
+    name = type(skeleton).__name__
+    with certain(config, f"{name} is not supported"):
+        target = TargetModel(skeleton, config=config, model_config=text)
+        # Other kernels look at the values of a mask, and without a mask at those of positions.
+        skeleton.set_attn_implementation("eager")
+        shapes = _shapes_of_states(target)
+        can_roll_back = not rolls_back or _may_roll_back(target)
+    expected = (1, _NUM_IDS, text.hidden_size)
+    if shapes - {expected}:
+        raise ConfigError(
+            f"target {config.name}: the layers of {name} give states of shapes {sorted(shapes)}, "
+            f"expected {expected}: this architecture is not supported"
+        )
+    if not can_roll_back:
+        raise ConfigError(cannot_roll_back(f"target {config.name} ({name})"))
+
+
+def _shapes_of_states(target: TargetModel) -> set[tuple[int, ...]]:
+    """Return the shapes of the states of a model without values; empty if it needs values."""
+    ids = torch.ones(1, _NUM_IDS, dtype=torch.int64, device="meta")
+    try:
+        last, aux = target.run(ids, use_cache=False, attention_mask=torch.ones_like(ids))
+    except RuntimeError as error:
+        logger.debug("target %s does not run without values: %s", target.config.name, error)
+        return set()
+    return {tuple(state.shape) for state in (last, *aux)}
+
+
+def _may_roll_back(target: TargetModel) -> bool:
+    """Return False if the cache of a model without values cannot drop tokens again."""
+    try:
+        return target.can_roll_back
+    except RuntimeError as error:
+        logger.debug("target %s does not decode without values: %s", target.config.name, error)
+        return True
+
+
+def _check_tokens(config: TargetConfig, folder: Path, *, num_rows: int) -> None:
+    """Refuse a template whose tokens have no embedding; warn of other tokens that have none.
+
+    Some tokenizers have tokens for other members of the family: Gemma 3 1B's has one for images.
+    """
+    with certain(config, f"the tokenizer in {folder} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
+    beyond = {
+        number: token for token, number in tokenizer.get_vocab().items() if number >= num_rows
+    }
+    if not beyond:
+        return
+    conversations = ConversationTokenizer(tokenizer, config.template)
+    used = set(conversations.special_token_ids())
+    try:
+        used.update(conversations.prompt([Message(role="user", content="Hello.")]).tolist())
+    except RejectedRecord as error:
+        logger.debug("the template takes no plain question: %s", error)
+    number = min(beyond.keys() & used, default=min(beyond))
+    what = f"target {config.name}: the tokenizer's {beyond[number]} is token {number}, but the "
+    what += f"embedding has {num_rows:,} rows (vocab_size)"
+    if number in used:
+        raise ConfigError(
+            f"{what}, and every conversation contains it; use the tokenizer that belongs to these "
+            "weights, or resize the embedding of the model and save it"
+        )
+    logger.warning("%s: a conversation that contains it is refused", what)
