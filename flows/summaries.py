@@ -1,9 +1,11 @@
 """The result of each flow: plain figures, ready for a table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eagle_core.data.ledger import Reason
+from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.export import ExportLayout
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
@@ -29,6 +31,8 @@ class DatasetSummary:
     ledger_path: Path
     """Lists all of these with their locations."""
     seconds: float
+    by_source: Mapping[str, SourceCounts] = field(default_factory=dict)
+    """By the names of `dataset.sources`."""
 
     @property
     def num_dropped(self) -> int:
@@ -37,8 +41,9 @@ class DatasetSummary:
 
     @property
     def dropped_share(self) -> float:
-        """Dropped records per record read, 0 to 1."""
-        return self.num_dropped / max(self.num_records, 1)
+        """Dropped records per record read, 0 to 1, without those that a weight leaves out."""
+        left_out = self.dropped.get(Reason.NOT_SELECTED, 0)
+        return (self.num_dropped - left_out) / max(self.num_records - left_out, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eagle_core.data.manifest import SourceCounts
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.result import Metrics
@@ -37,6 +38,7 @@ def dataset_rows(summary: DatasetSummary) -> list[Row]:
         ("records read", f"{summary.num_records:,}"),
         ("conversations to train on", f"{summary.num_train:,}"),
         ("held out", f"{summary.num_held_out:,}"),
+        *((f"of {name}", _counts_of(counts)) for name, counts in summary.by_source.items()),
         ("dropped", f"{summary.num_dropped:,}{share}"),
         *((f"dropped: {reason}", f"{count:,}") for reason, count in summary.dropped.items()),
         *((f"changed: {change}", f"{count:,}") for change, count in summary.changed.items()),
@@ -46,6 +48,13 @@ def dataset_rows(summary: DatasetSummary) -> list[Row]:
         ("fingerprint", summary.fingerprint),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
+
+
+def _counts_of(counts: SourceCounts) -> str:
+    return (
+        f"{counts.num_records:,} read, {counts.num_train:,} to train on, "
+        f"{counts.num_held_out:,} held out"
+    )
 
 
 def _unread_rows(unread: Mapping[str, int]) -> list[Row]:

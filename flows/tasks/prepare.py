@@ -70,6 +70,7 @@ def prepare_dataset(
         dropped=manifest.dropped,
         changed=manifest.changed,
         unread=manifest.unread,
+        by_source=manifest.by_source,
         ledger_path=space.dataset_path / LEDGER_NAME,
         seconds=time.monotonic() - started,
     )

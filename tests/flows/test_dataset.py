@@ -112,3 +112,25 @@ def test_questions_are_prepared_for_a_target_that_answers_them(
         return last.count("user"), asked.num_train, tokenize(target, dataset, space).num_samples
 
     assert both() == (2, 10, 8)
+
+
+def test_several_sources_have_a_row_each_and_what_a_weight_leaves_out_is_no_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = []
+    for name, first in {"one": 0, "two": 100}.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps([chat(first + number) for number in range(40)]))
+        sources.append({"name": name, "source": str(path), "weight": 0.5})
+    dataset = DatasetConfig.model_validate(
+        {"name": "mix", "sources": sources, "held_out_fraction": 0.0}
+    )
+    summary = dataset_flow(dataset, home=str(tmp_path))
+    assert summary.dropped.keys() == {"not_selected"}
+    assert summary.dropped_share == 0
+    assert not warnings(caplog)
+    printed = capsys.readouterr().out
+    for name in ("one", "two"):
+        kept = summary.by_source[name].num_train
+        assert 0 < kept < 40
+        assert f"40 read, {kept} to train on, 0 held out" in printed
