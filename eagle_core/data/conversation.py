@@ -4,6 +4,7 @@ import json
 from dataclasses import astuple, dataclass, field, replace
 from typing import Literal, Self
 
+import numpy as np
 import xxhash
 
 from eagle_core.data.tool_calls import ToolCall
@@ -58,8 +59,16 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRow:
+    """Token ids that a record holds instead of turns, and which of them the target wrote."""
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns in order, or the text that a chat template rendered.
+    """Turns in order, or the text that a chat template rendered, or token ids.
 
     The assistant's turn is the last, or a user's in a data set of questions for a target.
 
@@ -71,6 +80,8 @@ class Conversation:
     tools: str = ""
     """JSON text of the available tools; empty if there are none."""
     rendered_text: str = ""
+    """Set instead of `messages`."""
+    tokens: TokenRow | None = None
     """Set instead of `messages`."""
     location: str = field(default="", compare=False)
     """Source file and record; empty in a data set of an earlier version."""
@@ -94,4 +105,7 @@ def content_key(conversation: Conversation) -> str:
         digest.update(b"\ntools " + conversation.tools.encode())
     if conversation.rendered_text:
         digest.update(b"\ntext " + conversation.rendered_text.encode())
+    if conversation.tokens:
+        digest.update(b"\ntokens " + np.array(conversation.tokens.input_ids, np.int32).tobytes())
+        digest.update(np.array(conversation.tokens.loss_mask, np.bool_).tobytes())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from eagle_core.data.conversation import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message, TokenRow
 from eagle_core.data.tool_calls import ToolCall
 
 _TOOL_CALL = pa.struct([(name, pa.string()) for name in ("name", "arguments", "call_id")])
@@ -27,6 +27,8 @@ CONVERSATION_SCHEMA = pa.schema(
         ("messages", pa.list_(_MESSAGE)),
         ("tools", pa.string()),
         ("rendered_text", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
         ("location", pa.string()),
     ]
 )
@@ -40,6 +42,8 @@ def to_row(conversation: Conversation, content_key: str) -> dict[str, object]:
         "messages": [_message_row(message) for message in conversation.messages],
         "tools": conversation.tools,
         "rendered_text": conversation.rendered_text,
+        "input_ids": conversation.tokens and conversation.tokens.input_ids,
+        "loss_mask": conversation.tokens and conversation.tokens.loss_mask,
         "location": conversation.location,
     }
 
@@ -51,8 +55,15 @@ def from_row(row: dict[str, Any]) -> Conversation:
         messages=tuple(map(_message, row["messages"])),
         tools=row["tools"],
         rendered_text=row["rendered_text"],
+        tokens=_tokens(row),
         location=row.get("location") or "",  # earlier versions did not write it
     )
+
+
+def _tokens(row: dict[str, Any]) -> TokenRow | None:
+    if row.get("input_ids") is None:  # earlier versions had no such column
+        return None
+    return TokenRow(input_ids=tuple(row["input_ids"]), loss_mask=tuple(row["loss_mask"]))
 
 
 def _message_row(message: Message) -> dict[str, object]:

@@ -36,6 +36,8 @@ class Reason(StrEnum):
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # noqa: S105 - a reason, not a secret
     TOO_FEW_SUPERVISED_TOKENS = "too_few_supervised_tokens"
     TEXT_NOT_OF_TEMPLATE = "text_not_of_template"
+    BAD_TOKENS = "bad_tokens"
+    """Token ids without a mask, or with one that does not fit them."""
     CALLS_NOT_RENDERED = "calls_not_rendered"
     """The chat template does not write tool calls: the answer would be empty."""
     SERVER_ERROR = "server_error"

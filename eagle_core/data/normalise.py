@@ -16,6 +16,7 @@ from eagle_core.data.ledger import Change, Reason, RejectedRecord
 from eagle_core.data.records.alternation import ordered
 from eagle_core.data.records.calls import parse_tools
 from eagle_core.data.records.fields import Fields, Notes, encodable, is_list, parsed
+from eagle_core.data.records.token_row import has_token_ids, read_token_row
 from eagle_core.data.records.turn import read_turn
 
 _MESSAGE_KEYS = ("conversations", "conversation", "messages")
@@ -45,7 +46,7 @@ def normalise(
     join_turns: bool = False,
     questions_suffice: bool = False,
 ) -> Normalised:
-    """Return the conversation in a ShareGPT, OpenAI, question-and-answer or rendered record.
+    """Return the conversation in a ShareGPT, OpenAI, question-and-answer, token or rendered record.
 
     ShareGPT turns have `from` and `value`, OpenAI's `role` and `content`. `columns` names question
     and answer; without it, the usual names apply if there is no list of turns. `rendered_text`
@@ -81,7 +82,9 @@ class _Form:
 
 
 def _chat(fields: Fields, form: _Form, location: str) -> Normalised:
-    """Return the conversation in a record of turns, or of question and answer."""
+    """Return the conversation in a record of turns, of question and answer, or of token ids."""
+    if not form.columns and has_token_ids(fields) and not any(map(fields.holds, _MESSAGE_KEYS)):
+        return _token_ids(fields, form, location)
     conversation_id = _record_id(fields, location)
     messages = [
         read_turn(turn, location=f"{location}, turn {index}", roles=form.roles, notes=fields.notes)
@@ -100,6 +103,19 @@ def _chat(fields: Fields, form: _Form, location: str) -> Normalised:
         location=location,
     )
     return _normalised(conversation, turns.changes, fields)
+
+
+def _token_ids(fields: Fields, form: _Form, location: str) -> Normalised:
+    if form.questions_suffice:
+        detail = "token ids, not turns: a target cannot answer them again"
+        raise RejectedRecord(Reason.NO_MESSAGES, location, detail)
+    conversation = Conversation(
+        conversation_id=_record_id(fields, location),
+        messages=(),
+        tokens=read_token_row(fields, location=location),
+        location=location,
+    )
+    return _normalised(conversation, (), fields)
 
 
 def _normalised(

@@ -10,7 +10,7 @@ from itertools import islice
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.hub import HubDataset, is_gated, read_hub_dataset
+from eagle_core.data.hub.dataset import HubDataset, is_gated, read_hub_dataset
 from eagle_core.data.ledger import RejectedRecord
 from eagle_core.data.normalise import normalise
 from eagle_core.data.source_record import DamagedRecord, SourceRecord

@@ -34,7 +34,7 @@ from eagle_core.data.files.streams import (
     decompressed,
     read_head,
 )
-from eagle_core.data.hub import (
+from eagle_core.data.hub.dataset import (
     FILES_OF_HUB,
     HubDataset,
     find_hub_dataset,

@@ -5,6 +5,7 @@ Held out by their first question, or by the chat they are a piece of.
 
 from dataclasses import dataclass
 
+import numpy as np
 import xxhash
 
 from eagle_core.data.conversation import Conversation, content_key
@@ -16,11 +17,15 @@ _HALF = 8
 def question_key(conversation: Conversation) -> str:
     """Return the key shared by all conversations with this first question, 32 hex digits.
 
-    Blanks around the question do not count. A rendered text, whose template is not known here, has
-    its content key.
+    Blanks around the question do not count. Token ids have those before the first answer. A
+    rendered text, whose template is not known here, has its content key.
     """
     asked = (message.content for message in conversation.messages if message.role == "user")
     question = next(asked, None)
+    if conversation.tokens is not None:
+        mask = conversation.tokens.loss_mask
+        prompt = conversation.tokens.input_ids[: mask.index(True)]
+        return xxhash.xxh3_128_hexdigest(np.array(prompt, np.int32).tobytes())
     if question is None:
         return content_key(conversation)
     return xxhash.xxh3_128_hexdigest(question.strip().encode())

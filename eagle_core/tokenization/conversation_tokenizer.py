@@ -2,8 +2,7 @@
 
 Invariant: the ids before every supervised token are the serving context, which is the ids of the
 earlier messages with the generation prompt, then the answer so far. Spans come from comparing
-renderings and from the tokenizer's offsets. Where the tokenizer would merge the end of the prompt
-with the answer, the row is tokenised in two pieces, as in serving.
+renderings (`assistant_turns`) and from the tokenizer's offsets (`row_encoder`).
 """
 
 import hashlib
@@ -11,37 +10,34 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from eagle_core.data.conversation import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message, TokenRow
 from eagle_core.data.ledger import Change, LedgerEntry, Reason, RejectedRecord
 from eagle_core.errors import ConfigError
-from eagle_core.samples import TokenizedSample, sample_id
-from eagle_core.tokenization.answer_end import AnswerEnd, learn_answer_end
+from eagle_core.samples import TokenizedSample
 from eagle_core.tokenization.assistant_turns import Row, find_turns, plan_rows
-from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
+from eagle_core.tokenization.chat_format import ChatFormat, chat_format
+from eagle_core.tokenization.chat_template import TemplateRefusedError
 from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.rendered_text import NotOfTemplateError, RenderedTextReader
+from eagle_core.tokenization.row_encoder import (
+    RowEncoder,
+    exact_backend,
+    given_sample,
+    truncate,
+)
 from eagle_core.tokenization.template_source import TemplateSource, template_source
 from eagle_core.tokenization.unrendered import find_unrendered
 
 OnRejected = Callable[[RejectedRecord], None]
 OnChanged = Callable[[LedgerEntry], None]
-_MAX_CACHED_TAILS = 4096
 _Messages = Sequence[Mapping[str, object]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Format:
-    """A chat template and what ends an answer in it."""
-
-    template: ChatTemplate
-    end: AnswerEnd
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +56,15 @@ class _Planned:
                 location=self.conversation.location or self.conversation.conversation_id,
                 conversation_id=self.conversation.conversation_id,
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pending:
+    """A row of text to encode, or the token ids of a record."""
+
+    conversation: Conversation
+    row: Row | None = None
+    given: TokenRow | None = None
 
 
 class ConversationTokenizer:
@@ -87,15 +92,19 @@ class ConversationTokenizer:
         self.name = str(tokenizer.name_or_path)
         self._config = config
         self._init_args = (tokenizer, config, frozenset(stop_ids))
-        self._backend = _exact_offsets(tokenizer, self.name)
+        self._backend = exact_backend(tokenizer, self.name)
+        self._encoder = RowEncoder(self._backend)
         source = template_source(tokenizer, config)
         declared = frozenset(stop_ids) | _end_of_text(tokenizer)
-        self._plain = self._format(source.default, tokenizer, declared)
-        self._with_tools = (
-            self._plain
-            if source.with_tools is None
-            else self._format(source.with_tools, tokenizer, declared)
+        compiled = partial(
+            chat_format,
+            tokenizer=tokenizer,
+            config=config,
+            backend=self._backend,
+            stop_ids=declared,
         )
+        self._plain = compiled(source.default)
+        self._with_tools = compiled(source.with_tools) if source.with_tools else self._plain
         self._template = self._plain.template
         self.template_fingerprint = _sha256(
             {"template": self._template.fingerprint, "config": _identity(config, source)}
@@ -109,10 +118,7 @@ class ConversationTokenizer:
             )
         self.tokenizer_fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         added = self._backend.get_added_tokens_decoder()
-        self._added_ids = np.array(sorted(added), dtype=np.int32)
         self._special_ids = frozenset(number for number, one in added.items() if one.special)
-        self._anchor = next((token.content for token in added.values() if token.special), "")
-        self._tails: dict[str, NDArray[np.int32]] = {}
         control = self._control_tokens(
             [token.content for token in added.values() if token.special],
             [tokenizer.bos_token, tokenizer.eos_token],
@@ -188,7 +194,7 @@ class ConversationTokenizer:
             )
         except TemplateRefusedError as error:
             raise RejectedRecord(Reason.TEMPLATE_REFUSED, "", str(error)) from error
-        return self._encode(rendering.text)
+        return self._encoder.encode(rendering.text)
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, as a server sends it.
@@ -207,13 +213,10 @@ class ConversationTokenizer:
         Samples are not truncated. Raises `RejectedRecord`, located by conversation id, if the
         template refuses the turns or a message contains the text of a control token.
         """
+        if conversation.tokens is not None:
+            return (given_sample(conversation.tokens),)
         rows = self._plan(conversation).rows
-        encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
-        return tuple(
-            sample
-            for row, encoding in zip(rows, encodings, strict=True)
-            for sample in self._samples(row, encoding)
-        )
+        return tuple(sample for samples in self._encoder.samples(rows) for sample in samples)
 
     def tokenize_all(
         self,
@@ -234,29 +237,38 @@ class ConversationTokenizer:
         reject = on_rejected or (lambda _rejected: None)
         change = on_changed or (lambda _entry: None)
         for batch in _batched(conversations, batch_size):
-            rows: list[tuple[Conversation, Row]] = []
+            pending: list[_Pending] = []
             for conversation in batch:
+                if conversation.tokens is not None:
+                    pending.append(_Pending(conversation=conversation, given=conversation.tokens))
+                    continue
                 try:
                     planned = self._plan(conversation)
                 except RejectedRecord as rejected:
                     reject(rejected)
                     continue
-                rows += ((conversation, row) for row in planned.rows)
+                pending += (_Pending(conversation=conversation, row=row) for row in planned.rows)
                 for entry in planned.entries():
                     change(entry)
-            encodings = self._backend.encode_batch(
-                [row.text for _, row in rows], add_special_tokens=False
-            )
-            for (conversation, row), encoding in zip(rows, encodings, strict=True):
-                for sample in self._samples(row, encoding):
-                    cut = truncate(sample, max_length)
-                    num_supervised = int(cut.loss_mask.sum())
-                    if num_supervised >= min_supervised_tokens:
-                        yield replace(cut, location=conversation.location)
-                        continue
-                    detail = f"{num_supervised} in the first {len(cut)} of {len(sample)} tokens"
-                    reason = Reason.TOO_FEW_SUPERVISED_TOKENS
-                    reject(RejectedRecord(reason, conversation.conversation_id, detail))
+            for conversation, sample in self._encoded(pending):
+                cut = truncate(sample, max_length)
+                num_supervised = int(cut.loss_mask.sum())
+                if num_supervised >= min_supervised_tokens:
+                    yield replace(cut, location=conversation.location)
+                    continue
+                detail = f"{num_supervised} in the first {len(cut)} of {len(sample)} tokens"
+                reason = Reason.TOO_FEW_SUPERVISED_TOKENS
+                reject(RejectedRecord(reason, conversation.conversation_id, detail))
+
+    def _encoded(
+        self, pending: Sequence[_Pending]
+    ) -> Iterator[tuple[Conversation, TokenizedSample]]:
+        """Yield all samples in order; texts are encoded together."""
+        encoded = self._encoder.samples([one.row for one in pending if one.row is not None])
+        for one in pending:
+            samples = next(encoded) if one.given is None else [given_sample(one.given)]
+            for sample in samples:
+                yield one.conversation, sample
 
     def _refuse_control_tokens(self, messages: Sequence[Message], *, location: str) -> None:
         for index, message in enumerate(messages):
@@ -305,70 +317,11 @@ class ConversationTokenizer:
             ) from error
         return replace(conversation, messages=messages, rendered_text="")
 
-    def _samples(self, row: Row, encoding: Encoding) -> Iterator[TokenizedSample]:
-        """Yield the row with the spans that start at a token boundary, then the others alone."""
-        ids = np.array(encoding.ids, dtype=np.int32)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        mask = np.zeros(len(ids), dtype=np.bool_)
-        merged = []
-        for start, end in row.spans:
-            first = int(np.searchsorted(offsets[:, 0], start))
-            if self._is_token_boundary(row.text, start, ids[:first], offsets[:first]):
-                last = int(np.searchsorted(offsets[:, 1], end, side="right"))
-                mask[first:last] = True
-            else:
-                merged.append((start, end))
-        if mask.any() or not merged:
-            yield _sample(ids, mask)
-        for start, end in merged:
-            context = self._encode(row.text[:start])
-            # after an added token, because some tokenizers treat the start of a text specially
-            answer = self._encode(self._anchor + row.text[start:end])[bool(self._anchor) :]
-            answer_mask = np.arange(len(context) + len(answer)) >= len(context)
-            yield _sample(np.concatenate([context, answer]), answer_mask)
-
-    def _is_token_boundary(
-        self, text: str, boundary: int, ids: NDArray[np.int32], offsets: NDArray[np.int64]
-    ) -> bool:
-        """Return whether `ids`, which start before `boundary`, are those of `text[:boundary]`.
-
-        Added tokens split the text before the tokenizer's rules apply, so only the text after the
-        last of them is compared: the role header, always one of a few strings.
-        """
-        added = np.flatnonzero(np.isin(ids, self._added_ids))
-        last = int(added[-1]) if len(added) else 0
-        tail = text[int(offsets[last, 0]) if len(ids) else 0 : boundary]
-        return np.array_equal(ids[last:], self._tail_ids(tail))
-
-    def _tail_ids(self, tail: str) -> NDArray[np.int32]:
-        if tail not in self._tails:
-            if len(self._tails) >= _MAX_CACHED_TAILS:
-                self._tails.clear()
-            self._tails[tail] = self._encode(tail)
-        return self._tails[tail]
-
-    def _encode(self, text: str) -> NDArray[np.int32]:
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-
     def _render(self, messages: _Messages, *, add_generation_prompt: bool = False) -> str:
         rendering = self._template.render(messages, add_generation_prompt=add_generation_prompt)
         return rendering.text
 
-    def _format(
-        self, source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
-    ) -> _Format:
-        variables, today = tokenizer.special_tokens_map, self._config.date
-        template = ChatTemplate(source, variables=variables, today=today)
-        try:
-            end = learn_answer_end(template, self._backend, stop_ids)
-        except TemplateRefusedError as error:
-            raise ConfigError(
-                f"the chat template of {self.name} refuses one question and one answer: {error}; "
-                "set `chat_template`"
-            ) from error
-        return _Format(template=template, end=end)
-
-    def _format_for(self, tools: str) -> _Format:
+    def _format_for(self, tools: str) -> ChatFormat:
         return self._with_tools if tools else self._plain
 
     def _control_tokens(self, added: Iterable[str], always: Iterable[str | None]) -> set[str]:
@@ -381,32 +334,6 @@ class ConversationTokenizer:
         for used in (self._plain, self._with_tools):
             text += used.end.closing + used.end.ending + used.end.call_ending
         return {token for token in added if token in text} | {token for token in always if token}
-
-
-def truncate(sample: TokenizedSample, max_length: int) -> TokenizedSample:
-    """Return the first `max_length` tokens, with a new sample id."""
-    if len(sample) <= max_length:
-        return sample
-    return _sample(sample.input_ids[:max_length], sample.loss_mask[:max_length])
-
-
-def _sample(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> TokenizedSample:
-    return TokenizedSample(sample_id=sample_id(ids, mask), input_ids=ids, loss_mask=mask)
-
-
-def _exact_offsets(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
-    """Return a copy of the tokenizer that does not pad, truncate, add tokens or trim offsets."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ConfigError(
-            f"{name} is a slow tokenizer ({type(tokenizer).__name__}), which reports no offsets; "
-            "use a model with a tokenizer.json"
-        )
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    copy.post_processor = None
-    return copy
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

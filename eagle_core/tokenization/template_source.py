@@ -75,7 +75,7 @@ def _configured(text: str) -> str:
             found = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"chat_template {shown!r} is neither Jinja text nor a file that can be read "
+                f"chat_template {str(path)!r} is neither Jinja text nor a file that can be read "
                 f"({type(error).__name__}); correct the path, or give the template itself"
             ) from error
         if any(mark in found for mark in _JINJA):

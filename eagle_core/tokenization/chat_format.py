@@ -1,0 +1,45 @@
+"""A chat template with what ends an answer in it."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from eagle_core.errors import ConfigError
+from eagle_core.tokenization.answer_end import AnswerEnd, learn_answer_end
+from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
+from eagle_core.tokenization.config import TemplateConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFormat:
+    """A chat template and what ends an answer in it."""
+
+    template: ChatTemplate
+    end: AnswerEnd
+
+
+def chat_format(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TemplateConfig,
+    *,
+    backend: Tokenizer,
+    stop_ids: Collection[int],
+) -> ChatFormat:
+    """Compile a template and learn what ends an answer.
+
+    Raises:
+        ConfigError: it is not valid Jinja, or refuses one question and one answer.
+
+    """
+    template = ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)
+    try:
+        end = learn_answer_end(template, backend, stop_ids)
+    except TemplateRefusedError as error:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path} refuses one question and one answer: "
+            f"{error}; set `chat_template`"
+        ) from error
+    return ChatFormat(template=template, end=end)
