@@ -22,6 +22,7 @@ from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.reports.table import print_table
 from flows.summaries import OfflineSummary
+from flows.tasks.prepare import check_runnable, prepare_weights
 from flows.train import train_flow
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 
@@ -49,6 +50,8 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     """
     require_trackers(tracking)  # fail now, not after hours of hidden states
     started = time.monotonic()
+    prepare_weights(target)
+    check_runnable(target, rolls_back=True)  # evaluation comes last
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
     run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
     trained = train_flow(

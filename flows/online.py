@@ -113,7 +113,8 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
     target, training, run_path = config.target, config.training, space.run_path(run)
     prepare_weights(target)
     begun = begun_run(run_path)
-    check_runnable(target, max_length=None if begun else config.dataset.max_length)
+    max_length = None if begun else config.dataset.max_length
+    check_runnable(target, max_length=max_length, rolls_back=True)  # evaluation comes last
     known = begun.record if begun else None
     given = config.dataset
     if begun:  # the data set is not read again

@@ -189,7 +189,7 @@ def cannot_roll_back(what: str) -> str:
     return (
         f"{what} keeps a recurrent state in its cache, which cannot drop rejected tokens: "
         "speculative decoding would give other texts than plain decoding. Use `eyas run estimate "
-        "RECIPE`, which measures acceptance from stored states"
+        "RECIPE`, which measures acceptance from stored states (after `hidden-states` and `train`)"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import RejectedRecord
@@ -22,7 +22,7 @@ from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config
 from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain
-from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.target.tokenizer import conversation_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def check_target(
         rehearsed = rehearse_loading(config, whole, skeleton, headers, folder)
         if rehearsed is not None:
             plain_head(rehearsed, config)
-    _check_tokens(config, folder, num_rows=text.vocab_size)
+    _check_tokens(config, num_rows=text.vocab_size)
 
 
 def _require_plain_logits(config: TargetConfig, text: PretrainedConfig) -> None:
@@ -146,21 +146,15 @@ def _may_roll_back(target: TargetModel) -> bool:
         return True
 
 
-def _check_tokens(config: TargetConfig, folder: Path, *, num_rows: int) -> None:
-    """Refuse a template whose tokens have no embedding; warn of other tokens that have none.
+def _check_tokens(config: TargetConfig, *, num_rows: int) -> None:
+    """Refuse an unusable template, and one whose tokens have no embedding; warn of other tokens.
 
     Some tokenizers have tokens for other members of the family: Gemma 3 1B's has one for images.
     """
-    with certain(config, f"the tokenizer in {folder} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code
-        )
-    beyond = {
-        number: token for token, number in tokenizer.get_vocab().items() if number >= num_rows
-    }
+    conversations = conversation_tokenizer(config)
+    beyond = conversations.tokens_from(num_rows)
     if not beyond:
         return
-    conversations = ConversationTokenizer(tokenizer, config.template)
     used = set(conversations.special_token_ids())
     try:
         used.update(conversations.prompt([Message(role="user", content="Hello.")]).tolist())

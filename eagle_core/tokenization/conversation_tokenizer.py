@@ -140,6 +140,11 @@ class ConversationTokenizer:
         """Number of tokens, added ones included; the target model's may be larger (padding)."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def tokens_from(self, first: int) -> dict[int, str]:
+        """Return the tokens whose ids are `first` or above, by id."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return {number: token for token, number in vocabulary.items() if number >= first}
+
     @property
     def masks_fingerprint(self) -> str:
         """Digest of what decides on the masks besides tokenizer and template."""

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, StableLmConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Olmo2Config,
+    Qwen3NextConfig,
+    StableLmConfig,
+)
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, CorruptError
@@ -16,6 +23,7 @@ from eagle_core.target.config import TargetConfig
 from flows.bridge.draft_setup import require_draft_sizes
 from flows.config.runner import RunnerConfig
 from flows.hidden_states import hidden_states
+from flows.offline import offline
 from flows.online import online
 from flows.plan import plan
 from flows.regenerate import regenerate_flow
@@ -44,6 +52,38 @@ def test_more_tokens_than_positions_are_refused_before_tokenising(
     with pytest.raises(ConfigError, match=r"dataset\.max_length is 513.* 512 positions"):
         flow(target=own, dataset=long, home=str(tmp_path / "home"))
     assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("flow", [offline, online])
+def test_a_target_that_cannot_be_evaluated_is_refused_before_the_stages_that_take_hours(
+    tmp_path: Path,
+    target: TargetConfig,
+    folder: Path,
+    dataset: DatasetConfig,
+    flow: Callable[..., object],
+) -> None:
+    config = Qwen3NextConfig(
+        vocab_size=AutoConfig.from_pretrained(folder).vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    hybrid = target.model_copy(update={"model": str(folder)})
+    with pytest.raises(ConfigError, match=r"recurrent state.*eyas run estimate.*hidden-states"):
+        flow(target=hybrid, dataset=dataset, home=str(tmp_path / "home"))
+    assert not (tmp_path / "home" / "datasets").exists()
 
 
 @pytest.mark.parametrize("flow", [plan, hidden_states, online, regenerate_flow])
