@@ -97,7 +97,7 @@ def test_states_are_computed_once_and_the_losses_are_those_of_forgetting(
     settings = RunRecord.read(space.run_path("keeps")).settings
     assert settings is not None
     assert settings.storage_size is not None
-    assert 0 < settings.storage_size.stored_bytes < settings.bill.raw_bytes
+    assert 0 < settings.storage_size.stored_bytes < settings.storage_size.raw_bytes
 
     first = min(kept.commits())
     num_lost = len(kept.commit(first).sample_ids)

@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_named_by_its_own_error(home: Path, train: Train) -> 
     (root,) = (home / "stores").iterdir()
     opened = Store.open(str(root))
     shards = opened.snapshot().shard_ids
-    assert len(shards) == 6
+    assert len(shards) > 5
     shard_id = shards[2]  # not among those that the flow itself looks at before it starts the ranks
     objects = [path for path in (root / "shards" / shard_id).rglob("*") if path.is_file()]
     states = max(objects, key=lambda path: path.stat().st_size)
