@@ -8,12 +8,16 @@ turns that the longer rendering changed. All decisions compare whole strings.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from eagle_core.data.conversation import Conversation
 from eagle_core.tokenization.answer_end import AnswerEnd
 from eagle_core.tokenization.chat_template import ChatTemplate, Rendering, TemplateRefusedError
+
+_MARKERS = re.compile(r"(?:\s|<[^<>]*>|\[[A-Z_/]+\])*")
+"""Text of nothing but markers: a generation prompt that a template writes behind every turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,8 +139,15 @@ def _ended(text: str, start: int, inputs: _TurnInputs, end: AnswerEnd) -> Assist
         text = text[:content_end] + ending
         return AssistantTurn(text=text, start=start, content_end=content_end, end=len(text))
     # another marker closes it, as a tool call's may
-    stripped = len(text.rstrip())
+    stripped = _upto_end_token(text.rstrip(), start, end.tokens)
     return AssistantTurn(text=text, start=start, content_end=stripped, end=stripped)
+
+
+def _upto_end_token(text: str, start: int, tokens: Sequence[str]) -> int:
+    """Return where the last of these tokens ends, if only markers are behind it (Command R7B)."""
+    ends = [text.rfind(token, start) + len(token) for token in tokens if token in text[start:]]
+    last = max(ends, default=-1)
+    return last if last >= 0 and _MARKERS.fullmatch(text, last) else len(text)
 
 
 def _marked(whole: Rendering, after: int, turn: AssistantTurn) -> AssistantTurn:

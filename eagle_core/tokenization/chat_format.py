@@ -11,6 +11,15 @@ from eagle_core.tokenization.answer_end import AnswerEnd, learn_answer_end
 from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
 from eagle_core.tokenization.config import TemplateConfig
 
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "A tool.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
+    },
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatFormat:
@@ -27,6 +36,7 @@ def chat_format(
     *,
     backend: Tokenizer,
     stop_ids: Collection[int],
+    for_tools: bool = False,
 ) -> ChatFormat:
     """Compile a template and learn what ends an answer.
 
@@ -36,7 +46,8 @@ def chat_format(
     """
     template = ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)
     try:
-        end = learn_answer_end(template, backend, stop_ids)
+        tools = [_TOOL] if for_tools else None
+        end = learn_answer_end(template, backend, stop_ids, tools=tools)
     except TemplateRefusedError as error:
         raise ConfigError(
             f"the chat template of {tokenizer.name_or_path} refuses one question and one answer: "

@@ -21,7 +21,7 @@ from eagle_core.data.conversation import Conversation, Message, TokenRow
 from eagle_core.data.ledger import Change, LedgerEntry, Reason, RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
-from eagle_core.tokenization.assistant_turns import Row, find_turns, plan_rows
+from eagle_core.tokenization.assistant_turns import AssistantTurn, Row, find_turns, plan_rows
 from eagle_core.tokenization.chat_format import ChatFormat, chat_format
 from eagle_core.tokenization.chat_template import TemplateRefusedError
 from eagle_core.tokenization.config import TemplateConfig
@@ -95,7 +95,8 @@ class ConversationTokenizer:
         self._backend = exact_backend(tokenizer, self.name)
         self._encoder = RowEncoder(self._backend)
         source = template_source(tokenizer, config)
-        declared = frozenset(stop_ids) | _end_of_text(tokenizer)
+        self._undeclared = sorted(one for one in stop_ids if not self._is_token(one))
+        declared = (frozenset(stop_ids) | _end_of_text(tokenizer)) - {*self._undeclared}
         compiled = partial(
             chat_format,
             tokenizer=tokenizer,
@@ -104,7 +105,9 @@ class ConversationTokenizer:
             stop_ids=declared,
         )
         self._plain = compiled(source.default)
-        self._with_tools = compiled(source.with_tools) if source.with_tools else self._plain
+        self._with_tools = (
+            compiled(source.with_tools, for_tools=True) if source.with_tools else self._plain
+        )
         self._template = self._plain.template
         self.template_fingerprint = _sha256(
             {"template": self._template.fingerprint, "config": _identity(config, source)}
@@ -126,7 +129,8 @@ class ConversationTokenizer:
         self._control_ids = tuple(
             sorted(number for number, token in added.items() if token.content in control)
         )
-        self._control = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
+        self._control = _any_of(control)
+        self._stops = _any_of(added[one].content for one in self.stop_ids if one in added)
         self._reader = RenderedTextReader(
             self._template, control=control, begin=str(tokenizer.bos_token or "")
         )
@@ -164,7 +168,10 @@ class ConversationTokenizer:
                 f"not supervised; a server stops on {', '.join(names)}"
             )
         ends = " or ".join(str(self._backend.id_to_token(one)) for one in found)
-        return f"an answer ends with {ends}; a server stops on {', '.join(names)}"
+        ignored = (
+            f"; {self._undeclared} are no tokens of this tokenizer" if self._undeclared else ""
+        )
+        return f"an answer ends with {ends}; a server stops on {', '.join(names)}{ignored}"
 
     def special_token_ids(self) -> tuple[int, ...]:
         """Return the ids that every draft vocabulary must contain: begin, end, the template's.
@@ -298,7 +305,10 @@ class ConversationTokenizer:
                 used.end,
                 enable_thinking=self._config.enable_thinking,
             )
-            unrendered = find_unrendered(used.template, conversation, turns)
+            self._refuse_inner_stops(turns)
+            unrendered = find_unrendered(
+                used.template, conversation, turns, thinking=self._thinks(conversation)
+            )
         except TemplateRefusedError as error:
             raise RejectedRecord(
                 Reason.TEMPLATE_REFUSED, conversation.conversation_id, str(error)
@@ -312,6 +322,23 @@ class ConversationTokenizer:
             rows=plan_rows(turns, last_turn_only=self._config.last_turn_only),
             unrendered=unrendered,
         )
+
+    def _thinks(self, conversation: Conversation) -> bool:
+        """Return whether serving would request reasoning for an answer of this conversation."""
+        if self._config.enable_thinking is not None:
+            return self._config.enable_thinking
+        return any(message.reasoning for message in conversation.messages)
+
+    def _refuse_inner_stops(self, turns: Sequence[AssistantTurn]) -> None:
+        for turn in turns:
+            found = self._stops.search(turn.text, turn.start, turn.content_end)
+            if found and found.end() < turn.content_end:
+                raise TemplateRefusedError(
+                    f"{found[0]}, on which a server stops, is inside an answer"
+                )
+
+    def _is_token(self, number: int) -> bool:
+        return 0 <= number < self.vocab_size and self._backend.id_to_token(number) is not None
 
     def _read_back(self, conversation: Conversation) -> Conversation:
         try:
@@ -336,9 +363,12 @@ class ConversationTokenizer:
             text = self._render(turns, add_generation_prompt=True)
         except TemplateRefusedError:  # it takes no system turn
             text = self._render(turns[1:], add_generation_prompt=True)
+        ends: set[str] = set()
         for used in (self._plain, self._with_tools):
             text += used.end.closing + used.end.ending + used.end.call_ending
-        return {token for token in added if token in text} | {token for token in always if token}
+            ends |= {*used.end.tokens}
+        named = {token for token in always if token} | ends
+        return {token for token in added if token in text} | named
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -349,6 +379,10 @@ def _identity(config: TemplateConfig, source: TemplateSource) -> dict[str, objec
     """Return the configuration as JSON, with the text of a template that it names by its file."""
     own = {"chat_template": source.default} if config.chat_template not in {None, "plain"} else {}
     return {**config.model_dump(mode="json"), **own}
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts))) or "(?!)")
 
 
 def _sha256(value: object) -> str:

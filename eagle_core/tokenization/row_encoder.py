@@ -51,6 +51,8 @@ class RowEncoder:
             first = int(np.searchsorted(offsets[:, 0], start))
             if self._is_token_boundary(row.text, start, ids[:first], offsets[:first]):
                 last = int(np.searchsorted(offsets[:, 1], end, side="right"))
+                if last < len(ids) and offsets[last, 0] < end and ids[last] in self._added_ids:
+                    last += 1  # a token that takes the white space behind it, too
                 mask[first:last] = True
             else:
                 merged.append((start, end))

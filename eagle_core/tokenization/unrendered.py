@@ -18,15 +18,21 @@ _OTHER = {"function": {"name": "another_name", "arguments": {"another": "one"}}}
 
 
 def find_unrendered(
-    template: ChatTemplate, conversation: Conversation, turns: Sequence[AssistantTurn]
+    template: ChatTemplate,
+    conversation: Conversation,
+    turns: Sequence[AssistantTurn],
+    *,
+    thinking: bool,
 ) -> tuple[Change, ...]:
     """Return what the template does not write of a conversation whose supervised turns are given.
+
+    `thinking` says whether serving would request reasoning.
 
     Raises:
         RejectedRecord: it does not write a tool call.
 
     """
-    view = _View(template, conversation)
+    view = _View(template, conversation, thinking=thinking)
     if any(one.tool_calls for one in conversation.messages) and not view.writes_calls():
         raise RejectedRecord(
             Reason.CALLS_NOT_RENDERED,
@@ -46,32 +52,36 @@ def find_unrendered(
 class _View:
     """Renderings of one conversation, whole and with something left out."""
 
-    def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
+    def __init__(
+        self, template: ChatTemplate, conversation: Conversation, *, thinking: bool
+    ) -> None:
         self._template = template
+        self._thinking = thinking
         self._messages = conversation.messages
         self._openai = [message.as_openai() for message in conversation.messages]
         self._tools = json.loads(conversation.tools) if conversation.tools else None
 
     def writes_calls(self) -> bool:
-        """Compare with other calls in their place."""
-        others = [
-            {**one, "tool_calls": [{**call.as_openai(), **_OTHER} for call in message.tool_calls]}
-            if message.tool_calls
-            else one
-            for message, one in zip(self._messages, self._openai, strict=True)
-        ]
-        return self._differs(others, self._tools)
+        """Compare with another call in the place of each, one at a time."""
+        return all(
+            self._differs(self._with_other_call(turn, number), self._tools)
+            for turn, message in enumerate(self._messages)
+            for number in range(len(message.tool_calls))
+        )
+
+    def _with_other_call(self, turn: int, number: int) -> list[Mapping[str, object]]:
+        calls = [call.as_openai() for call in self._messages[turn].tool_calls]
+        calls[number] = {**calls[number], **_OTHER}
+        changed = {**self._openai[turn], "tool_calls": calls}
+        return [*self._openai[:turn], changed, *self._openai[turn + 1 :]]
 
     def writes_system(self) -> bool:
         """Compare without the system turn, unless its text is in the rendering and nowhere else."""
         first = self._messages[0].content
         is_unique = not any(first in message.content for message in self._messages[1:])
-        if is_unique and first in self._render(self._openai, self._tools):
+        if is_unique and first in (self._render(self._openai, self._tools) or ""):
             return True
-        try:
-            return self._differs(self._openai[1:], self._tools)
-        except TemplateRefusedError:  # it needs a system turn
-            return True
+        return self._differs(self._openai[1:], self._tools)
 
     def writes_tools(self) -> bool:
         """Compare without the list of tools."""
@@ -87,14 +97,19 @@ class _View:
     def _differs(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None
     ) -> bool:
-        return self._render(self._openai, self._tools) != self._render(messages, tools)
+        """Return whether the rendering is another; one that is refused is."""
+        whole = self._render(self._openai, self._tools)
+        return whole is None or whole != self._render(messages, tools)
 
     def _render(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None
-    ) -> str:
-        return self._template.render(
-            messages, tools=tools, thinking=True, add_generation_prompt=False
-        ).text
+    ) -> str | None:
+        try:
+            return self._template.render(
+                messages, tools=tools, thinking=self._thinking, add_generation_prompt=False
+            ).text
+        except TemplateRefusedError:
+            return None
 
 
 def _has_reasoning(turn: AssistantTurn, message: Message) -> bool:
