@@ -13,6 +13,8 @@ from eagle_core.data.tool_calls import ToolCall
 ROLE_KEYS = ("role", "from", "speaker", "sender")
 _CONTENT_KEYS = ("content", "value", "text")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_FORMER_CALL_KEYS = ("function_call", "function_calls")
+_NO_CALLS = ("null", "[]", "{}")
 _LOSS_KEYS = ("weight", "loss_mask", "loss", "train", "training", "trainable")
 _IN_THE_LOSS: Mapping[object, bool] = {
     1: True,  # equal to True and 1.0, with equal hashes
@@ -101,11 +103,13 @@ def _content(fields: Fields, location: str, *names: str) -> Content:
 
 
 def _calls(fields: Fields, location: str) -> tuple[ToolCall, ...]:
-    """Return the calls in `tool_calls`, or in OpenAI's former `function_call`."""
+    """Return the calls in `tool_calls`, in OpenAI's former `function_call`, or in OLMo's field."""
     calls = parse_tool_calls(fields.take("tool_calls"), location=location, turn=fields)
-    if calls or not fields.holds("function_call"):
-        return calls
-    return parse_call_turn(fields.take("function_call"), fields, location=location)
+    for name in () if calls else _FORMER_CALL_KEYS:
+        value = fields.take(name)
+        if holds_something(value) and value not in _NO_CALLS:
+            return parse_call_turn(value, fields, location=location, name=name)
+    return calls
 
 
 def _is_supervised(fields: Fields, location: str) -> bool:

@@ -219,3 +219,77 @@ def test_calls_of_a_question_are_counted_and_not_made() -> None:
     record = read({**QUESTION, "tool_calls": CALLS, "name": "Ann"}, ANSWER)
     assert record.unread == ("turn.name", "turn.tool_calls")
     assert record.conversation.messages[0] == Message(role="user", content="q")
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+@pytest.mark.parametrize("form", ["call", "function", "beside the function", "call turn", "text"])
+def test_arguments_under_every_name(name: str, form: str) -> None:
+    called = {"name": "sky", name: {"at": 1}}
+    turn: dict[str, object] = {"role": "assistant", "content": None}
+    if form == "call":
+        turn["tool_calls"] = [called]
+    elif form == "function":
+        turn["tool_calls"] = [{"type": "function", "function": called}]
+    elif form == "beside the function":
+        turn["tool_calls"] = [{"function": {"name": "sky"}, name: {"at": 1}}]
+    else:
+        content = json.dumps(called) if form == "text" else called
+        turn = {"role": "function_call", "content": content}
+    found = read(QUESTION, turn)
+    assert found.conversation.messages[1].tool_calls == (SKY,)
+    assert found.unread == ()
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"name": "sky", "kwargs": {"at": 1}},
+        {"name": "sky", "arguments": None, "params": {"at": 1}},
+        {"name": "sky", "arguments": {}, "payload": "at 1"},
+        {"function": {"name": "sky"}, "values": [1]},
+    ],
+)
+def test_arguments_under_an_unknown_name_drop_the_record(called: dict[str, object]) -> None:
+    for turn in (
+        {**ANSWER, "tool_calls": [called]},
+        {"role": "function_call", "content": json.dumps(called)},
+    ):
+        with pytest.raises(RejectedRecord, match=r"kwargs|params|payload|values") as caught:
+            read(QUESTION, turn)
+        assert caught.value.reason is Reason.BAD_TOOLS
+
+
+def test_a_call_without_arguments_may_have_what_is_no_argument() -> None:
+    called = {"id": "c", "type": "function", "index": 0, "function": {"name": "sky"}}
+    assert answer(tool_calls=[called]).tool_calls == (
+        ToolCall(name="sky", arguments="{}", call_id="c"),
+    )
+
+
+@pytest.mark.parametrize("value", [json.dumps(CALLS[0]), [CALLS[0]], CALLS[0]])
+def test_function_calls_of_a_turn_are_calls(value: object) -> None:
+    assert answer(function_calls=value).tool_calls == (SKY,)
+
+
+def test_function_calls_that_are_no_json_drop_the_record() -> None:
+    with pytest.raises(RejectedRecord, match="function_calls") as caught:
+        read(QUESTION, {**ANSWER, "function_calls": "sky(at=1)"})
+    assert caught.value.reason is Reason.BAD_TOOLS
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_calls": "null"}, {"tool_calls": {}}, {"tool_calls": " [] "},
+        {"function_call": "null"}, {"function_call": {}}, {"function_calls": "[]"},
+    ],
+)  # fmt: skip
+def test_calls_that_hold_nothing_are_none(fields: dict[str, object]) -> None:
+    assert answer(**fields) == Message(role="assistant", content="a")
+    assert read(QUESTION, {**ANSWER, **fields}).unread == ()
+
+
+@pytest.mark.parametrize("tools", [{}, [], "{}", "null", " "])
+def test_tools_that_hold_nothing_are_none(tools: object) -> None:
+    found = read(QUESTION, ANSWER, tools=tools)
+    assert (found.conversation.tools, found.unread) == ("", ())
