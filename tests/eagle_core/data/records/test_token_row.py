@@ -90,6 +90,29 @@ def test_turns_come_before_ids_which_are_then_named() -> None:
     assert found.unread == ("input_ids", "loss_mask")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a", "response": "b", "attention_mask": [1, 1, 1, 1]},
+        {"instruction": "a", "output": "b", "labels": [-100, -100, 7, 8]},
+        {"question": "a", "answer": "b", "loss_mask": MASK},
+    ],
+)
+def test_question_and_answer_come_before_ids_too(fields: dict[str, object]) -> None:
+    found = normalise({"input_ids": IDS, **fields}, location="here")
+    assert [one.content for one in found.conversation.messages] == ["a", "b"]
+    assert found.conversation.tokens is None
+    assert "input_ids" in found.unread
+
+
+def test_a_question_alone_is_a_column_beside_ids() -> None:
+    record = {"input_ids": IDS, "loss_mask": MASK, "prompt": "a"}
+    found = normalise(record, location="here")
+    assert (found.conversation.tokens, found.unread) == (ROW, ("prompt",))
+    asked = normalise(record, location="here", questions_suffice=True).conversation
+    assert [one.content for one in asked.messages] == ["a"]
+
+
 def test_ids_are_no_questions() -> None:
     with pytest.raises(RejectedRecord, match="cannot answer them again"):
         normalise({"input_ids": IDS, "loss_mask": MASK}, location="here", questions_suffice=True)
