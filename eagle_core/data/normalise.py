@@ -23,6 +23,7 @@ from eagle_core.data.records.fields import (
     is_list,
     parsed,
 )
+from eagle_core.data.records.loss_weight import refuse_excluded
 from eagle_core.data.records.token_row import has_token_ids, read_token_row
 from eagle_core.data.records.turn import read_turn
 
@@ -90,6 +91,7 @@ class _Form:
 
 def _chat(fields: Fields, form: _Form, location: str) -> Normalised:
     """Return the conversation in a record of turns, of question and answer, or of token ids."""
+    refuse_excluded(fields, location)
     if has_token_ids(fields) and not _is_text(fields, form):
         return _token_ids(fields, form, location)
     conversation_id = _record_id(fields, location)

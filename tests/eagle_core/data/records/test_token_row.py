@@ -118,22 +118,28 @@ def test_ids_are_no_questions() -> None:
         normalise({"input_ids": IDS, "loss_mask": MASK}, location="here", questions_suffice=True)
 
 
-def test_one_prompt_is_in_one_split() -> None:
-    def one(*answer: int) -> Conversation:
-        mask = (False, False, *(True for _ in answer))
-        return Conversation(
-            conversation_id="c",
-            messages=(),
-            tokens=TokenRow(input_ids=(5, 6, *answer), loss_mask=mask),
-        )
-
-    assert question_key(one(7)) == question_key(one(8, 9))
-    other = TokenRow(input_ids=(4, 6, 7), loss_mask=(False, False, True))
-    assert question_key(one(7)) != question_key(
-        Conversation(conversation_id="c", messages=(), tokens=other)
+def tokens(prompt: list[int], *answer: int) -> Conversation:
+    mask = (*(False for _ in prompt), *(True for _ in answer))
+    return Conversation(
+        conversation_id="c",
+        messages=(),
+        tokens=TokenRow(input_ids=(*prompt, *answer), loss_mask=mask),
     )
+
+
+def test_one_prompt_is_in_one_split() -> None:
+    assert question_key(tokens(IDS, 7)) == question_key(tokens(IDS, 8, 9))
+    assert question_key(tokens(IDS, 7)) != question_key(tokens([4, 6, 7, 8], 7))
     text = Conversation(conversation_id="c", messages=(Message(role="user", content="a"),))
-    assert question_key(one(7)) != question_key(text)
+    assert question_key(tokens(IDS, 7)) != question_key(text)
+
+
+@pytest.mark.parametrize("prompt", [[], [1], [1, 2], [1, 2, 3]])
+def test_ids_without_a_question_are_not_all_in_one_split(prompt: list[int]) -> None:
+    """Supervised from the first token, or behind a begin-of-text token and a role's marker."""
+    keys = {question_key(tokens(prompt, 7, number)) for number in range(50)}
+    assert len(keys) == 50
+    assert question_key(tokens(prompt, 7)) == question_key(tokens(prompt, 7))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
