@@ -132,6 +132,11 @@ def _nothing_usable(
 ) -> str:
     dropped = dict(sorted(cleaning.dropped.items()))
     advice = "correct `source`"
+    if Reason.NO_MESSAGES in dropped:
+        advice += (
+            ", or name the columns with `question` and `answer`, or `rendered_text` for text that "
+            "is rendered already"
+        )
     if Reason.NO_ASSISTANT_TURN in dropped:
         advice += ", or let the target answer its questions (`eyas run regenerate`)"
     return (

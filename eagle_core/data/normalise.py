@@ -10,12 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from eagle_core.data.columns import Columns, as_turns
+from eagle_core.data.columns import Columns, as_turns, is_asked, without_pairs
 from eagle_core.data.conversation import Conversation, Message, Role, content_key
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
 from eagle_core.data.records.alternation import ordered
 from eagle_core.data.records.calls import parse_tools
-from eagle_core.data.records.fields import Fields, Notes, encodable, is_list, parsed
+from eagle_core.data.records.fields import (
+    Fields,
+    Notes,
+    encodable,
+    holds_something,
+    is_list,
+    parsed,
+)
+from eagle_core.data.records.loss_weight import refuse_excluded
 from eagle_core.data.records.token_row import has_token_ids, read_token_row
 from eagle_core.data.records.turn import read_turn
 
@@ -83,13 +91,15 @@ class _Form:
 
 def _chat(fields: Fields, form: _Form, location: str) -> Normalised:
     """Return the conversation in a record of turns, of question and answer, or of token ids."""
-    if not form.columns and has_token_ids(fields) and not any(map(fields.holds, _MESSAGE_KEYS)):
+    refuse_excluded(fields, location)
+    if has_token_ids(fields) and not _is_text(fields, form):
         return _token_ids(fields, form, location)
     conversation_id = _record_id(fields, location)
     messages = [
         read_turn(turn, location=f"{location}, turn {index}", roles=form.roles, notes=fields.notes)
         for index, turn in enumerate(_turns(fields, form, location))
     ]
+    messages = [one for one in messages if one.role != "system" or one.content.strip()]
     turns = ordered(
         [*_system_turn(fields, messages, location), *messages],
         location=location,
@@ -103,6 +113,16 @@ def _chat(fields: Fields, form: _Form, location: str) -> Normalised:
         location=location,
     )
     return _normalised(conversation, turns.changes, fields)
+
+
+def _is_text(fields: Fields, form: _Form) -> bool:
+    """Return whether a record with token ids holds turns, or question and answer: they come first.
+
+    A target is asked in text; a question without its answer is a column beside the ids otherwise.
+    """
+    if form.columns or is_asked(fields, questions_suffice=form.questions_suffice):
+        return True
+    return any(holds_something(parsed(fields.see(key))) for key in _MESSAGE_KEYS)
 
 
 def _token_ids(fields: Fields, form: _Form, location: str) -> Normalised:
@@ -165,15 +185,30 @@ def _turns(record: Fields, form: _Form, location: str) -> Sequence[object]:
     for key in () if form.columns else _MESSAGE_KEYS:
         turns = parsed(record.see(key))
         if is_list(turns):
-            if not turns:
-                raise RejectedRecord(Reason.NO_MESSAGES, location, f"{key} is empty")
             record.ignore(key)
-            return turns
-    asked = as_turns(record, form.columns, questions_suffice=form.questions_suffice)
+            if turns:
+                return without_pairs(turns, record.notes, location=location)
+    asked = as_turns(
+        record, form.columns, location=location, questions_suffice=form.questions_suffice
+    )
     if asked is None:
-        detail = f"neither turns nor question; found {record.names}"
-        raise RejectedRecord(Reason.NO_MESSAGES, location, detail)
+        raise RejectedRecord(Reason.NO_MESSAGES, location, _nothing_read(record, form.columns))
     return asked
+
+
+def _nothing_read(record: Fields, columns: Columns | None) -> str:
+    """Return why a record has no turns, and which key helps."""
+    if columns:
+        for key, names in (("question", columns.question), ("answer", columns.answer)):
+            missing = [name for name in names if not record.exists(name)]
+            if missing:
+                named = ", ".join(missing)
+                return f"no column {named} (`dataset.{key}`); found {record.names}"
+    empty = next(filter(record.exists, _MESSAGE_KEYS), None)
+    found = f"neither turns nor question; found {record.names}"
+    if empty and is_list(parsed(record.see(empty))):
+        found = f"{empty} is empty; found {record.names}"
+    return f"{found}; name the columns with `dataset.question` and `dataset.answer`"
 
 
 def _system_turn(record: Fields, messages: Sequence[Message], location: str) -> list[Message]:
@@ -182,7 +217,7 @@ def _system_turn(record: Fields, messages: Sequence[Message], location: str) -> 
     text = record.see(name) if name else None
     if name is None or not isinstance(text, str):
         return []
-    has_own = messages[0].role == "system"
+    has_own = bool(messages) and messages[0].role == "system"
     if not has_own or messages[0].content.strip() == text.strip():
         record.ignore(name)
     return [] if has_own else [Message(role="system", content=encodable(text, location))]

@@ -25,6 +25,9 @@ class SplitWriter:
     def __init__(self, config: DatasetConfig, writers: DatasetWriters) -> None:
         self._config = config
         self._writers = writers
+        self._sources_of_pieces = {
+            part.name for part in config.sources if part.keep_pieces_together
+        }
         self._fingerprint = hashlib.sha256()
         self.kept: Counter[Split] = Counter()
         self.kept_by_source: Counter[tuple[str, Split]] = Counter()
@@ -49,19 +52,30 @@ class SplitWriter:
         members: list[bytes] = []
         with RowWriter(path, CONVERSATION_SCHEMA) as rows:
             for conversation, key in conversations:
-                members.append(bytes.fromhex(groups.add(conversation)))
+                members.append(bytes.fromhex(self._member(conversation, groups)))
                 rows.add(to_row(conversation, key))
         for member, row in zip(members, read_rows(path), strict=True):
             self._put(row, groups.key(member.hex()))
+
+    def _member(self, conversation: Conversation, groups: ChatGroups) -> str:
+        """Return a key of the conversation's group; that of its question without chats."""
+        source = self._source_of(conversation.location)
+        if source and source not in self._sources_of_pieces:
+            return question_key(conversation)
+        return groups.add(conversation, source=source)
 
     def _put(self, row: dict[str, Any], split_key: str) -> None:
         is_test = is_held_out(split_key, self._config.held_out_fraction)
         split: Split = "held_out" if is_test else "train"
         self.kept[split] += 1
         if self._config.sources:
-            self.kept_by_source[row["location"].partition(": ")[0], split] += 1
+            self.kept_by_source[self._source_of(row["location"]), split] += 1
         self._fingerprint.update(f"{split} {row['content_key']}\n".encode())
         self._writers.splits[split].add(row)
+
+    def _source_of(self, location: str) -> str:
+        """Return the name of one of several sources; empty for a single one."""
+        return location.partition(": ")[0] if self._config.sources else ""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,19 +12,25 @@ from eagle_core.data.conversation import Conversation, content_key
 
 _HALF = 8
 """Bytes of a key that decide neither split nor order."""
+_SHORTEST_PROMPT = 4
+"""Token ids before the first answer that tell one question from another; a begin-of-text token and
+a role's marker do not."""
 
 
 def question_key(conversation: Conversation) -> str:
     """Return the key shared by all conversations with this first question, 32 hex digits.
 
-    Blanks around the question do not count. Token ids have those before the first answer. A
-    rendered text, whose template is not known here, has its content key.
+    Blanks around the question do not count. Token ids have those before the first answer. Token
+    ids with hardly any before it, and a rendered text, whose template is not known here, have their
+    content key.
     """
     asked = (message.content for message in conversation.messages if message.role == "user")
     question = next(asked, None)
     if conversation.tokens is not None:
         mask = conversation.tokens.loss_mask
         prompt = conversation.tokens.input_ids[: mask.index(True)]
+        if len(prompt) < _SHORTEST_PROMPT:
+            return content_key(conversation)
         return xxhash.xxh3_128_hexdigest(np.array(prompt, np.int32).tobytes())
     if question is None:
         return content_key(conversation)
@@ -41,12 +47,16 @@ class Piece:
     """Whether the chat begins with it."""
 
 
-def piece_of(conversation: Conversation) -> Piece | None:
-    """Return which piece of a chat the conversation is; None if its id has another form."""
+def piece_of(conversation: Conversation, *, source: str = "") -> Piece | None:
+    """Return which piece of a chat the conversation is; None if its id has another form.
+
+    `source` is the name of one of several sources: equal ids of two are two chats.
+    """
     stem, mark, number = conversation.conversation_id.rpartition("_")
     if not stem or not mark or not number.isdecimal():
         return None
-    return Piece(chat_key=xxhash.xxh3_128_hexdigest(stem.encode()), is_first=not number.strip("0"))
+    chat = f"{source}: {stem}" if source else stem
+    return Piece(chat_key=xxhash.xxh3_128_hexdigest(chat.encode()), is_first=not number.strip("0"))
 
 
 class ChatGroups:
@@ -61,12 +71,13 @@ class ChatGroups:
     def __init__(self) -> None:
         self._parents: dict[bytes, bytes] = {}
 
-    def add(self, conversation: Conversation) -> str:
+    def add(self, conversation: Conversation, *, source: str = "") -> str:
         """Put the conversation into the group of its chat and of its first question.
 
-        Returns one of the keys of the group, for `key` after the last conversation.
+        `source` is the name of one of several sources. Returns one of the keys of the group, for
+        `key` after the last conversation.
         """
-        piece = piece_of(conversation)
+        piece = piece_of(conversation, source=source)
         if piece is None:
             return question_key(conversation)
         if piece.is_first:

@@ -57,7 +57,7 @@ def ordered(
 
 def _first_question(messages: Sequence[Message]) -> tuple[int, int]:
     """Return the place of the first question, without and with the answers before it."""
-    start = 1 if messages[0].role == "system" else 0
+    start = 1 if messages and messages[0].role == "system" else 0
     first = start
     while first < len(messages) and messages[first].role == "assistant":
         first += 1
@@ -76,6 +76,9 @@ def _joined(messages: Sequence[Message], location: str) -> list[Message]:
 
 
 def _join(one: Message, two: Message, location: str) -> Message:
+    if one.tool_calls and (two.content.strip() or two.reasoning_content.strip()):
+        detail = "a call and what is said after it cannot be one turn"
+        raise RejectedRecord(Reason.WRONG_ALTERNATION, location, detail)
     if one.is_supervised != two.is_supervised:
         detail = "turns that the loss counts and does not count cannot be joined"
         raise RejectedRecord(Reason.WRONG_ALTERNATION, location, detail)

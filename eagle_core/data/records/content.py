@@ -4,9 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from eagle_core.data.ledger import Reason, RejectedRecord
-from eagle_core.data.records.fields import Fields, encodable, is_list
+from eagle_core.data.records.fields import Fields, encodable, holds_something, is_list
 
-_TEXT = frozenset({"text", "input_text", "output_text", "summary_text", "refusal"})
+_TEXT = frozenset(
+    {
+        *("text", "input_text", "output_text", "summary_text", "refusal"),
+        *("markdown", "md", "paragraph", "html", "code", "plain", "plain_text", "string"),
+    }
+)
+_TEXT_KEYS = ("text", "refusal", "content", "value")
 _REASONING = frozenset({"reasoning", "thinking", "thought", "reasoning_text"})
 
 
@@ -34,8 +40,8 @@ def read_content(value: object, turn: Fields, *, location: str) -> Content:
 
 
 def read_text(value: object, *, location: str) -> str:
-    """Return a text, empty for null; raise `RejectedRecord` for anything else."""
-    if value is None:
+    """Return a text, empty for null and {}; raise `RejectedRecord` for anything else."""
+    if value is None or (isinstance(value, Mapping) and not holds_something(value)):
         return ""
     if isinstance(value, str):
         return encodable(value, location)
@@ -51,7 +57,10 @@ def _part(part: object, turn: Fields, location: str) -> Content:
         raise RejectedRecord(Reason.NOT_TEXT, location, "content part without type and text")
     kind = str(named or "text").strip().lower()
     if kind in _TEXT:
-        found = Content(text=_text_of(fields, location, "text", "refusal", "content"))
+        if not any(map(fields.holds, _TEXT_KEYS)) and fields.unread():
+            detail = f"content part {kind[:40]!a} has no text, but {fields.unread()[0][:40]!a}"
+            raise RejectedRecord(Reason.NOT_TEXT, location, detail)
+        found = Content(text=_text_of(fields, location, *_TEXT_KEYS))
     elif kind in _REASONING:
         names = ("reasoning", "thinking", "thought", "text", "content", "summary")
         found = Content(text="", reasoning=_text_of(fields, location, *names))

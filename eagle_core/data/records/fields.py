@@ -71,13 +71,13 @@ class Fields:
         """Return the fields of an object in this one."""
         return Fields(values, within=f"{self._within}{within}.", notes=self._notes)
 
+    def unread(self) -> list[str]:
+        """Return the fields that hold something and were not read so far."""
+        return [str(name) for name in self._values if name not in self._read and self.holds(name)]
+
     def finish(self) -> None:
         """Note every field that holds something and was not read."""
-        self._notes.unread.update(
-            f"{self._within}{name}"
-            for name in self._values
-            if name not in self._read and self.holds(name)
-        )
+        self._notes.unread.update(f"{self._within}{name}" for name in self.unread())
 
 
 def holds_something(value: object) -> bool:

@@ -7,21 +7,15 @@ from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.data.records.calls import parse_call_turn, parse_tool_calls
 from eagle_core.data.records.content import Content, read_content
 from eagle_core.data.records.fields import Fields, Notes, encodable, holds_something, parsed
+from eagle_core.data.records.loss_weight import ignore_exclusion, is_supervised
 from eagle_core.data.records.roles import Speaker, speaker
 from eagle_core.data.tool_calls import ToolCall
 
 ROLE_KEYS = ("role", "from", "speaker", "sender")
 _CONTENT_KEYS = ("content", "value", "text")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_LOSS_KEYS = ("weight", "loss_mask", "loss", "train", "training", "trainable")
-_IN_THE_LOSS: Mapping[object, bool] = {
-    1: True,  # equal to True and 1.0, with equal hashes
-    0: False,
-    "1": True,
-    "0": False,
-    "true": True,
-    "false": False,
-}
+_FORMER_CALL_KEYS = ("function_call", "function_calls")
+_NO_CALLS = ("null", "[]", "{}")
 
 
 def read_turn(turn: object, *, location: str, roles: Mapping[str, Role], notes: Notes) -> Message:
@@ -59,9 +53,9 @@ def _called(fields: Fields, location: str) -> Message:
     return Message(
         role="assistant",
         content="",
-        reasoning_content=_content(fields, location, *_REASONING_KEYS).text,
+        reasoning_content=_thought(fields, location),
         tool_calls=calls,
-        is_supervised=_is_supervised(fields, location),
+        is_supervised=is_supervised(fields, location),
     )
 
 
@@ -69,13 +63,13 @@ def _answered(fields: Fields, location: str) -> Message:
     content = _content(fields, location, *_CONTENT_KEYS)
     if not content.text.strip() and fields.holds("refusal"):
         content = _content(fields, location, "refusal")
-    thought = _content(fields, location, *_REASONING_KEYS).text
+    thought = _thought(fields, location)
     return Message(
         role="assistant",
         content=content.text,
         reasoning_content=thought or content.reasoning,
         tool_calls=_calls(fields, location),
-        is_supervised=_is_supervised(fields, location),
+        is_supervised=is_supervised(fields, location),
     )
 
 
@@ -83,9 +77,7 @@ def _asked(fields: Fields, role: Role, location: str) -> Message:
     content = _content(fields, location, *_CONTENT_KEYS)
     if content.reasoning:
         raise RejectedRecord(Reason.NOT_TEXT, location, f"reasoning in a turn of {role}")
-    for name in filter(fields.exists, _LOSS_KEYS):
-        if _as_flag(fields.see(name)) is False:
-            fields.ignore(name)  # the loss never counts these turns
+    ignore_exclusion(fields)  # the loss never counts these turns
     if role != "tool":
         return Message(role=role, content=content.text)
     return Message(
@@ -100,34 +92,22 @@ def _content(fields: Fields, location: str, *names: str) -> Content:
     return read_content(fields.take(*names), fields, location=location)
 
 
+def _thought(fields: Fields, location: str) -> str:
+    """Return the reasoning; a flag that says whether the target reasons has none."""
+    flags = [name for name in _REASONING_KEYS if isinstance(fields.see(name), bool)]
+    fields.ignore(*flags)
+    names = (name for name in _REASONING_KEYS if name not in flags)
+    return _content(fields, location, *names).text
+
+
 def _calls(fields: Fields, location: str) -> tuple[ToolCall, ...]:
-    """Return the calls in `tool_calls`, or in OpenAI's former `function_call`."""
+    """Return the calls in `tool_calls`, in OpenAI's former `function_call`, or in OLMo's field."""
     calls = parse_tool_calls(fields.take("tool_calls"), location=location, turn=fields)
-    if calls or not fields.holds("function_call"):
-        return calls
-    return parse_call_turn(fields.take("function_call"), fields, location=location)
-
-
-def _is_supervised(fields: Fields, location: str) -> bool:
-    """Return whether the loss counts the answer; refuse weights between 0 and 1."""
-    is_supervised = True
-    for name in filter(fields.exists, _LOSS_KEYS):
-        value = fields.see(name)
-        flag = _as_flag(value)
-        if not holds_something(value) or (name == "loss" and flag is None):  # or a measured loss
-            continue
-        fields.ignore(name)
-        if flag is None:
-            detail = f"{name} is {str(value)[:40]!a}; only 0 and 1 can be honoured"
-            raise RejectedRecord(Reason.UNSUPPORTED_WEIGHT, location, detail)
-        is_supervised = is_supervised and flag
-    return is_supervised
-
-
-def _as_flag(value: object) -> bool | None:
-    if isinstance(value, str):
-        value = value.strip().lower()
-    return _IN_THE_LOSS.get(value) if isinstance(value, str | int | float) else None
+    for name in () if calls else _FORMER_CALL_KEYS:
+        value = fields.take(name)
+        if holds_something(value) and value not in _NO_CALLS:
+            return parse_call_turn(value, fields, location=location, name=name)
+    return calls
 
 
 def _name(value: object, location: str) -> str:

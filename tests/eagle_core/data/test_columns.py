@@ -16,7 +16,7 @@ from eagle_core.data.presets import PRESETS
 from eagle_core.data.source_record import SourceRecord
 from eagle_core.data.sources import read_records
 from eagle_core.data.tool_calls import ToolCall
-from eagle_core.errors import CorruptError
+from eagle_core.errors import ConfigError, CorruptError
 
 
 def turns(record: object, columns: Columns | None = None) -> list[tuple[str, str]]:
@@ -294,3 +294,151 @@ def test_rendered_text_is_kept_as_it_is(tmp_path: Path) -> None:
     assert [one.rendered_text for one in load_conversations(tmp_path / "d", "train")] == texts
     with pytest.raises(ValueError, match="not both"):
         DatasetConfig(name="d", source="x", rendered_text="text", question=("a",), answer=("b",))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [{"role": "user", "content": "hi"}],
+        [{"from": "human", "value": "hi"}],
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        [{"type": "text", "text": "hi"}],
+        json.dumps([{"role": "user", "content": "hi"}]),
+    ],
+)
+@pytest.mark.parametrize(("name", "answer"), [("input", "output"), ("context", "response")])
+def test_an_instruction_leads_the_turn_beside_it(asked: object, name: str, answer: str) -> None:
+    record = {"instruction": "Translate", name: asked, answer: "x"}
+    assert turns(record) == [("user", "Translate\nhi"), ("assistant", "x")]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [*PROMPT, *COMPLETION],
+        COMPLETION,
+        [{"role": "user", "content": ""}],
+        {"text": "hi"},
+        True,
+        [["hi"]],
+    ],
+)
+def test_an_instruction_beside_what_it_cannot_be_joined_with_drops_the_record(
+    asked: object,
+) -> None:
+    with pytest.raises(RejectedRecord, match="cannot be joined") as caught:
+        turns({"instruction": "Translate", "input": asked, "output": "x"})
+    assert caught.value.reason is Reason.NOT_TEXT
+
+
+@pytest.mark.parametrize("context", [[], {}, [" "], {"a": None}, float("nan")])
+def test_a_context_that_holds_nothing_is_absent(context: object) -> None:
+    record = {"instruction": "q", "context": context, "response": "a"}
+    assert turns(record) == [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize(
+    ("context", "text"), [(["one", "two"], "one\ntwo"), (["one"], "one"), (7, "7"), (0.5, "0.5")]
+)
+def test_a_context_of_texts_or_a_number(context: object, text: str) -> None:
+    record = {"instruction": "q", "context": context, "response": "a"}
+    assert turns(record) == [("user", f"q\n{text}"), ("assistant", "a")]
+
+
+def test_several_answers_are_no_answer() -> None:
+    with pytest.raises(RejectedRecord) as caught:
+        turns({"question": "q", "answer": ["a", "b"]})
+    assert caught.value.reason is Reason.NOT_TEXT
+
+
+@pytest.mark.parametrize("answer", ["completion", "response"])
+def test_question_and_answer_as_json_text_of_turns(answer: str) -> None:
+    asked = [{"role": "system", "content": "s"}, *PROMPT]
+    record = {"prompt": json.dumps(asked), answer: json.dumps(COMPLETION, indent=1)}
+    assert turns(record) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    assert turns({**record, answer: "a"})[-1] == ("assistant", "a")
+
+
+@pytest.mark.parametrize(
+    "answer", ['[{"name": "f"}]', '{"role": "assistant"}', json.dumps(PROMPT), "[role]", "[]"]
+)
+def test_other_json_is_the_text_of_an_answer(answer: str) -> None:
+    assert turns({"prompt": "q", "completion": answer})[1] == ("assistant", answer)
+
+
+def test_question_and_response() -> None:
+    assert turns({"question": "q", "response": "a"}) == [("user", "q"), ("assistant", "a")]
+    assert turns({"question": "q", "answer": "b", "response": "a"})[1] == ("assistant", "b")
+    assert turns({"question": "q", "answer": None, "response": "a"})[1] == ("assistant", "a")
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [("input", "output"), ("question", "answer"), ("prompt", "response")],
+)
+def test_pairs_of_question_and_answer_are_turns(asked: str, answered: str) -> None:
+    """As in Capybara."""
+    pairs = [{asked: "q1", answered: "a1", "rank": 3}, {asked: "q2", answered: "a2"}]
+    found = normalise({"conversation": pairs, "source": "web"}, location="here")
+    assert [(one.role, one.content) for one in found.conversation.messages] == [
+        ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"),
+    ]  # fmt: skip
+    assert found.unread == ("source", "turn.rank")
+
+
+def test_a_pair_without_an_answer_is_no_turn() -> None:
+    with pytest.raises(RejectedRecord) as caught:
+        turns({"conversation": [{"input": "q", "output": None}]})
+    assert caught.value.reason is Reason.UNKNOWN_ROLE
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [], "messages": [*PROMPT, *COMPLETION]},
+        {"conversation": "[]", "messages": [*PROMPT, *COMPLETION]},
+        {"messages": [], "prompt": "q", "response": "a"},
+        {"messages": [{"role": "system", "content": " "}, *PROMPT, *COMPLETION]},
+        {"messages": [{"role": "system", "content": None}, *PROMPT, *COMPLETION], "system": ""},
+    ],
+)
+def test_turns_that_hold_nothing_are_ignored(record: dict[str, object]) -> None:
+    found = normalise(record, location="here")
+    assert [one.content for one in found.conversation.messages] == ["q", "a"]
+    assert found.unread == ()
+
+
+def test_an_empty_system_turn_leaves_its_place_to_the_column() -> None:
+    record = {"messages": [{"role": "system", "content": ""}, *PROMPT, *COMPLETION], "system": "s"}
+    assert turns(record)[0] == ("system", "s")
+    with pytest.raises(RejectedRecord) as caught:
+        turns({"messages": [{"role": "system", "content": ""}]})
+    assert caught.value.reason is Reason.NO_ASSISTANT_TURN
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "named"),
+    [
+        ({"Frage": "q"}, None, r"neither turns nor question; found Frage; .*`dataset\.question`"),
+        ({"messages": [], "x": 1}, None, r"messages is empty; found messages, x; .*`dataset\."),
+        (
+            {"Frage": "q"},
+            Columns(question=("Frage",), answer=("A", "B")),
+            "no column A, B .*answer",
+        ),
+        ({"A": "a"}, Columns(question=("Frage",), answer=("A",)), "no column Frage .*question"),
+    ],
+)
+def test_what_is_missing_is_named(
+    record: dict[str, object], columns: Columns | None, named: str
+) -> None:
+    with pytest.raises(RejectedRecord, match=named) as caught:
+        turns(record, columns)
+    assert caught.value.reason is Reason.NO_MESSAGES
+
+
+def test_a_data_set_without_known_columns_says_which_key_helps(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"Frage": "q", "Antwort": "a"}\n')
+    config = DatasetConfig(name="d", source=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ConfigError, match=r"name the columns with `question`.*`rendered_text`"):
+        build_dataset(config, out_dir=tmp_path / "d")

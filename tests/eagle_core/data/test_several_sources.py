@@ -147,6 +147,76 @@ def test_a_preset_may_be_one_of_several(tmp_path: Path) -> None:
     assert build(tmp_path / "out", one).num_conversations == 5
 
 
+def write_pieces(path: Path, chats: Iterable[int], word: str) -> str:
+    """Write three pieces of every chat, with ids `CHAT_0` to `CHAT_2`."""
+    records = [
+        {"id": f"{chat}_{piece}", "question": f"{word} {chat} {piece}", "answer": "a"}
+        for chat in chats
+        for piece in range(3)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def held_out(out_dir: Path, source: str) -> set[str]:
+    return {
+        one.messages[0].content
+        for one in load_conversations(out_dir, "held_out")
+        if one.location.startswith(f"{source}: ")
+    }
+
+
+def test_pieces_of_one_source_move_nothing_of_the_others(tmp_path: Path) -> None:
+    one: dict[str, object] = {
+        "name": "one",
+        "source": write_pieces(tmp_path / "1.jsonl", range(40), "one"),
+    }
+    two: dict[str, object] = {
+        "name": "two",
+        "source": write_pieces(tmp_path / "2.jsonl", range(40), "two"),
+    }
+    build(tmp_path / "before", one, two, held_out_fraction=0.3)
+    one["keep_pieces_together"] = True
+    build(tmp_path / "after", one, two, held_out_fraction=0.3)
+    assert held_out(tmp_path / "after", "two") == held_out(tmp_path / "before", "two")
+    together = held_out(tmp_path / "after", "one")
+    chats = {question.split()[1] for question in together}
+    assert len(together) == 3 * len(chats)
+    assert 0 < len(chats) < 40
+
+
+def test_equal_ids_of_two_sources_are_two_chats(tmp_path: Path) -> None:
+    parts: list[dict[str, object]] = [
+        {
+            "name": name,
+            "source": write_pieces(tmp_path / f"{name}.jsonl", range(40), name),
+            "keep_pieces_together": True,
+        }
+        for name in ("one", "two")
+    ]
+    build(tmp_path / "out", *parts, held_out_fraction=0.3)
+    chats = [
+        {question.split()[1] for question in held_out(tmp_path / "out", name)}
+        for name in ("one", "two")
+    ]
+    assert chats[0] != chats[1]
+
+
+def test_a_question_that_two_sources_have_is_in_one_split(tmp_path: Path) -> None:
+    """One of them is grouped by chats: the other's follows the chat that begins with it."""
+    one: dict[str, object] = {
+        "name": "one",
+        "source": write_pieces(tmp_path / "1.jsonl", range(40), "q"),
+        "keep_pieces_together": True,
+    }
+    records = [{"question": f"q {chat} 0", "answer": "other"} for chat in range(40)]
+    (tmp_path / "2.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    two: dict[str, object] = {"name": "two", "source": str(tmp_path / "2.jsonl")}
+    build(tmp_path / "out", one, two, held_out_fraction=0.3)
+    firsts = {text for text in held_out(tmp_path / "out", "one") if text.endswith(" 0")}
+    assert held_out(tmp_path / "out", "two") == firsts != set()
+
+
 PART = {"name": "a", "source": "a.jsonl"}
 
 

@@ -52,6 +52,30 @@ def test_joined_turns_keep_calls_and_reasoning() -> None:
     )
 
 
+CALL = (ToolCall(name="f", arguments="{}"),)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        Message(role="assistant", content="It rains."),
+        Message(role="assistant", content="", reasoning_content="hm", tool_calls=CALL),
+        Message(role="assistant", content="And the sea.", tool_calls=CALL),
+    ],
+)
+def test_what_follows_a_call_is_not_joined_before_it(second: Message) -> None:
+    called = Message(role="assistant", content="", tool_calls=CALL)
+    with pytest.raises(RejectedRecord, match="said after it") as caught:
+        order([*turns("u"), called, second], join_turns=True)
+    assert caught.value.reason is Reason.WRONG_ALTERNATION
+
+
+def test_calls_one_after_another_are_joined() -> None:
+    called = Message(role="assistant", content="", tool_calls=CALL)
+    found = order([*turns("u"), called, called], join_turns=True)
+    assert found.messages[1].tool_calls == CALL * 2
+
+
 def test_turns_of_which_one_is_supervised_are_not_joined() -> None:
     unsupervised = Message(role="assistant", content="x", is_supervised=False)
     with pytest.raises(RejectedRecord) as caught:

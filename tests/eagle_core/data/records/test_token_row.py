@@ -90,27 +90,56 @@ def test_turns_come_before_ids_which_are_then_named() -> None:
     assert found.unread == ("input_ids", "loss_mask")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a", "response": "b", "attention_mask": [1, 1, 1, 1]},
+        {"instruction": "a", "output": "b", "labels": [-100, -100, 7, 8]},
+        {"question": "a", "answer": "b", "loss_mask": MASK},
+    ],
+)
+def test_question_and_answer_come_before_ids_too(fields: dict[str, object]) -> None:
+    found = normalise({"input_ids": IDS, **fields}, location="here")
+    assert [one.content for one in found.conversation.messages] == ["a", "b"]
+    assert found.conversation.tokens is None
+    assert "input_ids" in found.unread
+
+
+def test_a_question_alone_is_a_column_beside_ids() -> None:
+    record = {"input_ids": IDS, "loss_mask": MASK, "prompt": "a"}
+    found = normalise(record, location="here")
+    assert (found.conversation.tokens, found.unread) == (ROW, ("prompt",))
+    asked = normalise(record, location="here", questions_suffice=True).conversation
+    assert [one.content for one in asked.messages] == ["a"]
+
+
 def test_ids_are_no_questions() -> None:
     with pytest.raises(RejectedRecord, match="cannot answer them again"):
         normalise({"input_ids": IDS, "loss_mask": MASK}, location="here", questions_suffice=True)
 
 
-def test_one_prompt_is_in_one_split() -> None:
-    def one(*answer: int) -> Conversation:
-        mask = (False, False, *(True for _ in answer))
-        return Conversation(
-            conversation_id="c",
-            messages=(),
-            tokens=TokenRow(input_ids=(5, 6, *answer), loss_mask=mask),
-        )
-
-    assert question_key(one(7)) == question_key(one(8, 9))
-    other = TokenRow(input_ids=(4, 6, 7), loss_mask=(False, False, True))
-    assert question_key(one(7)) != question_key(
-        Conversation(conversation_id="c", messages=(), tokens=other)
+def tokens(prompt: list[int], *answer: int) -> Conversation:
+    mask = (*(False for _ in prompt), *(True for _ in answer))
+    return Conversation(
+        conversation_id="c",
+        messages=(),
+        tokens=TokenRow(input_ids=(*prompt, *answer), loss_mask=mask),
     )
+
+
+def test_one_prompt_is_in_one_split() -> None:
+    assert question_key(tokens(IDS, 7)) == question_key(tokens(IDS, 8, 9))
+    assert question_key(tokens(IDS, 7)) != question_key(tokens([4, 6, 7, 8], 7))
     text = Conversation(conversation_id="c", messages=(Message(role="user", content="a"),))
-    assert question_key(one(7)) != question_key(text)
+    assert question_key(tokens(IDS, 7)) != question_key(text)
+
+
+@pytest.mark.parametrize("prompt", [[], [1], [1, 2], [1, 2, 3]])
+def test_ids_without_a_question_are_not_all_in_one_split(prompt: list[int]) -> None:
+    """Supervised from the first token, or behind a begin-of-text token and a role's marker."""
+    keys = {question_key(tokens(prompt, 7, number)) for number in range(50)}
+    assert len(keys) == 50
+    assert question_key(tokens(prompt, 7)) == question_key(tokens(prompt, 7))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])

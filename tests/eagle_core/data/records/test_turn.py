@@ -219,3 +219,153 @@ def test_calls_of_a_question_are_counted_and_not_made() -> None:
     record = read({**QUESTION, "tool_calls": CALLS, "name": "Ann"}, ANSWER)
     assert record.unread == ("turn.name", "turn.tool_calls")
     assert record.conversation.messages[0] == Message(role="user", content="q")
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+@pytest.mark.parametrize("form", ["call", "function", "beside the function", "call turn", "text"])
+def test_arguments_under_every_name(name: str, form: str) -> None:
+    called = {"name": "sky", name: {"at": 1}}
+    turn: dict[str, object] = {"role": "assistant", "content": None}
+    if form == "call":
+        turn["tool_calls"] = [called]
+    elif form == "function":
+        turn["tool_calls"] = [{"type": "function", "function": called}]
+    elif form == "beside the function":
+        turn["tool_calls"] = [{"function": {"name": "sky"}, name: {"at": 1}}]
+    else:
+        content = json.dumps(called) if form == "text" else called
+        turn = {"role": "function_call", "content": content}
+    found = read(QUESTION, turn)
+    assert found.conversation.messages[1].tool_calls == (SKY,)
+    assert found.unread == ()
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"name": "sky", "kwargs": {"at": 1}},
+        {"name": "sky", "arguments": None, "params": {"at": 1}},
+        {"name": "sky", "arguments": {}, "payload": "at 1"},
+        {"function": {"name": "sky"}, "values": [1]},
+    ],
+)
+def test_arguments_under_an_unknown_name_drop_the_record(called: dict[str, object]) -> None:
+    for turn in (
+        {**ANSWER, "tool_calls": [called]},
+        {"role": "function_call", "content": json.dumps(called)},
+    ):
+        with pytest.raises(RejectedRecord, match=r"kwargs|params|payload|values") as caught:
+            read(QUESTION, turn)
+        assert caught.value.reason is Reason.BAD_TOOLS
+
+
+def test_a_call_without_arguments_may_have_what_is_no_argument() -> None:
+    called = {"id": "c", "type": "function", "index": 0, "function": {"name": "sky"}}
+    assert answer(tool_calls=[called]).tool_calls == (
+        ToolCall(name="sky", arguments="{}", call_id="c"),
+    )
+
+
+@pytest.mark.parametrize("value", [json.dumps(CALLS[0]), [CALLS[0]], CALLS[0]])
+def test_function_calls_of_a_turn_are_calls(value: object) -> None:
+    assert answer(function_calls=value).tool_calls == (SKY,)
+
+
+def test_function_calls_that_are_no_json_drop_the_record() -> None:
+    with pytest.raises(RejectedRecord, match="function_calls") as caught:
+        read(QUESTION, {**ANSWER, "function_calls": "sky(at=1)"})
+    assert caught.value.reason is Reason.BAD_TOOLS
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_calls": "null"}, {"tool_calls": {}}, {"tool_calls": " [] "},
+        {"function_call": "null"}, {"function_call": {}}, {"function_calls": "[]"},
+    ],
+)  # fmt: skip
+def test_calls_that_hold_nothing_are_none(fields: dict[str, object]) -> None:
+    assert answer(**fields) == Message(role="assistant", content="a")
+    assert read(QUESTION, {**ANSWER, **fields}).unread == ()
+
+
+@pytest.mark.parametrize("tools", [{}, [], "{}", "null", " "])
+def test_tools_that_hold_nothing_are_none(tools: object) -> None:
+    found = read(QUESTION, ANSWER, tools=tools)
+    assert (found.conversation.tools, found.unread) == ("", ())
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.0, -0.0, 2.31])
+def test_a_measured_loss_excludes_nothing(loss: float) -> None:
+    found = read({**QUESTION, "loss": loss}, {**ANSWER, "loss": loss})
+    assert found.conversation.messages[1].is_supervised
+    assert found.unread == ("turn.loss",)
+
+
+@pytest.mark.parametrize("loss", [0, False, "0", "false"])
+def test_a_loss_of_zero_or_false_is_a_mask(loss: object) -> None:
+    assert not answer(loss=loss).is_supervised
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight", float("nan")), ("train", "yes"), ("trainable", 3)]
+)
+def test_what_is_no_weight_is_named(name: str, value: object) -> None:
+    with pytest.raises(RejectedRecord, match=f"{name} is .*only 1 and 0, or true and") as caught:
+        read(QUESTION, {**ANSWER, name: value})
+    assert caught.value.reason is Reason.UNSUPPORTED_WEIGHT
+
+
+@pytest.mark.parametrize(
+    "fields", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": "false"}]
+)
+def test_a_record_that_excludes_itself_is_dropped(fields: dict[str, object]) -> None:
+    for record in (
+        {"messages": [QUESTION, ANSWER]},
+        {"prompt": "q", "response": "a"},
+        {"input_ids": [5, 6], "loss_mask": [0, 1]},
+    ):
+        with pytest.raises(RejectedRecord, match="excludes itself") as caught:
+            normalise({**record, **fields}, location="here")
+        assert caught.value.reason is Reason.UNSUPPORTED_WEIGHT
+
+
+@pytest.mark.parametrize("fields", [{"weight": 0.5}, {"label": False}, {"loss": 0}])
+def test_other_weights_and_labels_of_a_record_are_counted(fields: dict[str, object]) -> None:
+    """`label` is KTO's verdict on an answer."""
+    assert read(QUESTION, ANSWER, **fields).unread == tuple(fields)
+
+
+@pytest.mark.parametrize("name", ["thinking", "reasoning", "reasoning_content"])
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_flag_of_reasoning_is_none(name: str, flag: bool) -> None:
+    found = read(QUESTION, {**ANSWER, name: flag})
+    assert found.conversation.messages[1] == Message(role="assistant", content="a")
+    assert found.unread == ()
+    other = "thinking" if name == "reasoning" else "reasoning"
+    assert answer(**{name: flag, other: "hm"}).reasoning_content == "hm"
+
+
+@pytest.mark.parametrize("nothing", [{}, [], {"text": None}])
+def test_reasoning_that_holds_nothing_is_none(nothing: object) -> None:
+    assert answer(thinking=nothing) == Message(role="assistant", content="a")
+
+
+@pytest.mark.parametrize("kind", ["markdown", "Markdown", "paragraph", "code"])
+def test_parts_of_marked_up_text_are_text(kind: str) -> None:
+    parts = [{"type": kind, "text": "a"}, {"type": "text", "text": "b"}]
+    assert answer(content=parts).content == "ab"
+
+
+@pytest.mark.parametrize("name", ["text", "value", "content"])
+def test_text_of_a_part_under_every_name(name: str) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", name: "b"}]
+    assert answer(content=parts).content == "ab"
+
+
+@pytest.mark.parametrize("lost", [{"body": "lost"}, {"data": ["lost"]}, {"text": "", "body": "x"}])
+def test_a_part_whose_text_is_not_known_drops_the_record(lost: dict[str, object]) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", **lost}]
+    with pytest.raises(RejectedRecord, match=r"has no text, but '(body|data)'") as caught:
+        read(QUESTION, {**ANSWER, "content": parts})
+    assert caught.value.reason is Reason.NOT_TEXT
