@@ -97,7 +97,7 @@ class SourceConfig(ConfigModel):
     max_record_bytes: int = Field(
         default=16 << 20,
         gt=0,
-        description="Drop larger records (bytes); the ledger records them",
+        description="JSON only: drop larger records (bytes); the ledger records them",
     )
     max_conversations: int | None = Field(
         default=None, gt=0, description="Stop after this many kept conversations; empty means all"

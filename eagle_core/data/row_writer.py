@@ -11,6 +11,9 @@ import pyarrow.parquet as pq
 from eagle_core.atomic_files import atomic_file
 
 _ROWS_PER_GROUP = 1024
+_BYTES_PER_GROUP = 128 << 20
+_ENTRY_BYTES = 32
+"""Of a number in a list, such as a token id: it is an object of its own in Python."""
 
 
 class RowWriter:
@@ -20,6 +23,7 @@ class RowWriter:
         self._path = path
         self._schema = schema
         self._rows: list[dict[str, object]] = []
+        self._num_bytes = 0
 
     def __enter__(self) -> Self:
         """Open the file for rows."""
@@ -46,10 +50,24 @@ class RowWriter:
     def add(self, row: dict[str, object]) -> None:
         """Add one row; one row group is in memory at a time."""
         self._rows.append(row)
-        if len(self._rows) >= _ROWS_PER_GROUP:
+        self._num_bytes += _num_bytes(row)
+        if len(self._rows) >= _ROWS_PER_GROUP or self._num_bytes >= _BYTES_PER_GROUP:
             self._flush()
 
     def _flush(self) -> None:
         if self._rows:
             self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
             self._rows = []
+            self._num_bytes = 0
+
+
+def _num_bytes(value: object) -> int:
+    """Return about how much memory a value of a row takes."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    if not isinstance(value, list | tuple):
+        return _ENTRY_BYTES
+    is_flat = not value or isinstance(value[0], int)
+    return len(value) * _ENTRY_BYTES if is_flat else sum(map(_num_bytes, value))

@@ -9,7 +9,7 @@ import codecs
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.files.arrow_records import columnar_kind, read_columnar
@@ -17,7 +17,7 @@ from eagle_core.data.files.csv_records import read_csv
 from eagle_core.data.files.foreign import refuse_foreign
 from eagle_core.data.files.json_lines import read_json_lines
 from eagle_core.data.files.json_records import JsonReader
-from eagle_core.data.files.json_shape import spans_lines
+from eagle_core.data.files.json_shape import list_of_records, spans_lines
 from eagle_core.data.files.source_file import (
     BLOCK_BYTES,
     SourceFile,
@@ -30,6 +30,7 @@ from eagle_core.data.files.streams import (
     DECOMPRESSION_ERRORS,
     HEAD_BYTES,
     GuardedFile,
+    ReplayedStream,
     as_utf8,
     decompressed,
     read_head,
@@ -51,20 +52,26 @@ _JSON_START = re.compile(rb'[{\["0-9]|-[0-9]|(true|false|null)\b')
 def find_source(config: DatasetConfig) -> tuple[SourceFile, ...] | HubDataset:
     """Resolve `config.source`; raise `ConfigError` if nothing is found."""
     if config.source.startswith(FILES_OF_HUB):
+        _refuse_keys(config, ("subsets", "split"), "data sets of the hub, not for its files")
         return tuple(_not_empty(find_hub_files(config)))
     if config.source.startswith("hf:"):
         return find_hub_dataset(config)
-    for key in ("revision", "streaming"):
-        if getattr(config, key):
-            raise ConfigError(
-                f"data set {config.name}: `{key}` is for hub data sets, but the source is "
-                f"{config.source}; remove it or use a source `hf:ORG/NAME`"
-            )
+    _refuse_keys(config, ("revision", "streaming", "subsets", "split"), "hub data sets")
     if config.source.startswith("package:"):
         files = [package_file(config.source.removeprefix("package:"))]
     else:
         files = files_of(config.source)
     return tuple(_not_empty(files))
+
+
+def _refuse_keys(config: DatasetConfig, keys: Sequence[str], belongs_to: str) -> None:
+    """Raise `ConfigError` for a key that would change nothing, unless it has its default."""
+    for key in keys:
+        if getattr(config, key) != type(config).model_fields[key].default:
+            raise ConfigError(
+                f"data set {config.name}: `{key}` is for {belongs_to}, but the source is "
+                f"{config.source}; remove it or use a source `hf:ORG/NAME`"
+            )
 
 
 def _not_empty(files: list[SourceFile]) -> list[SourceFile]:
@@ -181,9 +188,10 @@ def _read_json(
     *,
     is_whole: bool,
 ) -> Iterator[SourceRecord | DamagedRecord]:
-    if config.format == "json" or (
-        config.format == "auto" and _is_one_text(stream, is_whole=is_whole)
-    ):
+    is_one_text = config.format == "json"
+    if config.format == "auto":
+        is_one_text, stream = _is_one_text(stream, config.max_record_bytes, is_whole=is_whole)
+    if is_one_text:
         reader = JsonReader(
             stream, path=file.path, fraction=progress, max_record_bytes=config.max_record_bytes
         )
@@ -203,14 +211,27 @@ def _read_json(
     )
 
 
-def _is_one_text(stream: "io.BufferedReader[io.RawIOBase]", *, is_whole: bool) -> bool:
-    """Return whether a file is JSON of another form than one record on each line.
+def _is_one_text(
+    stream: "io.BufferedReader[io.RawIOBase]", max_line_bytes: int, *, is_whole: bool
+) -> "tuple[bool, io.BufferedReader[io.RawIOBase]]":
+    """Return whether a file is JSON of another form than one record on each line, and the stream.
 
-    `is_whole` says that `peek` returns all of it.
+    `is_whole` says that `peek` returns all of it. A line that is longer, and may be a record or
+    wrap a list of them, is read to its end.
     """
-    text = stream.peek(HEAD_BYTES).decode("utf-8-sig", "surrogateescape").lstrip()
-    is_array = text.startswith("[")
-    return is_array or (text.startswith("{") and spans_lines(text, is_whole=is_whole))
+    text = _as_text(stream.peek(HEAD_BYTES))
+    if text.startswith("["):
+        return True, stream
+    if not is_whole and "\n" not in text and list_of_records(text) is not None:
+        line = stream.readline(max_line_bytes)
+        behind = stream.peek(HEAD_BYTES)
+        stream = io.BufferedReader(ReplayedStream(line, stream.read), BLOCK_BYTES)
+        text, is_whole = _as_text(line + behind), not behind
+    return text.startswith("{") and spans_lines(text, is_whole=is_whole), stream
+
+
+def _as_text(start: bytes) -> str:
+    return start.decode("utf-8-sig", "surrogateescape").lstrip()
 
 
 def _check_json(stream: "io.BufferedReader[io.RawIOBase]", file: SourceFile) -> None:

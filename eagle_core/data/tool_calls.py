@@ -14,14 +14,14 @@ class ToolCall:
 
     name: str
     arguments: str
-    """JSON text; text that is not JSON is kept unchanged."""
+    """JSON text; text that is not JSON, or that Python cannot parse, is kept unchanged."""
     call_id: str = ""
 
     def as_openai(self) -> dict[str, object]:
         """Return the call as chat templates read it."""
         try:
             arguments = json.loads(self.arguments)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # ValueError also for an integer of too many digits
             arguments = self.arguments
         call: dict[str, object] = {
             "type": "function",

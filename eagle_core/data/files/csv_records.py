@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
@@ -22,7 +23,8 @@ def read_csv(
     """Yield one mapping per row, from column to text; the header tells what separates cells.
 
     Raises `CorruptError` for bytes that are not UTF-8 and for a row with more or fewer cells than
-    the header, as in a file that is truncated or has a stray quote.
+    the header, as in a file that is truncated or has a stray quote, and for two columns of one
+    name. Several columns without a name are called by their places, such as `column 3`.
     """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     row = 0
@@ -30,7 +32,7 @@ def read_csv(
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
             reader = csv.reader(text, strict=True, delimiter=delimiter)
-            header = next(reader, [])
+            header = _names(next(reader, []), path)
             for row, cells in enumerate(reader):
                 if not cells:
                     continue
@@ -49,6 +51,17 @@ def read_csv(
             f"{path} is not valid UTF-8 CSV after row {row}: {error}; save it as UTF-8 or "
             "replace it, then run again"
         ) from error
+
+
+def _names(header: list[str], path: str) -> list[str]:
+    """Return the names of the columns, each once."""
+    counts = Counter(header)
+    twice = next((name for name, count in counts.items() if name.strip() and count > 1), None)
+    if twice is not None:
+        raise CorruptError(
+            f"{path} has two columns named {twice!a}; rename or remove one, then run again"
+        )
+    return [f"column {place}" if counts[name] > 1 else name for place, name in enumerate(header, 1)]
 
 
 def _delimiter(head: bytes) -> str:

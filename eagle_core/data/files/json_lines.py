@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from eagle_core.data.files.json_records import Fraction, damage, location_of
+from eagle_core.data.files.json_value import TooManyDigits, value_of
 from eagle_core.data.ledger import Reason
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import CorruptError
@@ -61,7 +62,7 @@ class SourceValue:
 
 def _parse_line(line: bytes) -> SourceValue | tuple[Reason, str]:
     try:
-        return SourceValue(json.loads(line.decode("utf-8-sig")))
+        value = value_of(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Reason.BROKEN_UTF8, f"{error.reason} at byte {error.start} of the line"
     except json.JSONDecodeError as error:
@@ -69,6 +70,9 @@ def _parse_line(line: bytes) -> SourceValue | tuple[Reason, str]:
         return reason, f"{error.msg} at character {error.pos} of the line"
     except RecursionError:
         return Reason.BROKEN_JSON, "nests too deeply"
+    if isinstance(value, TooManyDigits):
+        return Reason.TOO_LARGE, value.detail
+    return SourceValue(value)
 
 
 def _option_for(reason: Reason) -> str | None:

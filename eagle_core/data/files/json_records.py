@@ -13,17 +13,23 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, NoReturn
 
 from eagle_core.data.files.json_shape import (
+    RECORD_KEYS,
     WRAPPER_CHARACTERS,
-    WRAPPERS,
+    RecordList,
+    holds_records,
     list_of_records,
     may_be_truncated,
+    starts_objects,
 )
+from eagle_core.data.files.json_value import TooManyDigits, value_at
 from eagle_core.data.ledger import Reason
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import CorruptError
 
 _CHUNK_BYTES = 1 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
+_SEEN_CHARACTERS = 256
+"""How much of a member is looked at before it is parsed: a list may be larger than any record."""
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 Fraction = Callable[[], float]
 """Returns the fraction of the source that has been read, 0 to 1."""
@@ -44,7 +50,6 @@ class JsonReader:
         self._fraction = fraction
         self._max_record_bytes = max_record_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-        self._parse = json.JSONDecoder().raw_decode
         self._text = ""
         self._position = 0  # in characters of self._text
         self._offset = 0  # the same position in bytes of the file
@@ -72,11 +77,13 @@ class JsonReader:
             self._fail(f"starts with {self._peek()!a}, not with the `[` or `{{` of JSON")
 
     def _objects(self) -> Iterator[SourceRecord | DamagedRecord]:
-        start = self._list_of_records()
-        if start is not None:
-            self._advance(start)
+        found = self._list_of_records()
+        if found is not None:
+            if found.other is not None:
+                self._second_list(found.other, found)
+            self._advance(found.start)
             yield from self._array()
-            self._skip_other_members()
+            self._skip_other_members(found)
             self._check_end("the JSON object")
             return
         while self._peek():
@@ -105,13 +112,13 @@ class JsonReader:
                 return
         self._advance(self._position + 1)
 
-    def _list_of_records(self) -> int | None:
-        """Return where the list of records in a wrapping object starts; None if it wraps none."""
+    def _list_of_records(self) -> RecordList | None:
+        """Return the list of records in a wrapping object; None if it wraps none."""
         while len(self._text) - self._position < WRAPPER_CHARACTERS and not self._at_end:
             self._fill()
         return list_of_records(self._text, self._position)
 
-    def _skip_other_members(self) -> None:
+    def _skip_other_members(self, records: RecordList) -> None:
         """Step over what follows the list of records in a wrapping object, and over its end."""
         self._skip_blank()
         while self._peek() == ",":
@@ -121,15 +128,34 @@ class JsonReader:
             if self._peek() == ":":
                 self._advance(self._position + 1)
                 self._skip_blank()
-            if name in WRAPPERS and self._peek() == "[":
-                self._fail(f"has a second list of records, {name!a}: write each to its own file")
-            self._skip_value()
+            self._check_member(name, records)
+            if holds_records(name, self._skip_value()):
+                self._second_list(name, records)
         if not self._peek():
             self._cut_behind_records()
             return
         if self._peek() != "}":
             self._fail(f"is not JSON: expected `,` or `}}` after a member, found {self._peek()!a}")
         self._advance(self._position + 1)
+
+    def _check_member(self, name: object, records: RecordList) -> None:
+        """Raise for a member behind the list that shows at its start what it is."""
+        if name in RECORD_KEYS:
+            self._fail(
+                f"has a list {records.name!a}, as a file of records, and {name!a}, as one record: "
+                "for one record, write it as a line of JSON lines and set dataset.format=jsonl; "
+                f"for a list of records, leave out {name!a}"
+            )
+        while len(self._text) - self._position < _SEEN_CHARACTERS and not self._at_end:
+            self._fill()
+        if starts_objects(self._text, self._position):
+            self._second_list(name, records)
+
+    def _second_list(self, name: object, records: RecordList) -> NoReturn:
+        self._fail(
+            f"has a second list of records, {name!a}, beside {records.name!a}: write each to its "
+            "own file, and leave out a list that has no records"
+        )
 
     def _skip_value(self) -> object:
         parsed = self._parse_value()
@@ -149,6 +175,11 @@ class JsonReader:
 
     def _check_end(self, of: str) -> None:
         self._skip_blank()
+        if self._peek() == "[" and of == "the JSON array":
+            self._fail(
+                "has several lists, as with a list of turns on each line: write each as an object, "
+                'such as {"messages": [...]}'
+            )
         if self._peek():
             self._fail(f"continues with {self._peek()!a} after the end of {of}")
 
@@ -176,12 +207,19 @@ class JsonReader:
                 detail=f"{num_bytes} bytes, limit {self._max_record_bytes}",
                 fraction_read=fraction,
             )
+        if isinstance(value, TooManyDigits):
+            return DamagedRecord(
+                reason=Reason.TOO_LARGE,
+                location=location,
+                detail=value.detail,
+                fraction_read=fraction,
+            )
         return SourceRecord(value=value, location=location, fraction_read=fraction)
 
     def _parse_value(self) -> tuple[object, int] | None:
         while True:
             try:
-                value, end = self._parse(self._text, self._position)
+                value, end = value_at(self._text, self._position)
             except json.JSONDecodeError as error:
                 if not may_be_truncated(error, len(self._text)):
                     self._advance(error.pos)

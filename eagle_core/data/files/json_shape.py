@@ -5,6 +5,9 @@ Decided from the beginning of the file alone, so that it is read in constant mem
 
 import json
 import re
+from dataclasses import dataclass
+
+from eagle_core.data.files.json_value import value_at, value_of
 
 _MEMBER = re.compile(r'\s*[{,]\s*"([^"\\]*)"\s*:\s*')
 _FIRST_OBJECT = re.compile(r"\[\s*\{")
@@ -15,6 +18,14 @@ WRAPPERS = frozenset(
     }
 )
 """Names of the list of records in a wrapping object."""
+RECORD_KEYS = frozenset(
+    {
+        *("messages", "conversation", "turns", "dialogue", "input_ids"),
+        *("prompt", "question", "instruction", "query", "problem", "message_1"),
+        *("response", "completion", "answer", "output", "solution", "chosen", "message_2"),
+    }
+)
+"""Names of what one record holds: an object that has one is no wrapping object."""
 _OF_TURNS = frozenset({"role", "from", "content", "value"})
 """Keys of a turn: a list of turns is part of one record."""
 WRAPPER_CHARACTERS = 1 << 15
@@ -23,30 +34,67 @@ _LONGEST_LITERAL = 16
 """A syntax error this close to the end of the text may be a truncated literal or escape."""
 
 
-def list_of_records(text: str, start: int = 0) -> int | None:
-    """Return where the list of records starts in the object that starts at `start`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordList:
+    """The list of records in a wrapping object."""
+
+    name: str
+    start: int
+    """Position of its bracket in the text."""
+    other: str | None
+    """Name of another list of objects before it."""
+
+
+def list_of_records(text: str, start: int = 0) -> RecordList | None:
+    """Return the list of records in the object that starts at `start`.
 
     `text` may end anywhere. None if the object is a record itself, as far as the text shows.
     """
     position = start
+    found = other = None
     while member := _MEMBER.match(text, position):
         name, position = member[1], member.end()
-        if name in WRAPPERS and (first := _FIRST_OBJECT.match(text, position)):
-            return None if _is_turn(text, first.end() - 1) else position
-        try:
-            _, position = json.JSONDecoder().raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError):
+        first = _FIRST_OBJECT.match(text, position)
+        if name in RECORD_KEYS or (first and _is_turn(text, first.end() - 1)):
             return None
-    return None
+        if first and found is None:
+            if name in WRAPPERS:
+                found = RecordList(name=name, start=position, other=other)
+            other = name
+        try:
+            _, position = value_at(text, position)
+        except (json.JSONDecodeError, RecursionError):
+            break
+    return found
+
+
+def holds_records(name: object, value: object) -> bool:
+    """Return whether a member beside the list of records holds more of them."""
+    if isinstance(value, dict) and name in WRAPPERS:
+        return any(map(_has_objects, value.values()))
+    return _has_objects(value)
+
+
+def _has_objects(value: object) -> bool:
+    """Return whether a value is a list with objects, or with lists that have some."""
+    if not isinstance(value, list):
+        return False
+    return any(isinstance(one, dict) or _has_objects(one) for one in value)
+
+
+def starts_objects(text: str, start: int) -> bool:
+    """Return whether a list that begins with an object starts at `start`."""
+    return _FIRST_OBJECT.match(text, start) is not None
 
 
 def _is_turn(text: str, start: int) -> bool:
     """Return whether the object at `start` is a turn; by its first key if the text ends in it."""
+    keys: set[str] = {member[1] for member in [_MEMBER.match(text, start)] if member}
     try:
-        keys = json.JSONDecoder().raw_decode(text, start)[0].keys()
+        turn, _ = value_at(text, start)
     except (json.JSONDecodeError, RecursionError):
-        keys = {member[1] for member in [_MEMBER.match(text, start)] if member}
-    return not _OF_TURNS.isdisjoint(keys)
+        turn = None
+    return not _OF_TURNS.isdisjoint(turn if isinstance(turn, dict) else keys)
 
 
 def spans_lines(text: str, *, is_whole: bool) -> bool:
@@ -64,7 +112,7 @@ def spans_lines(text: str, *, is_whole: bool) -> bool:
         return not rest.strip() and is_whole
     opens = line.rstrip().endswith(("{", "["))
     try:
-        _, end = json.JSONDecoder().raw_decode(text)
+        _, end = value_at(text)
     except json.JSONDecodeError as error:
         is_cut = may_be_truncated(error, len(text.rstrip()))
         return is_cut and (not is_whole or opens or rest.lstrip().startswith('"'))
@@ -76,7 +124,7 @@ def spans_lines(text: str, *, is_whole: bool) -> bool:
 def _follows_another(text: str) -> bool:
     """Return whether a second object stands behind the first, as with line breaks of old Macs."""
     try:
-        _, end = json.JSONDecoder().raw_decode(text)
+        _, end = value_at(text)
     except (json.JSONDecodeError, RecursionError):
         return False
     return text[end:].lstrip().startswith("{")
@@ -84,7 +132,7 @@ def _follows_another(text: str) -> bool:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        value_of(text)
     except (json.JSONDecodeError, RecursionError):
         return False
     return True

@@ -113,7 +113,7 @@ def parsed(value: object) -> object:
         return value
     try:
         return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError also for an integer of too many digits
         return value
 
 

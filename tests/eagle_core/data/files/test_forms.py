@@ -17,6 +17,7 @@ import pytest
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.files.streams import HEAD_BYTES
+from eagle_core.data.ledger import Reason
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.data.sources import read_records
 from eagle_core.errors import ConfigError, CorruptError
@@ -103,6 +104,112 @@ def test_two_lists_in_one_object_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"train": RECORDS, "test": RECORDS}))
     with pytest.raises(CorruptError, match=r"second list of records, 'test'.*its own file"):
         values(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({"train": RECORDS, "eval": RECORDS}, "eval"),
+        ({"eval": RECORDS, "train": RECORDS}, "eval"),
+        ({"data": RECORDS, "held_out": LARGE}, "held_out"),
+        ({"rows": RECORDS, "n": 5, "more": [None, *RECORDS]}, "more"),
+        ({"train": RECORDS, "chats": [[{"role": "user", "content": "q"}]]}, "chats"),
+        ({"train": RECORDS, "validation": {"rows": RECORDS}}, "validation"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_second_list_of_objects_is_refused_by_name(
+    tmp_path: Path, beside: object, name: str, indent: int | None
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(beside, indent=indent))
+    with pytest.raises(CorruptError, match=f"second list of records, '{name}'.*its own file"):
+        values(tmp_path / "a.json")
+
+
+def test_other_members_of_a_wrapping_object_are_no_records(tmp_path: Path) -> None:
+    about = {"tags": ["a"], "test": [], "shape": [[1, 2]], "by": {"n": [1]}, "dev": {"n": 3}}
+    (tmp_path / "a.json").write_text(json.dumps({**about, "data": RECORDS}))
+    assert values(tmp_path / "a.json") == RECORDS
+    (tmp_path / "a.json").write_text(json.dumps({"data": RECORDS, **about}))
+    assert values(tmp_path / "a.json") == RECORDS
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "test": [{"in": 1}], "response": "real"},
+        {"test": [{"in": 1}], "prompt": "q", "response": "real"},
+        {"items": [{"in": 1}], "id": 7, "question": "q", "answer": "a"},
+        {"data": [{"x": 1}], "messages": [{"role": "user", "content": "q"}]},
+        {"samples": [{"x": 1}], "input_ids": [1, 2], "loss_mask": [0, 1]},
+        {"test": [{"x": 1}], "conversations": [{"from": "human", "value": "q"}]},
+        {"history": [{"role": "user", "content": "q"}], "examples": [{"x": 1}]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_with_keys_of_a_record_is_a_record(
+    tmp_path: Path, record: object, indent: int | None
+) -> None:
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(json.dumps(record, indent=indent))
+        assert values(tmp_path / name) == [record]
+        (tmp_path / name).write_text("\n".join(json.dumps(record, indent=indent) for _ in "ab"))
+        assert values(tmp_path / name) == [record, record]
+
+
+def test_a_record_key_far_behind_a_list_is_refused_by_name(tmp_path: Path) -> None:
+    record = {"test": [{"n": "x" * 999}] * 3000, "prompt": "q", "response": "r"}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptError, match=r"list 'test'.*'prompt'.*dataset\.format=jsonl"):
+        values(tmp_path / "a.json")
+    assert values(tmp_path / "a.json", format="jsonl") == [record]
+
+
+@pytest.mark.parametrize("name", ["test", "data", "items"])
+@pytest.mark.parametrize("size", [HEAD_BYTES, 40 * HEAD_BYTES])
+@pytest.mark.parametrize("is_list_first", [True, False])
+def test_a_large_first_line_with_a_list_is_a_record(
+    tmp_path: Path, name: str, size: int, *, is_list_first: bool
+) -> None:
+    listed: dict[str, object] = {name: [{"n": 1}, {"n": 2}]}
+    large = {"note": "x" * size}
+    records = [{**listed, **large} if is_list_first else {**large, **listed}, *RECORDS]
+    for text in (as_lines(records), as_lines(records[:1] * 3)):
+        (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
+        assert values(tmp_path / "a.jsonl") == [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_list_of_turns_on_each_line_is_named(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for lines in ([turns, turns], [[["q", "a"]], [["q", "a"]]], [[], turns]):
+        (tmp_path / "a.jsonl").write_text(as_lines(list(lines)))
+        with pytest.raises(CorruptError, match=r'a list of turns on each line.*"messages"'):
+            values(tmp_path / "a.jsonl")
+
+
+HUGE = '{"id": "h", "n": ' + "7" * 5000 + "}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{HUGE}\n" + as_lines(RECORDS),
+        as_lines(RECORDS) + HUGE,
+        f"[{HUGE}, " + json.dumps(RECORDS)[1:],
+        f'{{"rows": [{HUGE}, ' + json.dumps(RECORDS)[1:] + "}",
+        json.dumps({"data": RECORDS})[:-1] + f', "about": {HUGE}, "x": [-{"1" * 5000}]}}',
+        f'{{"about": {HUGE}, ' + json.dumps({"data": RECORDS})[1:],
+        "\n".join(json.dumps(record, indent=1) for record in RECORDS) + HUGE,
+    ],
+)
+def test_an_integer_of_thousands_of_digits_costs_one_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    found = read(tmp_path / "a.json")
+    assert [one.value for one in found if isinstance(one, SourceRecord)] == RECORDS
+    lost = [one for one in found if isinstance(one, DamagedRecord)]
+    assert [(one.reason, one.detail) for one in lost] == [
+        (Reason.TOO_LARGE, "an integer of more than 4300 digits")
+    ] * (text.count(HUGE) - text.count(f'"about": {HUGE}'))
 
 
 @pytest.mark.parametrize("records", [RECORDS, LARGE, RECORDS[:1]], ids=["five", "large", "one"])
