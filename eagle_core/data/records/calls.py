@@ -78,8 +78,8 @@ def _tool_list(value: object, name: str, location: str) -> list[object]:
 def _loaded(text: str, name: str, location: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RejectedRecord(Reason.BAD_TOOLS, location, f"{name}: {error.msg}") from error
+    except ValueError as error:
+        raise RejectedRecord(Reason.BAD_TOOLS, location, f"{name}: {error}") from error
 
 
 def _parse_call(call: object, turn: Fields, location: str) -> ToolCall:
