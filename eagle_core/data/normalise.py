@@ -186,7 +186,7 @@ def _turns(record: Fields, form: _Form, location: str) -> Sequence[object]:
         turns = parsed(record.see(key))
         if is_list(turns):
             record.ignore(key)
-            if turns:
+            if holds_something(turns):
                 return without_pairs(turns, record.notes, location=location)
     asked = as_turns(
         record, form.columns, location=location, questions_suffice=form.questions_suffice

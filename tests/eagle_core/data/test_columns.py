@@ -396,6 +396,7 @@ def test_a_pair_without_an_answer_is_no_turn() -> None:
     "record",
     [
         {"conversations": [], "messages": [*PROMPT, *COMPLETION]},
+        {"conversations": [{"from": None, "value": None}], "messages": [*PROMPT, *COMPLETION]},
         {"conversation": "[]", "messages": [*PROMPT, *COMPLETION]},
         {"messages": [], "prompt": "q", "response": "a"},
         {"messages": [{"role": "system", "content": " "}, *PROMPT, *COMPLETION]},
