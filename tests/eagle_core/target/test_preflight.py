@@ -38,7 +38,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model import TargetModel
 from eagle_core.target.preflight import check_target, check_weights
-from eagle_core.target.weights import SECOND_COPIES, WANTED_FILES
+from eagle_core.target.weights import SECOND_COPIES, WANTED_FILES, weight_digests
 from tests import tiny
 
 SIZES: dict[str, Any] = {
@@ -168,6 +168,89 @@ def test_an_index_without_files_and_a_wrong_one_are_named(folder: Path) -> None:
         path.unlink()
     with pytest.raises(ConfigError, match=rf"{paths[0].name} is missing"):
         check_weights(target(folder))
+
+
+def _read_alike(folder: Path) -> None:
+    """Require that check, loading and training read the same weights."""
+    check_target(target(folder))
+    model = TargetModel.load(target(folder))
+    embedding, head = load_ends(folder, dtype=torch.float32)
+    assert torch.equal(head, model.lm_head_weight)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(embedding, whole.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("single_is_newer", [True, False])
+def test_a_single_file_counts_before_an_index_everywhere(
+    folder: Path, tmp_path: Path, *, single_is_newer: bool
+) -> None:
+    other = tiny.write_target(tmp_path / "other", seed=7)
+    single = other / "model.safetensors"
+    if not single_is_newer:
+        kept = shutil.copy(folder / "model.safetensors", tmp_path / "kept")
+        shutil.copy(single, folder / "model.safetensors")
+        single = Path(kept)
+    paths = shard(folder)
+    assert set(weight_digests(folder)) == {"config.json", *(path.name for path in paths)}
+    shutil.copy(single, folder / "model.safetensors")
+    assert set(weight_digests(folder)) == {"config.json", "model.safetensors"}
+    _read_alike(folder)
+    paths[1].unlink()  # the index counts for nothing
+    check_weights(target(folder))
+    (folder / "model.safetensors.index.json").write_text("{cut")
+    _read_alike(folder)
+
+
+def test_the_files_that_are_digested_stay_the_same(folder: Path) -> None:
+    save_file({"w": torch.zeros(2)}, folder / "consolidated.safetensors")
+    names = {"config.json", "model.safetensors", "consolidated.safetensors"}
+    assert set(weight_digests(folder)) == names
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "pytorch_model.safetensors"])
+def test_a_single_file_of_another_name_is_refused(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    said = rf"{name}, but transformers reads model\.safetensors: rename the file"
+    for attempt in (check_target, check_weights):
+        with pytest.raises(ConfigError, match=said):
+            attempt(target(folder))
+    with pytest.raises(ConfigError, match=said):
+        load_ends(folder, dtype=torch.float32)
+
+
+def test_several_files_of_other_names_need_an_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    with pytest.raises(ConfigError, match=r"index\.json is missing"):
+        check_target(target(folder))
+
+
+@pytest.mark.parametrize("inner", ["sub", "a/b"])
+def test_an_index_may_name_files_of_subfolders(folder: Path, inner: str) -> None:
+    paths = shard(folder)
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    (folder / inner).mkdir(parents=True)
+    paths[1].rename(folder / inner / paths[0].name)  # its name twice, in two folders
+    for tensor, file in document["weight_map"].items():
+        if file == paths[1].name:
+            document["weight_map"][tensor] = f"{inner}/{paths[0].name}"
+    index.write_text(json.dumps(document))
+    _read_alike(folder)
+    digests = weight_digests(folder)
+    assert digests[f"{inner}/{paths[0].name}"] != digests[paths[0].name]
+
+
+def test_an_index_without_metadata_is_refused_before_loading(folder: Path) -> None:
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document.pop("metadata")
+    index.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r'index\.json has no "metadata".*; add "metadata": {}'):
+        check_target(target(folder))
+    index.write_text(json.dumps(document | {"metadata": {}}))
+    _read_alike(folder)
 
 
 def _drop_a_layer(tensors: dict[str, torch.Tensor]) -> None:
