@@ -17,6 +17,7 @@ from transformers import DynamicCache, PretrainedConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.loading import load_model
 from eagle_core.target.model_config import (
     aux_layers,
@@ -37,6 +38,7 @@ class TargetModel:
         self.config = config
         self.model_config = model_config
         self.aux_layers = aux_layers(config, model_config.num_hidden_layers)
+        self.rope = LengthRope.of(model_config)
         self.device = next(model.parameters()).device
         self._model = model.eval().requires_grad_(requires_grad=False)
         self._decoder = _decoder_of(model, config, model_config.num_hidden_layers)
@@ -130,6 +132,8 @@ class TargetModel:
 
         With `round_late`, the last aux layer passes on its output rounded to bfloat16.
         """
+        if past_key_values is None or not past_key_values.get_seq_length():
+            self.rope.forget(self._decoder)
         with self._captured(round_late=round_late) as aux:
             outputs = self._decoder(
                 input_ids=input_ids,

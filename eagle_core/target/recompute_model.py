@@ -31,6 +31,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import load_tensor, only_tensor, tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
@@ -155,6 +156,7 @@ class RecomputeModel:
                 output if isinstance(output, Tensor) else output[0]
             )
         )
+        LengthRope.of(self._first.config).forget(self._first)
         try:
             self._first(input_ids=input_ids.to(self._first.device), use_cache=False)
         finally:
@@ -163,6 +165,7 @@ class RecomputeModel:
 
     def _last(self, late: Tensor) -> Tensor:
         """Return the state [B, T, H] after the final norm, for outputs of the late aux layer."""
+        LengthRope.of(self._final.config).forget(self._final)
         outputs = self._final(inputs_embeds=late.to(self._final.device), use_cache=False)
         last: Tensor = outputs.last_hidden_state
         return last
