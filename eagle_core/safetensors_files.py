@@ -148,13 +148,18 @@ def read_header(path: Path, *, remedy: str) -> dict[str, TensorHeader]:
     return tensors
 
 
+def outer_tensors(names: Iterable[str], suffix: str) -> list[str]:
+    """Return the tensor names that end with `suffix`, outside of the layers."""
+    return [name for name in names if name.endswith(suffix) and ".layers." not in f".{name}"]
+
+
 def only_tensor(names: Iterable[str], suffix: str, folder: Path) -> str:
     """Return the only tensor name that ends with `suffix`, outside of the layers.
 
     Layers that predict further tokens have an embedding and a head of their own. ConfigError if no
     name or several do.
     """
-    matches = [name for name in names if name.endswith(suffix) and ".layers." not in f".{name}"]
+    matches = outer_tensors(names, suffix)
     if len(matches) != 1:
         raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
     return matches[0]

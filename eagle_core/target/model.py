@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.decoder import find_decoder
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.loading import load_model
 from eagle_core.target.model_config import (
@@ -53,7 +54,8 @@ class TargetModel:
         Raises:
             ConfigError: no weights, an architecture that is not supported, or logits that are not
                 `lm_head(last)`.
-            CorruptError: weights are missing, left over, or of another shape; names them.
+            CorruptError: weights are missing, left over, or of another shape; names them. Or they
+                give logits that are not finite.
 
         """
         folder = weights.locate(config)
@@ -177,10 +179,18 @@ class TargetModel:
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Refuse a model whose logits are not lm_head(last): the teacher would be wrong."""
+        """Refuse a model whose logits are not lm_head(last): the teacher would be wrong.
+
+        One with NaN weights is refused by that name.
+        """
         ids = torch.arange(1, 5, device=self.device).unsqueeze(0)
         expected = self._model(input_ids=ids, use_cache=False).logits
         last, _ = self.run(ids, use_cache=False)
+        if not torch.isfinite(expected).all():
+            raise CorruptError(
+                f"target {self.config.name}: its logits of four tokens are not finite; check the "
+                "weights, or set target.dtype to float32"
+            )
         if not torch.allclose(self.logits(last), expected, rtol=1e-2, atol=1e-2):
             raise ConfigError(
                 f"target {self.config.name}: its logits are not lm_head(last hidden state) (logit "
@@ -199,8 +209,7 @@ def cannot_roll_back(what: str) -> str:
 
 def _decoder_of(model: nn.Module, config: TargetConfig, num_layers: int) -> nn.Module:
     """Return the stack of decoder layers; ConfigError if the architecture keeps them elsewhere."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder else None
+    decoder = find_decoder(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(decoder, nn.Module) or not isinstance(layers, nn.ModuleList):
         raise ConfigError(

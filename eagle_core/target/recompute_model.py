@@ -28,9 +28,10 @@ from transformers import AutoModel, PretrainedConfig
 
 from eagle_core.bfloat16 import DTYPES, from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.errors import ConfigError
-from eagle_core.safetensors_files import load_tensor, only_tensor, tensor_files
+from eagle_core.safetensors_files import load_tensor, tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import embedding_name
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 
@@ -251,7 +252,7 @@ def _slice_tensors(
     files: Mapping[str, Path], folder: Path, layers: range
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of `layers`, numbered from 0, with the embedding and the norm."""
-    embedding = only_tensor(files, "embed_tokens.weight", folder)
+    embedding = embedding_name(files, folder)
     prefix = embedding.removesuffix("embed_tokens.weight")
     for name in files:
         inner = name.removeprefix(prefix)
