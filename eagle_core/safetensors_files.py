@@ -1,10 +1,12 @@
 """The safetensors files of a model folder: list them, read their headers, load single tensors."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,6 +19,13 @@ _OF_SEVERAL = re.compile(r"-\d+-of-\d+$")
 _POINTER = b"version https://git-lfs"
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
+}
+"""Bits of a value; other dtypes are taken as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +38,13 @@ class TensorHeader:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, sorted by name."""
+    """Return the safetensors files of a model folder: those that transformers loads.
+
+    As transformers has it: model.safetensors, else the files of the index. Without both, all there
+    are, sorted by name.
+    """
+    if _has_both(folder):
+        return [folder / _SINGLE]
     weight_map = _weight_map(folder)
     if weight_map is not None:
         return [folder / name for name in sorted(set(weight_map.values()))]
@@ -46,11 +61,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     weight_map = _weight_map(folder)
     if weight_map is not None:
         return {name: folder / file for name, file in weight_map.items()}
-    found: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+    remedy = "download it again"
+    return {
+        name: path
+        for path in _loaded_files(folder, remedy=remedy)
+        for name in read_header(path, remedy=remedy)
+    }
 
 
 def read_headers(folder: Path, *, remedy: str) -> dict[str, TensorHeader]:
@@ -65,14 +81,21 @@ def read_headers(folder: Path, *, remedy: str) -> dict[str, TensorHeader]:
         CorruptError: a file is empty, cut or a Git LFS pointer, or lacks a tensor of the index.
 
     """
-    paths = _loaded_files(folder, remedy=remedy)
-    by_file = {path.name: read_header(path, remedy=remedy) for path in paths}
-    for name, file in (_weight_map(folder) or {}).items():
-        if name not in by_file[file]:
+    by_file = {
+        path: read_header(path, remedy=remedy) for path in _loaded_files(folder, remedy=remedy)
+    }
+    weight_map = _weight_map(folder)
+    for name, file in (weight_map or {}).items():
+        if name not in by_file[folder / file]:
             raise CorruptError(
                 f"{folder / _INDEX} places {name} in {file}, which does not hold it; delete both, "
                 f"then {remedy}"
             )
+    if weight_map is not None and not isinstance(_index(folder).get("metadata"), dict):
+        raise ConfigError(
+            f'{folder / _INDEX} has no "metadata", which transformers reads; add "metadata": {{}}'
+            f" to it, or {remedy}"
+        )
     return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
 
@@ -111,6 +134,7 @@ def read_header(path: Path, *, remedy: str) -> dict[str, TensorHeader]:
             name: TensorHeader(dtype=entry["dtype"], shape=tuple(entry["shape"]))
             for name, entry in entries.items()
         }
+        fault = _fault_of_offsets(entries)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} is no safetensors file: {error!r}; {again}") from error
     if size != expected:
@@ -119,7 +143,14 @@ def read_header(path: Path, *, remedy: str) -> dict[str, TensorHeader]:
             if size < expected
             else f"{path} has {size:,} bytes, but its header says {expected:,}; {again}"
         )
+    if fault:
+        raise CorruptError(f"{path} is damaged: its header {fault}; {again}")
     return tensors
+
+
+def outer_tensors(names: Iterable[str], suffix: str) -> list[str]:
+    """Return the tensor names that end with `suffix`, outside of the layers."""
+    return [name for name in names if name.endswith(suffix) and ".layers." not in f".{name}"]
 
 
 def only_tensor(names: Iterable[str], suffix: str, folder: Path) -> str:
@@ -128,7 +159,7 @@ def only_tensor(names: Iterable[str], suffix: str, folder: Path) -> str:
     Layers that predict further tokens have an embedding and a head of their own. ConfigError if no
     name or several do.
     """
-    matches = [name for name in names if name.endswith(suffix) and ".layers." not in f".{name}"]
+    matches = outer_tensors(names, suffix)
     if len(matches) != 1:
         raise ConfigError(f"{folder}: expected one tensor *{suffix}, found {matches or 'none'}")
     return matches[0]
@@ -148,19 +179,48 @@ def _loaded_files(folder: Path, *, remedy: str) -> list[Path]:
         return paths
     if folder / _SINGLE in paths:
         return [folder / _SINGLE]
-    if any(_OF_SEVERAL.search(path.stem) for path in paths):
+    if len(paths) != 1 or _OF_SEVERAL.search(paths[0].stem):
         raise ConfigError(f"{folder / _INDEX} is missing; {remedy}")
-    return paths
+    raise ConfigError(
+        f"{folder} has {paths[0].name}, but transformers reads {_SINGLE}: rename the file to it"
+    )
+
+
+def _has_both(folder: Path) -> bool:
+    """Return whether there are a single file and an index, which then counts for nothing."""
+    return (folder / _SINGLE).is_file() and (folder / _INDEX).is_file()
+
+
+def _fault_of_offsets(entries: Mapping[str, Any]) -> str:
+    """Return why the places of the tensors cannot be; empty if they follow each other."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if first != end:
+            return f"places {name} at byte {first}, where {end} was expected"
+        num_bits = _BITS.get(entry["dtype"])
+        if num_bits is not None and (last - first) * 8 != math.prod(entry["shape"]) * num_bits:
+            return (
+                f"gives {name} {last - first:,} bytes, which is not {entry['dtype']} of shape "
+                f"{entry['shape']}"
+            )
+        end = last
+    return ""
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Return the file of every tensor, as the index has it; None without an index."""
-    index = folder / _INDEX
-    if not index.is_file():
+    """Return the file of every tensor, as the index has it; None if no index counts."""
+    if not (folder / _INDEX).is_file() or _has_both(folder):
         return None
+    return _index(folder)["weight_map"]  # type: ignore[no-any-return]  # as it is checked there
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    index = folder / _INDEX
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
+        document = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = {str(name): str(file) for name, file in document["weight_map"].items()}
+        return {**document, "weight_map": weight_map}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptError(
             f"{index} is no index of weights ({error!r}); download it again"

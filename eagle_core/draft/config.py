@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig
 
 NUM_AUX_LAYERS = 3
+_NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 
 
 class DraftConfig(BaseModel):
@@ -40,7 +41,11 @@ class DraftConfig(BaseModel):
         fc_norm: bool = False,
         norm_output: bool = False,
     ) -> Self:
-        """Return the sizes of a one-layer draft as wide as the target."""
+        """Return the sizes of a one-layer draft as wide as the target.
+
+        Where the target has no `rms_norm_eps`, the draft's is its `norm_eps`, `layer_norm_eps` or
+        `layer_norm_epsilon`, else 1e-6.
+        """
         rope = getattr(target, "rope_parameters", None) or {}
         if "full_attention" in rope:  # models that mix attention types have one set per type
             rope = rope["full_attention"]
@@ -54,12 +59,17 @@ class DraftConfig(BaseModel):
             head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
             vocab_size=target.vocab_size,
             draft_vocab_size=min(draft_vocab_size, target.vocab_size),
-            rms_norm_eps=target.rms_norm_eps,
+            rms_norm_eps=_norm_eps(target),
             rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", 10000.0))),
             max_position_embeddings=target.max_position_embeddings,
             fc_norm=fc_norm,
             norm_output=norm_output,
         )
+
+
+def _norm_eps(target: PretrainedConfig) -> float:
+    found = (getattr(target, name, None) for name in _NORM_EPS)
+    return float(next((value for value in found if value is not None), 1e-6))
 
 
 CheckpointChoice = Literal["best", "newest"]

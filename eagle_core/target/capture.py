@@ -17,11 +17,13 @@ from eagle_core.errors import CorruptError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.embedded_tokens import require_embedded
+from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model import TargetModel
 
 OnUnusable = Callable[[TokenizedSample, str], None]
 """Called with a sample whose states cannot be stored, and the reason."""
 _LOGITS_CHUNK_TOKENS = 1024
+_PLAIN_ROPE = LengthRope()
 
 
 def capture_states(
@@ -49,7 +51,7 @@ def capture_states(
     batches: Iterable[Sequence[TokenizedSample]] = (
         ([sample] for sample in samples)
         if for_recompute
-        else batches_by_length(samples, batch_tokens=target.config.batch_tokens)
+        else batches_by_length(samples, batch_tokens=target.config.batch_tokens, rope=target.rope)
     )
     for batch in batches:
         yield from _capture_batch(
@@ -139,15 +141,17 @@ def _joined(chunks: Sequence[Tensor]) -> np.ndarray:
 
 
 def batches_by_length(
-    samples: Sequence[TokenizedSample], *, batch_tokens: int
+    samples: Sequence[TokenizedSample], *, batch_tokens: int, rope: LengthRope = _PLAIN_ROPE
 ) -> Iterator[list[TokenizedSample]]:
     """Yield batches, longest samples first, whose padded size stays within `batch_tokens`.
 
-    A sample longer than the budget is a batch by itself. Ties are broken by sample id.
+    A sample longer than the budget is a batch by itself. Ties are broken by sample id. Samples for
+    which `rope` has other frequencies are never in one batch.
     """
     batch: list[TokenizedSample] = []
     for sample in sorted(samples, key=lambda sample: (-len(sample), sample.sample_id)):
-        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+        is_full = batch and len(batch[0]) * (len(batch) + 1) > batch_tokens
+        if is_full or (batch and rope.group(len(batch[0])) != rope.group(len(sample))):
             yield batch
             batch = []
         batch.append(sample)

@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from eagle_core.errors import ConfigError
-from eagle_core.safetensors_files import TensorHeader, load_tensor, only_tensor, tensor_files
+from eagle_core.safetensors_files import (
+    TensorHeader,
+    load_tensor,
+    only_tensor,
+    outer_tensors,
+    tensor_files,
+)
 
+_EMBEDDING = "embed_tokens.weight"
 _HEAD = "lm_head."
 _WHOLE = frozenset({"F64", "F32", "F16", "BF16"})
 _SCALED = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8"}
@@ -30,7 +37,7 @@ class EndNames:
 
     embedding: str
     head: str | None
-    """None if it is tied to the embedding."""
+    """None if it is tied to the embedding; the embedding itself may have the head's name."""
 
 
 def end_names(names: Collection[str], folder: Path) -> EndNames:
@@ -40,8 +47,12 @@ def end_names(names: Collection[str], folder: Path) -> EndNames:
         ConfigError: there is no embedding, or the head is stored as something else than a matrix.
 
     """
-    embedding = only_tensor(names, "embed_tokens.weight", folder)
     of_head = [name for name in names if f".{_HEAD}" in f".{name}"]
+    if of_head and not outer_tensors(names, _EMBEDDING):  # tied, and stored under the head's name
+        both = only_tensor(of_head, f"{_HEAD}weight", folder)
+        return EndNames(embedding=both, head=both)
+    embedding = embedding_name(names, folder)
+    of_head = _heads_beside(of_head, names, embedding)
     if of_head and not any(name.endswith(f"{_HEAD}weight") for name in of_head):
         raise ConfigError(
             f"{folder}: the head is packed ({', '.join(sorted(of_head))}), and Eyas cannot unpack "
@@ -49,6 +60,34 @@ def end_names(names: Collection[str], folder: Path) -> EndNames:
         )
     head = only_tensor(of_head, f"{_HEAD}weight", folder) if of_head else None
     return EndNames(embedding=embedding, head=head)
+
+
+def embedding_name(names: Collection[str], folder: Path) -> str:
+    """Return the tensor of the input embedding; ConfigError if there is none, or no only one.
+
+    Modules that predict further tokens may have one, too: the model's is that with most layers.
+    """
+    matches = outer_tensors(names, _EMBEDDING)
+    if len(matches) > 1:
+        sizes = {one: _num_of_layers(names, one.removesuffix(_EMBEDDING)) for one in matches}
+        matches = [one for one in matches if sizes[one] == max(sizes.values())]
+    return only_tensor(matches, _EMBEDDING, folder)
+
+
+def _num_of_layers(names: Collection[str], prefix: str) -> int:
+    """Return how many tensors the layers beside an embedding have."""
+    return sum(name.startswith(f"{prefix}layers.") for name in names)
+
+
+def _heads_beside(heads: Collection[str], names: Collection[str], embedding: str) -> list[str]:
+    """Return `heads` without those of other modules, which have an embedding or layers too."""
+    found = []
+    for head in heads:
+        prefix = head[: f".{head}".index(f".{_HEAD}")]
+        own = (f"{prefix}{_EMBEDDING}", f"{prefix}layers.")
+        if embedding.startswith(prefix) or not any(name.startswith(own) for name in names):
+            found.append(head)
+    return found
 
 
 def require_ends(headers: Mapping[str, TensorHeader], folder: Path) -> EndNames:

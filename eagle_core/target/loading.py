@@ -36,6 +36,9 @@ _STORED_DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+_HALVES = ("_proj_blocks", "_proj_scales")
+_BITSANDBYTES_KEYS = ("load_in_4bit", "load_in_8bit")
+"""With either, transformers takes bitsandbytes of these bits, whatever method is named."""
 logger = logging.getLogger(__name__)
 
 
@@ -147,8 +150,8 @@ def _require_quantisation(config: TargetConfig, whole: PretrainedConfig) -> None
     method = document.get("quant_method")
     known = {str(getattr(name, "value", name)) for name in AUTO_QUANTIZER_MAPPING}
     name = str(getattr(method, "value", method))
-    is_of_bits = document.get("load_in_4bit") or document.get("load_in_8bit")
-    if name not in known and not (method is None and is_of_bits):
+    is_of_bits = any(document.get(key) for key in _BITSANDBYTES_KEYS)
+    if name not in known and not is_of_bits:
         raise ConfigError(
             f"target {config.name}: transformers {transformers.__version__} does not know the "
             f"quantization method {name} of config.json; use weights that are not quantized, or a "
@@ -159,19 +162,33 @@ def _require_quantisation(config: TargetConfig, whole: PretrainedConfig) -> None
 def _require_scales(
     config: TargetConfig, headers: Mapping[str, TensorHeader], folder: Path
 ) -> None:
-    """Refuse 8-bit floats without their scales: transformers would read them as they are."""
-    if not any(name.endswith(".weight_scale_inv") for name in headers):
-        return
+    """Refuse 8-bit floats without their scales, which transformers would read as they are.
+
+    Of the 4-bit floats of `mxfp4`, it loads no half without the other, and says nothing.
+    """
+    is_scaled = any(name.endswith(".weight_scale_inv") for name in headers)
     lacking = [
+        _other_half(name)
+        for name in headers
+        if name.endswith(_HALVES) and _other_half(name) not in headers
+    ]
+    lacking += [
         f"{name}_scale_inv"
         for name, header in headers.items()
-        if header.dtype.startswith("F8") and name.endswith(".weight")
+        if is_scaled and header.dtype.startswith("F8") and name.endswith(".weight")
         if f"{name}_scale_inv" not in headers
     ]
     if lacking:
         raise CorruptError(
-            f"target {config.name}: {folder} has no scales {some(lacking)}; {_remedy(folder)}"
+            f"target {config.name}: {folder} has no scales or blocks {some(lacking)}; "
+            f"{_remedy(folder)}"
         )
+
+
+def _other_half(name: str) -> str:
+    blocks, scales = _HALVES
+    stem = name.removesuffix(blocks).removesuffix(scales)
+    return f"{stem}{scales if name.endswith(blocks) else blocks}"
 
 
 def _meta_tensor(header: TensorHeader) -> torch.Tensor:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypedDict
 from torch import nn
 from transformers import PretrainedConfig
 
+from eagle_core.target.decoder import find_decoder
+
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
     from transformers import PreTrainedModel
 
@@ -84,7 +86,7 @@ class _TextTensors:
 
     def __init__(self, model: "PreTrainedModel") -> None:
         modules = {module: f"{name}." for name, module in model.named_modules() if name}
-        decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+        decoder = find_decoder(model) or model
         self._decoder = modules.get(decoder, "")
         head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head = modules.get(head, "lm_head.")

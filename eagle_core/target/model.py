@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.decoder import find_decoder
+from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.loading import load_model
 from eagle_core.target.model_config import (
     aux_layers,
@@ -37,6 +39,7 @@ class TargetModel:
         self.config = config
         self.model_config = model_config
         self.aux_layers = aux_layers(config, model_config.num_hidden_layers)
+        self.rope = LengthRope.of(model_config)
         self.device = next(model.parameters()).device
         self._model = model.eval().requires_grad_(requires_grad=False)
         self._decoder = _decoder_of(model, config, model_config.num_hidden_layers)
@@ -51,7 +54,8 @@ class TargetModel:
         Raises:
             ConfigError: no weights, an architecture that is not supported, or logits that are not
                 `lm_head(last)`.
-            CorruptError: weights are missing, left over, or of another shape; names them.
+            CorruptError: weights are missing, left over, or of another shape; names them. Or they
+                give logits that are not finite.
 
         """
         folder = weights.locate(config)
@@ -130,6 +134,8 @@ class TargetModel:
 
         With `round_late`, the last aux layer passes on its output rounded to bfloat16.
         """
+        if past_key_values is None or not past_key_values.get_seq_length():
+            self.rope.forget(self._decoder)
         with self._captured(round_late=round_late) as aux:
             outputs = self._decoder(
                 input_ids=input_ids,
@@ -173,10 +179,18 @@ class TargetModel:
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Refuse a model whose logits are not lm_head(last): the teacher would be wrong."""
+        """Refuse a model whose logits are not lm_head(last): the teacher would be wrong.
+
+        One with NaN weights is refused by that name.
+        """
         ids = torch.arange(1, 5, device=self.device).unsqueeze(0)
         expected = self._model(input_ids=ids, use_cache=False).logits
         last, _ = self.run(ids, use_cache=False)
+        if not torch.isfinite(expected).all():
+            raise CorruptError(
+                f"target {self.config.name}: its logits of four tokens are not finite; check the "
+                "weights, or set target.dtype to float32"
+            )
         if not torch.allclose(self.logits(last), expected, rtol=1e-2, atol=1e-2):
             raise ConfigError(
                 f"target {self.config.name}: its logits are not lm_head(last hidden state) (logit "
@@ -195,8 +209,7 @@ def cannot_roll_back(what: str) -> str:
 
 def _decoder_of(model: nn.Module, config: TargetConfig, num_layers: int) -> nn.Module:
     """Return the stack of decoder layers; ConfigError if the architecture keeps them elsewhere."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder else None
+    decoder = find_decoder(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(decoder, nn.Module) or not isinstance(layers, nn.ModuleList):
         raise ConfigError(

@@ -12,6 +12,17 @@ from transformers import (
 
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.skeleton import reason_of
+
+_OF_ODD_VALUES = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 def aux_layers(config: TargetConfig, num_layers: int) -> tuple[int, int, int]:
@@ -48,11 +59,10 @@ def read_whole_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
-    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except (StrictDataclassError, OSError, *_OF_ODD_VALUES) as error:
         raise ConfigError(
             f"target {config.name}: transformers {transformers.__version__} rejects "
-            f"{folder / 'config.json'}: {reason}. Correct that file (a key that is null can be "
-            "removed), or install a transformers version that supports this model"
+            f"{folder / 'config.json'}; correct that file (a key that is null can be removed), or "
+            f"install a transformers version that supports this model: {reason_of(error)}"
         ) from error
     return loaded

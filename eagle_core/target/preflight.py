@@ -4,6 +4,7 @@ Reads config.json, the index, the headers of the weight files and the tokenizer,
 model without weights. It refuses by name what cannot work, and never reads a weight.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PretrainedConfig
 
-from eagle_core.data.conversation import Message
+from eagle_core.data.conversation import Conversation, Message
 from eagle_core.data.ledger import RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
@@ -23,6 +24,7 @@ from eagle_core.target.model_config import aux_layers, read_whole_config
 from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain
 from eagle_core.target.tokenizer import conversation_tokenizer
+from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,11 +93,18 @@ def check_target(
 def _require_plain_logits(config: TargetConfig, text: PretrainedConfig) -> None:
     for key in _LOGIT_KEYS:
         value = getattr(text, key, None)
-        if value not in {None, 1}:
+        if value not in {None, 1} and _is_setting(text, key):
             raise ConfigError(
                 f"target {config.name}: its logits are not lm_head(last hidden state) ({key} is "
                 f"{value}); this architecture is not supported yet"
             )
+
+
+def _is_setting(text: PretrainedConfig, key: str) -> bool:
+    """Return whether this architecture has such a setting; others keep the key, and ignore it."""
+    return not dataclasses.is_dataclass(text) or any(
+        field.name == key for field in dataclasses.fields(text)
+    )
 
 
 def _require_runnable(
@@ -155,11 +164,7 @@ def _check_tokens(config: TargetConfig, *, num_rows: int) -> None:
     beyond = conversations.tokens_from(num_rows)
     if not beyond:
         return
-    used = set(conversations.special_token_ids())
-    try:
-        used.update(conversations.prompt([Message(role="user", content="Hello.")]).tolist())
-    except RejectedRecord as error:
-        logger.debug("the template takes no plain question: %s", error)
+    used = _written_tokens(conversations)
     number = min(beyond.keys() & used, default=min(beyond))
     what = f"target {config.name}: the tokenizer's {beyond[number]} is token {number}, but the "
     what += f"embedding has {num_rows:,} rows (vocab_size)"
@@ -169,3 +174,20 @@ def _check_tokens(config: TargetConfig, *, num_rows: int) -> None:
             "weights, or resize the embedding of the model and save it"
         )
     logger.warning("%s: a conversation that contains it is refused", what)
+
+
+def _written_tokens(conversations: ConversationTokenizer) -> set[int]:
+    """Return the ids of one plain conversation; empty if the template takes none."""
+    conversation = Conversation(
+        conversation_id="plain",
+        messages=(
+            Message(role="user", content="Hello."),
+            Message(role="assistant", content="Hello."),
+        ),
+    )
+    try:
+        samples = conversations.tokenize(conversation)
+    except RejectedRecord as error:
+        logger.debug("the template takes no plain conversation: %s", error)
+        return set()
+    return {number for sample in samples for number in sample.input_ids.tolist()}

@@ -28,9 +28,11 @@ from transformers import AutoModel, PretrainedConfig
 
 from eagle_core.bfloat16 import DTYPES, from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.errors import ConfigError
-from eagle_core.safetensors_files import load_tensor, only_tensor, tensor_files
+from eagle_core.safetensors_files import load_tensor, tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import embedding_name
+from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
@@ -155,6 +157,7 @@ class RecomputeModel:
                 output if isinstance(output, Tensor) else output[0]
             )
         )
+        LengthRope.of(self._first.config).forget(self._first)
         try:
             self._first(input_ids=input_ids.to(self._first.device), use_cache=False)
         finally:
@@ -163,6 +166,7 @@ class RecomputeModel:
 
     def _last(self, late: Tensor) -> Tensor:
         """Return the state [B, T, H] after the final norm, for outputs of the late aux layer."""
+        LengthRope.of(self._final.config).forget(self._final)
         outputs = self._final(inputs_embeds=late.to(self._final.device), use_cache=False)
         last: Tensor = outputs.last_hidden_state
         return last
@@ -248,7 +252,7 @@ def _slice_tensors(
     files: Mapping[str, Path], folder: Path, layers: range
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of `layers`, numbered from 0, with the embedding and the norm."""
-    embedding = only_tensor(files, "embed_tokens.weight", folder)
+    embedding = embedding_name(files, folder)
     prefix = embedding.removesuffix("embed_tokens.weight")
     for name in files:
         inner = name.removeprefix(prefix)

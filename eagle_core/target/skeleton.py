@@ -25,7 +25,12 @@ _FAILS_FOR_CERTAIN = (
     TypeError,
     OSError,
     SafetensorError,
+    ArithmeticError,
+    AssertionError,
 )
+_IN_BUILDING = (*_FAILS_FOR_CERTAIN, RuntimeError)
+_NUM_CHARACTERS = 200
+"""Of a message of transformers, which may list all classes that it knows."""
 
 
 def build_skeleton(config: TargetConfig, whole: PretrainedConfig) -> "PreTrainedModel":
@@ -39,14 +44,26 @@ def build_skeleton(config: TargetConfig, whole: PretrainedConfig) -> "PreTrained
     _require_causal(config, whole)
     try:
         return _on_meta(config, whole, config.attention)
-    except (ValueError, ImportError) as error:
+    except _IN_BUILDING as error:
         others = [name for name in get_args(Attention) if _can_use(config, whole, name)]
-        reason = " ".join(str(error).split())
-        what = f"target {config.name}: {_class_of(whole)} cannot be built with attention "
-        what += f"{config.attention} ({reason})"
+        name, reason = _class_of(whole), reason_of(error)
         if not others:
-            raise ConfigError(f"{what}; this architecture is not supported") from error
-        raise ConfigError(f"{what}; set target.attention to {' or '.join(others)}") from error
+            raise ConfigError(
+                f"target {config.name}: transformers {transformers.__version__} cannot build {name}"
+                f" from its config.json; correct it, or choose another target: {reason}"
+            ) from error
+        raise ConfigError(
+            f"target {config.name}: {name} cannot be built with attention {config.attention}; set "
+            f"target.attention to {' or '.join(others)}: {reason}"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return class and words of an error, in one line of about 200 characters."""
+    words = " ".join(str(error).split())
+    if len(words) > _NUM_CHARACTERS:
+        words = f"{words[:_NUM_CHARACTERS]} ..."
+    return f"{type(error).__name__}: {words}"
 
 
 @contextmanager
@@ -57,10 +74,7 @@ def certain(config: TargetConfig, what: str) -> Iterator[None]:
     except (ConfigError, CorruptError):
         raise
     except _FAILS_FOR_CERTAIN as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"target {config.name}: {what}: {type(error).__name__}: {reason}"
-        ) from error
+        raise ConfigError(f"target {config.name}: {what}: {reason_of(error)}") from error
 
 
 @contextmanager
@@ -110,7 +124,7 @@ def _on_meta(config: TargetConfig, whole: PretrainedConfig, attention: str) -> "
 def _can_use(config: TargetConfig, whole: PretrainedConfig, attention: str) -> bool:
     try:
         _on_meta(config, whole, attention)
-    except (ValueError, ImportError):
+    except _IN_BUILDING:
         return False
     return True
 

@@ -129,7 +129,8 @@ def _convert_gguf(gguf_path: Path, folder: Path) -> None:
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
-    """Map the names of config.json and of every weight file to their xxh3_128."""
+    """Map config.json and every weight file, by its path in the folder, to their xxh3_128."""
     return {
-        path.name: file_digest(path) for path in [folder / "config.json", *weight_files(folder)]
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in [folder / "config.json", *weight_files(folder)]
     }

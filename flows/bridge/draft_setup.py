@@ -17,6 +17,7 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
+from eagle_core.target.skeleton import reason_of
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.checkpoint import load_draft, newest
@@ -69,11 +70,11 @@ def require_draft_sizes(target: TargetConfig) -> None:
     model_config = read_model_config(target, weights.locate(target))
     try:
         DraftConfig.from_target(model_config, draft_vocab_size=model_config.vocab_size)
-    except (AttributeError, TypeError, ValidationError) as error:
+    except (AttributeError, TypeError, ArithmeticError, RuntimeError, ValidationError) as error:
         raise ConfigError(
             f"target {target.name}: no draft can be made for a {model_config.model_type} model, "
-            f"whose configuration lacks a size of the draft: {' '.join(str(error).split())}; "
-            "choose another target"
+            "whose configuration lacks a size of the draft; choose another target: "
+            f"{reason_of(error)}"
         ) from error
 
 
@@ -117,7 +118,8 @@ def choose_vocabulary(
         if is_wanted or newest(run_path) is not None:
             return found.coverage(counts)
         logger.info("no step was trained with the draft vocabulary in %s: it is rebuilt", path)
-    always = conversation_tokenizer(target).special_token_ids()
+    special = conversation_tokenizer(target).special_token_ids()
+    always = [number for number in special if number < vocab_size]  # some have no embedding
     vocabulary = DraftVocabulary.build(counts, size=size, always=always, source_id=tokens.path.stem)
     run_path.mkdir(parents=True, exist_ok=True)
     vocabulary.save(path)

@@ -232,7 +232,7 @@ def test_a_configuration_that_transformers_does_not_take_is_named(
     own = json.loads(path.read_text())
     path.write_text(content if content == "{cut" else json.dumps(own | json.loads(content)))
     config = TargetConfig(name="odd", model=str(folder), dtype="float32", device="cpu")
-    with pytest.raises(ConfigError, match=rf"target odd: .*config\.json: .*{said}.*Correct that"):
+    with pytest.raises(ConfigError, match=rf"target odd: .*config\.json; correct that.*{said}"):
         TargetModel.load(config)
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    CohereConfig,
     FalconH1Config,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -21,6 +23,8 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     Lfm2Config,
+    Llama4Config,
+    Llama4TextConfig,
     LlavaConfig,
     Mamba2Config,
     Mistral3Config,
@@ -38,7 +42,8 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model import TargetModel
 from eagle_core.target.preflight import check_target, check_weights
-from eagle_core.target.weights import SECOND_COPIES, WANTED_FILES
+from eagle_core.target.weights import SECOND_COPIES, WANTED_FILES, weight_digests
+from flows.bridge.draft_setup import require_draft_sizes
 from tests import tiny
 
 SIZES: dict[str, Any] = {
@@ -168,6 +173,89 @@ def test_an_index_without_files_and_a_wrong_one_are_named(folder: Path) -> None:
         path.unlink()
     with pytest.raises(ConfigError, match=rf"{paths[0].name} is missing"):
         check_weights(target(folder))
+
+
+def _read_alike(folder: Path) -> None:
+    """Require that check, loading and training read the same weights."""
+    check_target(target(folder))
+    model = TargetModel.load(target(folder))
+    embedding, head = load_ends(folder, dtype=torch.float32)
+    assert torch.equal(head, model.lm_head_weight)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(embedding, whole.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("single_is_newer", [True, False])
+def test_a_single_file_counts_before_an_index_everywhere(
+    folder: Path, tmp_path: Path, *, single_is_newer: bool
+) -> None:
+    other = tiny.write_target(tmp_path / "other", seed=7)
+    single = other / "model.safetensors"
+    if not single_is_newer:
+        kept = shutil.copy(folder / "model.safetensors", tmp_path / "kept")
+        shutil.copy(single, folder / "model.safetensors")
+        single = Path(kept)
+    paths = shard(folder)
+    assert set(weight_digests(folder)) == {"config.json", *(path.name for path in paths)}
+    shutil.copy(single, folder / "model.safetensors")
+    assert set(weight_digests(folder)) == {"config.json", "model.safetensors"}
+    _read_alike(folder)
+    paths[1].unlink()  # the index counts for nothing
+    check_weights(target(folder))
+    (folder / "model.safetensors.index.json").write_text("{cut")
+    _read_alike(folder)
+
+
+def test_the_files_that_are_digested_stay_the_same(folder: Path) -> None:
+    save_file({"w": torch.zeros(2)}, folder / "consolidated.safetensors")
+    names = {"config.json", "model.safetensors", "consolidated.safetensors"}
+    assert set(weight_digests(folder)) == names
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "pytorch_model.safetensors"])
+def test_a_single_file_of_another_name_is_refused(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    said = rf"{name}, but transformers reads model\.safetensors: rename the file"
+    for attempt in (check_target, check_weights):
+        with pytest.raises(ConfigError, match=said):
+            attempt(target(folder))
+    with pytest.raises(ConfigError, match=said):
+        load_ends(folder, dtype=torch.float32)
+
+
+def test_several_files_of_other_names_need_an_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    with pytest.raises(ConfigError, match=r"index\.json is missing"):
+        check_target(target(folder))
+
+
+@pytest.mark.parametrize("inner", ["sub", "a/b"])
+def test_an_index_may_name_files_of_subfolders(folder: Path, inner: str) -> None:
+    paths = shard(folder)
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    (folder / inner).mkdir(parents=True)
+    paths[1].rename(folder / inner / paths[0].name)  # its name twice, in two folders
+    for tensor, file in document["weight_map"].items():
+        if file == paths[1].name:
+            document["weight_map"][tensor] = f"{inner}/{paths[0].name}"
+    index.write_text(json.dumps(document))
+    _read_alike(folder)
+    digests = weight_digests(folder)
+    assert digests[f"{inner}/{paths[0].name}"] != digests[paths[0].name]
+
+
+def test_an_index_without_metadata_is_refused_before_loading(folder: Path) -> None:
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document.pop("metadata")
+    index.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r'index\.json has no "metadata".*; add "metadata": {}'):
+        check_target(target(folder))
+    index.write_text(json.dumps(document | {"metadata": {}}))
+    _read_alike(folder)
 
 
 def _drop_a_layer(tensors: dict[str, torch.Tensor]) -> None:
@@ -344,7 +432,7 @@ def test_a_model_that_is_no_language_model_is_named(
             Mamba2Config(
                 vocab_size=416, hidden_size=64, num_heads=8, head_dim=16, num_hidden_layers=8
             ),
-            r"Mamba2.*attention sdpa .* set target\.attention to eager",
+            r"Mamba2.*attention sdpa; set target\.attention to eager",
         ),
         (
             Gemma2Config(**SIZES, final_logit_softcapping=30.0),
@@ -394,6 +482,162 @@ def test_a_cache_that_does_not_roll_back_is_known_before_loading(
         return
     with pytest.raises(ConfigError, match=r"target odd \(.*recurrent state.*eyas run estimate"):
         check_target(target(folder), rolls_back=True)
+
+
+def _scale(name: str, factor: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name] * factor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", float("nan")),
+        ("model.norm.weight", float("nan")),
+        ("lm_head.weight", float("inf")),
+    ],
+)
+def test_weights_that_are_not_finite_are_called_so(folder: Path, name: str, factor: float) -> None:
+    change_weights(folder, _scale(name, factor))
+    with pytest.raises(CorruptError, match=r"target odd: its logits .* are not finite"):
+        TargetModel.load(target(folder))
+
+
+def _llama4(**changes: Any) -> dict[str, Any]:
+    experts = {"num_local_experts": 2, "intermediate_size_mlp": 96, "num_experts_per_tok": 1}
+    return SIZES | experts | {"head_dim": 16} | changes
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Llama4TextConfig(**_llama4()),
+        Llama4Config(text_config=_llama4(model_type="llama4_text"), vision_config=VISION),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_decoder_one_level_below_is_found(tmp_path: Path, config: PretrainedConfig) -> None:
+    folder = write(tmp_path, config)
+    check_target(target(folder), max_length=128, rolls_back=True)
+    require_draft_sizes(target(folder))
+    assert TargetModel.load(target(folder)).aux_layers == (1, 3, 4)
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[next(name for name in tensors if "layers.3.input_layernorm" in name)]
+
+    change_weights(folder, drop)
+    with pytest.raises(CorruptError, match=r"no weights for \S+layers\.3\.input_layernorm"):
+        check_target(target(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, r"KeyError: 'foo'"),
+        ({"hidden_act": "foo"}, r"KeyError: 'foo'"),
+        ({"num_attention_heads": 0}, r"modulo by zero"),
+        ({"num_key_value_heads": 0}, r"ZeroDivisionError: "),
+        ({"head_dim": -4}, r"RuntimeError: .*negative dimension"),
+        ({"pad_token_id": 100_000}, r"AssertionError: Padding_idx"),
+        ({"quantization_config": "x"}, r"'str' object has no attribute"),
+        ({"quantization_config": [1]}, r"'list' object has no attribute"),
+    ],
+)
+def test_values_of_which_no_model_can_be_built_are_one_error(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(ConfigError, match=rf"target odd: .*config\.json.*{said}") as raised:
+        check_target(target(folder))
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_bitsandbytes_is_known_as_its_configuration_is_written(folder: Path, bits: str) -> None:
+    written = BitsAndBytesConfig(**{bits: True}).to_dict()
+    change_config(folder, quantization_config=json.loads(json.dumps(written, default=str)))
+    try:
+        check_target(target(folder))
+    except ConfigError as error:  # where the package is not installed
+        assert "ImportError: " in str(error)  # noqa: PT017 (either is right)
+
+
+@pytest.mark.parametrize("prefix", ["mtp.", "model.mtp.", "a."])
+def test_ends_of_modules_that_predict_further_are_left_alone(folder: Path, prefix: str) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{prefix}embed_tokens.weight"] = torch.zeros_like(tensors["lm_head.weight"])
+        tensors[f"{prefix}lm_head.weight"] = torch.zeros_like(tensors["lm_head.weight"])
+
+    before = load_ends(folder, dtype=torch.float32)
+    change_weights(folder, add)
+    for end, expected in zip(load_ends(folder, dtype=torch.float32), before, strict=True):
+        assert torch.equal(end, expected)
+    TargetModel.load(target(folder))
+    check_target(target(folder))
+
+
+def test_a_tied_model_may_be_stored_under_the_name_of_its_head(folder: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.embed_tokens.weight"]
+
+    change_weights(folder, drop)
+    with pytest.raises(CorruptError, match=r"no weights for model\.embed_tokens\.weight"):
+        check_target(target(folder))
+    change_config(folder, tie_word_embeddings=True)
+    _read_alike(folder)
+
+
+@pytest.mark.parametrize("half", ["_scales", "_blocks"])
+def test_half_of_a_4_bit_weight_is_refused(folder: Path, half: str) -> None:
+    name = "model.layers.3.mlp.experts.down_proj"
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for end in ("_scales", "_blocks"):
+            if end != half:
+                tensors[f"{name}{end}"] = torch.zeros(4, 64, 3, dtype=torch.uint8)
+
+    change_weights(folder, add)
+    with pytest.raises(CorruptError, match=rf"has no scales or blocks {name}{half}"):
+        check_target(target(folder))
+
+
+def test_a_setting_that_the_architecture_does_not_have_is_ignored(tmp_path: Path) -> None:
+    folder = tiny.write_target(tmp_path / "llama")
+    change_config(folder, logit_scale=0.5, final_logit_softcapping=30.0)
+    _read_alike(folder)
+    cohere = write(tmp_path / "cohere", CohereConfig(**SIZES, logit_scale=0.5))
+    with pytest.raises(ConfigError, match=r"logit_scale is 0\.5"):
+        check_target(target(cohere))
+
+
+@pytest.mark.parametrize("held", ["[]", "[1]", '"x"', "{cut"])
+def test_an_odd_generation_config_is_named(folder: Path, held: str) -> None:
+    (folder / "generation_config.json").write_text(held)
+    with pytest.raises(ConfigError, match=r"generation_config\.json .*download it again"):
+        check_target(target(folder))
+
+
+@pytest.mark.parametrize("kind", ["bos_token", "unk_token", "pad_token"])
+def test_a_special_token_that_is_not_written_needs_no_embedding(folder: Path, kind: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({kind: "<beyond>"})
+    tokenizer.save_pretrained(folder)
+    check_target(target(folder))
 
 
 def test_samples_longer_than_the_positions_are_refused(
@@ -489,7 +733,7 @@ def test_8_bit_weights_without_scale_are_refused(tmp_path: Path) -> None:
         del tensors[lacking]
 
     change_weights(folder, drop)
-    with pytest.raises(CorruptError, match=rf"has no scales {lacking}"):
+    with pytest.raises(CorruptError, match=rf"has no scales or blocks {lacking}"):
         check_target(target(folder))
     change_config(folder, quantization_config=None)
     with pytest.raises(CorruptError, match=r"no scales|no place for: .*weight_scale_inv"):

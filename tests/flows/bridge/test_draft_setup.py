@@ -1,12 +1,15 @@
 """The draft's vocabulary belongs to the data of its run."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
@@ -48,3 +51,18 @@ def test_a_vocabulary_of_other_data_or_size_counts_only_if_a_checkpoint_depends_
     )
     checkpoint.save(run_path, record, {}, {}, keep_last=1)
     assert chosen(old) == set(range(200, 208))
+
+
+def test_special_tokens_without_an_embedding_are_not_in_the_vocabulary(
+    tmp_path: Path, target: TargetConfig, tiny_target_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_target_path, tmp_path / "target")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    num_rows = len(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<beyond>"})
+    tokenizer.save_pretrained(folder)
+    own = target.model_copy(update={"model": str(folder)})
+    assert max(conversation_tokenizer(own).special_token_ids()) == num_rows
+    choose_vocabulary(own, TRAINING, token_file(tmp_path / "train.arrow", 100), tmp_path / "run")
+    vocabulary = DraftVocabulary.load(tmp_path / "run" / VOCABULARY_NAME)
+    assert {0, 1} < set(vocabulary.target_ids.tolist()) <= set(range(num_rows))

@@ -1,0 +1,41 @@
+"""The sizes of a draft follow from its target's configuration."""
+
+from typing import Any
+
+import pytest
+from transformers import (
+    CohereConfig,
+    Lfm2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+from eagle_core.draft.config import DraftConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 416,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (LlamaConfig(**SIZES, rms_norm_eps=3e-5), 3e-5),
+        (LlamaConfig(**SIZES, rms_norm_eps=3e-5, layer_norm_eps=1e-3), 3e-5),
+        (Lfm2Config(**SIZES, norm_eps=4e-5), 4e-5),
+        (StableLmConfig(**SIZES, layer_norm_eps=5e-5), 5e-5),
+        (CohereConfig(**SIZES, layer_norm_eps=6e-5), 6e-5),
+        (Starcoder2Config(**SIZES, norm_epsilon=7e-5), 1e-6),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_the_epsilon_of_the_norm_is_the_targets(target: PretrainedConfig, expected: float) -> None:
+    assert DraftConfig.from_target(target, draft_vocab_size=32).rms_norm_eps == expected
