@@ -77,3 +77,20 @@ def test_what_ends_an_answer_is_the_targets_stop_token(
     with pytest.raises(NoAnswer) as caught:
         asked(path, max_tokens=1)
     assert caught.value.reason is Reason.EMPTY_ANSWER
+
+
+def test_answers_are_asked_anew_only_where_they_now_end_elsewhere(
+    tiny_target_path: Path, tmp_path: Path
+) -> None:
+    """A journal of earlier versions, which read only the declared stop tokens, stays usable."""
+    folder = shutil.copytree(tiny_target_path, tmp_path / "target")
+
+    def identity() -> dict[str, object]:
+        target = TargetConfig(name="tiny", model=str(folder), dtype="float32", device="cpu")
+        return dict(LocalAnswers(target, RegenerationConfig()).identity())
+
+    assert "stop_ids" not in identity()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+    assert identity()["stop_ids"] == [1]

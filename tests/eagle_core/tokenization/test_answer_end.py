@@ -212,3 +212,17 @@ def test_an_end_that_takes_the_white_space_behind_it() -> None:
         eos="<E>",
     )
     assert spans(ours, conversation(QUESTION, ANSWER, QUESTION, ANSWER)) == ["a<E>", "a<E>"]
+
+
+def test_a_call_that_ends_unlike_an_answer_ends_with_the_stop_token() -> None:
+    """Command R7B: an answer closes its text first, a call its action; both end the turn."""
+    template = (
+        "{% for m in messages %}<U>{{ '<A>' if m.role == 'assistant' else m.role }}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}"
+        "{{ m.content or '' }}{{ '<R>' if m.role == 'assistant' and not m.tool_calls }}<E>"
+        "{% endfor %}<U><A>"
+    )
+    ours = tokenizer(template, special=["<U>", "<A>", "<R>", "<E>", "<call>", "</call>"], eos="<E>")
+    assert stops(ours) == {"<E>"}
+    assert spans(ours, conversation(QUESTION, ANSWER)) == ["a<R><E>"]
+    assert spans(ours, conversation(QUESTION, CALL)) == ["<call>sky</call><E>"]
