@@ -147,7 +147,7 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
             store_root=root,
             tokens=tokens,
             setup=setup,
-            vocabulary_coverage=coverage,
+            coverage=coverage,
         )
         total = total_steps(training, source.lengths, source.groups)
         if begun:

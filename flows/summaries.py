@@ -7,6 +7,7 @@ from pathlib import Path
 from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.export import ExportLayout
+from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate
@@ -104,6 +105,8 @@ class TrainSummary:
     dtype: str
     """Dtype of matrix products."""
     seconds: float
+    coverage_by_source: Mapping[str, SourceCoverage] = field(default_factory=dict)
+    """Of the draft vocabulary; empty unless the data set has several sources."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

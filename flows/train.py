@@ -121,7 +121,7 @@ def _train(
     """Train in this process, or in several, and report; the run's folder is locked."""
     training, run_path = config.training, job.run_path
     coverage = (
-        data.record.vocabulary_coverage
+        data.record.coverage
         if data.record and (run_path / VOCABULARY_NAME).exists()
         else choose_vocabulary(config.target, training, TokenFile(data.tokens.train_path), run_path)
     )
@@ -138,7 +138,7 @@ def _train(
         store_root=job.store_root,
         tokens=data.tokens,
         setup=setup,
-        vocabulary_coverage=coverage,
+        coverage=coverage,
     )
     lengths, groups = data.snapshot.lengths, data.snapshot.groups
     total = total_steps(training, lengths, groups, world_size=training.num_processes)

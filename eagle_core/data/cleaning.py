@@ -12,7 +12,7 @@ from eagle_core.data.conversation import Conversation, content_key
 from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.data.ledger_writer import LedgerWriter
 from eagle_core.data.normalise import Normalised, normalise
-from eagle_core.data.source_record import DamagedRecord, SourceRecord
+from eagle_core.data.source_record import DamagedRecord, SourceRecord, in_source
 from eagle_core.data.sources import read_records
 from eagle_core.data.splits import is_taken
 
@@ -60,7 +60,8 @@ class Cleaning:
         for index, record in enumerate(read_records(part)):
             self.num_records_by_source[part.name] += 1
             if self._config.sources:
-                record = replace(record, location=f"{part.name}: {record.location}")  # noqa: PLW2901
+                named = in_source(part.name, record.location)
+                record = replace(record, location=named)  # noqa: PLW2901
             found = self._selected(record, part)
             if found is not None:
                 conversation, key = found

@@ -24,3 +24,13 @@ class DamagedRecord:
     location: str
     detail: str
     fraction_read: float
+
+
+def in_source(name: str, location: str) -> str:
+    """Return the location of a record in one of several sources."""
+    return f"{name}: {location}"
+
+
+def source_of(location: str) -> str:
+    """Return the name of the source in `in_source`; names have no colon."""
+    return location.partition(": ")[0]

@@ -12,11 +12,14 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.data.conversation import Conversation
 from eagle_core.data.conversation_table import CONVERSATION_SCHEMA, to_row
 from eagle_core.data.row_writer import RowWriter
+from eagle_core.data.source_record import source_of
 from eagle_core.data.splits import ChatGroups, is_held_out, question_key
 from eagle_core.data.writer import DatasetWriters, Split
 
 _UNSPLIT = "unsplit.parquet"
 _ROWS_PER_BATCH = 256
+_BYTES_PER_BATCH = 8 << 20
+"""As encoded in the file; in Python, token ids take about 16 times as much."""
 
 
 class SplitWriter:
@@ -75,11 +78,20 @@ class SplitWriter:
 
     def _source_of(self, location: str) -> str:
         """Return the name of one of several sources; empty for a single one."""
-        return location.partition(": ")[0] if self._config.sources else ""
+        return source_of(location) if self._config.sources else ""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table of conversations, one row group in memory at a time."""
+    """Yield the rows of a table of conversations; few long ones are in memory at a time."""
     with pq.ParquetFile(path) as table:
-        for batch in table.iter_batches(_ROWS_PER_BATCH):
-            yield from batch.to_pylist()
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            # Of one group: a batch of several would join groups that are full of bytes.
+            for batch in table.iter_batches(_rows_per_batch(group), row_groups=[number]):
+                yield from batch.to_pylist()
+
+
+def _rows_per_batch(group: pq.RowGroupMetaData) -> int:
+    """Return how many rows to read at once; earlier versions wrote groups of any size."""
+    fitting: int = group.num_rows * _BYTES_PER_BATCH // max(group.total_byte_size, 1)
+    return max(1, min(_ROWS_PER_BATCH, fitting))

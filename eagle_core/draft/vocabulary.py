@@ -6,8 +6,8 @@ tokens is a pure function of the counts, so it is the same on every machine.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +19,27 @@ from safetensors.numpy import save_file
 from eagle_core.atomic_files import atomic_file
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.samples import TokenizedSample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCoverage:
+    """What one of several sources gave to the counts, and how much of it is covered."""
+
+    num_samples: int
+    num_supervised: int
+    """Supervised tokens."""
+    share: float
+    """Share of these that the draft can propose, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """Share of the supervised tokens that a draft vocabulary covers."""
+
+    share: float
+    """0 to 1"""
+    by_source: Mapping[str, SourceCoverage] = field(default_factory=dict)
+    """Empty unless there are several sources."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -5,10 +5,12 @@ Invariant: every conversation of the source is kept or in the ledger.
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection
 
 from eagle_core.data.conversation import content_key
 from eagle_core.data.conversation_table import to_row
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
+from eagle_core.data.source_record import source_of
 from eagle_core.data.writer import DatasetWriters, Split
 from eagle_core.regeneration.journal import FinishedConversation
 from eagle_core.regeneration.source_rows import SourceRow
@@ -18,12 +20,18 @@ from eagle_core.regeneration.turns import with_answers
 class AnsweredDataset:
     """Writes answered conversations and enters the others in the ledger."""
 
-    def __init__(self, source: str, writers: DatasetWriters) -> None:
+    def __init__(
+        self, source: str, writers: DatasetWriters, *, sources: Collection[str] = ()
+    ) -> None:
+        """Write answers to the data set `source`, which may have several `sources` itself."""
         self._source = source
+        self._sources = sources
         self._writers = writers
         self._seen: set[bytes] = set()
         self.fingerprint = hashlib.sha256()
         self.kept: Counter[Split] = Counter()
+        self.kept_by_source: Counter[tuple[str, Split]] = Counter()
+        """Empty unless the questions have several sources."""
         self.examples: dict[str, str] = {}
         """The first detail of every reason for which a conversation was dropped."""
 
@@ -47,6 +55,8 @@ class AnsweredDataset:
             return
         self._seen.add(bytes.fromhex(key))
         self.kept[entry.split] += 1
+        if self._sources:
+            self.kept_by_source[source_of(answered.location), entry.split] += 1
         self.fingerprint.update(f"{entry.split} {key}\n".encode())
         self._writers.splits[entry.split].add(to_row(answered, key))
         if len(answered.messages) < len(entry.conversation.messages) or finished.failure:

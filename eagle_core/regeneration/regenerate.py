@@ -16,7 +16,7 @@ from pathlib import Path
 
 from eagle_core.data.build import RULES_VERSION
 from eagle_core.data.ledger import Change
-from eagle_core.data.manifest import DatasetManifest, load_manifest
+from eagle_core.data.manifest import DatasetManifest, SourceCounts, load_manifest
 from eagle_core.data.writer import building, digests, open_writers, publish
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.regeneration.answered_dataset import AnsweredDataset
@@ -199,7 +199,8 @@ class Regeneration:
     def _write(self, journal: AnswerJournal) -> tuple[DatasetManifest, Mapping[str, str]]:
         with building(self._out_dir) as directory:
             with open_writers(directory) as writers:
-                builder = AnsweredDataset(self._source_manifest.name, writers)
+                asked = self._source_manifest
+                builder = AnsweredDataset(asked.name, writers, sources=asked.by_source)
                 for entry in source_rows(self._source):
                     builder.add(entry, entry.find(journal))
             if builder.num_records != self._source_manifest.num_conversations:
@@ -226,10 +227,22 @@ class Regeneration:
                 num_held_out=builder.kept["held_out"],
                 dropped=dropped,
                 changed=dict(sorted(writers.ledger.changed.items())),
+                by_source=self._by_source(builder),
                 files=digests(directory),
             )
             publish(manifest, directory, self._out_dir)
         return manifest, builder.examples
+
+    def _by_source(self, builder: AnsweredDataset) -> dict[str, SourceCounts]:
+        """Return how many conversations of each of the questions' sources were answered."""
+        return {
+            name: SourceCounts(
+                num_records=asked.num_train + asked.num_held_out,
+                num_train=builder.kept_by_source[name, "train"],
+                num_held_out=builder.kept_by_source[name, "held_out"],
+            )
+            for name, asked in self._source_manifest.by_source.items()
+        }
 
     def _manifest_config(self) -> dict[str, object]:
         return {"regeneration": self._identity, "answer_rules": _ANSWER_RULES}

@@ -4,6 +4,7 @@ The file appears only when complete. Its name identifies its inputs (data set, t
 length limit), so a stale one is never read.
 """
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eagle_core.atomic_files import atomic_file
+from eagle_core.data.source_record import source_of
 from eagle_core.errors import CorruptError
 from eagle_core.samples import TokenizedSample
 
@@ -24,7 +26,10 @@ _SCHEMA = pa.schema(
         ("location", pa.string()),
     ]
 )
+_SOURCES = b"eyas.sources"
+"""Key of the names in the file's metadata, as a JSON list."""
 _ROWS_PER_BATCH = 256
+_BYTES_PER_BATCH = 128 << 20
 
 
 class TokenFile:
@@ -43,6 +48,9 @@ class TokenFile:
         self._locations = (
             self._table["location"] if "location" in self._table.schema.names else None
         )
+        metadata = self._table.schema.metadata or {}
+        self.sources: tuple[str, ...] = tuple(json.loads(metadata.get(_SOURCES, b"[]")))
+        """Names of the data set's sources; empty if it has one, or if it is not recorded."""
         self._rows = {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
 
     def __len__(self) -> int:
@@ -60,10 +68,22 @@ class TokenFile:
         return lengths
 
     @property
+    def supervised_lengths(self) -> NDArray[np.int64]:
+        """[N] number of supervised tokens per sample."""
+        counts = [_sums(chunk) for chunk in self._table["loss_mask"].chunks]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *counts])
+
+    @property
     def num_supervised(self) -> int:
         """Return the number of supervised tokens."""
-        masks = self._table["loss_mask"].combine_chunks()
-        return int(np.count_nonzero(masks.flatten().to_numpy()))
+        return int(self.supervised_lengths.sum())
+
+    def rows_by_source(self) -> dict[str, NDArray[np.int64]]:
+        """Return the rows of the samples of each source; empty unless there are several."""
+        if self._locations is None or not self.sources:
+            return {}
+        names = np.array([source_of(location) for location in self._locations.to_pylist()])
+        return {name: np.flatnonzero(names == name) for name in self.sources}
 
     def fetch(self, row: int) -> TokenizedSample:
         """Return the sample in `row`."""
@@ -86,13 +106,20 @@ class TokenFile:
 
 
 def write_token_file(
-    path: Path, samples: Iterable[TokenizedSample], *, without: Collection[str] = ()
+    path: Path,
+    samples: Iterable[TokenizedSample],
+    *,
+    without: Collection[str] = (),
+    sources: Sequence[str] = (),
 ) -> TokenFile:
     """Write `samples`, each sample id once, and return the opened file. Constant memory.
 
-    Samples with an id in `without` are skipped: held-out samples must not be trained on.
+    Samples with an id in `without` are skipped: held-out samples must not be trained on. `sources`
+    are the names of several sources, of which each location begins with one.
     """
-    with atomic_file(path) as partial, pa.ipc.new_file(str(partial), _SCHEMA) as writer:
+    names = {_SOURCES: json.dumps(list(sources))} if sources else None
+    schema = _SCHEMA.with_metadata(names)
+    with atomic_file(path) as partial, pa.ipc.new_file(str(partial), schema) as writer:
         for rows in _batched(_unique(samples, without)):
             writer.write_batch(_record_batch(rows))
     return TokenFile(path)
@@ -111,13 +138,23 @@ def _unique(
 
 def _batched(samples: Iterable[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
     rows: list[TokenizedSample] = []
+    num_bytes = 0
     for sample in samples:
         rows.append(sample)
-        if len(rows) == _ROWS_PER_BATCH:
+        num_bytes += sample.input_ids.nbytes + sample.loss_mask.nbytes
+        if len(rows) == _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
             yield rows
-            rows = []
+            rows, num_bytes = [], 0
     if rows:
         yield rows
+
+
+def _sums(masks: pa.LargeListArray) -> NDArray[np.int64]:
+    """Return the number of ones in each of the lists."""
+    offsets = masks.offsets.to_numpy()
+    ones = np.concatenate([[0], np.cumsum(masks.values.to_numpy()[: offsets[-1]], dtype=np.int64)])
+    sums: NDArray[np.int64] = ones[offsets[1:]] - ones[offsets[:-1]]
+    return sums
 
 
 def _record_batch(rows: Sequence[TokenizedSample]) -> pa.RecordBatch:

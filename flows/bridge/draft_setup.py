@@ -1,17 +1,25 @@
 """The draft of one run: its vocabulary, and its weights before and after training."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.importing import read_draft, warm_start
 from eagle_core.draft.model import DraftModel
-from eagle_core.draft.vocabulary import DraftVocabulary, count_supervised_tokens
+from eagle_core.draft.vocabulary import (
+    Coverage,
+    DraftVocabulary,
+    SourceCoverage,
+    count_supervised_tokens,
+)
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
@@ -103,24 +111,62 @@ def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> Non
 
 def choose_vocabulary(
     target: TargetConfig, training: TrainingConfig, tokens: TokenFile, run_path: Path
-) -> float:
-    """Choose the vocabulary of a run, once; return the share of supervised tokens that it covers.
+) -> Coverage:
+    """Choose the vocabulary of a run, once; return how much of the supervised tokens it covers.
 
     An existing vocabulary of other data or size is kept only if the run has a checkpoint. Whether
     the run may change its data is not decided here: the checkpoint records its snapshot id.
     """
     vocab_size = read_model_config(target, weights.locate(target)).vocab_size
-    counts = count_supervised_tokens(tokens, vocab_size)
+    counted = _count(tokens, vocab_size)
     path, size = run_path / VOCABULARY_NAME, min(training.draft_vocab_size, vocab_size)
     if path.exists():
         found = DraftVocabulary.load(path)
         is_wanted = found.source_id == tokens.path.stem and len(found) == size
         if is_wanted or newest(run_path) is not None:
-            return found.coverage(counts)
+            return _coverage(found, counted)
         logger.info("no step was trained with the draft vocabulary in %s: it is rebuilt", path)
     special = conversation_tokenizer(target).special_token_ids()
     always = [number for number in special if number < vocab_size]  # some have no embedding
-    vocabulary = DraftVocabulary.build(counts, size=size, always=always, source_id=tokens.path.stem)
+    vocabulary = DraftVocabulary.build(
+        counted.counts, size=size, always=always, source_id=tokens.path.stem
+    )
     run_path.mkdir(parents=True, exist_ok=True)
     vocabulary.save(path)
-    return vocabulary.coverage(counts)
+    return _coverage(vocabulary, counted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Counted:
+    """Supervised tokens of a token file."""
+
+    counts: NDArray[np.int64]
+    """[V]"""
+    by_source: Mapping[str, tuple[int, NDArray[np.int64]]]
+    """Samples and [V] counts of each of several sources; empty for one."""
+
+
+def _count(tokens: TokenFile, vocab_size: int) -> _Counted:
+    rows_by_source = tokens.rows_by_source()
+    if not rows_by_source:
+        return _Counted(counts=count_supervised_tokens(tokens, vocab_size), by_source={})
+    by_source = {
+        name: (len(rows), count_supervised_tokens(map(tokens.fetch, rows.tolist()), vocab_size))
+        for name, rows in rows_by_source.items()
+    }
+    counts = np.sum([counts for _, counts in by_source.values()], axis=0)
+    return _Counted(counts=counts, by_source=by_source)
+
+
+def _coverage(vocabulary: DraftVocabulary, counted: _Counted) -> Coverage:
+    return Coverage(
+        share=vocabulary.coverage(counted.counts),
+        by_source={
+            name: SourceCoverage(
+                num_samples=num_samples,
+                num_supervised=int(counts.sum()),
+                share=vocabulary.coverage(counts),
+            )
+            for name, (num_samples, counts) in counted.by_source.items()
+        },
+    )

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eagle_core.atomic_files import write_text
 from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.config import DraftConfig
-from eagle_core.draft.vocabulary import DraftVocabulary
+from eagle_core.draft.vocabulary import Coverage, DraftVocabulary, SourceCoverage
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
@@ -58,6 +58,8 @@ class Run(BaseModel):
     """Fingerprint of `draft_vocabulary.safetensors`."""
     vocabulary_coverage: float
     """Share of the supervised training tokens that the draft can propose, 0 to 1."""
+    coverage_by_source: dict[str, SourceCoverage] = Field(default_factory=dict)
+    """Empty for a data set of one source, and in files of older versions."""
     target: TargetConfig
     dataset: DatasetConfig
     store: StoreConfig
@@ -74,7 +76,7 @@ class Run(BaseModel):
         store_root: str | None,
         tokens: TokensSummary,
         setup: DraftSetup,
-        vocabulary_coverage: float,
+        coverage: Coverage,
     ) -> Self:
         """Return the record of a run that is about to start."""
         folder = weights.locate(config.target)
@@ -89,13 +91,19 @@ class Run(BaseModel):
             stop_ids=tuple(sorted(conversation_tokenizer(config.target).stop_ids)),
             draft=setup.draft.config,
             draft_vocabulary=DraftVocabulary.load(setup.run_path / VOCABULARY_NAME).fingerprint,
-            vocabulary_coverage=vocabulary_coverage,
+            vocabulary_coverage=coverage.share,
+            coverage_by_source=dict(coverage.by_source),
             target=config.target,
             dataset=config.dataset,
             store=config.store,
             training=config.training,
             tracking=config.tracking,
         )
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the supervised training tokens the draft can propose."""
+        return Coverage(share=self.vocabulary_coverage, by_source=self.coverage_by_source)
 
     def require_vocabulary(self, run_path: Path) -> None:
         """Raise MismatchError unless the run's folder has the draft vocabulary it started with."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from eagle_core.data.manifest import SourceCounts
+from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.result import Metrics
@@ -98,6 +99,7 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
         *_held_out_lengths(figures),
         ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
+        *((f"of {name}", _covered(one)) for name, one in summary.coverage_by_source.items()),
         (
             "tokens per second",
             f"{summary.tokens_per_second:,.0f} (matrix products in {summary.dtype})",
@@ -105,6 +107,16 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("run", str(summary.run_path)),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
+
+
+def _covered(source: SourceCoverage) -> str:
+    """Return the coverage of one source; there is none of nothing."""
+    return (
+        f"{source.share:.1%} of {source.num_supervised:,} supervised tokens, "
+        f"{source.num_samples:,} samples to train on"
+        if source.num_supervised
+        else "nothing to train on"
+    )
 
 
 def _held_out_lengths(figures: Metrics) -> list[Row]:

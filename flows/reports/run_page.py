@@ -20,6 +20,7 @@ from flows.reports.run_record import (
     REPORT_NAME,
     RunRecord,
     RunSettings,
+    SourceFigures,
     SplitFigures,
     StorageSize,
     as_text,
@@ -237,6 +238,7 @@ def _data(settings: RunSettings | None) -> Section:
         rows=[
             ("samples to train on", _split(train)),
             ("held out", _split(settings.held_out)),
+            *_source_rows(train.by_source, settings.held_out.by_source),
             ("source", settings.source_id),
         ],
         plots=[("Lengths of the samples to train on", Markup(svg))],  # noqa: S704 (ours)
@@ -249,6 +251,27 @@ def _split(figures: SplitFigures) -> str:
         f"{figures.num_samples:,}, with {figures.num_tokens:,} tokens, {figures.num_supervised:,} "
         f"of them supervised ({share:.1%})"
     )
+
+
+def _source_rows(
+    train: Mapping[str, SourceFigures], held_out: Mapping[str, SourceFigures]
+) -> list[Row]:
+    """Return what each of several sources gave, and its share of what is trained on."""
+    total = max(sum(source.num_supervised for source in train.values()), 1)
+    return [
+        (f"of {name}", _of_source(source, source.num_supervised / total, held_out.get(name)))
+        for name, source in train.items()
+    ]
+
+
+def _of_source(train: SourceFigures, share: float, held_out: SourceFigures | None) -> str:
+    text = (
+        f"{train.num_samples:,} samples to train on, with {train.num_supervised:,} supervised "
+        f"tokens ({share:.1%} of all)"
+    )
+    if held_out is None:  # the sources were renamed since that file was made
+        return text
+    return f"{text}; held out: {held_out.num_samples:,}, with {held_out.num_supervised:,}"
 
 
 def _storage(settings: RunSettings | None) -> Section:

@@ -37,6 +37,15 @@ _LENGTH_BINS = 24
 Stage = TypeVar("Stage")
 
 
+class SourceFigures(BaseModel):
+    """What one of several sources gave to a split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_samples: int
+    num_supervised: int
+
+
 class SplitFigures(BaseModel):
     """The figures of one split of the data."""
 
@@ -49,16 +58,17 @@ class SplitFigures(BaseModel):
     """[B + 1] in tokens, from the shortest sample to the longest."""
     length_counts: tuple[int, ...]
     """[B] samples between two edges."""
+    by_source: dict[str, SourceFigures] = Field(default_factory=dict)
+    """Empty unless the data set has several sources, and in files of older versions."""
 
     @classmethod
     def of(cls, tokens: TokenFile, *, without: Collection[str] = ()) -> "SplitFigures":
         """Count the samples of a token file, except those of `without`."""
         omitted = [name for name in without if name in tokens]
-        num_supervised = tokens.num_supervised if len(tokens) else 0
-        num_supervised -= sum(int(one.loss_mask.sum()) for one in tokens.by_id(omitted))
-        lengths = tokens.lengths
+        is_counted = np.ones(len(tokens), dtype=np.bool_)
         if omitted:
-            lengths = lengths[~np.isin(tokens.sample_ids, omitted)]
+            is_counted = ~np.isin(tokens.sample_ids, omitted)
+        lengths, supervised = tokens.lengths[is_counted], tokens.supervised_lengths * is_counted
         last = int(lengths.max()) + 1 if len(lengths) else 1
         first = int(lengths.min()) if len(lengths) else 0
         num_bins = max(1, min(_LENGTH_BINS, last - first))
@@ -66,9 +76,16 @@ class SplitFigures(BaseModel):
         return cls(
             num_samples=len(lengths),
             num_tokens=int(lengths.sum()),
-            num_supervised=num_supervised,
+            num_supervised=int(supervised.sum()),
             length_edges=tuple(edges.tolist()),
             length_counts=tuple(counts.tolist()),
+            by_source={
+                name: SourceFigures(
+                    num_samples=int(is_counted[rows].sum()),
+                    num_supervised=int(supervised[rows].sum()),
+                )
+                for name, rows in tokens.rows_by_source().items()
+            },
         )
 
 

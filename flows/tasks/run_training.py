@@ -107,6 +107,7 @@ def run_attempt(
         num_steps=result.num_steps,
         figures=result.figures,
         vocabulary_coverage=run.vocabulary_coverage,
+        coverage_by_source=run.coverage_by_source,
         tokens_per_second=earlier.tokens_per_second if earlier else result.tokens_per_second,
         dtype=result.dtype,
         seconds=earlier.seconds if earlier else time.monotonic() - started,

@@ -14,7 +14,7 @@ from eagle_core.data.build import load_conversations
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.conversation import Conversation
 from eagle_core.data.ledger_writer import LedgerWriter
-from eagle_core.data.manifest import load_manifest
+from eagle_core.data.manifest import DatasetManifest, load_manifest
 from eagle_core.data.writer import Split
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
@@ -61,7 +61,7 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     with stage_progress("tokens", key=key, total=total, unit="conversations") as progress:
         for split, num_conversations in counts.items():
             path = space.token_file(split, content)
-            if not path.exists():
+            if not _is_made(path, manifest):
                 ledger_path = path.with_suffix(_LEDGER_SUFFIX)
                 with LedgerWriter(ledger_path) as ledger:
                     samples = tokenize_in_processes(
@@ -75,7 +75,12 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
                     )
                     held_out = files["held_out"].sample_ids if split == "train" else ()
                     embedded = _embedded(samples, target, tokenizer)
-                    write_token_file(path, _counted(embedded, progress), without=held_out)
+                    write_token_file(
+                        path,
+                        _counted(embedded, progress),
+                        without=held_out,
+                        sources=tuple(manifest.by_source),
+                    )
                 _report_tokens(split, num_conversations, ledger, ledger_path)
             files[split] = TokenFile(path)
         progress.move_to(total)
@@ -86,6 +91,11 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         raise ConfigError(_nothing_left(dataset, tokenizer, conversations, train.path))
     _publish_report(train, tokenizer, target, dataset)
     return tokens_summary(files["train"], files["held_out"], tokenizer, content, started)
+
+
+def _is_made(path: Path, manifest: DatasetManifest) -> bool:
+    """Return whether a token file exists, and names the sources as the data set does now."""
+    return path.exists() and TokenFile(path).sources == tuple(manifest.by_source)
 
 
 def _report_tokens(split: Split, total: int, ledger: LedgerWriter, path: Path) -> None:

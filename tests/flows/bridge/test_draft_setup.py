@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from eagle_core.draft.vocabulary import DraftVocabulary
+from eagle_core.draft.vocabulary import Coverage, DraftVocabulary, SourceCoverage
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -66,3 +66,37 @@ def test_special_tokens_without_an_embedding_are_not_in_the_vocabulary(
     choose_vocabulary(own, TRAINING, token_file(tmp_path / "train.arrow", 100), tmp_path / "run")
     vocabulary = DraftVocabulary.load(tmp_path / "run" / VOCABULARY_NAME)
     assert {0, 1} < set(vocabulary.target_ids.tolist()) <= set(range(num_rows))
+
+
+def placed(first: int, num: int, location: str) -> TokenizedSample:
+    """Return a sample of the ids from `first` on, the first of them not supervised."""
+    ids = np.arange(first, first + num + 1, dtype=np.int32)
+    mask = np.arange(num + 1) > 0
+    return TokenizedSample(
+        sample_id=sample_id(ids, mask), input_ids=ids, loss_mask=mask, location=location
+    )
+
+
+def test_each_source_has_its_share_of_the_vocabulary(tmp_path: Path, target: TargetConfig) -> None:
+    samples = [
+        placed(100, 3, "chat: a.jsonl, record 0"),
+        placed(100, 2, "chat: a.jsonl, record 1"),
+        placed(200, 5, "table: b.csv, record 0"),
+    ]
+    names = ["chat", "table", "empty"]
+    tokens = write_token_file(tmp_path / "train.arrow", samples, sources=names)
+    training = TRAINING.model_copy(update={"draft_vocab_size": 2 + 4})
+    found = choose_vocabulary(target, training, tokens, tmp_path / "run")
+    # Of 101 and 102 there are two each; 103 and the lowest of the others fill what is left.
+    assert found.by_source == {
+        "chat": SourceCoverage(num_samples=2, num_supervised=5, share=1.0),
+        "table": SourceCoverage(num_samples=1, num_supervised=5, share=0.2),
+        "empty": SourceCoverage(num_samples=0, num_supervised=0, share=1.0),
+    }
+    assert found.share == 0.6
+    assert choose_vocabulary(target, training, tokens, tmp_path / "run") == found
+    single = write_token_file(tmp_path / "single.arrow", samples)
+    same = choose_vocabulary(target, training, single, tmp_path / "other")
+    assert same == Coverage(share=0.6)
+    both = [DraftVocabulary.load(tmp_path / run / VOCABULARY_NAME) for run in ("run", "other")]
+    assert both[0].fingerprint == both[1].fingerprint
