@@ -190,10 +190,14 @@ def _read_json(
 ) -> Iterator[SourceRecord | DamagedRecord]:
     is_one_text = config.format == "json"
     if config.format == "auto":
-        is_one_text, stream = _is_one_text(stream, config.max_record_bytes, is_whole=is_whole)
+        is_one_text, stream = _is_one_text(stream, config, is_whole=is_whole)
     if is_one_text:
         reader = JsonReader(
-            stream, path=file.path, fraction=progress, max_record_bytes=config.max_record_bytes
+            stream,
+            path=file.path,
+            fraction=progress,
+            max_record_bytes=config.max_record_bytes,
+            columns=config.column_names,
         )
         yield from reader.read(
             accept_truncated=config.accept_truncated, accept_damaged=config.accept_damaged
@@ -212,7 +216,7 @@ def _read_json(
 
 
 def _is_one_text(
-    stream: "io.BufferedReader[io.RawIOBase]", max_line_bytes: int, *, is_whole: bool
+    stream: "io.BufferedReader[io.RawIOBase]", config: DatasetConfig, *, is_whole: bool
 ) -> "tuple[bool, io.BufferedReader[io.RawIOBase]]":
     """Return whether a file is JSON of another form than one record on each line, and the stream.
 
@@ -222,12 +226,14 @@ def _is_one_text(
     text = _as_text(stream.peek(HEAD_BYTES))
     if text.startswith("["):
         return True, stream
-    if not is_whole and "\n" not in text and list_of_records(text) is not None:
-        line = stream.readline(max_line_bytes)
+    columns = config.column_names
+    may_wrap = not is_whole and "\n" not in text
+    if may_wrap and list_of_records(text, columns=columns) is not None:
+        line = stream.readline(config.max_record_bytes)
         behind = stream.peek(HEAD_BYTES)
         stream = io.BufferedReader(ReplayedStream(line, stream.read), BLOCK_BYTES)
         text, is_whole = _as_text(line + behind), not behind
-    return text.startswith("{") and spans_lines(text, is_whole=is_whole), stream
+    return text.startswith("{") and spans_lines(text, is_whole=is_whole, columns=columns), stream
 
 
 def _as_text(start: bytes) -> str:

@@ -9,14 +9,15 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import PurePosixPath
 from typing import BinaryIO, NoReturn
 
 from eagle_core.data.files.json_shape import (
-    RECORD_KEYS,
     WRAPPER_CHARACTERS,
     RecordList,
     holds_records,
+    is_record,
     list_of_records,
     may_be_truncated,
     starts_objects,
@@ -43,9 +44,17 @@ class JsonReader:
     """
 
     def __init__(
-        self, file: BinaryIO, *, path: str, fraction: Fraction, max_record_bytes: int
+        self,
+        file: BinaryIO,
+        *,
+        path: str,
+        fraction: Fraction,
+        max_record_bytes: int,
+        columns: frozenset[str] = frozenset(),
     ) -> None:
+        """Read `file`; an object with all `columns` of question and answer wraps no records."""
         self._file = file
+        self._columns = columns
         self._path = path
         self._fraction = fraction
         self._max_record_bytes = max_record_bytes
@@ -116,19 +125,21 @@ class JsonReader:
         """Return the list of records in a wrapping object; None if it wraps none."""
         while len(self._text) - self._position < WRAPPER_CHARACTERS and not self._at_end:
             self._fill()
-        return list_of_records(self._text, self._position)
+        return list_of_records(self._text, self._position, columns=self._columns)
 
     def _skip_other_members(self, records: RecordList) -> None:
         """Step over what follows the list of records in a wrapping object, and over its end."""
+        names = set(records.names)
         self._skip_blank()
         while self._peek() == ",":
             self._advance(self._position + 1)
             self._skip_blank()
             name = self._skip_value()
+            names.add(str(name))
             if self._peek() == ":":
                 self._advance(self._position + 1)
                 self._skip_blank()
-            self._check_member(name, records)
+            self._check_member(name, records, names)
             if holds_records(name, self._skip_value()):
                 self._second_list(name, records)
         if not self._peek():
@@ -138,9 +149,9 @@ class JsonReader:
             self._fail(f"is not JSON: expected `,` or `}}` after a member, found {self._peek()!a}")
         self._advance(self._position + 1)
 
-    def _check_member(self, name: object, records: RecordList) -> None:
+    def _check_member(self, name: object, records: RecordList, names: AbstractSet[str]) -> None:
         """Raise for a member behind the list that shows at its start what it is."""
-        if name in RECORD_KEYS:
+        if is_record(name, names, self._columns):
             self._fail(
                 f"has a list {records.name!a}, as a file of records, and {name!a}, as one record: "
                 "for one record, write it as a line of JSON lines and set dataset.format=jsonl; "

@@ -5,6 +5,7 @@ Decided from the beginning of the file alone, so that it is read in constant mem
 
 import json
 import re
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from eagle_core.data.files.json_value import value_at, value_of
@@ -43,29 +44,41 @@ class RecordList:
     """Position of its bracket in the text."""
     other: str | None
     """Name of another list of objects before it."""
+    names: frozenset[str]
+    """Names of the members up to this one, which is included."""
 
 
-def list_of_records(text: str, start: int = 0) -> RecordList | None:
+def list_of_records(
+    text: str, start: int = 0, *, columns: frozenset[str] = frozenset()
+) -> RecordList | None:
     """Return the list of records in the object that starts at `start`.
 
-    `text` may end anywhere. None if the object is a record itself, as far as the text shows.
+    `text` may end anywhere. None if the object is a record itself, as far as the text shows:
+    `columns` are the configured ones of question and answer, and an object with all of them is one.
     """
     position = start
     found = other = None
+    names: set[str] = set()
     while member := _MEMBER.match(text, position):
         name, position = member[1], member.end()
+        names.add(name)
         first = _FIRST_OBJECT.match(text, position)
-        if name in RECORD_KEYS or (first and _is_turn(text, first.end() - 1)):
+        if is_record(name, names, columns) or (first and _is_turn(text, first.end() - 1)):
             return None
         if first and found is None:
             if name in WRAPPERS:
-                found = RecordList(name=name, start=position, other=other)
+                found = RecordList(name=name, start=position, other=other, names=frozenset(names))
             other = name
         try:
             _, position = value_at(text, position)
         except (json.JSONDecodeError, RecursionError):
             break
     return found
+
+
+def is_record(name: object, names: AbstractSet[str], columns: frozenset[str]) -> bool:
+    """Return whether the last member shows that the object with these `names` is one record."""
+    return name in RECORD_KEYS or (bool(columns) and columns <= names)
 
 
 def holds_records(name: object, value: object) -> bool:
@@ -97,17 +110,18 @@ def _is_turn(text: str, start: int) -> bool:
     return not _OF_TURNS.isdisjoint(turn if isinstance(turn, dict) else keys)
 
 
-def spans_lines(text: str, *, is_whole: bool) -> bool:
+def spans_lines(text: str, *, is_whole: bool, columns: frozenset[str] = frozenset()) -> bool:
     """Return whether a text of JSON objects has them on other places than one on each line.
 
-    `text` is the beginning of the file; `is_whole` says that it is all of it. A damaged line does
-    not make a file of lines another one.
+    `text` is the beginning of the file; `is_whole` says that it is all of it; `columns` are
+    as for `list_of_records`. A damaged line does not make a file of lines another one.
     """
     line, _, rest = text.partition("\n")
-    if len(line) == len(text) and (list_of_records(text) is not None or _follows_another(text)):
-        return True
-    if len(line) == len(text) and not is_whole:
-        return False
+    if len(line) == len(text):
+        if list_of_records(text, columns=columns) is not None or _follows_another(text):
+            return True
+        if not is_whole:
+            return False
     if _is_json(line):
         return not rest.strip() and is_whole
     opens = line.rstrip().endswith(("{", "["))

@@ -157,6 +157,60 @@ def test_an_object_with_keys_of_a_record_is_a_record(
         assert values(tmp_path / name) == [record, record]
 
 
+COLUMNS = {"question": ["Frage"], "answer": ["Antwort"]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"Frage": "f", "Antwort": "a", "data": [{"x": 1}]},
+        {"data": [{"x": 1}], "Frage": "f", "Antwort": "a"},
+        {"Frage": "f", "items": [{"Frage": "g", "Antwort": "b"}], "id": 3, "Antwort": "a"},
+        {"Frage": [{"x": 1}], "rows": [{"x": 1}], "Antwort": [{"x": 1}]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_with_the_configured_columns_is_a_record(
+    tmp_path: Path, record: object, indent: int | None
+) -> None:
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(json.dumps(record, indent=indent))
+        assert values(tmp_path / name, **COLUMNS) == [record]
+        assert values(tmp_path / name, **COLUMNS, format="json") == [record]
+        (tmp_path / name).write_text("\n".join(json.dumps(record, indent=indent) for _ in "ab"))
+        assert values(tmp_path / name, **COLUMNS) == [record, record]
+
+
+def test_a_column_that_is_named_like_a_list_of_records_is_one(tmp_path: Path) -> None:
+    columns = {"question": ["Frage"], "answer": ["data"]}
+    record = {"Frage": "f", "data": [{"role": "assistant", "text": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert values(tmp_path / "a.json", **columns) == [record]
+    (tmp_path / "a.json").write_text(json.dumps({"n": 2, "data": [record, record]}))
+    assert values(tmp_path / "a.json", **columns) == [record, record]
+
+
+@pytest.mark.parametrize("about", [{"Frage": "the questions"}, {"Antwort": 3}, {"x": 1}])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_with_some_of_the_columns_wraps_its_records(
+    tmp_path: Path, about: dict[str, object], indent: int | None
+) -> None:
+    """All of them make a record: one alone may describe the file."""
+    records = [{"Frage": f"f{n}", "Antwort": "a"} for n in range(3)]
+    for wrapped in ({**about, "data": records}, {"data": records, **about}):
+        (tmp_path / "a.json").write_text(json.dumps(wrapped, indent=indent))
+        assert values(tmp_path / "a.json", **COLUMNS) == records
+
+
+def test_a_configured_column_far_behind_a_list_is_refused_by_name(tmp_path: Path) -> None:
+    record = {"Frage": "f", "test": [{"n": "x" * 999}] * 3000, "Antwort": "a"}
+    (tmp_path / "a.json").write_text(json.dumps(record, indent=1))
+    with pytest.raises(CorruptError, match=r"list 'test'.*'Antwort'.*dataset\.format=jsonl"):
+        values(tmp_path / "a.json", **COLUMNS)
+    (tmp_path / "a.json").write_text(as_lines([record, record]))
+    assert values(tmp_path / "a.json", **COLUMNS) == [record, record]
+
+
 def test_a_record_key_far_behind_a_list_is_refused_by_name(tmp_path: Path) -> None:
     record = {"test": [{"n": "x" * 999}] * 3000, "prompt": "q", "response": "r"}
     (tmp_path / "a.json").write_text(json.dumps(record))
