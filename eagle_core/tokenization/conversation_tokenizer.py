@@ -33,7 +33,7 @@ from eagle_core.tokenization.row_encoder import (
     truncate,
 )
 from eagle_core.tokenization.template_source import TemplateSource, template_source
-from eagle_core.tokenization.unrendered import find_unrendered
+from eagle_core.tokenization.unrendered import find_unrendered, refuse_unwritten_calls
 
 OnRejected = Callable[[RejectedRecord], None]
 OnChanged = Callable[[LedgerEntry], None]
@@ -152,11 +152,8 @@ class ConversationTokenizer:
     @property
     def masks_fingerprint(self) -> str:
         """Digest of what decides on the masks besides tokenizer and template."""
-        ends = [
-            [end.closing, end.ending, end.call_ending, sorted(end.token_ids)]
-            for end in (self._plain.end, self._with_tools.end)
-        ]
-        return _sha256([self._with_tools.template.fingerprint, ends])
+        formats = [self._plain.fingerprint, self._with_tools.fingerprint]
+        return _sha256([self._with_tools.template.fingerprint, formats])
 
     def ends_text(self) -> str:
         """Return in words what ends an answer, for the log."""
@@ -298,6 +295,8 @@ class ConversationTokenizer:
             answers = tuple(message.without_reasoning() for message in conversation.messages)
             conversation = replace(conversation, messages=answers)
         used = self._format_for(conversation.tools)
+        thinking = self._thinks(conversation)
+        refuse_unwritten_calls(used.template, conversation, thinking=thinking)
         try:
             turns = find_turns(
                 used.template,
@@ -306,9 +305,7 @@ class ConversationTokenizer:
                 enable_thinking=self._config.enable_thinking,
             )
             self._refuse_inner_stops(turns)
-            unrendered = find_unrendered(
-                used.template, conversation, turns, thinking=self._thinks(conversation)
-            )
+            unrendered = find_unrendered(used.template, conversation, turns, thinking=thinking)
         except TemplateRefusedError as error:
             raise RejectedRecord(
                 Reason.TEMPLATE_REFUSED, conversation.conversation_id, str(error)
