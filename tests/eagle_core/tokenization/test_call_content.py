@@ -125,7 +125,7 @@ def test_only_templates_whose_calls_are_written_otherwise_get_new_token_files(
 ) -> None:
     def texts_in_calls(template: str) -> bool:
         ours = tokenizer(smollm2_tokenizer, template)
-        return ours._plain.fingerprint[4:] == [""]
+        return ours._formats.plain.fingerprint[4:] == [""]
 
     assert all(texts_in_calls(WITH_CALLS[name]) for name in WITH_CALLS)
     assert not any(texts_in_calls(one) for one in [*WITHOUT_CALLS.values(), ONLY_IF_NONE])

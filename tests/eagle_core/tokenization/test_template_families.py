@@ -354,7 +354,9 @@ def test_what_a_template_refuses_is_said(
     assert caught.value.reason is Reason.TEMPLATE_REFUSED
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral_small"])
+@pytest.mark.parametrize(
+    "name", ["smollm2", "gemma3", "phi3", "phi4", "mistral_small", "deepseek_r1", "marked"]
+)
 def test_a_family_without_tool_calls_is_named_as_such(
     trained: dict[str, PreTrainedTokenizerFast], name: str
 ) -> None:
@@ -408,7 +410,7 @@ def test_a_template_whose_answers_ignore_the_generation_prompt_is_refused(
 def rendered(ours: ConversationTokenizer, conversation: Conversation) -> str:
     """Return the text that the template makes of a conversation."""
     messages = [message.as_openai() for message in conversation.messages]
-    return ours._template.render(messages, add_generation_prompt=False).text
+    return ours._formats.plain.template.render(messages, add_generation_prompt=False).text
 
 
 def as_text(text: str) -> Conversation:
