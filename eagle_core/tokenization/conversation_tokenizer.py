@@ -78,12 +78,7 @@ class ConversationTokenizer:
         self._formats = chat_formats(
             source, tokenizer, config, backend=self._backend, stop_ids=declared
         )
-        self.template_fingerprint = _sha256(
-            {
-                "template": self._formats.plain.template.fingerprint,
-                "config": _identity(config, source),
-            }
-        )
+        self._identity = _identity(config, source)
         self.stop_ids = declared | self._formats.end_ids
         if not self.stop_ids:
             raise ConfigError(
@@ -123,8 +118,20 @@ class ConversationTokenizer:
         return {number: token for token, number in vocabulary.items() if number >= first}
 
     @property
+    def template_fingerprint(self) -> str:
+        """Digest of the configuration and of the template for conversations without tools.
+
+        A template for tools (`tool_use`) is left out: this is part of the identity of stores and of
+        answers given here. A store names its samples by their tokens, so samples of another
+        template for tools are other samples, and those without tools stay. Only a server answers
+        where there are tools. Token files are named by `masks_fingerprint`, too.
+        """
+        template = self._formats.plain.template.fingerprint
+        return _sha256({"template": template, "config": self._identity})
+
+    @property
     def masks_fingerprint(self) -> str:
-        """Digest of what decides on the masks besides tokenizer and template."""
+        """Digest of what decides on tokens and masks besides tokenizer and plain template."""
         return _sha256(self._formats.fingerprint)
 
     def ends_text(self) -> str:
