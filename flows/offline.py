@@ -51,7 +51,8 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     require_trackers(tracking)  # fail now, not after hours of hidden states
     started = time.monotonic()
     prepare_weights(target)
-    check_runnable(target, rolls_back=True)  # evaluation comes last
+    # Of all stages together: evaluation comes last.
+    check_runnable(target, max_length=dataset.max_length, rolls_back=True)
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
     run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
     trained = train_flow(

@@ -2,15 +2,18 @@
 
 Read like a data set: JSON, JSON lines, Parquet or CSV at any path or URL, a package's file, a hub
 data set. A record holds `turns` (a list of texts; the first is the prompt), messages (those before
-the first answer are kept), or a column such as `prompt` or `question`. Reports group by its
-`category`, if it has one. A record that is none of these is an error, never skipped.
+the first answer are kept), or columns such as `prompt`, `question`, or `instruction` with `input`.
+Columns with an answer are not read. Reports group by its `category`, if it has one. A record that
+is none of these is an error, never skipped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
+from eagle_core.data.columns import KNOWN_COLUMNS
 from eagle_core.data.config import DatasetConfig
-from eagle_core.data.conversation import Message
+from eagle_core.data.conversation import Conversation
 from eagle_core.data.ledger import RejectedRecord
 from eagle_core.data.normalise import normalise
 from eagle_core.data.source_record import DamagedRecord
@@ -21,8 +24,8 @@ from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
 _MESSAGE_KEYS = ("messages", "conversations", "conversation")
 _TEXT_KEYS = ("prompt", "question", "instruction", "query", "problem", "input", "text")
-_UNANSWERED = {"role": "assistant", "content": "-"}
-"""Placeholder for the answer, so that a record passes the checks of a conversation."""
+_ANSWER_KEYS = frozenset(name for columns in KNOWN_COLUMNS for name in columns.answer)
+"""Not read: a benchmark's answer may be a number or a list."""
 
 
 def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prompt]:
@@ -36,8 +39,8 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
     for record in read_records(DatasetConfig(name="prompts", source=source)):
         assert not isinstance(record, DamagedRecord)  # noqa: S101 (damage is not accepted)
         try:
-            messages = _question(record.value, location=record.location)
-            ids = tokenizer.prompt(messages)
+            asked = _question(record.value, location=record.location)
+            ids = tokenizer.prompt(asked.messages, tools=asked.tools)
         except RejectedRecord as error:
             raise ConfigError(
                 f"{record.location} of evaluation.prompts is not a question: {error}; expected "
@@ -47,16 +50,23 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
         yield Prompt(input_ids=tuple(ids.tolist()), category=_category(record.value))
 
 
-def _question(record: object, *, location: str) -> list[Message]:
-    """Return the messages before the first answer."""
+def _question(record: object, *, location: str) -> Conversation:
+    """Return the conversation up to the first answer, or up to the question of columns."""
+    turns = None
     if isinstance(record, Mapping):
-        others = {key: value for key, value in record.items() if key not in _MESSAGE_KEYS}
-        record = {**others, "messages": [*_turns(record), _UNANSWERED]}
-    conversation = normalise(record, location=location).conversation
-    return list(takewhile(lambda message: message.role != "assistant", conversation.messages))
+        turns = _turns(record)
+        unused = _ANSWER_KEYS if turns is None else _ANSWER_KEYS.union(_MESSAGE_KEYS)
+        record = {key: value for key, value in record.items() if key not in unused}
+        record |= {} if turns is None else {"messages": turns}
+    asked = normalise(record, location=location, questions_suffice=True).conversation
+    if turns is None:
+        return asked
+    before = takewhile(lambda message: message.role != "assistant", asked.messages)
+    return replace(asked, messages=tuple(before))
 
 
-def _turns(record: Mapping[str, object]) -> Sequence[object]:
+def _turns(record: Mapping[str, object]) -> Sequence[object] | None:
+    """Return the turns before the first answer; None if the question is in columns."""
     for key in _MESSAGE_KEYS:
         turns = record.get(key)
         if isinstance(turns, Sequence) and not isinstance(turns, str):
@@ -65,8 +75,9 @@ def _turns(record: Mapping[str, object]) -> Sequence[object]:
     asked = record.get("turns")
     if isinstance(asked, Sequence) and not isinstance(asked, str) and asked:
         return [{"role": "user", "content": asked[0]}]
-    text = next((record[key] for key in _TEXT_KEYS if isinstance(record.get(key), str)), None)
-    return [] if text is None else [{"role": "user", "content": text}]
+    *usual, text = _TEXT_KEYS
+    is_text = isinstance(record.get(text), str) and not any(record.get(key) for key in usual)
+    return [{"role": "user", "content": record[text]}] if is_text else None
 
 
 def _role(turn: object) -> object:

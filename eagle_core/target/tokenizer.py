@@ -1,6 +1,7 @@
 """The tokenizer of a target, with its chat template and the tokens on which a server stops."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ from transformers import AutoTokenizer
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.folder_state import FolderState
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
+from eagle_core.tokenization.template_source import configured_text
 
 
 def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
     """Return the target's own tokenizer, with its own chat template or the configured one.
+
+    Made once per process, until a file of it changes: every stage of a flow asks for it.
 
     Raises:
         ConfigError: it cannot be loaded, is slow, has no usable template, or nothing ends an
@@ -21,6 +26,16 @@ def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
 
     """
     folder = weights.locate(target)
+    return _made(target, FolderState.of(folder), configured_text(target.template))
+
+
+@lru_cache(maxsize=2)
+def _made(
+    target: TargetConfig,
+    state: FolderState,
+    _template: str | None,  # the file that `target` names may have other text than before
+) -> ConversationTokenizer:
+    folder = state.folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=target.trust_remote_code

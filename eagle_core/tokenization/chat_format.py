@@ -1,15 +1,18 @@
-"""A chat template with what ends an answer in it."""
+"""The chat templates of a target, each with what ends an answer in it."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from eagle_core.errors import ConfigError
 from eagle_core.tokenization.answer_end import AnswerEnd, learn_answer_end
+from eagle_core.tokenization.call_content import needs_text, writes_calls
 from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
 from eagle_core.tokenization.config import TemplateConfig
+from eagle_core.tokenization.template_source import TemplateSource
 
 _TOOL = {
     "type": "function",
@@ -28,6 +31,69 @@ class ChatFormat:
     template: ChatTemplate
     end: AnswerEnd
 
+    @property
+    def fingerprint(self) -> list[object]:
+        """What decides on masks and calls besides the template's text, as JSON."""
+        end = self.end
+        ends: list[object] = [end.closing, end.ending, end.call_ending, sorted(end.token_ids)]
+        # Earlier versions dropped or misread such calls; token files of other templates stay.
+        gives_text = self.template.gives_text_in_calls
+        return [*ends, ""] if gives_text and writes_calls(self.template, tools=[_TOOL]) else ends
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFormats:
+    """The formats of one target: for conversations without tools and with."""
+
+    plain: ChatFormat
+    with_tools: ChatFormat
+
+    def for_tools(self, tools: str) -> ChatFormat:
+        """Return the format of a conversation with these tools, JSON text or empty."""
+        return self.with_tools if tools else self.plain
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids of the tokens that end an answer in either."""
+        return self.plain.end.token_ids | self.with_tools.end.token_ids
+
+    @property
+    def fingerprint(self) -> list[object]:
+        """What decides on the masks besides tokenizer and plain template, as JSON."""
+        formats = [self.plain.fingerprint, self.with_tools.fingerprint]
+        return [self.with_tools.template.fingerprint, formats]
+
+    def control_tokens(self, added: Collection[str]) -> set[str]:
+        """Return which of the `added` tokens the templates write themselves."""
+        turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+        template = self.plain.template
+        try:
+            text = template.render(turns, add_generation_prompt=True).text
+        except TemplateRefusedError:  # it takes no system turn
+            text = template.render(turns[1:], add_generation_prompt=True).text
+        ends: set[str] = set()
+        for end in (self.plain.end, self.with_tools.end):
+            text += end.closing + end.ending + end.call_ending
+            ends |= {*end.tokens}
+        return {token for token in added if token in text} | ends
+
+
+def chat_formats(
+    source: TemplateSource,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TemplateConfig,
+    *,
+    backend: Tokenizer,
+    stop_ids: Collection[int],
+) -> ChatFormats:
+    """Compile the templates and learn what ends an answer; raises as `chat_format`."""
+    compiled = partial(
+        chat_format, tokenizer=tokenizer, config=config, backend=backend, stop_ids=stop_ids
+    )
+    plain = compiled(source.default)
+    with_tools = compiled(source.with_tools, for_tools=True) if source.with_tools else plain
+    return ChatFormats(plain=plain, with_tools=with_tools)
+
 
 def chat_format(
     source: str,
@@ -45,6 +111,8 @@ def chat_format(
 
     """
     template = ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)
+    if needs_text(template, tools=[_TOOL]):
+        template = template.with_text_in_calls()
     try:
         tools = [_TOOL] if for_tools else None
         end = learn_answer_end(template, backend, stop_ids, tools=tools)

@@ -10,8 +10,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import jinja2
 import jinja2.ext
@@ -56,6 +57,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, variables: Mapping[str, object], today: dt.date) -> None:
         """Compile; `variables` are the template's inputs besides messages and tools."""
+        self.gives_text_in_calls = False
         self._variables = {**variables, "documents": None, "strftime_now": today.strftime}
         self._template, names = _compile(source)
         self._thinking_names = names & _THINKING_NAMES
@@ -66,6 +68,12 @@ class ChatTemplate:
             default=str,
         )
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def with_text_in_calls(self) -> Self:
+        """Return this template, given '' and not None as the content of a call without text."""
+        fitted = copy(self)
+        fitted.gives_text_in_calls = True
+        return fitted
 
     def render(
         self,
@@ -83,7 +91,7 @@ class ChatTemplate:
         chosen = {} if thinking is None else dict.fromkeys(self._thinking_names, thinking)
         try:
             text = self._template.render(
-                messages=list(messages),
+                messages=[self._given(message) for message in messages],
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -92,6 +100,11 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it may raise anything
             raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error
         return _without_marks(text)
+
+    def _given(self, message: Mapping[str, object]) -> Mapping[str, object]:
+        if self.gives_text_in_calls and message.get("content", "") is None:
+            return {**message, "content": ""}
+        return message
 
 
 class _GenerationTag(jinja2.ext.Extension):

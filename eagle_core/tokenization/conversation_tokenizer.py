@@ -2,15 +2,13 @@
 
 Invariant: the ids before every supervised token are the serving context, which is the ids of the
 earlier messages with the generation prompt, then the answer so far. Spans come from comparing
-renderings (`assistant_turns`) and from the tokenizer's offsets (`row_encoder`).
+renderings (`row_planner`) and from the tokenizer's offsets (`row_encoder`).
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -18,44 +16,24 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from eagle_core.data.conversation import Conversation, Message, TokenRow
-from eagle_core.data.ledger import Change, LedgerEntry, Reason, RejectedRecord
+from eagle_core.data.ledger import LedgerEntry, Reason, RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
-from eagle_core.tokenization.assistant_turns import AssistantTurn, Row, find_turns, plan_rows
-from eagle_core.tokenization.chat_format import ChatFormat, chat_format
+from eagle_core.tokenization.assistant_turns import Row
+from eagle_core.tokenization.chat_format import chat_formats
 from eagle_core.tokenization.chat_template import TemplateRefusedError
 from eagle_core.tokenization.config import TemplateConfig
-from eagle_core.tokenization.rendered_text import NotOfTemplateError, RenderedTextReader
 from eagle_core.tokenization.row_encoder import (
     RowEncoder,
     exact_backend,
     given_sample,
     truncate,
 )
+from eagle_core.tokenization.row_planner import RowPlanner
 from eagle_core.tokenization.template_source import TemplateSource, template_source
-from eagle_core.tokenization.unrendered import find_unrendered
 
 OnRejected = Callable[[RejectedRecord], None]
 OnChanged = Callable[[LedgerEntry], None]
-_Messages = Sequence[Mapping[str, object]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Planned:
-    """The rows of one conversation, before they are tokenised."""
-
-    conversation: Conversation
-    rows: list[Row]
-    unrendered: tuple[Change, ...]
-
-    def entries(self) -> Iterator[LedgerEntry]:
-        """Yield what the ledger says of it."""
-        for change in self.unrendered:
-            yield LedgerEntry.of_change(
-                change,
-                location=self.conversation.location or self.conversation.conversation_id,
-                conversation_id=self.conversation.conversation_id,
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,22 +75,11 @@ class ConversationTokenizer:
         source = template_source(tokenizer, config)
         self._undeclared = sorted(one for one in stop_ids if not self._is_token(one))
         declared = (frozenset(stop_ids) | _end_of_text(tokenizer)) - {*self._undeclared}
-        compiled = partial(
-            chat_format,
-            tokenizer=tokenizer,
-            config=config,
-            backend=self._backend,
-            stop_ids=declared,
+        self._formats = chat_formats(
+            source, tokenizer, config, backend=self._backend, stop_ids=declared
         )
-        self._plain = compiled(source.default)
-        self._with_tools = (
-            compiled(source.with_tools, for_tools=True) if source.with_tools else self._plain
-        )
-        self._template = self._plain.template
-        self.template_fingerprint = _sha256(
-            {"template": self._template.fingerprint, "config": _identity(config, source)}
-        )
-        self.stop_ids = declared | self._plain.end.token_ids | self._with_tools.end.token_ids
+        self._identity = _identity(config, source)
+        self.stop_ids = declared | self._formats.end_ids
         if not self.stop_ids:
             raise ConfigError(
                 f"nothing ends an answer of {self.name}: generation_config.json, config.json and "
@@ -121,18 +88,19 @@ class ConversationTokenizer:
             )
         self.tokenizer_fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         added = self._backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(number for number, one in added.items() if one.special)
-        control = self._control_tokens(
-            [token.content for token in added.values() if token.special],
-            [tokenizer.bos_token, tokenizer.eos_token],
-        )
+        special = {number: token.content for number, token in added.items() if token.special}
+        self._special_ids = frozenset(special)
+        always = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+        control = self._formats.control_tokens({*special.values()}) | always
         self._control_ids = tuple(
             sorted(number for number, token in added.items() if token.content in control)
         )
-        self._control = _any_of(control)
-        self._stops = _any_of(added[one].content for one in self.stop_ids if one in added)
-        self._reader = RenderedTextReader(
-            self._template, control=control, begin=str(tokenizer.bos_token or "")
+        self._planner = RowPlanner(
+            self._formats,
+            config,
+            control=control,
+            stops={added[one].content for one in self.stop_ids if one in added},
+            begin=str(tokenizer.bos_token or ""),
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -150,18 +118,26 @@ class ConversationTokenizer:
         return {number: token for token, number in vocabulary.items() if number >= first}
 
     @property
+    def template_fingerprint(self) -> str:
+        """Digest of the configuration and of the template for conversations without tools.
+
+        A template for tools (`tool_use`) is left out: this is part of the identity of stores and of
+        answers given here. A store names its samples by their tokens, so samples of another
+        template for tools are other samples, and those without tools stay. Only a server answers
+        where there are tools. Token files are named by `masks_fingerprint`, too.
+        """
+        template = self._formats.plain.template.fingerprint
+        return _sha256({"template": template, "config": self._identity})
+
+    @property
     def masks_fingerprint(self) -> str:
-        """Digest of what decides on the masks besides tokenizer and template."""
-        ends = [
-            [end.closing, end.ending, end.call_ending, sorted(end.token_ids)]
-            for end in (self._plain.end, self._with_tools.end)
-        ]
-        return _sha256([self._with_tools.template.fingerprint, ends])
+        """Digest of what decides on tokens and masks besides tokenizer and plain template."""
+        return _sha256(self._formats.fingerprint)
 
     def ends_text(self) -> str:
         """Return in words what ends an answer, for the log."""
         names = [f"{self._backend.id_to_token(one)} ({one})" for one in sorted(self.stop_ids)]
-        found = sorted(self._plain.end.token_ids | self._with_tools.end.token_ids)
+        found = sorted(self._formats.end_ids)
         if not found:
             return (
                 f"the chat template of {self.name} writes no token behind an answer: its end is "
@@ -196,9 +172,9 @@ class ConversationTokenizer:
         If `thinking` is None, `enable_thinking` of the configuration applies, which may leave it to
         the template. Raises `RejectedRecord`, without a location, wherever `tokenize` would.
         """
-        self._refuse_control_tokens(messages, location="")
+        self._planner.refuse_control_tokens(messages, location="")
         try:
-            rendering = self._format_for(tools).template.render(
+            rendering = self._formats.for_tools(tools).template.render(
                 [message.as_openai() for message in messages],
                 tools=json.loads(tools) if tools else None,
                 thinking=self._config.enable_thinking if thinking is None else thinking,
@@ -227,7 +203,7 @@ class ConversationTokenizer:
         """
         if conversation.tokens is not None:
             return (given_sample(conversation.tokens),)
-        rows = self._plan(conversation).rows
+        rows = self._planner.plan(conversation).rows
         return tuple(sample for samples in self._encoder.samples(rows) for sample in samples)
 
     def tokenize_all(
@@ -255,7 +231,7 @@ class ConversationTokenizer:
                     pending.append(_Pending(conversation=conversation, given=conversation.tokens))
                     continue
                 try:
-                    planned = self._plan(conversation)
+                    planned = self._planner.plan(conversation)
                 except RejectedRecord as rejected:
                     reject(rejected)
                     continue
@@ -282,93 +258,8 @@ class ConversationTokenizer:
             for sample in samples:
                 yield one.conversation, sample
 
-    def _refuse_control_tokens(self, messages: Sequence[Message], *, location: str) -> None:
-        for index, message in enumerate(messages):
-            for text in (message.content, message.reasoning_content):
-                if found := self._control.search(text):
-                    raise RejectedRecord(
-                        Reason.SPECIAL_TOKEN_IN_TEXT, location, f"turn {index} contains {found[0]}"
-                    )
-
-    def _plan(self, conversation: Conversation) -> _Planned:
-        if conversation.rendered_text:
-            conversation = self._read_back(conversation)
-        self._refuse_control_tokens(conversation.messages, location=conversation.conversation_id)
-        if self._config.reasoning == "drop":
-            answers = tuple(message.without_reasoning() for message in conversation.messages)
-            conversation = replace(conversation, messages=answers)
-        used = self._format_for(conversation.tools)
-        try:
-            turns = find_turns(
-                used.template,
-                conversation,
-                used.end,
-                enable_thinking=self._config.enable_thinking,
-            )
-            self._refuse_inner_stops(turns)
-            unrendered = find_unrendered(
-                used.template, conversation, turns, thinking=self._thinks(conversation)
-            )
-        except TemplateRefusedError as error:
-            raise RejectedRecord(
-                Reason.TEMPLATE_REFUSED, conversation.conversation_id, str(error)
-            ) from error
-        if not turns:
-            detail = "its record excludes every answer from the loss"
-            reason = Reason.TOO_FEW_SUPERVISED_TOKENS
-            raise RejectedRecord(reason, conversation.conversation_id, detail)
-        return _Planned(
-            conversation=conversation,
-            rows=plan_rows(turns, last_turn_only=self._config.last_turn_only),
-            unrendered=unrendered,
-        )
-
-    def _thinks(self, conversation: Conversation) -> bool:
-        """Return whether serving would request reasoning for an answer of this conversation."""
-        if self._config.enable_thinking is not None:
-            return self._config.enable_thinking
-        return any(message.reasoning for message in conversation.messages)
-
-    def _refuse_inner_stops(self, turns: Sequence[AssistantTurn]) -> None:
-        for turn in turns:
-            found = self._stops.search(turn.text, turn.start, turn.content_end)
-            if found and found.end() < turn.content_end:
-                raise TemplateRefusedError(
-                    f"{found[0]}, on which a server stops, is inside an answer"
-                )
-
     def _is_token(self, number: int) -> bool:
         return 0 <= number < self.vocab_size and self._backend.id_to_token(number) is not None
-
-    def _read_back(self, conversation: Conversation) -> Conversation:
-        try:
-            messages = self._reader.read(conversation.rendered_text)
-        except NotOfTemplateError as error:
-            raise RejectedRecord(
-                Reason.TEXT_NOT_OF_TEMPLATE, conversation.conversation_id, str(error)
-            ) from error
-        return replace(conversation, messages=messages, rendered_text="")
-
-    def _render(self, messages: _Messages, *, add_generation_prompt: bool = False) -> str:
-        rendering = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        return rendering.text
-
-    def _format_for(self, tools: str) -> ChatFormat:
-        return self._with_tools if tools else self._plain
-
-    def _control_tokens(self, added: Iterable[str], always: Iterable[str | None]) -> set[str]:
-        """Return the added tokens that the template itself writes, and `always`."""
-        turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
-        try:
-            text = self._render(turns, add_generation_prompt=True)
-        except TemplateRefusedError:  # it takes no system turn
-            text = self._render(turns[1:], add_generation_prompt=True)
-        ends: set[str] = set()
-        for used in (self._plain, self._with_tools):
-            text += used.end.closing + used.end.ending + used.end.call_ending
-            ends |= {*used.end.tokens}
-        named = {token for token in always if token} | ends
-        return {token for token in added if token in text} | named
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -379,10 +270,6 @@ def _identity(config: TemplateConfig, source: TemplateSource) -> dict[str, objec
     """Return the configuration as JSON, with the text of a template that it names by its file."""
     own = {"chat_template": source.default} if config.chat_template not in {None, "plain"} else {}
     return {**config.model_dump(mode="json"), **own}
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(texts))) or "(?!)")
 
 
 def _sha256(value: object) -> str:

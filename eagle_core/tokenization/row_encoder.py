@@ -79,11 +79,12 @@ class RowEncoder:
         return np.array_equal(ids[last:], self._tail_ids(tail))
 
     def _tail_ids(self, tail: str) -> NDArray[np.int32]:
-        if tail not in self._tails:
+        found = self._tails.get(tail)
+        if found is None:  # another thread may clear them meanwhile
             if len(self._tails) >= _MAX_CACHED_TAILS:
                 self._tails.clear()
-            self._tails[tail] = self.encode(tail)
-        return self._tails[tail]
+            found = self._tails[tail] = self.encode(tail)
+        return found
 
 
 def exact_backend(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:

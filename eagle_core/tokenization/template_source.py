@@ -34,16 +34,27 @@ def template_source(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) 
         ConfigError: there is none, or the configured text is neither a file nor Jinja.
 
     """
-    if config.chat_template == "plain":
-        return TemplateSource(default=PLAIN_TEMPLATE)
-    if config.chat_template:
-        return TemplateSource(default=_configured(config.chat_template))
+    configured = configured_text(config)
+    if configured is not None:
+        return TemplateSource(default=configured)
     own = tokenizer.chat_template
     if isinstance(own, Mapping):
         return _named(own, str(tokenizer.name_or_path))
     if not own:
         raise ConfigError(_without(str(tokenizer.name_or_path)))
     return TemplateSource(default=own)
+
+
+def configured_text(config: TemplateConfig) -> str | None:
+    """Return the text of the configured template; None if the tokenizer's own is to be used.
+
+    Raises:
+        ConfigError: it is neither a file nor Jinja.
+
+    """
+    if config.chat_template == "plain":
+        return PLAIN_TEMPLATE
+    return _configured(config.chat_template) if config.chat_template else None
 
 
 def _named(own: Mapping[str, str], name: str) -> TemplateSource:

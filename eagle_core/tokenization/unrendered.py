@@ -17,6 +17,23 @@ from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedE
 _OTHER = {"function": {"name": "another_name", "arguments": {"another": "one"}}}
 
 
+def refuse_unwritten_calls(
+    template: ChatTemplate, conversation: Conversation, *, thinking: bool
+) -> None:
+    """Raise RejectedRecord if the template does not write one of the tool calls.
+
+    Asked before the turns are found: a template without calls may refuse their results, too.
+    """
+    if not any(one.tool_calls for one in conversation.messages):
+        return
+    if not _View(template, conversation, thinking=thinking).writes_calls():
+        raise RejectedRecord(
+            Reason.CALLS_NOT_RENDERED,
+            conversation.conversation_id,
+            "the chat template does not write its tool calls; set `chat_template` to one that does",
+        )
+
+
 def find_unrendered(
     template: ChatTemplate,
     conversation: Conversation,
@@ -27,18 +44,8 @@ def find_unrendered(
     """Return what the template does not write of a conversation whose supervised turns are given.
 
     `thinking` says whether serving would request reasoning.
-
-    Raises:
-        RejectedRecord: it does not write a tool call.
-
     """
     view = _View(template, conversation, thinking=thinking)
-    if any(one.tool_calls for one in conversation.messages) and not view.writes_calls():
-        raise RejectedRecord(
-            Reason.CALLS_NOT_RENDERED,
-            conversation.conversation_id,
-            "the chat template does not write its tool calls; set `chat_template` to one that does",
-        )
     found = []
     if conversation.messages[0].role == "system" and not view.writes_system():
         found.append(Change.SYSTEM_NOT_RENDERED)
@@ -62,12 +69,23 @@ class _View:
         self._tools = json.loads(conversation.tools) if conversation.tools else None
 
     def writes_calls(self) -> bool:
-        """Compare with another call in the place of each, one at a time."""
+        """Compare with another call in the place of each, one at a time.
+
+        Where the whole is refused, only the turns up to the call are compared.
+        """
         return all(
-            self._differs(self._with_other_call(turn, number), self._tools)
+            self._writes_call(turn, number)
             for turn, message in enumerate(self._messages)
             for number in range(len(message.tool_calls))
         )
+
+    def _writes_call(self, turn: int, number: int) -> bool:
+        other = self._with_other_call(turn, number)
+        for upto in (len(other), turn + 1):
+            written = self._render(self._openai[:upto], self._tools)
+            if written is not None:
+                return written != self._render(other[:upto], self._tools)
+        return True  # it refuses these turns, and says why
 
     def _with_other_call(self, turn: int, number: int) -> list[Mapping[str, object]]:
         calls = [call.as_openai() for call in self._messages[turn].tool_calls]

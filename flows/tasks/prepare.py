@@ -13,8 +13,8 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.preflight import check_target, check_weights
-from flows.bridge.draft_setup import require_draft_sizes
+from eagle_core.target.preflight import check_weights
+from flows.bridge.passed_checks import TargetCheck, require_passed
 from flows.bridge.token_files import known_tokens
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.progress import stage_progress
@@ -126,13 +126,18 @@ def check_runnable(
 ) -> None:
     """Refuse within seconds what would fail after hours: see `check_target` for the arguments.
 
+    A check that passed in this process is not repeated, unless a file of the target has changed.
+
     Raises:
         ConfigError: this target cannot be run, or no draft can be made for it; names the cause.
         CorruptError: its weights are incomplete; names the tensors.
 
     """
-    check_target(target, max_length=max_length, runs_here=runs_here, rolls_back=rolls_back)
-    require_draft_sizes(target)
+    require_passed(
+        TargetCheck(
+            target=target, max_length=max_length, runs_here=runs_here, rolls_back=rolls_back
+        )
+    )
 
 
 def tokens_of_run(

@@ -6,11 +6,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from matplotlib.figure import Figure
 from pydantic import BaseModel
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from flows.config.store import StoreConfig
+from flows.reports import plots
 from flows.workers.child_process import Child
 from flows.workers.pool import WorkerPool
 from flows.workers.shard_batch import ShardReport
@@ -65,6 +67,21 @@ def measuring_process() -> Iterator[None]:
         yield
     for child in children:
         child.close()
+
+
+@pytest.fixture(scope="module")
+def plots_drawn_once() -> Iterator[None]:
+    """Draw one plot of each name, for modules that look at none: half of a short training."""
+    drawn: dict[str, str] = {}
+    draw = plots._svg
+
+    def once(figure: Figure, name: str) -> str:
+        if name not in drawn:
+            drawn[name] = draw(figure, name)
+        return drawn[name]
+
+    with mock.patch("flows.reports.plots._svg", once):
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The sizes of a draft follow from its target's configuration."""
 
-from typing import Any
-
 import pytest
 from transformers import (
     CohereConfig,
@@ -13,16 +11,7 @@ from transformers import (
 )
 
 from eagle_core.draft.config import DraftConfig
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 416,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+from tests.tiny import SIZES
 
 
 @pytest.mark.parametrize(

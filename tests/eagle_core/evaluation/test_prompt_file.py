@@ -36,8 +36,33 @@ def tokenizer(tiny_target_path: Path) -> ConversationTokenizer:
                 {"from": "human", "value": "Where?"},
             ]
         },
+        {
+            "messages": [
+                {"role": "user", "content": "Tell me about rivers."},
+                {"role": "bot", "content": "They flow."},
+            ]
+        },
+        {"prompt": [{"role": "user", "content": "Tell me about rivers."}], "completion": None},
+        {"question": "Tell me about rivers.", "answer": 42},
+        {"problem": "Tell me about rivers.", "solution": ["They flow."], "text": "A river."},
+        {"text": "Tell me about rivers.", "prompt": None},
+        {"instruction": "Tell me about rivers.", "input": ""},
+        {"messages": None, "query": "Tell me about rivers."},
     ],
-    ids=["column", "turns", "messages", "conversations", "answered"],
+    ids=[
+        "column",
+        "turns",
+        "messages",
+        "conversations",
+        "answered",
+        "another name of the assistant",
+        "trl",
+        "answer in numbers",
+        "answer in a list",
+        "text",
+        "alpaca without input",
+        "messages in null",
+    ],
 )
 def test_a_prompt_ends_where_the_answer_is_due(
     tmp_path: Path, tokenizer: ConversationTokenizer, record: dict[str, object]
@@ -47,6 +72,38 @@ def test_a_prompt_ends_where_the_answer_is_due(
     (prompt,) = read_prompts(str(path), tokenizer)
     assert prompt.category == "water"
     assert tokenizer.decode(np.array(prompt.input_ids)) == ASKED
+
+
+@pytest.mark.parametrize(
+    ("record", "context"),
+    [
+        ({"instruction": "Sum up.", "input": "A text."}, ["user\nSum up.\nA text."]),
+        (
+            {"history": [["Rain?", "Yes."]], "instruction": "Where?", "output": "Here."},
+            ["user\nRain?", "assistant\nYes.", "user\nWhere?"],
+        ),
+        ({"system": "Be brief.", "prompt": "Rain?"}, ["system\nBe brief.", "user\nRain?"]),
+    ],
+)
+def test_a_prompt_is_all_that_the_target_is_asked(
+    tmp_path: Path, tokenizer: ConversationTokenizer, record: dict[str, object], context: list[str]
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    (prompt,) = read_prompts(str(path), tokenizer)
+    turns = "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in context)
+    assert tokenizer.decode(np.array(prompt.input_ids)) == turns + "<|im_start|>assistant\n"
+
+
+def test_tools_are_offered_as_in_serving(tmp_path: Path, tiny_target_path: Path) -> None:
+    plain = AutoTokenizer.from_pretrained(tiny_target_path)
+    tools = [{"type": "function", "function": {"name": "sky", "parameters": {}}}]
+    template = "{{ tools | tojson if tools else '' }}" + plain.chat_template
+    tokenizer = ConversationTokenizer(plain, TemplateConfig(chat_template=template))
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": "Rain?", "tools": tools}) + "\n")
+    (prompt,) = read_prompts(str(path), tokenizer)
+    assert '"name": "sky"' in tokenizer.decode(np.array(prompt.input_ids))
 
 
 @pytest.mark.parametrize(
@@ -66,9 +123,21 @@ def test_thinking_is_what_the_draft_was_trained_with(
     assert text.partition("<|im_start|>assistant\n")[2] == ending.lstrip("\n")
 
 
-def test_what_is_no_question_is_named(tmp_path: Path, tokenizer: ConversationTokenizer) -> None:
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"answer": "Rivers."},
+        {"messages": [{"role": "assistant", "content": "Hello."}]},
+        {"messages": [{"role": "system", "content": "Be brief."}]},
+        {"prompt": "  "},
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3]},
+    ],
+)
+def test_what_is_no_question_is_named(
+    tmp_path: Path, tokenizer: ConversationTokenizer, record: dict[str, object]
+) -> None:
     path = tmp_path / "questions.jsonl"
-    path.write_text('{"prompt": "Well?"}\n{"answer": "Rivers."}\n')
+    path.write_text('{"prompt": "Well?"}\n' + json.dumps(record) + "\n")
     prompts = read_prompts(str(path), tokenizer)
     assert next(prompts).category == ""
     with pytest.raises(ConfigError, match=r"questions\.jsonl.* is not a question.*`turns`"):

@@ -45,17 +45,8 @@ from eagle_core.target.preflight import check_target, check_weights
 from eagle_core.target.weights import SECOND_COPIES, WANTED_FILES, weight_digests
 from flows.bridge.draft_setup import require_draft_sizes
 from tests import tiny
+from tests.tiny import SIZES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 416,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LINEAR = {
     "linear_num_value_heads": 4,

@@ -9,6 +9,8 @@ import pytest
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.tokenizer import conversation_tokenizer, declared_stop_ids
+from eagle_core.tokenization.config import TemplateConfig
+from tests import tiny
 
 
 @pytest.fixture
@@ -82,3 +84,19 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(folder: Path, content: str) 
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=r"target tiny: the tokenizer in .* cannot be loaded"):
         conversation_tokenizer(target(folder))
+
+
+def test_it_is_made_once_until_a_file_changes(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(tiny.CHAT_TEMPLATE)
+    own = target(folder)
+    given = own.model_copy(update={"template": TemplateConfig(chat_template=str(template))})
+    first, first_given = conversation_tokenizer(own), conversation_tokenizer(given)
+    assert conversation_tokenizer(own) is first
+    assert conversation_tokenizer(given) is first_given is not first
+    change(folder / "generation_config.json", eos_token_id=[0, 1])
+    second = conversation_tokenizer(own)
+    assert second.stop_ids == first.stop_ids | {0, 1}
+    template.write_text("{{ bos_token or '' }}" + tiny.CHAT_TEMPLATE)
+    second_given = conversation_tokenizer(given)
+    assert second_given.template_fingerprint != first_given.template_fingerprint

@@ -8,6 +8,7 @@ import datetime as dt
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice, pairwise
 from typing import Any
 
@@ -124,10 +125,14 @@ def train(name: str, corpus: list[str]) -> PreTrainedTokenizerFast:
     return wrapped
 
 
+@cache
 def converter(
     tokenizer: PreTrainedTokenizerFast, name: str, config: TemplateConfig | None = None
 ) -> ConversationTokenizer:
-    """Return our tokenizer, which knows the family's stop tokens as from its generation config."""
+    """Return our tokenizer, which knows the family's stop tokens as from its generation config.
+
+    Made once: compiling a template takes longer than a conversation.
+    """
     stop_ids = tokenizer.convert_tokens_to_ids(FAMILIES[name].get("stop", []))
     return ConversationTokenizer(tokenizer, config, stop_ids)
 
@@ -179,6 +184,7 @@ CALLED = say(
     Message(role="tool", content="wet", name="sky", tool_call_id="call00001"),
     ("assistant", "Yes."),
 )
+TWO_QUESTIONS = (("user", "Hi"), ("user", "Rain?"), ("assistant", "Yes."))
 SPOKEN = {"plain": PLAIN, "reasoned": REASONED, "called": CALLED}
 EXPECTED = [
     (name, spoken, rows)
@@ -286,9 +292,8 @@ def test_real_conversations_need_one_row_where_history_is_kept(
 ) -> None:
     for conversation in sharegpt[60:75]:  # not what the tokenizers were trained on
         first = conversation.messages[0].content.strip() == conversation.messages[0].content
-        assert check_contexts(trained[name], name, conversation, thinking=False) >= 1
         rows = check_contexts(trained[name], name, conversation, thinking=False)
-        assert rows == 1 or not first
+        assert rows == 1 or (rows > 1 and not first)
 
 
 def test_the_date_never_changes_the_tokens(trained: dict[str, PreTrainedTokenizerFast]) -> None:
@@ -338,8 +343,7 @@ def test_last_turn_only_gives_one_row(
     ("name", "conversation", "detail"),
     [
         ("deepseek_r1", PLAIN, "opens reasoning"),
-        ("gemma3", CALLED, "must alternate"),
-        ("mistral_small", CALLED, "TypeError"),
+        ("gemma3", say(*TWO_QUESTIONS), "must alternate"),
     ],
 )
 def test_what_a_template_refuses_is_said(
@@ -348,6 +352,17 @@ def test_what_a_template_refuses_is_said(
     with pytest.raises(RejectedRecord, match=detail) as caught:
         ConversationTokenizer(trained[name]).tokenize(conversation)
     assert caught.value.reason is Reason.TEMPLATE_REFUSED
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2", "gemma3", "phi3", "phi4", "mistral_small", "deepseek_r1", "marked"]
+)
+def test_a_family_without_tool_calls_is_named_as_such(
+    trained: dict[str, PreTrainedTokenizerFast], name: str
+) -> None:
+    with pytest.raises(RejectedRecord, match="does not write its tool calls") as caught:
+        ConversationTokenizer(trained[name]).tokenize(CALLED)
+    assert caught.value.reason is Reason.CALLS_NOT_RENDERED
 
 
 def test_base_models_get_a_plain_template(trained: dict[str, PreTrainedTokenizerFast]) -> None:
@@ -395,7 +410,7 @@ def test_a_template_whose_answers_ignore_the_generation_prompt_is_refused(
 def rendered(ours: ConversationTokenizer, conversation: Conversation) -> str:
     """Return the text that the template makes of a conversation."""
     messages = [message.as_openai() for message in conversation.messages]
-    return ours._template.render(messages, add_generation_prompt=False).text
+    return ours._formats.plain.template.render(messages, add_generation_prompt=False).text
 
 
 def as_text(text: str) -> Conversation:

@@ -74,6 +74,26 @@ def test_calls_are_written_by_the_template_for_tools(named: PreTrainedTokenizerB
     assert "So:[sky]<|im_end|>" in text(ConversationTokenizer(named), conversation)
 
 
+def test_another_template_for_tools_gives_other_samples_of_the_same_store(
+    named: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = ConversationTokenizer(named)
+    templates = {"default": CHAT_TEMPLATE, "tool_use": "You may call. " + TOOL_TEMPLATE}
+    monkeypatch.setattr(named, "chat_template", templates)
+    after = ConversationTokenizer(named)
+
+    def sample_ids(ours: ConversationTokenizer, tools: str) -> list[str]:
+        return [one.sample_id for one in ours.tokenize(ask(tools))]
+
+    assert sample_ids(after, "") == sample_ids(before, "")
+    assert sample_ids(after, TOOLS) != sample_ids(before, TOOLS)
+    assert after.masks_fingerprint != before.masks_fingerprint, "other token files"
+    monkeypatch.setattr(named, "chat_template", CHAT_TEMPLATE)
+    without = ConversationTokenizer(named)
+    fingerprints = {one.template_fingerprint for one in (before, after, without)}
+    assert len(fingerprints) == 1, "the store stays valid"
+
+
 @pytest.mark.parametrize("templates", [{"tool_use": TOOL_TEMPLATE}, {}, {"default": ""}])
 def test_named_templates_without_a_default_are_refused(
     smollm2_tokenizer: PreTrainedTokenizerBase,

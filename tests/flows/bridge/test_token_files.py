@@ -19,4 +19,7 @@ def test_a_template_for_tools_alone_gives_another_name(target: TargetConfig) -> 
 
     plain = name(default=CHAT_TEMPLATE)
     assert name(default=CHAT_TEMPLATE) == plain
-    assert name(default=CHAT_TEMPLATE, tool_use="{{ tools | length }}" + CHAT_TEMPLATE) != plain
+    names = {plain}
+    for written in ("{{ tools | length }}", "{{ tools | tojson }}"):
+        names.add(name(default=CHAT_TEMPLATE, tool_use=written + CHAT_TEMPLATE))
+    assert len(names) == 3

@@ -28,6 +28,7 @@ from flows.online import online
 from flows.plan import plan
 from flows.regenerate import regenerate_flow
 from flows.tasks.prepare import check_runnable, prepare_weights
+from tests.tiny import SIZES
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -130,20 +131,11 @@ def test_a_conversation_with_a_token_without_an_embedding_is_named(
 
 
 def test_a_target_without_the_sizes_of_a_draft_is_refused(own: TargetConfig, folder: Path) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "pad_token_id": 0,
-    }
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    gemma = Gemma4TextConfig(**sizes, head_dim=16, vocab_size=vocab_size)
+    gemma = Gemma4TextConfig(**SIZES, head_dim=16)
     AutoModelForCausalLM.from_config(gemma).to(torch.bfloat16).save_pretrained(folder)
     with pytest.raises(ConfigError, match=r"no draft can be made for a gemma4_text .*head_dim"):
         check_runnable(own)
-    Olmo2Config(**sizes, vocab_size=vocab_size).save_pretrained(folder)
+    Olmo2Config(**SIZES).save_pretrained(folder)
     require_draft_sizes(own)
 
 

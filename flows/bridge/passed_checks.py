@@ -1,0 +1,57 @@
+"""Checks that targets passed in this process: the stages of a flow do not repeat each other's."""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.folder_state import FolderState
+from eagle_core.target.preflight import check_target
+from flows.bridge.draft_setup import require_draft_sizes
+
+_MOST = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetCheck:
+    """The arguments of `check_target`."""
+
+    target: TargetConfig
+    max_length: int | None
+    runs_here: bool
+    rolls_back: bool
+
+    def includes(self, other: "TargetCheck") -> bool:
+        """Return whether a target that passed this check passes the other."""
+        longest = max(self.max_length or 0, other.max_length or 0)
+        wider = replace(
+            other,
+            max_length=longest or None,
+            runs_here=self.runs_here or other.runs_here,
+            rolls_back=self.rolls_back or other.rolls_back,
+        )
+        return self == wider
+
+
+_passed: deque[tuple[FolderState, TargetCheck]] = deque(maxlen=_MOST)
+
+
+def require_passed(check: TargetCheck) -> None:
+    """Check the target, unless a check that includes this one passed and its files are the same.
+
+    Raises:
+        ConfigError: this target cannot be run, or no draft can be made for it; names the cause.
+        CorruptError: its weights are incomplete; names the tensors.
+
+    """
+    state = FolderState.of(weights.locate(check.target))
+    if any(before == state and passed.includes(check) for before, passed in list(_passed)):
+        return
+    check_target(
+        check.target,
+        max_length=check.max_length,
+        runs_here=check.runs_here,
+        rolls_back=check.rolls_back,
+    )
+    require_draft_sizes(check.target)
+    _passed.append((state, check))
