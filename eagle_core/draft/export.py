@@ -225,7 +225,7 @@ def _tensors(draft: DraftModel, config: ExportConfig, *, with_embedding: bool) -
         omitted |= set(VOCABULARY)
     return {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in draft.state_dict().items()
+        for name, tensor in draft.published_tensors().items()
         if name not in omitted
     }
 

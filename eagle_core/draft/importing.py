@@ -90,6 +90,7 @@ def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
     kept = {EMBEDDING, "lm_head.weight"}
     for name in own.keys() - kept:
         own[name].copy_(imported.tensors[name])
+    draft.fc.weight.mul_(draft.aux_scale)
     common = draft.t2d.cpu() & imported.tensors["t2d"]
     rows = (draft.t2d.cpu().cumsum(0) - 1)[common].to(draft.t2d.device)
     their_rows = (imported.tensors["t2d"].cumsum(0) - 1)[common]

@@ -106,6 +106,8 @@ class DraftModel(nn.Module):
     """[D] int64: target id minus draft id."""
     t2d: Tensor
     """[V] bool: whether the draft vocabulary contains the token."""
+    aux_scale: Tensor
+    """[3Ht] powers of two by which the inputs of `fc` are divided; ones unless training set it."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -122,8 +124,16 @@ class DraftModel(nn.Module):
         self.midlayer = DraftLayer(config)
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        fused_size = NUM_AUX_LAYERS * config.target_hidden_size
+        self.register_buffer("aux_scale", torch.ones(fused_size))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """Return the state dict as engines read it: with the fusing matrix of unscaled states."""
+        tensors = self.state_dict()
+        del tensors["aux_scale"]
+        return {**tensors, "fc.weight": self.fusing_weight().detach()}
 
     @torch.no_grad()
     def initialise(
@@ -155,8 +165,14 @@ class DraftModel(nn.Module):
             layers = aux.chunk(NUM_AUX_LAYERS, dim=-1)
             normed = [norm(layer) for norm, layer in zip(self.fc_norm, layers, strict=True)]
             aux = torch.cat(normed, dim=-1)
-        fused: Tensor = self.fc(aux)
-        return fused
+        return functional.linear(aux, self.fusing_weight())
+
+    def fusing_weight(self) -> Tensor:
+        """Return [H, 3Ht] the matrix that fuses unscaled aux states; `fc` is the trained one.
+
+        The powers of two of `aux_scale` only move exponents: nothing is rounded.
+        """
+        return self.fc.weight / self.aux_scale
 
     def recurrent(self, hidden: Tensor) -> Tensor:
         """Return the states that the next step reads, from pre-norm states [..., H]."""

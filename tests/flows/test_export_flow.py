@@ -33,13 +33,13 @@ EMBEDDING = "embed_tokens.weight"
 
 
 def perturbed(draft: DraftModel, seed: int) -> dict[str, torch.Tensor]:
-    """Return a state dict with other weights: as if `seed` steps had changed them."""
+    """Return other weights, as if `seed` steps had changed them, as before channels were scaled."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         if tensor.is_floating_point() and name != EMBEDDING
         else tensor
-        for name, tensor in draft.state_dict().items()
+        for name, tensor in draft.published_tensors().items()
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoConfig
 
 from eagle_core.draft.config import DraftConfig
@@ -70,6 +71,8 @@ def make_draft(
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
             elif parameter.requires_grad:
                 parameter.mul_(5)
+        exponents = torch.randint(-3, 8, draft.aux_scale.shape, generator=generator)
+        draft.aux_scale.copy_(torch.exp2(exponents))
     return draft
 
 
@@ -89,8 +92,8 @@ def served(tiny_target_path: Path) -> ServedTarget:
 
 def trained_tensors(draft: DraftModel) -> dict[str, Tensor]:
     """Return everything but the embedding, which is the target's."""
-    state = draft.state_dict()
-    return {name: tensor for name, tensor in state.items() if name != "embed_tokens.weight"}
+    tensors = draft.published_tensors()
+    return {name: tensor for name, tensor in tensors.items() if name != "embed_tokens.weight"}
 
 
 def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -128,7 +131,7 @@ def test_an_export_read_again_is_the_same_draft(
     imported = read_draft(export(draft, served, tmp_path, FLOAT32)[layout])
     assert imported.config == draft.config
     assert imported.aux_layers == AUX_LAYERS
-    expected = draft.state_dict() if layout == "speculators" else trained_tensors(draft)
+    expected = draft.published_tensors() if layout == "speculators" else trained_tensors(draft)
     require_equal(dict(imported.tensors), expected)
 
 
@@ -141,7 +144,7 @@ def test_a_draft_over_the_whole_vocabulary_comes_back(
     folder = export(whole, served, tmp_path, FLOAT32)[layout]
     found = load_file(folder / "model.safetensors")
     assert not {"d2t", "t2d"} & found.keys()  # vLLM refuses an export with a map it has no use for
-    expected = whole.state_dict() if layout == "speculators" else trained_tensors(whole)
+    expected = whole.published_tensors() if layout == "speculators" else trained_tensors(whole)
     require_equal(dict(read_draft(folder).tensors), expected)
 
 
@@ -151,9 +154,20 @@ def test_bfloat16_export_rounds_weights_and_keeps_the_vocabulary(
     config = ExportConfig(layouts=("serving",), with_embedding=True)
     folder = export(draft, served, tmp_path, config)["serving"]
     tensors = load_file(folder / "model.safetensors")
-    for name, tensor in draft.state_dict().items():
+    for name, tensor in draft.published_tensors().items():
         rounded = tensor.bfloat16() if tensor.is_floating_point() else tensor
         assert torch.equal(tensors[name], rounded), name
+
+
+def test_an_export_is_for_states_as_the_target_gives_them(
+    draft: DraftModel, served: ServedTarget, tmp_path: Path
+) -> None:
+    folder = export(draft, served, tmp_path, FLOAT32)["serving"]
+    aux = torch.randn(5, 3 * draft.config.target_hidden_size) * draft.aux_scale
+    exported = load_file(folder / "model.safetensors")["fc.weight"]
+    assert torch.equal(functional.linear(aux, exported), draft.fuse(aux))
+    in_training = functional.linear(aux / draft.aux_scale, draft.fc.weight)
+    torch.testing.assert_close(draft.fuse(aux), in_training)
 
 
 def test_exporting_again_replaces_an_export_and_nothing_else(
@@ -283,7 +297,8 @@ def test_warm_start_takes_the_rows_that_both_vocabularies_have(
         theirs = draft.lm_head.weight[int(draft.t2d[:target_id].sum())]
         expected = theirs if common[target_id] else before[int(other.t2d[:target_id].sum())]
         assert torch.equal(row, expected)
-    assert torch.equal(other.fc.weight, draft.fc.weight)
+    assert torch.equal(other.fusing_weight(), draft.fusing_weight())
+    assert not torch.equal(other.fc.weight, draft.fc.weight)  # each has its own channel scale
     assert torch.equal(other.midlayer.mlp.up_proj.weight, draft.midlayer.mlp.up_proj.weight)
 
 
@@ -329,7 +344,7 @@ def test_the_real_speculators_package_computes_our_logits(
     )
     found = load_file(output)
     assert found["layers"].tolist() == [layer + 1 for layer in AUX_LAYERS]
-    for name, tensor in draft.state_dict().items():
+    for name, tensor in draft.published_tensors().items():
         assert torch.equal(found[f"tensor.{name.replace('midlayer.', 'layers.0.')}"], tensor), name
     for step, expected in enumerate(_logits(draft, aux, next_ids, num_steps=3)):
         torch.testing.assert_close(
