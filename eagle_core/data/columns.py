@@ -144,14 +144,16 @@ def _begins_as(role: Role, turns: object) -> bool:
     if not is_turn_list(turns):
         return False
     (first, *_) = turns
-    by = _speaker_of(first)
+    by = speaker_of(first)
     return by == role or (role == "user" and by == "system")
 
 
-def _speaker_of(turn: object) -> Role | None:
+def speaker_of(turn: object) -> Role | None:
+    """Return the role of a turn; None for what is no turn, or of a role that is not known."""
     if not isinstance(turn, Mapping):
         return None
-    by = speaker(str(turn.get("role") or turn.get("from")), {})
+    name = next((turn[key] for key in ROLE_KEYS if turn.get(key)), None)
+    by = speaker(name, {}) if isinstance(name, str) else None
     return by.role if by else None
 
 
@@ -163,7 +165,7 @@ def _led_by(text: str, value: object, role: Role) -> object:
         parts = all(isinstance(part, Mapping) for part in value)
         return {"role": role, "content": _after(text, value)} if parts else None
     turn = value[0]
-    if len(value) > 1 or not isinstance(turn, Mapping) or _speaker_of(turn) != role:
+    if len(value) > 1 or not isinstance(turn, Mapping) or speaker_of(turn) != role:
         return None
     name = next((name for name in ("content", "value") if turn.get(name)), None)
     content = turn[name] if name else None

@@ -154,11 +154,6 @@ class SourceConfig(ConfigModel):
         """The columns of question and answer, if configured."""
         return Columns(question=self.question, answer=self.answer) if self.question else None
 
-    @property
-    def column_names(self) -> frozenset[str]:
-        """The names of these columns."""
-        return frozenset(self.question + self.answer)
-
 
 class DatasetConfig(SourceConfig):
     """A data set: where its conversations come from and which are kept."""

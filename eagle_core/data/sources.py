@@ -197,7 +197,7 @@ def _read_json(
             path=file.path,
             fraction=progress,
             max_record_bytes=config.max_record_bytes,
-            columns=config.column_names,
+            columns=config.columns,
         )
         yield from reader.read(
             accept_truncated=config.accept_truncated, accept_damaged=config.accept_damaged
@@ -226,7 +226,7 @@ def _is_one_text(
     text = _as_text(stream.peek(HEAD_BYTES))
     if text.startswith("["):
         return True, stream
-    columns = config.column_names
+    columns = config.columns
     may_wrap = not is_whole and "\n" not in text
     if may_wrap and list_of_records(text, columns=columns) is not None:
         line = stream.readline(config.max_record_bytes)

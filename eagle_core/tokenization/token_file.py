@@ -5,7 +5,7 @@ length limit), so a stale one is never read.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _SOURCES = b"eyas.sources"
-"""Key of the names in the file's metadata, as a JSON list."""
+"""Key of the sources in the file's metadata, as a JSON object."""
 _ROWS_PER_BATCH = 256
 _BYTES_PER_BATCH = 128 << 20
 
@@ -49,8 +49,9 @@ class TokenFile:
             self._table["location"] if "location" in self._table.schema.names else None
         )
         metadata = self._table.schema.metadata or {}
-        self.sources: tuple[str, ...] = tuple(json.loads(metadata.get(_SOURCES, b"[]")))
-        """Names of the data set's sources; empty if it has one, or if it is not recorded."""
+        self.sources: Mapping[str, int] = _sources(json.loads(metadata.get(_SOURCES, b"{}")))
+        """Conversations that each of the data set's sources gave to the split, in their order;
+        empty if it has one, or if it is not recorded."""
         self._rows = {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
 
     def __len__(self) -> int:
@@ -110,19 +111,25 @@ def write_token_file(
     samples: Iterable[TokenizedSample],
     *,
     without: Collection[str] = (),
-    sources: Sequence[str] = (),
+    sources: Mapping[str, int] | None = None,
 ) -> TokenFile:
     """Write `samples`, each sample id once, and return the opened file. Constant memory.
 
     Samples with an id in `without` are skipped: held-out samples must not be trained on. `sources`
-    are the names of several sources, of which each location begins with one.
+    are the names of several sources, of which each location begins with one, and how many
+    conversations of the split each gave.
     """
-    names = {_SOURCES: json.dumps(list(sources))} if sources else None
-    schema = _SCHEMA.with_metadata(names)
+    metadata = {_SOURCES: json.dumps(dict(sources))} if sources else None
+    schema = _SCHEMA.with_metadata(metadata)
     with atomic_file(path) as partial, pa.ipc.new_file(str(partial), schema) as writer:
         for rows in _batched(_unique(samples, without)):
             writer.write_batch(_record_batch(rows))
     return TokenFile(path)
+
+
+def _sources(recorded: dict[str, int] | list[str]) -> dict[str, int]:
+    """Return the conversations by source; 0 where only the names are recorded."""
+    return recorded if isinstance(recorded, dict) else dict.fromkeys(recorded, 0)
 
 
 def _unique(

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     with stage_progress("tokens", key=key, total=total, unit="conversations") as progress:
         for split, num_conversations in counts.items():
             path = space.token_file(split, content)
-            if not _is_made(path, manifest):
+            sources = _given(manifest, split)
+            if not _is_made(path, sources):
                 ledger_path = path.with_suffix(_LEDGER_SUFFIX)
                 with LedgerWriter(ledger_path) as ledger:
                     samples = tokenize_in_processes(
@@ -79,7 +80,7 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
                         path,
                         _counted(embedded, progress),
                         without=held_out,
-                        sources=tuple(manifest.by_source),
+                        sources=sources,
                     )
                 _report_tokens(split, num_conversations, ledger, ledger_path)
             files[split] = TokenFile(path)
@@ -93,9 +94,21 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
     return tokens_summary(files["train"], files["held_out"], tokenizer, content, started)
 
 
-def _is_made(path: Path, manifest: DatasetManifest) -> bool:
-    """Return whether a token file exists, and names the sources as the data set does now."""
-    return path.exists() and TokenFile(path).sources == tuple(manifest.by_source)
+def _given(manifest: DatasetManifest, split: Split) -> dict[str, int]:
+    """Return how many conversations each of several sources gave to a split."""
+    by_source = manifest.by_source.items()
+    return {
+        name: counts.num_train if split == "train" else counts.num_held_out
+        for name, counts in by_source
+    }
+
+
+def _is_made(path: Path, sources: Mapping[str, int]) -> bool:
+    """Return whether a token file exists, and of which source each sample is as now.
+
+    The data set has them source by source, so that their numbers tell.
+    """
+    return path.exists() and [*TokenFile(path).sources.items()] == [*sources.items()]
 
 
 def _report_tokens(split: Split, total: int, ledger: LedgerWriter, path: Path) -> None:

@@ -30,15 +30,21 @@ TRAINING = TrainingConfig(
 )
 
 
-def two_sources(folder: Path, *names: str) -> DatasetConfig:
-    """Return 12 conversations of each of the names; those of later ones are longer."""
+def two_sources(folder: Path, *names: str, moved: int = 0) -> DatasetConfig:
+    """Return 12 conversations of each of the names; those of later ones are longer.
+
+    The first source has `moved` of the second one's first, and the order is the same.
+    """
+    lines = [
+        json.dumps({"question": f"What is {at}{n}?", "answer": f"It is {n} " * at}) + "\n"
+        for at, _ in enumerate(names, start=1)
+        for n in range(12)
+    ]
     sources = []
-    for at, name in enumerate(names, start=1):
+    for at, name in enumerate(names):
         path = folder / f"{at}.jsonl"
-        records = [
-            {"question": f"What is {at}{n}?", "answer": f"It is {n} " * at} for n in range(12)
-        ]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        first, end = (12 * number + moved * (number == 1) for number in (at, at + 1))
+        path.write_text("".join(lines[first:end]))
         sources.append({"name": name, "source": str(path)})
     fields = {"name": "mix", "sources": sources, "held_out_fraction": 0.3, "max_length": 256}
     return DatasetConfig.model_validate(fields)
@@ -109,6 +115,33 @@ def test_renamed_sources_are_counted_by_their_new_names(
         new: len(rows)
         for new, rows in zip(("uno", "due"), first.rows_by_source().values(), strict=True)
     }
+
+
+def test_conversations_that_another_source_gives_now_are_counted_for_it(
+    tmp_path: Path, target: TargetConfig
+) -> None:
+    """The data is the same in the same order, so the store is, and no sample is made again."""
+    space = Workspace.at(str(tmp_path), target=target.name, dataset="mix")
+
+    @flow
+    def moved(number: int) -> list[TokenFile]:
+        mix = two_sources(tmp_path, "chat", "table", moved=number)
+        prepare_dataset(mix, space)
+        tokens = tokenize(target, mix, space)
+        return [TokenFile(tokens.train_path), TokenFile(tokens.held_out_path)]
+
+    before = moved(0)
+    for number in (7, -2, 0):
+        files = moved(number)
+        assert [file.path for file in files] == [file.path for file in before]
+        assert [file.sample_ids for file in files] == [file.sample_ids for file in before]
+        given = load_manifest(space.dataset_path).by_source
+        assert [counts.num_records for counts in given.values()] == [12 + number, 12 - number]
+        for name, counts in given.items():
+            numbers = [len(file.rows_by_source()[name]) for file in files]
+            assert numbers == [counts.num_train, counts.num_held_out]
+    inodes = [file.path.stat().st_ino for file in files]
+    assert [file.path.stat().st_ino for file in moved(0)] == inodes
 
 
 def test_answers_of_the_target_count_for_the_source_of_their_question(

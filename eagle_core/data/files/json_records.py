@@ -9,21 +9,23 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
-from collections.abc import Set as AbstractSet
 from pathlib import PurePosixPath
 from typing import BinaryIO, NoReturn
 
+from eagle_core.data.columns import Columns
 from eagle_core.data.files.json_shape import (
+    RECORD_KEYS,
     WRAPPER_CHARACTERS,
     RecordList,
     holds_records,
-    is_record,
+    is_answered,
     list_of_records,
     may_be_truncated,
     starts_objects,
 )
 from eagle_core.data.files.json_value import TooManyDigits, value_at
 from eagle_core.data.ledger import Reason
+from eagle_core.data.records.fields import holds_something
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
 from eagle_core.errors import CorruptError
 
@@ -50,9 +52,9 @@ class JsonReader:
         path: str,
         fraction: Fraction,
         max_record_bytes: int,
-        columns: frozenset[str] = frozenset(),
+        columns: Columns | None = None,
     ) -> None:
-        """Read `file`; an object with all `columns` of question and answer wraps no records."""
+        """Read `file`; the configured `columns` tell a record from an object that wraps some."""
         self._file = file
         self._columns = columns
         self._path = path
@@ -129,19 +131,22 @@ class JsonReader:
 
     def _skip_other_members(self, records: RecordList) -> None:
         """Step over what follows the list of records in a wrapping object, and over its end."""
-        names = set(records.names)
+        members = dict(records.members)
         self._skip_blank()
         while self._peek() == ",":
             self._advance(self._position + 1)
             self._skip_blank()
             name = self._skip_value()
-            names.add(str(name))
             if self._peek() == ":":
                 self._advance(self._position + 1)
                 self._skip_blank()
-            self._check_member(name, records, names)
-            if holds_records(name, self._skip_value()):
+            self._check_member(name, records)
+            value = self._skip_value()
+            if holds_records(name, value):
                 self._second_list(name, records)
+            members[str(name)] = holds_something(value) or None
+            if not records.fits and is_answered(members, self._columns):
+                self._both(name, records)
         if not self._peek():
             self._cut_behind_records()
             return
@@ -149,18 +154,21 @@ class JsonReader:
             self._fail(f"is not JSON: expected `,` or `}}` after a member, found {self._peek()!a}")
         self._advance(self._position + 1)
 
-    def _check_member(self, name: object, records: RecordList, names: AbstractSet[str]) -> None:
+    def _check_member(self, name: object, records: RecordList) -> None:
         """Raise for a member behind the list that shows at its start what it is."""
-        if is_record(name, names, self._columns):
-            self._fail(
-                f"has a list {records.name!a}, as a file of records, and {name!a}, as one record: "
-                "for one record, write it as a line of JSON lines and set dataset.format=jsonl; "
-                f"for a list of records, leave out {name!a}"
-            )
+        if name in RECORD_KEYS:
+            self._both(name, records)
         while len(self._text) - self._position < _SEEN_CHARACTERS and not self._at_end:
             self._fill()
         if starts_objects(self._text, self._position):
             self._second_list(name, records)
+
+    def _both(self, name: object, records: RecordList) -> NoReturn:
+        self._fail(
+            f"has a list {records.name!a}, as a file of records, and {name!a}, as one record: "
+            "for one record, write it as a line of JSON lines and set dataset.format=jsonl; "
+            f"for a list of records, leave out {name!a}"
+        )
 
     def _second_list(self, name: object, records: RecordList) -> NoReturn:
         self._fail(

@@ -5,10 +5,12 @@ Decided from the beginning of the file alone, so that it is read in constant mem
 
 import json
 import re
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from eagle_core.data.columns import Columns, Fit
 from eagle_core.data.files.json_value import value_at, value_of
+from eagle_core.data.records.fields import Fields, Notes, holds_something
 
 _MEMBER = re.compile(r'\s*[{,]\s*"([^"\\]*)"\s*:\s*')
 _FIRST_OBJECT = re.compile(r"\[\s*\{")
@@ -29,6 +31,8 @@ RECORD_KEYS = frozenset(
 """Names of what one record holds: an object that has one is no wrapping object."""
 _OF_TURNS = frozenset({"role", "from", "content", "value"})
 """Keys of a turn: a list of turns is part of one record."""
+_LACKING = frozenset({None, Fit.NONE, Fit.QUESTION})
+"""Where a list may be one of turns: its first object does not show all configured columns."""
 WRAPPER_CHARACTERS = 1 << 15
 """A list of records starts within this many characters of its file."""
 _LONGEST_LITERAL = 16
@@ -44,41 +48,71 @@ class RecordList:
     """Position of its bracket in the text."""
     other: str | None
     """Name of another list of objects before it."""
-    names: frozenset[str]
-    """Names of the members up to this one, which is included."""
+    members: Mapping[str, bool | None]
+    """The members up to this one, which is included: True if one holds something, or else None."""
+    fits: bool
+    """Whether its first record has the configured columns, or is cut before it shows."""
 
 
 def list_of_records(
-    text: str, start: int = 0, *, columns: frozenset[str] = frozenset()
+    text: str, start: int = 0, *, columns: Columns | None = None
 ) -> RecordList | None:
     """Return the list of records in the object that starts at `start`.
 
-    `text` may end anywhere. None if the object is a record itself, as far as the text shows:
-    `columns` are the configured ones of question and answer, and an object with all of them is one.
+    `text` may end anywhere. None if the object is a record itself, as far as the text shows: by
+    its keys, or by the configured `columns`, which hold something in it and not in the list.
     """
     position = start
     found = other = None
-    names: set[str] = set()
+    members: dict[str, bool | None] = {}
     while member := _MEMBER.match(text, position):
         name, position = member[1], member.end()
-        names.add(name)
         first = _FIRST_OBJECT.match(text, position)
-        if is_record(name, names, columns) or (first and _is_turn(text, first.end() - 1)):
+        fit = _fit_at(text, first.end() - 1, columns) if first else None
+        is_turns = first and fit in _LACKING and _is_turn(text, first.end() - 1)
+        if name in RECORD_KEYS or is_turns:
             return None
-        if first and found is None:
-            if name in WRAPPERS:
-                found = RecordList(name=name, start=position, other=other, names=frozenset(names))
-            other = name
+        members[name] = True  # unless it is whole and empty
+        if first and name in WRAPPERS and not (found and (found.fits or fit is Fit.NONE)):
+            found = RecordList(
+                name=name,
+                start=position,
+                other=other,
+                members=dict(members),
+                fits=fit is not Fit.NONE,
+            )
+        other = name if first else other
         try:
-            _, position = value_at(text, position)
+            value, position = value_at(text, position)
         except (json.JSONDecodeError, RecursionError):
             break
+        members[name] = holds_something(value) or None
+    if found and not found.fits and is_answered(members, columns):
+        return None
     return found
 
 
-def is_record(name: object, names: AbstractSet[str], columns: frozenset[str]) -> bool:
-    """Return whether the last member shows that the object with these `names` is one record."""
-    return name in RECORD_KEYS or (bool(columns) and columns <= names)
+def is_answered(members: Mapping[str, object], columns: Columns | None) -> bool:
+    """Return whether an object holds the question and the answer of the configured columns."""
+    return _fit(members, columns) is Fit.ANSWERED
+
+
+def _fit(members: Mapping[str, object], columns: Columns | None) -> Fit:
+    return columns.fit(Fields(members, notes=Notes())) if columns else Fit.NONE
+
+
+def _fit_at(text: str, start: int, columns: Columns | None) -> Fit | None:
+    """Return how the object that starts at `start` fits the columns; None if the text ends in it.
+
+    Without columns, none fits.
+    """
+    try:
+        value, _ = value_at(text, start)
+    except (json.JSONDecodeError, RecursionError):
+        value = None
+    if isinstance(value, dict) or columns is None:
+        return _fit(value if isinstance(value, dict) else {}, columns)
+    return None
 
 
 def holds_records(name: object, value: object) -> bool:
@@ -110,7 +144,7 @@ def _is_turn(text: str, start: int) -> bool:
     return not _OF_TURNS.isdisjoint(turn if isinstance(turn, dict) else keys)
 
 
-def spans_lines(text: str, *, is_whole: bool, columns: frozenset[str] = frozenset()) -> bool:
+def spans_lines(text: str, *, is_whole: bool, columns: Columns | None = None) -> bool:
     """Return whether a text of JSON objects has them on other places than one on each line.
 
     `text` is the beginning of the file; `is_whole` says that it is all of it; `columns` are

@@ -1,5 +1,6 @@
 """Questions in the forms that benchmarks have, as the target's own template renders them."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.evaluation.prompt_file import read_prompts
 from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
@@ -93,6 +94,104 @@ def test_a_prompt_is_all_that_the_target_is_asked(
     (prompt,) = read_prompts(str(path), tokenizer)
     turns = "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in context)
     assert tokenizer.decode(np.array(prompt.input_ids)) == turns + "<|im_start|>assistant\n"
+
+
+USER = {"role": "user", "content": "Tell me about rivers."}
+ANSWER = {"role": "assistant", "content": "They flow."}
+LATER = {"role": "user", "content": "Where?"}
+GREETING = {"role": "bot", "content": "Hello."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "map"}}]}
+SHAREGPT = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": "They flow."}]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("column", "turns"),
+    [
+        ("prompt", [USER, ANSWER]),
+        ("prompt", [USER, ANSWER, LATER, ANSWER]),
+        ("prompt", [USER, CALL, {"role": "tool", "content": "A map."}]),
+        ("prompt", [GREETING, USER, ANSWER]),
+        ("question", SHAREGPT),
+        ("instruction", [USER, ANSWER]),
+        ("message_1", [USER, ANSWER]),
+        ("input", SHAREGPT),
+        ("messages", [USER, ANSWER, LATER, ANSWER]),
+        ("messages", [USER, ANSWER, LATER]),
+        ("messages", [GREETING, USER, {"role": "bot", "content": 7}]),
+        ("messages", [{"input": USER["content"], "output": "They flow."}]),
+        ("conversations", SHAREGPT * 2),
+        ("conversation", [json.dumps(USER), json.dumps(ANSWER)]),
+        ("turns", [USER["content"], "And lakes?"]),
+        ("turns", [USER, ANSWER]),
+    ],
+)
+def test_no_form_lets_an_answer_into_the_prompt(
+    tmp_path: Path,
+    tokenizer: ConversationTokenizer,
+    column: str,
+    turns: list[object],
+    *,
+    as_text: bool,
+) -> None:
+    record = {column: json.dumps(turns) if as_text else turns}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(record) + "\n")
+    with (tmp_path / "questions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", column], ["1", json.dumps(turns)]])
+    for name in ("questions.jsonl", "questions.csv"):
+        (prompt,) = read_prompts(str(tmp_path / name), tokenizer)
+        assert tokenizer.decode(np.array(prompt.input_ids)) == ASKED
+
+
+def test_turns_in_the_column_text_are_no_text_of_the_user(
+    tmp_path: Path, tokenizer: ConversationTokenizer
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"text": json.dumps([USER, ANSWER])}) + "\n")
+    (prompt,) = read_prompts(str(path), tokenizer)
+    assert tokenizer.decode(np.array(prompt.input_ids)) == ASKED
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_turns_of_a_prompt_that_end_in_a_question_are_all_asked(
+    tmp_path: Path, tokenizer: ConversationTokenizer, *, as_text: bool
+) -> None:
+    """The answers before the last question are its context, as those of `history` are."""
+    turns = [USER, ANSWER, LATER]
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": json.dumps(turns) if as_text else turns}) + "\n")
+    (prompt,) = read_prompts(str(path), tokenizer)
+    assert tokenizer.decode(np.array(prompt.input_ids)) == (
+        f"{ASKED}They flow.<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_json_of_other_objects_is_the_question_itself(
+    tmp_path: Path, tokenizer: ConversationTokenizer
+) -> None:
+    asked = json.dumps([{"from": "Berlin", "to": "Ulm"}, {"from": "gpt", "to": "Rome"}])
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": asked}) + "\n")
+    (prompt,) = read_prompts(str(path), tokenizer)
+    assert asked in tokenizer.decode(np.array(prompt.input_ids))
+
+
+@pytest.mark.parametrize("name", ["questions.json", "questions.jsonl"])
+@pytest.mark.parametrize(
+    ("prompt", "why"),
+    [('"' + "x" * (17 << 20) + '"', "16777216"), ("7" * 5000, "more than 4300 digits")],
+    ids=["long", "digits"],
+)
+def test_a_question_that_is_too_large_is_named(
+    tmp_path: Path, tokenizer: ConversationTokenizer, name: str, prompt: str, why: str
+) -> None:
+    records = ['{"prompt": "Well?"}', f'{{"prompt": {prompt}}}']
+    text = json.dumps({"data": ["HERE"]}).replace('"HERE"', ", ".join(records))
+    (tmp_path / name).write_text("\n".join(records) if name.endswith("l") else text)
+    prompts = read_prompts(str(tmp_path / name), tokenizer)
+    next(prompts)
+    with pytest.raises(CorruptError, match=rf"{name}, record 1.*too_large.*{why}"):
+        next(prompts)
 
 
 def test_tools_are_offered_as_in_serving(tmp_path: Path, tiny_target_path: Path) -> None:

@@ -56,23 +56,23 @@ def test_samples_are_told_apart_by_the_source_of_their_location(tmp_path: Path) 
     samples = tokenized([3, 9, 400, 1])
     places = ["b: x.jsonl, record 0", "a: y.jsonl, record 0", "b: a: z", "a: y.jsonl, record 1"]
     placed = [replace(one, location=where) for one, where in zip(samples, places, strict=True)]
-    names = ["a", "b", "empty"]
-    written = write_token_file(tmp_path / "train.arrow", placed, sources=names)
+    sources = {"a": 3, "b": 2, "empty": 0}
+    written = write_token_file(tmp_path / "train.arrow", placed, sources=sources)
     for file in (written, TokenFile(tmp_path / "train.arrow")):
-        assert file.sources == ("a", "b", "empty")
+        assert file.sources == sources
         rows = {name: found.tolist() for name, found in file.rows_by_source().items()}
         assert rows == {"a": [1, 3], "b": [0, 2], "empty": []}
     single = write_token_file(tmp_path / "single.arrow", placed)
-    assert (single.sources, single.rows_by_source()) == ((), {})
+    assert (single.sources, single.rows_by_source()) == ({}, {})
 
 
 def test_a_split_to_which_no_source_gave_anything_has_all_of_them(tmp_path: Path) -> None:
-    file = write_token_file(tmp_path / "held_out.arrow", [], sources=["a", "b"])
+    file = write_token_file(tmp_path / "held_out.arrow", [], sources={"a": 0, "b": 0})
     assert {name: len(rows) for name, rows in file.rows_by_source().items()} == {"a": 0, "b": 0}
 
 
 def test_files_of_earlier_versions_have_no_sources(tmp_path: Path) -> None:
-    write_token_file(tmp_path / "new.arrow", tokenized([3, 9]), sources=["a"])
+    write_token_file(tmp_path / "new.arrow", tokenized([3, 9]), sources={"a": 2})
     table = pa.ipc.open_file(pa.memory_map(str(tmp_path / "new.arrow"))).read_all()
     for kept in (table.drop_columns("location"), table.replace_schema_metadata(None)):
         with pa.ipc.new_file(str(tmp_path / "old.arrow"), kept.schema) as writer:
@@ -80,6 +80,18 @@ def test_files_of_earlier_versions_have_no_sources(tmp_path: Path) -> None:
         file = TokenFile(tmp_path / "old.arrow")
         assert file.rows_by_source() == {}
         assert file.lengths.tolist() == [3, 9]
+
+
+def test_a_file_with_only_the_names_of_the_sources_is_read(tmp_path: Path) -> None:
+    placed = [replace(one, location=f"b: {one.sample_id}") for one in tokenized([3, 9])]
+    write_token_file(tmp_path / "new.arrow", placed, sources={"a": 1, "b": 2})
+    table = pa.ipc.open_file(pa.memory_map(str(tmp_path / "new.arrow"))).read_all()
+    named = table.replace_schema_metadata({"eyas.sources": '["a", "b"]'})
+    with pa.ipc.new_file(str(tmp_path / "old.arrow"), named.schema) as writer:
+        writer.write_table(named)
+    file = TokenFile(tmp_path / "old.arrow")
+    assert file.sources == {"a": 0, "b": 0}
+    assert {name: len(rows) for name, rows in file.rows_by_source().items()} == {"a": 0, "b": 2}
 
 
 def test_long_samples_are_written_a_few_at_a_time(

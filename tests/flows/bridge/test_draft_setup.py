@@ -83,8 +83,8 @@ def test_each_source_has_its_share_of_the_vocabulary(tmp_path: Path, target: Tar
         placed(100, 2, "chat: a.jsonl, record 1"),
         placed(200, 5, "table: b.csv, record 0"),
     ]
-    names = ["chat", "table", "empty"]
-    tokens = write_token_file(tmp_path / "train.arrow", samples, sources=names)
+    sources = {"chat": 2, "table": 1, "empty": 0}
+    tokens = write_token_file(tmp_path / "train.arrow", samples, sources=sources)
     training = TRAINING.model_copy(update={"draft_vocab_size": 2 + 4})
     found = choose_vocabulary(target, training, tokens, tmp_path / "run")
     # Of 101 and 102 there are two each; 103 and the lowest of the others fill what is left.

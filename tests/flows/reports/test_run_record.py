@@ -9,8 +9,8 @@ from flows.reports.run_record import SourceFigures, SplitFigures
 from tests.flows.bridge.test_draft_setup import placed
 
 
-@pytest.mark.parametrize("sources", [(), ("chat", "table")])
-def test_excluded_samples_count_for_nothing(tmp_path: Path, sources: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("sources", [{}, {"chat": 2, "table": 1}])
+def test_excluded_samples_count_for_nothing(tmp_path: Path, sources: dict[str, int]) -> None:
     samples = [
         placed(100, 3, "chat: a.jsonl, record 0"),
         placed(100, 2, "chat: a.jsonl, record 1"),

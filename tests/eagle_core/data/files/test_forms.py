@@ -165,7 +165,8 @@ COLUMNS = {"question": ["Frage"], "answer": ["Antwort"]}
     [
         {"Frage": "f", "Antwort": "a", "data": [{"x": 1}]},
         {"data": [{"x": 1}], "Frage": "f", "Antwort": "a"},
-        {"Frage": "f", "items": [{"Frage": "g", "Antwort": "b"}], "id": 3, "Antwort": "a"},
+        {"Frage": "f", "items": [{"Antwort": "b", "x": 1}], "id": 3, "Antwort": 0},
+        {"Frage": "f", "data": [{"role": "user", "content": "f"}], "Antwort": "a"},
         {"Frage": [{"x": 1}], "rows": [{"x": 1}], "Antwort": [{"x": 1}]},
     ],
 )
@@ -200,6 +201,78 @@ def test_an_object_with_some_of_the_columns_wraps_its_records(
     for wrapped in ({**about, "data": records}, {"data": records, **about}):
         (tmp_path / "a.json").write_text(json.dumps(wrapped, indent=indent))
         assert values(tmp_path / "a.json", **COLUMNS) == records
+
+
+TERMS: list[object] = [{"name": f"term {n}", "description": f"it is {n}"} for n in range(3000)]
+TERM_COLUMNS = {"question": ["name"], "answer": ["description"]}
+
+
+@pytest.mark.parametrize("num_records", [2, 3000])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("is_list_first", [True, False])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_an_object_whose_list_has_the_configured_columns_wraps_it(
+    tmp_path: Path, name: str, num_records: int, indent: int | None, *, is_list_first: bool
+) -> None:
+    about = {"name": "Glossary", "description": "3000 terms"}
+    terms = TERMS[:num_records]
+    wrapped = {"data": terms, **about} if is_list_first else {**about, "data": terms}
+    for end in ("", "\n"):
+        (tmp_path / name).write_text(json.dumps(wrapped, indent=indent) + end)
+        assert values(tmp_path / name, **TERM_COLUMNS) == terms
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"name": "t", "description": None},
+        {"name": "t"},
+        {"name": "x" * HEAD_BYTES, "description": "d"},
+    ],
+    ids=["blank", "without answer", "large"],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_first_record_that_lacks_something_or_is_large_does_not_hide_the_list(
+    tmp_path: Path, first: dict[str, object], indent: int | None
+) -> None:
+    records = [first, *TERMS]
+    wrapped = {"name": "Glossary", "description": "3000 terms", "data": records}
+    (tmp_path / "a.json").write_text(json.dumps(wrapped, indent=indent))
+    assert values(tmp_path / "a.json", **TERM_COLUMNS) == records
+
+
+def test_records_with_columns_named_as_parts_of_a_turn_are_no_turns(tmp_path: Path) -> None:
+    columns = {"question": ["title"], "answer": ["content"]}
+    records = [{"title": f"t{n}", "content": f"c{n}"} for n in range(9)]
+    for about in ({}, {"title": "Glossary", "content": "9 terms"}):
+        (tmp_path / "a.json").write_text(json.dumps({**about, "items": records}))
+        assert values(tmp_path / "a.json", **columns) == records
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", []])
+@pytest.mark.parametrize("size", [1, 40 * HEAD_BYTES])
+def test_an_object_with_blank_columns_is_no_record(
+    tmp_path: Path, blank: object, size: int
+) -> None:
+    records: list[object] = [{"term": "a", "x": "y" * size}, {"term": "b"}]
+    for about in ({"name": "Glossary", "description": blank}, {"name": blank, "description": "d"}):
+        for wrapped in ({**about, "data": records}, {"data": records, **about}):
+            (tmp_path / "a.json").write_text(json.dumps(wrapped))
+            assert values(tmp_path / "a.json", **TERM_COLUMNS) == records
+
+
+def test_one_of_several_columns_of_the_question_may_be_blank(tmp_path: Path) -> None:
+    columns = {"question": ["Frage", "Text"], "answer": ["Antwort"]}
+    record = {"Frage": "f", "Text": "", "Antwort": "a", "examples": [{"x": 1}]}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert values(tmp_path / "a.json", **columns) == [record]
+
+
+def test_records_behind_another_list_are_not_lost_in_one_record(tmp_path: Path) -> None:
+    wrapped = {"name": "Glossary", "description": "d", "test": [{"x": 1}], "data": TERMS}
+    (tmp_path / "a.json").write_text(json.dumps(wrapped))
+    with pytest.raises(CorruptError, match=r"second list of records, 'test', beside 'data'"):
+        values(tmp_path / "a.json", **TERM_COLUMNS)
 
 
 def test_a_configured_column_far_behind_a_list_is_refused_by_name(tmp_path: Path) -> None:
