@@ -1,7 +1,7 @@
 """Tool calls in a conversation, and the available tools, in one canonical form.
 
 Arguments are kept as JSON text: two calls are equal if and only if their texts are. Templates get
-them parsed (`ToolCall.as_openai`), as every tokenizer's template expects.
+them parsed (`ToolCall.as_openai`), as most expect (see `tokenization/call_form.py`).
 """
 
 import json

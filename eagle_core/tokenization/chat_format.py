@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_core.errors import ConfigError
 from eagle_core.tokenization.answer_end import AnswerEnd, learn_answer_end
-from eagle_core.tokenization.call_content import needs_text, writes_calls
+from eagle_core.tokenization.call_probes import find_forms, forms_fingerprint
 from eagle_core.tokenization.chat_template import ChatTemplate, TemplateRefusedError
 from eagle_core.tokenization.config import TemplateConfig
 from eagle_core.tokenization.template_source import TemplateSource
@@ -37,8 +37,7 @@ class ChatFormat:
         end = self.end
         ends: list[object] = [end.closing, end.ending, end.call_ending, sorted(end.token_ids)]
         # Earlier versions dropped or misread such calls; token files of other templates stay.
-        gives_text = self.template.gives_text_in_calls
-        return [*ends, ""] if gives_text and writes_calls(self.template, tools=[_TOOL]) else ends
+        return [*ends, *forms_fingerprint(self.template, tools=[_TOOL])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +110,7 @@ def chat_format(
 
     """
     template = ChatTemplate(source, variables=tokenizer.special_tokens_map, today=config.date)
-    if needs_text(template, tools=[_TOOL]):
-        template = template.with_text_in_calls()
+    template = template.with_call_forms(find_forms(template, tools=[_TOOL]))
     try:
         tools = [_TOOL] if for_tools else None
         end = learn_answer_end(template, backend, stop_ids, tools=tools)

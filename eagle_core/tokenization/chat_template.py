@@ -21,6 +21,7 @@ from jinja2 import meta, nodes
 from jinja2.parser import Parser
 
 from eagle_core.errors import ConfigError, EagleCoreError
+from eagle_core.tokenization.call_form import CallForms
 
 _OPEN, _CLOSE = "\x00<generation>\x00", "\x00</generation>\x00"
 """Markers around a block during rendering."""
@@ -57,7 +58,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, variables: Mapping[str, object], today: dt.date) -> None:
         """Compile; `variables` are the template's inputs besides messages and tools."""
-        self.gives_text_in_calls = False
+        self.call_forms = CallForms()
         self._variables = {**variables, "documents": None, "strftime_now": today.strftime}
         self._template, names = _compile(source)
         self._thinking_names = names & _THINKING_NAMES
@@ -69,10 +70,10 @@ class ChatTemplate:
         )
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
-    def with_text_in_calls(self) -> Self:
-        """Return this template, given '' and not None as the content of a call without text."""
+    def with_call_forms(self, forms: CallForms) -> Self:
+        """Return this template, given tool calls in these forms."""
         fitted = copy(self)
-        fitted.gives_text_in_calls = True
+        fitted.call_forms = forms
         return fitted
 
     def render(
@@ -88,10 +89,11 @@ class ChatTemplate:
         `thinking` is passed to templates that read it, under the name that they use. None leaves
         the choice to the template.
         """
+        form = self.call_forms.with_tools if tools else self.call_forms.plain
         chosen = {} if thinking is None else dict.fromkeys(self._thinking_names, thinking)
         try:
             text = self._template.render(
-                messages=[self._given(message) for message in messages],
+                messages=[form.given(message) for message in messages],
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -100,11 +102,6 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it may raise anything
             raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error
         return _without_marks(text)
-
-    def _given(self, message: Mapping[str, object]) -> Mapping[str, object]:
-        if self.gives_text_in_calls and message.get("content", "") is None:
-            return {**message, "content": ""}
-        return message
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -7,6 +7,7 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.folder_state import FolderState
 from eagle_core.target.preflight import check_target
+from eagle_core.tokenization.template_source import configured_text
 from flows.bridge.draft_setup import require_draft_sizes
 
 _MOST = 8
@@ -33,7 +34,9 @@ class TargetCheck:
         return self == wider
 
 
-_passed: deque[tuple[FolderState, TargetCheck]] = deque(maxlen=_MOST)
+_State = tuple[FolderState, str | None]
+"""Of the target's folder, and the text of a template that may be in a file elsewhere."""
+_passed: deque[tuple[_State, TargetCheck]] = deque(maxlen=_MOST)
 
 
 def require_passed(check: TargetCheck) -> None:
@@ -44,7 +47,8 @@ def require_passed(check: TargetCheck) -> None:
         CorruptError: its weights are incomplete; names the tensors.
 
     """
-    state = FolderState.of(weights.locate(check.target))
+    folder = FolderState.of(weights.locate(check.target))
+    state = (folder, configured_text(check.target.template))
     if any(before == state and passed.includes(check) for before, passed in list(_passed)):
         return
     check_target(

@@ -7,6 +7,7 @@ import pytest
 
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
+from eagle_core.tokenization.chat_template import PLAIN_TEMPLATE
 from flows.bridge import passed_checks
 from flows.bridge.passed_checks import TargetCheck, require_passed
 
@@ -77,3 +78,22 @@ def test_a_changed_file_is_checked_again_and_a_failure_is_not_remembered(
     path.write_text(before)
     require_passed(check(own))
     assert len(checked) == 4
+
+
+def test_a_template_in_a_file_elsewhere_is_checked_again_when_it_changes(
+    own: TargetConfig, checked: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text(PLAIN_TEMPLATE)
+    configured = own.template.model_copy(update={"chat_template": str(path)})
+    target = own.model_copy(update={"template": configured})
+    for _ in range(2):
+        require_passed(check(target))
+    assert len(checked) == 1
+    path.write_text(PLAIN_TEMPLATE + "{% if %}")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="not valid Jinja"):
+            require_passed(check(target))
+    path.unlink()
+    with pytest.raises(ConfigError, match="neither Jinja text nor a file"):
+        require_passed(check(target))
