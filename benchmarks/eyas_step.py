@@ -47,6 +47,7 @@ def new_draft(shape: Shape) -> DraftModel:
     for name, parameter in draft.named_parameters():
         fill(name, parameter)
     ids = draft_ids(shape)
+    draft.aux_scale.fill_(1)
     draft.t2d.fill_(value=False)
     draft.t2d[ids] = True
     draft.d2t.copy_(ids - torch.arange(len(ids)))

@@ -155,6 +155,7 @@ class DraftModel(nn.Module):
             if parameter.ndim > 1 and parameter.requires_grad:
                 parameter.normal_(std=0.02, generator=generator)
         self.embed_tokens.weight.copy_(embedding)
+        self.aux_scale.fill_(1)
         self.d2t.copy_(torch.from_numpy(vocabulary.d2t))
         self.t2d.copy_(torch.from_numpy(vocabulary.t2d))
         self.lm_head.weight.copy_(lm_head[self.t2d])
