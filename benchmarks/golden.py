@@ -53,7 +53,7 @@ def compare(path: Path, device: torch.device = CPU) -> Deviations:
         loss_reduction="positions",
     )
     draft = DraftModel(DraftConfig(target_hidden_size=config["hidden_size"], **config)).to(device)
-    draft.load_state_dict(_part(tensors, "weight."))
+    draft.load_tensors(_part(tensors, "weight."))
     batch = _batch(tensors)
     head = tensors["input.target_lm_head"][draft.t2d]
     outcome = ttt_step(draft, batch, head, options)

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, H draft hidden, Ht target hidden, D draft vocabulary,
 vocabulary, N heads, K key-value heads, E head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,10 @@ class DraftModel(nn.Module):
         self.register_buffer("aux_scale", torch.ones(fused_size))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load a state dict, or what `published_tensors` returned: channels are unscaled then."""
+        self.load_state_dict({"aux_scale": torch.ones_like(self.aux_scale), **tensors})
 
     def published_tensors(self) -> dict[str, Tensor]:
         """Return the state dict as engines read it: with the fusing matrix of unscaled states."""

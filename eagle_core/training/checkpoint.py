@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -198,8 +197,7 @@ def load_weights(draft: DraftModel, folder: Path) -> None:
     cure = "delete this checkpoint to use the previous one"
     require_finite(weights, where=str(folder), cure=cure)
     weights[_FROZEN] = draft.embed_tokens.weight.detach().cpu()
-    weights.setdefault("aux_scale", torch.ones_like(draft.aux_scale))  # checkpoints of before
-    draft.load_state_dict(weights)
+    draft.load_tensors(weights)
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
