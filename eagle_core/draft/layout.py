@@ -1,7 +1,7 @@
 """Names and shapes of an EAGLE-3 draft's tensors in the layouts of other tools.
 
-Our own state dict has the published names (`midlayer.*`), which SGLang, vLLM, SpecForge and EAGLE
-use; speculators calls the layer `layers.0`. `d2t` holds offsets everywhere.
+`DraftModel.published_tensors` have the published names (`midlayer.*`), which SGLang, vLLM,
+SpecForge and EAGLE use; speculators calls the layer `layers.0`. `d2t` holds offsets everywhere.
 
 Shapes: H draft hidden, Ht target hidden, D draft vocabulary, V target vocabulary.
 """

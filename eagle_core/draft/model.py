@@ -1,8 +1,8 @@
 """The EAGLE-3 draft: fused target states in, one decoder layer, draft-vocabulary logits out.
 
-Modules have their published names (docs/design.md, section 4), so a state dict is an export. At
-index t the layer's input is the embedding of token t+1 concatenated with the hidden state of token
-t. The recurrent state is the layer's output *before* the final norm.
+Modules have their published names (docs/design.md, section 4), so `published_tensors` are
+an export. At index t the layer's input is the embedding of token t+1 concatenated with the hidden
+state of token t. The recurrent state is the layer's output *before* the final norm.
 
 Shapes: B batch, T tokens, H draft hidden, Ht target hidden, D draft vocabulary, V target
 vocabulary, N heads, K key-value heads, E head size.
@@ -170,12 +170,13 @@ class DraftModel(nn.Module):
             layers = aux.chunk(NUM_AUX_LAYERS, dim=-1)
             normed = [norm(layer) for norm, layer in zip(self.fc_norm, layers, strict=True)]
             aux = torch.cat(normed, dim=-1)
-        return functional.linear(aux, self.fusing_weight())
+        fused: Tensor = self.fc(aux / self.aux_scale)
+        return fused
 
     def fusing_weight(self) -> Tensor:
         """Return [H, 3Ht] the matrix that fuses unscaled aux states; `fc` is the trained one.
 
-        The powers of two of `aux_scale` only move exponents: nothing is rounded.
+        The powers of two of `aux_scale` only move exponents, there as here: nothing is rounded.
         """
         return self.fc.weight / self.aux_scale
 
