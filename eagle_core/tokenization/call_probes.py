@@ -47,7 +47,7 @@ def forms_fingerprint(template: ChatTemplate, *, tools: Sequence[object]) -> lis
     if written <= {_USUAL}:
         return []
     if written == {CallForm(empty_content="")}:
-        return [""]  # as earlier versions named it: token files stay
+        return [""]  # whichever kinds of conversations have it
     return [[form.empty_content, form.arguments_as_text] for form, _ in kinds]
 
 

@@ -49,7 +49,7 @@ class TokenFile:
             self._table["location"] if "location" in self._table.schema.names else None
         )
         metadata = self._table.schema.metadata or {}
-        self.sources: Mapping[str, int] = _sources(json.loads(metadata.get(_SOURCES, b"{}")))
+        self.sources: Mapping[str, int] = json.loads(metadata.get(_SOURCES, b"{}"))
         """Conversations that each of the data set's sources gave to the split, in their order;
         empty if it has one, or if it is not recorded."""
         self._rows = {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
@@ -125,11 +125,6 @@ def write_token_file(
         for rows in _batched(_unique(samples, without)):
             writer.write_batch(_record_batch(rows))
     return TokenFile(path)
-
-
-def _sources(recorded: dict[str, int] | list[str]) -> dict[str, int]:
-    """Return the conversations by source; 0 where only the names are recorded."""
-    return recorded if isinstance(recorded, dict) else dict.fromkeys(recorded, 0)
 
 
 def _unique(

@@ -62,7 +62,8 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
         for split, num_conversations in counts.items():
             path = space.token_file(split, content)
             sources = _given(manifest, split)
-            if not _is_made(path, sources):
+            made = _made(path, sources)
+            if made is None:
                 ledger_path = path.with_suffix(_LEDGER_SUFFIX)
                 with LedgerWriter(ledger_path) as ledger:
                     samples = tokenize_in_processes(
@@ -76,14 +77,14 @@ def tokenize(target: TargetConfig, dataset: DatasetConfig, space: Workspace) -> 
                     )
                     held_out = files["held_out"].sample_ids if split == "train" else ()
                     embedded = _embedded(samples, target, tokenizer)
-                    write_token_file(
+                    made = write_token_file(
                         path,
                         _counted(embedded, progress),
                         without=held_out,
                         sources=sources,
                     )
                 _report_tokens(split, num_conversations, ledger, ledger_path)
-            files[split] = TokenFile(path)
+            files[split] = made
         progress.move_to(total)
     train = files["train"]
     log.info("%d samples to train on, %d held out", len(train), len(files["held_out"]))
@@ -103,12 +104,15 @@ def _given(manifest: DatasetManifest, split: Split) -> dict[str, int]:
     }
 
 
-def _is_made(path: Path, sources: Mapping[str, int]) -> bool:
-    """Return whether a token file exists, and of which source each sample is as now.
+def _made(path: Path, sources: Mapping[str, int]) -> TokenFile | None:
+    """Return the token file if it exists, and each sample is of the source that it records.
 
     The data set has them source by source, so that their numbers tell.
     """
-    return path.exists() and [*TokenFile(path).sources.items()] == [*sources.items()]
+    if not path.exists():
+        return None
+    found = TokenFile(path)
+    return found if [*found.sources.items()] == [*sources.items()] else None
 
 
 def _report_tokens(split: Split, total: int, ledger: LedgerWriter, path: Path) -> None:

@@ -82,18 +82,6 @@ def test_files_of_earlier_versions_have_no_sources(tmp_path: Path) -> None:
         assert file.lengths.tolist() == [3, 9]
 
 
-def test_a_file_with_only_the_names_of_the_sources_is_read(tmp_path: Path) -> None:
-    placed = [replace(one, location=f"b: {one.sample_id}") for one in tokenized([3, 9])]
-    write_token_file(tmp_path / "new.arrow", placed, sources={"a": 1, "b": 2})
-    table = pa.ipc.open_file(pa.memory_map(str(tmp_path / "new.arrow"))).read_all()
-    named = table.replace_schema_metadata({"eyas.sources": '["a", "b"]'})
-    with pa.ipc.new_file(str(tmp_path / "old.arrow"), named.schema) as writer:
-        writer.write_table(named)
-    file = TokenFile(tmp_path / "old.arrow")
-    assert file.sources == {"a": 0, "b": 0}
-    assert {name: len(rows) for name, rows in file.rows_by_source().items()} == {"a": 0, "b": 2}
-
-
 def test_long_samples_are_written_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
