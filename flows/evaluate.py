@@ -26,6 +26,7 @@ from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.target.weights import locate
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import set_up_draft
+from flows.bridge.first_weights import load_first_weights
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.artifacts import publish_plot
 from flows.orchestration.best_effort import best_effort
@@ -73,6 +74,7 @@ def evaluate_flow(
     check_runnable(target, rolls_back=True)
     prompts = _prompts(trained, evaluation)
     setup = set_up_draft(target, trained.training, run_path)
+    load_first_weights(setup)
     model = TargetModel.load(target)
     decode = _Decoder(model, prompts, evaluation, trained.stop_ids)
     before = decode(setup.draft, title="untrained draft")

@@ -160,7 +160,9 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
             storage_size = None if keeper is None else StorageSize.of(keeper.store)
             write_settings(run_path, record, tokens, storage_size, total_steps=total)
 
-        trained = run_training(setup, source, None, record, lock, write_record=write_record)
+        trained = run_training(
+            setup, source, None, record, lock, write_record=write_record, refetch_samples=False
+        )
         source.release_target()  # evaluation loads it again: two may not fit
         if keeper is not None:
             _publish(keeper, space.snapshot_name("train"), tokens.content)
@@ -201,7 +203,7 @@ def _require_same_data(
         raise MismatchError(
             f"run {run_path.name} has done its steps, and data set {dataset.name} or its settings "
             "have changed since: train another run (--run), which may start from this run's "
-            "draft (training.start_from)"
+            "draft (training.start)"
         )
 
 

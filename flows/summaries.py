@@ -11,7 +11,7 @@ from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate
-from eagle_core.training.result import Metrics
+from eagle_core.training.result import Metrics, Start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +107,8 @@ class TrainSummary:
     seconds: float
     coverage_by_source: Mapping[str, SourceCoverage] = field(default_factory=dict)
     """Of the draft vocabulary; empty unless the data set has several sources."""
+    start: Start | None = None
+    """None for a run of an earlier version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -164,14 +164,24 @@ class DraftModel(nn.Module):
         self.t2d.copy_(torch.from_numpy(vocabulary.t2d))
         self.lm_head.weight.copy_(lm_head[self.t2d])
 
+    @torch.no_grad()
+    def set_aux_scale(self, scale: Tensor) -> None:
+        """Set `aux_scale` [3Ht], powers of two, and keep the function of aux states, to the bit."""
+        self.fc.weight.mul_(scale / self.aux_scale)
+        self.aux_scale.copy_(scale)
+
     def fuse(self, aux: Tensor) -> Tensor:
         """Return the fused state [..., H] of aux states [..., 3Ht], low to high."""
+        fused: Tensor = self.fc(self.fusing_inputs(aux))
+        return fused
+
+    def fusing_inputs(self, aux: Tensor) -> Tensor:
+        """Return what `fc` reads of aux states [..., 3Ht]: normed with `fc_norm`, and scaled."""
         if self.config.fc_norm:
             layers = aux.chunk(NUM_AUX_LAYERS, dim=-1)
             normed = [norm(layer) for norm, layer in zip(self.fc_norm, layers, strict=True)]
             aux = torch.cat(normed, dim=-1)
-        fused: Tensor = self.fc(aux / self.aux_scale)
-        return fused
+        return aux / self.aux_scale
 
     def fusing_weight(self) -> Tensor:
         """Return [H, 3Ht] the matrix that fuses unscaled aux states; `fc` is the trained one.

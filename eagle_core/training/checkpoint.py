@@ -160,6 +160,7 @@ def read(folder: Path) -> Checkpoint:
 def require_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise MismatchError naming every field in which a checkpoint differs from this run."""
     old, new = dict(_flat(found)), dict(_flat(expected))
+    old.pop("training.start_from", None)  # recorded by earlier versions
     differing = [
         f"{name}: saved {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

@@ -1,6 +1,8 @@
 """Settings for training a draft."""
 
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +13,11 @@ LossPositions = Literal["eagle3", "predicted"]
 LossReduction = Literal["positions", "tokens", "sequence"]
 Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 Sharding = Literal["replicate", "shard"]
+
+CLOSED_FORM = "closed_form"
+RANDOM = "random"
+RATE_OF_DRAWN_WEIGHTS, RATE_OF_GIVEN_WEIGHTS = 1e-3, 3e-4
+"""Peak learning rates. Measured on SmolLM2 (docs/benchmarks/start.md)."""
 
 
 class TttConfig(ConfigModel):
@@ -59,13 +66,15 @@ class TrainingConfig(TttConfig):
     often it saves, measures and logs.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {"start_from": "start"}
+
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
     )
-    start_from: str | None = Field(
-        default=None,
-        description="Folder of an EAGLE-3 draft to start from, in any layout that engines load; by "
-        "default the draft starts from random weights.",
+    start: str | None = Field(
+        default=CLOSED_FORM,
+        description="The draft's first weights: closed_form solves them from the target's states; "
+        "random draws them; or the folder of an EAGLE-3 draft in any layout that engines load.",
     )
     fc_norm: bool = Field(
         default=False, description="EAGLE-3.1: normalise each aux state before fusing them."
@@ -77,7 +86,12 @@ class TrainingConfig(TttConfig):
         default="adamw",
         description="AdamW, or Muon for the layer's matrices with AdamW for heads and norms.",
     )
-    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak learning rate; by default 1e-3 for random first weights and 3e-4 for "
+        "others, which a higher one soon destroys.",
+    )
     warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Decay after the warm-up, down to final_lr_ratio."
@@ -127,10 +141,29 @@ class TrainingConfig(TttConfig):
     )
     log_every: int = Field(default=5, gt=0, description="Steps between logged metrics.")
 
+    @property
+    def start_folder(self) -> Path | None:
+        """The folder of the draft to start from, if there is one."""
+        return None if self.start in {None, CLOSED_FORM, RANDOM} else Path(str(self.start))
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Return `learning_rate`, or its default for these first weights."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATE_OF_DRAWN_WEIGHTS if self.start == RANDOM else RATE_OF_GIVEN_WEIGHTS
+
+    @property
+    def is_solved(self) -> bool:
+        """Return whether the first weights are solved; so they are by default."""
+        return self.start in {None, CLOSED_FORM}
+
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""
-        free = {"epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
+        # A checkpoint does not depend on how its run began.
+        free = {"start", "epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
         free |= {"held_out_every", "held_out_tokens", "gradient_checkpointing"}
         # The number of processes may change between two runs.
         free |= {"num_processes", "sharding", "batches_per_step"}
-        return self.model_dump(mode="json", exclude=free)
+        fields = self.model_dump(mode="json", exclude=free)
+        return {**fields, "learning_rate": self.peak_learning_rate}

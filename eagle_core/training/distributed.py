@@ -67,6 +67,9 @@ class Processes:
             distributed.barrier()
 
 
+ONE_PROCESS = Processes()
+
+
 @contextmanager
 def join_processes() -> Iterator[Processes]:
     """Yield rank and world size; under torchrun, connect the processes while the block runs.

@@ -23,7 +23,7 @@ def make_optimizers(draft: DraftModel, config: TrainingConfig) -> list[torch.opt
     others = [p for name, p in trained.items() if p.ndim != 2 or name.startswith("lm_head")]
     muon = torch.optim.Muon(
         hidden,
-        lr=config.learning_rate,
+        lr=config.peak_learning_rate,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",  # so that AdamW's learning rates suit both
     )
@@ -33,7 +33,7 @@ def make_optimizers(draft: DraftModel, config: TrainingConfig) -> list[torch.opt
 def _adamw(parameters: Sequence[Tensor], config: TrainingConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         parameters,
-        lr=config.learning_rate,
+        lr=config.peak_learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
         fused=True,

@@ -39,6 +39,37 @@ class Metrics:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """How a run began, and what its draft was worth before the first step."""
+
+    kind: str
+    """closed_form, random, or the folder of a draft."""
+    num_tokens: int
+    """Tokens from which it was made."""
+    seconds: float
+    refused: str = ""
+    """Why solved weights were not used, but drawn ones; else empty."""
+    accuracies: tuple[float, ...] = ()
+    """[L] by training-time-test step; empty unless the weights were solved."""
+    acceptance_length: float = 0.0
+    """From joint prefixes, as `Metrics.held_out_length`; 0 unless the weights were solved."""
+    is_held_out: bool = True
+    """Whether both were measured on held-out samples; else on those that it was solved from."""
+
+    @property
+    def is_solved(self) -> bool:
+        """Return whether the run began with solved weights."""
+        return bool(self.accuracies) and not self.refused
+
+    def scalars(self) -> dict[str, float]:
+        """Return its held-out figures, named as those of later steps."""
+        if not self.is_solved or not self.is_held_out:
+            return {}
+        named = {f"held_out/accuracy_{step}": value for step, value in enumerate(self.accuracies)}
+        return {**named, "held_out/acceptance_length": self.acceptance_length}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """Passed to the progress callback after every step."""
 

@@ -36,8 +36,9 @@ def step_shape(config: TrainingConfig, *, rank: int = 0, world_size: int = 1) ->
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Return the rate of `step` (from 0): linear warm-up to the peak, then the configured decay."""
+    peak = config.peak_learning_rate
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return peak * (step + 1) / config.warmup_steps
     span = max(1, total_steps - config.warmup_steps)
     done = min(1.0, (step - config.warmup_steps) / span)
     remaining = {
@@ -46,5 +47,5 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
     }[config.schedule]
     if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * (config.final_lr_ratio + (1 - config.final_lr_ratio) * remaining)
+        return peak
+    return peak * (config.final_lr_ratio + (1 - config.final_lr_ratio) * remaining)

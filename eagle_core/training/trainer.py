@@ -41,7 +41,7 @@ from eagle_core.training.schedule import learning_rate, step_shape, total_steps
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.throughput import ThroughputMeter
 from eagle_core.training.ttt import TttModule, TttOutcome, fuses_attention, loss_totals
-from eagle_core.training.validation import measure_held_out
+from eagle_core.training.validation import held_out_batches, measure
 
 
 def train(
@@ -245,7 +245,7 @@ class _Run:
         return (
             f"{newest}Verify the store (eyas run verify RECIPE). If it is sound, train another run "
             "(--run) with a lower training.learning_rate; it can start from this run's draft (eyas "
-            "run export, then training.start_from)"
+            "run export, then training.start)"
         )
 
     @property
@@ -281,13 +281,12 @@ class _Run:
         """Measure on the held-out split; return whether the draft is the best so far."""
         if self.held_out is None:
             return False
-        found = measure_held_out(
-            self._forward,
+        batches = held_out_batches(
             self.held_out,
-            self.target_head,
             batch_tokens=self.config.batch_tokens,
             max_tokens=self.config.held_out_tokens,
         )
+        found = measure(self._forward, batches, self.target_head)
         self.metrics = dataclasses.replace(
             self._last_metrics,
             held_out_step=self.step,

@@ -78,10 +78,11 @@ def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> Tensor:
     If `ttt_step` gets their sum over several batches, the losses of the batches add up to that of
     one large batch.
     """
-    return _ttt_positions(t2d, batch, options).totals
+    return batch_positions(t2d, batch, options).totals
 
 
-def _ttt_positions(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> TttPositions:
+def batch_positions(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> TttPositions:
+    """Return where each step computes and counts, for the draft vocabulary `t2d` [V]."""
     return ttt_positions(
         loss_mask=batch.loss_mask,
         in_vocabulary=t2d[batch.target_argmax],
@@ -110,10 +111,10 @@ def ttt_step(
         totals: [L] divisors of the losses, if this is one of several batches of a step.
 
     """
-    positions = _ttt_positions(draft.t2d, batch, options)
+    positions = batch_positions(draft.t2d, batch, options)
     share_of_step = positions.weights(totals)
     rows, hidden = [], []
-    for step, state in enumerate(_states(draft, batch, positions, options)):
+    for step, state in enumerate(chain_states(draft, batch, positions, options)):
         indices = positions.indices[step]
         counted = positions.counted[step, indices]
         rows.append(indices[counted])
@@ -158,10 +159,18 @@ class _RowOrder:
         return self.index + 1 + self.step
 
 
-def _states(
-    draft: DraftModel, batch: PackedBatch, positions: TttPositions, options: TttConfig
+def chain_states(
+    draft: DraftModel,
+    batch: PackedBatch,
+    positions: TttPositions,
+    options: TttConfig,
+    *,
+    on_attended: Callable[[Tensor], None] = lambda _state: None,
 ) -> Iterator[Tensor]:
-    """Yield the pre-norm states [A_i, H] of each step."""
+    """Yield the pre-norm states [A_i, H] of each step.
+
+    `on_attended` gets what the feed-forward block reads: the state [A_i, H] after attention.
+    """
     layer, config = draft.midlayer, draft.config
     fused = draft.fuse(widened(batch.aux_hidden_states))
     dtype = fused.dtype  # of products; autocast would round an input of two products twice
@@ -194,6 +203,7 @@ def _states(
         first = indices - position[indices]
         attention_output = attend(query, keys, values, own_keys, own_values, indices, first)
         state = state + output(attention_output.flatten(1))
+        on_attended(state)
         state = state + feed_forward(state)
         yield state
         state = draft.recurrent(state)

@@ -1,6 +1,6 @@
 """Measure a draft on the held-out split, from stored or computed states, without gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,23 +29,13 @@ class HeldOutFigures:
 
 
 @torch.no_grad()
-def measure_held_out(
+def measure(
     step: Callable[[PackedBatch, torch.Tensor], TttOutcome],
-    source: SampleSource,
+    batches: Iterable[PackedBatch],
     target_head: torch.Tensor,
-    *,
-    batch_tokens: int,
-    max_tokens: int,
 ) -> HeldOutFigures:
-    """Return the draft's metrics on the first `max_tokens` tokens of `source`, in source order."""
-    order = torch.arange(len(source.lengths)).numpy()
-    outcomes: list[TttOutcome] = []
-    first = num_tokens = 0
-    while first < len(order) and num_tokens < max_tokens:
-        end = batch_end(order, source.lengths, first=first, batch_tokens=batch_tokens)
-        batch = pack([source.fetch(index) for index in range(first, end)]).to(target_head.device)
-        outcomes.append(step(batch, target_head))
-        first, num_tokens = end, num_tokens + batch.num_tokens
+    """Return the draft's metrics on `batches`, which are moved to the head's device."""
+    outcomes = [step(batch.to(target_head.device), target_head) for batch in batches]
     supervised = sum(outcome.step_supervised for outcome in outcomes)
     correct = sum(outcome.step_correct for outcome in outcomes)
     acceptance = sum(outcome.step_acceptance for outcome in outcomes)
@@ -56,3 +46,16 @@ def measure_held_out(
         acceptances=tuple(torch.as_tensor(acceptance / supervised).tolist()),
         joint_prefix_accuracies=tuple(torch.as_tensor(prefix / supervised[0]).tolist()),
     )
+
+
+def held_out_batches(
+    source: SampleSource, *, batch_tokens: int, max_tokens: int
+) -> Iterator[PackedBatch]:
+    """Yield the first `max_tokens` tokens of `source`, in source order."""
+    order = torch.arange(len(source.lengths)).numpy()
+    first = num_tokens = 0
+    while first < len(order) and num_tokens < max_tokens:
+        end = batch_end(order, source.lengths, first=first, batch_tokens=batch_tokens)
+        batch = pack([source.fetch(index) for index in range(first, end)])
+        yield batch
+        first, num_tokens = end, num_tokens + batch.num_tokens

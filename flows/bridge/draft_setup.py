@@ -66,9 +66,9 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
     draft.initialise(
         embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed
     )
-    if training.start_from is not None:
+    if training.start_folder is not None:
         _start_from(
-            draft, Path(training.start_from), aux_layers(target, model_config.num_hidden_layers)
+            draft, training.start_folder, aux_layers(target, model_config.num_hidden_layers)
         )
     return DraftSetup(run_path=run_path, draft=draft.to(device), target_lm_head=lm_head.to(device))
 
@@ -87,10 +87,9 @@ def require_draft_sizes(target: TargetConfig) -> None:
 
 
 def load_trained(setup: DraftSetup) -> DraftModel:
-    """Return the draft of the run's newest good checkpoint; ConfigError if there is none."""
-    draft = DraftModel(setup.draft.config).to(setup.target_lm_head.device)
-    load_draft(draft, setup.run_path)
-    return draft
+    """Load the run's newest good checkpoint into its draft; ConfigError if there is none."""
+    load_draft(setup.draft, setup.run_path)
+    return setup.draft
 
 
 def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.estimate import expected_length
-from eagle_core.training.result import Metrics
+from eagle_core.training.result import Metrics, Start
 from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -93,6 +93,7 @@ def train_rows(summary: TrainSummary) -> list[Row]:
     """Return the figures of a training run."""
     figures = summary.figures
     return [
+        ("start", _start(summary.start)),
         ("steps", f"{summary.num_steps:,}"),
         ("loss, first and last step", f"{figures.first_loss:.3f} -> {figures.loss:.3f}"),
         ("loss by TTT step", _series(figures.step_losses, "{:.2f}")),
@@ -107,6 +108,21 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("run", str(summary.run_path)),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
+
+
+def _start(start: Start | None) -> str:
+    """Return how the draft began, and what it was worth then."""
+    if start is None:
+        return "random"
+    if start.refused:
+        return f"random, for the closed form was refused: {start.refused}"
+    if not start.is_solved:
+        return start.kind
+    where = "held-out length" if start.is_held_out else "length on its own samples"
+    return (
+        f"closed form: {where} {start.acceptance_length:.2f}, accuracy by TTT step "
+        f"{_series(start.accuracies, '{:.1%}')} ({start.seconds:.0f} s)"
+    )
 
 
 def _covered(source: SourceCoverage) -> str:

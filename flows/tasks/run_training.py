@@ -12,6 +12,7 @@ from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.schedule import learning_rate, total_steps
 from eagle_core.training.trainer import train
 from flows.bridge.draft_setup import DraftSetup
+from flows.bridge.first_weights import as_begun, read_start
 from flows.bridge.run import Run
 from flows.bridge.run_lock import RunLock
 from flows.errors import TrainingStoppedError
@@ -27,7 +28,7 @@ from flows.reports.run_record import (
     write_stage,
 )
 from flows.summaries import TrainSummary
-from flows.workers.train_worker import tracked_run
+from flows.workers.train_worker import begin, tracked_run
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +44,29 @@ def run_training(
     lock: RunLock,
     *,
     write_record: Callable[[], None],
+    refetch_samples: bool = True,
 ) -> TrainSummary:
     """Train in this process, from any source: shared by the offline and the online flow.
 
-    `lock` is that of the run's folder; `write_record` records the run's settings, once a step shows
-    that the run accepts them.
+    Args:
+        setup: the untrained draft.
+        source: the training samples.
+        held_out: samples to measure on, if any.
+        run: the record of the run.
+        lock: of the run's folder.
+        write_record: records the run's settings, once a step shows that the run accepts them.
+        refetch_samples: whether samples may be read several times for the first weights.
+
     """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
         tracked = tracked_run(run.title, setup.run_path, run.training, source.source_id)
         with open_trackers(run.tracking, tracked) as tracker:
+            training = begin(
+                setup, source, held_out, run.training, tracker, refetch=refetch_samples
+            )
             return train(
-                config=run.training,
+                config=training,
                 draft=setup.draft,
                 target_lm_head=setup.target_lm_head,
                 source=source,
@@ -111,6 +123,7 @@ def run_attempt(
         tokens_per_second=earlier.tokens_per_second if earlier else result.tokens_per_second,
         dtype=result.dtype,
         seconds=earlier.seconds if earlier else time.monotonic() - started,
+        start=read_start(run_path),
     )
     write_stage(run_path / TRAINING_NAME, summary)
     with best_effort("report.html"):
@@ -131,7 +144,8 @@ def warn_of_another_length(
             *(run_path.name, f"{step:,}", f"{total:,}"),
         )
         return
-    was, becomes = (learning_rate(training, step, length) for length in (before.total_steps, total))
+    begun = as_begun(training, read_start(run_path))
+    was, becomes = (learning_rate(begun, step, length) for length in (before.total_steps, total))
     logger.warning(
         "run %s was planned with %s steps and now has %s: its learning rate jumps from %.2g to "
         "%.2g at step %s (a new run with %s steps has no such jump)",

@@ -203,7 +203,7 @@ class _Origin:
         if step >= total:
             raise MismatchError(
                 f"{what}; the run has done its {total:,} steps. To train on that data, train "
-                "another run (--run), which may start from this run's draft (training.start_from)"
+                "another run (--run), which may start from this run's draft (training.start)"
             )
         logger.warning("%s; the run continues with its own data", what)
 

@@ -14,18 +14,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from eagle_core.samples import SampleSource
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.config import TrackedRun, TrackingConfig
 from eagle_core.tracking.tracker import NoTracker, Tracker
 from eagle_core.tracking.trackers import open_trackers
+from eagle_core.training.checkpoint import newest
 from eagle_core.training.config import TrainingConfig
-from eagle_core.training.distributed import join_processes
+from eagle_core.training.distributed import ONE_PROCESS, Processes, join_processes
 from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.trainer import train
-from flows.bridge.draft_setup import set_up_draft
+from flows.bridge.draft_setup import DraftSetup, set_up_draft
+from flows.bridge.first_weights import as_begun, first_weights
 from flows.bridge.recompute import load_recompute_model
 from flows.bridge.stored_source import StoredSource
 from flows.workers.channel import channel_writer, report_errors, send
@@ -114,6 +117,27 @@ def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id:
     return TrackedRun(name=title, path=run_path, settings=settings)
 
 
+def begin(
+    setup: DraftSetup,
+    source: SampleSource,
+    held_out: SampleSource | None,
+    training: TrainingConfig,
+    tracker: Tracker,
+    processes: Processes = ONE_PROCESS,
+    *,
+    refetch: bool = True,
+) -> TrainingConfig:
+    """Give the draft the run's first weights, and report what they are worth as step 0.
+
+    Returns the settings to train with.
+    """
+    has_begun = newest(setup.run_path) is not None
+    start = first_weights(setup, source, held_out, training, processes, refetch=refetch)
+    if start is not None and not has_begun and (scalars := start.scalars()):
+        tracker.log(scalars, step=0)
+    return as_begun(training, start)
+
+
 @record  # torchrun's last output has the traceback of an unexpected error
 def main() -> int:
     """Run one rank of the job that the argument names; return the exit status."""
@@ -128,11 +152,11 @@ def main() -> int:
 
 def _train_joined(job: TrainJob, *, is_first: bool) -> None:
     target = job.target.model_copy(update={"device": _own_device(job.target)})
-    with join_processes():  # the draft must be gone when the block ends, hence a function
-        _train(job.model_copy(update={"target": target}), is_first=is_first)
+    with join_processes() as processes:  # the draft must be gone when the block ends
+        _train(job.model_copy(update={"target": target}), processes, is_first=is_first)
 
 
-def _train(job: TrainJob, *, is_first: bool) -> None:
+def _train(job: TrainJob, processes: Processes, *, is_first: bool) -> None:
     source, held_out = open_sources(job)
     setup = set_up_draft(job.target, job.training, job.run_path)
 
@@ -144,8 +168,9 @@ def _train(job: TrainJob, *, is_first: bool) -> None:
         _tracker(job, is_first=is_first) as tracker,
         stop_request(),  # one after the last step must not suppress the result
     ):
+        training = begin(setup, source, held_out, job.training, tracker, processes)
         result = train(
-            config=job.training,
+            config=training,
             draft=setup.draft,
             target_lm_head=setup.target_lm_head,
             source=source,

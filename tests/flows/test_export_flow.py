@@ -95,7 +95,7 @@ def draft_that_starts_from(
     folder: Path, target: TargetConfig, dataset: DatasetConfig, home: Path
 ) -> DraftModel:
     space, tokens = prepare(target, dataset, str(home))
-    training = TRAINING.model_copy(update={"start_from": str(folder), "draft_vocab_size": 150})
+    training = TRAINING.model_copy(update={"start": str(folder), "draft_vocab_size": 150})
     choose_vocabulary(target, training, TokenFile(tokens.train_path), space.run_path("on"))
     return set_up_draft(target, training, space.run_path("on")).draft
 

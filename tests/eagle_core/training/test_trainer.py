@@ -351,7 +351,7 @@ def test_the_best_measurement_has_a_checkpoint_wherever_it_falls(
             accuracies=(share,), acceptances=(share,), joint_prefix_accuracies=(share,)
         )
 
-    monkeypatch.setattr("eagle_core.training.trainer.measure_held_out", measured)
+    monkeypatch.setattr("eagle_core.training.trainer.measure", measured)
     every = {"held_out_every": 1, "checkpoint_every": 100, "max_steps": 6, "keep_last": 1}
     run(tmp_path, CONFIG.model_copy(update=every))
     run(tmp_path, CONFIG.model_copy(update={**every, "max_steps": 8}))  # goes on: 0.5 is known

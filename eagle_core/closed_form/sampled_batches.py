@@ -1,0 +1,90 @@
+"""The batches over which the sums of a closed-form start run: the first of a run's first epoch.
+
+They are kept in memory up to a limit and read again for each pass beyond it. Training reads them
+first, so what a cache holds of them is used twice.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from eagle_core.samples import SampleSource
+from eagle_core.training.config import TrainingConfig
+from eagle_core.training.distributed import Processes
+from eagle_core.training.loader import batch_end, epoch_order
+from eagle_core.training.packing import PackedBatch, pack
+
+_MOST_KEPT_BYTES = 8 << 30
+_SHARE_OF_MEMORY = 0.25
+_BATCH_TOKENS = 4096
+
+
+class SampledBatches:
+    """This process's share of the first `num_tokens` tokens of the first epoch."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        config: TrainingConfig,
+        processes: Processes,
+        *,
+        num_tokens: int,
+        refetch: bool = True,
+    ) -> None:
+        """Choose the samples; none is read yet.
+
+        Args:
+            source: the training samples.
+            config: its seed and window give the order.
+            processes: every process takes another share.
+            num_tokens: about how many tokens to read; all of the epoch if it has fewer.
+            refetch: whether batches beyond `kept_bytes` may be read once per pass. If not, the
+                sample ends with the last batch that is kept.
+
+        """
+        self._source, self._refetch = source, refetch
+        order = epoch_order(source.groups, seed=config.seed, epoch=0, window=config.shuffle_window)
+        lengths = source.lengths[order]
+        sampled = order[: int(np.searchsorted(np.cumsum(lengths), num_tokens)) + 1]
+        borders = [0]
+        while borders[-1] < len(sampled):
+            borders.append(
+                batch_end(sampled, source.lengths, first=borders[-1], batch_tokens=_BATCH_TOKENS)
+            )
+        members = [sampled[first:end] for first, end in pairwise(borders)]
+        self._members = members[processes.rank :: processes.world_size]
+        self.num_tokens = int(source.lengths[sampled].sum())
+        """Tokens of the sample, over all processes."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.kept_bytes = min(_MOST_KEPT_BYTES, int(memory * _SHARE_OF_MEMORY))
+        self.kept_bytes //= processes.world_size
+        """Bytes of packed batches that this process keeps in memory."""
+        self._kept: list[PackedBatch] = []
+        self._num_bytes = 0
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yield the batches, on the CPU, in the same order each time."""
+        yield from self._kept
+        while len(self._kept) < len(self._members) and self._num_bytes < self.kept_bytes:
+            batch = self._read(len(self._kept))
+            self._kept.append(batch)
+            self._num_bytes += batch.aux_hidden_states.nbytes + batch.last_hidden_state.nbytes
+            yield batch
+        if self._refetch:
+            yield from map(self._read, range(len(self._kept), len(self._members)))
+
+    def first(self, num_tokens: int) -> Sequence[PackedBatch]:
+        """Return the first batches, of about `num_tokens` tokens."""
+        found: list[PackedBatch] = []
+        for batch in self:
+            found.append(batch)
+            if sum(one.num_tokens for one in found) >= num_tokens:
+                break
+        return found
+
+    def _read(self, number: int) -> PackedBatch:
+        for members in self._members[number : number + 2]:  # the next one meanwhile
+            self._source.prefetch(members.tolist())
+        return pack([self._source.fetch(index) for index in self._members[number].tolist()])

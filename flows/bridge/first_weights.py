@@ -1,0 +1,231 @@
+"""The first weights of a run: made once, kept in its folder, and the same for every attempt.
+
+`start/` has the draft before the first step (`draft.safetensors`) and what is known of it
+(`start.json`). A run of an earlier version has no such folder; its first weights were drawn.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eagle_core.atomic_files import atomic_folder
+from eagle_core.closed_form.sampled_batches import SampledBatches
+from eagle_core.closed_form.start import SolvedStart, solve_start, tokens_needed
+from eagle_core.closed_form.state_sizes import measure_state_sizes
+from eagle_core.draft.model import DraftModel
+from eagle_core.samples import SampleSource
+from eagle_core.training.checkpoint import newest
+from eagle_core.training.config import (
+    CLOSED_FORM,
+    RANDOM,
+    RATE_OF_DRAWN_WEIGHTS,
+    TrainingConfig,
+)
+from eagle_core.training.distributed import ONE_PROCESS, Processes
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.result import Start
+from eagle_core.training.validation import held_out_batches
+from flows.bridge.draft_setup import DraftSetup
+
+_FOLDER = "start"
+_WEIGHTS_NAME = "draft.safetensors"
+_RECORD_NAME = "start.json"
+_SCALE_TOKENS = 16384
+"""Tokens from which the sizes of the aux channels are measured if nothing is solved."""
+_FROZEN = "embed_tokens.weight"
+"""The target's own tensor: not stored."""
+_BATCH_TOKENS = 4096
+
+logger = logging.getLogger(__name__)
+
+
+class _Record(BaseModel):
+    """Content of `start.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    identity: str
+    """Digest of what the first weights depend on."""
+    start: Start
+
+
+def first_weights(
+    setup: DraftSetup,
+    source: SampleSource,
+    held_out: SampleSource | None,
+    training: TrainingConfig,
+    processes: Processes = ONE_PROCESS,
+    *,
+    refetch: bool = True,
+) -> Start | None:
+    """Give the draft its first weights, and record them in the run's folder.
+
+    Nothing happens if the run has a checkpoint, whose weights the trainer loads. An interrupted
+    attempt starts over; one that ended is read.
+
+    Args:
+        setup: the drawn draft, or one read from a folder; it is changed.
+        source: the training samples.
+        held_out: samples to measure on, if any.
+        training: settings of the run.
+        processes: all of which call this; the first writes.
+        refetch: whether `source` may be read several times (`SampledBatches`).
+
+    Returns:
+        The record, or None for a run of an earlier version.
+
+    """
+    if newest(setup.run_path) is not None:
+        return read_start(setup.run_path)
+    identity = _identity(setup, source, training)
+    found = _read(setup.run_path)
+    if found is None or found.identity != identity or not load_first_weights(setup):
+        start = _make(setup, source, held_out, training, processes, refetch=refetch)
+        found = _Record(identity=identity, start=start)
+        if processes.is_first:
+            _write(setup.run_path, setup.draft, found)
+            _log(start, training)
+        processes.wait()
+        load_first_weights(setup)  # that of the first process, on all
+    return found.start
+
+
+def read_start(run_path: Path) -> Start | None:
+    """Return how a run began; None if that is not recorded."""
+    found = _read(run_path)
+    return None if found is None else found.start
+
+
+def as_begun(training: TrainingConfig, start: Start | None) -> TrainingConfig:
+    """Return the settings with the start that a run really had: its default rates depend on it.
+
+    A run of an earlier version and one whose solution was refused began with random weights.
+    """
+    if start is None or start.refused:
+        return training.model_copy(update={"start": RANDOM})
+    return training
+
+
+def load_first_weights(setup: DraftSetup) -> bool:
+    """Load a run's first weights into its draft, if they are kept; return whether they are."""
+    path = setup.run_path / _FOLDER / _WEIGHTS_NAME
+    try:
+        tensors = load_file(path)
+        frozen = {_FROZEN: setup.draft.embed_tokens.weight.detach().cpu()}
+        setup.draft.load_tensors({**tensors, **frozen})
+    except (OSError, SafetensorError, RuntimeError):
+        return False
+    return True
+
+
+def _identity(setup: DraftSetup, source: SampleSource, training: TrainingConfig) -> str:
+    content = {
+        "source_id": source.source_id,
+        "start": training.start or CLOSED_FORM,
+        "training": training.identity(),
+        "draft": setup.draft.config.model_dump(mode="json"),
+        "vocabulary": hashlib.sha256(setup.draft.t2d.cpu().numpy().tobytes()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _make(
+    setup: DraftSetup,
+    source: SampleSource,
+    held_out: SampleSource | None,
+    training: TrainingConfig,
+    processes: Processes,
+    *,
+    refetch: bool,
+) -> Start:
+    started = time.monotonic()
+    draft = setup.draft
+    num_tokens = tokens_needed(draft) if training.is_solved else _SCALE_TOKENS
+    batches = SampledBatches(source, training, processes, num_tokens=num_tokens, refetch=refetch)
+    sizes = measure_state_sizes(draft, batches, training, processes)
+    solved: SolvedStart | None = None
+    if training.start_folder is not None:
+        draft.set_aux_scale(sizes.aux_scale)
+    else:
+        draft.aux_scale.copy_(sizes.aux_scale)
+    if training.is_solved:
+        logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
+        solved = solve_start(
+            draft,
+            batches,
+            _measured(held_out, batches, training),
+            sizes,
+            setup.target_lm_head[draft.t2d],
+            training,
+            processes,
+        )
+    return Start(
+        kind=training.start or CLOSED_FORM,
+        num_tokens=batches.num_tokens,
+        seconds=time.monotonic() - started,
+        refused=solved.refused if solved else "",
+        accuracies=solved.figures.accuracies if solved else (),
+        acceptance_length=solved.figures.length if solved else 0.0,
+        is_held_out=held_out is not None,
+    )
+
+
+def _measured(
+    held_out: SampleSource | None, batches: SampledBatches, training: TrainingConfig
+) -> Sequence[PackedBatch]:
+    """Return what a solution is measured on: held-out samples, or else the first of the sample."""
+    if held_out is None:
+        return batches.first(training.held_out_tokens)
+    return list(
+        held_out_batches(held_out, batch_tokens=_BATCH_TOKENS, max_tokens=training.held_out_tokens)
+    )
+
+
+def _read(run_path: Path) -> _Record | None:
+    """Return the record of a run; None if there is none, or none that can be read."""
+    try:
+        return _Record.model_validate_json((run_path / _FOLDER / _RECORD_NAME).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _write(run_path: Path, draft: DraftModel, record: _Record) -> None:
+    tensors: dict[str, Tensor] = {
+        name: tensor.cpu().contiguous()
+        for name, tensor in draft.state_dict().items()
+        if name != _FROZEN
+    }
+    with atomic_folder(run_path / _FOLDER) as partial:
+        save_file(tensors, partial / _WEIGHTS_NAME)
+        (partial / _RECORD_NAME).write_text(record.model_dump_json(indent=2), encoding="utf-8")
+
+
+def _log(start: Start, training: TrainingConfig) -> None:
+    if start.refused:
+        logger.warning(
+            "training starts from random weights (training.start: %s would choose them): %s",
+            *(RANDOM, start.refused),
+        )
+    elif start.is_solved:
+        logger.info(
+            "training starts from solved weights: %.2f tokens per verifying forward on %s samples, "
+            "accuracy by TTT step %s (%.0f s)",
+            start.acceptance_length,
+            "held-out" if start.is_held_out else "its own",
+            " ".join(f"{accuracy:.1%}" for accuracy in start.accuracies),
+            start.seconds,
+        )
+        if training.peak_learning_rate > RATE_OF_DRAWN_WEIGHTS:
+            logger.warning(
+                "training.learning_rate is %g: it soon destroys solved weights; leave it out, or "
+                "set training.start=%s",
+                *(training.peak_learning_rate, RANDOM),
+            )

@@ -1,0 +1,165 @@
+"""First weights that are solved agree with the target before any training, or are refused."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eagle_core.closed_form.feed_forward import solve_feed_forward
+from eagle_core.closed_form.layer import Channels, write_recurrence
+from eagle_core.closed_form.predictions import Predictions
+from eagle_core.closed_form.recurrence import fit_recurrence
+from eagle_core.closed_form.start import SolvedStart, solve_start, tokens_needed
+from eagle_core.closed_form.state_sizes import measure_state_sizes
+from eagle_core.draft.model import DraftModel
+from eagle_core.training.config import TttConfig
+from eagle_core.training.distributed import ONE_PROCESS
+from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.ttt import ttt_step
+from eagle_core.training.validation import measure
+from tests.eagle_core.closed_form.linear_source import (
+    HEAD,
+    HIDDEN_SIZE,
+    LinearSource,
+    small_draft,
+)
+
+OPTIONS = TttConfig(ttt_length=4)
+
+
+def batches(source: LinearSource) -> list[PackedBatch]:
+    count = len(source.lengths)
+    return [
+        pack([source.fetch(index) for index in range(first, min(first + 20, count))])
+        for first in range(0, count, 20)
+    ]
+
+
+TRAIN, HELD_OUT = batches(LinearSource()), batches(LinearSource(num_samples=30, seed=1))
+
+
+def solve(
+    draft: DraftModel, train: Sequence[PackedBatch] = TRAIN, options: TttConfig = OPTIONS
+) -> SolvedStart:
+    sizes = measure_state_sizes(draft, train, OPTIONS, ONE_PROCESS)
+    draft.aux_scale.copy_(sizes.aux_scale)
+    head = HEAD[draft.t2d]
+    return solve_start(draft, train, HELD_OUT, sizes, head, options, ONE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"norm_output": True}, {"fc_norm": True}, {"fc_norm": True, "norm_output": True}],
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 4), (2, 1)])
+def test_a_solved_draft_agrees_with_the_target_at_every_step(
+    heads: int, kv_heads: int, settings: Mapping[str, bool]
+) -> None:
+    found = solve(small_draft(heads=heads, kv_heads=kv_heads, **settings))
+    assert not found.refused
+    assert min(found.figures.accuracies) > 0.5  # of 60 tokens, 50 of which the draft knows
+    assert found.figures.length > 2.2
+
+
+def test_its_figures_are_those_of_the_draft() -> None:
+    draft = small_draft()
+    found = solve(draft)
+    head = HEAD[draft.t2d]
+    again = measure(lambda batch, head: ttt_step(draft, batch, head, OPTIONS), HELD_OUT, head)
+    assert again == found.figures
+
+
+def test_the_same_states_give_the_same_weights() -> None:
+    first, second = small_draft(), small_draft()
+    solve(first)
+    solve(second)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+def test_every_parameter_can_still_be_trained() -> None:
+    draft = small_draft()
+    solve(draft)
+    ttt_step(draft, TRAIN[0], HEAD[draft.t2d], OPTIONS).loss.backward()
+    for name, parameter in draft.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert parameter.grad.any(), name
+
+
+def test_solving_the_feed_forward_block_lowers_the_loss() -> None:
+    draft = small_draft()
+    sizes = measure_state_sizes(draft, TRAIN, OPTIONS, ONE_PROCESS)
+    draft.aux_scale.copy_(sizes.aux_scale)
+    channels = Channels.of(draft, sizes.final_gain)
+
+    def rows_of(batch: PackedBatch) -> Predictions:
+        return Predictions.of(draft, batch, sizes, OPTIONS)
+
+    @torch.no_grad()
+    def loss() -> float:
+        head = HEAD[draft.t2d]
+        return sum(float(ttt_step(draft, batch, head, OPTIONS).loss) for batch in HELD_OUT)
+
+    rows, ones = [rows_of(batch) for batch in TRAIN], torch.ones(HIDDEN_SIZE)
+    found = fit_recurrence(rows, ones, draft.fc.in_features, ONE_PROCESS)
+    write_recurrence(draft, found, gain=sizes.final_gain, channels=channels)
+    before = loss()
+    solve_feed_forward(draft, TRAIN, rows_of, OPTIONS, ONE_PROCESS, channels=channels)
+    assert loss() < 0.95 * before
+    units = draft.midlayer.mlp.up_proj.weight.abs().sum(dim=1)
+    assert (units > 0).all()
+
+
+def drawn_again(draft: DraftModel) -> bool:
+    """Return whether all weights are as they were drawn."""
+    fresh = small_draft().state_dict()
+    return all(
+        torch.equal(weight, fresh[name])
+        for name, weight in draft.state_dict().items()
+        if name != "aux_scale"
+    )
+
+
+def test_a_solution_that_is_no_better_than_one_token_is_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = [
+        replace(
+            batch,
+            last_hidden_state=torch.randn(batch.last_hidden_state.shape, generator=generator),
+            target_argmax=torch.full_like(batch.target_argmax, 40),
+        )
+        for batch in TRAIN
+    ]
+    draft = small_draft()
+    sizes = measure_state_sizes(draft, noise, OPTIONS, ONE_PROCESS)
+    found = solve_start(draft, noise, noise, sizes, HEAD[draft.t2d], OPTIONS, ONE_PROCESS)
+    assert "always proposes the same token at 100.0%" in found.refused
+    assert drawn_again(draft)
+
+
+def test_states_that_are_not_finite_are_refused() -> None:
+    aux = TRAIN[0].aux_hidden_states.clone()
+    aux[30, 2] = float("nan")
+    draft = small_draft()
+    found = solve(draft, [replace(TRAIN[0], aux_hidden_states=aux), *TRAIN[1:]])
+    assert "not finite" in found.refused
+    assert drawn_again(draft)
+
+
+def test_answers_of_which_nothing_counts_are_refused() -> None:
+    silent = [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in TRAIN]
+    draft = small_draft()
+    assert "no position" in solve(draft, silent).refused
+    assert drawn_again(draft)
+
+
+def test_a_single_step_of_training_time_test() -> None:
+    found = solve(small_draft(), options=TttConfig(ttt_length=1))
+    assert not found.refused
+    assert found.figures.accuracies[0] > 0.5
+
+
+def test_larger_drafts_need_more_tokens() -> None:
+    assert tokens_needed(small_draft()) == 40 * 4 * 32
