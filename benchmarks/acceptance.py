@@ -42,6 +42,7 @@ from eagle_core.tracking.tracker import NoTracker
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.trainer import train
 from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
+from flows.bridge.first_weights import as_begun, first_weights
 from flows.bridge.online_source import OnlineSource
 from flows.bridge.recompute import load_recompute_model
 from flows.bridge.store_identity import omitted_states
@@ -292,8 +293,9 @@ def _trained(experiment: Experiment, source: SampleSource, *, num_seeds: int) ->
         config = experiment.training.model_copy(update={"seed": seed})
         choose_vocabulary(experiment.recipe.target, config, experiment.tokens, run_path)
         setup = set_up_draft(experiment.recipe.target, config, run_path)
+        begun = first_weights(setup, source, experiment.held_out, config)
         trained = train(
-            config=config,
+            config=as_begun(config, begun),
             draft=setup.draft,
             target_lm_head=setup.target_lm_head,
             source=source,
@@ -322,8 +324,8 @@ def _row(kind: str, decoded: dict[str, Decoded], costs: dict[str, str]) -> str:
     difference = ""
     if reference is not None and kind != LOSSLESS:
         shift = found.length(every) - reference.length(every)
-        difference = _with_interval(shift, lambda: found.interval(reference), "{:+.3f}")
-    length = _with_interval(found.length(every), found.interval, "{:.3f}")
+        difference = with_interval(shift, lambda: found.interval(reference), "{:+.3f}")
+    length = with_interval(found.length(every), found.interval, "{:.3f}")
     exact, sampled = (
         f"{lengths.mean():.4f} ({lengths.min():.4f} to {lengths.max():.4f})"
         for lengths in found.held_out.T
@@ -331,7 +333,8 @@ def _row(kind: str, decoded: dict[str, Decoded], costs: dict[str, str]) -> str:
     return f"| {kind} | {costs[kind]} | {length} | {difference} | {by_seed} | {exact} | {sampled} |"
 
 
-def _with_interval(value: float, interval: Callable[[], tuple[float, float]], form: str) -> str:
+def with_interval(value: float, interval: Callable[[], tuple[float, float]], form: str) -> str:
+    """Return a value with its interval."""
     low, high = (form.format(end) for end in interval())
     return f"{form.format(value)} ({low} to {high})"
 
