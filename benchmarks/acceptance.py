@@ -293,9 +293,9 @@ def _trained(experiment: Experiment, source: SampleSource, *, num_seeds: int) ->
         config = experiment.training.model_copy(update={"seed": seed})
         choose_vocabulary(experiment.recipe.target, config, experiment.tokens, run_path)
         setup = set_up_draft(experiment.recipe.target, config, run_path)
-        begun = first_weights(setup, source, experiment.held_out, config)
+        first_weights(setup, source, experiment.held_out, config)
         trained = train(
-            config=as_begun(config, begun),
+            config=as_begun(config, run_path),
             draft=setup.draft,
             target_lm_head=setup.target_lm_head,
             source=source,

@@ -211,7 +211,7 @@ def _trained(experiment: Experiment, arm: str, *, num_seeds: int) -> Outcome:
             seconds.append(begun.seconds)
             pass_tokens = begun.num_tokens
             trained = train(
-                config=as_begun(config, begun),
+                config=as_begun(config, run_path),
                 draft=setup.draft,
                 target_lm_head=setup.target_lm_head,
                 source=experiment.source,

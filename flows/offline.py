@@ -10,6 +10,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
+from flows.bridge.draft_setup import require_start
 from flows.bridge.run import begun_run
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
@@ -49,6 +50,7 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     data set; the others use its snapshot, or the run's own if the run has begun.
     """
     require_trackers(tracking)  # fail now, not after hours of hidden states
+    require_start(training)
     started = time.monotonic()
     prepare_weights(target)
     # Of all stages together: evaluation comes last.

@@ -20,7 +20,7 @@ from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
-from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
+from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, require_start, set_up_draft
 from flows.bridge.keep_online_states import StateKeeper
 from flows.bridge.online_source import OnlineSource
 from flows.bridge.recompute import TargetRecompute, load_recompute_model
@@ -91,6 +91,7 @@ def online(
             "offline flow, where several processes read stored states"
         )
     require_trackers(tracking)
+    require_start(training)
     config = RunConfig(
         target=target, dataset=dataset, store=store, training=training, tracking=tracking
     )

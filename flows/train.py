@@ -15,7 +15,13 @@ from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
-from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup, choose_vocabulary, set_up_draft
+from flows.bridge.draft_setup import (
+    VOCABULARY_NAME,
+    DraftSetup,
+    choose_vocabulary,
+    require_start,
+    set_up_draft,
+)
 from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run, write_run
 from flows.bridge.run_lock import RunLock, sole_training
@@ -76,6 +82,7 @@ def train_flow(
     """
     _require_devices(target, training.num_processes)
     require_trackers(tracking)
+    require_start(training)
     config = RunConfig(
         target=target, dataset=dataset, store=store, training=training, tracking=tracking
     )

@@ -25,6 +25,10 @@ _ROUNDS = 1
 _UNIT_SIZE = 0.1
 """Root mean square of every unit's output; see `layer._UNIT_INPUT`."""
 
+_SMALLEST = 0.01
+"""Units smaller than this share of the largest one have no weight: of those that are closed, or
+that read a direction in which nothing varies, bfloat16 would leave only rounding."""
+
 Rows = Callable[[PackedBatch], Predictions]
 
 
@@ -56,7 +60,9 @@ def solve_feed_forward(
             _add_rows(sums, draft, batch, rows_of(batch), options, channels)
         sums.sum_over(processes)
         sizes = (sums.gram.diagonal() / sums.num_rows).sqrt()
-        factors = torch.where(sizes > 0, sizes / _UNIT_SIZE, 1.0).unsqueeze(1)
+        is_empty = sizes < _SMALLEST * sizes.max()
+        sums.drop(is_empty)
+        factors = torch.where(is_empty, 1.0, sizes / _UNIT_SIZE).unsqueeze(1)
         mlp.up_proj.weight.div_(factors)
         mlp.down_proj.weight.copy_((sums.solve() * factors).T)
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from eagle_core.closed_form.recurrence import Recurrence
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
+from eagle_core.errors import ConfigError
 
 _CONSTANT = 10.0
 """The constant / the 2-norm of the other channels."""
@@ -83,21 +84,23 @@ def write_recurrence(
     """
     config, layer = draft.config, draft.midlayer
     one = 1 / math.sqrt(config.hidden_size)
-    states = gain.square().mean().sqrt().item() if config.norm_output else 1.0
-    factor = _CONSTANT * max(1.0, states)
+    factor = _CONSTANT
     for norm, weight in (
         (layer.hidden_norm, torch.ones_like(gain)),
         (layer.post_attention_layernorm, torch.full_like(gain, _UNIT_INPUT)),
-        (draft.norm, gain),
+        (draft.norm, torch.ones_like(gain) if config.norm_output else gain),
     ):
         norm.weight.copy_(weight * factor)  # the constant makes it divide by `factor`
         norm.weight[channels.constant] = one
         norm.weight[channels.flag] = one * factor / _FLAG
     draft.norm.weight[channels.flag] = one  # it is cleared, and stays so
-    if config.norm_output:
-        draft.norm.weight[channels.constant] = factor  # the next step reads it
+    if config.norm_output:  # the next step reads the norm's output: the gain is the head's
+        draft.norm.weight[channels.constant] = factor
+        draft.lm_head.weight.mul_(gain)
     draft.lm_head.weight[:, [channels.constant, channels.flag]] = 0
     rank = min(config.hidden_size // 2, config.intermediate_size // 2)
+    if rank < 2:
+        raise ConfigError("the draft is too small to hold a linear recurrence")
     parts = _Parts.of(found, channels, rank=min(rank, _own_heads(config) * config.head_dim))
     draft.fc.weight.copy_(parts.fusing)
     constant = found.constant.to(draft.fc.weight) / one

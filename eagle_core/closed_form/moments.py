@@ -58,12 +58,17 @@ class Moments:
         gram, cross = self.gram[features, features], self.cross[features]
         if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
             raise ConfigError("the sums over the states are not finite")
-        squares = gram.diagonal()
-        if not bool(squares.any()):
+        if not bool(self.num_rows.any()):
             raise ConfigError("no position of the sampled data counts")
         factors = torch.linalg.cholesky(self._damped(features, ridge))
         solution: Tensor = torch.cholesky_solve(cross, factors)
         return solution
+
+    def drop(self, is_dropped: Tensor) -> None:
+        """Make features [F] (bool) as if they had always been zero: their weights are zero."""
+        self.gram[is_dropped] = 0
+        self.gram[:, is_dropped] = 0
+        self.cross[is_dropped] = 0
 
     def unexplained(self, features: slice, by: slice) -> Tensor:
         """Return the second moments of `features` that a regression on features `by` leaves."""
@@ -72,11 +77,12 @@ class Moments:
         return self.gram[features, features] - explained
 
     def _damped(self, features: slice, ridge: float) -> Tensor:
-        gram = self.gram[features, features]
-        squares = gram.diagonal()
-        damping = squares * ridge * len(gram) / self.num_rows[features].clamp(min=1)
+        damped = self.gram[features, features].clone()
+        squares = damped.diagonal()
+        damping = squares * ridge * len(damped) / self.num_rows[features].clamp(min=1)
         # A feature that is always zero gets the weight zero.
-        return gram + torch.diag(torch.where(squares > 0, damping, 1.0))
+        squares += torch.where(squares > 0, damping, 1.0)
+        return damped
 
 
 def _zeros(*shape: int, device: torch.device) -> Tensor:

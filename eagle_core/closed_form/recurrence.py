@@ -4,11 +4,10 @@ With a the aux states, e_k the embedding of the token that step k adds, and p_k 
 the target's final state:
 
     p_0 = F a + E e_0
-    p_k = M g p_(k-1) + N e_k
+    p_k = M p_(k-1) + N e_k
 
-F fuses, M carries, E and N embed. g is what lies between two steps: the gain of the final norm with
-`norm_output`, else 1. The regression of later steps needs the predictions of earlier ones: those of
-the last solution.
+F fuses, M carries, E and N embed. The regression of later steps needs the predictions of earlier
+ones: those of the last solution.
 
 Shapes: H draft hidden, Ht target hidden, A_k indices of step k.
 """
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from eagle_core.closed_form.moments import Moments
 from eagle_core.closed_form.predictions import Predictions
+from eagle_core.draft.model import DraftModel
 from eagle_core.training.distributed import Processes
 
 _ROUNDS = 2
@@ -45,14 +45,14 @@ class Recurrence:
     num_embeddings: int
     """Rows of these moments."""
     state_moments: Tensor
-    """[H, H] mean of z z^T, for the states z that the layer reads: F a, and g p of later steps"""
+    """[H, H] mean of z z^T, for the states z that the layer reads: F a, and p of later steps"""
 
-    def predictions(self, rows: Predictions, between: Tensor) -> Iterator[Tensor]:
-        """Yield per step the predictions [A_k, H] of a batch; `between` is g [H]."""
+    def predictions(self, rows: Predictions) -> Iterator[Tensor]:
+        """Yield per step the predictions [A_k, H] of a batch."""
         yield (state := self.first(rows, rows.indices[0]))
         carry, embedding = self.carry.float().T, self.later_embedding.float().T
         for step in range(1, len(rows.indices)):
-            carried = (state[rows.kept(step)] * between) @ carry
+            carried = state[rows.kept(step)] @ carry
             yield (state := carried + rows.embeddings(step) @ embedding)
 
     def first(self, rows: Predictions, indices: Tensor) -> Tensor:
@@ -62,29 +62,29 @@ class Recurrence:
 
 
 def fit_recurrence(
-    batches: Iterable[Predictions], between: Tensor, num_aux: int, processes: Processes
+    batches: Iterable[Predictions], draft: DraftModel, processes: Processes
 ) -> Recurrence:
     """Solve the maps on the rows of `batches`, which are read `_ROUNDS` + 1 times.
 
     Args:
         batches: rows of this process; can be iterated several times.
-        between: g [H].
-        num_aux: 3Ht.
+        draft: of the same sizes.
         processes: all of which call this; each gets the same maps.
 
     Raises:
         ConfigError: no position counts, or the states are not finite.
 
     """
-    fitted = _first_step(batches, between, num_aux, processes)
-    size, fused = len(between), fitted.state_moments
+    size, device = draft.config.hidden_size, draft.fc.weight.device
+    fitted = _first_step(batches, draft.fc.in_features, size, device, processes)
+    fused = fitted.state_moments
     for round_number in range(_ROUNDS):
-        later = Moments(2 * size, size, between.device)
+        later = Moments(2 * size, size, device)
         for rows in batches:
-            before = _before(rows, fitted, between, anew=round_number == 0)
+            before = _before(rows, fitted, anew=round_number == 0)
             for step, state in enumerate(before, start=1):
                 counted = rows.is_counted[step]
-                features = torch.cat([state * between, rows.embeddings(step)], dim=1)
+                features = torch.cat([state, rows.embeddings(step)], dim=1)
                 later.add(features[counted], rows.finals(step)[counted])
         later.sum_over(processes)
         if not bool(later.num_rows.any()):  # a run of one step, or answers of one token
@@ -100,11 +100,14 @@ def fit_recurrence(
 
 
 def _first_step(
-    batches: Iterable[Predictions], between: Tensor, num_aux: int, processes: Processes
+    batches: Iterable[Predictions],
+    num_aux: int,
+    size: int,
+    device: torch.device,
+    processes: Processes,
 ) -> Recurrence:
     """Solve step 0; later steps are as if they had no effect."""
-    size = len(between)
-    first = Moments(num_aux + size, size + 1, between.device)
+    first = Moments(num_aux + size, size + 1, device)
     for rows in batches:
         counted, at = rows.is_counted[0], rows.indices[0]
         features = torch.cat([rows.aux[at], rows.embeddings(0)], dim=1)
@@ -119,7 +122,7 @@ def _first_step(
     return Recurrence(
         fusing=fusing,
         first_embedding=solution[:, of_embedding],
-        carry=identity / between.double(),
+        carry=identity,
         later_embedding=torch.zeros_like(identity),
         constant=first.solve(of_aux)[:, size],
         embedding_moments=first.unexplained(of_embedding, by=of_aux),
@@ -128,9 +131,7 @@ def _first_step(
     )
 
 
-def _before(
-    rows: Predictions, fitted: Recurrence, between: Tensor, *, anew: bool
-) -> Iterator[Tensor]:
+def _before(rows: Predictions, fitted: Recurrence, *, anew: bool) -> Iterator[Tensor]:
     """Yield for the rows of each step k > 0 the prediction that it reads [A_k, H].
 
     With `anew` it is the first step's at the later index: the carrying map is not known yet.
@@ -139,5 +140,5 @@ def _before(
     if anew:
         yield from (fitted.first(rows, rows.indices[step] + step - 1) for step in steps)
         return
-    for step, state in zip(steps, fitted.predictions(rows, between), strict=False):
+    for step, state in zip(steps, fitted.predictions(rows), strict=False):
         yield state[rows.kept(step)]

@@ -7,6 +7,7 @@ first, so what a cache holds of them is used twice.
 import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -55,14 +56,19 @@ class SampledBatches:
             )
         members = [sampled[first:end] for first, end in pairwise(borders)]
         self._members = members[processes.rank :: processes.world_size]
-        self.num_tokens = int(source.lengths[sampled].sum())
-        """Tokens of the sample, over all processes."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.kept_bytes = min(_MOST_KEPT_BYTES, int(memory * _SHARE_OF_MEMORY))
+        self._planned_tokens = int(source.lengths[sampled].sum())
+        self.kept_bytes = min(_MOST_KEPT_BYTES, int(_memory_bytes() * _SHARE_OF_MEMORY))
         self.kept_bytes //= processes.world_size
         """Bytes of packed batches that this process keeps in memory."""
         self._kept: list[PackedBatch] = []
         self._num_bytes = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sample, over all processes; without `refetch` those that are kept."""
+        if self._refetch:
+            return self._planned_tokens
+        return sum(batch.num_tokens for batch in self._kept)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yield the batches, on the CPU, in the same order each time."""
@@ -88,3 +94,13 @@ class SampledBatches:
         for members in self._members[number : number + 2]:  # the next one meanwhile
             self._source.prefetch(members.tolist())
         return pack([self._source.fetch(index) for index in self._members[number].tolist()])
+
+
+def _memory_bytes() -> int:
+    """Return the memory of this machine, or of its container if that has less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no limit, or another system
+        return machine
+    return min(machine, limit)

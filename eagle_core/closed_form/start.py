@@ -7,7 +7,7 @@ is refused: the draft is then left as it was drawn.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -24,7 +24,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.training.config import TttConfig
 from eagle_core.training.distributed import Processes
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import batch_positions, ttt_step
+from eagle_core.training.ttt import TttOutcome, batch_positions
 from eagle_core.training.validation import HeldOutFigures, measure
 
 _TOKENS_PER_INPUT = 40
@@ -39,12 +39,16 @@ def tokens_needed(draft: DraftModel) -> int:
     return _TOKENS_PER_INPUT * (draft.fc.in_features + draft.config.hidden_size)
 
 
+Step = Callable[[PackedBatch, Tensor], TttOutcome]
+"""Measures the draft on a batch, with a target head, in the arithmetic of the run."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolvedStart:
-    """What a solution is worth, and why it was refused if it was."""
+    """What solved weights are worth, or why they were refused."""
 
-    figures: HeldOutFigures
-    """Of the solution, before the first step of training."""
+    figures: HeldOutFigures | None = None
+    """Before the first step of training; None if they were refused."""
     refused: str = ""
     """Empty if the draft has the solved weights."""
 
@@ -53,9 +57,10 @@ class SolvedStart:
 def solve_start(
     draft: DraftModel,
     batches: Iterable[PackedBatch],
-    measured: Sequence[PackedBatch],
+    measured: Callable[[], Iterable[PackedBatch]],
     sizes: StateSizes,
     target_head: Tensor,
+    step: Step,
     options: TttConfig,
     processes: Processes,
 ) -> SolvedStart:
@@ -63,32 +68,40 @@ def solve_start(
 
     Args:
         draft: drawn, with its `aux_scale`, the same on all processes.
-        batches: this process's share of the sample; read about six times.
-        measured: batches to measure the solution on, the same on all processes.
+        batches: this process's share of the sample; read about five times.
+        measured: returns batches to measure the solution on, the same on all processes.
         sizes: of the target's states.
         target_head: [D, Ht] the target's head rows of the draft vocabulary, on the draft's device.
+        step: measures the draft on a batch.
         options: the training-time-test settings of the run.
-        processes: all of which call this.
+        processes: all of which call this; all decide alike.
 
     """
     drawn = {name: part.cpu().clone() for name, part in draft.state_dict().items()}
+    figures = None
     try:
         _solve(draft, batches, sizes, options, processes)
-        refused = ""
-    except (ConfigError, RuntimeError) as error:
-        refused = f"it cannot be solved: {error}"
-    figures = measure(
-        lambda batch, head: ttt_step(draft, batch, head, options), measured, target_head
-    )
-    floor = _accuracy_of_one_token(draft, measured, options)
-    if not refused and not figures.accuracies[0] > floor:
-        refused = (
-            f"the solved draft agrees with the target at {figures.accuracies[0]:.1%} of the "
-            f"positions, and one that always proposes the same token at {floor:.1%}"
-        )
+        figures = measure(step, measured(), target_head)
+        refused = _objection(draft, figures, _share_of_one_token(draft, measured(), options))
+    except (ConfigError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        refused = f"they cannot be solved: {error}"
     if processes.any(bool(refused)):
         draft.load_tensors(drawn)
-    return SolvedStart(figures=figures, refused=refused)
+        return SolvedStart(refused=refused or "another process refused them")
+    return SolvedStart(figures=figures)
+
+
+def _objection(draft: DraftModel, figures: HeldOutFigures, floor: float) -> str:
+    """Return why a solution is no good, or an empty text."""
+    if not all(bool(torch.isfinite(part).all()) for part in draft.parameters()):
+        return "they are not finite"
+    accuracy = sum(figures.accuracies) / len(figures.accuracies)
+    if accuracy > floor:
+        return ""
+    return (
+        f"they agree with the target at {accuracy:.1%} of the positions of all steps, and a draft "
+        f"that always proposes the same token at {floor:.1%}"
+    )
 
 
 def _solve(
@@ -104,22 +117,20 @@ def _solve(
         return Predictions.of(draft, batch, sizes, options)
 
     on_device = _Mapped(batches, lambda batch: batch.to(device))
-    between = gain if draft.config.norm_output else torch.ones_like(gain)
-    num_aux = draft.fc.in_features
-    found = fit_recurrence(_Mapped(on_device, rows_of), between, num_aux, processes)
+    found = fit_recurrence(_Mapped(on_device, rows_of), draft, processes)
     channels = Channels.of(draft, gain)
     write_recurrence(draft, found, gain=gain, channels=channels)
     solve_feed_forward(draft, on_device, rows_of, options, processes, channels=channels)
 
 
-def _accuracy_of_one_token(
+def _share_of_one_token(
     draft: DraftModel, batches: Iterable[PackedBatch], options: TttConfig
 ) -> float:
     """Return the share of positions where the target's most frequent next token is the next."""
     counts: Counter[int] = Counter()
     for batch in batches:
-        supervised = batch_positions(draft.t2d.to(batch.input_ids.device), batch, options)
-        at = supervised.supervised[0].nonzero().squeeze(1) + 1
+        positions = batch_positions(draft.t2d.to(batch.input_ids.device), batch, options)
+        at = positions.supervised[0].nonzero().squeeze(1) + 1
         counts.update(batch.target_argmax[at].tolist())
     return max(counts.values(), default=0) / max(counts.total(), 1)
 

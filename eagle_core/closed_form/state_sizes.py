@@ -70,8 +70,8 @@ def _power_of_two(sizes: Tensor) -> Tensor:
 
 def _final_gain(norms: Moments) -> Tensor:
     mean_squares = norms.cross.squeeze(1) / norms.num_rows
-    if not bool(torch.isfinite(mean_squares).all() and mean_squares.any()):
-        return torch.ones_like(mean_squares)  # nothing can be solved; training names the samples
+    if not bool(norms.num_rows.any() and torch.isfinite(norms.gram).all()):
+        return torch.ones_like(mean_squares)  # nothing can be solved from such states
     smallest = mean_squares[mean_squares > 0].min()
     by_channel = mean_squares.clamp(min=smallest)
     width = len(by_channel)

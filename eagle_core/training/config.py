@@ -73,6 +73,7 @@ class TrainingConfig(TttConfig):
     )
     start: str | None = Field(
         default=CLOSED_FORM,
+        min_length=1,
         description="The draft's first weights: closed_form solves them from the target's states; "
         "random draws them; or the folder of an EAGLE-3 draft in any layout that engines load.",
     )

@@ -29,7 +29,7 @@ from eagle_core.target.skeleton import reason_of
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.checkpoint import load_draft, newest
-from eagle_core.training.config import TrainingConfig
+from eagle_core.training.config import CLOSED_FORM, RANDOM, TrainingConfig
 
 VOCABULARY_NAME = "draft_vocabulary.safetensors"
 
@@ -66,11 +66,21 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
     draft.initialise(
         embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed
     )
-    if training.start_folder is not None:
+    if training.start_folder is not None and newest(run_path) is None:
         _start_from(
             draft, training.start_folder, aux_layers(target, model_config.num_hidden_layers)
         )
     return DraftSetup(run_path=run_path, draft=draft.to(device), target_lm_head=lm_head.to(device))
+
+
+def require_start(training: TrainingConfig) -> None:
+    """Raise ConfigError if the draft to start from is not there."""
+    folder = training.start_folder
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(
+            f"training.start is {training.start}, and there is no such folder: give "
+            f"{CLOSED_FORM}, {RANDOM}, or the folder of an EAGLE-3 draft"
+        )
 
 
 def require_draft_sizes(target: TargetConfig) -> None:

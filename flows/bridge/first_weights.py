@@ -8,30 +8,36 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
+import torch
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle_core.atomic_files import atomic_folder
+from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.closed_form.sampled_batches import SampledBatches
 from eagle_core.closed_form.start import SolvedStart, solve_start, tokens_needed
 from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
+from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import newest
 from eagle_core.training.config import (
     CLOSED_FORM,
     RANDOM,
     RATE_OF_DRAWN_WEIGHTS,
+    RATE_OF_GIVEN_WEIGHTS,
     TrainingConfig,
 )
 from eagle_core.training.distributed import ONE_PROCESS, Processes
 from eagle_core.training.packing import PackedBatch
+from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.result import Start
+from eagle_core.training.ttt import TttOutcome, ttt_step
 from eagle_core.training.validation import held_out_batches
 from flows.bridge.draft_setup import DraftSetup
 
@@ -43,6 +49,10 @@ _SCALE_TOKENS = 16384
 _FROZEN = "embed_tokens.weight"
 """The target's own tensor: not stored."""
 _BATCH_TOKENS = 4096
+_OWN_TOKENS = 16384
+"""Tokens of its own sample on which a solution is measured if nothing is held out."""
+_SOLVED_WITH = ("ttt_length", "loss_positions", "seed", "shuffle_window")
+"""Settings that decide what is solved, beside the drawn draft."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +64,8 @@ class _Record(BaseModel):
 
     identity: str
     """Digest of what the first weights depend on."""
+    weights_digest: str
+    """xxh3_128 of `draft.safetensors`."""
     start: Start
 
 
@@ -87,15 +99,15 @@ def first_weights(
         return read_start(setup.run_path)
     identity = _identity(setup, source, training)
     found = _read(setup.run_path)
-    if found is None or found.identity != identity or not load_first_weights(setup):
+    is_usable = found is not None and found.identity == identity and load_first_weights(setup)
+    if processes.any(not is_usable):
         start = _make(setup, source, held_out, training, processes, refetch=refetch)
-        found = _Record(identity=identity, start=start)
         if processes.is_first:
-            _write(setup.run_path, setup.draft, found)
+            _write(setup.run_path, setup.draft, identity, start)
             _log(start, training)
         processes.wait()
         load_first_weights(setup)  # that of the first process, on all
-    return found.start
+    return read_start(setup.run_path)
 
 
 def read_start(run_path: Path) -> Start | None:
@@ -104,25 +116,38 @@ def read_start(run_path: Path) -> Start | None:
     return None if found is None else found.start
 
 
-def as_begun(training: TrainingConfig, start: Start | None) -> TrainingConfig:
-    """Return the settings with the start that a run really had: its default rates depend on it.
+def as_begun(training: TrainingConfig, run_path: Path) -> TrainingConfig:
+    """Return the settings with the peak learning rate of a run that names none.
 
-    A run of an earlier version and one whose solution was refused began with random weights.
+    It is that of its checkpoint, or else the default for the first weights that it really has.
     """
-    if start is None or start.refused:
-        return training.model_copy(update={"start": RANDOM})
-    return training
+    if training.learning_rate is not None:
+        return training
+    folder, start = newest(run_path), read_start(run_path)
+    rate = training.peak_learning_rate
+    if folder is not None:
+        rate = checkpoint.read(folder).identity.get("training", {}).get("learning_rate", rate)
+    elif start is not None and start.refused:
+        rate = RATE_OF_DRAWN_WEIGHTS
+    return training.model_copy(update={"learning_rate": rate})
 
 
 def load_first_weights(setup: DraftSetup) -> bool:
-    """Load a run's first weights into its draft, if they are kept; return whether they are."""
-    path = setup.run_path / _FOLDER / _WEIGHTS_NAME
+    """Load a run's first weights into its draft, if they are kept and whole; return whether."""
+    path, record = setup.run_path / _FOLDER / _WEIGHTS_NAME, _read(setup.run_path)
     try:
+        if record is None or file_digest(path) != record.weights_digest:
+            return False
         tensors = load_file(path)
-        frozen = {_FROZEN: setup.draft.embed_tokens.weight.detach().cpu()}
-        setup.draft.load_tensors({**tensors, **frozen})
-    except (OSError, SafetensorError, RuntimeError):
+    except OSError:
         return False
+    own = setup.draft.state_dict()
+    tensors[_FROZEN] = own[_FROZEN].cpu()
+    if {name: part.shape for name, part in tensors.items()} != {
+        name: part.shape for name, part in own.items()
+    }:
+        return False
+    setup.draft.load_tensors(tensors)
     return True
 
 
@@ -130,11 +155,19 @@ def _identity(setup: DraftSetup, source: SampleSource, training: TrainingConfig)
     content = {
         "source_id": source.source_id,
         "start": training.start or CLOSED_FORM,
-        "training": training.identity(),
-        "draft": setup.draft.config.model_dump(mode="json"),
-        "vocabulary": hashlib.sha256(setup.draft.t2d.cpu().numpy().tobytes()).hexdigest(),
+        "training": {name: getattr(training, name) for name in _SOLVED_WITH},
+        "drawn": _digest(setup.draft),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(draft: DraftModel) -> str:
+    """Return a digest of a draft before its first weights: sizes, vocabulary and all weights."""
+    digest = xxhash.xxh3_128(draft.config.model_dump_json().encode())
+    for name, tensor in sorted(draft.state_dict().items()):
+        if name != _FROZEN:
+            digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _make(
@@ -156,14 +189,22 @@ def _make(
         draft.set_aux_scale(sizes.aux_scale)
     else:
         draft.aux_scale.copy_(sizes.aux_scale)
+    dtype = multiplying_dtype(training.dtype, draft.fc.weight.device)
+
+    def step(batch: PackedBatch, target_head: Tensor) -> TttOutcome:
+        device, is_mixed = target_head.device.type, dtype != torch.float32
+        with torch.autocast(device, dtype=dtype, enabled=is_mixed):
+            return ttt_step(draft, batch, target_head, training)
+
     if training.is_solved:
         logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
         solved = solve_start(
             draft,
             batches,
-            _measured(held_out, batches, training),
+            _measured(held_out, source, batches, training, processes),
             sizes,
-            setup.target_lm_head[draft.t2d],
+            setup.target_lm_head[draft.t2d].to(dtype),
+            step,
             training,
             processes,
         )
@@ -172,21 +213,27 @@ def _make(
         num_tokens=batches.num_tokens,
         seconds=time.monotonic() - started,
         refused=solved.refused if solved else "",
-        accuracies=solved.figures.accuracies if solved else (),
-        acceptance_length=solved.figures.length if solved else 0.0,
+        accuracies=solved.figures.accuracies if solved and solved.figures else (),
+        acceptance_length=solved.figures.length if solved and solved.figures else 0.0,
         is_held_out=held_out is not None,
     )
 
 
 def _measured(
-    held_out: SampleSource | None, batches: SampledBatches, training: TrainingConfig
-) -> Sequence[PackedBatch]:
-    """Return what a solution is measured on: held-out samples, or else the first of the sample."""
-    if held_out is None:
-        return batches.first(training.held_out_tokens)
-    return list(
-        held_out_batches(held_out, batch_tokens=_BATCH_TOKENS, max_tokens=training.held_out_tokens)
-    )
+    held_out: SampleSource | None,
+    source: SampleSource,
+    batches: SampledBatches,
+    training: TrainingConfig,
+    processes: Processes,
+) -> Callable[[], Iterable[PackedBatch]]:
+    """Return what gives the batches to measure on: held out, or else the first of the sample."""
+    most = training.held_out_tokens
+    if held_out is not None:
+        return partial(held_out_batches, held_out, batch_tokens=_BATCH_TOKENS, max_tokens=most)
+    most = min(most, _OWN_TOKENS)
+    if processes.world_size > 1:  # the same on all, whatever their shares
+        batches = SampledBatches(source, training, ONE_PROCESS, num_tokens=most)
+    return partial(batches.first, most)
 
 
 def _read(run_path: Path) -> _Record | None:
@@ -197,21 +244,24 @@ def _read(run_path: Path) -> _Record | None:
         return None
 
 
-def _write(run_path: Path, draft: DraftModel, record: _Record) -> None:
+def _write(run_path: Path, draft: DraftModel, identity: str, start: Start) -> None:
     tensors: dict[str, Tensor] = {
         name: tensor.cpu().contiguous()
         for name, tensor in draft.state_dict().items()
         if name != _FROZEN
     }
-    with atomic_folder(run_path / _FOLDER) as partial:
-        save_file(tensors, partial / _WEIGHTS_NAME)
-        (partial / _RECORD_NAME).write_text(record.model_dump_json(indent=2), encoding="utf-8")
+    with atomic_folder(run_path / _FOLDER) as partial_folder:
+        path = partial_folder / _WEIGHTS_NAME
+        save_file(tensors, path)
+        record = _Record(identity=identity, weights_digest=file_digest(path), start=start)
+        (partial_folder / _RECORD_NAME).write_text(record.model_dump_json(indent=2), "utf-8")
 
 
 def _log(start: Start, training: TrainingConfig) -> None:
     if start.refused:
         logger.warning(
-            "training starts from random weights (training.start: %s would choose them): %s",
+            "training starts from random weights (training.start=%s would choose them), for solved "
+            "ones were refused: %s",
             *(RANDOM, start.refused),
         )
     elif start.is_solved:
@@ -223,7 +273,7 @@ def _log(start: Start, training: TrainingConfig) -> None:
             " ".join(f"{accuracy:.1%}" for accuracy in start.accuracies),
             start.seconds,
         )
-        if training.peak_learning_rate > RATE_OF_DRAWN_WEIGHTS:
+        if training.peak_learning_rate > 2 * RATE_OF_GIVEN_WEIGHTS:
             logger.warning(
                 "training.learning_rate is %g: it soon destroys solved weights; leave it out, or "
                 "set training.start=%s",

@@ -144,7 +144,7 @@ def warn_of_another_length(
             *(run_path.name, f"{step:,}", f"{total:,}"),
         )
         return
-    begun = as_begun(training, read_start(run_path))
+    begun = as_begun(training, run_path)
     was, becomes = (learning_rate(begun, step, length) for length in (before.total_steps, total))
     logger.warning(
         "run %s was planned with %s steps and now has %s: its learning rate jumps from %.2g to "

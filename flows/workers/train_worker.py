@@ -135,7 +135,7 @@ def begin(
     start = first_weights(setup, source, held_out, training, processes, refetch=refetch)
     if start is not None and not has_begun and (scalars := start.scalars()):
         tracker.log(scalars, step=0)
-    return as_begun(training, start)
+    return as_begun(training, setup.run_path)
 
 
 @record  # torchrun's last output has the traceback of an unexpected error

@@ -25,13 +25,19 @@ def random_matrix(seed: int, *shape: int) -> Tensor:
 
 
 def small_draft(
-    *, heads: int = 4, kv_heads: int = 2, seed: int = 0, **settings: bool
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int = 0,
+    num_aux: int | None = None,
+    intermediate_size: int = 96,
+    **settings: bool,
 ) -> DraftModel:
     """Return a drawn draft for `LinearSource`."""
     config = DraftConfig(
         hidden_size=HIDDEN_SIZE,
         target_hidden_size=HIDDEN_SIZE,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=8,
@@ -41,6 +47,8 @@ def small_draft(
         norm_output=settings.get("norm_output", False),
     )
     draft = DraftModel(config)
+    if num_aux is not None:
+        draft.fc = torch.nn.Linear(num_aux, HIDDEN_SIZE, bias=False)
     vocabulary = DraftVocabulary.build(np.arange(VOCAB_SIZE, dtype=np.int64), size=DRAFT_VOCAB_SIZE)
     draft.initialise(embedding=EMBEDDING, lm_head=HEAD, vocabulary=vocabulary, seed=seed)
     return draft
@@ -61,13 +69,15 @@ class LinearSource:
     num_samples: int = 120
     seed: int = 0
     source_id: str = "linear"
+    longest: int = 40
+    gain: Tensor = field(default_factory=lambda: GAIN)
     num_fetched: int = 0
     lengths: NDArray[np.int64] = field(init=False)
     groups: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        self.lengths = rng.integers(10, 40, self.num_samples)
+        self.lengths = rng.integers(min(10, self.longest), self.longest + 1, self.num_samples)
         self.groups = np.sort(rng.integers(0, 6, self.num_samples))
 
     def origin(self, sample_id: str) -> str:
@@ -91,7 +101,7 @@ class LinearSource:
         noise = torch.from_numpy(rng.standard_normal((length, HIDDEN_SIZE))).float()
         aux = torch.cat([normed @ MIX.T, torch.full((length, 1), 9.0), noise], dim=1)
         aux = aux[:, : 3 * HIDDEN_SIZE] * CHANNEL_SIZES
-        last = normed * GAIN
+        last = normed * self.gain
         logits = last @ HEAD.T
         mask = np.arange(length) >= 2
         return HiddenStateSample(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from eagle_core.errors import ConfigError
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState
-from flows.bridge.draft_setup import DraftSetup
-from flows.bridge.first_weights import first_weights, load_first_weights, read_start
+from flows.bridge.draft_setup import DraftSetup, require_start
+from flows.bridge.first_weights import as_begun, first_weights, load_first_weights, read_start
 from tests.eagle_core.closed_form.linear_source import HEAD, LinearSource, small_draft
 
 TRAINING = TrainingConfig(ttt_length=3, draft_vocab_size=50)
@@ -77,6 +78,28 @@ def test_damaged_files_are_written_again(tmp_path: Path, name: str) -> None:
     assert json.loads((tmp_path / "start" / "start.json").read_text())["start"]["seconds"]
 
 
+def test_a_flipped_bit_is_not_loaded(tmp_path: Path) -> None:
+    first, second = setup(tmp_path), setup(tmp_path)
+    first_weights(first, LinearSource(), None, RANDOM)
+    path = tmp_path / "start" / "draft.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x40
+    path.write_bytes(content)
+    before = weights(second)
+    assert not load_first_weights(second)
+    assert equal(before, weights(second))
+
+
+def test_weights_of_another_shape_change_nothing(tmp_path: Path) -> None:
+    first_weights(setup(tmp_path), LinearSource(), None, RANDOM)
+    other = DraftSetup(
+        run_path=tmp_path, draft=small_draft(intermediate_size=64), target_lm_head=HEAD
+    )
+    before = weights(other)
+    assert not load_first_weights(other)
+    assert equal(before, weights(other))
+
+
 def test_without_held_out_samples_its_own_measure_it(tmp_path: Path) -> None:
     found = first_weights(setup(tmp_path), LinearSource(), None, TRAINING)
     assert found is not None
@@ -106,6 +129,63 @@ def test_a_given_draft_keeps_its_function(tmp_path: Path) -> None:
     assert torch.equal(made.draft.fusing_weight(), fusing)
 
 
+def test_another_draft_in_the_same_folder_is_not_taken_for_the_first(tmp_path: Path) -> None:
+    training = TRAINING.model_copy(update={"start": "/some/draft"})
+    first_weights(setup(tmp_path), LinearSource(), None, training)
+    other = setup(tmp_path, seed=7)
+    first_weights(other, LinearSource(), None, training)
+    expected = setup(tmp_path, seed=7).draft.fusing_weight()
+    assert torch.equal(other.draft.fusing_weight(), expected)
+
+
+def test_settings_that_do_not_matter_change_nothing(tmp_path: Path) -> None:
+    first_weights(setup(tmp_path), LinearSource(), None, TRAINING)
+    source = LinearSource()
+    others = {"learning_rate": 1e-4, "weight_decay": 0.1, "max_steps": 5}
+    first_weights(setup(tmp_path), source, None, TRAINING.model_copy(update=others))
+    assert source.num_fetched == 0
+
+
+def begin(path: Path, rate: float) -> None:
+    """Write a checkpoint of a run with this peak learning rate."""
+    record = Checkpoint(
+        step=1,
+        loader=LoaderState(source_id="linear", seed=0),
+        identity={"training": {"learning_rate": rate}},
+        figures={},
+    )
+    checkpoint.save(path, record, {}, {}, keep_last=1)
+
+
+@pytest.mark.parametrize(
+    ("start", "recorded", "expected"),
+    [
+        (TRAINING, None, 3e-4),
+        (RANDOM, None, 1e-3),
+        (TRAINING, 1e-3, 1e-3),  # a run of an earlier version: its weights were drawn
+        (RANDOM, 3e-4, 3e-4),  # `start` was changed after the run had begun
+    ],
+)
+def test_a_rate_that_is_not_named_stays_that_of_the_run(
+    tmp_path: Path, start: TrainingConfig, recorded: float | None, expected: float
+) -> None:
+    if recorded is not None:
+        begin(tmp_path, recorded)
+    found = as_begun(start, tmp_path)
+    assert found.peak_learning_rate == expected
+    assert found.identity()["learning_rate"] == expected
+    named = start.model_copy(update={"learning_rate": 2e-3})
+    assert as_begun(named, tmp_path).peak_learning_rate == 2e-3
+
+
+def test_a_rate_that_destroys_solved_weights_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = TRAINING.model_copy(update={"learning_rate": 1e-3})
+    first_weights(setup(tmp_path), LinearSource(), None, training)
+    assert "training.learning_rate is 0.001: it soon destroys solved weights" in caplog.text
+
+
 def test_a_refused_solution_says_why_and_leaves_drawn_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,17 +204,21 @@ def test_a_refused_solution_says_why_and_leaves_drawn_weights(
     assert "starts from random weights" in caplog.text
     assert torch.equal(made.draft.midlayer.mlp.up_proj.weight, drawn)
     assert len(made.draft.aux_scale.unique()) > 5
+    assert as_begun(TRAINING, tmp_path).peak_learning_rate == 1e-3
+    assert found.accuracies == ()
+
+
+def test_a_folder_that_is_not_there_is_named_with_the_other_choices(tmp_path: Path) -> None:
+    for start in ("closedform", str(tmp_path / "draft")):
+        with pytest.raises(ConfigError, match=r"no such folder: give closed_form, random, or the"):
+            require_start(TRAINING.model_copy(update={"start": start}))
+    for start in ("closed_form", "random", str(tmp_path), None):
+        require_start(TRAINING.model_copy(update={"start": start}))
 
 
 def test_a_run_that_has_begun_is_left_alone(tmp_path: Path) -> None:
     made = setup(tmp_path)
-    record = Checkpoint(
-        step=1,
-        loader=LoaderState(source_id="linear", seed=0),
-        identity={},
-        figures={},
-    )
-    checkpoint.save(tmp_path, record, {}, {}, keep_last=1)
+    begin(tmp_path, 1e-3)
     before = weights(made)
     assert first_weights(made, LinearSource(), None, TRAINING) is None  # of an earlier version
     assert equal(before, weights(made))
