@@ -193,7 +193,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
 
 def test_other_settings_or_data_are_refused_by_name(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(MismatchError, match=r"training\.learning_rate: saved 0\.001, now 0\.5"):
+    with pytest.raises(MismatchError, match=r"training\.learning_rate: saved 0\.0003, now 0\.5"):
         run(tmp_path, CONFIG.model_copy(update={"learning_rate": 0.5}))
     with pytest.raises(MismatchError, match="source_id: saved 'random', now 'other'"):
         run(tmp_path, source=RandomSource(source_id="other"))
