@@ -84,18 +84,17 @@ def write_recurrence(
     """
     config, layer = draft.config, draft.midlayer
     one = 1 / math.sqrt(config.hidden_size)
-    factor = _CONSTANT
     for norm, weight in (
         (layer.hidden_norm, torch.ones_like(gain)),
         (layer.post_attention_layernorm, torch.full_like(gain, _UNIT_INPUT)),
         (draft.norm, torch.ones_like(gain) if config.norm_output else gain),
     ):
-        norm.weight.copy_(weight * factor)  # the constant makes it divide by `factor`
+        norm.weight.copy_(weight * _CONSTANT)  # by which the constant makes it divide
         norm.weight[channels.constant] = one
-        norm.weight[channels.flag] = one * factor / _FLAG
+        norm.weight[channels.flag] = one * _CONSTANT / _FLAG
     draft.norm.weight[channels.flag] = one  # it is cleared, and stays so
     if config.norm_output:  # the next step reads the norm's output: the gain is the head's
-        draft.norm.weight[channels.constant] = factor
+        draft.norm.weight[channels.constant] = _CONSTANT
         draft.lm_head.weight.mul_(gain)
     draft.lm_head.weight[:, [channels.constant, channels.flag]] = 0
     rank = min(config.hidden_size // 2, config.intermediate_size // 2)
@@ -104,7 +103,7 @@ def write_recurrence(
     parts = _Parts.of(found, channels, rank=min(rank, _own_heads(config) * config.head_dim))
     draft.fc.weight.copy_(parts.fusing)
     constant = found.constant.to(draft.fc.weight) / one
-    draft.fc.weight[channels.constant] = constant * factor
+    draft.fc.weight[channels.constant] = constant * _CONSTANT
     draft.fc.weight[channels.flag] = constant * _FLAG
     _write_attention(draft, parts, channels)
     _write_units(draft, parts, channels, flag=_FLAG / one)
@@ -142,15 +141,15 @@ class _Parts:
         sizes = (values @ found.embedding_moments * values).sum(dim=1)
         sizes = (sizes / found.num_embeddings).clamp(min=1e-12).sqrt()
         first, later = (outputs * sizes).unflatten(0, (2, -1))
-        outside = torch.eye(len(carry), dtype=carry.dtype, device=carry.device)
-        identity = outside.clone()
-        outside = channels.without(outside) - directions @ directions.T
+        identity = torch.eye(len(carry), dtype=carry.dtype, device=carry.device)
+        kept = channels.without(identity)
+        outside = kept - directions @ directions.T
         return cls(
             fusing=outside @ fusing,
             values=values / sizes.unsqueeze(1),
             directions=directions,
             first=first - directions,
-            later=carry @ outside + later @ directions.T - channels.without(identity),
+            later=carry @ outside + later @ directions.T - kept,
         )
 
 

@@ -17,7 +17,7 @@ Sharding = Literal["replicate", "shard"]
 CLOSED_FORM = "closed_form"
 RANDOM = "random"
 RATE_OF_DRAWN_WEIGHTS, RATE_OF_GIVEN_WEIGHTS = 1e-3, 3e-4
-"""Peak learning rates. Measured on SmolLM2 (docs/benchmarks/start.md)."""
+"""Peak learning rates. Measured on SmolLM2 (docs/lab-log.md)."""
 
 
 class TttConfig(ConfigModel):
