@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState
+from eagle_core.training.result import Metrics, Start
 from flows.bridge.draft_setup import DraftSetup, require_start
 from flows.bridge.first_weights import as_begun, first_weights, load_first_weights, read_start
+from flows.reports.rows import train_rows
+from flows.summaries import TrainSummary
+from flows.workers import train_worker
 from tests.eagle_core.closed_form.linear_source import HEAD, LinearSource, small_draft
 
 TRAINING = TrainingConfig(ttt_length=3, draft_vocab_size=50)
@@ -223,3 +228,62 @@ def test_a_run_that_has_begun_is_left_alone(tmp_path: Path) -> None:
     assert first_weights(made, LinearSource(), None, TRAINING) is None  # of an earlier version
     assert equal(before, weights(made))
     assert not (tmp_path / "start").exists()
+
+
+class Recorded:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, scalars: Mapping[str, float], *, step: int) -> None:
+        assert scalars["held_out/acceptance_length"] > 2
+        self.steps.append(step)
+
+
+def test_a_tracker_has_a_solved_start_as_step_0_once(tmp_path: Path) -> None:
+    held_out, tracker = LinearSource(num_samples=20, seed=1), Recorded()
+    settings = train_worker.begin(setup(tmp_path), LinearSource(), held_out, TRAINING, tracker)
+    assert tracker.steps == [0]
+    assert settings.peak_learning_rate == 3e-4
+    begin(tmp_path, 2e-4)
+    settings = train_worker.begin(setup(tmp_path), LinearSource(), held_out, TRAINING, tracker)
+    assert tracker.steps == [0]
+    assert settings.peak_learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (None, "random"),
+        (Start(kind="random", num_tokens=1, seconds=1.0), "random"),
+        (Start(kind="/a/draft", num_tokens=1, seconds=1.0), "/a/draft"),
+        (
+            Start(kind="closed_form", num_tokens=1, seconds=1.0, refused="they are not finite"),
+            "random, for the closed form was refused: they are not finite",
+        ),
+        (
+            Start(
+                kind="closed_form",
+                num_tokens=1,
+                seconds=39.2,
+                accuracies=(0.265, 0.2),
+                acceptance_length=1.351,
+            ),
+            "closed form: held-out length 1.35, accuracy by TTT step 26.5%  20.0% (39 s)",
+        ),
+    ],
+)
+def test_the_table_says_how_a_run_began(start: Start | None, expected: str) -> None:
+    summary = TrainSummary(
+        run_path=Path("run"),
+        source_id="s",
+        num_steps=1,
+        figures=Metrics(loss=1.0, first_loss=2.0),
+        vocabulary_coverage=1.0,
+        tokens_per_second=1.0,
+        dtype="float32",
+        seconds=1.0,
+        start=start,
+    )
+    assert dict(train_rows(summary))["start"] == expected
