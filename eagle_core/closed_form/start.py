@@ -125,13 +125,15 @@ def _solve(
 def _share_of_one_token(
     draft: DraftModel, batches: Iterable[PackedBatch], options: TttConfig
 ) -> float:
-    """Return the share of positions where the target's most frequent next token is the next."""
+    """Return the share of positions where the draft's most frequent token is the target's."""
     counts: Counter[int] = Counter()
+    num_positions = 0
     for batch in batches:
         positions = batch_positions(draft.t2d.to(batch.input_ids.device), batch, options)
-        at = positions.supervised[0].nonzero().squeeze(1) + 1
+        at = positions.counted[0].nonzero().squeeze(1) + 1  # others are not in its vocabulary
         counts.update(batch.target_argmax[at].tolist())
-    return max(counts.values(), default=0) / max(counts.total(), 1)
+        num_positions += int(positions.supervised[0].sum())
+    return max(counts.values(), default=0) / max(num_positions, 1)
 
 
 Given = TypeVar("Given")

@@ -18,7 +18,7 @@ from flows.offline import offline
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
-TRAINING = TrainingConfig(dtype="float32", draft_vocab_size=200, max_steps=1, batch_tokens=256)
+TRAINING = TrainingConfig(dtype="float32", draft_vocab_size=300, max_steps=1, batch_tokens=256)
 EVALUATION = EvaluationConfig(num_prompts=1, max_new_tokens=4)
 
 
@@ -52,4 +52,7 @@ def test_the_stages_share_the_check_and_the_tokenizer(
     )
     assert summary.training.num_steps == 1
     assert summary.acceptance.trained.num_prompts == 1
+    assert summary.training.start is not None
+    assert summary.training.start.is_solved
+    assert summary.acceptance.untrained.acceptance_length > 1  # it is the solved draft
     assert sorted(made) == ["ConversationTokenizer", "check_target"]

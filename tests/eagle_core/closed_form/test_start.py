@@ -165,6 +165,22 @@ def test_a_solution_that_is_no_better_than_one_token_is_refused() -> None:
     assert drawn_again(draft)
 
 
+def test_a_token_that_the_draft_cannot_propose_is_no_measure() -> None:
+    """Here the target mostly says one that is not in the draft's vocabulary."""
+    draft = small_draft()
+    outside = int((~draft.t2d).nonzero()[0])
+
+    def mostly(batch: PackedBatch) -> PackedBatch:
+        is_kept = torch.arange(batch.num_tokens) % 3 == 0
+        return replace(batch, target_argmax=torch.where(is_kept, batch.target_argmax, outside))
+
+    held_out = [mostly(batch) for batch in HELD_OUT]
+    found = solve(draft, [mostly(batch) for batch in TRAIN], held_out=held_out)
+    assert found.refused == ""
+    assert found.figures is not None
+    assert 0.1 < found.figures.accuracies[0] < 0.4
+
+
 def test_states_that_are_not_finite_are_refused() -> None:
     aux = TRAIN[0].aux_hidden_states.clone()
     aux[30, 2] = float("nan")
