@@ -31,6 +31,7 @@ def capture_states(
     samples: Sequence[TokenizedSample],
     *,
     for_recompute: bool = False,
+    layers: Sequence[int] | None = None,
     on_unusable: OnUnusable | None = None,
 ) -> Iterator[HiddenStateSample]:
     """Yield the hidden states of `samples`, longest first, in batches of similar length.
@@ -40,6 +41,8 @@ def capture_states(
     With `for_recompute`, samples run one at a time in the given order, and the layers after the
     last aux layer get its output as it is stored, in bfloat16. `RecomputeModel` then recomputes the
     early and the last states bit-exactly from the stored ones.
+
+    With `layers`, the aux states are those of these layers, in their order.
 
     A sample with a state that is not finite is passed to `on_unusable`, with the reason.
 
@@ -55,7 +58,11 @@ def capture_states(
     )
     for batch in batches:
         yield from _capture_batch(
-            target, batch, on_unusable or partial(_refuse, target.config), round_late=for_recompute
+            target,
+            batch,
+            on_unusable or partial(_refuse, target.config),
+            round_late=for_recompute,
+            layers=layers,
         )
 
 
@@ -78,6 +85,7 @@ def _capture_batch(
     on_unusable: OnUnusable,
     *,
     round_late: bool,
+    layers: Sequence[int] | None,
 ) -> Iterator[HiddenStateSample]:
     # Right padding needs no attention mask: under causal attention no real token attends to it.
     ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
@@ -87,7 +95,10 @@ def _capture_batch(
             sample.input_ids, target.model_config.vocab_size, target.config, where=_where(sample)
         )
     last, aux = target.run(
-        torch.from_numpy(ids).to(target.device), use_cache=False, round_late=round_late
+        torch.from_numpy(ids).to(target.device),
+        use_cache=False,
+        round_late=round_late,
+        layers=layers,
     )
     stacked = torch.stack(aux, dim=2)
     for row, sample in enumerate(batch):

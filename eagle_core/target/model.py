@@ -7,7 +7,7 @@ Loading refuses a model for which that does not hold (logit soft-capping, logit 
 Shapes: B batch, T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -129,14 +129,17 @@ class TargetModel:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         round_late: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run ids [B, T]; return the last state [B, T, H] and those of the aux layers, low to high.
+        """Run ids [B, T]; return the last state [B, T, H] and those of `layers`, in their order.
 
-        With `round_late`, the last aux layer passes on its output rounded to bfloat16.
+        By default these are the aux layers, low to high. With `round_late`, the last aux layer
+        passes on its output rounded to bfloat16.
         """
+        captured = self.aux_layers if layers is None else layers
         if past_key_values is None or not past_key_values.get_seq_length():
             self.rope.forget(self._decoder)
-        with self._captured(round_late=round_late) as aux:
+        with self._captured(captured, round_late=round_late) as states:
             outputs = self._decoder(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
@@ -144,11 +147,13 @@ class TargetModel:
                 attention_mask=attention_mask,
                 position_ids=position_ids,
             )
-        return outputs.last_hidden_state, [aux[layer] for layer in self.aux_layers]
+        return outputs.last_hidden_state, [states[layer] for layer in captured]
 
     @contextmanager
-    def _captured(self, *, round_late: bool) -> Iterator[dict[int, Tensor]]:
-        """Collect only the outputs of the aux layers, for the forward passes inside the block.
+    def _captured(
+        self, captured: Sequence[int], *, round_late: bool
+    ) -> Iterator[dict[int, Tensor]]:
+        """Collect only the outputs of the layers `captured`, for the passes inside the block.
 
         With `round_late`, the last aux layer passes on its output rounded to bfloat16.
         """
@@ -169,7 +174,7 @@ class TargetModel:
             layers[layer].register_forward_hook(
                 lambda _m, _i, output, layer=layer: keep(layer, output)
             )
-            for layer in self.aux_layers
+            for layer in captured
         ]
         try:
             yield states

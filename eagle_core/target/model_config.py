@@ -27,13 +27,23 @@ _OF_ODD_VALUES = (
 
 def aux_layers(config: TargetConfig, num_layers: int) -> tuple[int, int, int]:
     """Return the captured decoder layers, 0-based, low to high."""
-    layers = config.aux_layers or (1, num_layers // 2 - 1, num_layers - 4)
-    if not 0 <= layers[0] < layers[1] < layers[2] < num_layers:
+    layers = config.aux_layers or default_aux_layers(num_layers)
+    if not are_aux_layers(layers, num_layers):
         raise ConfigError(
             f"target {config.name}: aux layers {layers} must ascend within 0..{num_layers - 1} "
             f"(the model has {num_layers} layers); set target.aux_layers"
         )
     return layers
+
+
+def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
+    """Return the decoder layers that EAGLE-3 captures; no valid ones for fewer than 7 layers."""
+    return 1, num_layers // 2 - 1, num_layers - 4
+
+
+def are_aux_layers(layers: tuple[int, int, int], num_layers: int) -> bool:
+    """Return whether a model of `num_layers` layers has these, and they ascend."""
+    return 0 <= layers[0] < layers[1] < layers[2] < num_layers
 
 
 def resolve_device(device: str) -> torch.device:

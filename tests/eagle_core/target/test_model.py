@@ -96,6 +96,22 @@ def test_captured_states_are_those_of_the_conventions(name: str) -> None:
         )
 
 
+def test_other_layers_are_captured_in_the_order_asked_for() -> None:
+    target, model = small_target(ARCHITECTURES["llama"])
+    (sample,) = tokenized([19])
+    (usual,) = capture_states(target, [sample])
+    (state,) = capture_states(target, [sample], layers=(6, 0, 3, 1))
+    ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+    with torch.inference_mode():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+    aux = from_bfloat16_bits(state.aux_hidden_states, dtype=torch.float32)
+    assert aux.shape[1] == 4
+    for place, layer in enumerate((6, 0, 3, 1)):
+        torch.testing.assert_close(aux[:, place], hidden[layer + 1][0], rtol=1e-2, atol=1e-2)
+    assert np.array_equal(state.last_hidden_state, usual.last_hidden_state)
+    assert usual.aux_hidden_states.shape[1] == 3
+
+
 def test_cached_forwards_equal_one_forward() -> None:
     target, _ = small_target(ARCHITECTURES["llama"])
     ids = torch.from_numpy(tokenized([12])[0].input_ids.astype(np.int64))[None]
