@@ -44,8 +44,10 @@ class Moments:
         for sums in (self.gram, self.cross, self.num_rows):
             sums.copy_(processes.total(sums))
 
-    def solve(self, features: slice = slice(None), *, ridge: float = RIDGE) -> Tensor:
+    def solve(self, features: slice | Tensor = slice(None), *, ridge: float = RIDGE) -> Tensor:
         """Return [F, Y] float64 the ridge regression on `features`, by default on all.
+
+        `features` is a slice or a tensor of indices.
 
         The ridge is relative to each feature's mean square, so the solution is independent of
         their units. It falls with the rows per feature: on SmolLM2's states 33,000 rows of 2,304
@@ -55,12 +57,12 @@ class Moments:
             ConfigError: the sums are not finite, or no row was added.
 
         """
-        gram, cross = self.gram[features, features], self.cross[features]
-        if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+        damped, cross = self._damped(features, ridge), self.cross[features]
+        if not bool(torch.isfinite(damped).all() and torch.isfinite(cross).all()):
             raise ConfigError("the sums over the states are not finite")
         if not bool(self.num_rows.any()):
             raise ConfigError("no position of the sampled data counts")
-        factors = torch.linalg.cholesky(self._damped(features, ridge))
+        factors = torch.linalg.cholesky(damped)
         solution: Tensor = torch.cholesky_solve(cross, factors)
         return solution
 
@@ -76,8 +78,8 @@ class Moments:
         explained: Tensor = shared.T @ torch.linalg.solve(self._damped(by, RIDGE), shared)
         return self.gram[features, features] - explained
 
-    def _damped(self, features: slice, ridge: float) -> Tensor:
-        damped = self.gram[features, features].clone()
+    def _damped(self, features: slice | Tensor, ridge: float) -> Tensor:
+        damped = self.gram[features][:, features].clone()
         squares = damped.diagonal()
         damping = squares * ridge * len(damped) / self.num_rows[features].clamp(min=1)
         # A feature that is always zero gets the weight zero.

@@ -36,11 +36,6 @@ def measure_state_sizes(
     """Measure the states of `batches`, for a draft whose channels are not scaled yet.
 
     Of the final states only those count that a loss reads: a store omits others.
-
-    The states after the final norm are `u * gain`, where u has the mean square 1. So the mean of
-    (state / gain)^2 over channels is 1 for every token: a regression of 1 on the squares gives
-    1 / gain^2, whatever the architecture calls its norm. Where that fits badly, for a norm that
-    subtracts a mean, say, each channel's root mean square takes its place.
     """
     device = draft.fc.weight.device
     squares = torch.zeros(draft.fc.in_features, dtype=torch.float64, device=device)
@@ -50,14 +45,14 @@ def measure_state_sizes(
         aux = draft.fusing_inputs(widened(batch.aux_hidden_states.to(device))).double()
         counted = batch_positions(draft.t2d, batch.to(device), options).counted[0]
         read = batch.last_hidden_state.to(device)[counted.nonzero().squeeze(1) + 1]
-        norms.add(widened(read).square(), torch.ones_like(read[:, :1]))
+        add_norms(norms, read)
         squares += aux.square().sum(dim=0)
         num_tokens += len(aux)
     norms.sum_over(processes)
     mean_squares = processes.total(squares) / processes.total(num_tokens)
     return StateSizes(
         aux_scale=_power_of_two(mean_squares.sqrt()).float(),
-        final_gain=_final_gain(norms).float(),
+        final_gain=final_gain(norms).float(),
     )
 
 
@@ -68,7 +63,19 @@ def _power_of_two(sizes: Tensor) -> Tensor:
     return torch.exp2(exponents)
 
 
-def _final_gain(norms: Moments) -> Tensor:
+def add_norms(norms: Moments, final: Tensor) -> None:
+    """Add final states [N, H] to the sums of `final_gain`: of H features and one target."""
+    norms.add(widened(final).square(), torch.ones_like(final[:, :1]))
+
+
+def final_gain(norms: Moments) -> Tensor:
+    """Return [H] float64 the gain of the target's final norm, from the sums of `add_norms`.
+
+    The states after the final norm are `u * gain`, where u has the mean square 1. So the mean of
+    (state / gain)^2 over channels is 1 for every token: a regression of 1 on the squares gives
+    1 / gain^2, whatever the architecture calls its norm. Where that fits badly, for a norm that
+    subtracts a mean, say, each channel's root mean square takes its place.
+    """
     mean_squares = norms.cross.squeeze(1) / norms.num_rows
     if not bool(norms.num_rows.any() and torch.isfinite(norms.gram).all()):
         return torch.ones_like(mean_squares)  # nothing can be solved from such states
