@@ -12,7 +12,7 @@ that of the draft: with many tokens, the product with the head takes longer than
 Shapes: R rows, L captured layers, H target hidden size, V target vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -119,6 +119,7 @@ def compare_candidates(
     held_out_counts: NDArray[np.int64],
     device: torch.device,
     most_features: int = MOST_FEATURES,
+    on_solved: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Solve on the rows `train`, and measure on the rows `held_out`.
 
@@ -136,6 +137,7 @@ def compare_candidates(
         device: where to compute.
         most_features: of each layer; of wider states only the principal directions are read, which
             makes all accuracies a lower bound.
+        on_solved: called after each triple.
 
     Raises:
         ConfigError: too few positions, or states that are not finite.
@@ -147,7 +149,10 @@ def compare_candidates(
     judge = _Judge(held_out, head.to(device), fits.gain)
     triples = list(combinations(layers, 3))
     smallest = min((vocabulary, *vocabularies), key=len)
-    scores = {triple: int(judge.hits(fits.predict(triple), smallest).sum()) for triple in triples}
+    scores = {}
+    for triple in triples:
+        scores[triple] = int(judge.hits(fits.predict(triple), smallest).sum())
+        on_solved()
     best = sorted(triples, key=lambda triple: -scores[triple])[:MOST_MEASURED]
     hits = {
         triple: judge.hits(fits.predict(triple), vocabulary)
@@ -190,7 +195,7 @@ class _Fits:
         most_features: int,
     ) -> None:
         self._place = {layer: place for place, layer in enumerate(layers)}
-        self._features = FeatureMap(train, embedding.to(device), device, most=most_features)
+        self._features = FeatureMap(train, embedding, device, most=most_features)
         hidden_size = embedding.shape[1]
         norms = Moments(hidden_size, 1, device)
         for chunk in train.chunks(device):

@@ -21,7 +21,7 @@ from eagle_core.samples import HiddenStateSample
 
 CHUNK_ROWS = 1024
 MOST_FEATURES = 768
-"""Features of one layer; the sums over all of nine layers take 0.5 GB then."""
+"""Features of one layer; the sums over ten layers take 0.6 GB then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -103,8 +103,8 @@ class FeatureMap:
     def __init__(
         self, rows: StateRows, embedding: Tensor, device: torch.device, *, most: int = MOST_FEATURES
     ) -> None:
-        """Find the directions from `rows`; `embedding` is [V, H]."""
-        self._embedding = embedding
+        """Find the directions from `rows`; `embedding` is [V, H]. Chunks must be on `device`."""
+        self._embedding = embedding.to(device)
         self.width = min(embedding.shape[1], most)
         """K"""
         num_layers = rows.aux.shape[1]
@@ -131,13 +131,14 @@ class FeatureMap:
     def columns(self, places: Iterable[int]) -> Tensor:
         """Return the columns of the layers at `places`, and those of the embedding."""
         blocks = (*places, len(self._maps) - 1)
-        return torch.cat([torch.arange(self.width) + block * self.width for block in blocks])
+        own = torch.arange(self.width, device=self._embedding.device)
+        return torch.cat([own + block * self.width for block in blocks])
 
     def _block(self, rows: StateRows, block: int) -> Tensor:
         """Return [R, H] the states of a layer, or the normed embedding."""
         if block < rows.aux.shape[1]:
             return widened(rows.aux[:, block])
-        embedded = self._embedding[rows.next_ids.to(self._embedding.device)].to(rows.aux.device)
+        embedded = self._embedding[rows.next_ids]
         return functional.rms_norm(widened(embedded), embedded.shape[-1:])
 
 

@@ -18,7 +18,7 @@ from eagle_core.closed_form.candidates import (
     compare_candidates,
 )
 from eagle_core.closed_form.moments import RIDGE, Moments
-from eagle_core.closed_form.state_rows import StateRows
+from eagle_core.closed_form.state_rows import FeatureMap, StateRows
 from eagle_core.closed_form.state_sizes import add_norms, final_gain
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
@@ -35,6 +35,7 @@ from tests.eagle_core.closed_form.layered_samples import (
     VOCAB_SIZE,
     samples,
 )
+from tests.eagle_core.pretend_device import pretend_device
 
 CPU = torch.device("cpu")
 COUNTS = np.arange(VOCAB_SIZE, dtype=np.int64)
@@ -178,6 +179,9 @@ def test_the_interval_is_that_of_drawing_conversations(
     drawn = rng.integers(0, len(counts), (4000, len(counts)))
     differences = gained[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     assert margin == pytest.approx(1.96 * differences.std(), rel=0.1)
+    deviations = gained - counts * gained.sum() / counts.sum()
+    expected = 1.96 * (30 / 29 * np.square(deviations).sum()) ** 0.5 / counts.sum()
+    assert margin == pytest.approx(expected)
 
 
 def test_a_single_conversation_has_no_interval(train: list[HiddenStateSample]) -> None:
@@ -231,17 +235,63 @@ def test_directions_that_hold_all_that_a_layer_says_lose_nothing() -> None:
     assert best == {result.layers for result in whole.triples[:3]}
 
 
-def test_only_the_best_and_those_asked_for_are_measured() -> None:
-    layers = tuple(range(6))
-    wider = [
-        replace(sample, aux_hidden_states=sample.aux_hidden_states[:, [0, 1, 2, 3, 4, 0]])
+@pytest.fixture(scope="module")
+def six_layers() -> tuple[list[HiddenStateSample], list[HiddenStateSample]]:
+    """Samples to solve and to measure on; the states of the last layer are those of the first."""
+    order = [0, 1, 2, 3, 4, 0]
+    found = [
+        replace(sample, aux_hidden_states=sample.aux_hidden_states[:, order])
         for sample in samples(100)
     ]
-    found = compare(wider[:80], wider[80:], layers=layers, configured=(0, 2, 4), others=[(0, 4, 5)])
-    assert found.num_triples == 20
+    return found[:80], found[80:]
+
+
+def test_only_the_best_and_those_asked_for_are_measured(
+    six_layers: tuple[list[HiddenStateSample], list[HiddenStateSample]],
+) -> None:
+    solved: list[int] = []
+    found = compare(
+        *six_layers,
+        layers=tuple(range(6)),
+        configured=(0, 2, 4),
+        others=[(0, 4, 5)],
+        on_solved=lambda: solved.append(1),
+    )
+    assert found.num_triples == len(solved) == 20
     measured = {result.layers for result in found.triples}
     assert {(0, 2, 4), (0, 4, 5), (0, 1, 3), (1, 3, 5)} <= measured
     assert len(measured) <= MOST_MEASURED + 2
+
+
+def test_the_smallest_vocabulary_ranks(
+    six_layers: tuple[list[HiddenStateSample], list[HiddenStateSample]],
+) -> None:
+    few = {"vocabulary": vocabulary(8)}
+    alone, ranked, unranked = (
+        set(accuracies(compare(*six_layers, layers=tuple(range(6)), configured=(0, 1, 3), **given)))
+        for given in (few, {"vocabularies": [vocabulary(8)]}, {})
+    )
+    assert ranked == alone
+    assert unranked != alone
+
+
+def test_directions_do_not_depend_on_the_sizes_of_channels(
+    train: list[HiddenStateSample],
+) -> None:
+    found = rows(train)
+    powers = torch.exp2(torch.arange(HIDDEN_SIZE) % 7 - 3.0).bfloat16()
+    resized = replace(found, aux=found.aux * powers)
+    features = FeatureMap(found, EMBEDDING, CPU, most=4)(found)
+    assert features.shape == (len(found), 4 * (len(LAYERS) + 1))
+    others = FeatureMap(resized, EMBEDDING, CPU, most=4)(resized)
+    torch.testing.assert_close(features.abs(), others.abs(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_channel_that_is_always_zero_has_no_direction(train: list[HiddenStateSample]) -> None:
+    found = rows(train)
+    found.aux[..., 3] = 0
+    features = FeatureMap(found, EMBEDDING, CPU, most=HIDDEN_SIZE - 1)(found)
+    assert torch.isfinite(features).all()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +302,16 @@ def test_too_few_positions_are_refused(num_train: int, num_held_out: int, what: 
         ConfigError, match=rf"on \d+ supervised {what} positions.*max_conversations"
     ):
         compare(samples(num_train), samples(num_held_out, seed=1))
+
+
+@pytest.mark.parametrize("most_features", [HIDDEN_SIZE, 6])
+def test_another_device_gives_the_same(
+    train: list[HiddenStateSample], held_out: list[HiddenStateSample], most_features: int
+) -> None:
+    given = {"most_features": most_features, "vocabularies": [vocabulary(20)]}
+    expected = compare(train, held_out, **given)
+    with pretend_device() as device:
+        assert compare(train, held_out, device=device, **given) == expected
 
 
 def test_no_position_gives_no_rows() -> None:
