@@ -52,7 +52,7 @@ FLOWS = (
     FlowEntry(
         name="plan",
         entrypoint="flows/plan.py:plan",
-        sections=("target", "dataset", "store"),
+        sections=("target", "dataset", "store", "training"),
         description="Estimate the cost of hidden-states: bytes per profile, time, whether it fits",
     ),
     FlowEntry(

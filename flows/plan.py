@@ -1,16 +1,25 @@
-"""`plan`: the cost estimate: shards, bytes per profile, time, and whether it fits."""
+"""`plan`: the cost estimate: shards, bytes per profile, time, and whether it fits.
+
+On request it also compares candidates: other aux layers, and other sizes of the draft vocabulary.
+"""
 
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.model_config import aux_layers, read_model_config
+from eagle_core.training.config import TrainingConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.credentials import store_root
 from flows.orchestration.run_name import run_name
 from flows.orchestration.stage_report import report_stage
+from flows.reports.candidate_tables import layer_rows, next_rows, vocabulary_rows
 from flows.reports.cost import CostEstimate, require_fits
 from flows.reports.store_tables import cost_rows
+from flows.summaries import TokensSummary
+from flows.tasks.candidates import compare_on_sample, eagle3_layers
 from flows.tasks.preflight import estimate_cost
 from flows.tasks.prepare import prepare
 from flows.workspace import DEFAULT_HOME
@@ -23,12 +32,19 @@ def plan(
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
+    training: TrainingConfig = TrainingConfig(),
     home: str = DEFAULT_HOME,
+    candidates: bool = False,
 ) -> CostEstimate:
-    """Estimate what `hidden-states` would compute and what it would cost; compute nothing.
+    """Estimate what `hidden-states` would compute and what it would cost; store nothing.
+
+    With `candidates`, also run the target on about 40,000 tokens, and report how well linear
+    predictions from other aux layers and with other draft vocabularies agree with it. Of `training`
+    only `draft_vocab_size` is used.
 
     Raises:
-        ConfigError: the target cannot be run, such as for its architecture.
+        ConfigError: the target cannot be run, such as for its architecture; or there is too little
+            data to compare candidates.
         DoesNotFitError: the disk or `store.budget` is too small; states by how much, and remedies.
 
     """
@@ -37,5 +53,34 @@ def plan(
     rows = cost_rows(estimate)
     title = f"Plan: {target.name} on {dataset.name}"
     report_stage(title, rows, key=artifact_key("plan", target.name, dataset.name))
+    if candidates:
+        _report_candidates(target, dataset, training, tokens)
     require_fits(estimate)
     return estimate
+
+
+def _report_candidates(
+    target: TargetConfig, dataset: DatasetConfig, training: TrainingConfig, tokens: TokensSummary
+) -> None:
+    comparison = compare_on_sample(target, training.draft_vocab_size, tokens)
+    model = read_model_config(target, weights.locate(target))
+    configured = aux_layers(target, model.num_hidden_layers)
+    subject = f"{target.name} on {dataset.name}"
+    report_stage(
+        f"Candidates: aux layers of {subject}",
+        layer_rows(
+            comparison,
+            configured=configured,
+            eagle3=eagle3_layers(model.num_hidden_layers),
+            hidden_size=model.hidden_size,
+        ),
+        key=artifact_key("candidates-layers", target.name, dataset.name),
+        following=next_rows(comparison, configured=configured),
+    )
+    report_stage(
+        f"Candidates: draft vocabulary of {subject}",
+        vocabulary_rows(
+            comparison, configured=min(training.draft_vocab_size, int(model.vocab_size))
+        ),
+        key=artifact_key("candidates-vocabulary", target.name, dataset.name),
+    )

@@ -62,10 +62,17 @@ def plan(
     budget: Annotated[
         str | None, typer.Option(help="Size limit of the store, such as 2TB.")
     ] = None,
+    candidates: Annotated[
+        bool,
+        typer.Option(
+            "--candidates", help="Also compare other aux layers and draft vocabularies (minutes)."
+        ),
+    ] = False,
 ) -> None:
     """Estimate the cost of hidden-states before the first shard; exit 1 if it does not fit."""
     limit = [] if budget is None else [f"store.budget={budget}"]
-    _run_flow("plan", recipe, [*(overrides or []), *limit], home)
+    own = {"candidates": True} if candidates else {}
+    _run_flow("plan", recipe, [*(overrides or []), *limit], home, own)
 
 
 @app.command()
@@ -107,7 +114,11 @@ def render_deployments(
 
 
 def _run_flow(
-    flow: str, recipe: str, overrides: list[str], home: str, own: Mapping[str, str] | None = None
+    flow: str,
+    recipe: str,
+    overrides: list[str],
+    home: str,
+    own: Mapping[str, str | bool] | None = None,
 ) -> None:
     """Run a flow; `own` holds its parameters that are not sections of a recipe."""
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 (see above)
@@ -135,7 +146,7 @@ def _run_flow(
 
 
 def _parameters(
-    entry: FlowEntry, recipe: str, overrides: list[str], home: str, own: Mapping[str, str]
+    entry: FlowEntry, recipe: str, overrides: list[str], home: str, own: Mapping[str, str | bool]
 ) -> dict[str, Any]:
     """Return the parameters of a flow, from a recipe or from the folder of a run."""
     from deployments.recipe import load_recipe, recipe_of_run  # noqa: PLC0415 (see above)
@@ -163,7 +174,7 @@ def _parameters(
         loaded, home = recipe_of_run(run, folder, overrides), str(folder.parents[1])
         own = {**own, "run": _name_of_run(folder, home, loaded)}
     if "run" in own:
-        require_run_name(own["run"])
+        require_run_name(str(own["run"]))
     return {section: getattr(loaded, section) for section in entry.sections} | {**own, "home": home}
 
 

@@ -135,14 +135,21 @@ def choose_vocabulary(
         if is_wanted or newest(run_path) is not None:
             return _coverage(found, counted)
         logger.info("no step was trained with the draft vocabulary in %s: it is rebuilt", path)
-    special = conversation_tokenizer(target).special_token_ids()
-    always = [number for number in special if number < vocab_size]  # some have no embedding
     vocabulary = DraftVocabulary.build(
-        counted.counts, size=size, always=always, source_id=tokens.path.stem
+        counted.counts,
+        size=size,
+        always=special_tokens(target, vocab_size),
+        source_id=tokens.path.stem,
     )
     run_path.mkdir(parents=True, exist_ok=True)
     vocabulary.save(path)
     return _coverage(vocabulary, counted)
+
+
+def special_tokens(target: TargetConfig, vocab_size: int) -> list[int]:
+    """Return the tokens that every draft vocabulary of this target has."""
+    special = conversation_tokenizer(target).special_token_ids()
+    return [number for number in special if number < vocab_size]  # some have no embedding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

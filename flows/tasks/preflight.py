@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
@@ -12,6 +11,7 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.tokenization.token_file import TokenFile
+from flows.bridge.sampled_rows import rows_of_tokens, spread_rows
 from flows.bridge.store_identity import omitted_states
 from flows.config.store import StoreConfig
 from flows.reports.cost import CostEstimate, RecomputeCost, encoding_name, require_fits
@@ -147,15 +147,8 @@ def _recompute_cost(measured: RecomputeMeasurement, num_tokens: int) -> Recomput
 
 def measure(target: TargetConfig, file: TokenFile) -> Measurement:
     """Run the target on samples from across the file and store them, in a child process."""
-    rows: list[int] = []
-    lengths = file.lengths
-    num_tokens = 0
-    for row in _spread(len(file), len(file)):
-        rows.append(row)
-        num_tokens += int(lengths[row])
-        if num_tokens >= MEASURED_TOKENS:
-            break
-    job = MeasureJob(target=target, token_file=file.path, rows=tuple(rows))
+    rows = rows_of_tokens(file, MEASURED_TOKENS)
+    job = MeasureJob(target=target, token_file=file.path, rows=rows)
     lines = list(
         run_child("flows.workers.measure_worker", job, what="the process that measures the target")
     )
@@ -164,13 +157,5 @@ def measure(target: TargetConfig, file: TokenFile) -> Measurement:
 
 def _last_share(file: TokenFile) -> float:
     """Return the share of tokens whose last hidden state is stored."""
-    samples: list[TokenizedSample] = [
-        file.fetch(row) for row in _spread(len(file), SAMPLES_COUNTED)
-    ]
+    samples: list[TokenizedSample] = [file.fetch(row) for row in spread_rows(file, SAMPLES_COUNTED)]
     return num_last_states(samples) / sum(len(sample) for sample in samples)
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """Return up to `count` different rows of `total`, ordered so that every prefix is spread."""
-    order = np.random.default_rng(0).permutation(total)
-    return [int(row) for row in order[:count]]

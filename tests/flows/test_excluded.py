@@ -1,6 +1,7 @@
 """A sample whose states are not finite is left out by name; the store goes on without it."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -162,6 +163,20 @@ def test_costs_are_measured_without_it(tmp_path: Path, poisoned: TargetConfig) -
     dataset = _dataset(tmp_path, [5], held_out=0)
     bill = plan_flow(target=poisoned, dataset=dataset, home=str(tmp_path))
     assert bill.tokens_per_second > 0
+
+
+def test_candidates_are_compared_without_it(
+    tmp_path: Path, poisoned: TargetConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = _dataset(tmp_path, [5], held_out=0.4)
+    plan_flow(target=poisoned, dataset=dataset, home=str(tmp_path), candidates=True)
+    printed = capsys.readouterr().out
+    tokens = [TokenFile(path) for path in (tmp_path / "tokens").rglob("*.arrow")]
+    (positions,) = re.findall(r"solved on .* ([\d,]+) supervised positions", printed)
+    (held_out,) = re.findall(r"measured on .* ([\d,]+) positions", printed)
+    used = sum(int(number.replace(",", "")) for number in (positions, held_out))
+    every = sum(int(sample.loss_mask[2:].sum()) for file in tokens for sample in file)
+    assert 0 < every - used < 200  # those of one conversation
 
 
 def test_repair_leaves_nothing_out_and_collection_nothing_behind(

@@ -154,3 +154,39 @@ def test_the_folder_of_a_run_is_all_that_a_command_needs(
         refused = eyas_here("run", *arguments)
         assert refused.returncode == 1
         assert expected in refused.stderr
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("prefect_server")
+def test_plan_compares_candidates_where_it_is_told_to(
+    tmp_path: Path, tiny_target_path: Path
+) -> None:
+    source = tiny.write_conversations(tmp_path / "tiny.json", 60)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "target": {
+                    "name": "tiny",
+                    "model": str(tiny_target_path),
+                    "dtype": "float32",
+                    "device": "cpu",
+                },
+                "dataset": {
+                    "name": "facts",
+                    "source": str(source),
+                    "held_out_fraction": 0.3,
+                    "max_length": 256,
+                },
+                "training": {"draft_vocab_size": 350},
+            }
+        )
+    )
+    arguments = ("plan", str(recipe), "--home", str(tmp_path / "home"))
+    plain = eyas_here(*arguments)
+    assert plain.returncode == 0, plain.stderr
+    assert "Candidates" not in plain.stdout
+    compared = eyas_here(*arguments, "--candidates")
+    assert compared.returncode == 0, compared.stderr
+    assert "Candidates: aux layers of tiny on facts" in compared.stdout
+    assert "vocabulary of 350" in compared.stdout  # of the recipe
