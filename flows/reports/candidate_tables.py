@@ -38,13 +38,13 @@ def vocabulary_rows(comparison: Comparison, *, configured: int) -> list[Row]:
 
 
 def next_rows(comparison: Comparison, *, configured: Triple) -> list[Row]:
-    """Return how to use the first triple that is better than the configured one beyond chance."""
+    """Return how to try the first triple that is better than the configured one beyond chance."""
     better = [one.layers for one in comparison.triples if _is_better(one)]
     if not better:
         return [("", f"No triple is better than aux {_listed(configured)} beyond chance.")]
     chosen = ",".join(map(str, better[0]))
     return [
-        (f"use {_listed(better[0])}", f"--set target.aux_layers=[{chosen}]"),
+        (f"try {_listed(better[0])}", f"--set target.aux_layers=[{chosen}]"),
         ("", "A store keeps the layers that it has: other layers need a new store (store.root)."),
     ]
 

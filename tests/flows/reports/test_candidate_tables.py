@@ -67,7 +67,7 @@ def test_the_command_uses_the_first_triple_that_is_better_beyond_chance() -> Non
     unknown = TripleResult(layers=(1, 2, 9), accuracy=0.36, difference=0.02, margin=None)
     found = replace(COMPARISON, triples=(by_chance, unknown, *COMPARISON.triples))
     command, _ = next_rows(found, configured=CONFIGURED)
-    assert command == ("use 8, 17, 23", "--set target.aux_layers=[8,17,23]")
+    assert command == ("try 8, 17, 23", "--set target.aux_layers=[8,17,23]")
     found = replace(COMPARISON, triples=(by_chance, unknown, *COMPARISON.triples[1:]))
     assert next_rows(found, configured=CONFIGURED) == [
         ("", "No triple is better than aux 2, 9, 20 beyond chance.")
