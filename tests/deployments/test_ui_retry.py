@@ -119,9 +119,8 @@ def _kill_the_flow(
     os.kill(int(re.findall(r"PPid:\s*(\d+)", status)[0]), signal.SIGKILL)
     os.kill(worker, signal.SIGCONT)
     assert _ended(server, run)["state_name"] == "Crashed"
-    logs = {"logs": {"flow_run_id": {"any_": [run]}}}
     wait_for(
-        lambda: any(WORKER_KNOWS in log["message"] for log in server.post("logs/filter", logs)),
+        lambda: any(WORKER_KNOWS in log["message"] for log in _logs(server, run)),
         what="the worker to know",
     )
     return _still_there(root, before)
@@ -155,7 +154,12 @@ def _still_there(root: Path, before: Mapping[str, int]) -> Mapping[str, int]:
 
 def _retry(page: Page, server: Server, run: str, *, attempt: int) -> None:
     _choose(page, server, run, "Retry")
-    wait_for(lambda: _run(server, run)["run_count"] == attempt, what=f"attempt {attempt}")
+    try:
+        wait_for(lambda: _run(server, run)["run_count"] == attempt, what=f"attempt {attempt}")
+    except AssertionError as error:  # seen once, on a busy machine
+        state = _run(server, run)["state"]
+        lines = [f"{log['timestamp']} {log['message']}" for log in _logs(server, run)[-20:]]
+        raise AssertionError("\n".join([f"{error}: the run is {state}", *lines])) from error
 
 
 def _choose(page: Page, server: Server, run: str, action: str) -> None:
@@ -191,6 +195,12 @@ def _start(server: Server, home: str) -> str:
 def _run(server: Server, run: str) -> dict[str, Any]:
     (found,) = server.post("flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
     return found  # type: ignore[no-any-return]
+
+
+def _logs(server: Server, run: str) -> list[dict[str, Any]]:
+    """Return what was logged for a run, oldest first."""
+    found = server.post("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+    return sorted(found, key=lambda log: str(log["timestamp"]))
 
 
 def _ended(server: Server, run: str) -> dict[str, Any]:
