@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -93,6 +94,20 @@ def test_a_proxy_for_the_web_is_none_for_servers_of_this_machine() -> None:
             assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == expected
 
 
+def write_recipe(
+    folder: Path, target: Path, source: Path, training: Mapping[str, int], **dataset: float
+) -> Path:
+    """Write a recipe of the tiny target; return its path."""
+    recipe = folder / "tiny.yaml"
+    sections = {
+        "target": {"name": "tiny", "model": str(target), "dtype": "float32", "device": "cpu"},
+        "dataset": {"name": "facts", "source": str(source), "max_length": 256, **dataset},
+        "training": dict(training),
+    }
+    recipe.write_text(yaml.safe_dump(sections))
+    return recipe
+
+
 @pytest.mark.server
 @pytest.mark.usefixtures("prefect_server")
 def test_the_folder_of_a_run_is_all_that_a_command_needs(
@@ -100,21 +115,8 @@ def test_the_folder_of_a_run_is_all_that_a_command_needs(
 ) -> None:
     source = tiny.write_conversations(tmp_path / "tiny.json", 12)
     home = tmp_path / "home"
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "target": {
-                    "name": "tiny",
-                    "model": str(tiny_target_path),
-                    "dtype": "float32",
-                    "device": "cpu",
-                },
-                "dataset": {"name": "facts", "source": str(source), "max_length": 256},
-                "training": {"draft_vocab_size": 300, "ttt_length": 2, "max_steps": 1},
-            }
-        )
-    )
+    training: Mapping[str, int] = {"draft_vocab_size": 300, "ttt_length": 2, "max_steps": 1}
+    recipe = write_recipe(tmp_path, tiny_target_path, source, training)
     for flow in (("hidden-states",), ("train", "--run", "one")):
         ended = eyas_here("run", flow[0], str(recipe), *flow[1:], "--home", str(home))
         assert ended.returncode == 0, ended.stderr
@@ -162,25 +164,8 @@ def test_plan_compares_candidates_where_it_is_told_to(
     tmp_path: Path, tiny_target_path: Path
 ) -> None:
     source = tiny.write_conversations(tmp_path / "tiny.json", 60)
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "target": {
-                    "name": "tiny",
-                    "model": str(tiny_target_path),
-                    "dtype": "float32",
-                    "device": "cpu",
-                },
-                "dataset": {
-                    "name": "facts",
-                    "source": str(source),
-                    "held_out_fraction": 0.3,
-                    "max_length": 256,
-                },
-                "training": {"draft_vocab_size": 350},
-            }
-        )
+    recipe = write_recipe(
+        tmp_path, tiny_target_path, source, {"draft_vocab_size": 350}, held_out_fraction=0.3
     )
     arguments = ("plan", str(recipe), "--home", str(tmp_path / "home"))
     plain = eyas_here(*arguments)
