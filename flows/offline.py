@@ -10,7 +10,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
-from flows.bridge.draft_setup import require_start
+from flows.bridge.draft_setup import require_start, require_start_fits
 from flows.bridge.run import begun_run
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
@@ -53,10 +53,12 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     require_start(training)
     started = time.monotonic()
     prepare_weights(target)
+    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
+    if not begun_run(run_path):
+        require_start_fits(target, training)
     # Of all stages together: evaluation comes last.
     check_runnable(target, max_length=dataset.max_length, rolls_back=True)
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
-    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
     trained = train_flow(
         target=target,
         dataset=dataset,

@@ -141,6 +141,9 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
             target_fingerprint=fingerprint(fingerprint_fields(target, locate(target))),
             keeper=keeper,
         )
+        if setup.refit is not None:  # by the same target: two may not fit
+            refit = dataclasses.replace(setup.refit, load_target=source.target)
+            setup = dataclasses.replace(setup, refit=refit)
         record = Run.of(
             config,
             title=config.title(run),

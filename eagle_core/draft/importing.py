@@ -69,6 +69,16 @@ def read_draft(folder: Path) -> ImportedDraft:
     return ImportedDraft(config=config, tensors=tensors, aux_layers=_aux_layers(document))
 
 
+def require_fit(config: DraftConfig, imported: ImportedDraft) -> None:
+    """Raise MismatchError if a size other than that of the draft vocabulary differs."""
+    ours = config.model_dump(exclude={"draft_vocab_size", "max_position_embeddings"})
+    theirs = imported.config.model_dump()
+    differing = [name for name, value in ours.items() if theirs[name] != value]
+    if differing:
+        facts = ", ".join(f"{name} {theirs[name]} (ours {ours[name]})" for name in differing)
+        raise MismatchError(f"the imported draft does not fit this one: {facts}")
+
+
 @torch.no_grad()
 def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
     """Copy the weights of `imported` to an initialised `draft`; return the number of head rows.
@@ -80,12 +90,7 @@ def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
         MismatchError: the two differ in a size other than that of the draft vocabulary.
 
     """
-    ours = draft.config.model_dump(exclude={"draft_vocab_size", "max_position_embeddings"})
-    theirs = imported.config.model_dump()
-    differing = [name for name, value in ours.items() if theirs[name] != value]
-    if differing:
-        facts = ", ".join(f"{name} {theirs[name]} (ours {ours[name]})" for name in differing)
-        raise MismatchError(f"the imported draft does not fit this one: {facts}")
+    require_fit(draft.config, imported)
     own = dict(draft.named_parameters())
     kept = {EMBEDDING, "lm_head.weight"}
     for name in own.keys() - kept:

@@ -1,5 +1,6 @@
 """The model configuration next to a target's weights: shape, layers, stop tokens."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -41,9 +42,10 @@ def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
     return 1, num_layers // 2 - 1, num_layers - 4
 
 
-def are_aux_layers(layers: tuple[int, int, int], num_layers: int) -> bool:
-    """Return whether a model of `num_layers` layers has these, and they ascend."""
-    return 0 <= layers[0] < layers[1] < layers[2] < num_layers
+def are_aux_layers(layers: tuple[int, ...], num_layers: int) -> bool:
+    """Return whether these are three layers of a model of `num_layers` layers, ascending."""
+    ascends = all(low < high for low, high in pairwise((-1, *layers, num_layers)))
+    return ascends and len(layers) == len(default_aux_layers(num_layers))
 
 
 def resolve_device(device: str) -> torch.device:

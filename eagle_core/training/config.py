@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eagle_core.config_model import ConfigModel
 from eagle_core.training.precision import TrainingDtype
@@ -77,6 +77,11 @@ class TrainingConfig(TttConfig):
         description="The draft's first weights: closed_form solves them from the target's states; "
         "random draws them; or the folder of an EAGLE-3 draft in any layout that engines load.",
     )
+    refit: bool = Field(
+        default=False,
+        description="Let the draft in the folder `start` read other aux layers than those it was "
+        "trained on: solve its fusing matrix, for which the target runs on some samples.",
+    )
     fc_norm: bool = Field(
         default=False, description="EAGLE-3.1: normalise each aux state before fusing them."
     )
@@ -142,6 +147,14 @@ class TrainingConfig(TttConfig):
     )
     log_every: int = Field(default=5, gt=0, description="Steps between logged metrics.")
 
+    @model_validator(mode="after")
+    def _refits_a_draft(self) -> Self:
+        if self.refit and self.start_folder is None:
+            raise ValueError(
+                "refit adapts a given draft: set start to its folder, or leave refit out"
+            )
+        return self
+
     @property
     def start_folder(self) -> Path | None:
         """The folder of the draft to start from, if there is one."""
@@ -162,8 +175,8 @@ class TrainingConfig(TttConfig):
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""
         # A checkpoint does not depend on how its run began.
-        free = {"start", "epochs", "max_steps", "checkpoint_every", "keep_last", "log_every"}
-        free |= {"held_out_every", "held_out_tokens", "gradient_checkpointing"}
+        free = {"start", "refit", "epochs", "max_steps", "gradient_checkpointing"}
+        free |= {"checkpoint_every", "keep_last", "log_every", "held_out_every", "held_out_tokens"}
         # The number of processes may change between two runs.
         free |= {"num_processes", "sharding", "batches_per_step"}
         fields = self.model_dump(mode="json", exclude=free)

@@ -44,26 +44,28 @@ class Start:
 
     kind: str
     """closed_form, random, or the folder of a draft."""
+    refit_from: tuple[int, ...] = ()
+    """Aux layers that the given draft was trained on, if it was refit to others."""
     num_tokens: int
     """Tokens from which it was made."""
     seconds: float
     refused: str = ""
     """Why solved weights were not used, but drawn ones; else empty."""
     accuracies: tuple[float, ...] = ()
-    """[L] by training-time-test step; empty unless the weights were solved."""
+    """[L] by training-time-test step; empty for random weights."""
     acceptance_length: float = 0.0
-    """From joint prefixes, as `Metrics.held_out_length`; 0 unless the weights were solved."""
+    """From joint prefixes, as `Metrics.held_out_length`; 0 for random weights."""
     is_held_out: bool = True
-    """Whether both were measured on held-out samples; else on those that it was solved from."""
+    """Whether both were measured on held-out samples; else on some of its own."""
 
     @property
-    def is_solved(self) -> bool:
-        """Return whether the run began with solved weights."""
-        return bool(self.accuracies) and not self.refused
+    def is_drawn(self) -> bool:
+        """Return whether the run began with random weights, chosen or not."""
+        return not self.accuracies
 
     def scalars(self) -> dict[str, float]:
         """Return its held-out figures, named as those of later steps."""
-        if not self.is_solved or not self.is_held_out:
+        if self.is_drawn or not self.is_held_out:
             return {}
         named = {f"held_out/accuracy_{step}": value for step, value in enumerate(self.accuracies)}
         return {**named, "held_out/acceptance_length": self.acceptance_length}

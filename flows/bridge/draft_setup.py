@@ -1,8 +1,9 @@
 """The draft of one run: its vocabulary, and its weights before and after training."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from eagle_core.draft.config import DraftConfig
-from eagle_core.draft.importing import read_draft, warm_start
+from eagle_core.draft.importing import ImportedDraft, read_draft, require_fit, warm_start
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import (
     Coverage,
@@ -24,7 +26,14 @@ from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
-from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
+from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import (
+    are_aux_layers,
+    aux_layers,
+    default_aux_layers,
+    read_model_config,
+    resolve_device,
+)
 from eagle_core.target.skeleton import reason_of
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
@@ -37,6 +46,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Refit:
+    """What the fusing matrix of a given draft is to be solved from."""
+
+    layers: tuple[int, ...]
+    """Aux layers that the draft was trained on."""
+    load_target: Callable[[], TargetModel]
+    """Returns the target, for their states."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DraftSetup:
     """An untrained draft, its run folder and the target's head."""
 
@@ -44,6 +63,8 @@ class DraftSetup:
     draft: DraftModel
     target_lm_head: Tensor
     """[V, H] the target's head, frozen."""
+    refit: Refit | None = None
+    """None unless the draft was given and reads other aux layers."""
 
 
 def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path) -> DraftSetup:
@@ -56,21 +77,38 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
     device = resolve_device(target.device)
     embedding, lm_head = load_ends(folder, dtype=torch.float32)
     vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
-    config = DraftConfig.from_target(
-        model_config,
-        draft_vocab_size=len(vocabulary),
-        fc_norm=training.fc_norm,
-        norm_output=training.norm_output,
-    )
-    draft = DraftModel(config)
+    draft = DraftModel(_draft_config(training, model_config, len(vocabulary)))
     draft.initialise(
         embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed
     )
+    refit = None
     if training.start_folder is not None and newest(run_path) is None:
-        _start_from(
-            draft, training.start_folder, aux_layers(target, model_config.num_hidden_layers)
-        )
-    return DraftSetup(run_path=run_path, draft=draft.to(device), target_lm_head=lm_head.to(device))
+        given = read_draft(training.start_folder)
+        others = _other_layers(given, target, training, model_config)
+        if others is not None:
+            refit = Refit(layers=others, load_target=partial(TargetModel.load, target))
+        _start_from(draft, given, training.start_folder)
+    return DraftSetup(
+        run_path=run_path,
+        draft=draft.to(device),
+        target_lm_head=lm_head.to(device),
+        refit=refit,
+    )
+
+
+def require_start_fits(target: TargetConfig, training: TrainingConfig) -> None:
+    """Raise MismatchError if the draft to start from has other sizes, or reads other layers.
+
+    The target's configuration must be at hand.
+    """
+    if training.start_folder is None:
+        return
+    given, model_config = (
+        read_draft(training.start_folder),
+        read_model_config(target, weights.locate(target)),
+    )
+    _other_layers(given, target, training, model_config)
+    require_fit(_draft_config(training, model_config, given.config.draft_vocab_size), given)
 
 
 def require_start(training: TrainingConfig) -> None:
@@ -102,14 +140,50 @@ def load_trained(setup: DraftSetup) -> DraftModel:
     return setup.draft
 
 
-def _start_from(draft: DraftModel, folder: Path, layers: tuple[int, ...]) -> None:
-    imported = read_draft(folder)
-    if imported.aux_layers not in {None, layers}:
+def _draft_config(
+    training: TrainingConfig, model_config: PretrainedConfig, draft_vocab_size: int
+) -> DraftConfig:
+    return DraftConfig.from_target(
+        model_config,
+        draft_vocab_size=draft_vocab_size,
+        fc_norm=training.fc_norm,
+        norm_output=training.norm_output,
+    )
+
+
+def _other_layers(
+    given: ImportedDraft,
+    target: TargetConfig,
+    training: TrainingConfig,
+    model_config: PretrainedConfig,
+) -> tuple[int, ...] | None:
+    """Return the aux layers of a given draft that is to be refit; None if there is no need.
+
+    A draft that does not name its layers is taken to read those of the target; or, if it is to be
+    refit, those of EAGLE-3.
+    """
+    num_layers = model_config.num_hidden_layers
+    ours, theirs = aux_layers(target, num_layers), given.aux_layers
+    if training.refit and theirs is None:
+        theirs = default_aux_layers(num_layers)
+    if theirs in {None, ours}:
+        return None
+    if not training.refit:
         raise MismatchError(
-            f"the draft in {folder} reads the aux layers {imported.aux_layers}, but the states of "
-            f"this target are of {layers}; set target.aux_layers, or start from another draft"
+            f"the draft in {training.start} reads the aux layers {theirs}, but the states of "
+            f"this target are of {ours}; set target.aux_layers, or training.refit=true to solve "
+            "its fusing matrix for these layers, or start from another draft"
         )
-    num_rows = warm_start(draft, imported)
+    if not are_aux_layers(theirs, num_layers):
+        raise MismatchError(
+            f"the draft in {training.start} reads the aux layers {theirs}, which target "
+            f"{target.name} with {num_layers} layers does not have; start from another draft"
+        )
+    return theirs
+
+
+def _start_from(draft: DraftModel, given: ImportedDraft, folder: Path) -> None:
+    num_rows = warm_start(draft, given)
     logger.info(
         "training starts from %s, which has the head rows of %d of %d draft tokens",
         folder,

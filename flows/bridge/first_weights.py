@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle_core.atomic_files import atomic_folder, file_digest
+from eagle_core.closed_form.refit import refit_fusing_matrix
 from eagle_core.closed_form.sampled_batches import SampledBatches
-from eagle_core.closed_form.start import SolvedStart, solve_start, tokens_needed
+from eagle_core.closed_form.start import Step, solve_start, tokens_needed
 from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
@@ -38,8 +39,9 @@ from eagle_core.training.packing import PackedBatch
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.result import Start
 from eagle_core.training.ttt import TttOutcome, ttt_step
-from eagle_core.training.validation import held_out_batches
-from flows.bridge.draft_setup import DraftSetup
+from eagle_core.training.validation import HeldOutFigures, held_out_batches, measure
+from flows.bridge.draft_setup import DraftSetup, Refit
+from flows.bridge.known_aux import known_aux
 
 _FOLDER = "start"
 _WEIGHTS_NAME = "draft.safetensors"
@@ -152,12 +154,14 @@ def load_first_weights(setup: DraftSetup) -> bool:
 
 
 def _identity(setup: DraftSetup, source: SampleSource, training: TrainingConfig) -> str:
-    content = {
+    content: dict[str, object] = {
         "source_id": source.source_id,
         "start": training.start or CLOSED_FORM,
         "training": {name: getattr(training, name) for name in _SOLVED_WITH},
         "drawn": _digest(setup.draft),
     }
+    if setup.refit is not None:
+        content["refit_from"] = setup.refit.layers
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -180,43 +184,73 @@ def _make(
     refetch: bool,
 ) -> Start:
     started = time.monotonic()
-    draft = setup.draft
-    num_tokens = tokens_needed(draft) if training.is_solved else _SCALE_TOKENS
-    batches = SampledBatches(source, training, processes, num_tokens=num_tokens, refetch=refetch)
+    draft, refit = setup.draft, setup.refit
+    is_made = training.is_solved or refit is not None
+    batches = SampledBatches(
+        source,
+        training,
+        processes,
+        num_tokens=tokens_needed(draft) if is_made else _SCALE_TOKENS,
+        refetch=refetch,
+    )
+    if refit is not None:
+        _refit(draft, refit, batches, processes)
+    elif training.refit and processes.is_first:
+        logger.warning(
+            "training.refit changes nothing: the draft in %s reads the target's aux layers",
+            training.start,
+        )
     sizes = measure_state_sizes(draft, batches, training, processes)
-    solved: SolvedStart | None = None
     if training.start_folder is not None:
         draft.set_aux_scale(sizes.aux_scale)
     else:
         draft.aux_scale.copy_(sizes.aux_scale)
     dtype = multiplying_dtype(training.dtype, draft.fc.weight.device)
+    target_head = setup.target_lm_head[draft.t2d].to(dtype)
+    measured = _measured(held_out, source, batches, training, processes)
+    step = _step(draft, training, dtype)
+    figures: HeldOutFigures | None = None
+    refused = ""
+    if training.is_solved:
+        logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
+        solved = solve_start(
+            draft, batches, measured, sizes, target_head, step, training, processes
+        )
+        figures, refused = solved.figures, solved.refused
+    elif training.start_folder is not None:
+        figures = measure(step, measured(), target_head)
+    return Start(
+        kind=training.start or CLOSED_FORM,
+        refit_from=refit.layers if refit else (),
+        num_tokens=batches.num_tokens,
+        seconds=time.monotonic() - started,
+        refused=refused,
+        accuracies=figures.accuracies if figures else (),
+        acceptance_length=figures.length if figures else 0.0,
+        is_held_out=held_out is not None,
+    )
+
+
+def _refit(draft: DraftModel, refit: Refit, batches: SampledBatches, processes: Processes) -> None:
+    """Let a given draft read the aux states of `batches`."""
+    logger.info(
+        "solving the draft's fusing matrix on %s tokens: it reads the aux layers %s",
+        *(f"{batches.num_tokens:,}", refit.layers),
+    )
+    known = known_aux(refit.load_target(), refit.layers)
+    misfit = refit_fusing_matrix(draft, batches, known, processes)
+    logger.info("%.0f%% of the fused states' mean square is not explained", 100 * misfit)
+
+
+def _step(draft: DraftModel, training: TrainingConfig, dtype: torch.dtype) -> Step:
+    """Return what measures the draft on a batch, in the arithmetic of the run."""
 
     def step(batch: PackedBatch, target_head: Tensor) -> TttOutcome:
         device, is_mixed = target_head.device.type, dtype != torch.float32
         with torch.autocast(device, dtype=dtype, enabled=is_mixed):
             return ttt_step(draft, batch, target_head, training)
 
-    if training.is_solved:
-        logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
-        solved = solve_start(
-            draft,
-            batches,
-            _measured(held_out, source, batches, training, processes),
-            sizes,
-            setup.target_lm_head[draft.t2d].to(dtype),
-            step,
-            training,
-            processes,
-        )
-    return Start(
-        kind=training.start or CLOSED_FORM,
-        num_tokens=batches.num_tokens,
-        seconds=time.monotonic() - started,
-        refused=solved.refused if solved else "",
-        accuracies=solved.figures.accuracies if solved and solved.figures else (),
-        acceptance_length=solved.figures.length if solved and solved.figures else 0.0,
-        is_held_out=held_out is not None,
-    )
+    return step
 
 
 def _measured(
@@ -264,10 +298,12 @@ def _log(start: Start, training: TrainingConfig) -> None:
             "ones were refused: %s",
             *(RANDOM, start.refused),
         )
-    elif start.is_solved:
+    elif not start.is_drawn:
+        what = f"the draft in {start.kind}" if training.start_folder else "solved weights"
         logger.info(
-            "training starts from solved weights: %.2f tokens per verifying forward on %s samples, "
-            "accuracy by TTT step %s (%.0f s)",
+            "training starts from %s: %.2f tokens per verifying forward on %s samples, accuracy "
+            "by TTT step %s (%.0f s)",
+            what,
             start.acceptance_length,
             "held-out" if start.is_held_out else "its own",
             " ".join(f"{accuracy:.1%}" for accuracy in start.accuracies),
@@ -275,7 +311,7 @@ def _log(start: Start, training: TrainingConfig) -> None:
         )
         if training.peak_learning_rate > 2 * RATE_OF_GIVEN_WEIGHTS:
             logger.warning(
-                "training.learning_rate is %g: it soon destroys solved weights; leave it out, or "
-                "set training.start=%s",
-                *(training.peak_learning_rate, RANDOM),
+                "training.learning_rate is %g: it soon destroys %s; leave it out, or set "
+                "training.start=%s",
+                *(training.peak_learning_rate, what, RANDOM),
             )

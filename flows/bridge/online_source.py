@@ -100,6 +100,12 @@ class OnlineSource:
                 self._computed.popitem(last=False)
         return self._computed[group][sample_id]
 
+    def target(self) -> TargetModel:
+        """Return the target, loaded if it is not yet."""
+        if self._target is None:
+            self._target = self._load_target()
+        return self._target
+
     def release_target(self) -> None:
         """Release the target and the states in memory; the next computation reloads the target."""
         self._target = None
@@ -107,13 +113,11 @@ class OnlineSource:
 
     def _compute(self, members: Sequence[str]) -> dict[str, HiddenStateSample]:
         """Return the states of a group, except those that are already stored."""
-        if self._target is None:
-            self._target = self._load_target()
         if self._keeper is None:
-            states = capture_states(self._target, self._tokens.by_id(members))
+            states = capture_states(self.target(), self._tokens.by_id(members))
         else:
             missing = [name for name in members if not self._keeper.holds(name)]
             for_recompute = self._keeper.store.identity.omitted is not None
-            capture = partial(capture_states, self._target, for_recompute=for_recompute)
+            capture = partial(capture_states, self.target(), for_recompute=for_recompute)
             states = iter(self._keeper.compute(self._tokens.by_id(missing), capture))
         return {sample.sample_id: sample for sample in states}

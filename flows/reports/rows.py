@@ -12,6 +12,7 @@ from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.estimate import expected_length
+from eagle_core.training.config import CLOSED_FORM
 from eagle_core.training.result import Metrics, Start
 from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
 from flows.reports.table import Row
@@ -116,11 +117,14 @@ def _start(start: Start | None) -> str:
         return "random"
     if start.refused:
         return f"random, for the closed form was refused: {start.refused}"
-    if not start.is_solved:
+    if start.is_drawn:
         return start.kind
+    name = "closed form" if start.kind == CLOSED_FORM else start.kind
+    if start.refit_from:
+        name = f"{name}, refit from aux layers {', '.join(map(str, start.refit_from))}"
     where = "held-out length" if start.is_held_out else "length on its own samples"
     return (
-        f"closed form: {where} {start.acceptance_length:.2f}, accuracy by TTT step "
+        f"{name}: {where} {start.acceptance_length:.2f}, accuracy by TTT step "
         f"{_series(start.accuracies, '{:.1%}')} ({start.seconds:.0f} s)"
     )
 

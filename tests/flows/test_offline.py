@@ -53,6 +53,6 @@ def test_the_stages_share_the_check_and_the_tokenizer(
     assert summary.training.num_steps == 1
     assert summary.acceptance.trained.num_prompts == 1
     assert summary.training.start is not None
-    assert summary.training.start.is_solved
+    assert not summary.training.start.is_drawn
     assert summary.acceptance.untrained.acceptance_length > 1  # it is the solved draft
     assert sorted(made) == ["ConversationTokenizer", "check_target"]

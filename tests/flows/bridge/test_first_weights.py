@@ -43,7 +43,7 @@ def test_solved_weights_are_kept_and_read_again(tmp_path: Path) -> None:
     held_out = LinearSource(num_samples=20, seed=1)
     found = first_weights(first, source, held_out, TRAINING)
     assert found is not None
-    assert found.is_solved
+    assert not found.is_drawn
     assert found.is_held_out
     assert len(found.accuracies) == 3
     assert found.scalars()["held_out/accuracy_2"] == found.accuracies[2]
@@ -108,7 +108,7 @@ def test_weights_of_another_shape_change_nothing(tmp_path: Path) -> None:
 def test_without_held_out_samples_its_own_measure_it(tmp_path: Path) -> None:
     found = first_weights(setup(tmp_path), LinearSource(), None, TRAINING)
     assert found is not None
-    assert found.is_solved
+    assert not found.is_drawn
     assert not found.is_held_out
     assert found.scalars() == {}
 
@@ -118,7 +118,7 @@ def test_drawn_weights_read_scaled_channels(tmp_path: Path) -> None:
     drawn = made.draft.fc.weight.clone()
     found = first_weights(made, LinearSource(), None, RANDOM)
     assert found is not None
-    assert (found.kind, found.is_solved, found.accuracies) == ("random", False, ())
+    assert (found.kind, found.is_drawn, found.accuracies) == ("random", True, ())
     assert torch.equal(made.draft.fc.weight, drawn)
     assert len(made.draft.aux_scale.unique()) > 5
 
@@ -129,7 +129,8 @@ def test_a_given_draft_keeps_its_function(tmp_path: Path) -> None:
     training = TRAINING.model_copy(update={"start": "/some/draft"})
     found = first_weights(made, LinearSource(), None, training)
     assert found is not None
-    assert found.kind == "/some/draft"
+    assert (found.kind, found.refit_from) == ("/some/draft", ())
+    assert len(found.accuracies) == 3  # as given
     assert len(made.draft.aux_scale.unique()) > 5
     assert torch.equal(made.draft.fusing_weight(), fusing)
 
@@ -204,7 +205,7 @@ def test_a_refused_solution_says_why_and_leaves_drawn_weights(
     with caplog.at_level(logging.WARNING):
         found = first_weights(made, LinearSource(), None, TRAINING)
     assert found is not None
-    assert not found.is_solved
+    assert found.is_drawn
     assert "singular" in found.refused
     assert "starts from random weights" in caplog.text
     assert torch.equal(made.draft.midlayer.mlp.up_proj.weight, drawn)
