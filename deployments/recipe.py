@@ -135,6 +135,8 @@ def _explain(error: ValidationError, where: str) -> str:
             lines.append(f"  {dotted}: there is no such key; known keys: {known}")
         elif problem["type"] == "secret":  # must not be shown
             lines.append(f"  {dotted}: {problem['msg']}")
+        elif problem["type"] == "value_error" and isinstance(problem["input"], dict):
+            lines.append(f"  {dotted}: {problem['msg'].removeprefix('Value error, ')}")
         else:
             lines.append(f"  {dotted}: {problem['msg']} (found {problem['input']!r})")
     return "\n".join(lines)

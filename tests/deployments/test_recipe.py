@@ -106,6 +106,7 @@ def test_overrides_are_parsed_as_yaml() -> None:
             "training.max_step=7",
             r"training\.max_step: there is no such key; known keys: .*max_steps",
         ),
+        ("training.refit=true", r"training: refit adapts a given draft: .* leave refit out$"),
         ("trainig.max_steps=7", r"trainig: there is no such key; known keys: target, dataset"),
         ("training.max_steps=many", r"training\.max_steps: .*valid integer.*\(found 'many'\)"),
         ("training.learning_rate=-1", r"training\.learning_rate: .*greater than 0"),

@@ -115,15 +115,18 @@ def _kill_the_flow(
     server: Server, run: str, root: Path, before: Mapping[str, int]
 ) -> Mapping[str, int]:
     worker, _ = _stop_in_the_middle(server, root, before)
+    known = _deaths_known(server, run)  # of a cancelled run that had to be killed, one
     status = (Path("/proc") / str(worker) / "status").read_text()
     os.kill(int(re.findall(r"PPid:\s*(\d+)", status)[0]), signal.SIGKILL)
     os.kill(worker, signal.SIGCONT)
     assert _ended(server, run)["state_name"] == "Crashed"
-    wait_for(
-        lambda: any(WORKER_KNOWS in log["message"] for log in _logs(server, run)),
-        what="the worker to know",
-    )
+    wait_for(lambda: _deaths_known(server, run) > known, what="the worker to know")
     return _still_there(root, before)
+
+
+def _deaths_known(server: Server, run: str) -> int:
+    """Return of how many deaths of a run's process the worker has told the server."""
+    return sum(WORKER_KNOWS in log["message"] for log in _logs(server, run))
 
 
 def _kill_the_shard_process(server: Server, root: Path, before: Mapping[str, int]) -> None:
