@@ -3,7 +3,8 @@
 Drafts from several first weights are trained with the same data, steps and batches, measured on the
 held-out split before the first step and after some, and decode the same held-out prompts at the
 end. All runs are kept below `--work`: what ended is not run again, and what was interrupted goes
-on, so that seeds can be measured at different times, or by several processes.
+on, so that seeds can be measured at different times, or by several processes. The arm `speculators`
+is trained by that package from its own first weights, on the same batches.
 """
 
 import argparse
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--set", action="append", default=[], help="override a recipe key")
+    parser.add_argument("--speculators-venv", type=Path, help="needed for the arm speculators")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     experiment = _experiment(arguments)
@@ -157,7 +159,12 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
         ),
         steps=arguments.steps,
         marks=arguments.marks,
+        speculators_python=arguments.speculators_venv and _python_of(arguments.speculators_venv),
     )
+
+
+def _python_of(environment: Path) -> Path:
+    return environment.resolve() / "bin" / "python"
 
 
 def _source(store: Store, tokens: TokenFile) -> StoredSource:

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from benchmarks.start_speculators import train_speculators
 from deployments.recipe import Recipe
 from eagle_core.draft.model import DraftModel
 from eagle_core.evaluation.config import EvaluationConfig
@@ -21,10 +22,9 @@ from eagle_core.target.model import TargetModel
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
-from eagle_core.training.config import TrainingConfig
+from eagle_core.training.config import RANDOM, TrainingConfig
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.precision import multiplying_dtype
-from eagle_core.training.result import Progress
 from eagle_core.training.trainer import train
 from eagle_core.training.ttt import TttOutcome, ttt_step
 from eagle_core.training.validation import HeldOutFigures, held_out_batches, measure
@@ -32,6 +32,8 @@ from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
 from flows.bridge.first_weights import as_begun, first_weights
 
 UNSCALED = "unscaled"
+SPECULATORS = "speculators"
+"""The arm that the package trains (`benchmarks.start_peer`)."""
 _RECORD_NAME = "figures.json"
 _CHECKPOINT_EVERY = 200
 
@@ -50,6 +52,7 @@ class Experiment:
     steps: int
     marks: Sequence[int]
     """Steps after which the draft is measured."""
+    speculators_python: Path | None
 
 
 class Figures(BaseModel):
@@ -92,7 +95,7 @@ class Arm:
         """Return the settings of one of its runs."""
         given = experiment.recipe.training.model_dump(exclude_unset=True)
         own = {
-            "start": self.start,
+            "start": RANDOM if self.start == SPECULATORS else self.start,
             "seed": seed,
             "max_steps": experiment.steps,
             "held_out_every": experiment.steps,
@@ -111,33 +114,59 @@ def run_arm(experiment: Experiment, arm: Arm, seed: int, run_path: Path) -> RunR
     run_path.mkdir(parents=True, exist_ok=True)
     choose_vocabulary(experiment.recipe.target, training, experiment.tokens, run_path)
     setup = set_up_draft(experiment.recipe.target, training, run_path)
+    if arm.start == SPECULATORS:
+        record = RunRecord(start_seconds=0.0, start_tokens=0)
+    else:
+        record = found or _begun(experiment, setup, training, is_scaled=arm.is_scaled)
+
+    def keep(step: int) -> None:
+        figures = _measured(experiment, setup, training)
+        record.by_step[step] = Figures(length=figures.length, accuracies=figures.accuracies)
+        record_path.write_text(record.model_dump_json(indent=1), encoding="utf-8")
+
+    marks = {0, *experiment.marks, experiment.steps}
+    if arm.start == SPECULATORS:
+        assert experiment.speculators_python is not None, "--speculators-venv is needed"
+        train_speculators(
+            experiment.speculators_python,
+            setup,
+            training,
+            experiment.source,
+            num_steps=experiment.steps,
+            marks=marks,
+            on_mark=keep,
+        )
+    else:
+        if 0 not in record.by_step:
+            keep(0)
+        train(
+            config=as_begun(training, run_path),
+            draft=setup.draft,
+            target_lm_head=setup.target_lm_head,
+            source=experiment.source,
+            held_out=None,
+            run_path=run_path,
+            tracker=NoTracker(),
+            on_progress=lambda progress: keep(progress.step) if progress.step in marks else None,
+        )
+    _decode(experiment, setup, record)
+    record_path.write_text(record.model_dump_json(indent=1), encoding="utf-8")
+    return record
+
+
+def _begun(
+    experiment: Experiment, setup: DraftSetup, training: TrainingConfig, *, is_scaled: bool
+) -> RunRecord:
+    """Give the draft its first weights."""
     begun = first_weights(setup, experiment.source, experiment.held_out, training)
     assert begun is not None
     assert not begun.refused, begun.refused
-    if not arm.is_scaled:
+    if not is_scaled:
         _unscale(setup.draft, is_drawn=begun.is_drawn)
-    record = found or RunRecord(start_seconds=begun.seconds, start_tokens=begun.num_tokens)
+    return RunRecord(start_seconds=begun.seconds, start_tokens=begun.num_tokens)
 
-    def keep(progress: Progress) -> None:
-        if progress.step in experiment.marks or progress.step in {0, experiment.steps}:
-            figures = _measured(experiment, setup, training)
-            record.by_step[progress.step] = Figures(
-                length=figures.length, accuracies=figures.accuracies
-            )
-            record_path.write_text(record.model_dump_json(indent=1), encoding="utf-8")
 
-    if 0 not in record.by_step:
-        keep(Progress(step=0, loss=0.0))
-    train(
-        config=as_begun(training, run_path),
-        draft=setup.draft,
-        target_lm_head=setup.target_lm_head,
-        source=experiment.source,
-        held_out=None,
-        run_path=run_path,
-        tracker=NoTracker(),
-        on_progress=keep,
-    )
+def _decode(experiment: Experiment, setup: DraftSetup, record: RunRecord) -> None:
     stop_ids = conversation_tokenizer(experiment.target.config).stop_ids
     for result in decode_prompts(
         experiment.target,
@@ -149,8 +178,6 @@ def run_arm(experiment: Experiment, arm: Arm, seed: int, run_path: Path) -> RunR
         rounds = result.speculative.rounds
         record.gained.append(sum(each.gained for each in rounds))
         record.rounds.append(len(rounds))
-    record_path.write_text(record.model_dump_json(indent=1), encoding="utf-8")
-    return record
 
 
 def _read(path: Path) -> RunRecord | None:
