@@ -50,10 +50,10 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     data set; the others use its snapshot, or the run's own if the run has begun.
     """
     require_trackers(tracking)  # fail now, not after hours of hidden states
-    require_start(training)
+    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
+    require_start(training, run_path)
     started = time.monotonic()
     prepare_weights(target)
-    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
     if not begun_run(run_path):
         require_start_fits(target, training)
     # Of all stages together: evaluation comes last.

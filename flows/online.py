@@ -91,11 +91,12 @@ def online(
             "offline flow, where several processes read stored states"
         )
     require_trackers(tracking)
-    require_start(training)
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
+    require_start(training, space.run_path(run))
     config = RunConfig(
         target=target, dataset=dataset, store=store, training=training, tracking=tracking
     )
-    trained = _train(config, Workspace.at(home, target=target.name, dataset=dataset.name), run)
+    trained = _train(config, space, run)
     acceptance = evaluate_flow(
         target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
     )

@@ -82,12 +82,12 @@ def train_flow(
     """
     _require_devices(target, training.num_processes)
     require_trackers(tracking)
-    require_start(training)
     config = RunConfig(
         target=target, dataset=dataset, store=store, training=training, tracking=tracking
     )
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     run_path = space.run_path(run)
+    require_start(training, run_path)
     prepare_weights(target)
     root = store_root(store, space)
     opened = open_store(target, store, root)

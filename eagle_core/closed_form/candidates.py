@@ -79,6 +79,8 @@ class Comparison:
     """The best ones, and those that were asked for; best first."""
     vocabularies: tuple[VocabularyResult, ...]
     """In the order in which they were given."""
+    is_held_out: bool = True
+    """Whether it was measured on a held-out split; else on training samples set apart."""
 
 
 def require_positions(num_positions: int, what: str) -> None:

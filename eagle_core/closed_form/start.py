@@ -33,7 +33,8 @@ _TOKENS_PER_INPUT = 40
 def tokens_needed(draft: DraftModel) -> int:
     """Return on how many tokens to solve: 40 per input of the largest regression.
 
-    The ridge is half a percent then. How accuracy falls with fewer has not been measured.
+    With half as many the draft is a little worse, with twice as many a little better
+    (docs/closed-form.md).
     """
     return _TOKENS_PER_INPUT * (draft.fc.in_features + draft.config.hidden_size)
 

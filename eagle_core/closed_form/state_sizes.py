@@ -30,6 +30,7 @@ class StateSizes:
     """[H] the gain of the target's final norm, without signs."""
 
 
+@torch.no_grad()
 def measure_state_sizes(
     draft: DraftModel, batches: Iterable[PackedBatch], options: TttConfig, processes: Processes
 ) -> StateSizes:

@@ -66,7 +66,7 @@ def read_draft(folder: Path) -> ImportedDraft:
     config = _draft_config(document, layer, tensors)
     tensors.update(_vocabulary(tensors, config, folder))
     require_shapes(tensors, config, optional=(EMBEDDING,), location=str(folder))
-    return ImportedDraft(config=config, tensors=tensors, aux_layers=_aux_layers(document))
+    return ImportedDraft(config=config, tensors=tensors, aux_layers=_aux_layers(document, folder))
 
 
 def require_fit(config: DraftConfig, imported: ImportedDraft) -> None:
@@ -76,7 +76,10 @@ def require_fit(config: DraftConfig, imported: ImportedDraft) -> None:
     differing = [name for name, value in ours.items() if theirs[name] != value]
     if differing:
         facts = ", ".join(f"{name} {theirs[name]} (ours {ours[name]})" for name in differing)
-        raise MismatchError(f"the imported draft does not fit this one: {facts}")
+        flags = [name for name in differing if isinstance(ours[name], bool)]
+        settings = ", ".join(f"training.{name}={str(theirs[name]).lower()}" for name in flags)
+        cure = f"set {settings}" if flags == differing else "start from another draft"
+        raise MismatchError(f"the given draft does not fit this one: {facts}; {cure}")
 
 
 @torch.no_grad()
@@ -237,13 +240,17 @@ def _vocabulary(
     return dict(zip(VOCABULARY, (d2t, t2d), strict=True))
 
 
-def _aux_layers(document: Mapping[str, object]) -> tuple[int, ...] | None:
+def _aux_layers(document: Mapping[str, object], folder: Path) -> tuple[int, ...] | None:
     """Return 0-based layers; the two keys count differently (see `eagle_core.draft.export`)."""
     eagle = document.get("eagle_config")
     key = "eagle_aux_hidden_state_layer_ids"
-    if isinstance(eagle, Mapping) and isinstance(eagle.get(key), list):
-        return tuple(int(layer) for layer in eagle[key])
-    from_one = document.get(key)
-    if isinstance(from_one, list):
-        return tuple(int(layer) - 1 for layer in from_one)
-    return None
+    nested = eagle.get(key) if isinstance(eagle, Mapping) else None
+    listed, first = (nested, 0) if isinstance(nested, list) else (document.get(key), 1)
+    if not isinstance(listed, list):
+        return None
+    if not all(isinstance(layer, int) for layer in listed):
+        raise CorruptError(
+            f"{folder / _CONFIG_NAME}: {key} is {listed}; expected numbers of layers; download "
+            "the draft again"
+        )
+    return tuple(layer - first for layer in listed)

@@ -46,6 +46,8 @@ class Start:
     """closed_form, random, or the folder of a draft."""
     refit_from: tuple[int, ...] = ()
     """Aux layers that the given draft was trained on, if it was refit to others."""
+    misfit: float = 0.0
+    """Share of the mean square of its fused states that the layers at hand do not give."""
     num_tokens: int
     """Tokens from which it was made."""
     seconds: float

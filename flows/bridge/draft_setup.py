@@ -111,10 +111,10 @@ def require_start_fits(target: TargetConfig, training: TrainingConfig) -> None:
     require_fit(_draft_config(training, model_config, given.config.draft_vocab_size), given)
 
 
-def require_start(training: TrainingConfig) -> None:
-    """Raise ConfigError if the draft to start from is not there."""
+def require_start(training: TrainingConfig, run_path: Path) -> None:
+    """Raise ConfigError if a run that has not begun is to start from a draft that is not there."""
     folder = training.start_folder
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not folder.is_dir() and newest(run_path) is None:
         raise ConfigError(
             f"training.start is {training.start}, and there is no such folder: give "
             f"{CLOSED_FORM}, {RANDOM}, or the folder of an EAGLE-3 draft"
@@ -176,8 +176,9 @@ def _other_layers(
         )
     if not are_aux_layers(theirs, num_layers):
         raise MismatchError(
-            f"the draft in {training.start} reads the aux layers {theirs}, which target "
-            f"{target.name} with {num_layers} layers does not have; start from another draft"
+            f"the draft in {training.start} names the aux layers {theirs}; expected three of the "
+            f"{num_layers} layers of target {target.name}, from 0, ascending; start from another "
+            "draft"
         )
     return theirs
 

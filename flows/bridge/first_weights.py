@@ -40,7 +40,7 @@ from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.result import Start
 from eagle_core.training.ttt import TttOutcome, ttt_step
 from eagle_core.training.validation import HeldOutFigures, held_out_batches, measure
-from flows.bridge.draft_setup import DraftSetup, Refit
+from flows.bridge.draft_setup import DraftSetup
 from flows.bridge.known_aux import known_aux
 
 _FOLDER = "start"
@@ -193,8 +193,11 @@ def _make(
         num_tokens=tokens_needed(draft) if is_made else _SCALE_TOKENS,
         refetch=refetch,
     )
+    misfit = 0.0
     if refit is not None:
-        _refit(draft, refit, batches, processes)
+        known = known_aux(refit.load_target(), refit.layers)
+        misfit = refit_fusing_matrix(draft, batches, known, processes)
+        del known  # and the target: what follows needs the memory
     elif training.refit and processes.is_first:
         logger.warning(
             "training.refit changes nothing: the draft in %s reads the target's aux layers",
@@ -222,6 +225,7 @@ def _make(
     return Start(
         kind=training.start or CLOSED_FORM,
         refit_from=refit.layers if refit else (),
+        misfit=misfit,
         num_tokens=batches.num_tokens,
         seconds=time.monotonic() - started,
         refused=refused,
@@ -229,17 +233,6 @@ def _make(
         acceptance_length=figures.length if figures else 0.0,
         is_held_out=held_out is not None,
     )
-
-
-def _refit(draft: DraftModel, refit: Refit, batches: SampledBatches, processes: Processes) -> None:
-    """Let a given draft read the aux states of `batches`."""
-    logger.info(
-        "solving the draft's fusing matrix on %s tokens: it reads the aux layers %s",
-        *(f"{batches.num_tokens:,}", refit.layers),
-    )
-    known = known_aux(refit.load_target(), refit.layers)
-    misfit = refit_fusing_matrix(draft, batches, known, processes)
-    logger.info("%.0f%% of the fused states' mean square is not explained", 100 * misfit)
 
 
 def _step(draft: DraftModel, training: TrainingConfig, dtype: torch.dtype) -> Step:

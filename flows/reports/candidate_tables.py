@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from eagle_core.closed_form.candidates import Comparison, Triple, TripleResult
 from flows.reports.table import Row
 
+_OF_MANY = 1.8
+"""Margins that the best of 120 equal triples exceeds in one of twenty comparisons."""
+
 
 def layer_rows(
     comparison: Comparison, *, configured: Triple, eagle3: Triple | None, hidden_size: int
@@ -38,7 +41,10 @@ def vocabulary_rows(comparison: Comparison, *, configured: int) -> list[Row]:
 
 
 def next_rows(comparison: Comparison, *, configured: Triple) -> list[Row]:
-    """Return how to try the first triple that is better than the configured one beyond chance."""
+    """Return how to try the first triple that is better than the configured one beyond chance.
+
+    The best of many must be better by more than the margin of one.
+    """
     better = [one.layers for one in comparison.triples if _is_better(one)]
     if not better:
         return [("", f"No triple is better than aux {_listed(configured)} beyond chance.")]
@@ -50,12 +56,13 @@ def next_rows(comparison: Comparison, *, configured: Triple) -> list[Row]:
 
 
 def _is_better(result: TripleResult) -> bool:
-    return result.margin is not None and result.difference > result.margin
+    return result.margin is not None and result.difference > _OF_MANY * result.margin
 
 
 def _basis(comparison: Comparison, hidden_size: int) -> list[Row]:
     width = comparison.features_per_layer
-    held_out = f"{comparison.num_conversations:,} held-out conversations"
+    what = "held-out conversations" if comparison.is_held_out else "conversations set apart"
+    held_out = f"{comparison.num_conversations:,} {what}"
     rows = [
         ("accuracy", "a linear prediction proposes the target's token, before any training"),
         ("solved on", f"{comparison.num_positions:,} supervised positions"),
@@ -64,6 +71,7 @@ def _basis(comparison: Comparison, hidden_size: int) -> list[Row]:
             "compared",
             f"{comparison.num_triples:,} triples of the layers {_listed(comparison.layers)}",
         ),
+        ("±", "95 % of one comparison: the best of many looks better than it is"),
     ]
     if width < hidden_size:
         rows.append(
@@ -80,7 +88,8 @@ def _accuracy(result: TripleResult, names: Sequence[str]) -> str:
     if "configured" in names:
         return share + _named(names)
     margin = "" if result.margin is None else f" ± {100 * result.margin:.1f}"
-    return f"{share} ({100 * result.difference:+.1f}{margin} points){_named(names)}"
+    points = round(100 * result.difference, 1) + 0.0  # never -0.0
+    return f"{share} ({points:+.1f}{margin} points){_named(names)}"
 
 
 def _named(names: Sequence[str]) -> str:

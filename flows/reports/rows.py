@@ -116,15 +116,16 @@ def _start(start: Start | None) -> str:
     if start is None:
         return "random"
     if start.refused:
-        return f"random, for the closed form was refused: {start.refused}"
+        return f"random, for solved weights were refused: {start.refused}"
     if start.is_drawn:
         return start.kind
     name = "closed form" if start.kind == CLOSED_FORM else start.kind
     if start.refit_from:
-        name = f"{name}, refit from aux layers {', '.join(map(str, start.refit_from))}"
+        layers = ", ".join(map(str, start.refit_from))
+        name = f"{name}, refit from aux layers {layers} (misfit {start.misfit:.1%})"
     where = "held-out length" if start.is_held_out else "length on its own samples"
     return (
-        f"{name}: {where} {start.acceptance_length:.2f}, accuracy by TTT step "
+        f"{name}: {where}, joint prefix {start.acceptance_length:.2f}, accuracy by TTT step "
         f"{_series(start.accuracies, '{:.1%}')} ({start.seconds:.0f} s)"
     )
 
@@ -156,7 +157,7 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     asked = summary.evaluation.prompts or "held-out"
     rows = [
         ("prompts", f"{trained.num_prompts:,} ({asked})"),
-        ("acceptance length, untrained", _acceptance(summary.untrained)),
+        ("acceptance length, at the start", _acceptance(summary.untrained)),
         ("acceptance length, trained", _acceptance(trained)),
     ]
     rows += [
@@ -168,7 +169,7 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
         own = f"{found.on_policy:.0%} of the stored answers are the target's own"
         rows.append(("acceptance length, estimated", f"{length}; {own}"))
     rows += [
-        ("acceptance by depth, untrained", _depths(summary.untrained)),
+        ("acceptance by depth, at the start", _depths(summary.untrained)),
         ("acceptance by depth, trained", _depths(trained)),
     ]
     if found is not None:

@@ -5,6 +5,7 @@ Sends a `CandidatesLine` for each captured sample and each solved triple, and on
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def compare(job: CandidatesJob) -> Comparison:
     counts, held_out_counts = _counts(job, *files, vocab_size)
     vocabularies = _vocabularies(job, counts, vocab_size)
     configured = next(v for v in vocabularies if len(v) == min(job.draft_vocab_size, vocab_size))
-    return compare_candidates(
+    found = compare_candidates(
         train_states,
         held_out_states,
         layers=job.layers,
@@ -96,6 +97,7 @@ def compare(job: CandidatesJob) -> Comparison:
         device=device,
         on_solved=lambda: send(CandidatesLine(solved_triples=1)),
     )
+    return replace(found, is_held_out=job.held_out_file != job.train_file)
 
 
 def _captured(

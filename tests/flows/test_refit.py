@@ -1,5 +1,6 @@
 """A draft that was trained on some aux layers goes on with the states of others."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,21 @@ def test_a_draft_of_other_layers_is_refit_or_refused_before_any_states_are_made(
     assert not Path(space.store_root).exists()
 
     refit = given.model_copy(update={"refit": True})
+    config_path = exported.path / "config.json"
+    config = config_path.read_text()
+    document = json.loads(config)
+    document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [4, 1, 3]
+    config_path.write_text(json.dumps(document))
+    with pytest.raises(MismatchError, match=r"names the aux layers \(4, 1, 3\); expected three of"):
+        offline(others, dataset, store, training=refit, home=there)
+    config_path.write_text(config)
     hidden_states(others, dataset, store, home=there)
     found = train_flow(others, dataset, store, refit, home=there)
     assert found.start is not None
     assert found.start.refit_from == (1, 3, 4)
+    assert 0 < found.start.misfit < 0.1
     assert found.start.acceptance_length > 1 + 0.8 * (solved.acceptance_length - 1)
-    assert "refit from aux layers 1, 3, 4: held-out length" in dict(train_rows(found))["start"]
+    assert "refit from aux layers 1, 3, 4 (misfit " in dict(train_rows(found))["start"]
 
     computed = online(
         others, dataset, store, refit, evaluation=SHORT, home=there, run="online"

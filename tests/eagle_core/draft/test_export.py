@@ -204,6 +204,8 @@ def test_drafts_of_other_kinds_are_refused(
         read_with({name: tensor for name, tensor in good.items() if name != "norm.weight"})
     with pytest.raises(ConfigError, match=r"mlp\.\w+\.weight is"):
         read_with(good, intermediate_size=256)
+    with pytest.raises(CorruptError, match=r"layer_ids is \[1, None, 3\]; expected numbers"):
+        read_with(good, eagle_config={"eagle_aux_hidden_state_layer_ids": [1, None, 3]})
     with pytest.raises(CorruptError, match="contradict"):
         read_with(good | {"t2d": good["t2d"].roll(1)})
 
@@ -307,8 +309,11 @@ def test_warm_start_refuses_another_width(
 ) -> None:
     imported = read_draft(export(draft, served, tmp_path, FLOAT32)["serving"])
     wider = DraftModel(draft.config.model_copy(update={"intermediate_size": 256}))
-    with pytest.raises(MismatchError, match=r"intermediate_size 128 \(ours 256\)"):
+    with pytest.raises(MismatchError, match=r"intermediate_size 128 \(ours 256\); start from an"):
         warm_start(wider, imported)
+    normed = DraftModel(draft.config.model_copy(update={"fc_norm": True}))
+    with pytest.raises(MismatchError, match=r"False \(ours True\); set training\.fc_norm=false$"):
+        warm_start(normed, imported)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState
+from eagle_core.training.packing import pack
 from eagle_core.training.result import Metrics, Start
+from eagle_core.training.ttt import ttt_step
 from flows.bridge.draft_setup import DraftSetup, require_start
 from flows.bridge.first_weights import as_begun, first_weights, load_first_weights, read_start
 from flows.reports.rows import train_rows
@@ -123,6 +125,18 @@ def test_drawn_weights_read_scaled_channels(tmp_path: Path) -> None:
     assert len(made.draft.aux_scale.unique()) > 5
 
 
+@pytest.mark.parametrize("start", ["random", "/some/draft"])
+def test_the_first_step_has_gradients_of_its_own_only(tmp_path: Path, start: str) -> None:
+    made = DraftSetup(run_path=tmp_path, draft=small_draft(fc_norm=True), target_lm_head=HEAD)
+    source, training = LinearSource(), TRAINING.model_copy(update={"start": start})
+    first_weights(made, source, None, training)
+    assert not made.draft.aux_scale.requires_grad
+    batch = pack([source.fetch(row) for row in range(4)])
+    for _ in range(2):
+        ttt_step(made.draft, batch, HEAD[made.draft.t2d], training).loss.backward()
+    assert made.draft.fc_norm[0].weight.grad is not None
+
+
 def test_a_given_draft_keeps_its_function(tmp_path: Path) -> None:
     made = setup(tmp_path)
     fusing = made.draft.fusing_weight().clone()
@@ -217,9 +231,14 @@ def test_a_refused_solution_says_why_and_leaves_drawn_weights(
 def test_a_folder_that_is_not_there_is_named_with_the_other_choices(tmp_path: Path) -> None:
     for start in ("closedform", str(tmp_path / "draft")):
         with pytest.raises(ConfigError, match=r"no such folder: give closed_form, random, or the"):
-            require_start(TRAINING.model_copy(update={"start": start}))
+            require_start(TRAINING.model_copy(update={"start": start}), tmp_path)
     for start in ("closed_form", "random", str(tmp_path), None):
-        require_start(TRAINING.model_copy(update={"start": start}))
+        require_start(TRAINING.model_copy(update={"start": start}), tmp_path)
+
+
+def test_a_run_that_has_begun_no_longer_needs_the_given_draft(tmp_path: Path) -> None:
+    begin(tmp_path, 1e-3)
+    require_start(TRAINING.model_copy(update={"start": str(tmp_path / "gone")}), tmp_path)
 
 
 def test_a_run_that_has_begun_is_left_alone(tmp_path: Path) -> None:
@@ -261,7 +280,7 @@ def test_a_tracker_has_a_solved_start_as_step_0_once(tmp_path: Path) -> None:
         (Start(kind="/a/draft", num_tokens=1, seconds=1.0), "/a/draft"),
         (
             Start(kind="closed_form", num_tokens=1, seconds=1.0, refused="they are not finite"),
-            "random, for the closed form was refused: they are not finite",
+            "random, for solved weights were refused: they are not finite",
         ),
         (
             Start(
@@ -271,7 +290,26 @@ def test_a_tracker_has_a_solved_start_as_step_0_once(tmp_path: Path) -> None:
                 accuracies=(0.265, 0.2),
                 acceptance_length=1.351,
             ),
-            "closed form: held-out length 1.35, accuracy by TTT step 26.5%  20.0% (39 s)",
+            (
+                "closed form: held-out length, joint prefix 1.35, accuracy by TTT step 26.5%  20.0% "
+                "(39 s)"
+            ),
+        ),
+        (
+            Start(
+                kind="/a/draft",
+                refit_from=(1, 3, 4),
+                misfit=0.0312,
+                num_tokens=1,
+                seconds=7.0,
+                accuracies=(0.3,),
+                acceptance_length=1.3,
+                is_held_out=False,
+            ),
+            (
+                "/a/draft, refit from aux layers 1, 3, 4 (misfit 3.1%): length on its own samples, "
+                "joint prefix 1.30, accuracy by TTT step 30.0% (7 s)"
+            ),
         ),
     ],
 )

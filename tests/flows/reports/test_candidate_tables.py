@@ -72,3 +72,24 @@ def test_the_command_uses_the_first_triple_that_is_better_beyond_chance() -> Non
     assert next_rows(found, configured=CONFIGURED) == [
         ("", "No triple is better than aux 2, 9, 20 beyond chance.")
     ]
+
+
+def test_the_best_of_many_must_be_better_by_more_than_the_margin_of_one() -> None:
+    lucky = replace(COMPARISON.triples[0], difference=0.008)
+    comparison = replace(COMPARISON, triples=(lucky, *COMPARISON.triples[1:]))
+    ((_, said),) = next_rows(comparison, configured=CONFIGURED)
+    assert said == "No triple is better than aux 2, 9, 20 beyond chance."
+
+
+def test_samples_set_apart_are_not_called_held_out() -> None:
+    comparison = replace(COMPARISON, is_held_out=False)
+    rows = layer_rows(comparison, configured=CONFIGURED, eagle3=EAGLE3, hidden_size=768)
+    assert dict(rows)["measured on"] == "4,000 positions of 16 conversations set apart"
+    assert "95 % of one comparison" in dict(rows)["±"]
+
+
+def test_no_difference_has_no_sign_of_a_loss() -> None:
+    equal = replace(COMPARISON.triples[0], difference=-0.0001)
+    comparison = replace(COMPARISON, triples=(equal,))
+    rows = layer_rows(comparison, configured=CONFIGURED, eagle3=None, hidden_size=768)
+    assert rows[0] == ("aux 8, 17, 23", "35.0% (+0.0 ± 0.5 points)")

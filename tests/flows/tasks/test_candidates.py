@@ -53,7 +53,7 @@ def test_a_part_is_kept_apart_if_nothing_is_held_out(
     )
     plan(target=shallow, dataset=everything, home=str(tmp_path), candidates=True)
     printed = capsys.readouterr().out
-    assert "of 8 held-out conversations" in printed  # every fifth of 40
+    assert "of 8 conversations set apart" in printed  # every fifth of 40
     assert "4 triples of the layers 0, 1, 2, 3" in printed
     assert _line(printed, "aux 0, 1, 3").endswith("<- configured")
     assert "EAGLE-3 default" not in printed
