@@ -291,8 +291,8 @@ def test_a_tracker_has_a_solved_start_as_step_0_once(tmp_path: Path) -> None:
                 acceptance_length=1.351,
             ),
             (
-                "closed form: held-out length, joint prefix 1.35, accuracy by TTT step 26.5%  20.0% "
-                "(39 s)"
+                "closed form: held-out length, joint prefix 1.35, accuracy by TTT step 26.5%  "
+                "20.0% (39 s)"
             ),
         ),
         (
