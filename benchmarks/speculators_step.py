@@ -20,19 +20,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from speculators import SpeculatorsConfig, VerifierConfig  # type: ignore[import-not-found]
-from speculators.models.eagle3 import (  # type: ignore[import-not-found]
-    Eagle3DraftModel,
-    Eagle3SpeculatorConfig,
-)
-from speculators.models.eagle3.data import shift_batch  # type: ignore[import-not-found]
-from speculators.proposals.greedy import (  # type: ignore[import-not-found]
-    GreedyTokenProposalConfig,
-)
+from speculators.models.eagle3 import Eagle3DraftModel  # type: ignore[import-not-found]
 from speculators.train.optimizers import build_optimizers  # type: ignore[import-not-found]
 from torch import Tensor
 from transformers import LlamaConfig
 
+from benchmarks.speculators_model import build_model, one_row
 from benchmarks.step_case import (
     RMS_NORM_EPS,
     ROPE_THETA,
@@ -62,19 +55,7 @@ def new_model(shape: Shape, attention: str) -> Eagle3DraftModel:
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         pad_token_id=None,
     )
-    layer._attn_implementation = attention  # noqa: SLF001 (how the package's own code selects it)
-    config = Eagle3SpeculatorConfig(
-        transformer_layer_config=layer,
-        draft_vocab_size=shape.draft_vocab_size,
-        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
-        speculators_config=SpeculatorsConfig(
-            algorithm="eagle3",
-            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=3)],
-            default_proposal_method="greedy",
-            verifier=VerifierConfig(name_or_path=None, architectures=[]),
-        ),
-    )
-    model = Eagle3DraftModel(config)
+    model = build_model(layer, shape.draft_vocab_size, attention)
     ids = draft_ids(shape)
     t2d = torch.zeros(shape.vocab_size, dtype=torch.bool)
     t2d[ids] = True
@@ -88,23 +69,13 @@ def new_model(shape: Shape, attention: str) -> Eagle3DraftModel:
 
 def row_of(case: StepCase, tensors: StepTensors) -> Mapping[str, Tensor]:
     """Return the model's arguments: one row of all sequences, each shorter by one token."""
-    samples = []
-    for start, end in zip(case.starts, case.starts[1:], strict=False):
-        here = slice(start, end)
-        mask = tensors.loss_mask[here]
-        sample = {
-            "input_ids": tensors.input_ids[here],
-            "hidden_states": tensors.aux_hidden_states[here],
-            "verifier_last_hidden_states": tensors.last_hidden_state[here],
-            "loss_mask": torch.cat([mask[1:], torch.zeros_like(mask[:1])]),
-            "lengths": torch.tensor([end - start]),
-            "position_ids": torch.arange(end - start),
-        }
-        samples.append(shift_batch(sample))
-    lengths = torch.cat([sample.pop("lengths") for sample in samples])
-    row = {key: torch.cat([sample[key] for sample in samples]).unsqueeze(0) for key in samples[0]}
-    document = torch.arange(len(samples)).repeat_interleave(lengths)
-    return {**row, "document_ids": document.unsqueeze(0)}
+    return one_row(
+        case.starts,
+        ids=tensors.input_ids,
+        aux=tensors.aux_hidden_states,
+        last=tensors.last_hidden_state,
+        loss_mask=tensors.loss_mask,
+    )
 
 
 def load(case: StepCase, variant: str) -> Peer:

@@ -15,22 +15,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from speculators import SpeculatorsConfig, VerifierConfig  # type: ignore[import-not-found]
-from speculators.models.eagle3 import (  # type: ignore[import-not-found]
-    Eagle3DraftModel,
-    Eagle3SpeculatorConfig,
-)
-from speculators.models.eagle3.data import shift_batch  # type: ignore[import-not-found]
-from speculators.proposals.greedy import (  # type: ignore[import-not-found]
-    GreedyTokenProposalConfig,
-)
+from speculators.models.eagle3 import Eagle3DraftModel  # type: ignore[import-not-found]
 from speculators.train.config.schema import (  # type: ignore[import-not-found]
     OptimizerArgs,
     SchedulerArgs,
@@ -38,6 +29,8 @@ from speculators.train.config.schema import (  # type: ignore[import-not-found]
 from speculators.train.optimizers import build_optimizers  # type: ignore[import-not-found]
 from torch import Tensor
 from transformers import LlamaConfig, get_linear_schedule_with_warmup
+
+from benchmarks.speculators_model import build_model, one_row
 
 WARM_UP_SHARE = 0.01
 CLIP = 1.0
@@ -101,19 +94,7 @@ def _model(sizes: Mapping[str, Any], target: Mapping[str, Tensor]) -> Eagle3Draf
         max_position_embeddings=sizes["max_position_embeddings"],
         pad_token_id=None,
     )
-    layer._attn_implementation = "sdpa"  # noqa: SLF001 (how the package's own code selects it)
-    config = Eagle3SpeculatorConfig(
-        transformer_layer_config=layer,
-        draft_vocab_size=sizes["draft_vocab_size"],
-        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
-        speculators_config=SpeculatorsConfig(
-            algorithm="eagle3",
-            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=5)],
-            default_proposal_method="greedy",
-            verifier=VerifierConfig(name_or_path=None, architectures=[]),
-        ),
-    )
-    model = Eagle3DraftModel(config)
+    model = build_model(layer, sizes["draft_vocab_size"], "sdpa")
     model.load_vocab_mappings(target["t2d"], target["d2t"])
     model.verifier_norm = torch.nn.Identity()
     with torch.no_grad():
@@ -125,25 +106,13 @@ def _model(sizes: Mapping[str, Any], target: Mapping[str, Tensor]) -> Eagle3Draf
 
 
 def _row(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the model's arguments: one row of all sequences, each shifted by the package."""
-    samples = []
-    starts = batch["starts"].tolist()
-    for start, end in pairwise(starts):
-        here = slice(start, end)
-        mask = batch["loss_mask"][here]
-        sample = {
-            "input_ids": batch["input_ids"][here],
-            "hidden_states": batch["aux_hidden_states"][here],
-            "verifier_last_hidden_states": batch["last_hidden_state"][here],
-            "loss_mask": torch.cat([mask[1:], torch.zeros_like(mask[:1])]),
-            "lengths": torch.tensor([end - start]),
-            "position_ids": torch.arange(end - start),
-        }
-        samples.append(shift_batch(sample))
-    lengths = torch.cat([sample.pop("lengths") for sample in samples])
-    row = {key: torch.cat([sample[key] for sample in samples]).unsqueeze(0) for key in samples[0]}
-    document = torch.arange(len(samples)).repeat_interleave(lengths)
-    return {**row, "document_ids": document.unsqueeze(0)}
+    return one_row(
+        batch["starts"].tolist(),
+        ids=batch["input_ids"],
+        aux=batch["aux_hidden_states"],
+        last=batch["last_hidden_state"],
+        loss_mask=batch["loss_mask"],
+    )
 
 
 if __name__ == "__main__":
