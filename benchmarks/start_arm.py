@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
 
 from benchmarks.start_speculators import train_speculators
 from deployments.recipe import Recipe
@@ -23,11 +22,14 @@ from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
 from eagle_core.training.config import RANDOM, TrainingConfig
-from eagle_core.training.packing import PackedBatch
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.trainer import train
-from eagle_core.training.ttt import TttOutcome, ttt_step
-from eagle_core.training.validation import HeldOutFigures, held_out_batches, measure
+from eagle_core.training.validation import (
+    HeldOutFigures,
+    held_out_batches,
+    measure,
+    measuring_step,
+)
 from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, set_up_draft
 from flows.bridge.first_weights import as_begun, first_weights
 
@@ -116,8 +118,9 @@ def run_arm(experiment: Experiment, arm: Arm, seed: int, run_path: Path) -> RunR
     setup = set_up_draft(experiment.recipe.target, training, run_path)
     if arm.start == SPECULATORS:
         record = RunRecord(start_seconds=0.0, start_tokens=0)
-    else:
-        record = found or _begun(experiment, setup, training, is_scaled=arm.is_scaled)
+    else:  # an interrupted run may have no checkpoint yet
+        begun = _begun(experiment, setup, training, is_scaled=arm.is_scaled)
+        record = found or begun
 
     def keep(step: int) -> None:
         figures = _measured(experiment, setup, training)
@@ -201,12 +204,8 @@ def _measured(
 ) -> HeldOutFigures:
     dtype = multiplying_dtype(training.dtype, setup.target_lm_head.device)
 
-    def step(batch: PackedBatch, target_head: Tensor) -> TttOutcome:
-        is_mixed = dtype != torch.float32
-        with torch.autocast(target_head.device.type, dtype=dtype, enabled=is_mixed):
-            return ttt_step(setup.draft, batch, target_head, training)
-
     batches = held_out_batches(
         experiment.held_out, batch_tokens=2048, max_tokens=training.held_out_tokens
     )
+    step = measuring_step(setup.draft, training, dtype)
     return measure(step, batches, setup.target_lm_head[setup.draft.t2d].to(dtype))

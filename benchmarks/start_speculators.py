@@ -4,7 +4,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -21,26 +21,6 @@ from flows.bridge.draft_setup import DraftSetup
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What the package's model needs to know."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    ttt_length: int
-    seed: int
-    steps: int
-    threads: int
-
-
 def train_speculators(
     python: Path,
     setup: DraftSetup,
@@ -55,21 +35,23 @@ def train_speculators(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_case(folder, setup, training, num_steps)
-        with subprocess.Popen(
-            [python, "-m", "benchmarks.start_peer", folder],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as peer:
+        stream = steps(
+            source,
+            LoaderState(source_id=source.source_id, seed=training.seed),
+            step_shape(training),
+        )
+        with (
+            closing(stream),  # type: ignore[type-var]  # a generator
+            subprocess.Popen(
+                [python, "-m", "benchmarks.start_peer", folder],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as peer,
+        ):
             for step in range(num_steps + 1):
-                if step == 0:
-                    stream = steps(
-                        source,
-                        LoaderState(source_id=source.source_id, seed=training.seed),
-                        step_shape(training),
-                    )
-                else:
+                if step > 0:
                     (batch,) = next(stream).batches
                     _ask(peer, {"batch": str(_written(batch, folder / "batch.safetensors"))})
                 if step in marks:
@@ -77,30 +59,18 @@ def train_speculators(
                     _ask(peer, {"save": str(saved)})
                     warm_start(setup.draft, read_draft(saved))
                     on_mark(step)
-            stream.close()  # type: ignore[attr-defined]  # a generator
-            assert peer.stdin is not None
-            peer.stdin.close()
 
 
 def _write_case(folder: Path, setup: DraftSetup, training: TrainingConfig, num_steps: int) -> None:
-    draft, config = setup.draft, setup.draft.config
-    sizes = Sizes(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        draft_vocab_size=config.draft_vocab_size,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-        max_position_embeddings=config.max_position_embeddings,
-        ttt_length=training.ttt_length,
-        seed=training.seed,
-        steps=num_steps,
-        threads=torch.get_num_threads(),
-    )
-    (folder / "sizes.json").write_text(json.dumps(asdict(sizes)), encoding="utf-8")
+    draft = setup.draft
+    sizes = {
+        **draft.config.model_dump(mode="json"),
+        "ttt_length": training.ttt_length,
+        "seed": training.seed,
+        "steps": num_steps,
+        "threads": torch.get_num_threads(),
+    }
+    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     tensors = {
         "embedding": draft.embed_tokens.weight.detach(),
         "head": setup.target_lm_head[draft.t2d],

@@ -54,8 +54,7 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     require_start(training, run_path)
     started = time.monotonic()
     prepare_weights(target)
-    if not begun_run(run_path):
-        require_start_fits(target, training)
+    require_start_fits(target, training, run_path)
     # Of all stages together: evaluation comes last.
     check_runnable(target, max_length=dataset.max_length, rolls_back=True)
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)

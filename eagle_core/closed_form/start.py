@@ -24,8 +24,8 @@ from eagle_core.errors import ConfigError
 from eagle_core.training.config import TttConfig
 from eagle_core.training.distributed import Processes
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import TttOutcome, batch_positions
-from eagle_core.training.validation import HeldOutFigures, measure
+from eagle_core.training.ttt import batch_positions
+from eagle_core.training.validation import HeldOutFigures, Step, measure
 
 _TOKENS_PER_INPUT = 40
 
@@ -37,10 +37,6 @@ def tokens_needed(draft: DraftModel) -> int:
     (docs/closed-form.md).
     """
     return _TOKENS_PER_INPUT * (draft.fc.in_features + draft.config.hidden_size)
-
-
-Step = Callable[[PackedBatch, Tensor], TttOutcome]
-"""Measures the draft on a batch, with a target head, in the arithmetic of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
+from eagle_core.training.config import TttConfig
 from eagle_core.training.loader import batch_end
 from eagle_core.training.packing import PackedBatch, pack
-from eagle_core.training.ttt import TttOutcome
+from eagle_core.training.ttt import TttOutcome, ttt_step
+
+Step = Callable[[PackedBatch, torch.Tensor], TttOutcome]
+"""Measures a draft on a batch, with a target head, in the arithmetic of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +33,20 @@ class HeldOutFigures:
         return 1 + sum(self.joint_prefix_accuracies)
 
 
+def measuring_step(draft: DraftModel, options: TttConfig, dtype: torch.dtype) -> Step:
+    """Return what measures `draft` on a batch, with matrix products in `dtype`."""
+
+    def step(batch: PackedBatch, target_head: torch.Tensor) -> TttOutcome:
+        device, is_mixed = target_head.device.type, dtype != torch.float32
+        with torch.autocast(device, dtype=dtype, enabled=is_mixed):
+            return ttt_step(draft, batch, target_head, options)
+
+    return step
+
+
 @torch.no_grad()
 def measure(
-    step: Callable[[PackedBatch, torch.Tensor], TttOutcome],
+    step: Step,
     batches: Iterable[PackedBatch],
     target_head: torch.Tensor,
 ) -> HeldOutFigures:

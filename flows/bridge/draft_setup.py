@@ -96,17 +96,15 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
     )
 
 
-def require_start_fits(target: TargetConfig, training: TrainingConfig) -> None:
-    """Raise MismatchError if the draft to start from has other sizes, or reads other layers.
+def require_start_fits(target: TargetConfig, training: TrainingConfig, run_path: Path) -> None:
+    """Raise MismatchError if a run that has not begun is to start from a draft that does not fit.
 
-    The target's configuration must be at hand.
+    It has other sizes, or reads other layers. The target's configuration must be at hand.
     """
-    if training.start_folder is None:
+    if training.start_folder is None or newest(run_path) is not None:
         return
-    given, model_config = (
-        read_draft(training.start_folder),
-        read_model_config(target, weights.locate(target)),
-    )
+    given = read_draft(training.start_folder)
+    model_config = read_model_config(target, weights.locate(target))
     _other_layers(given, target, training, model_config)
     require_fit(_draft_config(training, model_config, given.config.draft_vocab_size), given)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from torch import Tensor
 from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.closed_form.refit import refit_fusing_matrix
 from eagle_core.closed_form.sampled_batches import SampledBatches
-from eagle_core.closed_form.start import Step, solve_start, tokens_needed
+from eagle_core.closed_form.start import solve_start, tokens_needed
 from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
@@ -38,8 +37,12 @@ from eagle_core.training.distributed import ONE_PROCESS, Processes
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.result import Start
-from eagle_core.training.ttt import TttOutcome, ttt_step
-from eagle_core.training.validation import HeldOutFigures, held_out_batches, measure
+from eagle_core.training.validation import (
+    HeldOutFigures,
+    held_out_batches,
+    measure,
+    measuring_step,
+)
 from flows.bridge.draft_setup import DraftSetup
 from flows.bridge.known_aux import known_aux
 
@@ -211,7 +214,7 @@ def _make(
     dtype = multiplying_dtype(training.dtype, draft.fc.weight.device)
     target_head = setup.target_lm_head[draft.t2d].to(dtype)
     measured = _measured(held_out, source, batches, training, processes)
-    step = _step(draft, training, dtype)
+    step = measuring_step(draft, training, dtype)
     figures: HeldOutFigures | None = None
     refused = ""
     if training.is_solved:
@@ -233,17 +236,6 @@ def _make(
         acceptance_length=figures.length if figures else 0.0,
         is_held_out=held_out is not None,
     )
-
-
-def _step(draft: DraftModel, training: TrainingConfig, dtype: torch.dtype) -> Step:
-    """Return what measures the draft on a batch, in the arithmetic of the run."""
-
-    def step(batch: PackedBatch, target_head: Tensor) -> TttOutcome:
-        device, is_mixed = target_head.device.type, dtype != torch.float32
-        with torch.autocast(device, dtype=dtype, enabled=is_mixed):
-            return ttt_step(draft, batch, target_head, training)
-
-    return step
 
 
 def _measured(
