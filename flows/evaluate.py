@@ -21,6 +21,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import read_model_config
+from eagle_core.target.placement import load_decoding_target
 from eagle_core.target.positions import Positions
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.target.weights import locate
@@ -75,7 +76,7 @@ def evaluate_flow(
     prompts = _prompts(trained, evaluation)
     setup = set_up_draft(target, trained.training, run_path)
     load_first_weights(setup)
-    model = TargetModel.load(target)
+    model = load_decoding_target(target)
     decode = _Decoder(model, prompts, evaluation, trained.stop_ids)
     before = decode(setup.draft, title="untrained draft")
     step = trained.load_weights(setup).step

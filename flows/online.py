@@ -13,7 +13,7 @@ from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
-from eagle_core.target.model import TargetModel
+from eagle_core.target.placement import load_target
 from eagle_core.target.weights import locate
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.config import TrackingConfig
@@ -135,7 +135,7 @@ def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
         if root is not None:
             keeper = stack.enter_context(_keeper(config, root, tokens, setup))
         source = OnlineSource(
-            lambda: TargetModel.load(target),
+            lambda: load_target(target),
             train_tokens,
             group_tokens=config.store.shard_tokens,
             groups_kept=training.shuffle_window,

@@ -94,15 +94,14 @@ def _make_states(settings: Settings, store: Store, tokens: Path) -> None:
     plan = store.plan(wanted, shard_tokens=256)
     missing = store.plans.missing(plan)
     if missing:
-        ShardWorker(settings.target, store.root.url).make(
-            ShardBatch(
-                target=settings.target,
-                store_root=store.root.url,
-                plan_id=plan.plan_id,
-                shard_ids=tuple(shard.shard_id for shard in missing),
-                token_files=(tokens,),
-            )
+        batch = ShardBatch(
+            target=settings.target,
+            store_root=store.root.url,
+            plan_id=plan.plan_id,
+            shard_ids=tuple(shard.shard_id for shard in missing),
+            token_files=(tokens,),
         )
+        ShardWorker(batch).make(batch)
     store.publish(file.sample_ids, name=NAME)
 
 

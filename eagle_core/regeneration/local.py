@@ -21,6 +21,7 @@ from eagle_core.regeneration.generation_prompt import opens_reasoning
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
+from eagle_core.target.placement import load_decoding_target
 from eagle_core.target.tokenizer import conversation_tokenizer, declared_stop_ids
 
 
@@ -103,5 +104,5 @@ class LocalAnswers:
 
     def _loaded(self) -> TargetModel:
         if self._target is None:
-            self._target = TargetModel.load(self._target_config)
+            self._target = load_decoding_target(self._target_config)
         return self._target

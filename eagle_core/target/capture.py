@@ -5,12 +5,13 @@ Shapes: T tokens, H hidden size, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from eagle_core.bfloat16 import to_bfloat16_bits
 from eagle_core.errors import CorruptError
@@ -18,16 +19,56 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.length_rope import LengthRope
-from eagle_core.target.model import TargetModel
+from eagle_core.target.model import Captured
 
 OnUnusable = Callable[[TokenizedSample, str], None]
 """Called with a sample whose states cannot be stored, and the reason."""
-_LOGITS_CHUNK_TOKENS = 1024
+LOGITS_CHUNK_TOKENS = 1024
 _PLAIN_ROPE = LengthRope()
 
 
+class CapturingTarget(Protocol):
+    """A target of which states can be captured: whole, or layer by layer."""
+
+    @property
+    def config(self) -> TargetConfig:
+        """Its settings."""
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """The configuration of its text model."""
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Decoder layers that are captured by default, 0-based."""
+
+    @property
+    def rope(self) -> LengthRope:
+        """Which lengths may share a batch."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go and states come from."""
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[V, H] the head that turns the last state into logits."""
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Return the target's logits [..., V] for post-norm states [..., H]."""
+
+    def run_each(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        round_late: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> Iterator[Captured]:
+        """Yield the last state and those of `layers` for each batch of ids."""
+
+
 def capture_states(
-    target: TargetModel,
+    target: CapturingTarget,
     samples: Sequence[TokenizedSample],
     *,
     for_recompute: bool = False,
@@ -51,19 +92,51 @@ def capture_states(
         ConfigError: a sample has a token that the target has no embedding for.
 
     """
-    batches: Iterable[Sequence[TokenizedSample]] = (
-        ([sample] for sample in samples)
-        if for_recompute
-        else batches_by_length(samples, batch_tokens=target.config.batch_tokens, rope=target.rope)
+    for states in _captured(target, [samples], for_recompute, layers, on_unusable):
+        yield from states
+
+
+def capture_groups(
+    target: CapturingTarget,
+    groups: Sequence[Sequence[TokenizedSample]],
+    *,
+    for_recompute: bool = False,
+    on_unusable: OnUnusable | None = None,
+) -> Iterator[Iterator[HiddenStateSample]]:
+    """Yield the states of each group, to be read before the next, as `capture_states` does.
+
+    A target that runs layer by layer takes batches of several groups through one layer.
+    """
+    for states in _captured(target, groups, for_recompute, None, on_unusable):
+        yield states
+        for _ in states:  # the next group's outputs come behind
+            pass
+
+
+def _captured(
+    target: CapturingTarget,
+    groups: Sequence[Sequence[TokenizedSample]],
+    for_recompute: bool,
+    layers: Sequence[int] | None,
+    on_unusable: OnUnusable | None,
+) -> Iterator[Iterator[HiddenStateSample]]:
+    batches = [list(_batches(target, group, for_recompute=for_recompute)) for group in groups]
+    outputs = target.run_each(
+        (_padded_ids(target, batch) for group in batches for batch in group),
+        round_late=for_recompute,
+        layers=layers,
     )
-    for batch in batches:
-        yield from _capture_batch(
-            target,
-            batch,
-            on_unusable or partial(_refuse, target.config),
-            round_late=for_recompute,
-            layers=layers,
-        )
+    refuse = on_unusable or partial(_refuse, target.config)
+    for group in batches:
+        yield _states(target, zip(group, outputs, strict=False), refuse)
+
+
+def _batches(
+    target: CapturingTarget, samples: Sequence[TokenizedSample], *, for_recompute: bool
+) -> Iterable[Sequence[TokenizedSample]]:
+    if for_recompute:
+        return ([sample] for sample in samples)
+    return batches_by_length(samples, batch_tokens=target.config.batch_tokens, rope=target.rope)
 
 
 def _refuse(config: TargetConfig, sample: TokenizedSample, reason: str) -> NoReturn:
@@ -78,15 +151,7 @@ def _where(sample: TokenizedSample) -> str:
     return f"sample {sample.sample_id}{location}"
 
 
-@torch.inference_mode()
-def _capture_batch(
-    target: TargetModel,
-    batch: Sequence[TokenizedSample],
-    on_unusable: OnUnusable,
-    *,
-    round_late: bool,
-    layers: Sequence[int] | None,
-) -> Iterator[HiddenStateSample]:
+def _padded_ids(target: CapturingTarget, batch: Sequence[TokenizedSample]) -> Tensor:
     # Right padding needs no attention mask: under causal attention no real token attends to it.
     ids = np.zeros((len(batch), max(len(sample) for sample in batch)), dtype=np.int64)
     for row, sample in enumerate(batch):
@@ -94,13 +159,27 @@ def _capture_batch(
         require_embedded(
             sample.input_ids, target.model_config.vocab_size, target.config, where=_where(sample)
         )
-    last, aux = target.run(
-        torch.from_numpy(ids).to(target.device),
-        use_cache=False,
-        round_late=round_late,
-        layers=layers,
-    )
-    stacked = torch.stack(aux, dim=2)
+    return torch.from_numpy(ids).to(target.device)
+
+
+def _states(
+    target: CapturingTarget,
+    outputs: Iterable[tuple[Sequence[TokenizedSample], Captured]],
+    on_unusable: OnUnusable,
+) -> Iterator[HiddenStateSample]:
+    for batch, (last, aux) in outputs:
+        yield from _of_batch(target, batch, last, aux, on_unusable)
+
+
+@torch.inference_mode()
+def _of_batch(
+    target: CapturingTarget,
+    batch: Sequence[TokenizedSample],
+    last: Tensor,
+    aux: Sequence[Tensor],
+    on_unusable: OnUnusable,
+) -> Iterator[HiddenStateSample]:
+    stacked = torch.stack(list(aux), dim=2)
     for row, sample in enumerate(batch):
         argmax, logsumexp, logprob = _teacher(target, last[row, : len(sample)])
         # As they are stored: a finite float32 value can be too large for bfloat16.
@@ -122,13 +201,13 @@ def _capture_batch(
         )
 
 
-def _teacher(target: TargetModel, last: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _teacher(target: CapturingTarget, last: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return argmax (int32), logsumexp and log-probability of the argmax (float32), each [T].
 
     All are over the full vocabulary.
     """
     argmax, logsumexp, logprob = [], [], []
-    for chunk in torch.split(last, _LOGITS_CHUNK_TOKENS):
+    for chunk in torch.split(last, LOGITS_CHUNK_TOKENS):
         logits = target.logits(chunk).float()
         index = logits.argmax(dim=-1)
         argmax.append(index.to(torch.int32))

@@ -8,6 +8,7 @@ from eagle_core.config_model import ConfigModel
 from eagle_core.tokenization.config import TemplateConfig
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Placement = Literal["auto", "whole", "streamed", "spread"]
 
 
 class TargetConfig(ConfigModel):
@@ -42,6 +43,19 @@ class TargetConfig(ConfigModel):
     )
     batch_tokens: int = Field(
         default=8192, gt=0, description="Tokens per capture forward pass, padding included."
+    )
+    placement: Placement = Field(
+        default="auto",
+        description="Where the weights are. whole: on one device. spread: over all visible GPUs. "
+        "streamed: one decoder layer at a time, for targets that do not fit; for states only, not "
+        "for decoding. auto: the first of these that the free memory holds. The states are the "
+        "same to the bit.",
+    )
+    stream_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens that pass through a streamed layer before the next one is loaded, at "
+        "most those of one task's shards. By default as many as the free memory holds.",
     )
     template: TemplateConfig = Field(
         default=TemplateConfig(),

@@ -42,11 +42,11 @@ _BITSANDBYTES_KEYS = ("load_in_4bit", "load_in_8bit")
 logger = logging.getLogger(__name__)
 
 
-def load_model(config: TargetConfig, folder: Path) -> "PreTrainedModel":
-    """Load the weights in `folder` into the target's model, on the CPU.
+def load_model(config: TargetConfig, folder: Path, *, is_spread: bool = False) -> "PreTrainedModel":
+    """Load the weights in `folder` into the target's model, on the CPU or over all visible GPUs.
 
     Raises:
-        ConfigError: transformers cannot load this model.
+        ConfigError: transformers cannot load this model, or the GPUs are too small.
         CorruptError: weights are missing, left over, or of another shape; names them.
 
     """
@@ -58,8 +58,11 @@ def load_model(config: TargetConfig, folder: Path) -> "PreTrainedModel":
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
+            device_map="auto" if is_spread else None,
         )
     loaded, info = found
+    if is_spread:
+        _require_on_gpus(loaded, config)
     _require_complete(loaded, info, config, folder)
     dtypes = {parameter.dtype for parameter in loaded.parameters()}
     if config.dtype == "float32" and dtypes <= set(DTYPES.values()):
@@ -114,6 +117,16 @@ def rehearse_loading(
     model, info = found
     _require_complete(model, info, config, folder)
     return model
+
+
+def _require_on_gpus(model: "PreTrainedModel", config: TargetConfig) -> None:
+    places: Mapping[str, object] = model.hf_device_map  # type: ignore[assignment]
+    elsewhere = [name for name, place in places.items() if place in {"cpu", "disk"}]
+    if elsewhere:
+        raise ConfigError(
+            f"target {config.name} does not fit on the visible GPUs: {some(elsewhere)} would stay "
+            "in main memory; set target.placement to streamed"
+        )
 
 
 def _require_complete(

@@ -7,7 +7,7 @@ Loading refuses a model for which that does not hold (logit soft-capping, logit 
 Shapes: B batch, T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,11 +27,17 @@ from eagle_core.target.model_config import (
 )
 from eagle_core.target.skeleton import certain
 
+Captured = tuple[Tensor, list[Tensor]]
+"""The last state [B, T, H] of a batch, and those of the captured layers."""
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class TargetModel:
-    """A loaded causal language model, never trained, with hooks on its aux layers only."""
+    """A loaded causal language model, never trained, with hooks on its aux layers only.
+
+    Spread over GPUs, each layer runs where its weights are; ids go to the first GPU, and states and
+    logits come back to it.
+    """
 
     def __init__(
         self, model: nn.Module, *, config: TargetConfig, model_config: PretrainedConfig
@@ -48,20 +54,21 @@ class TargetModel:
             self._check_head()
 
     @classmethod
-    def load(cls, config: TargetConfig) -> "TargetModel":
-        """Load the target's weights onto its device.
+    def load(cls, config: TargetConfig, *, is_spread: bool = False) -> "TargetModel":
+        """Load the target's weights onto its device, or spread over all visible GPUs.
 
         Raises:
-            ConfigError: no weights, an architecture that is not supported, or logits that are not
-                `lm_head(last)`.
+            ConfigError: no weights, an architecture that is not supported, GPUs that are too small
+                together, or logits that are not `lm_head(last)`.
             CorruptError: weights are missing, left over, or of another shape; names them. Or they
                 give logits that are not finite.
 
         """
         folder = weights.locate(config)
         model_config = read_model_config(config, folder)  # fails before minutes of loading
-        model = load_model(config, folder)
-        nn.Module.to(model, resolve_device(config.device))
+        model = load_model(config, folder, is_spread=is_spread)
+        if not is_spread:
+            nn.Module.to(model, resolve_device(config.device))
         with certain(config, f"{type(model).__name__} cannot be run"):
             return cls(model, config=config, model_config=model_config)
 
@@ -78,7 +85,8 @@ class TargetModel:
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the target's logits [..., V] for post-norm states [..., H]."""
-        return self._lm_head(last)  # type: ignore[no-any-return]
+        logits: Tensor = self._lm_head(last)
+        return logits.to(last.device)
 
     @property
     def decodes_batches(self) -> bool:
@@ -147,7 +155,19 @@ class TargetModel:
                 attention_mask=attention_mask,
                 position_ids=position_ids,
             )
-        return outputs.last_hidden_state, [states[layer] for layer in captured]
+        last: Tensor = outputs.last_hidden_state.to(self.device)
+        return last, [states[layer].to(self.device) for layer in captured]
+
+    def run_each(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        round_late: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> Iterator[Captured]:
+        """Yield the states of batches of ids [B, T], as `run` returns them, one after the other."""
+        for ids in batches:
+            yield self.run(ids, use_cache=False, round_late=round_late, layers=layers)
 
     @contextmanager
     def _captured(

@@ -6,39 +6,34 @@ transformers classes from a slice of its configuration. No other weights are rea
 
 Run one sequence at a time, on the machine and with the kernels of the capture, they reproduce the
 bits of `capture_states(..., for_recompute=True)`. Sequences run together are padded, so matrix
-products round differently. Targets whose layers are not a chain are refused: those that share keys
-and values, or take per-layer inputs.
+products round differently. Targets whose layers are not a chain are refused (`layer_slices`).
 
 Shapes: T tokens, H hidden size, V vocabulary.
 """
 
-import copy
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig
 
-from eagle_core.bfloat16 import DTYPES, from_bfloat16_bits, to_bfloat16_bits
-from eagle_core.errors import ConfigError
-from eagle_core.safetensors_files import load_tensor, tensor_files
+from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
+from eagle_core.safetensors_files import tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.end_weights import embedding_name
+from eagle_core.target.layer_slices import build_slice, require_chain, slice_tensors
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
     from transformers import PreTrainedModel
 
-_NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+CURE = "set store.recompute to false"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +82,6 @@ class RecomputeModel:
         self.load_seconds = load_seconds
         self._first, self._final = first, final
         self._lock = threading.Lock()  # hooks belong to the module, not to the caller
-        for part in (first, final):
-            part.train(mode=False).requires_grad_(requires_grad=False)
 
     @classmethod
     def load(cls, config: TargetConfig) -> "RecomputeModel":
@@ -105,8 +98,11 @@ class RecomputeModel:
         early, last = recomputed_layers(aux_layers(config, num_layers), num_layers)
         files = tensor_files(folder)
         device = resolve_device(config.device)
-        first = _load_slice(config, whole, files, folder, early)
-        final = _load_slice(config, whole, files, folder, last)
+        require_chain(whole, cure=CURE)
+        first, final = (
+            build_slice(config, whole, slice_tensors(files, folder, layers), layers)
+            for layers in (early, last)
+        )
         return cls(
             first=nn.Module.to(first, device),
             final=nn.Module.to(final, device),
@@ -170,100 +166,3 @@ class RecomputeModel:
         outputs = self._final(inputs_embeds=late.to(self._final.device), use_cache=False)
         last: Tensor = outputs.last_hidden_state
         return last
-
-
-def slice_config(whole: PretrainedConfig, layers: range) -> PretrainedConfig:
-    """Return the configuration of a model that has only `layers` of the whole one.
-
-    Lists with one entry per layer (attention kinds, windows, rope, experts) are sliced. Lists of
-    layer numbers and layer counts are shifted.
-
-    Raises:
-        ConfigError: the layers of this architecture are not a chain.
-
-    """
-    num_layers = whole.num_hidden_layers
-    for name in _NOT_A_CHAIN:
-        if getattr(whole, name, None):
-            raise ConfigError(
-                f"a target of type {whole.model_type} ({name} is {getattr(whole, name)}) has "
-                "layers that depend on more than the previous layer and cannot run alone; set "
-                "store.recompute to false"
-            )
-    part = copy.deepcopy(whole)
-    part.num_hidden_layers = len(layers)
-    for name, value in whole.to_dict().items():
-        if isinstance(value, list) and len(value) == num_layers and name not in _LAYER_NUMBERS:
-            setattr(part, name, value[layers.start : layers.stop])
-    for name in _LAYER_NUMBERS:
-        if getattr(whole, name, None) is not None:
-            numbers = [layer - layers.start for layer in getattr(whole, name) if layer in layers]
-            setattr(part, name, numbers)
-    step = getattr(whole, "decoder_sparse_step", None)
-    if step is not None:  # expert layers are counted from layer 0
-        dense = [layer for layer in layers if (layer + 1) % step or layer in whole.mlp_only_layers]
-        part.mlp_only_layers = [layer - layers.start for layer in dense]
-        part.decoder_sparse_step = 1
-    num_dense = getattr(whole, "first_k_dense_replace", None)
-    if num_dense is not None:
-        part.first_k_dense_replace = max(0, num_dense - layers.start)
-    return part
-
-
-_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
-
-
-def _load_slice(
-    config: TargetConfig,
-    whole: PretrainedConfig,
-    files: Mapping[str, Path],
-    folder: Path,
-    layers: range,
-) -> "PreTrainedModel":
-    part = slice_config(whole, layers)
-    tensors = dict(_slice_tensors(files, folder, layers))
-    if layers.start:  # its input is states, never ids
-        part.vocab_size, part.pad_token_id = 1, None
-        tensors["embed_tokens.weight"] = torch.zeros(1, part.hidden_size)
-    with torch.device("meta"):
-        architecture = type(
-            AutoModel.from_config(  # type: ignore[no-untyped-call]
-                part, trust_remote_code=config.trust_remote_code
-            )
-        )
-    model, loading = architecture.from_pretrained(
-        None,
-        config=part,
-        state_dict=tensors,
-        dtype=DTYPES[config.dtype],
-        attn_implementation=config.attention,
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:
-        raise ConfigError(
-            f"target {config.name}: {folder} has no tensor for {min(loading['missing_keys'])} of "
-            f"layers {layers.start} to {layers.stop - 1}; set store.recompute to false"
-        )
-    built: PreTrainedModel = model
-    return built
-
-
-def _slice_tensors(
-    files: Mapping[str, Path], folder: Path, layers: range
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of `layers`, numbered from 0, with the embedding and the norm."""
-    embedding = embedding_name(files, folder)
-    prefix = embedding.removesuffix("embed_tokens.weight")
-    for name in files:
-        inner = name.removeprefix(prefix)
-        if inner == name and prefix:
-            continue
-        kind, _, rest = inner.partition(".")
-        if kind == "layers":
-            number, _, inside = rest.partition(".")
-            if int(number) not in layers:
-                continue
-            inner = f"layers.{int(number) - layers.start}.{inside}"
-        elif kind == "lm_head" or (kind == "embed_tokens" and layers.start):
-            continue
-        yield inner, load_tensor(files, name)

@@ -24,9 +24,9 @@ from eagle_core.draft.vocabulary import (
 )
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.target import weights
+from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
-from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import (
     are_aux_layers,
     aux_layers,
@@ -34,6 +34,7 @@ from eagle_core.target.model_config import (
     read_model_config,
     resolve_device,
 )
+from eagle_core.target.placement import load_target
 from eagle_core.target.skeleton import reason_of
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
@@ -51,7 +52,7 @@ class Refit:
 
     layers: tuple[int, ...]
     """Aux layers that the draft was trained on."""
-    load_target: Callable[[], TargetModel]
+    load_target: Callable[[], CapturingTarget]
     """Returns the target, for their states."""
 
 
@@ -86,7 +87,7 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
         given = read_draft(training.start_folder)
         others = _other_layers(given, target, training, model_config)
         if others is not None:
-            refit = Refit(layers=others, load_target=partial(TargetModel.load, target))
+            refit = Refit(layers=others, load_target=partial(load_target, target))
         _start_from(draft, given, training.start_folder)
     return DraftSetup(
         run_path=run_path,

@@ -10,12 +10,11 @@ from torch import Tensor
 from eagle_core.bfloat16 import from_bfloat16_bits
 from eagle_core.closed_form.refit import KnownAux
 from eagle_core.samples import TokenizedSample
-from eagle_core.target.capture import capture_states
-from eagle_core.target.model import TargetModel
+from eagle_core.target.capture import CapturingTarget, capture_states
 from eagle_core.training.packing import PackedBatch
 
 
-def known_aux(target: TargetModel, layers: Sequence[int]) -> KnownAux:
+def known_aux(target: CapturingTarget, layers: Sequence[int]) -> KnownAux:
     """Return what captures the aux states of `layers` for the samples of a batch."""
 
     def capture(batch: PackedBatch) -> Tensor:

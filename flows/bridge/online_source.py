@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagle_core.samples import HiddenStateSample
-from eagle_core.target.capture import capture_states
-from eagle_core.target.model import TargetModel
+from eagle_core.target.capture import CapturingTarget, capture_states
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.keep_online_states import StateKeeper
 from storage.records.plan import PlannedSample, plan_shards
@@ -33,7 +32,7 @@ class OnlineSource:
 
     def __init__(
         self,
-        load_target: Callable[[], TargetModel],
+        load_target: Callable[[], CapturingTarget],
         tokens: TokenFile,
         *,
         group_tokens: int,
@@ -59,7 +58,7 @@ class OnlineSource:
         ]
         plan = plan_shards(planned, committed=frozenset(), shard_tokens=group_tokens)
         self._load_target = load_target
-        self._target: TargetModel | None = None
+        self._target: CapturingTarget | None = None
         self._keeper = keeper
         self._tokens = tokens
         self._groups_kept = groups_kept
@@ -100,7 +99,7 @@ class OnlineSource:
                 self._computed.popitem(last=False)
         return self._computed[group][sample_id]
 
-    def target(self) -> TargetModel:
+    def target(self) -> CapturingTarget:
         """Return the target, loaded if it is not yet."""
         if self._target is None:
             self._target = self._load_target()

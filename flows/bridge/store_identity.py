@@ -7,8 +7,9 @@ from transformers import PretrainedConfig
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
+from eagle_core.target.layer_slices import require_chain
 from eagle_core.target.model_config import aux_layers, read_model_config
-from eagle_core.target.recompute_model import recomputed_layers, slice_config
+from eagle_core.target.recompute_model import CURE, recomputed_layers
 from eagle_core.target.tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
 from storage.records.identity import OmittedStates, StoreIdentity
@@ -69,6 +70,5 @@ def omitted_states(target: TargetConfig, model_config: PretrainedConfig) -> Omit
     """
     num_layers = model_config.num_hidden_layers
     early, last = recomputed_layers(aux_layers(target, num_layers), num_layers)
-    for layers in (early, last):
-        slice_config(model_config, layers)
+    require_chain(model_config, cure=CURE)
     return OmittedStates(mode="one_sequence", early_layers=tuple(early), last_layers=tuple(last))

@@ -29,6 +29,18 @@ class RecomputeCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlacementCost:
+    """Where the target's weights are, and how often they are read."""
+
+    name: str
+    reason: str
+    pass_tokens: int
+    """Tokens that pass through a streamed layer together; 0 if the target is not streamed."""
+    num_passes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CostEstimate:
     """What a store holds, what is missing, and what the missing states would cost."""
 
@@ -51,6 +63,8 @@ class CostEstimate:
     free_bytes: int | None
     """None where free space has no meaning, as on S3."""
     budget_bytes: int | None
+    placement: PlacementCost | None = None
+    """None if nothing was measured."""
     recompute: RecomputeCost | None = None
     """None if nothing was measured, or the target's layers cannot be run alone."""
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flows.reports.cost import CostEstimate, RecomputeCost
+from flows.reports.cost import CostEstimate, PlacementCost, RecomputeCost
 from flows.reports.inspection import SnapshotFigures, StoreFigures
 from flows.reports.store_summaries import RepairSummary, ShardResult, VerifySummary
 from flows.reports.table import Row
@@ -38,6 +38,8 @@ def cost_rows(estimate: CostEstimate) -> list[Row]:
         rows.append(("free space", human_bytes(estimate.free_bytes)))
     if estimate.budget_bytes is not None:
         rows.append(("budget", human_bytes(estimate.budget_bytes)))
+    if estimate.placement is not None:
+        rows.append(("placement", _placement(estimate.placement)))
     if estimate.recompute is not None:
         rows.append(("recompute during training", _recompute(estimate, estimate.recompute)))
     speed = f"{estimate.tokens_per_second:,.0f} tokens per second on {estimate.device}"
@@ -47,6 +49,17 @@ def cost_rows(estimate: CostEstimate) -> list[Row]:
         ("time", f"about {human_seconds(estimate.seconds)} ({speed})"),
         ("fits", f"no, short by {human_bytes(missing)}" if missing else "yes"),
     ]
+
+
+def _placement(cost: PlacementCost) -> str:
+    """Return where the weights are, and what their reading costs."""
+    if not cost.pass_tokens:
+        return f"{cost.name} ({cost.reason})"
+    passes = "1 pass" if cost.num_passes == 1 else f"{cost.num_passes:,} passes"
+    return (
+        f"{cost.name}, one layer at a time: {passes} of up to {cost.pass_tokens:,} tokens, "
+        f"{human_bytes(cost.read_bytes)} of weights read ({cost.reason})"
+    )
 
 
 def _recompute(estimate: CostEstimate, cost: RecomputeCost) -> str:

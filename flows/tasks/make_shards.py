@@ -23,6 +23,7 @@ from flows.reports.store_summaries import ShardResult
 from flows.reports.store_tables import shard_table
 from flows.summaries import TokensSummary
 from flows.tasks.generate import generate_shards
+from flows.workers.pool import processes_per_device
 from flows.workers.shard_batch import ShardBatch, ShardPlan, ShardReport
 from storage.records.exclusions import Exclusion
 from storage.store import Store
@@ -151,6 +152,8 @@ def _batches(
     runner: RunnerConfig,
     tokens: TokensSummary,
 ) -> Iterator[ShardBatch]:
+    # Of a running cluster nobody knows here which workers share a machine.
+    on_one = 1 if runner.address is not None else processes_per_device(target, runner.num_workers)
     for first in range(0, len(plan.shards), config.shards_per_task):
         members = plan.shards[first : first + config.shards_per_task]
         yield ShardBatch(
@@ -162,6 +165,7 @@ def _batches(
             first=first,
             last=first + len(members) - 1,
             inactivity_timeout_seconds=runner.inactivity_timeout_seconds,
+            processes_per_device=on_one,
             credentials=config.credentials,
         )
 

@@ -1,5 +1,6 @@
 """Checks before the first shard: what is missing, what it costs, and whether it fits."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 from prefect import task
@@ -14,11 +15,18 @@ from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.sampled_rows import rows_of_tokens, spread_rows
 from flows.bridge.store_identity import omitted_states
 from flows.config.store import StoreConfig
-from flows.reports.cost import CostEstimate, RecomputeCost, encoding_name, require_fits
+from flows.reports.cost import (
+    CostEstimate,
+    PlacementCost,
+    RecomputeCost,
+    encoding_name,
+    require_fits,
+)
 from flows.reports.units import human_bytes
 from flows.summaries import TokensSummary
 from flows.workers.child_process import run_child
 from flows.workers.measure_worker import (
+    MeasuredPlacement,
     MeasureJob,
     Measurement,
     ProfileCost,
@@ -92,10 +100,13 @@ def estimate_cost(
     costs: dict[str, float] = {}
     tokens_per_second, device = 0.0, ""
     recompute: RecomputeCost | None = None
+    placement: MeasuredPlacement | None = None
     chosen = encoding_name(config.profile, recompute=config.recompute)
     if to_make:
         get_run_logger().info("measuring the target on about %s tokens", f"{MEASURED_TOKENS:,}")
-        found = measure(target, TokenFile(tokens.train_path))
+        task_tokens = min(to_make, config.shard_tokens * config.shards_per_task)
+        found = measure(target, TokenFile(tokens.train_path), task_tokens=task_tokens)
+        placement = found.placement
         share = _last_share(TokenFile(tokens.train_path))
         encodings = _encodings(found)
         costs = {
@@ -124,6 +135,21 @@ def estimate_cost(
         free_bytes=place.free_bytes(),
         budget_bytes=config.budget,
         recompute=recompute,
+        placement=_placement_cost(placement, to_make, task_tokens) if placement else None,
+    )
+
+
+def _placement_cost(found: MeasuredPlacement, to_make: int, task_tokens: int) -> PlacementCost:
+    num_passes = 0
+    if found.pass_tokens:
+        passes_per_task = math.ceil(task_tokens / found.pass_tokens)
+        num_passes = math.ceil(passes_per_task * to_make / task_tokens)
+    return PlacementCost(
+        name=found.name,
+        reason=found.reason,
+        pass_tokens=found.pass_tokens,
+        num_passes=num_passes,
+        read_bytes=num_passes * found.pass_bytes,
     )
 
 
@@ -145,10 +171,13 @@ def _recompute_cost(measured: RecomputeMeasurement, num_tokens: int) -> Recomput
     )
 
 
-def measure(target: TargetConfig, file: TokenFile) -> Measurement:
-    """Run the target on samples from across the file and store them, in a child process."""
+def measure(target: TargetConfig, file: TokenFile, *, task_tokens: int) -> Measurement:
+    """Run the target on samples from across the file and store them, in a child process.
+
+    A task has `task_tokens` tokens: no more pass through a streamed layer together.
+    """
     rows = rows_of_tokens(file, MEASURED_TOKENS)
-    job = MeasureJob(target=target, token_file=file.path, rows=rows)
+    job = MeasureJob(target=target, token_file=file.path, rows=rows, task_tokens=task_tokens)
     lines = list(
         run_child("flows.workers.measure_worker", job, what="the process that measures the target")
     )

@@ -23,10 +23,10 @@ from eagle_core.draft.vocabulary import DraftVocabulary, count_supervised_tokens
 from eagle_core.errors import CorruptError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target import weights
-from eagle_core.target.capture import capture_states
+from eagle_core.target.capture import CapturingTarget, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
-from eagle_core.target.model import TargetModel
+from eagle_core.target.placement import load_target
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.draft_setup import special_tokens
 from flows.workers.channel import send, serve
@@ -74,7 +74,7 @@ def compare(job: CandidatesJob) -> Comparison:
     )
     for samples, what in ((train, "training"), (held_out, "held-out")):
         require_positions(sum(len(counted_positions(s.loss_mask)) for s in samples), what)
-    target = TargetModel.load(job.target)
+    target = load_target(job.target)
     device, vocab_size = target.device, target.model_config.vocab_size
     train_states = _captured(target, train, job.layers)
     held_out_states = _captured(target, held_out, job.layers)
@@ -101,7 +101,7 @@ def compare(job: CandidatesJob) -> Comparison:
 
 
 def _captured(
-    target: TargetModel, samples: Sequence[TokenizedSample], layers: Sequence[int]
+    target: CapturingTarget, samples: Sequence[TokenizedSample], layers: Sequence[int]
 ) -> StateRows:
     def states() -> Iterator[HiddenStateSample]:
         for state in capture_states(target, samples, layers=layers, on_unusable=_skip):

@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict
 
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target.capture import capture_states
+from eagle_core.target.capture import CapturingTarget, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION
-from eagle_core.target.model import TargetModel
+from eagle_core.target.placement import load_placed, placement_of
 from eagle_core.target.recompute_model import RecomputeModel, StoredStates
+from eagle_core.target.streamed import StreamedTarget
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.store_identity import omitted_states
 from flows.bridge.stored_source import to_stored
@@ -43,6 +44,8 @@ class MeasureJob(BaseModel):
     target: TargetConfig
     token_file: Path
     rows: tuple[int, ...]
+    task_tokens: int
+    """Tokens of one task: no pass of a streamed target takes more."""
 
 
 class ProfileCost(BaseModel):
@@ -72,6 +75,19 @@ class RecomputeMeasurement(BaseModel):
     profiles: dict[str, ProfileCost]
 
 
+class MeasuredPlacement(BaseModel):
+    """Where the weights were, and what a pass of a streamed target takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    reason: str
+    pass_tokens: int = 0
+    """Tokens that pass through all layers before the first is loaded again; 0 if not streamed."""
+    pass_bytes: int = 0
+    """Of the layers, read once in each pass."""
+
+
 class Measurement(BaseModel):
     """The cost of the measured samples on this machine."""
 
@@ -80,6 +96,7 @@ class Measurement(BaseModel):
     num_tokens: int
     capture_seconds: float
     device: str
+    placement: MeasuredPlacement
     profiles: dict[str, ProfileCost]
     """Of all states."""
     recompute: RecomputeMeasurement | None
@@ -89,12 +106,10 @@ class Measurement(BaseModel):
 def _measure(job: MeasureJob) -> Measurement:
     file = TokenFile(job.token_file)
     samples = [file.fetch(row) for row in job.rows]
-    target = TargetModel.load(job.target)
+    target, placement = _placed(job)
     # Warm up: one-time costs are not measured.
     list(capture_states(target, samples[:1], on_unusable=_ignore_unusable))
-    started = time.monotonic()
-    states = list(capture_states(target, samples, on_unusable=_ignore_unusable))
-    seconds = time.monotonic() - started
+    states, seconds = _timed(target, samples, placement)
     if not states:
         raise CorruptError(
             f"target {job.target.name}: none of {len(samples)} tried samples has finite states; "
@@ -106,9 +121,49 @@ def _measure(job: MeasureJob) -> Measurement:
         num_tokens=sum(len(sample) for sample in samples),
         capture_seconds=seconds,
         device=str(target.device),
+        placement=placement,
         profiles={profile: _cost(_identity(target, profile, None), states) for profile in PROFILES},
-        recompute=_measure_recompute(job.target, target, samples),
+        recompute=_measure_recompute(job.target, target, samples, placement),
     )
+
+
+def _placed(job: MeasureJob) -> tuple[CapturingTarget, MeasuredPlacement]:
+    """Return the target, and where its weights are."""
+    chosen = placement_of(job.target)
+    target = load_placed(job.target, chosen)
+    placement = MeasuredPlacement(
+        name=chosen.placement,
+        reason=chosen.reason,
+        pass_tokens=min(chosen.group_tokens, job.task_tokens),
+        pass_bytes=chosen.pass_bytes,
+    )
+    return target, placement
+
+
+def _timed(
+    target: CapturingTarget,
+    samples: Sequence[TokenizedSample],
+    placement: MeasuredPlacement,
+    *,
+    for_recompute: bool = False,
+) -> tuple[list[HiddenStateSample], float]:
+    """Return the states of `samples`, and the seconds that they take.
+
+    Of a streamed target, it is their share of a pass that is as long as passes will be.
+    """
+    if isinstance(target, StreamedTarget):
+        target.forget_times()
+    started = time.monotonic()
+    states = list(
+        capture_states(target, samples, for_recompute=for_recompute, on_unusable=_ignore_unusable)
+    )
+    seconds = time.monotonic() - started
+    if isinstance(target, StreamedTarget):
+        rest = seconds - target.times.total
+        num_tokens = sum(map(len, samples))
+        share = num_tokens / max(placement.pass_tokens, 1)
+        seconds = rest + target.times.seconds(placement.pass_tokens) * share
+    return states, seconds
 
 
 def _ignore_unusable(sample: TokenizedSample, reason: str) -> None:
@@ -116,23 +171,24 @@ def _ignore_unusable(sample: TokenizedSample, reason: str) -> None:
 
 
 def _measure_recompute(
-    config: TargetConfig, target: TargetModel, samples: Sequence[TokenizedSample]
+    config: TargetConfig,
+    target: CapturingTarget,
+    samples: Sequence[TokenizedSample],
+    placement: MeasuredPlacement,
 ) -> RecomputeMeasurement | None:
     try:
         omitted = omitted_states(config, target.model_config)
     except ConfigError:
         return None
     model = RecomputeModel.load(config)
-    started = time.monotonic()
-    states = list(capture_states(target, samples, for_recompute=True))
-    captured = time.monotonic()
+    states, seconds = _timed(target, samples, placement, for_recompute=True)
     stored = [StoredStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
     model.recompute(stored[0])  # warm up: one-time costs are not measured
     begun = time.monotonic()
     for sequence in stored:
         model.recompute(sequence)
     return RecomputeMeasurement(
-        capture_seconds=captured - started,
+        capture_seconds=seconds,
         recompute_seconds=time.monotonic() - begun,
         load_seconds=model.load_seconds,
         weight_bytes=model.num_bytes,
@@ -171,7 +227,7 @@ def _last_bytes(store: Store, record: CommitRecord) -> int:
 
 
 def _identity(
-    target: TargetModel, profile: ProfileName, omitted: OmittedStates | None
+    target: CapturingTarget, profile: ProfileName, omitted: OmittedStates | None
 ) -> StoreIdentity:
     return StoreIdentity(
         target_fingerprint="",

@@ -5,6 +5,7 @@ used the next time.
 """
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,6 +138,13 @@ def local_slots(target: TargetConfig, num_workers: int) -> Sequence[Mapping[str,
     if num_workers == 1 or resolve_device(target.device).type != "cuda":
         return [{}] * num_workers
     return gpus_in_turn(os.environ.get(VISIBLE_DEVICES), torch.cuda.device_count(), num_workers)
+
+
+def processes_per_device(target: TargetConfig, num_workers: int) -> int:
+    """Return how many of `num_workers` children on this machine share its memory or a GPU."""
+    if resolve_device(target.device).type != "cuda":
+        return num_workers
+    return math.ceil(num_workers / max(torch.cuda.device_count(), 1))
 
 
 def gpus_in_turn(

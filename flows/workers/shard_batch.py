@@ -34,6 +34,8 @@ class ShardBatch(BaseModel):
     last: int = 0
     inactivity_timeout_seconds: float = 1800.0
     """A process that reports nothing for this long is killed."""
+    processes_per_device: int = 1
+    """Processes that share a GPU, or this machine: each takes its part of the memory."""
     credentials: str | None = None
     """The block with the store's credentials, for a task on another machine."""
 
@@ -45,6 +47,7 @@ class ShardReport(BaseModel):
 
     kind: Literal["tokens", "shard"]
     tokens: int = 0
+    """How many more are done."""
     planned_id: str = ""
     shard_id: str = ""
     """As written, without excluded samples; empty if no sample is left."""

@@ -9,17 +9,18 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target.capture import capture_states
+from eagle_core.target.capture import capture_groups
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model import TargetModel
+from eagle_core.target.placement import load_target
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.semantic_probe import probe_points
@@ -30,6 +31,8 @@ from storage.records.exclusions import Exclusion
 from storage.records.plan import Plan, PlannedShard
 from storage.records.probe_point import ProbePoint
 from storage.store import Store
+
+Sample = TypeVar("Sample", TokenizedSample, HiddenStateSample)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +47,48 @@ class _Computed:
     began: float
 
 
+class _Progress:
+    """Reports tokens as done once, whether a layer or the whole target is done with them."""
+
+    def __init__(self) -> None:
+        self.begin(0)
+
+    def begin(self, num_tokens: int) -> None:
+        """Begin a batch of shards with `num_tokens`."""
+        self._total = num_tokens
+        self._reported = self._captured = 0
+
+    def passed_layer(self, num_tokens: int) -> None:
+        """Report the share of a streamed pass that is done, padding included."""
+        self._report(min(self._reported + num_tokens, self._total))
+
+    def has(self, sample: Sample) -> Sample:
+        """Report a sample whose states are there, and return it."""
+        self._captured += len(sample)
+        self._report(max(self._reported, self._captured))
+        return sample
+
+    def _report(self, done: int) -> None:
+        more, self._reported = done - self._reported, done
+        send(ShardReport(kind="tokens", tokens=more))  # even of none: the process is alive
+
+
 class ShardWorker:
     """The loaded target, and the store that it writes to."""
 
-    def __init__(self, target: TargetConfig, store_root: str) -> None:
-        """Load the target for the store at `store_root`."""
-        self.made_for = (target, store_root)
-        self._store = Store.open(store_root)
-        self._target = TargetModel.load(target)
-        self._recompute = TargetRecompute(
-            self._target.lm_head_weight, load_recompute_model(target, self._store.identity)
+    def __init__(self, batch: ShardBatch) -> None:
+        """Load the target for the store of `batch`."""
+        self.made_for = _what_for(batch)
+        self._store = Store.open(batch.store_root)
+        self._progress = _Progress()
+        # First, for the target's placement goes by what is free.
+        recompute_model = load_recompute_model(batch.target, self._store.identity)
+        self._target = load_target(
+            batch.target,
+            num_processes=batch.processes_per_device,
+            on_tokens=self._progress.passed_layer,
         )
+        self._recompute = TargetRecompute(self._target.lm_head_weight, recompute_model)
         self._plan: Plan | None = None
 
     def make(self, batch: ShardBatch) -> None:
@@ -63,41 +97,46 @@ class ShardWorker:
         files = [TokenFile(path) for path in batch.token_files]
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             storing: Future[ShardReport] | None = None
-            for shard_id in batch.shard_ids:
-                computed = self._compute(shards[shard_id], files)
+            for computed in self._compute([shards[name] for name in batch.shard_ids], files):
                 _report(storing)
                 storing = writer.submit(self._store_shard, computed)
             _report(storing)
 
-    def _compute(self, planned: PlannedShard, files: Sequence[TokenFile]) -> "_Computed":
-        """Return the states of a planned shard, without samples whose states cannot be stored."""
+    def _compute(
+        self, planned: Sequence[PlannedShard], files: Sequence[TokenFile]
+    ) -> Iterator["_Computed"]:
+        """Yield the states of planned shards, without samples whose states cannot be stored."""
         began = time.monotonic()
         omitted = self._store.identity.omitted is not None
-        samples = _samples_of(planned, files)
+        samples = [_samples_of(shard, files) for shard in planned]
+        self._progress.begin(sum(len(sample) for shard in samples for sample in shard))
         excluded: list[Exclusion] = []
 
         def exclude(sample: TokenizedSample, reason: str) -> None:
-            send(ShardReport(kind="tokens", tokens=len(sample)))  # it counts as done
+            self._progress.has(sample)  # it counts as done
             excluded.append(
                 Exclusion(sample_id=sample.sample_id, reason=reason, location=sample.location)
             )
 
-        captured = capture_states(self._target, samples, for_recompute=omitted, on_unusable=exclude)
-        states = list(_counted(captured))
-        shard = planned
-        if excluded:
-            usable = {state.sample_id for state in states}
-            samples = [sample for sample in samples if sample.sample_id in usable]
-            shard = PlannedShard.holding(samples)
-        probe = probe_points(states, samples, shard_id=shard.shard_id, omitted=omitted)
-        return _Computed(
-            planned_id=planned.shard_id,
-            shard=shard,
-            states=states,
-            probe=probe,
-            excluded=tuple(excluded),
-            began=began,
-        )
+        groups = capture_groups(self._target, samples, for_recompute=omitted, on_unusable=exclude)
+        for whole, given, captured in zip(planned, samples, groups, strict=True):
+            states = list(map(self._progress.has, captured))
+            usable, shard = given, whole
+            if excluded:
+                ids = {state.sample_id for state in states}
+                usable = [sample for sample in given if sample.sample_id in ids]
+                shard = PlannedShard.holding(usable)
+            probe = probe_points(states, usable, shard_id=shard.shard_id, omitted=omitted)
+            yield _Computed(
+                planned_id=whole.shard_id,
+                shard=shard,
+                states=states,
+                probe=probe,
+                excluded=tuple(excluded),
+                began=began,
+            )
+            began = time.monotonic()
+            excluded.clear()
 
     def _planned(self, plan_id: str) -> Plan:
         if self._plan is None or self._plan.plan_id != plan_id:
@@ -134,10 +173,10 @@ class _Server:
 
     def make(self, batch: ShardBatch) -> None:
         """Compute the shards of a batch."""
-        if self._worker is None or self._worker.made_for != (batch.target, batch.store_root):
+        if self._worker is None or self._worker.made_for != _what_for(batch):
             self._worker = None  # before the next target is loaded
         try:
-            self._worker = self._worker or ShardWorker(batch.target, batch.store_root)
+            self._worker = self._worker or ShardWorker(batch)
             self._worker.make(batch)
         except torch.OutOfMemoryError as error:
             self._worker = None
@@ -145,6 +184,10 @@ class _Server:
                 f"{error}; lower target.batch_tokens ({batch.target.batch_tokens:,}), or use a GPU "
                 "with more memory"
             ) from error
+
+
+def _what_for(batch: ShardBatch) -> tuple[TargetConfig, str]:
+    return batch.target, batch.store_root
 
 
 def _report(storing: Future[ShardReport] | None) -> None:
@@ -166,12 +209,6 @@ def _samples_of(shard: PlannedShard, files: Sequence[TokenFile]) -> list[Tokeniz
             "which makes a new plan"
         )
     return samples
-
-
-def _counted(samples: Iterable[HiddenStateSample]) -> Iterator[HiddenStateSample]:
-    for sample in samples:
-        send(ShardReport(kind="tokens", tokens=len(sample)))
-        yield sample
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from eagle_core.errors import ConfigError
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.layer_slices import require_chain
 from eagle_core.target.model import TargetModel
-from eagle_core.target.recompute_model import RecomputeModel, StoredStates, slice_config
+from eagle_core.target.recompute_model import CURE, RecomputeModel, StoredStates
 
 SIZES = {
     "vocab_size": 90,
@@ -156,7 +157,7 @@ def test_layers_that_are_not_a_chain_are_refused() -> None:
     config = LlamaConfig(**SIZES)
     config.num_kv_shared_layers = 4
     with pytest.raises(ConfigError, match=r"num_kv_shared_layers is 4.*store\.recompute"):
-        slice_config(config, range(5, 8))
+        require_chain(config, cure=CURE)
 
 
 @pytest.mark.slow

@@ -1,0 +1,135 @@
+"""Which targets stay whole, and how many tokens pass through a streamed layer together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_core.errors import ConfigError
+from eagle_core.safetensors_files import TensorHeader
+from eagle_core.target import free_memory
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.free_memory import FreeMemory
+from eagle_core.target.placement import (
+    Chosen,
+    TargetBytes,
+    choose_placement,
+    load_decoding_target,
+)
+
+GIB = 2**30
+LLAMA_70B = TargetBytes(ends=4 * GIB, layers=(GIB * 17 // 10,) * 80, state=16384, logits=GIB)
+STATES = 16384
+
+
+def choose(*gpus: float, main: float = 512, **settings: object) -> Chosen:
+    config = TargetConfig(name="big", model="org/big").model_copy(update=settings)
+    free = FreeMemory(main=int(main * GIB), gpus=tuple(int(gpu * GIB) for gpu in gpus))
+    return choose_placement(config, LLAMA_70B, free)
+
+
+def test_a_target_that_fits_stays_whole() -> None:
+    assert choose(180).placement == "whole"
+    assert choose(main=180).placement == "whole"
+    assert choose(180).reason == (
+        "its weights and a batch take 144.0 GiB, and 162.0 GiB may be used"
+    )
+
+
+def test_one_that_fits_on_several_gpus_is_spread() -> None:
+    assert choose(80, 80, 80).placement == "spread"
+    assert choose(80, 80).placement == "streamed"
+    assert choose(24).placement == "streamed"
+    assert choose(24, 24, placement="spread").placement == "spread"
+
+
+@pytest.mark.parametrize("gpus", [(), (80,)])
+def test_spread_needs_gpus(gpus: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="spread needs two or more"):
+        choose(*gpus, placement="spread")
+
+
+def test_a_streamed_pass_has_as_many_tokens_as_fit() -> None:
+    small, large = choose(24), choose(80)
+    assert 80_000 < small.group_tokens < large.group_tokens
+    assert choose(24, stream_tokens=50_000).group_tokens == 50_000
+    # In main memory there is room for three aux states and the last one of each token.
+    assert choose(24, main=10).group_tokens == int(9 * GIB / (4 * STATES))
+    # There they wait, too, if the target runs on the CPU.
+    assert choose(main=24).group_tokens == int((0.9 * 24 - 8.4 - 3) * GIB / (6 * STATES))
+
+
+def test_states_wait_in_main_memory_if_the_gpu_holds_few_tokens() -> None:
+    assert not choose(24).states_wait_in_main
+    small = choose(14)
+    assert small.states_wait_in_main
+    assert small.group_tokens == int((0.9 * 14 - 8.4 - 3) * GIB / (0.5 * STATES))
+    more = choose(24, stream_tokens=400_000)
+    assert more.states_wait_in_main
+    assert more.group_tokens == 400_000
+    assert not choose(14, main=0.6).states_wait_in_main
+
+
+def test_what_is_set_is_done() -> None:
+    assert choose(180, placement="streamed").placement == "streamed"
+    assert choose(24, placement="whole").placement == "whole"
+
+
+def test_a_device_without_room_for_two_layers_is_named_with_the_figures() -> None:
+    with pytest.raises(ConfigError, match=r"not even layer by layer: .* take 11\.4 GiB, and 7\.2"):
+        choose(8)
+
+
+@pytest.fixture
+def tiny_target(tiny_target_path: Path) -> TargetConfig:
+    return TargetConfig(name="tiny", model=str(tiny_target_path), dtype="float32", device="cpu")
+
+
+def test_decoding_needs_the_whole_target(tiny_target: TargetConfig) -> None:
+    streamed = tiny_target.model_copy(update={"placement": "streamed"})
+    with pytest.raises(ConfigError, match="placement streamed would load again each time"):
+        load_decoding_target(streamed)
+
+
+def test_decoding_a_target_that_does_not_fit_is_refused(
+    tiny_target: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FreeMemory, "of", lambda *_args, **_named: FreeMemory(main=4 * 2**20))
+    with pytest.raises(ConfigError, match="all layers for each token, but they do not fit"):
+        load_decoding_target(tiny_target)
+
+
+def test_processes_share_the_memory() -> None:
+    alone, shared = (FreeMemory.of(torch.device("cpu"), num_processes=n) for n in (1, 1000))
+    assert 0 < shared.main < alone.main
+    assert alone.gpus == ()
+    assert alone.on_device == alone.main
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
+    assert free_memory._within_limit(50, 100, tmp_path) == (50, 100)
+    (tmp_path / "memory.max").write_text("40\n")
+    (tmp_path / "memory.current").write_text("30\n")
+    (tmp_path / "memory.stat").write_text("anon 10\ninactive_file 15\n")
+    assert free_memory._within_limit(50, 100, tmp_path) == (25, 40)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory._within_limit(50, 100, tmp_path) == (50, 100)
+
+
+def test_sizes_are_those_in_memory() -> None:
+    headers = {
+        "model.embed_tokens.weight": TensorHeader(dtype="F32", shape=(100, 8)),
+        "model.norm.weight": TensorHeader(dtype="BF16", shape=(8,)),
+        "model.layers.0.mlp.up_proj.weight": TensorHeader(dtype="F32", shape=(16, 8)),
+        "model.layers.1.mlp.up_proj.weight": TensorHeader(dtype="F8_E4M3", shape=(16, 8)),
+        "model.layers.1.mlp.up_proj.weight_scale_inv": TensorHeader(dtype="F32", shape=(1, 1)),
+    }
+
+    class Config:
+        hidden_size = 8
+        vocab_size = 100
+
+    config = TargetConfig(name="small", model="org/small", dtype="bfloat16")
+    sizes = TargetBytes.of(config, Config(), headers)  # type: ignore[arg-type]
+    assert sizes == TargetBytes(ends=1616, layers=(256, 130), state=16, logits=1024 * 100 * 12)
+    assert sizes.whole == 2002
