@@ -23,7 +23,7 @@ from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.reports.table import print_table
 from flows.summaries import OfflineSummary
-from flows.tasks.prepare import check_runnable, prepare_weights
+from flows.tasks.prepare import check_runnable, decodes_here, prepare_weights
 from flows.train import train_flow
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 
@@ -46,6 +46,9 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
 ) -> OfflineSummary:
     """Train a draft from conversations, and measure its acceptance length.
 
+    A target that this machine cannot decode, such as a streamed one, is not evaluated: the estimate
+    from stored states says what the draft is worth.
+
     Every stage checks what exists: a retry repeats no finished work. Only the first stage reads the
     data set; the others use its snapshot, or the run's own if the run has begun.
     """
@@ -56,7 +59,8 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     prepare_weights(target)
     require_start_fits(target, training, run_path)
     # Of all stages together: evaluation comes last.
-    check_runnable(target, max_length=dataset.max_length, rolls_back=True)
+    is_decoded = decodes_here(target)
+    check_runnable(target, max_length=dataset.max_length, rolls_back=is_decoded)
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
     trained = train_flow(
         target=target,
@@ -68,8 +72,9 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
         run=run,
         snapshot_id=None if begun_run(run_path) else states.snapshot_id,
     )
+    estimate = None
     if trained.figures.held_out_step:  # samples are held out
-        estimate_flow(
+        estimate = estimate_flow(
             target=target,
             dataset=dataset,
             store=store,
@@ -78,11 +83,24 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
             home=home,
             run=run,
         )
-    acceptance = evaluate_flow(
-        target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
+    acceptance = (
+        evaluate_flow(
+            target=target,
+            dataset=dataset,
+            training=training,
+            evaluation=evaluation,
+            home=home,
+            run=run,
+        )
+        if is_decoded
+        else None
     )
     summary = OfflineSummary(
-        states=states, training=trained, acceptance=acceptance, seconds=time.monotonic() - started
+        states=states,
+        training=trained,
+        estimate=estimate,
+        acceptance=acceptance,
+        seconds=time.monotonic() - started,
     )
     rows = report.offline_rows(summary)
     title = f"Eyas: {target.name} on {dataset.name}, offline"

@@ -42,6 +42,7 @@ from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
 from flows.tasks.preflight import preflight
 from flows.tasks.prepare import (
     check_runnable,
+    decodes_here,
     prepare,
     prepare_weights,
     tokens_of_run,
@@ -68,6 +69,8 @@ def online(
     run: RunName = "online",
 ) -> OnlineSummary:
     """Train while the target computes the hidden states, then evaluate.
+
+    A target that this machine cannot decode, such as a streamed one, is not evaluated.
 
     Nothing is stored, and of `store` only `shard_tokens` matters: how many tokens the target
     computes at a time. With `store.keep` the states are stored as they are computed: the second
@@ -96,9 +99,20 @@ def online(
     config = RunConfig(
         target=target, dataset=dataset, store=store, training=training, tracking=tracking
     )
-    trained = _train(config, space, run)
-    acceptance = evaluate_flow(
-        target=target, dataset=dataset, training=training, evaluation=evaluation, home=home, run=run
+    prepare_weights(target)
+    is_decoded = decodes_here(target)
+    trained = _train(config, space, run, is_decoded=is_decoded)
+    acceptance = (
+        evaluate_flow(
+            target=target,
+            dataset=dataset,
+            training=training,
+            evaluation=evaluation,
+            home=home,
+            run=run,
+        )
+        if is_decoded
+        else None
     )
     summary = OnlineSummary(
         training=trained, acceptance=acceptance, seconds=time.monotonic() - started
@@ -110,13 +124,12 @@ def online(
     return summary
 
 
-def _train(config: RunConfig, space: Workspace, run: str) -> TrainSummary:
+def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -> TrainSummary:
     """Train on states that the target computes, and publish them if they are kept."""
     target, training, run_path = config.target, config.training, space.run_path(run)
-    prepare_weights(target)
     begun = begun_run(run_path)
     max_length = None if begun else config.dataset.max_length
-    check_runnable(target, max_length=max_length, rolls_back=True)  # evaluation comes last
+    check_runnable(target, max_length=max_length, rolls_back=is_decoded)  # evaluation comes last
     known = begun.record if begun else None
     given = config.dataset
     if begun:  # the data set is not read again

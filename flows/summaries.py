@@ -129,12 +129,27 @@ class EvaluateSummary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EstimateSummary:
+    """Acceptance in serving, estimated from the stored states of the held-out split."""
+
+    run_path: Path
+    checkpoint_step: int
+    snapshot_id: str
+    """Snapshot of the held-out samples."""
+    estimate: AcceptanceEstimate
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OfflineSummary:
     """The results of all stages of `offline`."""
 
     states: HiddenStatesSummary
     training: TrainSummary
-    acceptance: EvaluateSummary
+    estimate: EstimateSummary | None
+    """None if no samples are held out."""
+    acceptance: EvaluateSummary | None
+    """None if this machine cannot decode the target."""
     seconds: float
 
 
@@ -143,7 +158,8 @@ class OnlineSummary:
     """The results of all stages of `online`."""
 
     training: TrainSummary
-    acceptance: EvaluateSummary
+    acceptance: EvaluateSummary | None
+    """None if this machine cannot decode the target."""
     seconds: float
 
 
@@ -170,16 +186,4 @@ class ExportSummary:
     """Of a Hugging Face id, if one is pinned."""
     speculative_tokens: int
     layouts: tuple[ExportedLayout, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EstimateSummary:
-    """Acceptance in serving, estimated from the stored states of the held-out split."""
-
-    run_path: Path
-    checkpoint_step: int
-    snapshot_id: str
-    """Snapshot of the held-out samples."""
-    estimate: AcceptanceEstimate
     seconds: float

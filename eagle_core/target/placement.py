@@ -264,24 +264,42 @@ def load_decoding_target(config: TargetConfig) -> TargetModel:
         CorruptError: weights are missing, left over, or of another shape; names them.
 
     """
+    found = _for_decoding(config)
+    if isinstance(found, str):
+        raise ConfigError(f"target {config.name}: {found}")
+    return _loaded(config, found)
+
+
+def why_not_decoded(config: TargetConfig) -> str:
+    """Return why a target cannot be decoded on this machine, and what to do; empty if it can.
+
+    Raises:
+        ConfigError: no weights, or too few GPUs for what is set.
+        CorruptError: a weight file is damaged; names it.
+
+    """
+    found = _for_decoding(config)
+    return found if isinstance(found, str) else ""
+
+
+def _for_decoding(config: TargetConfig) -> Chosen | str:
+    """Return where a target is decoded, or why it is not."""
     if config.placement == "streamed":
-        raise ConfigError(
-            f"target {config.name}: decoding runs all layers for each token, which "
-            "target.placement streamed would load again each time; set target.placement to auto, "
-            "whole or spread, or use `eyas run estimate RECIPE`, which needs no target"
+        return (
+            "decoding runs all layers for each token, which target.placement streamed would load "
+            "again each time; set target.placement to auto, whole or spread, or use "
+            "`eyas run estimate RECIPE`, which needs no target"
         )
     if config.placement == "whole":
-        return TargetModel.load(config)
+        return placement_of(config)
     sizes, free = _sizes_and_memory(config, 1)
-    of_one_token = config.model_copy(update={"batch_tokens": 1})
-    chosen = _whole(of_one_token, sizes, free)
-    if chosen is None:
-        raise ConfigError(
-            f"target {config.name}: decoding runs all layers for each token, but they do not fit: "
-            f"{_reason(of_one_token, sizes, free)}; use a device with more memory or several GPUs, "
-            "or use `eyas run estimate RECIPE`, which needs no target"
-        )
-    return _loaded(config, chosen)
+    small_batches = config.model_copy(update={"batch_tokens": 1})
+    found = _whole(small_batches, sizes, free)
+    return found or (
+        f"decoding runs all layers for each token, but they do not fit: {_gib(sizes.whole)} of "
+        f"weights, and {_gib(_USABLE * sum(free.gpus or [free.main]))} may be used; use a device "
+        "with more memory or more GPUs, or `eyas run estimate RECIPE`, which needs no target"
+    )
 
 
 def _loaded(config: TargetConfig, chosen: Chosen) -> TargetModel:

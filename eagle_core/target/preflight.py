@@ -23,6 +23,7 @@ from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config
 from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain
+from eagle_core.target.streamed import require_streamable
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
@@ -66,8 +67,8 @@ def check_target(
         rolls_back: whether decoding drops tokens from its cache again.
 
     Raises:
-        ConfigError: an unsupported architecture, attention kernel or quantisation, too few
-            positions, or a tokenizer with tokens that have no embedding.
+        ConfigError: an unsupported architecture, attention kernel, quantisation or placement, too
+            few positions, or a tokenizer with tokens that have no embedding.
         CorruptError: weights are missing, left over, cut, or of another shape; names them.
 
     """
@@ -78,6 +79,8 @@ def check_target(
     if max_length is not None:
         Positions.of(text).require(max_length, config, setting="dataset.max_length")
     _require_plain_logits(config, text)
+    if config.placement == "streamed":
+        require_streamable(config, whole)
     if not runs_here:
         config = config.model_copy(update={"attention": "eager"})
     skeleton = build_skeleton(config, whole)

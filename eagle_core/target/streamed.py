@@ -42,6 +42,16 @@ _FEW_ROWS = 8
 """Of the embedding of a model that shows how its class makes logits."""
 
 
+def require_streamable(config: TargetConfig, whole: PretrainedConfig) -> None:
+    """Raise ConfigError, with the cure, if a target of this configuration cannot be streamed."""
+    require_chain(whole.get_text_config(), cure=CURE)
+    if getattr(whole, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"target {config.name}: its weights are quantized, and such a target cannot be run "
+            f"layer by layer yet; {CURE}, or use weights that are not quantized"
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class PassTimes:
     """What passes took so far, in seconds."""
@@ -114,8 +124,7 @@ class StreamedTarget:
         folder = weights.locate(config)
         with_others = read_whole_config(config, folder)
         whole: PretrainedConfig = with_others.get_text_config()
-        require_chain(whole, cure=CURE)
-        _require_plain_weights(config, with_others)
+        require_streamable(config, with_others)
         device, files = resolve_device(config.device), tensor_files(folder)
         with certain(config, f"a {whole.model_type} model cannot be run layer by layer"):
             _require_plain_logits(config, whole)
@@ -362,14 +371,6 @@ class _Layers:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _require_plain_weights(config: TargetConfig, with_others: PretrainedConfig) -> None:
-    if getattr(with_others, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"target {config.name}: its weights are quantized, and such a target cannot be run "
-            f"layer by layer yet; {CURE}, or use weights that are not quantized"
-        )
 
 
 def _require_plain_logits(config: TargetConfig, whole: PretrainedConfig) -> None:

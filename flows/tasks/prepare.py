@@ -13,6 +13,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.placement import why_not_decoded
 from eagle_core.target.preflight import check_weights
 from flows.bridge.passed_checks import TargetCheck, require_passed
 from flows.bridge.token_files import known_tokens
@@ -138,6 +139,14 @@ def check_runnable(
             target=target, max_length=max_length, runs_here=runs_here, rolls_back=rolls_back
         )
     )
+
+
+def decodes_here(target: TargetConfig) -> bool:
+    """Return whether this machine can decode a located target; if not, warn that none follows."""
+    obstacle = why_not_decoded(target)
+    if obstacle:
+        get_run_logger().warning("target %s is not evaluated: %s", target.name, obstacle)
+    return not obstacle
 
 
 def tokens_of_run(

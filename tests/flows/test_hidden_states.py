@@ -1,15 +1,10 @@
 """The hidden-states flow with a real target, a real store and a real Prefect server."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from prefect import flow
 from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -25,16 +20,10 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.run import read_run
-from flows.bridge.store_identity import store_identity
 from flows.config.store import StoreConfig
 from flows.hidden_states import hidden_states
 from flows.orchestration.artifact_key import artifact_key
-from flows.tasks.plan_shards import plan_missing_shards
-from flows.tasks.prepare import prepare_dataset
-from flows.tasks.tokenize import tokenize
 from flows.train import train_flow
-from flows.workers.channel import Channel
-from flows.workers.shard_batch import ShardBatch, ShardReport
 from flows.workers.shard_worker import _samples_of
 from flows.workspace import Workspace
 from storage.errors import MismatchError
@@ -44,6 +33,7 @@ from storage.records.plan import PlannedSample, PlannedShard, plan_shards
 from storage.samples import TTT_LENGTH
 from storage.store import Store
 from tests import tiny
+from tests.flows.killed_child import kill_in_second_shard, plan_only
 from tests.flows.trees import digests
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
@@ -231,8 +221,8 @@ def test_sigkill_in_the_middle_of_a_shard_costs_that_shard_and_no_bit(
         target=target, dataset=dataset, store=store, home=str(tmp_path / "undisturbed")
     )
     home = tmp_path / "killed"
-    batch = _plan_only(target, dataset, store, Workspace(home=home, target="tiny", dataset="facts"))
-    _kill_in_second_shard(batch)
+    batch = plan_only(target, dataset, store, str(home))
+    kill_in_second_shard(batch)
     done = len(Store.open(batch.store_root).commits())
     assert 1 <= done < len(batch.shard_ids)  # the signal may come when a second one is just ended
 
@@ -247,49 +237,6 @@ def test_sigkill_in_the_middle_of_a_shard_costs_that_shard_and_no_bit(
     assert left.snapshot_ids == left.plan_ids == left.shard_ids == ()
     collect(opened, left)
     assert digests(Path(resumed.store_root)) == digests(Path(undisturbed.store_root))
-
-
-@flow
-def _plan_only(
-    target: TargetConfig, dataset: DatasetConfig, store: StoreConfig, space: Workspace
-) -> ShardBatch:
-    """Go as far as the flow does before the first shard."""
-    prepare_dataset(dataset, space)
-    tokens = tokenize(target, dataset, space)
-    root = str(space.store_root)
-    opened = Store.create(root, store_identity(target, store, tokens))
-    plan = plan_missing_shards(opened, tokens, shard_tokens=store.shard_tokens)
-    return ShardBatch(
-        target=target,
-        store_root=root,
-        plan_id=plan.plan_id,
-        shard_ids=tuple(shard.shard_id for shard in plan.shards),
-        token_files=(tokens.train_path, tokens.held_out_path),
-    )
-
-
-def _kill_in_second_shard(batch: ShardBatch) -> None:
-    """Run the shard process and kill it as soon as it has computed a sample of its second shard."""
-    channel = Channel()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "flows.workers.shard_worker"],
-        stdin=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **channel.environment},
-    )
-    with child:
-        assert child.stdin is not None
-        child.stdin.write(batch.model_dump_json())
-        child.stdin.close()
-        committed = 0
-        for line in channel.lines(lambda: child.poll() is not None):
-            report = ShardReport.model_validate_json(line)
-            committed += report.kind == "shard"
-            if committed and report.kind == "tokens":
-                child.send_signal(signal.SIGKILL)
-                break
-        assert child.wait() == -signal.SIGKILL
-    channel.close()
 
 
 def test_another_target_is_refused_by_name_of_what_differs(

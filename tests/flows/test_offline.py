@@ -51,6 +51,7 @@ def test_the_stages_share_the_check_and_the_tokenizer(
         own, dataset, store, training=TRAINING, evaluation=EVALUATION, home=str(tmp_path / "home")
     )
     assert summary.training.num_steps == 1
+    assert summary.acceptance is not None
     assert summary.acceptance.trained.num_prompts == 1
     assert summary.training.start is not None
     assert not summary.training.start.is_drawn
