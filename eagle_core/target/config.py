@@ -55,7 +55,8 @@ class TargetConfig(ConfigModel):
         default=None,
         gt=0,
         description="Tokens that pass through a streamed layer before the next one is loaded, at "
-        "most those of one task's shards. By default as many as the free memory holds.",
+        "most those of one task's shards. By default as many as the free memory holds, up to "
+        "524,288: more only cost more when a process dies.",
     )
     template: TemplateConfig = Field(
         default=TemplateConfig(),

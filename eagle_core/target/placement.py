@@ -39,6 +39,8 @@ _LOGITS_COPIES = 3
 _FLOAT = 4
 _FEW_TOKENS = 65_536
 """If the GPU holds fewer tokens of a pass than these, the states wait in main memory instead."""
+_MANY_TOKENS = 524_288
+"""By default a pass has no more: reading is hidden, and a death of the process costs a pass."""
 _CAST = {"F64", "F32", "F16", "BF16"}
 """Types that are loaded in the target's dtype; others stay as they are."""
 _STORED_BYTES = {"I64": 8, "I32": 4}
@@ -181,7 +183,7 @@ def _streamed(config: TargetConfig, sizes: TargetBytes, free: FreeMemory) -> Cho
     return Chosen(
         placement="streamed",
         reason=_reason(config, sizes, free),
-        group_tokens=min(tokens, config.stream_tokens or tokens),
+        group_tokens=min(tokens, config.stream_tokens or _MANY_TOKENS),
         states_wait_in_main=in_main,
         pass_bytes=sum(sizes.layers),
     )

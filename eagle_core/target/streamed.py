@@ -133,9 +133,12 @@ class StreamedTarget:
             decoder = build_ends(config, whole, slice_tensors(files, folder, range(0)))
             decoder.layers = nn.ModuleList(slots)
             decoder.config.num_hidden_layers = len(slots)
-            _, lm_head = load_ends(folder, dtype=DTYPES[config.dtype])
+            embedding, lm_head = load_ends(folder, dtype=DTYPES[config.dtype])
+        nn.Module.to(decoder, device)
+        if lm_head is embedding:  # tied: it is in memory once
+            lm_head = decoder.get_input_embeddings().weight.detach()  # type: ignore[operator]
         return cls(
-            nn.Module.to(decoder, device),
+            decoder,
             lm_head.to(device),
             _Layers(slots, config=config, whole=whole, files=files, folder=folder, device=device),
             config=config,

@@ -53,6 +53,8 @@ def test_a_streamed_pass_has_as_many_tokens_as_fit() -> None:
     small, large = choose(24), choose(80)
     assert 80_000 < small.group_tokens < large.group_tokens
     assert choose(24, stream_tokens=50_000).group_tokens == 50_000
+    assert large.group_tokens == 524_288
+    assert choose(80, stream_tokens=600_000).group_tokens == 600_000
     # In main memory there is room for three aux states and the last one of each token.
     assert choose(24, main=10).group_tokens == int(9 * GIB / (4 * STATES))
     # There they wait, too, if the target runs on the CPU.
