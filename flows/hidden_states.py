@@ -55,7 +55,7 @@ def hidden_states(
     place: Literal["here", "on workers"] = "here" if runner.kind == "processes" else "on workers"
     space, tokens = prepare(target, dataset, home, capture=place)
     root = store_root(store, space)
-    preflight(target, store, tokens, root)
+    preflight(target, store, tokens, root, runner)
     opened = Store.create(root, store_identity(target, store, tokens))
     plan = plan_missing_shards(opened, tokens, shard_tokens=store.shard_tokens)
     num_made = make_shards(opened, plan, target, store, runner, tokens)

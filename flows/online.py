@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
 from eagle_core.target.placement import load_target
@@ -148,7 +149,7 @@ def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -
         if root is not None:
             keeper = stack.enter_context(_keeper(config, root, tokens, setup))
         source = OnlineSource(
-            lambda: load_target(target),
+            lambda: _target(config),
             train_tokens,
             group_tokens=config.store.shard_tokens,
             groups_kept=training.shuffle_window,
@@ -186,6 +187,17 @@ def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -
             _publish(keeper, space.snapshot_name("train"), tokens.content)
             write_record()  # with the current size of the states
     return trained
+
+
+def _target(config: RunConfig) -> CapturingTarget:
+    target = load_target(config.target)
+    if target.pass_tokens > 1:
+        get_run_logger().warning(
+            "target %s is streamed: all its weights are read again for every %s tokens; raise "
+            "store.shard_tokens, and keep the states for later epochs (store.keep=true)",
+            *(config.target.name, f"{config.store.shard_tokens:,}"),
+        )
+    return target
 
 
 def _compare_with_now(

@@ -4,7 +4,7 @@ Its decoder layer knows the fused states of the layers it was trained on. A ridg
 the matrix that makes the nearest states of the layers that there are now. All else is taken over.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from eagle_core.errors import ConfigError
 from eagle_core.training.distributed import Processes
 from eagle_core.training.packing import PackedBatch
 
-KnownAux = Callable[[PackedBatch], Tensor]
-"""Returns [N, 3Ht] the aux states that a draft was trained on, for the tokens of a batch."""
+KnownAux = Callable[[Iterable[PackedBatch]], Iterator[tuple[PackedBatch, Tensor]]]
+"""Yields batches of N tokens with [N, 3Ht] the aux states that a draft was trained on."""
 
 
 @torch.no_grad()
@@ -42,8 +42,8 @@ def refit_fusing_matrix(
     device = draft.fc.weight.device
     moments = Moments(draft.fc.in_features, draft.fc.out_features, device)
     squares = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in batches:
-        fused = draft.fuse(widened(known(batch).to(device)))
+    for batch, states in known(batches):
+        fused = draft.fuse(widened(states.to(device)))
         moments.add(draft.fusing_inputs(widened(batch.aux_hidden_states.to(device))), fused)
         squares += fused.double().square().sum()
     moments.sum_over(processes)

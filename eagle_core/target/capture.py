@@ -51,6 +51,10 @@ class CapturingTarget(Protocol):
         """Where ids go and states come from."""
 
     @property
+    def pass_tokens(self) -> int:
+        """Tokens that are best captured together; 1 if that makes no difference."""
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """[V, H] the head that turns the last state into logits."""
 
@@ -101,13 +105,14 @@ def capture_groups(
     groups: Sequence[Sequence[TokenizedSample]],
     *,
     for_recompute: bool = False,
+    layers: Sequence[int] | None = None,
     on_unusable: OnUnusable | None = None,
 ) -> Iterator[Iterator[HiddenStateSample]]:
     """Yield the states of each group, to be read before the next, as `capture_states` does.
 
     A target that runs layer by layer takes batches of several groups through one layer.
     """
-    for states in _captured(target, groups, for_recompute, None, on_unusable):
+    for states in _captured(target, groups, for_recompute, layers, on_unusable):
         yield states
         for _ in states:  # the next group's outputs come behind
             pass

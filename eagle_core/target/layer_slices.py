@@ -6,25 +6,30 @@ per-layer inputs.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from eagle_core.bfloat16 import DTYPES
 from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import load_tensor
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.decoder import find_decoder
 from eagle_core.target.end_weights import embedding_name
+from eagle_core.target.skeleton import build_skeleton, silent
 
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
     from transformers import PreTrainedModel
 
 _NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
+_NUM_OF_FIRST = ("first_k_dense_replace", "num_dense_layers")
+_NOT_COMPARED = ("layer_idx", "training")
+"""Set after a layer is built, or of no effect in a target."""
 _EMBEDDING = "embed_tokens.weight"
 
 
@@ -60,21 +65,85 @@ def slice_config(whole: PretrainedConfig, layers: range) -> PretrainedConfig:
         dense = [layer for layer in layers if (layer + 1) % step or layer in whole.mlp_only_layers]
         part.mlp_only_layers = [layer - layers.start for layer in dense]
         part.decoder_sparse_step = 1
-    num_dense = getattr(whole, "first_k_dense_replace", None)
-    if num_dense is not None:
-        part.first_k_dense_replace = max(0, num_dense - layers.start)
+    for name in _NUM_OF_FIRST:
+        num_first = getattr(whole, name, None)
+        if num_first is not None:
+            setattr(part, name, max(0, num_first - layers.start))
     return part
 
 
-def slice_tensors(files: Mapping[str, Path], folder: Path, layers: range) -> dict[str, Tensor]:
+def plain_layers(config: TargetConfig, whole: PretrainedConfig) -> nn.ModuleList:
+    """Return the layers of the whole model, without values."""
+    decoder = find_decoder(build_skeleton(config, whole))
+    layers: nn.ModuleList = decoder.layers  # type: ignore[union-attr, assignment]
+    return layers
+
+
+def require_own_layers(
+    config: TargetConfig,
+    whole: PretrainedConfig,
+    plain: nn.ModuleList,
+    parts: Iterable[range],
+    *,
+    cure: str,
+) -> None:
+    """Raise ConfigError, with the cure, if layers of a slice are not built as those of the model.
+
+    Some architectures decide by a layer's number, in ways that `slice_config` does not know. The
+    modules are compared by name, kind, shapes and plain settings; nothing has values.
+
+    Args:
+        config: the target.
+        whole: its configuration.
+        plain: the layers of its model.
+        parts: the slices.
+        cure: what to do instead.
+
+    """
+    for layers in parts:
+        with torch.device("meta"):
+            built: nn.ModuleList = AutoModel.from_config(  # type: ignore[no-untyped-call]
+                slice_config(whole, layers),
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=config.attention,
+            ).layers
+        for number, layer in zip(layers, built, strict=True):
+            differing = sorted(_kind_of(layer).items() ^ _kind_of(plain[number]).items())
+            if differing:
+                raise ConfigError(
+                    f"target {config.name}: layer {number} of a {whole.model_type} model cannot "
+                    f"run alone: built by itself, it has another {differing[0][0]}; {cure}"
+                )
+
+
+def _kind_of(layer: nn.Module) -> dict[str, object]:
+    """Return what a layer is made of, by name: classes, shapes, and settings that are numbers."""
+    found: dict[str, object] = {}
+    for name, module in layer.named_modules():
+        found[name] = type(module).__name__
+        for key, value in vars(module).items():
+            is_setting = isinstance(value, int | float | str) and not key.startswith("_")
+            if is_setting and key not in _NOT_COMPARED:
+                found[f"{name}.{key}"] = value
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        found[name] = tuple(tensor.shape)
+    return found
+
+
+def slice_tensors(
+    files: Mapping[str, Path], folder: Path, layers: range, *, with_embedding: bool = True
+) -> dict[str, Tensor]:
     """Read the tensors of `layers`, numbered from 0, with the norm.
 
-    The embedding is among them if the first layer is: the input of others is states.
+    The embedding is among them if the first layer is: the input of others is states. Without
+    it, the first layer reads states, too.
     """
-    return dict(_named(files, folder, layers))
+    return dict(_named(files, folder, layers, with_embedding=with_embedding and not layers.start))
 
 
-def _named(files: Mapping[str, Path], folder: Path, layers: range) -> Iterator[tuple[str, Tensor]]:
+def _named(
+    files: Mapping[str, Path], folder: Path, layers: range, *, with_embedding: bool
+) -> Iterator[tuple[str, Tensor]]:
     prefix = embedding_name(files, folder).removesuffix(_EMBEDDING)
     for name in files:
         inner = name.removeprefix(prefix)
@@ -86,7 +155,7 @@ def _named(files: Mapping[str, Path], folder: Path, layers: range) -> Iterator[t
             if int(number) not in layers:
                 continue
             inner = f"layers.{int(number) - layers.start}.{inside}"
-        elif kind == "lm_head" or (kind == "embed_tokens" and layers.start):
+        elif kind == "lm_head" or (kind == "embed_tokens" and not with_embedding):
             continue
         yield inner, load_tensor(files, name)
 
@@ -101,7 +170,7 @@ def build_slice(
 
     """
     part, given = slice_config(whole, layers), dict(tensors)
-    if layers.start:  # its input is states, never ids
+    if _EMBEDDING not in given:  # its input is states, never ids
         part.vocab_size, part.pad_token_id = 1, None
         given[_EMBEDDING] = torch.zeros(1, part.hidden_size)
     return _build(config, part, given, f"layers {layers.start} to {layers.stop - 1}")
@@ -133,18 +202,19 @@ def _build(
                 part, trust_remote_code=config.trust_remote_code
             )
         )
-    model, loading = architecture.from_pretrained(
-        None,
-        config=part,
-        state_dict=dict(tensors),
-        dtype=DTYPES[config.dtype],
-        attn_implementation=config.attention,
-        output_loading_info=True,
-    )
+    with silent():  # a bar for each layer
+        model, loading = architecture.from_pretrained(
+            None,
+            config=part,
+            state_dict=dict(tensors),
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            output_loading_info=True,
+        )
     if loading["missing_keys"]:
         raise ConfigError(
             f"target {config.name}: its weights have no tensor for {min(loading['missing_keys'])} "
-            f"of {what}; download them again"
+            f"of {what}: the download is not whole, or these layers cannot run alone"
         )
     built: PreTrainedModel = model
     built.train(mode=False).requires_grad_(requires_grad=False)

@@ -73,6 +73,11 @@ class TargetModel:
             return cls(model, config=config, model_config=model_config)
 
     @property
+    def pass_tokens(self) -> int:
+        """1: all weights are in memory for each batch."""
+        return 1
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """[V, H] the head that turns `last` into logits."""
         weight: Tensor = self._lm_head.weight  # type: ignore[assignment]

@@ -18,19 +18,21 @@ from eagle_core.safetensors_files import TensorHeader
 from eagle_core.target import weights
 from eagle_core.target.capture import LOGITS_CHUNK_TOKENS, CapturingTarget
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import FreeMemory
+from eagle_core.target.free_memory import ALONE, Memory, MemoryShare
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import read_model_config, resolve_device
 from eagle_core.target.streamed import OnTokens, StreamedTarget
 
 _USABLE = 0.9
 """Share of the free memory that is planned with."""
-_LAYERS_AT_ONCE = 2
-"""The one that runs, and the one that is read meanwhile."""
+_LAYERS_ON_GPU = 2
+"""The one that runs, and the one that takes its place."""
+_LAYERS_IN_MAIN = 3
+"""The one that is built, its tensors as they were read, and those of the next one."""
 _WAITING_STATES = 2.0
 """Per token of a pass, between layers: the state, its mask and positions."""
-_WAITING_IN_MAIN = 0.5
-"""What stays on the GPU of these if the state itself waits in main memory."""
+_WAITING_ON_GPU = 1.5
+"""What stays on the GPU if the state itself waits in main memory: the embeddings, too."""
 _CAPTURED_STATES = 4
 """Per token of a pass, in main memory: three aux states and the last one."""
 _STATES_IN_A_LAYER = 24
@@ -93,10 +95,10 @@ class TargetBytes:
         """Return what a batch takes while it runs."""
         return batch_tokens * self.state * _STATES_IN_A_LAYER + self.logits
 
-    def streamed(self, batch_tokens: int) -> int:
-        """Return what a streamed target takes, but for the states between layers."""
-        layer = max(self.layers, default=0)
-        return self.ends + _LAYERS_AT_ONCE * layer + self.batch(batch_tokens)
+    @property
+    def layer(self) -> int:
+        """Return the size of the largest layer."""
+        return max(self.layers, default=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +115,7 @@ class Chosen:
     """Of all layers, which a pass reads."""
 
 
-def choose_placement(config: TargetConfig, sizes: TargetBytes, free: FreeMemory) -> Chosen:
+def choose_placement(config: TargetConfig, sizes: TargetBytes, free: Memory) -> Chosen:
     """Choose a placement for a target by its size and the free memory.
 
     Raises:
@@ -124,7 +126,7 @@ def choose_placement(config: TargetConfig, sizes: TargetBytes, free: FreeMemory)
     return whole if whole is not None else _streamed(config, sizes, free)
 
 
-def _whole(config: TargetConfig, sizes: TargetBytes, free: FreeMemory) -> Chosen | None:
+def _whole(config: TargetConfig, sizes: TargetBytes, free: Memory) -> Chosen | None:
     """Return a placement of all weights in memory; None if they do not fit, or shall not."""
     num_gpus, batch = len(free.gpus), sizes.batch(config.batch_tokens)
     reason = _reason(config, sizes, free)
@@ -132,53 +134,54 @@ def _whole(config: TargetConfig, sizes: TargetBytes, free: FreeMemory) -> Chosen
     if config.placement == "whole" or (config.placement == "auto" and fits):
         return Chosen(placement="whole", reason=reason)
     fits = num_gpus > 1 and sizes.whole + num_gpus * batch <= _USABLE * sum(free.gpus)
-    if config.placement == "spread":
-        _require_gpus(config, num_gpus)
+    if config.placement == "spread" and _no_gpus(num_gpus):
+        raise ConfigError(f"target {config.name}: {_no_gpus(num_gpus)}")
     if config.placement == "spread" or (config.placement == "auto" and fits):
         return Chosen(placement="spread", reason=reason)
     return None
 
 
-def _reason(config: TargetConfig, sizes: TargetBytes, free: FreeMemory) -> str:
+def _reason(config: TargetConfig, sizes: TargetBytes, free: Memory) -> str:
     needed, usable = sizes.whole + sizes.batch(config.batch_tokens), _USABLE * free.on_device
     of_many = f" on one of {len(free.gpus)} GPUs" if len(free.gpus) > 1 else ""
     return f"its weights and a batch take {_gib(needed)}, and {_gib(usable)} may be used{of_many}"
 
 
-def _require_gpus(config: TargetConfig, num_gpus: int) -> None:
-    if num_gpus < 2:
-        raise ConfigError(
-            f"target {config.name}: target.placement is spread, but this process sees "
-            f"{num_gpus or 'no'} GPU: spread needs two or more; show it more "
-            "(CUDA_VISIBLE_DEVICES; with runner.num_workers above 1 each process sees one), or set "
-            "target.placement to streamed"
-        )
+def _no_gpus(num_gpus: int) -> str:
+    """Return why a target cannot be spread over so few GPUs; empty if it can."""
+    if num_gpus > 1:
+        return ""
+    return (
+        f"target.placement is spread, but this process sees {num_gpus or 'no'} GPU: spread needs "
+        "two or more; show it more (CUDA_VISIBLE_DEVICES; with runner.num_workers above 1 each "
+        "process sees one), or set target.placement to streamed"
+    )
 
 
-def _streamed(config: TargetConfig, sizes: TargetBytes, free: FreeMemory) -> Chosen:
-    batch_tokens = config.batch_tokens
-    fixed = sizes.streamed(batch_tokens)
-    usable, main = int(_USABLE * free.on_device), int(_USABLE * free.main)
+def _streamed(config: TargetConfig, sizes: TargetBytes, free: Memory) -> Chosen:
+    fixed = sizes.ends + sizes.batch(config.batch_tokens)
+    fixed += sizes.layer * (_LAYERS_ON_GPU if free.gpus else _LAYERS_IN_MAIN)
+    usable = int(_USABLE * free.on_device)
+    room = usable - fixed, int(_USABLE * free.main) - _LAYERS_IN_MAIN * sizes.layer
 
     def most(*, in_main: bool) -> int:
+        on_device, main = room
         if not free.gpus:
-            return _fit(usable - fixed, sizes.state * (_WAITING_STATES + _CAPTURED_STATES))
-        on_gpu = _fit(
-            usable - fixed, sizes.state * (_WAITING_IN_MAIN if in_main else _WAITING_STATES)
-        )
+            return _fit(on_device, sizes.state * (_WAITING_STATES + _CAPTURED_STATES))
+        waiting = _WAITING_ON_GPU if in_main else _WAITING_STATES
         held = _CAPTURED_STATES + (_WAITING_STATES if in_main else 0)
-        return min(on_gpu, _fit(main, sizes.state * held))
+        return min(_fit(on_device, sizes.state * waiting), _fit(main, sizes.state * held))
 
     tokens, in_main = most(in_main=False), False
     if free.gpus and tokens < (config.stream_tokens or _FEW_TOKENS):
         with_main = most(in_main=True)
         tokens, in_main = max(tokens, with_main), with_main > tokens
-    if tokens < batch_tokens:
+    if tokens < config.batch_tokens:
         raise ConfigError(
-            f"target {config.name} does not fit on its device, not even layer by layer: two of its "
-            f"layers, embedding, head and a batch of {batch_tokens:,} tokens take "
-            f"{_gib(fixed)}, and {_gib(usable)} may be used; lower target.batch_tokens, or use a "
-            "device with more memory"
+            f"target {config.name} does not fit on its device, not even layer by layer: some of "
+            f"its layers, embedding, head and a batch of {config.batch_tokens:,} tokens take "
+            f"{_gib(fixed)}, and {_gib(usable)} may be used{_of_main(free)}; lower "
+            "target.batch_tokens, or use a device with more memory"
         )
     return Chosen(
         placement="streamed",
@@ -189,16 +192,16 @@ def _streamed(config: TargetConfig, sizes: TargetBytes, free: FreeMemory) -> Cho
     )
 
 
+def _of_main(free: Memory) -> str:
+    return f", with {_gib(_USABLE * free.main)} of main memory" if free.gpus else ""
+
+
 def _fit(num_bytes: int, per_token: float) -> int:
     return max(0, int(num_bytes / per_token))
 
 
-def placement_of(config: TargetConfig, *, num_processes: int = 1) -> Chosen:
-    """Return the placement of a target on this machine.
-
-    Args:
-        config: the target.
-        num_processes: how many processes share the device.
+def placement_of(config: TargetConfig, share: MemoryShare = ALONE) -> Chosen:
+    """Return the placement of a target on this machine, in a process with a share of its memory.
 
     Raises:
         ConfigError: no weights, or too little memory or too few GPUs.
@@ -207,37 +210,35 @@ def placement_of(config: TargetConfig, *, num_processes: int = 1) -> Chosen:
     """
     if config.placement == "whole":
         return Chosen(placement="whole", reason="target.placement is whole")
-    return choose_placement(config, *_sizes_and_memory(config, num_processes))
+    free = Memory.free(resolve_device(config.device), share)
+    return choose_placement(config, _sizes(config), free)
 
 
-def _sizes_and_memory(config: TargetConfig, num_processes: int) -> tuple[TargetBytes, FreeMemory]:
+def _sizes(config: TargetConfig) -> TargetBytes:
     folder = weights.locate(config)
     model_config = read_model_config(config, folder)
-    sizes = TargetBytes.of(config, model_config, weights.read_weight_headers(config, folder))
-    return sizes, FreeMemory.of(resolve_device(config.device), num_processes=num_processes)
+    return TargetBytes.of(config, model_config, weights.read_weight_headers(config, folder))
 
 
 def load_target(
     config: TargetConfig,
     *,
-    num_processes: int = 1,
+    share: MemoryShare = ALONE,
     on_tokens: OnTokens = lambda _tokens: None,
 ) -> CapturingTarget:
     """Load a target to capture states with, placed as `target.placement` says.
 
     Args:
         config: the target.
-        num_processes: how many processes share the device.
-        on_tokens: called after each streamed layer, with the layer's share of the pass's tokens.
+        share: what this process may take of the memory.
+        on_tokens: called after each batch in each streamed layer, with that part of its tokens.
 
     Raises:
         ConfigError: no weights, an architecture that is not supported, or too little memory.
         CorruptError: weights are missing, left over, or of another shape; names them.
 
     """
-    return load_placed(
-        config, placement_of(config, num_processes=num_processes), on_tokens=on_tokens
-    )
+    return load_placed(config, placement_of(config, share), on_tokens=on_tokens)
 
 
 def load_placed(
@@ -262,45 +263,49 @@ def load_decoding_target(config: TargetConfig) -> TargetModel:
     """Load a target to decode with: all layers stay in memory, for each token passes all of them.
 
     Raises:
-        ConfigError: as `load_target`; or `target.placement` is streamed, or would have to be.
+        ConfigError: as `load_target`; or this machine cannot decode it (`why_not_decoded`).
         CorruptError: weights are missing, left over, or of another shape; names them.
 
     """
-    found = _for_decoding(config)
-    if isinstance(found, str):
-        raise ConfigError(f"target {config.name}: {found}")
-    return _loaded(config, found)
+    obstacle = why_not_decoded(config)
+    if obstacle:
+        raise ConfigError(f"target {config.name}: {obstacle}")
+    if config.placement != "auto":
+        return _loaded(config, Chosen(placement=config.placement, reason="as set"))
+    needed, free = _sizes(config).whole, Memory.free(resolve_device(config.device))
+    # On one GPU the allocator decides: what this process holds for nothing is given back.
+    is_spread = len(free.gpus) > 1 and needed > _USABLE * free.on_device
+    return _loaded(config, Chosen(placement="spread" if is_spread else "whole", reason="to decode"))
 
 
 def why_not_decoded(config: TargetConfig) -> str:
     """Return why a target cannot be decoded on this machine, and what to do; empty if it can.
 
+    Goes by the memory that there is, used or free, and takes none of a GPU.
+
     Raises:
-        ConfigError: no weights, or too few GPUs for what is set.
+        ConfigError: no weights.
         CorruptError: a weight file is damaged; names it.
 
     """
-    found = _for_decoding(config)
-    return found if isinstance(found, str) else ""
-
-
-def _for_decoding(config: TargetConfig) -> Chosen | str:
-    """Return where a target is decoded, or why it is not."""
+    if config.placement == "whole":
+        return ""
     if config.placement == "streamed":
         return (
             "decoding runs all layers for each token, which target.placement streamed would load "
-            "again each time; set target.placement to auto, whole or spread, or use "
-            "`eyas run estimate RECIPE`, which needs no target"
+            "again each time; set target.placement to auto, whole or spread, or measure with "
+            "`eyas run estimate RECIPE` from stored states"
         )
-    if config.placement == "whole":
-        return placement_of(config)
-    sizes, free = _sizes_and_memory(config, 1)
-    small_batches = config.model_copy(update={"batch_tokens": 1})
-    found = _whole(small_batches, sizes, free)
-    return found or (
+    there = Memory.all(resolve_device(config.device))
+    if config.placement == "spread":
+        return _no_gpus(len(there.gpus))
+    sizes, room = _sizes(config), sum(there.gpus) or there.main
+    if sizes.whole <= room:
+        return ""
+    return (
         f"decoding runs all layers for each token, but they do not fit: {_gib(sizes.whole)} of "
-        f"weights, and {_gib(_USABLE * sum(free.gpus or [free.main]))} may be used; use a device "
-        "with more memory or more GPUs, or `eyas run estimate RECIPE`, which needs no target"
+        f"weights, and the device has {_gib(room)}; use one with more memory or more GPUs, or "
+        "measure with `eyas run estimate RECIPE` from stored states"
     )
 
 

@@ -26,7 +26,13 @@ from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.safetensors_files import tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.layer_slices import build_slice, require_chain, slice_tensors
+from eagle_core.target.layer_slices import (
+    build_slice,
+    plain_layers,
+    require_chain,
+    require_own_layers,
+    slice_tensors,
+)
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
 
@@ -99,6 +105,7 @@ class RecomputeModel:
         files = tensor_files(folder)
         device = resolve_device(config.device)
         require_chain(whole, cure=CURE)
+        require_own_layers(config, whole, plain_layers(config, whole), (early, last), cure=CURE)
         first, final = (
             build_slice(config, whole, slice_tensors(files, folder, layers), layers)
             for layers in (early, last)

@@ -29,11 +29,18 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.decoder import find_decoder
 from eagle_core.target.end_weights import load_ends
-from eagle_core.target.layer_slices import build_ends, build_slice, require_chain, slice_tensors
+from eagle_core.target.layer_slices import (
+    build_ends,
+    build_slice,
+    plain_layers,
+    require_chain,
+    require_own_layers,
+    slice_tensors,
+)
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model import Captured
 from eagle_core.target.model_config import aux_layers, read_whole_config, resolve_device
-from eagle_core.target.skeleton import build_skeleton, certain
+from eagle_core.target.skeleton import certain
 
 CURE = "set target.placement to whole or spread"
 OnTokens = Callable[[int], None]
@@ -95,7 +102,7 @@ class StreamedTarget:
         self.rope = LengthRope.of(model_config)
         self.device = lm_head.device
         self._lm_head = lm_head
-        self.group_tokens = group_tokens
+        self.pass_tokens = group_tokens
         self._states_wait_in_main = states_wait_in_main
         self._decoder, self._layers, self._on_tokens = decoder, layers, on_tokens
 
@@ -114,7 +121,7 @@ class StreamedTarget:
             config: the target.
             group_tokens: tokens that pass through a layer before the next one is loaded.
             states_wait_in_main: whether states between layers leave the device.
-            on_tokens: called after each layer, with its share of the pass's tokens.
+            on_tokens: called after each batch in each layer, with that part of its tokens.
 
         Raises:
             ConfigError: no weights, quantised ones, an architecture whose layers are not a chain,
@@ -128,8 +135,10 @@ class StreamedTarget:
         device, files = resolve_device(config.device), tensor_files(folder)
         with certain(config, f"a {whole.model_type} model cannot be run layer by layer"):
             _require_plain_logits(config, whole)
-            plain = find_decoder(build_skeleton(config, whole))
-            slots = [_Slot(layer) for layer in plain.layers]  # type: ignore[union-attr]
+            layers = plain_layers(config, whole)
+            each = (range(number, number + 1) for number in range(len(layers)))
+            require_own_layers(config, whole, layers, each, cure=CURE)
+            slots = [_Slot(layer) for layer in layers]
             decoder = build_ends(config, whole, slice_tensors(files, folder, range(0)))
             decoder.layers = nn.ModuleList(slots)
             decoder.config.num_hidden_layers = len(slots)
@@ -175,11 +184,11 @@ class StreamedTarget:
     ) -> Iterator[Captured]:
         """Yield what `TargetModel.run_each` does, to the bit, for batches of ids [B, T].
 
-        Batches are read ahead until they have `group_tokens` tokens; at least one is.
+        Batches are read ahead until they have `pass_tokens` tokens; at least one is.
         """
         group: list[Tensor] = []
         for ids in batches:
-            if group and sum(map(Tensor.numel, group)) + ids.numel() > self.group_tokens:
+            if group and sum(map(Tensor.numel, group)) + ids.numel() > self.pass_tokens:
                 yield from self._run_group(group, round_late=round_late, layers=layers)
                 group = []
             group.append(ids)
@@ -202,22 +211,38 @@ class StreamedTarget:
             )
             for ids in group
         ]
-        num_tokens, started = sum(map(Tensor.numel, group)), time.monotonic()
+        done, started = (
+            _Done(self.model_config.num_hidden_layers, self._on_tokens),
+            time.monotonic(),
+        )
         for one in passes:  # up to the first layer
             self.rope.forget(self._decoder)
             one.switch()
-        for done in self._layers.in_turn():
+        for _ in self._layers.in_turn():
             began = time.monotonic()
             for one in passes:
                 one.switch()
+                done.add(one.num_tokens)
             _synchronize(self.device)
             self.times.running += time.monotonic() - began
-            total = self.model_config.num_hidden_layers
-            self._on_tokens(num_tokens * done // total - num_tokens * (done - 1) // total)
-        self.times.num_tokens += num_tokens
+        self.times.num_tokens += sum(one.num_tokens for one in passes)
         self.times.num_passes += 1
         self.times.total += time.monotonic() - started
         return [(one.last, [one.states[layer] for layer in captured]) for one in passes]
+
+
+class _Done:
+    """Calls `on_tokens` as batches pass through layers: each layer is a part of its tokens."""
+
+    def __init__(self, num_layers: int, on_tokens: OnTokens) -> None:
+        self._num_layers, self._on_tokens = num_layers, on_tokens
+        self._passed = 0
+
+    def add(self, num_tokens: int) -> None:
+        """Count a batch that passed one layer."""
+        before = self._passed // self._num_layers
+        self._passed += num_tokens
+        self._on_tokens(self._passed // self._num_layers - before)
 
 
 class _Pass(greenlet):
@@ -236,6 +261,7 @@ class _Pass(greenlet):
     ) -> None:
         super().__init__()
         self._decoder, self._ids = decoder, ids
+        self.num_tokens = ids.numel()
         self._captured, self._rounded = captured, rounded
         self._in_main = _InMain() if waits_in_main else None
         self.states: dict[int, Tensor] = {}
@@ -356,7 +382,9 @@ class _Layers:
         is_pinned = self._device.type == "cuda"
         tensors = {
             name: tensor.pin_memory() if is_pinned else tensor.clone()
-            for name, tensor in slice_tensors(self._files, self._folder, layers).items()
+            for name, tensor in slice_tensors(
+                self._files, self._folder, layers, with_embedding=False
+            ).items()
         }
         self.times.reading += time.monotonic() - began
         return tensors

@@ -27,8 +27,9 @@ class RunnerConfig(ConfigModel):
     inactivity_timeout_seconds: float = Field(
         default=1800.0,
         gt=0,
-        description="A process that finishes no sample for this long is considered hung: it is "
-        "killed, and its batch is retried. The first sample includes loading the target.",
+        description="A process that finishes no sample, or batch in a streamed layer, for this "
+        "long is considered hung: it is killed, and its batch is retried. The first one includes "
+        "loading the target.",
     )
     address: str | None = Field(
         default=None,

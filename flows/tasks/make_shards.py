@@ -11,6 +11,7 @@ from prefect.futures import PrefectFuture
 import eagle_core.errors
 import storage.errors
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.free_memory import ALONE
 from flows.bridge.exclusions import ExclusionLimit
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
@@ -23,7 +24,7 @@ from flows.reports.store_summaries import ShardResult
 from flows.reports.store_tables import shard_table
 from flows.summaries import TokensSummary
 from flows.tasks.generate import generate_shards
-from flows.workers.pool import processes_per_device
+from flows.workers.pool import memory_share
 from flows.workers.shard_batch import ShardBatch, ShardPlan, ShardReport
 from storage.records.exclusions import Exclusion
 from storage.store import Store
@@ -153,7 +154,7 @@ def _batches(
     tokens: TokensSummary,
 ) -> Iterator[ShardBatch]:
     # Of a running cluster nobody knows here which workers share a machine.
-    on_one = 1 if runner.address is not None else processes_per_device(target, runner.num_workers)
+    share = ALONE if runner.address else memory_share(target, runner.num_workers)
     for first in range(0, len(plan.shards), config.shards_per_task):
         members = plan.shards[first : first + config.shards_per_task]
         yield ShardBatch(
@@ -165,7 +166,7 @@ def _batches(
             first=first,
             last=first + len(members) - 1,
             inactivity_timeout_seconds=runner.inactivity_timeout_seconds,
-            processes_per_device=on_one,
+            memory=share,
             credentials=config.credentials,
         )
 

@@ -14,6 +14,7 @@ from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.sampled_rows import rows_of_tokens, spread_rows
 from flows.bridge.store_identity import omitted_states
+from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.reports.cost import (
     CostEstimate,
@@ -33,6 +34,7 @@ from flows.workers.measure_worker import (
     RecomputeMeasurement,
     num_last_states,
 )
+from flows.workers.pool import local_slots, memory_share
 from storage.objects.object_store import ObjectStore
 from storage.records import keys
 from storage.records.plan import PlannedSample, plan_shards
@@ -54,7 +56,13 @@ def wanted_samples(tokens: TokensSummary) -> Iterator[PlannedSample]:
 
 
 @task(task_run_name="preflight", cache_policy=NO_CACHE, persist_result=False)
-def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str) -> None:
+def preflight(
+    target: TargetConfig,
+    config: StoreConfig,
+    tokens: TokensSummary,
+    root: str,
+    runner: RunnerConfig = RunnerConfig(),
+) -> None:
     """Raise DoesNotFitError unless there is room for every missing shard.
 
     Nothing is measured if even the worst case fits.
@@ -67,7 +75,7 @@ def preflight(target: TargetConfig, config: StoreConfig, tokens: TokensSummary, 
         room = "" if free is None else f", {human_bytes(free)} are free"
         get_run_logger().info("states take at most %s%s", human_bytes(worst), room)
         return
-    require_fits(estimate_cost(target, config, tokens, root))
+    require_fits(estimate_cost(target, config, tokens, root, runner))
 
 
 def _within_budget(budget: int | None, root: str, more: int) -> bool:
@@ -87,9 +95,16 @@ def _raw_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
 
 
 def estimate_cost(
-    target: TargetConfig, config: StoreConfig, tokens: TokensSummary, root: str
+    target: TargetConfig,
+    config: StoreConfig,
+    tokens: TokensSummary,
+    root: str,
+    runner: RunnerConfig = RunnerConfig(),
 ) -> CostEstimate:
-    """Return the cost of the missing states of the store at `root`, measured with the target."""
+    """Return the cost of the missing states of the store at `root`, measured with the target.
+
+    The target is placed as in one of the runner's processes.
+    """
     place = ObjectStore.at(root)
     store = Store.open(root) if place.exists(keys.IDENTITY) else None
     wanted = wanted_samples(tokens)
@@ -105,7 +120,9 @@ def estimate_cost(
     if to_make:
         get_run_logger().info("measuring the target on about %s tokens", f"{MEASURED_TOKENS:,}")
         task_tokens = min(to_make, config.shard_tokens * config.shards_per_task)
-        found = measure(target, TokenFile(tokens.train_path), task_tokens=task_tokens)
+        found = measure(
+            target, TokenFile(tokens.train_path), task_tokens=task_tokens, runner=runner
+        )
         placement = found.placement
         share = _last_share(TokenFile(tokens.train_path))
         encodings = _encodings(found)
@@ -171,15 +188,29 @@ def _recompute_cost(measured: RecomputeMeasurement, num_tokens: int) -> Recomput
     )
 
 
-def measure(target: TargetConfig, file: TokenFile, *, task_tokens: int) -> Measurement:
+def measure(
+    target: TargetConfig, file: TokenFile, *, task_tokens: int, runner: RunnerConfig
+) -> Measurement:
     """Run the target on samples from across the file and store them, in a child process.
 
     A task has `task_tokens` tokens: no more pass through a streamed layer together.
     """
+    num_workers = 1 if runner.address else runner.num_workers
     rows = rows_of_tokens(file, MEASURED_TOKENS)
-    job = MeasureJob(target=target, token_file=file.path, rows=rows, task_tokens=task_tokens)
+    job = MeasureJob(
+        target=target,
+        token_file=file.path,
+        rows=rows,
+        task_tokens=task_tokens,
+        memory=memory_share(target, num_workers),
+    )
     lines = list(
-        run_child("flows.workers.measure_worker", job, what="the process that measures the target")
+        run_child(
+            "flows.workers.measure_worker",
+            job,
+            what="the process that measures the target",
+            environment=local_slots(target, num_workers)[0],
+        )
     )
     return Measurement.model_validate_json(lines[-1])
 

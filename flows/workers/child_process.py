@@ -122,13 +122,16 @@ class Child:
         self._stderr.close()
 
 
-def run_child(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
+def run_child(
+    module: str, request: BaseModel, *, what: str, environment: Mapping[str, str] = {}
+) -> Iterator[str]:
     """Run `module` in a child process with this request and yield its lines.
 
     Args:
         module: dotted name; its main calls `channel.serve`.
         request: sent to the child.
         what: name of the child in error messages.
+        environment: variables added to this process's.
 
     Raises:
         ChildKilledError: the child died without a result.
@@ -136,7 +139,7 @@ def run_child(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
         EagleCoreError, StorageError: the error that the child reported.
 
     """
-    child = Child(module, environment={})
+    child = Child(module, environment=environment)
     try:
         yield from child.request(request, what=what)
     finally:

@@ -17,6 +17,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.capture import CapturingTarget, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION
+from eagle_core.target.free_memory import ALONE, MemoryShare
 from eagle_core.target.placement import load_placed, placement_of
 from eagle_core.target.recompute_model import RecomputeModel, StoredStates
 from eagle_core.target.streamed import StreamedTarget
@@ -46,6 +47,8 @@ class MeasureJob(BaseModel):
     rows: tuple[int, ...]
     task_tokens: int
     """Tokens of one task: no pass of a streamed target takes more."""
+    memory: MemoryShare = ALONE
+    """What a process that computes shards may take."""
 
 
 class ProfileCost(BaseModel):
@@ -129,7 +132,7 @@ def _measure(job: MeasureJob) -> Measurement:
 
 def _placed(job: MeasureJob) -> tuple[CapturingTarget, MeasuredPlacement]:
     """Return the target, and where its weights are."""
-    chosen = placement_of(job.target)
+    chosen = placement_of(job.target, job.memory)
     target = load_placed(job.target, chosen)
     placement = MeasuredPlacement(
         name=chosen.placement,

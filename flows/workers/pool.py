@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import torch
 
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.free_memory import ALONE, MemoryShare, free_main_memory
 from eagle_core.target.model_config import resolve_device
 from flows.errors import ChildKilledError, RunStoppedError
 from flows.workers.child_process import Child
@@ -140,11 +141,14 @@ def local_slots(target: TargetConfig, num_workers: int) -> Sequence[Mapping[str,
     return gpus_in_turn(os.environ.get(VISIBLE_DEVICES), torch.cuda.device_count(), num_workers)
 
 
-def processes_per_device(target: TargetConfig, num_workers: int) -> int:
-    """Return how many of `num_workers` children on this machine share its memory or a GPU."""
-    if resolve_device(target.device).type != "cuda":
-        return num_workers
-    return math.ceil(num_workers / max(torch.cuda.device_count(), 1))
+def memory_share(target: TargetConfig, num_workers: int) -> MemoryShare:
+    """Return what each of `num_workers` children on this machine may take, before any has begun."""
+    if num_workers == 1:
+        return ALONE
+    per_gpu = 1
+    if resolve_device(target.device).type == "cuda":
+        per_gpu = math.ceil(num_workers / max(torch.cuda.device_count(), 1))
+    return MemoryShare(main=free_main_memory() // num_workers, processes_per_gpu=per_gpu)
 
 
 def gpus_in_turn(

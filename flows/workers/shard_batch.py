@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.free_memory import ALONE, MemoryShare
 from storage.records.exclusions import Exclusion
 from storage.records.plan import PlannedShard
 
@@ -34,8 +35,8 @@ class ShardBatch(BaseModel):
     last: int = 0
     inactivity_timeout_seconds: float = 1800.0
     """A process that reports nothing for this long is killed."""
-    processes_per_device: int = 1
-    """Processes that share a GPU, or this machine: each takes its part of the memory."""
+    memory: MemoryShare = ALONE
+    """What the process may take."""
     credentials: str | None = None
     """The block with the store's credentials, for a task on another machine."""
 

@@ -85,7 +85,7 @@ class ShardWorker:
         recompute_model = load_recompute_model(batch.target, self._store.identity)
         self._target = load_target(
             batch.target,
-            num_processes=batch.processes_per_device,
+            share=batch.memory,
             on_tokens=self._progress.passed_layer,
         )
         self._recompute = TargetRecompute(self._target.lm_head_weight, recompute_model)
@@ -181,8 +181,8 @@ class _Server:
         except torch.OutOfMemoryError as error:
             self._worker = None
             raise ConfigError(
-                f"{error}; lower target.batch_tokens ({batch.target.batch_tokens:,}), or use a GPU "
-                "with more memory"
+                f"{error}; lower target.batch_tokens ({batch.target.batch_tokens:,}) or, if the "
+                "target is streamed, target.stream_tokens; or use a GPU with more memory"
             ) from error
 
 

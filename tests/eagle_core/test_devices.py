@@ -1,6 +1,7 @@
 """Targets, training and decoding on a device that is not there: nothing stays on the CPU."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from eagle_core.decoding.speculative import generate_plain_batch, generate_specu
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
-from eagle_core.samples import TokenizedSample, sample_id
+from eagle_core.safetensors_files import tensor_files
+from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
+from eagle_core.target import streamed
 from eagle_core.target.capture import capture_states
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.layer_slices import build_slice, slice_tensors
 from eagle_core.target.model import TargetModel
+from eagle_core.target.streamed import StreamedTarget
 from eagle_core.training.config import TttConfig
 from eagle_core.training.result import Metrics
 from eagle_core.training.ttt import ttt_step
@@ -94,17 +100,51 @@ def _moved(target: TargetModel, device: torch.device) -> TargetModel:
     return TargetModel(model, config=target.config, model_config=target.model_config)
 
 
-def test_a_target_gives_its_states_there(tiny_target_path: Path) -> None:
-    target = load_float64_target(tiny_target_path)
+def _samples() -> list[TokenizedSample]:
     samples = []
     for length in (9, 23, 4):
         ids = np.arange(length, dtype=np.int32) * 7 % 90
         mask = np.arange(length) % 3 == 0
         name = sample_id(ids, mask)
         samples.append(TokenizedSample(sample_id=name, input_ids=ids, loss_mask=mask))
-    expected = list(capture_states(target, samples))
+    return samples
+
+
+def test_a_target_gives_its_states_there(tiny_target_path: Path) -> None:
+    target = load_float64_target(tiny_target_path)
+    expected = list(capture_states(target, _samples()))
     with pretend_device() as device:
-        found = list(capture_states(_moved(target, device), samples))
+        found = list(capture_states(_moved(target, device), _samples()))
+    _require_equal(found, expected)
+
+
+def test_so_does_one_that_runs_layer_by_layer(
+    tiny_target_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TargetConfig(name="tiny", model=str(tiny_target_path), dtype="float32", device="cpu")
+    expected = list(capture_states(TargetModel.load(config), _samples()))
+    target = StreamedTarget.load(config, group_tokens=30)
+    num_layers = target.model_config.num_hidden_layers
+    # transformers builds on the meta device, which the pretended one stands for: outside.
+    whole, folder = target.model_config, tiny_target_path
+    built = [
+        build_slice(config, whole, slice_tensors(tensor_files(folder), folder, layers), layers)
+        for layers in (range(number, number + 1) for number in range(num_layers))
+    ]
+    monkeypatch.setattr(streamed, "build_slice", lambda _c, _w, _t, layers: built[layers.start])
+    with pretend_device() as device:
+        for part in built:
+            part.to(device)
+        target.device = target._layers._device = device
+        target._decoder.to(device)
+        target._lm_head = target._lm_head.to(device)
+        found = list(capture_states(target, _samples()))
+    _require_equal(found, expected)
+
+
+def _require_equal(
+    found: Sequence[HiddenStateSample], expected: Sequence[HiddenStateSample]
+) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.sample_id == other.sample_id
         np.testing.assert_array_equal(one.aux_hidden_states, other.aux_hidden_states)

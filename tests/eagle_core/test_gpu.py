@@ -13,10 +13,14 @@ from benchmarks import golden
 from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import SHAPES, StepCase, draft_rows_of_target_head
 from eagle_core.draft.model import DraftModel
+from eagle_core.target.capture import CapturingTarget, capture_states
+from eagle_core.target.model import TargetModel
+from eagle_core.target.streamed import StreamedTarget
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TttConfig
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.ttt import ttt_step
+from tests.eagle_core.target.test_streamed import samples, write
 from tests.eagle_core.training.test_trainer import CONFIG, InterruptedHereError, interrupt_at, run
 from tests.paths import GOLDEN, ROOT
 
@@ -89,6 +93,27 @@ def test_a_run_resumes(tmp_path: Path, optimizer: str) -> None:
     _, found = run(tmp_path / "broken", config, device=CUDA)
     assert found.figures.loss < found.figures.first_loss
     assert found.figures.loss == pytest.approx(expected.figures.loss, rel=2e-2)
+
+
+def _bits(target: CapturingTarget) -> list[bytes]:
+    states = capture_states(target, samples((5, 41, 19, 60)))
+    return [one.last_hidden_state.tobytes() + one.aux_hidden_states.tobytes() for one in states]
+
+
+@pytest.mark.parametrize("in_main", [False, True], ids=["states wait there", "in main memory"])
+def test_layer_by_layer_the_states_are_those_of_the_whole_target(
+    tmp_path: Path, in_main: bool
+) -> None:
+    config = write("llama", tmp_path).model_copy(update={"device": "cuda", "dtype": "bfloat16"})
+    target = StreamedTarget.load(config, group_tokens=100, states_wait_in_main=in_main)
+    assert _bits(target) == _bits(TargetModel.load(config))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_spread_over_two_gpus_the_states_are_those_of_one(tmp_path: Path) -> None:
+    config = write("llama", tmp_path).model_copy(update={"device": "cuda", "dtype": "bfloat16"})
+    target = TargetModel.load(config, is_spread=True)
+    assert _bits(target) == _bits(TargetModel.load(config))
 
 
 _RANKS = """

@@ -58,7 +58,10 @@ def measuring_process() -> Iterator[None]:
     """Measure what states cost, for all flows, in one process."""
     children: list[Child] = []
 
-    def ask(module: str, request: BaseModel, *, what: str) -> Iterator[str]:
+    def ask(
+        module: str, request: BaseModel, *, what: str, environment: Mapping[str, str]
+    ) -> Iterator[str]:
+        assert not environment  # such as of one GPU among others
         if not children or not children[-1].is_idle:
             children.append(Child(module, environment={}))
         yield from children[-1].request(request, what=what)

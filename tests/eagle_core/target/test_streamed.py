@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DiffLlamaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
@@ -28,6 +29,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
 from eagle_core.target.capture import capture_groups, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
+from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.target.streamed import PassTimes, StreamedTarget
 
 SIZES = {
@@ -157,7 +159,7 @@ def test_a_group_passes_each_layer_once_whatever_shards_it_has(tmp_path: Path) -
     passed: list[int] = []
     streamed = StreamedTarget.load(config, group_tokens=1000, on_tokens=passed.append)
     found = [bits(states) for states in capture_groups(streamed, shards)]
-    assert len(passed) == 8
+    assert len(passed) == 8 * 4  # once a batch in each layer
     assert 210 <= sum(passed) < 250  # with padding
     assert streamed.times.num_passes == 1
     whole = TargetModel.load(config)
@@ -181,6 +183,16 @@ def test_layers_that_are_not_a_chain_are_refused_with_what_to_set(tmp_path: Path
     )
     with pytest.raises(ConfigError, match=r"num_kv_shared_layers is 2.*target\.placement to whole"):
         StreamedTarget.load(config, group_tokens=100)
+
+
+def test_layers_that_go_by_their_number_are_refused(tmp_path: Path) -> None:
+    ARCHITECTURES["diffllama"] = DiffLlamaConfig(**SIZES)
+    config = write("diffllama", tmp_path).model_copy(update={"attention": "eager"})
+    del ARCHITECTURES["diffllama"]
+    with pytest.raises(ConfigError, match=r"another self_attn\.lambda_init; set target\.placement"):
+        StreamedTarget.load(config, group_tokens=100)
+    with pytest.raises(ConfigError, match=r"lambda_init; set store\.recompute to false"):
+        RecomputeModel.load(config)
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:

@@ -80,9 +80,11 @@ def home(
 @pytest.fixture
 def train(
     home: Path, target: TargetConfig, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
-) -> Train:
+) -> Iterator[Train]:
     """Train from the store, with one thread a process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one process trains in this one: with more, sums differ
 
     def run(name: str, **changes: object) -> TrainSummary:
         training = RANKS.model_copy(update=changes)
@@ -90,7 +92,8 @@ def train(
             target=target, dataset=dataset, training=training, home=str(home), run=name
         )
 
-    return run
+    yield run
+    torch.set_num_threads(num_threads)
 
 
 def _run_path(home: Path, name: str) -> Path:
