@@ -232,6 +232,7 @@ def _paper() -> Iterator[str]:
         sizes = TargetBytes(
             ends=2 * _BFLOAT16 * big.vocab_size * big.hidden_size,
             layers=(int(layer),) * big.num_layers,
+            layers_on_disk=int(layer) * big.num_layers,
             state=_BFLOAT16 * big.hidden_size,
             logits=3 * _FLOAT32 * LOGITS_CHUNK_TOKENS * big.vocab_size,
         )

@@ -45,7 +45,8 @@ _MANY_TOKENS = 524_288
 """By default a pass has no more: reading is hidden, and a death of the process costs a pass."""
 _CAST = {"F64", "F32", "F16", "BF16"}
 """Types that are loaded in the target's dtype; others stay as they are."""
-_STORED_BYTES = {"I64": 8, "I32": 4}
+_STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+"""Others have one."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class TargetBytes:
     ends: int
     """Embedding, norm and head."""
     layers: tuple[int, ...]
+    layers_on_disk: int
+    """Of all together."""
     state: int
     """Of one token."""
     logits: int
@@ -73,15 +76,18 @@ class TargetBytes:
         """Return the sizes, from the headers of the weight files."""
         itemsize = DTYPES[config.dtype].itemsize
         sizes: dict[int, int] = {}
+        on_disk = 0
         for name, header in headers.items():
-            found = _LAYER.search(name)
-            size = itemsize if header.dtype in _CAST else _STORED_BYTES.get(header.dtype, 1)
+            found, stored = _LAYER.search(name), _STORED_BYTES.get(header.dtype, 1)
+            size = itemsize if header.dtype in _CAST else stored
             number = int(found[1]) if found else -1
             sizes[number] = sizes.get(number, 0) + prod(header.shape) * size
+            on_disk += prod(header.shape) * stored if found else 0
         ends = sizes.pop(-1, 0)
         return cls(
             ends=ends,
             layers=tuple(sizes[number] for number in sorted(sizes)),
+            layers_on_disk=on_disk,
             state=model_config.hidden_size * itemsize,
             logits=LOGITS_CHUNK_TOKENS * model_config.vocab_size * _FLOAT * _LOGITS_COPIES,
         )
@@ -154,7 +160,7 @@ def _no_gpus(num_gpus: int) -> str:
     return (
         f"target.placement is spread, but this process sees {num_gpus or 'no'} GPU: spread needs "
         "two or more; show it more (CUDA_VISIBLE_DEVICES; with runner.num_workers above 1 each "
-        "process sees one), or set target.placement to streamed"
+        "process sees one), or set target.placement to auto"
     )
 
 
@@ -188,7 +194,7 @@ def _streamed(config: TargetConfig, sizes: TargetBytes, free: Memory) -> Chosen:
         reason=_reason(config, sizes, free),
         group_tokens=min(tokens, config.stream_tokens or _MANY_TOKENS),
         states_wait_in_main=in_main,
-        pass_bytes=sum(sizes.layers),
+        pass_bytes=sizes.layers_on_disk,
     )
 
 

@@ -94,7 +94,7 @@ def test_a_plan_says_what_is_read(
     tasks, per_task = estimate.missing_tokens / 2400, 2  # four shards of 600 tokens to a task
     assert tasks * per_task <= found.num_passes <= tasks * per_task + 2
     headers = read_headers(Path(streamed.model), remedy="")
-    layers = sum(4 * prod(header.shape) for name, header in headers.items() if ".layers." in name)
+    layers = sum(2 * prod(header.shape) for name, header in headers.items() if ".layers." in name)
     assert found.read_bytes == found.num_passes * layers
     (row,) = [text for name, text in cost_rows(estimate) if name == "placement"]
     assert row.startswith(

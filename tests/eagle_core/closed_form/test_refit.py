@@ -1,6 +1,6 @@
 """A draft that was trained on some aux states fuses others to the nearest states."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eagle_core.bfloat16 import widened
-from eagle_core.closed_form.refit import refit_fusing_matrix
+from eagle_core.closed_form.refit import KnownAux, refit_fusing_matrix
 from eagle_core.errors import ConfigError
 from eagle_core.training.distributed import ONE_PROCESS, Processes
 from eagle_core.training.packing import PackedBatch, pack
@@ -38,16 +38,21 @@ def unrelated(batch: PackedBatch) -> Tensor:
     return torch.randn(batch.num_tokens, WIDTH, generator=generator)
 
 
+def each(states: Callable[[PackedBatch], Tensor]) -> KnownAux:
+    """Return what gives these states of one batch after the other."""
+    return lambda given: ((batch, states(batch)) for batch in given)
+
+
 @pytest.mark.parametrize("has_norms", [False, True])
 def test_other_layers_give_the_fused_states_that_the_draft_knows(*, has_norms: bool) -> None:
     draft = small_draft(fc_norm=has_norms)
     others = {name: part.clone() for name, part in draft.state_dict().items() if name[:3] != "fc."}
     if has_norms:  # features are not a linear map of the known ones: nearly one suffices
-        misfit = refit_fusing_matrix(draft, batches(), mixed, ONE_PROCESS)
+        misfit = refit_fusing_matrix(draft, batches(), each(mixed), ONE_PROCESS)
         assert 0 < misfit < 0.2
         return
     expected = [draft.fuse(mixed(batch)).detach() for batch in batches()]
-    misfit = refit_fusing_matrix(draft, batches(), mixed, ONE_PROCESS)
+    misfit = refit_fusing_matrix(draft, batches(), each(mixed), ONE_PROCESS)
     assert 0 < misfit < 1e-3
     fused = [draft.fuse(widened(batch.aux_hidden_states)).detach() for batch in batches()]
     missing = torch.cat(fused) - torch.cat(expected)
@@ -57,7 +62,7 @@ def test_other_layers_give_the_fused_states_that_the_draft_knows(*, has_norms: b
 
 
 def test_states_that_tell_nothing_of_the_known_ones_are_a_misfit() -> None:
-    assert refit_fusing_matrix(small_draft(), batches(), unrelated, ONE_PROCESS) > 0.9
+    assert refit_fusing_matrix(small_draft(), batches(), each(unrelated), ONE_PROCESS) > 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +79,11 @@ class Half(Processes):
 
 def test_two_processes_solve_what_one_does() -> None:
     alone, second, first = small_draft(), small_draft(), small_draft()
-    misfit = refit_fusing_matrix(alone, batches(), mixed, ONE_PROCESS)
+    misfit = refit_fusing_matrix(alone, batches(), each(mixed), ONE_PROCESS)
     other = Half(rank=1, world_size=2)
-    refit_fusing_matrix(second, batches()[2:], mixed, other)
+    refit_fusing_matrix(second, batches()[2:], each(mixed), other)
     half = Half(rank=0, world_size=2, others=other.own)
-    shared = refit_fusing_matrix(first, batches()[:2], mixed, half)
+    shared = refit_fusing_matrix(first, batches()[:2], each(mixed), half)
     assert shared == pytest.approx(misfit, rel=1e-6)
     assert torch.allclose(first.fc.weight, alone.fc.weight, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(second.fc.weight, alone.fc.weight, rtol=1e-2)
@@ -87,5 +92,5 @@ def test_two_processes_solve_what_one_does() -> None:
 def test_states_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ConfigError, match="not finite"):
         refit_fusing_matrix(
-            small_draft(), batches(), lambda batch: mixed(batch) * float("nan"), ONE_PROCESS
+            small_draft(), batches(), each(lambda one: mixed(one) * float("nan")), ONE_PROCESS
         )
