@@ -194,8 +194,9 @@ def _target(config: RunConfig) -> CapturingTarget:
     if target.pass_tokens > 1:
         get_run_logger().warning(
             "target %s is streamed: all its weights are read again for every %s tokens; raise "
-            "store.shard_tokens, and keep the states for later epochs (store.keep=true)",
-            *(config.target.name, f"{config.store.shard_tokens:,}"),
+            "store.shard_tokens, and keep the states for later epochs (store.keep=true); if the "
+            "device runs out of memory in a later step, set target.stream_tokens",
+            *(config.target.name, f"{min(target.pass_tokens, config.store.shard_tokens):,}"),
         )
     return target
 

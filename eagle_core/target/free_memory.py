@@ -31,15 +31,17 @@ class Memory:
     """Of each GPU that the process sees; none if the target runs on the CPU."""
 
     @classmethod
-    def free(cls, device: torch.device, share: MemoryShare = ALONE) -> "Memory":
+    def free(
+        cls, device: torch.device, share: MemoryShare = ALONE, *, most_gpus: int | None = None
+    ) -> "Memory":
         """Return what is free now. With a device number, only this GPU counts.
 
-        On each GPU this takes some memory for CUDA itself.
+        On each GPU this takes some memory for CUDA itself: `most_gpus` are asked.
         """
         main, _ = _main()
         return cls(
             main=main if share.main is None else min(main, share.main),
-            gpus=tuple(_free_of_gpu(number, share) for number in _gpus(device)),
+            gpus=tuple(_free_of_gpu(number, share) for number in _gpus(device)[:most_gpus]),
         )
 
     @classmethod

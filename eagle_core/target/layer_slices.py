@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running
     from transformers import PreTrainedModel
 
 _NOT_A_CHAIN = ("num_kv_shared_layers", "hidden_size_per_layer_input")
-_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
+_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
 _NUM_OF_FIRST = ("first_k_dense_replace", "num_dense_layers")
 _NOT_COMPARED = ("layer_idx", "training")
 """Set after a layer is built, or of no effect in a target."""
@@ -214,7 +214,7 @@ def _build(
     if loading["missing_keys"]:
         raise ConfigError(
             f"target {config.name}: its weights have no tensor for {min(loading['missing_keys'])} "
-            f"of {what}: the download is not whole, or these layers cannot run alone"
+            f"of {what}: the download is not whole; download them again"
         )
     built: PreTrainedModel = model
     built.train(mode=False).requires_grad_(requires_grad=False)

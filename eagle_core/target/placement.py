@@ -20,8 +20,12 @@ from eagle_core.target.capture import LOGITS_CHUNK_TOKENS, CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.free_memory import ALONE, Memory, MemoryShare
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import read_model_config, resolve_device
-from eagle_core.target.streamed import OnTokens, StreamedTarget
+from eagle_core.target.model_config import (
+    read_model_config,
+    read_whole_config,
+    resolve_device,
+)
+from eagle_core.target.streamed import OnTokens, StreamedTarget, require_streamable
 
 _USABLE = 0.9
 """Share of the free memory that is planned with."""
@@ -29,10 +33,10 @@ _LAYERS_ON_GPU = 2
 """The one that runs, and the one that takes its place."""
 _LAYERS_IN_MAIN = 3
 """The one that is built, its tensors as they were read, and those of the next one."""
-_WAITING_STATES = 2.0
-"""Per token of a pass, between layers: the state, its mask and positions."""
+_WAITING_STATES = 2.5
+"""Per token of a pass, between layers: the state, the embeddings, positions and a small mask."""
 _WAITING_ON_GPU = 1.5
-"""What stays on the GPU if the state itself waits in main memory: the embeddings, too."""
+"""What stays on the GPU if the state itself waits in main memory."""
 _CAPTURED_STATES = 4
 """Per token of a pass, in main memory: three aux states and the last one."""
 _STATES_IN_A_LAYER = 24
@@ -132,14 +136,21 @@ def choose_placement(config: TargetConfig, sizes: TargetBytes, free: Memory) -> 
     return whole if whole is not None else _streamed(config, sizes, free)
 
 
-def _whole(config: TargetConfig, sizes: TargetBytes, free: Memory) -> Chosen | None:
-    """Return a placement of all weights in memory; None if they do not fit, or shall not."""
+def _whole(
+    config: TargetConfig, sizes: TargetBytes, free: Memory, *, is_first: bool = False
+) -> Chosen | None:
+    """Return a placement of all weights in memory; None if they do not fit, or shall not.
+
+    With `is_first`, `free` knows one GPU of several.
+    """
     num_gpus, batch = len(free.gpus), sizes.batch(config.batch_tokens)
     reason = _reason(config, sizes, free)
     fits = sizes.whole + batch <= _USABLE * free.on_device
     if config.placement == "whole" or (config.placement == "auto" and fits):
         return Chosen(placement="whole", reason=reason)
     fits = num_gpus > 1 and sizes.whole + num_gpus * batch <= _USABLE * sum(free.gpus)
+    if is_first:
+        return None
     if config.placement == "spread" and _no_gpus(num_gpus):
         raise ConfigError(f"target {config.name}: {_no_gpus(num_gpus)}")
     if config.placement == "spread" or (config.placement == "auto" and fits):
@@ -158,9 +169,9 @@ def _no_gpus(num_gpus: int) -> str:
     if num_gpus > 1:
         return ""
     return (
-        f"target.placement is spread, but this process sees {num_gpus or 'no'} GPU: spread needs "
-        "two or more; show it more (CUDA_VISIBLE_DEVICES; with runner.num_workers above 1 each "
-        "process sees one), or set target.placement to auto"
+        f"target.placement is spread, but this process may use {num_gpus or 'no'} GPU: spread "
+        "needs two or more; show it more (CUDA_VISIBLE_DEVICES; target.device without a number; "
+        "with runner.num_workers above 1 each process sees one), or set target.placement to auto"
     )
 
 
@@ -183,12 +194,7 @@ def _streamed(config: TargetConfig, sizes: TargetBytes, free: Memory) -> Chosen:
         with_main = most(in_main=True)
         tokens, in_main = max(tokens, with_main), with_main > tokens
     if tokens < config.batch_tokens:
-        raise ConfigError(
-            f"target {config.name} does not fit on its device, not even layer by layer: some of "
-            f"its layers, embedding, head and a batch of {config.batch_tokens:,} tokens take "
-            f"{_gib(fixed)}, and {_gib(usable)} may be used{_of_main(free)}; lower "
-            "target.batch_tokens, or use a device with more memory"
-        )
+        raise ConfigError(_does_not_fit(config, sizes, free, fixed))
     return Chosen(
         placement="streamed",
         reason=_reason(config, sizes, free),
@@ -198,8 +204,20 @@ def _streamed(config: TargetConfig, sizes: TargetBytes, free: Memory) -> Chosen:
     )
 
 
-def _of_main(free: Memory) -> str:
-    return f", with {_gib(_USABLE * free.main)} of main memory" if free.gpus else ""
+def _does_not_fit(config: TargetConfig, sizes: TargetBytes, free: Memory, fixed: int) -> str:
+    batch = f"a batch of {config.batch_tokens:,} tokens"
+    said = (
+        f"target {config.name} does not fit on its device, not even layer by layer: some of its "
+        f"layers, embedding, head and {batch} take {_gib(fixed)}, and "
+        f"{_gib(_USABLE * free.on_device)} may be used"
+    )
+    if free.gpus:
+        main = _LAYERS_IN_MAIN * sizes.layer + config.batch_tokens * sizes.state * _CAPTURED_STATES
+        said += (
+            f"; in main memory layers and states take {_gib(main)}, and {_gib(_USABLE * free.main)}"
+            " may be used"
+        )
+    return f"{said}; lower target.batch_tokens or runner.num_workers, or use more memory"
 
 
 def _fit(num_bytes: int, per_token: float) -> int:
@@ -216,8 +234,26 @@ def placement_of(config: TargetConfig, share: MemoryShare = ALONE) -> Chosen:
     """
     if config.placement == "whole":
         return Chosen(placement="whole", reason="target.placement is whole")
-    free = Memory.free(resolve_device(config.device), share)
-    return choose_placement(config, _sizes(config), free)
+    device, sizes = resolve_device(config.device), _sizes(config)
+    # The others are not touched if the first GPU suffices: they may be in use.
+    free = Memory.free(device, share, most_gpus=1)
+    if config.placement != "streamed" and _whole(config, sizes, free, is_first=True) is None:
+        free = Memory.free(device, share)
+    chosen = _whole(config, sizes, free)
+    if chosen is None and config.placement == "auto":
+        obstacle = _why_not_streamed(config)
+        if obstacle:
+            logger.warning("target %s may not fit: %s", config.name, _reason(config, sizes, free))
+            return Chosen(placement="whole", reason=obstacle)
+    return chosen or _streamed(config, sizes, free)
+
+
+def _why_not_streamed(config: TargetConfig) -> str:
+    try:
+        require_streamable(config, read_whole_config(config, weights.locate(config)))
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _sizes(config: TargetConfig) -> TargetBytes:
@@ -278,9 +314,12 @@ def load_decoding_target(config: TargetConfig) -> TargetModel:
         raise ConfigError(f"target {config.name}: {obstacle}")
     if config.placement != "auto":
         return _loaded(config, Chosen(placement=config.placement, reason="as set"))
-    needed, free = _sizes(config).whole, Memory.free(resolve_device(config.device))
+    device, needed = resolve_device(config.device), _sizes(config).whole
     # On one GPU the allocator decides: what this process holds for nothing is given back.
-    is_spread = len(free.gpus) > 1 and needed > _USABLE * free.on_device
+    is_spread = (
+        len(Memory.all(device).gpus) > 1
+        and needed > _USABLE * Memory.free(device, most_gpus=1).on_device
+    )
     return _loaded(config, Chosen(placement="spread" if is_spread else "whole", reason="to decode"))
 
 

@@ -38,7 +38,7 @@ from eagle_core.target.layer_slices import (
     slice_tensors,
 )
 from eagle_core.target.length_rope import LengthRope
-from eagle_core.target.model import Captured
+from eagle_core.target.model import Captured, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config, resolve_device
 from eagle_core.target.skeleton import certain
 
@@ -47,16 +47,21 @@ OnTokens = Callable[[int], None]
 """Called with a number of tokens: the share of a pass that is done since the last call."""
 _FEW_ROWS = 8
 """Of the embedding of a model that shows how its class makes logits."""
+_LARGE = 100.0
 
 
 def require_streamable(config: TargetConfig, whole: PretrainedConfig) -> None:
     """Raise ConfigError, with the cure, if a target of this configuration cannot be streamed."""
-    require_chain(whole.get_text_config(), cure=CURE)
+    text: PretrainedConfig = whole.get_text_config()
+    require_chain(text, cure=CURE)
     if getattr(whole, "quantization_config", None) is not None:
         raise ConfigError(
             f"target {config.name}: its weights are quantized, and such a target cannot be run "
             f"layer by layer yet; {CURE}, or use weights that are not quantized"
         )
+    layers = plain_layers(config, text)
+    each = (range(number, number + 1) for number in range(len(layers)))
+    require_own_layers(config, text, layers, each, cure=CURE)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,10 +140,7 @@ class StreamedTarget:
         device, files = resolve_device(config.device), tensor_files(folder)
         with certain(config, f"a {whole.model_type} model cannot be run layer by layer"):
             _require_plain_logits(config, whole)
-            layers = plain_layers(config, whole)
-            each = (range(number, number + 1) for number in range(len(layers)))
-            require_own_layers(config, whole, layers, each, cure=CURE)
-            slots = [_Slot(layer) for layer in layers]
+            slots = [_Slot(layer) for layer in plain_layers(config, whole)]
             decoder = build_ends(config, whole, slice_tensors(files, folder, range(0)))
             decoder.layers = nn.ModuleList(slots)
             decoder.config.num_hidden_layers = len(slots)
@@ -419,8 +421,10 @@ def _require_plain_logits(config: TargetConfig, whole: PretrainedConfig) -> None
     decoder = find_decoder(model)
     assert decoder is not None  # noqa: S101
     with torch.inference_mode():
+        head = plain_head(model, config)
+        head.weight.mul_(_LARGE)  # type: ignore[operator]  # a soft cap changes large logits only
         expected = model(input_ids=ids, use_cache=False).logits
-        found = model.get_output_embeddings()(decoder(input_ids=ids).last_hidden_state)
+        found = head(decoder(input_ids=ids).last_hidden_state)
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
         raise ConfigError(
             f"target {config.name}: its logits are not lm_head(last hidden state) (logit "

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
-from eagle_core.target.layer_slices import require_chain
+from eagle_core.target.layer_slices import plain_layers, require_chain, require_own_layers
 from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.target.recompute_model import CURE, recomputed_layers
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -71,4 +71,6 @@ def omitted_states(target: TargetConfig, model_config: PretrainedConfig) -> Omit
     num_layers = model_config.num_hidden_layers
     early, last = recomputed_layers(aux_layers(target, num_layers), num_layers)
     require_chain(model_config, cure=CURE)
+    plain = plain_layers(target, model_config)
+    require_own_layers(target, model_config, plain, (early, last), cure=CURE)
     return OmittedStates(mode="one_sequence", early_layers=tuple(early), last_layers=tuple(last))

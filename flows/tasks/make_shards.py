@@ -11,7 +11,6 @@ from prefect.futures import PrefectFuture
 import eagle_core.errors
 import storage.errors
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import ALONE
 from flows.bridge.exclusions import ExclusionLimit
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
@@ -153,8 +152,7 @@ def _batches(
     runner: RunnerConfig,
     tokens: TokensSummary,
 ) -> Iterator[ShardBatch]:
-    # Of a running cluster nobody knows here which workers share a machine.
-    share = ALONE if runner.address else memory_share(target, runner.num_workers)
+    share = memory_share(target, runner)
     for first in range(0, len(plan.shards), config.shards_per_task):
         members = plan.shards[first : first + config.shards_per_task]
         yield ShardBatch(

@@ -120,9 +120,15 @@ def estimate_cost(
     if to_make:
         get_run_logger().info("measuring the target on about %s tokens", f"{MEASURED_TOKENS:,}")
         task_tokens = min(to_make, config.shard_tokens * config.shards_per_task)
-        found = measure(
-            target, TokenFile(tokens.train_path), task_tokens=task_tokens, runner=runner
+        job = MeasureJob(
+            target=target,
+            token_file=TokenFile(tokens.train_path).path,
+            rows=rows_of_tokens(TokenFile(tokens.train_path), MEASURED_TOKENS),
+            task_tokens=task_tokens,
+            recompute=config.recompute,
+            memory=memory_share(target, runner),
         )
+        found = _measured(job, runner)
         placement = found.placement
         share = _last_share(TokenFile(tokens.train_path))
         encodings = _encodings(found)
@@ -188,28 +194,15 @@ def _recompute_cost(measured: RecomputeMeasurement, num_tokens: int) -> Recomput
     )
 
 
-def measure(
-    target: TargetConfig, file: TokenFile, *, task_tokens: int, runner: RunnerConfig
-) -> Measurement:
-    """Run the target on samples from across the file and store them, in a child process.
-
-    A task has `task_tokens` tokens: no more pass through a streamed layer together.
-    """
-    num_workers = 1 if runner.address else runner.num_workers
-    rows = rows_of_tokens(file, MEASURED_TOKENS)
-    job = MeasureJob(
-        target=target,
-        token_file=file.path,
-        rows=rows,
-        task_tokens=task_tokens,
-        memory=memory_share(target, num_workers),
-    )
+def _measured(job: MeasureJob, runner: RunnerConfig) -> Measurement:
+    """Run the target on samples and store them, in a child process that sees what a worker sees."""
+    is_child = runner.kind == "processes"
     lines = list(
         run_child(
             "flows.workers.measure_worker",
             job,
             what="the process that measures the target",
-            environment=local_slots(target, num_workers)[0],
+            environment=local_slots(job.target, runner.num_workers)[0] if is_child else {},
         )
     )
     return Measurement.model_validate_json(lines[-1])

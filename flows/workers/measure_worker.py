@@ -47,6 +47,8 @@ class MeasureJob(BaseModel):
     rows: tuple[int, ...]
     task_tokens: int
     """Tokens of one task: no pass of a streamed target takes more."""
+    recompute: bool
+    """Whether a process that computes shards also holds the layers that recompute states."""
     memory: MemoryShare = ALONE
     """What a process that computes shards may take."""
 
@@ -109,6 +111,8 @@ class Measurement(BaseModel):
 def _measure(job: MeasureJob) -> Measurement:
     file = TokenFile(job.token_file)
     samples = [file.fetch(row) for row in job.rows]
+    # First, as in a process that computes shards: the placement goes by what is free then.
+    model = RecomputeModel.load(job.target) if job.recompute else None
     target, placement = _placed(job)
     # Warm up: one-time costs are not measured.
     list(capture_states(target, samples[:1], on_unusable=_ignore_unusable))
@@ -126,7 +130,7 @@ def _measure(job: MeasureJob) -> Measurement:
         device=str(target.device),
         placement=placement,
         profiles={profile: _cost(_identity(target, profile, None), states) for profile in PROFILES},
-        recompute=_measure_recompute(job.target, target, samples, placement),
+        recompute=_measure_recompute(job.target, target, samples, placement, model),
     )
 
 
@@ -178,12 +182,13 @@ def _measure_recompute(
     target: CapturingTarget,
     samples: Sequence[TokenizedSample],
     placement: MeasuredPlacement,
+    model: RecomputeModel | None,
 ) -> RecomputeMeasurement | None:
     try:
         omitted = omitted_states(config, target.model_config)
     except ConfigError:
         return None
-    model = RecomputeModel.load(config)
+    model = model or RecomputeModel.load(config)
     states, seconds = _timed(target, samples, placement, for_recompute=True)
     stored = [StoredStates(input_ids=s.input_ids, late=s.aux_hidden_states[:, -1]) for s in states]
     model.recompute(stored[0])  # warm up: one-time costs are not measured

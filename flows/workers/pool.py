@@ -17,6 +17,7 @@ import torch
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.free_memory import ALONE, MemoryShare, free_main_memory
 from eagle_core.target.model_config import resolve_device
+from flows.config.runner import RunnerConfig
 from flows.errors import ChildKilledError, RunStoppedError
 from flows.workers.child_process import Child
 from flows.workers.shard_batch import ShardBatch, ShardReport
@@ -141,13 +142,18 @@ def local_slots(target: TargetConfig, num_workers: int) -> Sequence[Mapping[str,
     return gpus_in_turn(os.environ.get(VISIBLE_DEVICES), torch.cuda.device_count(), num_workers)
 
 
-def memory_share(target: TargetConfig, num_workers: int) -> MemoryShare:
-    """Return what each of `num_workers` children on this machine may take, before any has begun."""
-    if num_workers == 1:
+def memory_share(target: TargetConfig, runner: RunnerConfig) -> MemoryShare:
+    """Return what each process of a runner may take of this machine, before any has begun.
+
+    Of a running cluster nobody knows here which workers share a machine.
+    """
+    num_workers = runner.num_workers
+    if num_workers == 1 or runner.address:
         return ALONE
-    per_gpu = 1
-    if resolve_device(target.device).type == "cuda":
-        per_gpu = math.ceil(num_workers / max(torch.cuda.device_count(), 1))
+    per_gpu = 1  # Ray gives each its own
+    if resolve_device(target.device).type == "cuda" and runner.kind != "ray":
+        num_gpus = max(torch.cuda.device_count(), 1) if runner.kind == "processes" else 1
+        per_gpu = math.ceil(num_workers / num_gpus)
     return MemoryShare(main=free_main_memory() // num_workers, processes_per_gpu=per_gpu)
 
 

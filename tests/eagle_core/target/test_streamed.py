@@ -89,9 +89,15 @@ EAGER = {"gpt-oss", "gemma2"}
 
 
 def write(name: str, folder: Path) -> TargetConfig:
+    """Write the small model of an architecture."""
+    config = write_model(ARCHITECTURES[name], folder)
+    return config.model_copy(update={"attention": "eager"}) if name in EAGER else config
+
+
+def write_model(model_config: PretrainedConfig, folder: Path) -> TargetConfig:
     """Write a small model with weights that matter everywhere."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name]))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
     with torch.no_grad():  # norms are ones otherwise, and leaving them out would not show
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -102,7 +108,6 @@ def write(name: str, folder: Path) -> TargetConfig:
         dtype="float32",
         device="cpu",
         batch_tokens=96,
-        attention="eager" if name in EAGER else "sdpa",
     )
 
 
@@ -186,9 +191,8 @@ def test_layers_that_are_not_a_chain_are_refused_with_what_to_set(tmp_path: Path
 
 
 def test_layers_that_go_by_their_number_are_refused(tmp_path: Path) -> None:
-    ARCHITECTURES["diffllama"] = DiffLlamaConfig(**SIZES)
-    config = write("diffllama", tmp_path).model_copy(update={"attention": "eager"})
-    del ARCHITECTURES["diffllama"]
+    config = write_model(DiffLlamaConfig(**SIZES), tmp_path)
+    config = config.model_copy(update={"attention": "eager"})
     with pytest.raises(ConfigError, match=r"another self_attn\.lambda_init; set target\.placement"):
         StreamedTarget.load(config, group_tokens=100)
     with pytest.raises(ConfigError, match=r"lambda_init; set store\.recompute to false"):
@@ -211,10 +215,7 @@ def test_time_of_a_pass_is_that_of_reading_or_of_running() -> None:
 
 
 def test_logits_that_are_capped_are_refused(tmp_path: Path) -> None:
-    ARCHITECTURES["capped"] = Gemma2Config(
-        **WITH_HEADS, sliding_window=8, final_logit_softcapping=0.01
-    )
-    config = write("capped", tmp_path).model_copy(update={"attention": "eager"})
-    del ARCHITECTURES["capped"]
+    capped = Gemma2Config(**WITH_HEADS, sliding_window=8, final_logit_softcapping=30.0)
+    config = write_model(capped, tmp_path).model_copy(update={"attention": "eager"})
     with pytest.raises(ConfigError, match="soft-capping"):
         StreamedTarget.load(config, group_tokens=100)

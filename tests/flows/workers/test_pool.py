@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import psutil
 import pytest
+import torch
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
@@ -21,6 +23,7 @@ import storage.errors
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.free_memory import ALONE, MemoryShare
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.errors import ChildFailedError, ChildKilledError, FlowError
@@ -33,7 +36,7 @@ from flows.tasks.make_shards import _Failures
 from flows.workers import child_process, torchrun
 from flows.workers.channel import VARIABLE
 from flows.workers.child_process import Child
-from flows.workers.pool import gpus_in_turn
+from flows.workers.pool import gpus_in_turn, memory_share
 from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.flows.trees import digests
@@ -320,3 +323,30 @@ def test_a_child_whose_parent_is_gone_ends(tmp_path: Path) -> None:
     )
     assert ended.returncode == 1
     assert "No such device or address" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_gpus", "num_workers", "per_gpu"),
+    [
+        ("processes", 0, 4, 1),
+        ("processes", 2, 4, 2),
+        ("processes", 8, 4, 1),
+        ("dask", 8, 4, 4),  # its processes see all GPUs, and take the first
+        ("ray", 1, 4, 1),  # gives each task a GPU of its own
+    ],
+)
+def test_processes_share_memory_and_gpus(
+    kind: Literal["processes", "dask", "ray"],
+    num_gpus: int,
+    num_workers: int,
+    per_gpu: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr("flows.workers.pool.free_main_memory", lambda: 1000)
+    target = TargetConfig(name="tiny", model="org/tiny", device="cuda" if num_gpus else "cpu")
+    runner = RunnerConfig(kind=kind, num_workers=num_workers)
+    share = MemoryShare(main=250, processes_per_gpu=per_gpu)
+    assert memory_share(target, runner) == share
+    assert memory_share(target, runner.model_copy(update={"num_workers": 1})) == ALONE
+    assert memory_share(target, runner.model_copy(update={"address": "tcp://host:1"})) == ALONE
