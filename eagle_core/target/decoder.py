@@ -1,6 +1,9 @@
-"""The stack of decoder layers inside a causal language model."""
+"""The stack of decoder layers inside a causal language model, and what its layers give."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+LayerOutput = Tensor | tuple[Tensor, ...]
 
 _INNER = ("model", "language_model")
 """Where classes keep it whose `get_decoder` stops one level above, as Llama 4's does."""
@@ -19,3 +22,15 @@ def find_decoder(model: nn.Module) -> nn.Module | None:
 
 def _has_layers(module: object) -> bool:
     return isinstance(getattr(module, "layers", None), nn.ModuleList)
+
+
+def state_of(output: LayerOutput, *, is_rounded: bool) -> tuple[Tensor, LayerOutput]:
+    """Return the state in what a layer gives, and what the next layer reads.
+
+    With `is_rounded`, both have the state rounded to bfloat16.
+    """
+    state = output if isinstance(output, Tensor) else output[0]
+    if not is_rounded:
+        return state, output
+    state = state.to(torch.bfloat16).to(state.dtype)
+    return state, state if isinstance(output, Tensor) else (state, *output[1:])

@@ -20,7 +20,7 @@ from eagle_core.safetensors_files import load_tensor
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.decoder import find_decoder
 from eagle_core.target.end_weights import embedding_name
-from eagle_core.target.skeleton import build_skeleton, silent
+from eagle_core.target.skeleton import build_skeleton, certain, silent
 
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
     from transformers import PreTrainedModel
@@ -101,7 +101,8 @@ def require_own_layers(
 
     """
     for layers in parts:
-        with torch.device("meta"):
+        what = f"layers of a {whole.model_type} model cannot be built alone; {cure}"
+        with certain(config, what), torch.device("meta"):
             built: nn.ModuleList = AutoModel.from_config(  # type: ignore[no-untyped-call]
                 slice_config(whole, layers),
                 trust_remote_code=config.trust_remote_code,

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PretrainedConfig
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.decoder import find_decoder
+from eagle_core.target.decoder import LayerOutput, find_decoder, state_of
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.loading import load_model
 from eagle_core.target.model_config import (
@@ -185,15 +185,10 @@ class TargetModel:
         states: dict[int, Tensor] = {}
         layers: nn.ModuleList = self._decoder.layers  # type: ignore[assignment]
 
-        def keep(
-            layer: int, output: Tensor | tuple[Tensor, ...]
-        ) -> Tensor | tuple[Tensor, ...] | None:
-            state = output if isinstance(output, Tensor) else output[0]
-            states[layer] = state
-            if not round_late or layer != self.aux_layers[-1]:
-                return None  # passed on unchanged
-            states[layer] = state.to(torch.bfloat16).to(state.dtype)
-            return states[layer] if isinstance(output, Tensor) else (states[layer], *output[1:])
+        def keep(layer: int, output: LayerOutput) -> LayerOutput:
+            is_rounded = round_late and layer == self.aux_layers[-1]
+            states[layer], output = state_of(output, is_rounded=is_rounded)
+            return output
 
         hooks = [
             layers[layer].register_forward_hook(

@@ -4,19 +4,12 @@ The states are the same to the bit on devices of one kind, so a store does not r
 """
 
 import logging
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
-from transformers import PretrainedConfig
-
-from eagle_core.bfloat16 import DTYPES
 from eagle_core.errors import ConfigError
-from eagle_core.safetensors_files import TensorHeader
 from eagle_core.target import weights
-from eagle_core.target.capture import LOGITS_CHUNK_TOKENS, CapturingTarget
+from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.free_memory import ALONE, Memory, MemoryShare
 from eagle_core.target.model import TargetModel
@@ -25,7 +18,8 @@ from eagle_core.target.model_config import (
     read_whole_config,
     resolve_device,
 )
-from eagle_core.target.streamed import OnTokens, StreamedTarget, require_streamable
+from eagle_core.target.streamed import OnTokens, StreamedTarget, streamable_layers
+from eagle_core.target.target_bytes import TargetBytes
 
 _USABLE = 0.9
 """Share of the free memory that is planned with."""
@@ -39,76 +33,11 @@ _WAITING_ON_GPU = 1.5
 """What stays on the GPU if the state itself waits in main memory."""
 _CAPTURED_STATES = 4
 """Per token of a pass, in main memory: three aux states and the last one."""
-_STATES_IN_A_LAYER = 24
-"""Per token of the batch that runs: what attention and feed-forward block need."""
-_LOGITS_COPIES = 3
-_FLOAT = 4
 _FEW_TOKENS = 65_536
 """If the GPU holds fewer tokens of a pass than these, the states wait in main memory instead."""
 _MANY_TOKENS = 524_288
 """By default a pass has no more: reading is hidden, and a death of the process costs a pass."""
-_CAST = {"F64", "F32", "F16", "BF16"}
-"""Types that are loaded in the target's dtype; others stay as they are."""
-_STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
-"""Others have one."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TargetBytes:
-    """Sizes of a target in the dtype in which it runs."""
-
-    ends: int
-    """Embedding, norm and head."""
-    layers: tuple[int, ...]
-    layers_on_disk: int
-    """Of all together."""
-    state: int
-    """Of one token."""
-    logits: int
-    """Of the tokens whose logits are computed together."""
-
-    @classmethod
-    def of(
-        cls,
-        config: TargetConfig,
-        model_config: PretrainedConfig,
-        headers: Mapping[str, TensorHeader],
-    ) -> "TargetBytes":
-        """Return the sizes, from the headers of the weight files."""
-        itemsize = DTYPES[config.dtype].itemsize
-        sizes: dict[int, int] = {}
-        on_disk = 0
-        for name, header in headers.items():
-            found, stored = _LAYER.search(name), _STORED_BYTES.get(header.dtype, 1)
-            size = itemsize if header.dtype in _CAST else stored
-            number = int(found[1]) if found else -1
-            sizes[number] = sizes.get(number, 0) + prod(header.shape) * size
-            on_disk += prod(header.shape) * stored if found else 0
-        ends = sizes.pop(-1, 0)
-        return cls(
-            ends=ends,
-            layers=tuple(sizes[number] for number in sorted(sizes)),
-            layers_on_disk=on_disk,
-            state=model_config.hidden_size * itemsize,
-            logits=LOGITS_CHUNK_TOKENS * model_config.vocab_size * _FLOAT * _LOGITS_COPIES,
-        )
-
-    @property
-    def whole(self) -> int:
-        """Return the size of all weights."""
-        return self.ends + sum(self.layers)
-
-    def batch(self, batch_tokens: int) -> int:
-        """Return what a batch takes while it runs."""
-        return batch_tokens * self.state * _STATES_IN_A_LAYER + self.logits
-
-    @property
-    def layer(self) -> int:
-        """Return the size of the largest layer."""
-        return max(self.layers, default=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,18 +168,17 @@ def placement_of(config: TargetConfig, share: MemoryShare = ALONE) -> Chosen:
     free = Memory.free(device, share, most_gpus=1)
     if config.placement != "streamed" and _whole(config, sizes, free, is_first=True) is None:
         free = Memory.free(device, share)
-    chosen = _whole(config, sizes, free)
-    if chosen is None and config.placement == "auto":
+    if config.placement == "auto" and _whole(config, sizes, free) is None:
         obstacle = _why_not_streamed(config)
         if obstacle:
             logger.warning("target %s may not fit: %s", config.name, _reason(config, sizes, free))
             return Chosen(placement="whole", reason=obstacle)
-    return chosen or _streamed(config, sizes, free)
+    return choose_placement(config, sizes, free)
 
 
 def _why_not_streamed(config: TargetConfig) -> str:
     try:
-        require_streamable(config, read_whole_config(config, weights.locate(config)))
+        streamable_layers(config, read_whole_config(config, weights.locate(config)))
     except ConfigError as error:
         return str(error)
     return ""

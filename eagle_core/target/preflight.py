@@ -23,7 +23,7 @@ from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config
 from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain
-from eagle_core.target.streamed import require_streamable
+from eagle_core.target.streamed import streamable_layers
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 
@@ -80,7 +80,7 @@ def check_target(
         Positions.of(text).require(max_length, config, setting="dataset.max_length")
     _require_plain_logits(config, text)
     if config.placement == "streamed":
-        require_streamable(config, whole)
+        streamable_layers(config, whole)
     if not runs_here:
         config = config.model_copy(update={"attention": "eager"})
     skeleton = build_skeleton(config, whole)

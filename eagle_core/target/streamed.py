@@ -10,15 +10,9 @@ Shapes: B batch, T tokens, H hidden size, V vocabulary.
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -29,9 +23,10 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.decoder import find_decoder
 from eagle_core.target.end_weights import load_ends
+from eagle_core.target.layer_loader import LayerLoader, PassTimes
+from eagle_core.target.layer_pass import LayerPass, LayerSlot
 from eagle_core.target.layer_slices import (
     build_ends,
-    build_slice,
     plain_layers,
     require_chain,
     require_own_layers,
@@ -50,8 +45,13 @@ _FEW_ROWS = 8
 _LARGE = 100.0
 
 
-def require_streamable(config: TargetConfig, whole: PretrainedConfig) -> None:
-    """Raise ConfigError, with the cure, if a target of this configuration cannot be streamed."""
+def streamable_layers(config: TargetConfig, whole: PretrainedConfig) -> nn.ModuleList:
+    """Return the layers of a target of this configuration, without values.
+
+    Raises:
+        ConfigError: it cannot be streamed; says what to do instead.
+
+    """
     text: PretrainedConfig = whole.get_text_config()
     require_chain(text, cure=CURE)
     if getattr(whole, "quantization_config", None) is not None:
@@ -62,27 +62,7 @@ def require_streamable(config: TargetConfig, whole: PretrainedConfig) -> None:
     layers = plain_layers(config, text)
     each = (range(number, number + 1) for number in range(len(layers)))
     require_own_layers(config, text, layers, each, cure=CURE)
-
-
-@dataclass(kw_only=True, slots=True)
-class PassTimes:
-    """What passes took so far, in seconds."""
-
-    total: float = 0.0
-    reading: float = 0.0
-    """In which a thread read weights, while a layer ran."""
-    placing: float = 0.0
-    """In which layers were put on the device."""
-    running: float = 0.0
-    """In which layers ran."""
-    num_tokens: int = 0
-    num_passes: int = 0
-
-    def seconds(self, num_tokens: int) -> float:
-        """Return what a pass of `num_tokens` takes by these times."""
-        running = self.running / max(self.num_tokens, 1) * num_tokens
-        passes = max(self.num_passes, 1)
-        return max(self.reading / passes, running) + self.placing / passes
+    return layers
 
 
 class StreamedTarget:
@@ -92,7 +72,7 @@ class StreamedTarget:
         self,
         decoder: nn.Module,
         lm_head: Tensor,
-        layers: "_Layers",
+        layers: LayerLoader,
         *,
         config: TargetConfig,
         model_config: PretrainedConfig,
@@ -136,11 +116,11 @@ class StreamedTarget:
         folder = weights.locate(config)
         with_others = read_whole_config(config, folder)
         whole: PretrainedConfig = with_others.get_text_config()
-        require_streamable(config, with_others)
+        layers = streamable_layers(config, with_others)
         device, files = resolve_device(config.device), tensor_files(folder)
         with certain(config, f"a {whole.model_type} model cannot be run layer by layer"):
             _require_plain_logits(config, whole)
-            slots = [_Slot(layer) for layer in plain_layers(config, whole)]
+            slots = [LayerSlot(layer) for layer in layers]
             decoder = build_ends(config, whole, slice_tensors(files, folder, range(0)))
             decoder.layers = nn.ModuleList(slots)
             decoder.config.num_hidden_layers = len(slots)
@@ -151,7 +131,9 @@ class StreamedTarget:
         return cls(
             decoder,
             lm_head.to(device),
-            _Layers(slots, config=config, whole=whole, files=files, folder=folder, device=device),
+            LayerLoader(
+                slots, config=config, whole=whole, files=files, folder=folder, device=device
+            ),
             config=config,
             model_config=whole,
             group_tokens=group_tokens,
@@ -204,7 +186,7 @@ class StreamedTarget:
         captured = self.aux_layers if layers is None else tuple(layers)
         rounded = self.aux_layers[-1] if round_late else None
         passes = [
-            _Pass(
+            LayerPass(
                 self._decoder,
                 ids,
                 captured,
@@ -213,10 +195,8 @@ class StreamedTarget:
             )
             for ids in group
         ]
-        done, started = (
-            _Done(self.model_config.num_hidden_layers, self._on_tokens),
-            time.monotonic(),
-        )
+        started = time.monotonic()
+        done = _Done(self.model_config.num_hidden_layers, self._on_tokens)
         for one in passes:  # up to the first layer
             self.rope.forget(self._decoder)
             one.switch()
@@ -245,160 +225,6 @@ class _Done:
         before = self._passed // self._num_layers
         self._passed += num_tokens
         self._on_tokens(self._passed // self._num_layers - before)
-
-
-class _Pass(greenlet):
-    """One batch on its way through the decoder."""
-
-    last: Tensor
-
-    def __init__(
-        self,
-        decoder: nn.Module,
-        ids: Tensor,
-        captured: Sequence[int],
-        *,
-        rounded: int | None,
-        waits_in_main: bool,
-    ) -> None:
-        super().__init__()
-        self._decoder, self._ids = decoder, ids
-        self.num_tokens = ids.numel()
-        self._captured, self._rounded = captured, rounded
-        self._in_main = _InMain() if waits_in_main else None
-        self.states: dict[int, Tensor] = {}
-
-    def run(self) -> None:
-        """Run the decoder's own forward pass."""
-        output = self._decoder(input_ids=self._ids, use_cache=False)
-        self.last = output.last_hidden_state.cpu()
-
-    def wait(self, state: Tensor) -> None:
-        """Let the others pass, until the next layer is loaded. `state` is what it will read."""
-        assert self.parent is not None  # noqa: S101
-        if self._in_main is None:
-            self.parent.switch()
-            return
-        with self._in_main.keeping(state):
-            self.parent.switch()
-
-    def passed(
-        self, layer: int, output: Tensor | tuple[Tensor, ...]
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Keep the output of a layer if it is wanted; return what the next layer reads."""
-        state = output if isinstance(output, Tensor) else output[0]
-        if layer == self._rounded:
-            state = state.to(torch.bfloat16).to(state.dtype)
-            output = state if isinstance(output, Tensor) else (state, *output[1:])
-        if layer in self._captured:
-            self.states[layer] = state.to("cpu", copy=self._in_main is not None)
-        return output
-
-
-class _InMain:
-    """A place in main memory for the state of one batch."""
-
-    def __init__(self) -> None:
-        self._copy: Tensor | None = None
-
-    @contextmanager
-    def keeping(self, state: Tensor) -> Iterator[None]:
-        """Hold the values of `state` within the block; its own memory is free for others."""
-        if self._copy is None:
-            self._copy = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
-        self._copy.copy_(state, non_blocking=True)
-        storage = state.untyped_storage()
-        num_bytes = storage.nbytes()
-        storage.resize_(0)  # the frames that wait still refer to the tensor
-        yield
-        storage.resize_(num_bytes)
-        state.copy_(self._copy, non_blocking=True)
-
-
-class _Slot(nn.Module):
-    """The place of a layer in the decoder: a batch waits here until the layer is loaded."""
-
-    def __init__(self, plain: nn.Module) -> None:
-        """Answer for the layer `plain`, which has no weights: decoders read its kind."""
-        super().__init__()
-        object.__setattr__(self, "_plain", plain)  # no part of the module: it cannot be moved
-        self.number = 0
-        self.loaded: list[nn.Module] = []
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (as torch has it)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_plain"], name)
-
-    def forward(self, *inputs: object, **named: object) -> Tensor | tuple[Tensor, ...]:
-        """Wait for the layer, and pass through it."""
-        batch = getcurrent()
-        assert isinstance(batch, _Pass)  # noqa: S101
-        state = inputs[0] if inputs else named["hidden_states"]
-        assert isinstance(state, Tensor)  # noqa: S101
-        batch.wait(state)
-        return batch.passed(self.number, self.loaded[0](*inputs, **named))
-
-
-class _Layers:
-    """Loads one layer after the other into its slot."""
-
-    def __init__(
-        self,
-        slots: Sequence[_Slot],
-        *,
-        config: TargetConfig,
-        whole: PretrainedConfig,
-        files: Mapping[str, Path],
-        folder: Path,
-        device: torch.device,
-    ) -> None:
-        for number, slot in enumerate(slots):
-            slot.number = number
-        self._slots, self._config, self._whole = slots, config, whole
-        self._files, self._folder, self._device = files, folder, device
-        self.times = PassTimes()
-
-    def in_turn(self) -> Iterator[int]:
-        """Yield 1 with the first layer in its slot, 2 with the second, and so on."""
-        with ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader:
-            ahead = reader.submit(self._read, 0)
-            for number, slot in enumerate(self._slots):
-                tensors = ahead.result()
-                began = time.monotonic()
-                if number + 1 < len(self._slots):
-                    ahead = reader.submit(self._read, number + 1)
-                slot.loaded = [self._built(number, tensors)]
-                del tensors
-                self.times.placing += time.monotonic() - began
-                try:
-                    yield number + 1
-                finally:
-                    slot.loaded = []
-
-    def _read(self, number: int) -> dict[str, Tensor]:
-        """Read the weights of a layer from disk; only mapped, they would be read when used."""
-        began = time.monotonic()
-        layers = range(number, number + 1)
-        is_pinned = self._device.type == "cuda"
-        tensors = {
-            name: tensor.pin_memory() if is_pinned else tensor.clone()
-            for name, tensor in slice_tensors(
-                self._files, self._folder, layers, with_embedding=False
-            ).items()
-        }
-        self.times.reading += time.monotonic() - began
-        return tensors
-
-    def _built(self, number: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        part = build_slice(self._config, self._whole, tensors, range(number, number + 1))
-        layers: nn.ModuleList = part.layers  # type: ignore[assignment]
-        layer = layers[0]
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number  # type: ignore[assignment]
-        return layer.to(self._device, non_blocking=True)
 
 
 def _synchronize(device: torch.device) -> None:

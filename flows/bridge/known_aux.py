@@ -36,7 +36,7 @@ def _runs(batches: Iterable[PackedBatch], most: int) -> Iterator[list[PackedBatc
     """Yield batches in lists of at most `most` tokens, or of one batch."""
     run: list[PackedBatch] = []
     for batch in batches:
-        if run and sum(len(one.input_ids) for one in [*run, batch]) > most:
+        if run and sum(one.num_tokens for one in [*run, batch]) > most:
             yield run
             run = []
         run.append(batch)

@@ -122,7 +122,7 @@ def estimate_cost(
         task_tokens = min(to_make, config.shard_tokens * config.shards_per_task)
         job = MeasureJob(
             target=target,
-            token_file=TokenFile(tokens.train_path).path,
+            token_file=tokens.train_path,
             rows=rows_of_tokens(TokenFile(tokens.train_path), MEASURED_TOKENS),
             task_tokens=task_tokens,
             recompute=config.recompute,

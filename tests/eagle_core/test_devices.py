@@ -16,7 +16,7 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.safetensors_files import tensor_files
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
-from eagle_core.target import streamed
+from eagle_core.target import layer_loader
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.layer_slices import build_slice, slice_tensors
@@ -131,7 +131,7 @@ def test_so_does_one_that_runs_layer_by_layer(
         build_slice(config, whole, slice_tensors(tensor_files(folder), folder, layers), layers)
         for layers in (range(number, number + 1) for number in range(num_layers))
     ]
-    monkeypatch.setattr(streamed, "build_slice", lambda _c, _w, _t, layers: built[layers.start])
+    monkeypatch.setattr(layer_loader, "build_slice", lambda _c, _w, _t, layers: built[layers.start])
     with pretend_device() as device:
         for part in built:
             part.to(device)

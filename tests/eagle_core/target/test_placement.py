@@ -15,7 +15,6 @@ from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import read_model_config
 from eagle_core.target.placement import (
     Chosen,
-    TargetBytes,
     choose_placement,
     load_decoding_target,
     load_target,
@@ -23,6 +22,7 @@ from eagle_core.target.placement import (
     why_not_decoded,
 )
 from eagle_core.target.streamed import StreamedTarget
+from eagle_core.target.target_bytes import TargetBytes
 from tests.eagle_core.target.test_streamed import SIZES, write_model
 
 GIB = 2**30
