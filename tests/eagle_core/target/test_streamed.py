@@ -151,6 +151,14 @@ def test_layer_by_layer_the_states_are_those_of_the_whole_model(
             assert found == expected, for_recompute
 
 
+def test_a_layer_knows_its_number_in_the_model(tmp_path: Path) -> None:
+    layers = StreamedTarget.load(write("llama", tmp_path), group_tokens=100)._layers
+    built = layers._built(3, layers._read(3))
+    numbers = [part.layer_idx for part in built.modules() if hasattr(part, "layer_idx")]
+    assert numbers
+    assert set(numbers) == {3}
+
+
 def test_any_layers_can_be_captured(tmp_path: Path) -> None:
     config, given, chosen = write("llama", tmp_path), samples((5, 41, 19)), (0, 2, 7)
     whole, streamed = TargetModel.load(config), StreamedTarget.load(config, group_tokens=100)
