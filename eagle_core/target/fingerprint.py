@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.engine.vllm_process import vllm_version
 from eagle_core.target.model_config import aux_layers, read_model_config
 
 CAPTURE_VERSION = 1
@@ -15,15 +16,29 @@ NORM_CONVENTION = "post_norm"
 
 
 def fingerprint_fields(config: TargetConfig, folder: Path) -> dict[str, str]:
-    """Return the inputs that determine the bytes of the hidden states, by readable name."""
+    """Return the inputs that determine the bytes of the hidden states, by readable name.
+
+    Raises:
+        ConfigError: the backend is vLLM, and its version is not known here.
+
+    """
     model_config = read_model_config(config, folder)
     return {
         "aux_layers": json.dumps(aux_layers(config, model_config.num_hidden_layers)),
-        "attention": config.attention,
+        **_of_backend(config),
         "capture_version": str(CAPTURE_VERSION),
         "dtype": config.dtype,
         "norm_convention": NORM_CONVENTION,
         "weights": json.dumps(weights.weight_digests(folder), sort_keys=True),
+    }
+
+
+def _of_backend(config: TargetConfig) -> dict[str, str]:
+    if config.backend == "transformers":
+        return {"attention": config.attention}
+    return {
+        "backend": f"vllm {vllm_version(config)}",
+        "quantization": config.quantization or "as stored",
     }
 
 

@@ -73,6 +73,11 @@ class TargetModel:
             return cls(model, config=config, model_config=model_config)
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch, padding included."""
+        return self.config.batch_tokens
+
+    @property
     def pass_tokens(self) -> int:
         """1: all weights are in memory for each batch."""
         return 1

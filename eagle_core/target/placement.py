@@ -11,6 +11,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.engine.vllm_target import VllmTarget
 from eagle_core.target.free_memory import ALONE, Memory, MemoryShare
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import (
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 class Chosen:
     """A placement, and why."""
 
-    placement: Literal["whole", "spread", "streamed"]
+    placement: Literal["whole", "spread", "streamed", "vllm"]
     reason: str
     group_tokens: int = 0
     """Tokens that pass through a streamed layer together."""
@@ -161,6 +162,8 @@ def placement_of(config: TargetConfig, share: MemoryShare = ALONE) -> Chosen:
         CorruptError: a weight file is damaged; names it.
 
     """
+    if config.backend == "vllm":
+        return Chosen(placement="vllm", reason="target.backend is vllm")
     if config.placement == "whole":
         return Chosen(placement="whole", reason="target.placement is whole")
     device, sizes = resolve_device(config.device), _sizes(config)
@@ -215,6 +218,8 @@ def load_placed(
     config: TargetConfig, chosen: Chosen, *, on_tokens: OnTokens = lambda _tokens: None
 ) -> CapturingTarget:
     """Load a target as `chosen`; else as `load_target`."""
+    if chosen.placement == "vllm":
+        return VllmTarget.load(config)
     if chosen.placement != "streamed":
         return _loaded(config, chosen)
     logger.info(

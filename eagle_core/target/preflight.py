@@ -18,6 +18,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import require_ends
+from eagle_core.target.engine.vllm_process import require_vllm
 from eagle_core.target.loading import rehearse_loading
 from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config
@@ -67,8 +68,9 @@ def check_target(
         rolls_back: whether decoding drops tokens from its cache again.
 
     Raises:
-        ConfigError: an unsupported architecture, attention kernel, quantisation or placement, too
-            few positions, or a tokenizer with tokens that have no embedding.
+        ConfigError: an unsupported architecture, attention kernel, quantisation or placement, no
+            vLLM where that is the backend, too few positions, or a tokenizer with tokens that have
+            no embedding.
         CorruptError: weights are missing, left over, cut, or of another shape; names them.
 
     """
@@ -81,6 +83,10 @@ def check_target(
     _require_plain_logits(config, text)
     if config.placement == "streamed":
         streamable_layers(config, whole)
+    if config.backend == "vllm":
+        if runs_here:
+            require_vllm(config)
+        runs_here = False  # not by transformers
     if not runs_here:
         config = config.model_copy(update={"attention": "eager"})
     skeleton = build_skeleton(config, whole)

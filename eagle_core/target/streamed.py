@@ -142,6 +142,11 @@ class StreamedTarget:
         )
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch, padding included."""
+        return self.config.batch_tokens
+
+    @property
     def times(self) -> PassTimes:
         """What passes took since loading, or since `forget_times`."""
         return self._layers.times

@@ -4,8 +4,10 @@ from typing import Protocol
 
 from transformers import PretrainedConfig
 
+from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.engine.vllm_target import recompute_obstacle
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
 from eagle_core.target.layer_slices import plain_layers, require_chain, require_own_layers
 from eagle_core.target.model_config import aux_layers, read_model_config
@@ -65,9 +67,11 @@ def omitted_states(target: TargetConfig, model_config: PretrainedConfig) -> Omit
     """Return which states a store of this target may omit, and which layers recompute them.
 
     Raises:
-        ConfigError: the layers of this architecture cannot be run alone.
+        ConfigError: the layers of this architecture cannot be run alone, or vLLM computes states.
 
     """
+    if target.backend == "vllm":
+        raise ConfigError(recompute_obstacle(target))
     num_layers = model_config.num_hidden_layers
     early, last = recomputed_layers(aux_layers(target, num_layers), num_layers)
     require_chain(model_config, cure=CURE)

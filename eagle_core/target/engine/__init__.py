@@ -1,0 +1,1 @@
+"""Engines that run a target in a process of their own."""

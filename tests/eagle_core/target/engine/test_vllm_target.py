@@ -1,0 +1,171 @@
+"""States that real vLLM computes: those of transformers, and what happens when it dies.
+
+make test-engine
+"""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from eagle_core.errors import ConfigError, TransientError
+from eagle_core.target.capture import CapturingTarget, capture_states
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.engine.vllm_target import VllmTarget
+from eagle_core.target.model import TargetModel
+from tests.eagle_core.target.test_streamed import bits, samples
+from tests.waiting import wait_for
+
+PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3_moe": EXPERTS,
+    # All experts of each token: of two that are near a tie, rounding may choose either.
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 16},
+}
+LENGTHS = (40, 1, 17, 96)
+RELATIVE = 1e-5
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON is None, reason="needs vLLM; see CONTRIBUTING.md: make test-engine"),
+]
+
+
+def write(name: str, folder: Path) -> TargetConfig:
+    """Write a random target with weights that matter everywhere."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "model_type": name, **ARCHITECTURES.get(name, {})}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(sizes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return TargetConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": str(folder),
+            "dtype": "float32",
+            "device": "cpu",
+            "attention": "eager" if name == "gpt_oss" else "sdpa",
+            "backend": "vllm",
+            "vllm_python": PYTHON,
+        }
+    )
+
+
+def states(target: CapturingTarget, layers: Sequence[int] | None = None) -> list[torch.Tensor]:
+    """Return the states [T, 4, H] of each sample, as they come from the target."""
+    batches = [torch.from_numpy(one.input_ids[None].astype(np.int64)) for one in samples(LENGTHS)]
+    return [
+        torch.stack([*aux, last], dim=2)[0] for last, aux in target.run_each(batches, layers=layers)
+    ]
+
+
+def by_transformers(config: TargetConfig) -> TargetModel:
+    return TargetModel.load(config.model_copy(update={"backend": "transformers"}))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_states_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    config = write(name, tmp_path)
+    target = VllmTarget.load(config)
+    for ours, theirs in zip(states(target), states(by_transformers(config)), strict=True):
+        off = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+        assert off.max() < RELATIVE
+    target.close()
+
+
+def test_what_a_store_gets_is_the_same_each_time(tmp_path: Path) -> None:
+    """Also of other layers, after a death, and with the teacher of transformers."""
+    config = write("llama", tmp_path)
+    target, given = VllmTarget.load(config), samples(LENGTHS)
+    first = list(capture_states(target, given))
+    assert bits(iter(first)) == bits(capture_states(target, given))
+
+    assert target._process is not None
+    os.kill(target._process._process.pid, signal.SIGKILL)
+    with pytest.raises(TransientError, match="killed by signal 9"):
+        list(capture_states(target, given))
+    assert bits(iter(first)) == bits(capture_states(target, given))
+
+    expected = {one.sample_id: one for one in capture_states(by_transformers(config), given)}
+    for one in first:
+        other = expected[one.sample_id]
+        assert one.target_argmax.tolist() == other.target_argmax.tolist()
+        assert_close(one.target_logsumexp, other.target_logsumexp)
+        assert one.argmax_logprob is not None
+        assert other.argmax_logprob is not None
+        assert_close(one.argmax_logprob, other.argmax_logprob)
+
+    chosen = [7, 0, 3]
+    for ours, theirs in zip(
+        states(target, chosen), states(by_transformers(config), chosen), strict=True
+    ):
+        assert (ours - theirs).norm() < RELATIVE * theirs.norm()
+    target.close()
+
+
+def assert_close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_target_whose_states_vllm_cannot_capture_is_refused_with_its_reason(
+    tmp_path: Path,
+) -> None:
+    target = VllmTarget.load(write("gemma3_text", tmp_path))
+    with pytest.raises(
+        ConfigError, match="vLLM does not run it: RuntimeError: Model does not support EAGLE3"
+    ):
+        states(target)
+
+
+def test_it_does_not_outlive_the_process_that_started_it(tmp_path: Path) -> None:
+    config = write("llama", tmp_path / "target")
+    program = (
+        "import sys, time, torch\n"
+        "from eagle_core.target.config import TargetConfig\n"
+        "from eagle_core.target.engine.vllm_target import VllmTarget\n"
+        "target = VllmTarget.load(TargetConfig.model_validate_json(sys.argv[1]))\n"
+        "list(target.run_each([torch.tensor([[1, 2, 3]])]))\n"
+        "print(target._process._process.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, config.model_dump_json()],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as parent:
+        assert parent.stdout is not None
+        number = int(parent.stdout.readline())
+        assert psutil.pid_exists(number)
+        parent.kill()
+    wait_for(lambda: not psutil.pid_exists(number), what="the end of vLLM")
+    wait_for(lambda: not list(tmp_path.glob("eyas-vllm-*")), what="the end of its files")
