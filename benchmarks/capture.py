@@ -1,9 +1,10 @@
-"""Capturing states: whole against layer by layer, and a target that is larger than its memory.
+"""Capturing states: whole, layer by layer and by vLLM, and a target that is larger than its memory.
 
 `python -m benchmarks.capture smollm2 --results docs/benchmarks/capture.md` takes conversations that
 `make demo` (or a hidden-states flow) left in the home folder. Each capture runs in a process of its
-own; those of one type take turns within each round. With `--large FOLDER`, a random target of
-about 16 GB is written there, captured layer by layer, and deleted.
+own; those of one type take turns within each round. With `--vllm-python PYTHON`, vLLM takes its
+turn. With `--large FOLDER`, a random target of about 16 GB is written there, captured layer by
+layer, and deleted.
 """
 
 import argparse
@@ -38,8 +39,8 @@ REPORT = """\
 `{command}`: {machine}; {threads} threads; median of {rounds}.
 
 {name}, {tokens:,} tokens of real conversations in batches of {batch_tokens:,}; teacher included.
-Memory is the peak of anonymous memory above that of the process before the target is loaded:
-without mapped weight files.
+Memory is the peak of anonymous memory, of vLLM's process too, above that of the process before
+the target is loaded: without mapped weight files. vLLM's includes its cache.
 
 {rates}
 {large}
@@ -107,18 +108,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--passes", type=int, nargs="+", default=PASSES, help="of a capture")
+    parser.add_argument("--batch-tokens", type=int, help="of transformers; the recipe's if empty")
+    parser.add_argument("--vllm-python", default="", help="a Python with vLLM")
     parser.add_argument("--large", type=Path, help="folder for a target of 16 GB, deleted after")
     parser.add_argument("--large-layers", type=int, default=36)
     parser.add_argument("--large-tokens", type=int, default=2048)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe)
+    batch = f"target.batch_tokens={arguments.batch_tokens}" if arguments.batch_tokens else ""
+    recipe = load_recipe(arguments.recipe, [batch] if batch else [])
     space = Workspace(home=arguments.home, target=recipe.target.name, dataset=recipe.dataset.name)
     tokens = max(space.tokens_path.glob("train-*.arrow"), key=lambda path: path.stat().st_mtime)
     console = Console(width=160)
     rows = []
     for dtype in arguments.dtypes:
-        cases = list(_cases(recipe.target, dtype, arguments.tokens, arguments.passes))
+        cases = list(
+            _cases(
+                *(recipe.target, dtype, arguments.tokens, arguments.passes, arguments.vllm_python)
+            )
+        )
         done = _in_turns(cases, tokens, arguments.tokens, arguments.rounds)
         rows += list(_rates(cases, done))
         console.print("\n".join(rows), markup=False)
@@ -148,10 +156,13 @@ def _threads() -> int:
 
 
 def _cases(
-    target: TargetConfig, dtype: str, num_tokens: int, passes: Sequence[int]
+    target: TargetConfig, dtype: str, num_tokens: int, passes: Sequence[int], vllm_python: str
 ) -> Iterator[Case]:
     plain = target.model_copy(update={"dtype": dtype, "device": "cpu", "placement": "whole"})
     yield Case(title=f"whole | {dtype} |", target=plain)
+    if vllm_python:
+        engine = {"backend": "vllm", "vllm_python": vllm_python, "placement": "auto"}
+        yield Case(title=f"vLLM | {dtype} |", target=plain.model_copy(update=engine))
     for number in passes:
         most = int(_PADDING * num_tokens / number)
         streamed = plain.model_copy(update={"placement": "streamed", "stream_tokens": most})

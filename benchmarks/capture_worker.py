@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from pydantic import BaseModel
 
@@ -20,7 +21,8 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.placement import load_target
 from eagle_core.tokenization.token_file import TokenFile
 
-_SAMPLED_EVERY = 0.02
+_SAMPLED_EVERY = 0.05
+_SELF = psutil.Process()
 
 
 class Job(BaseModel):
@@ -62,10 +64,17 @@ def _peak_memory() -> Iterator[_Peak]:
 
 
 def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon")
+    """Return the size of the memory of this process and its children that is no file's."""
+    return sum(map(_of_process, [os.getpid(), *(one.pid for one in _SELF.children())]))
+
+
+def _of_process(number: int) -> int:
+    try:
+        lines = Path(f"/proc/{number}/status").read_text(encoding="ascii").splitlines()
+    except OSError:  # it has ended
+        return 0
+    sizes = (int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    return next(sizes, 0)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""bfloat16 as the uint16 bit patterns that NumPy and the store can hold, and finite tensors."""
+"""bfloat16: as the uint16 bit patterns that NumPy and the store can hold, and where it is fast."""
 
 from collections.abc import Mapping
 
@@ -10,6 +10,17 @@ from torch import Tensor
 from eagle_core.errors import CorruptError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has units for bfloat16 products; without, they are far slower."""
+    if device.type == "cuda":
+        has_units: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return has_units
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return False
 
 
 def to_bfloat16_bits(tensor: Tensor) -> NDArray[np.uint16]:

@@ -14,7 +14,7 @@ from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import DraftSetup
 from flows.bridge.recompute import load_recompute_model
-from flows.bridge.store_identity import open_store
+from flows.bridge.store_identity import as_in_store, open_store
 from flows.bridge.stored_source import StoredSource
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
@@ -29,7 +29,7 @@ from flows.reports.run_record import ESTIMATE_NAME, write_stage
 from flows.reports.table import print_table
 from flows.summaries import EstimateSummary
 from flows.tasks.trained_run import TrainedRun, open_run
-from flows.workspace import DEFAULT_HOME, RunName
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.reader import SnapshotReader
 from storage.records.snapshot import Snapshot
 
@@ -60,9 +60,11 @@ def estimate_flow(
 
     """
     started = time.monotonic()
+    root = store_root(store, Workspace.at(home, target=target.name, dataset=dataset.name))
+    target = as_in_store(target, root)
     trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
     run_path = trained.path
-    reader = _held_out(trained, store)
+    reader = _held_out(trained, store, root)
     setup, found = trained.load_draft()
     title = f"{target.name} on {dataset.name}, run {run}"
     summary = EstimateSummary(
@@ -87,9 +89,9 @@ def estimate_flow(
     return summary
 
 
-def _held_out(trained: TrainedRun, config: StoreConfig) -> SnapshotReader:
+def _held_out(trained: TrainedRun, config: StoreConfig, root: str) -> SnapshotReader:
     """Return the held-out samples of the store, which must match this target and tokenizer."""
-    opened = open_store(trained.target, config, store_root(config, trained.space))
+    opened = open_store(trained.target, config, root)
     held_out = trained.held_out().sample_ids
     if not held_out:
         raise ConfigError(

@@ -7,7 +7,7 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
-from flows.bridge.store_identity import store_identity
+from flows.bridge.store_identity import as_in_store, store_identity
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
@@ -55,6 +55,7 @@ def hidden_states(
     place: Literal["here", "on workers"] = "here" if runner.kind == "processes" else "on workers"
     space, tokens = prepare(target, dataset, home, capture=place)
     root = store_root(store, space)
+    target = as_in_store(target, root)
     preflight(target, store, tokens, root, runner)
     opened = Store.create(root, store_identity(target, store, tokens))
     plan = plan_missing_shards(opened, tokens, shard_tokens=store.shard_tokens)

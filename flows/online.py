@@ -14,6 +14,7 @@ from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
+from eagle_core.target.model_config import with_dtype
 from eagle_core.target.placement import load_target
 from eagle_core.target.weights import locate
 from eagle_core.tokenization.token_file import TokenFile
@@ -27,7 +28,7 @@ from flows.bridge.online_source import OnlineSource
 from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run, begun_run, write_run
 from flows.bridge.run_lock import sole_training
-from flows.bridge.store_identity import store_identity
+from flows.bridge.store_identity import as_in_store, store_identity
 from flows.bridge.token_files import current_content
 from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
@@ -127,8 +128,11 @@ def online(
 
 def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -> TrainSummary:
     """Train on states that the target computes, and publish them if they are kept."""
-    target, training, run_path = config.target, config.training, space.run_path(run)
+    training, run_path = config.training, space.run_path(run)
     begun = begun_run(run_path)
+    root = store_root(config.store, space) if config.store.keep else None
+    target = _with_known_dtype(config.target, begun.record if begun else None, root)
+    config = dataclasses.replace(config, target=target)
     max_length = None if begun else config.dataset.max_length
     check_runnable(target, max_length=max_length, rolls_back=is_decoded)  # evaluation comes last
     known = begun.record if begun else None
@@ -144,7 +148,6 @@ def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -
         lock = stack.enter_context(sole_training(run_path))
         coverage = choose_vocabulary(target, training, train_tokens, run_path)
         setup = set_up_draft(target, training, run_path)
-        root = store_root(config.store, space) if config.store.keep else None
         keeper = None
         if root is not None:
             keeper = stack.enter_context(_keeper(config, root, tokens, setup))
@@ -187,6 +190,13 @@ def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -
             _publish(keeper, space.snapshot_name("train"), tokens.content)
             write_record()  # with the current size of the states
     return trained
+
+
+def _with_known_dtype(target: TargetConfig, known: Run | None, root: str | None) -> TargetConfig:
+    """Return a target whose dtype, if it is `auto`, is that of the run or of the store."""
+    if known is not None:
+        return with_dtype(target, known.target_fields.get("dtype"))
+    return with_dtype(target) if root is None else as_in_store(target, root)
 
 
 def _target(config: RunConfig) -> CapturingTarget:

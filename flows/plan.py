@@ -10,6 +10,7 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.training.config import TrainingConfig
+from flows.bridge.store_identity import as_in_store
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.artifact_key import artifact_key
@@ -51,7 +52,9 @@ def plan(
 
     """
     space, tokens = prepare(target, dataset, home, capture="here")
-    estimate = estimate_cost(target, store, tokens, store_root(store, space), runner)
+    root = store_root(store, space)
+    target = as_in_store(target, root)
+    estimate = estimate_cost(target, store, tokens, root, runner)
     rows = cost_rows(estimate)
     title = f"Plan: {target.name} on {dataset.name}"
     report_stage(title, rows, key=artifact_key("plan", target.name, dataset.name))

@@ -26,7 +26,7 @@ from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run, write_run
 from flows.bridge.run_lock import RunLock, sole_training
 from flows.bridge.semantic_probe import require_sound
-from flows.bridge.store_identity import open_store
+from flows.bridge.store_identity import as_in_store, open_store
 from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.credentials import store_root
@@ -82,14 +82,15 @@ def train_flow(
     """
     _require_devices(target, training.num_processes)
     require_trackers(tracking)
-    config = RunConfig(
-        target=target, dataset=dataset, store=store, training=training, tracking=tracking
-    )
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     run_path = space.run_path(run)
     require_start(training, run_path)
     prepare_weights(target)
     root = store_root(store, space)
+    target = as_in_store(target, root)
+    config = RunConfig(
+        target=target, dataset=dataset, store=store, training=training, tracking=tracking
+    )
     opened = open_store(target, store, root)
     if snapshot_id is None and run in opened.snapshot_ids():
         snapshot_id = run  # automations of older versions name the run by its snapshot

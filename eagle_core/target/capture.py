@@ -24,6 +24,8 @@ from eagle_core.target.model import Captured
 OnUnusable = Callable[[TokenizedSample, str], None]
 """Called with a sample whose states cannot be stored, and the reason."""
 LOGITS_CHUNK_TOKENS = 1024
+_CACHED_BYTES = 1 << 20
+"""Of logits that several passes read: half of a core's second-level cache."""
 _PLAIN_ROPE = LengthRope()
 
 
@@ -218,12 +220,22 @@ def _teacher(target: CapturingTarget, last: Tensor) -> tuple[np.ndarray, np.ndar
     """
     argmax, logsumexp, logprob = [], [], []
     for chunk in torch.split(last, LOGITS_CHUNK_TOKENS):
-        logits = target.logits(chunk).float()
-        index = logits.argmax(dim=-1)
-        argmax.append(index.to(torch.int32))
-        logsumexp.append(logits.logsumexp(dim=-1))
-        logprob.append(logits.gather(-1, index[:, None])[:, 0] - logsumexp[-1])
+        logits = target.logits(chunk)
+        for rows in torch.split(logits, _rows_together(logits)):
+            values = rows.float()
+            best, index = values.max(dim=-1)
+            total = values.sub_(best[:, None]).exp_().sum(dim=-1).log_().add_(best)
+            argmax.append(index.to(torch.int32))
+            logsumexp.append(total)
+            logprob.append(best - total)
     return _joined(argmax), _joined(logsumexp), _joined(logprob)
+
+
+def _rows_together(logits: Tensor) -> int:
+    """Return how many rows [V] to pass over at once: on a CPU, as many as stay in its cache."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(1, _CACHED_BYTES // (logits.shape[-1] * torch.float32.itemsize))
 
 
 def _why_unusable(aux: Tensor, last: Tensor, logsumexp: NDArray[np.float32]) -> str:

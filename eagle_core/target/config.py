@@ -9,6 +9,7 @@ from eagle_core.tokenization.config import TemplateConfig
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Placement = Literal["auto", "whole", "streamed", "spread"]
+TargetDtype = Literal["auto", "float32", "bfloat16"]
 Backend = Literal["transformers", "vllm"]
 
 
@@ -26,10 +27,11 @@ class TargetConfig(ConfigModel):
         default=None,
         description="Commit, branch or tag of a Hugging Face id; pin it for real runs.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: TargetDtype = Field(
         default="bfloat16",
-        description="Arithmetic of the forward pass. States are stored as bfloat16 either way; use "
-        "float32 on CPUs without bfloat16 matrix units, where bfloat16 is about 100 times slower.",
+        description="Arithmetic of the forward pass. States are stored as bfloat16 either way. "
+        "auto: that of the store if there is one, else bfloat16 on devices that have units for it "
+        "and float32 on others, where bfloat16 is about 100 times slower.",
     )
     device: str = Field(
         default="auto", description="auto (CUDA if available), cpu, cuda or cuda:N."

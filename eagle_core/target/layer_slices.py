@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from eagle_core.bfloat16 import DTYPES
 from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import load_tensor
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.decoder import find_decoder
 from eagle_core.target.end_weights import embedding_name
+from eagle_core.target.model_config import target_dtype
 from eagle_core.target.skeleton import build_skeleton, certain, silent
 
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
@@ -208,7 +208,7 @@ def _build(
             None,
             config=part,
             state_dict=dict(tensors),
-            dtype=DTYPES[config.dtype],
+            dtype=target_dtype(config),
             attn_implementation=config.attention,
             output_loading_info=True,
         )

@@ -20,6 +20,7 @@ from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.safetensors_files import TensorHeader
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.loading_report import LoadingInfo, report, some
+from eagle_core.target.model_config import target_dtype
 from eagle_core.target.skeleton import certain, silent
 
 if TYPE_CHECKING:  # takes 2 of the 8 seconds before a flow starts; only running a model needs it
@@ -53,7 +54,7 @@ def load_model(config: TargetConfig, folder: Path, *, is_spread: bool = False) -
     with certain(config, f"transformers {transformers.__version__} cannot load {folder}"):
         found: tuple[PreTrainedModel, LoadingInfo] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             folder,
-            dtype=DTYPES[config.dtype],
+            dtype=target_dtype(config),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
@@ -65,7 +66,7 @@ def load_model(config: TargetConfig, folder: Path, *, is_spread: bool = False) -
         _require_on_gpus(loaded, config)
     _require_complete(loaded, info, config, folder)
     dtypes = {parameter.dtype for parameter in loaded.parameters()}
-    if config.dtype == "float32" and dtypes <= set(DTYPES.values()):
+    if target_dtype(config) == torch.float32 and dtypes <= set(DTYPES.values()):
         loaded.float()  # type: ignore[no-untyped-call]  # of a dequantised model, some are in the dtype of the file
     return loaded
 
@@ -97,7 +98,7 @@ def rehearse_loading(
                 None,
                 config=copy.deepcopy(whole),
                 state_dict={name: _meta_tensor(header) for name, header in headers.items()},
-                dtype=DTYPES[config.dtype],
+                dtype=target_dtype(config),
                 attn_implementation=config.attention,
                 device_map={"": "meta"},
                 output_loading_info=True,

@@ -11,6 +11,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from eagle_core.bfloat16 import DTYPES, multiplies_bfloat16
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.skeleton import reason_of
@@ -53,6 +54,22 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def target_dtype(config: TargetConfig) -> torch.dtype:
+    """Return the arithmetic of a target; `auto` is what is fast on its device."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    is_fast = multiplies_bfloat16(resolve_device(config.device))
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def with_dtype(config: TargetConfig, name: str | None = None) -> TargetConfig:
+    """Return a target whose dtype is decided: as set, else `name`, else what is fast here."""
+    if config.dtype != "auto":
+        return config
+    decided = name or str(target_dtype(config)).removeprefix("torch.")
+    return config.model_copy(update={"dtype": decided})
 
 
 def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from eagle_core.bfloat16 import DTYPES
 from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import tensor_files
 from eagle_core.target import weights
@@ -34,7 +33,12 @@ from eagle_core.target.layer_slices import (
 )
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model import Captured, plain_head
-from eagle_core.target.model_config import aux_layers, read_whole_config, resolve_device
+from eagle_core.target.model_config import (
+    aux_layers,
+    read_whole_config,
+    resolve_device,
+    target_dtype,
+)
 from eagle_core.target.skeleton import certain
 
 CURE = "set target.placement to whole or spread"
@@ -124,7 +128,7 @@ class StreamedTarget:
             decoder = build_ends(config, whole, slice_tensors(files, folder, range(0)))
             decoder.layers = nn.ModuleList(slots)
             decoder.config.num_hidden_layers = len(slots)
-            embedding, lm_head = load_ends(folder, dtype=DTYPES[config.dtype])
+            embedding, lm_head = load_ends(folder, dtype=target_dtype(config))
         nn.Module.to(decoder, device)
         if lm_head is embedding:  # tied: it is in memory once
             lm_head = decoder.get_input_embeddings().weight.detach()  # type: ignore[operator]

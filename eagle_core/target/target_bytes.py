@@ -7,10 +7,10 @@ from math import prod
 
 from transformers import PretrainedConfig
 
-from eagle_core.bfloat16 import DTYPES
 from eagle_core.safetensors_files import TensorHeader
 from eagle_core.target.capture import LOGITS_CHUNK_TOKENS
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.model_config import target_dtype
 
 _STATES_IN_A_LAYER = 24
 """Per token of the batch that runs: what attention and feed-forward block need."""
@@ -45,7 +45,7 @@ class TargetBytes:
         headers: Mapping[str, TensorHeader],
     ) -> "TargetBytes":
         """Return the sizes, from the headers of the weight files."""
-        itemsize = DTYPES[config.dtype].itemsize
+        itemsize = target_dtype(config).itemsize
         sizes: dict[int, int] = {}
         on_disk = 0
         for name, header in headers.items():

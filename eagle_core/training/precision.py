@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from eagle_core.bfloat16 import DTYPES
+from eagle_core.bfloat16 import DTYPES, multiplies_bfloat16
 
 TrainingDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -13,19 +13,9 @@ def multiplying_dtype(wanted: TrainingDtype, device: torch.device) -> torch.dtyp
     """Return the `wanted` dtype; for "auto" the one that is fast on `device`."""
     if wanted != "auto":
         return DTYPES[wanted]
-    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype in configurations."""
     return str(dtype).removeprefix("torch.")
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        has_units: bool = torch.cuda.is_bf16_supported(including_emulation=False)
-        return has_units
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return False

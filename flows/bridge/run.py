@@ -17,7 +17,7 @@ from eagle_core.draft.vocabulary import Coverage, DraftVocabulary, SourceCoverag
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.fingerprint import fingerprint_fields
+from eagle_core.target.fingerprint import fields_of_draft, fingerprint_fields
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training import checkpoint
@@ -30,8 +30,6 @@ from flows.summaries import TokensSummary
 
 RUN_NAME = "run.json"
 FORMAT_VERSION = 1
-_STATE_FIELDS = frozenset({"dtype", "attention", "capture_version"})
-"""Fields of a target that affect only its states; a draft also serves other values."""
 
 
 class Run(BaseModel):
@@ -118,18 +116,18 @@ class Run(BaseModel):
     def require_target(self, target: TargetConfig, run_path: Path) -> None:
         """Raise MismatchError, naming the fields, unless `target` is the target of the run.
 
-        Device, arithmetic and attention kernel may differ: a draft serves a target with any.
+        Device, arithmetic, kernels and backend may differ: a draft serves a target with any.
         """
         tokenizer = conversation_tokenizer(target)
-        fields = fingerprint_fields(target, weights.locate(target))
+        fields = fields_of_draft(target, weights.locate(target))
         own = {"tokenizer": self.tokenizer_fingerprint, "template": self.template_fingerprint}
         now = {
             "tokenizer": tokenizer.tokenizer_fingerprint,
             "template": tokenizer.template_fingerprint,
         }
-        for name in fields.keys() - _STATE_FIELDS:
+        for name, value in fields.items():
             own[f"target.{name}"] = self.target_fields.get(name, "")
-            now[f"target.{name}"] = fields[name]
+            now[f"target.{name}"] = value
         require_identity(run_path / RUN_NAME, own, now)
 
 

@@ -10,10 +10,12 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_target import recompute_obstacle
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
 from eagle_core.target.layer_slices import plain_layers, require_chain, require_own_layers
-from eagle_core.target.model_config import aux_layers, read_model_config
+from eagle_core.target.model_config import aux_layers, read_model_config, with_dtype
 from eagle_core.target.recompute_model import CURE, recomputed_layers
 from eagle_core.target.tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
+from storage.objects.object_store import ObjectStore
+from storage.records import keys
 from storage.records.identity import OmittedStates, StoreIdentity
 from storage.store import Store
 
@@ -42,6 +44,17 @@ def open_store(target: TargetConfig, config: StoreConfig, root: str) -> Store:
     expected = store_identity(target, config, conversation_tokenizer(target))
     opened.identity.require_equal(expected, where=f"the store at {opened.root.url}")
     return opened
+
+
+def as_in_store(target: TargetConfig, root: str) -> TargetConfig:
+    """Return a target whose dtype, if it is `auto`, is that of the store at `root`.
+
+    Without a store, it is what is fast on this machine.
+    """
+    is_there = target.dtype == "auto" and ObjectStore.at(root).exists(keys.IDENTITY)
+    return with_dtype(
+        target, Store.open(root).identity.target_fields.get("dtype") if is_there else None
+    )
 
 
 def store_identity(target: TargetConfig, store: StoreConfig, tokens: Tokenizing) -> StoreIdentity:

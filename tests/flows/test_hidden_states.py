@@ -21,9 +21,12 @@ from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.run import read_run
 from flows.config.store import StoreConfig
+from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states
 from flows.orchestration.artifact_key import artifact_key
+from flows.plan import plan
 from flows.train import train_flow
+from flows.verify import verify_flow
 from flows.workers.shard_worker import _samples_of
 from flows.workspace import Workspace
 from storage.errors import MismatchError
@@ -294,3 +297,35 @@ def test_shard_task_names_tell_their_range(
 ) -> None:
     hidden_states(target=target, dataset=dataset, store=store, home=str(tmp_path))
     assert {"plan", "shards 00000-00003", "publish snapshot"} <= set(_task_run_names())
+
+
+def test_a_dtype_that_is_left_open_is_that_of_the_store(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Made on a machine with units for bfloat16, it can be extended and trained on without."""
+    units = "eagle_core.target.model_config.multiplies_bfloat16"
+    undecided = target.model_copy(update={"dtype": "auto"})
+    made = {}
+    for has_units in (True, False):
+        monkeypatch.setattr(units, lambda _device, has_units=has_units: has_units)
+        home = str(tmp_path / str(has_units))
+        made[has_units] = hidden_states(target=undecided, dataset=dataset, store=store, home=home)
+    with_units, without = (Store.open(made[key].store_root).identity for key in (True, False))
+    assert with_units.target_fields["dtype"] == "bfloat16"
+    assert without.target_fields["dtype"] == "float32"
+
+    home = str(tmp_path / "True")  # on a machine without units
+    again = hidden_states(target=undecided, dataset=dataset, store=store, home=home)
+    assert again.shards_made == 0
+    assert plan(target=undecided, dataset=dataset, store=store, home=home).missing_samples == 0
+    verify_flow(target=undecided, dataset=dataset, store=store, home=home)
+    training = TrainingConfig(dtype="float32", draft_vocab_size=300, max_steps=2, batch_tokens=256)
+    train_flow(undecided, dataset, store=store, training=training, home=home)
+    summary = estimate_flow(undecided, dataset, store=store, training=training, home=home)
+    assert summary.checkpoint_step == 2
+    with pytest.raises(MismatchError, match="target dtype: found 'bfloat16', expected 'float32'"):
+        hidden_states(target=target, dataset=dataset, store=store, home=home)

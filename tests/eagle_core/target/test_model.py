@@ -19,16 +19,16 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
+from eagle_core.bfloat16 import DTYPES, from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target import weights
-from eagle_core.target.capture import batches_by_length, capture_states
+from eagle_core.target.capture import _teacher, batches_by_length, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.fingerprint import fingerprint_fields
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import aux_layers
+from eagle_core.target.model_config import aux_layers, with_dtype
 
 SIZES = {
     "vocab_size": 90,
@@ -217,6 +217,38 @@ def test_the_fingerprint_sees_one_changed_weight(tiny_target_path: Path, tmp_pat
     (tmp_path / "model.safetensors").write_bytes(data)
     after = fingerprint_fields(config, tmp_path)
     assert {name for name in before if before[name] != after[name]} == {"weights"}
+
+
+def test_a_dtype_that_is_left_open_is_what_is_fast(
+    tiny_target_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TargetConfig(name="tiny", model=str(tiny_target_path), dtype="auto", device="cpu")
+    for has_units, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(
+            "eagle_core.target.model_config.multiplies_bfloat16",
+            lambda _device, has_units=has_units: has_units,
+        )
+        assert TargetModel.load(config).lm_head_weight.dtype == DTYPES[name]
+        assert fingerprint_fields(config, tiny_target_path)["dtype"] == name
+        assert with_dtype(config).dtype == name
+        assert with_dtype(config, "float32").dtype == "float32"
+    decided = config.model_copy(update={"dtype": "bfloat16"})
+    assert with_dtype(decided, "float32") is decided
+
+
+def test_the_teacher_is_that_of_a_plain_softmax() -> None:
+    """In tiles of a few rows, also where one is all that fits."""
+    target, _ = small_target(ARCHITECTURES["llama"])
+    last = torch.randn(37, target.model_config.hidden_size)
+    logits = target.logits(last).float()
+    for cached in (1, 3 * logits.shape[-1] * 4, 1 << 30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("eagle_core.target.capture._CACHED_BYTES", cached)
+            argmax, logsumexp, logprob = _teacher(target, last)
+        assert argmax.tolist() == logits.argmax(-1).tolist()
+        np.testing.assert_allclose(logsumexp, logits.logsumexp(-1).numpy(), rtol=1e-6)
+        best = logits.log_softmax(-1).max(-1).values
+        np.testing.assert_allclose(logprob, best.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_ends_are_loaded_without_the_layers(tiny_target_path: Path) -> None:
