@@ -73,7 +73,7 @@ def evaluate_flow(
     started = time.monotonic()
     trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
     run_path = trained.path
-    check_runnable(target, rolls_back=True)
+    check_runnable(target, rolls_back=True, captured=None)
     prompts = _prompts(trained, evaluation)
     setup = set_up_draft(target, trained.training, run_path)
     load_first_weights(setup)

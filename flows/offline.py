@@ -60,7 +60,12 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     require_start_fits(target, training, run_path)
     # Of all stages together: evaluation comes last.
     is_decoded = decodes_here(target)
-    check_runnable(target, max_length=dataset.max_length, rolls_back=is_decoded)
+    check_runnable(
+        target,
+        max_length=dataset.max_length,
+        rolls_back=is_decoded,
+        captured="here" if runner.kind == "processes" else "on workers",
+    )
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
     trained = train_flow(
         target=target,

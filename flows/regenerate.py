@@ -101,7 +101,7 @@ def regenerate_flow(
     space = Workspace.at(home, target=target.name, dataset=name)
     if regeneration.base_url is None:  # else a server has the weights
         prepare_weights(target)
-        check_runnable(target)
+        check_runnable(target, captured=None)
     questions = prepare_dataset(dataset, source, questions_suffice=True)
     done = answer_all(target, regeneration, questions, space)
     summary = _summary(done, space, seconds=time.monotonic() - started)

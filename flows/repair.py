@@ -57,7 +57,8 @@ def repair_flow(
     """
     started = time.monotonic()
     prepare_weights(target)
-    check_runnable(target, runs_here=runner.kind == "processes")
+    here = runner.kind == "processes"
+    check_runnable(target, runs_here=here, captured="here" if here else "on workers")
     space, tokens = prepare(target, dataset, home)
     root = store_root(store, space)
     Store.open(root)  # a clear error without a store, instead of a new empty one

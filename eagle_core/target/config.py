@@ -63,25 +63,25 @@ class TargetConfig(ConfigModel):
     )
     backend: Backend = Field(
         default="transformers",
-        description="What computes hidden states. vllm: its kernels, tensor parallelism and "
-        "quantized weights, in a Python of its own. Decoding is by transformers either way. Part "
-        "of the target's fingerprint.",
+        description="What computes hidden states. With vllm, a process of another Python does, "
+        "with vLLM's kernels; batch_tokens, attention and stream_tokens then have no effect on "
+        "states. Decoding is by transformers either way. Part of the target's fingerprint.",
     )
     vllm_python: str = Field(
         default=".venv-vllm/bin/python", description="The Python that has vLLM, for backend vllm."
     )
     vllm_version: str | None = Field(
         default=None,
-        description="Version of vLLM that made the states, for machines without it, which only "
-        "train; by default that of vllm_python.",
+        description="Version of vLLM whose states these are; by default that of the store, else "
+        "that of vllm_python. What computes states must have this version.",
     )
     tensor_parallel: int = Field(
         default=1, gt=0, description="GPUs over which vLLM spreads each layer."
     )
     quantization: str | None = Field(
         default=None,
-        description="How vLLM quantizes the weights as it loads them, such as fp8; by default they "
-        "stay as they are stored. Part of the target's fingerprint.",
+        description="How vLLM quantizes the weights as it loads them, such as fp8. Leave it empty "
+        "for weights that are stored quantized. Part of the target's fingerprint.",
     )
     max_num_batched_tokens: int = Field(
         default=8192, gt=0, description="Tokens that vLLM computes in one step."
@@ -90,7 +90,8 @@ class TargetConfig(ConfigModel):
         default=0.8,
         gt=0,
         lt=1,
-        description="Share of a GPU's memory for vLLM; the rest is for norm, head and logits.",
+        description="Share of a GPU's memory for vLLM; the rest is for norm, head and logits, and "
+        "in online training for the draft. Without effect on a CPU.",
     )
     template: TemplateConfig = Field(
         default=TemplateConfig(),

@@ -7,7 +7,7 @@ model without weights. It refuses by name what cannot work, and never reads a we
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings that make logits other than lm_head(last), unless they are absent or 1."""
 _NUM_IDS = 4
+CapturedWhere = Literal["here", "on workers"] | None
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def check_target(
     max_length: int | None = None,
     runs_here: bool = True,
     rolls_back: bool = False,
+    captured: CapturedWhere = "here",
 ) -> None:
     """Raise unless the target can be loaded, and gives states that mean something.
 
@@ -66,6 +68,7 @@ def check_target(
         runs_here: whether the target runs in this environment; elsewhere, other attention kernels
             and quantisation packages may be installed.
         rolls_back: whether decoding drops tokens from its cache again.
+        captured: where its backend computes states; None if only decoding runs the target.
 
     Raises:
         ConfigError: an unsupported architecture, attention kernel, quantisation or placement, no
@@ -78,15 +81,16 @@ def check_target(
     headers = weights.read_weight_headers(config, folder)
     whole = read_whole_config(config, folder)
     text: PretrainedConfig = whole.get_text_config()
-    if max_length is not None:
-        Positions.of(text).require(max_length, config, setting="dataset.max_length")
+    by_vllm = config.backend == "vllm" and captured is not None
+    if max_length is not None:  # vLLM also writes one token
+        Positions.of(text).require(max_length + by_vllm, config, setting="dataset.max_length")
     _require_plain_logits(config, text)
     if config.placement == "streamed":
         streamable_layers(config, whole)
-    if config.backend == "vllm":
-        if runs_here:
-            require_vllm(config)
-        runs_here = False  # not by transformers
+    if by_vllm and captured == "here":
+        require_vllm(config)
+    if by_vllm and not rolls_back:
+        runs_here = False  # by transformers
     if not runs_here:
         config = config.model_copy(update={"attention": "eager"})
     skeleton = build_skeleton(config, whole)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.folder_state import FolderState
-from eagle_core.target.preflight import check_target
+from eagle_core.target.preflight import CapturedWhere, check_target
 from eagle_core.tokenization.template_source import configured_text
 from flows.bridge.draft_setup import require_draft_sizes
 
@@ -21,6 +21,7 @@ class TargetCheck:
     max_length: int | None
     runs_here: bool
     rolls_back: bool
+    captured: CapturedWhere = "here"
 
     def includes(self, other: "TargetCheck") -> bool:
         """Return whether a target that passed this check passes the other."""
@@ -30,6 +31,7 @@ class TargetCheck:
             max_length=longest or None,
             runs_here=self.runs_here or other.runs_here,
             rolls_back=self.rolls_back or other.rolls_back,
+            captured=self.captured if self.target.backend == "transformers" else other.captured,
         )
         return self == wider
 
@@ -56,6 +58,7 @@ def require_passed(check: TargetCheck) -> None:
         max_length=check.max_length,
         runs_here=check.runs_here,
         rolls_back=check.rolls_back,
+        captured=check.captured,
     )
     require_draft_sizes(check.target)
     _passed.append((state, check))

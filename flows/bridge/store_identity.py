@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.engine.vllm_process import vllm_version
 from eagle_core.target.engine.vllm_target import recompute_obstacle
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
 from eagle_core.target.layer_slices import plain_layers, require_chain, require_own_layers
@@ -47,14 +48,25 @@ def open_store(target: TargetConfig, config: StoreConfig, root: str) -> Store:
 
 
 def as_in_store(target: TargetConfig, root: str) -> TargetConfig:
-    """Return a target whose dtype, if it is `auto`, is that of the store at `root`.
+    """Return a target as the store at `root` has it, where its settings leave that open.
 
-    Without a store, it is what is fast on this machine.
+    These are a dtype that is `auto`, and the version of vLLM. Without a store they are what is fast
+    on this machine, and what is installed here.
+
+    Raises:
+        ConfigError: there is no store, and vLLM is not installed here.
+
     """
-    is_there = target.dtype == "auto" and ObjectStore.at(root).exists(keys.IDENTITY)
-    return with_dtype(
-        target, Store.open(root).identity.target_fields.get("dtype") if is_there else None
-    )
+    is_open = target.dtype == "auto" or (target.backend == "vllm" and not target.vllm_version)
+    is_there = is_open and ObjectStore.at(root).exists(keys.IDENTITY)
+    known = Store.open(root).identity.target_fields if is_there else {}
+    target = with_dtype(target, known.get("dtype"))
+    if target.backend != "vllm":
+        return target
+    engine, _, version = known.get("backend", "").partition(" ")
+    given = target.vllm_version or (version if engine == "vllm" else None)
+    target = target.model_copy(update={"vllm_version": given})
+    return target.model_copy(update={"vllm_version": vllm_version(target)})
 
 
 def store_identity(target: TargetConfig, store: StoreConfig, tokens: Tokenizing) -> StoreIdentity:

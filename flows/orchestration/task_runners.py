@@ -43,12 +43,12 @@ def running(
             finally:
                 pool.close()
     else:
-        with _cluster(runner) as cluster:
+        with _cluster(runner, num_gpus=target.tensor_parallel) as cluster:
             yield lambda batch: cluster.submit(task, {"batch": batch, "pool": None})
 
 
 @contextmanager
-def _cluster(runner: RunnerConfig) -> Iterator[TaskRunner[Any]]:
+def _cluster(runner: RunnerConfig, *, num_gpus: int) -> Iterator[TaskRunner[Any]]:
     package = _package(f"prefect_{runner.kind}", runner.kind)
     if runner.kind == "dask":
         size = {"n_workers": runner.num_workers, "threads_per_worker": 1, "dashboard_address": None}
@@ -61,7 +61,7 @@ def _cluster(runner: RunnerConfig) -> Iterator[TaskRunner[Any]]:
     with package.RayTaskRunner(**options) as ray:
         has_gpus = _package("ray", "ray").cluster_resources().get("GPU", 0) > 0
         # Ray hides every GPU from a task that requests none.
-        with _package("prefect_ray.context", "ray").remote_options(num_gpus=int(has_gpus)):
+        with _package("prefect_ray.context", "ray").remote_options(num_gpus=has_gpus * num_gpus):
             yield ray
 
 

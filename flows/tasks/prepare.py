@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -14,7 +13,7 @@ from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.placement import why_not_decoded
-from eagle_core.target.preflight import check_weights
+from eagle_core.target.preflight import CapturedWhere, check_weights
 from flows.bridge.passed_checks import TargetCheck, require_passed
 from flows.bridge.token_files import known_tokens
 from flows.orchestration.artifact_key import artifact_key
@@ -30,7 +29,7 @@ def prepare(
     dataset: DatasetConfig,
     home: str,
     *,
-    capture: Literal["here", "on workers"] | None = None,
+    capture: CapturedWhere = None,
 ) -> tuple[Workspace, TokensSummary]:
     """Prepare weights, conversations and tokens for all later stages.
 
@@ -40,7 +39,7 @@ def prepare(
     prepare_weights(target)
     if capture is not None:
         here = capture == "here"
-        check_runnable(target, max_length=dataset.max_length, runs_here=here)
+        check_runnable(target, max_length=dataset.max_length, runs_here=here, captured=capture)
     prepare_dataset(dataset, space)
     return space, tokenize(target, dataset, space)
 
@@ -124,6 +123,7 @@ def check_runnable(
     max_length: int | None = None,
     runs_here: bool = True,
     rolls_back: bool = False,
+    captured: CapturedWhere = "here",
 ) -> None:
     """Refuse within seconds what would fail after hours: see `check_target` for the arguments.
 
@@ -136,7 +136,11 @@ def check_runnable(
     """
     require_passed(
         TargetCheck(
-            target=target, max_length=max_length, runs_here=runs_here, rolls_back=rolls_back
+            target=target,
+            max_length=max_length,
+            runs_here=runs_here,
+            rolls_back=rolls_back,
+            captured=captured,
         )
     )
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 
 import torch
 
+from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.free_memory import ALONE, MemoryShare, free_main_memory
 from eagle_core.target.model_config import resolve_device
@@ -135,11 +136,23 @@ class WorkerPool:
 def local_slots(target: TargetConfig, num_workers: int) -> Sequence[Mapping[str, str]]:
     """Return the variables added for each child on this machine: each gets its own GPU.
 
-    With fewer GPUs than children, they share GPUs in turn. One child sees all GPUs of this process.
+    With tensor parallelism, each gets that many. With fewer GPUs than children, they share GPUs in
+    turn. One child sees all GPUs of this process.
+
+    Raises:
+        ConfigError: too few GPUs for that many children with tensor parallelism.
+
     """
     if num_workers == 1 or resolve_device(target.device).type != "cuda":
         return [{}] * num_workers
-    return gpus_in_turn(os.environ.get(VISIBLE_DEVICES), torch.cuda.device_count(), num_workers)
+    num_gpus, each = torch.cuda.device_count(), target.tensor_parallel
+    if each > 1 and num_gpus < num_workers * each:
+        raise ConfigError(
+            f"target {target.name}: {num_workers} processes with {each} GPUs each "
+            f"(runner.num_workers, target.tensor_parallel) need {num_workers * each}, and there "
+            f"are {num_gpus}: lower one of them"
+        )
+    return gpus_in_turn(os.environ.get(VISIBLE_DEVICES), num_gpus, num_workers, each=each)
 
 
 def memory_share(target: TargetConfig, runner: RunnerConfig) -> MemoryShare:
@@ -158,11 +171,12 @@ def memory_share(target: TargetConfig, runner: RunnerConfig) -> MemoryShare:
 
 
 def gpus_in_turn(
-    visible: str | None, num_gpus: int, num_workers: int
+    visible: str | None, num_gpus: int, num_workers: int, *, each: int = 1
 ) -> Sequence[Mapping[str, str]]:
-    """Return the variable that shows each child one of the GPUs which are `visible` here."""
+    """Return the variable that shows each child `each` of the GPUs which are `visible` here."""
     names = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
-    return [{VISIBLE_DEVICES: names[slot % len(names)]} for slot in range(num_workers)]
+    places = (range(slot * each, (slot + 1) * each) for slot in range(num_workers))
+    return [{VISIBLE_DEVICES: ",".join(names[one % len(names)] for one in own)} for own in places]
 
 
 @functools.cache

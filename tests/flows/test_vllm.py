@@ -16,6 +16,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.training.config import TrainingConfig
 from flows.config.store import StoreConfig
+from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states
 from flows.plan import plan
 from flows.reports.store_tables import cost_rows
@@ -53,12 +54,13 @@ def served(tmp_path: Path) -> TargetConfig:
     )
 
 
-def kill_engine(store_root: Path) -> None:
+def kill_engine(store_root: Path, killed: list[int]) -> None:
     """Kill vLLM as soon as a shard is committed."""
     wait_for(lambda: any(store_root.glob("commits/*.json")), what="a committed shard")
     for process in psutil.Process().children(recursive=True):
         if any(part.endswith("eyas_engine.py") for part in process.cmdline()):
             process.send_signal(signal.SIGKILL)
+            killed.append(process.pid)
 
 
 def test_a_store_of_its_states_survives_its_death_and_trains(
@@ -66,10 +68,12 @@ def test_a_store_of_its_states_survives_its_death_and_trains(
 ) -> None:
     whole = hidden_states(target=served, dataset=dataset, store=store, home=str(tmp_path / "a"))
     root = tmp_path / "b" / Path(whole.store_root).relative_to(tmp_path / "a")
-    killing = threading.Thread(target=kill_engine, args=(root,))
+    killed: list[int] = []
+    killing = threading.Thread(target=kill_engine, args=(root, killed))
     killing.start()
     made = hidden_states(target=served, dataset=dataset, store=store, home=str(tmp_path / "b"))
     killing.join()
+    assert len(killed) == 1
     assert made.num_shards == whole.num_shards > 4
     found = Store.open(made.store_root)
     assert verify_store(found, deep=True) == []
@@ -81,6 +85,10 @@ def test_a_store_of_its_states_survives_its_death_and_trains(
         served, dataset, store=store, training=TRAINING, home=str(tmp_path / "b"), run="main"
     )
     assert trained.num_steps == 3
+
+    elsewhere = served.model_copy(update={"vllm_python": "not/installed"})  # the store says which
+    estimate = estimate_flow(elsewhere, dataset, store, TRAINING, home=str(tmp_path / "b"))
+    assert estimate.checkpoint_step == 3
 
     plain = served.model_copy(update={"backend": "transformers"})
     with pytest.raises(MismatchError, match=r"target backend: found 'vllm [\d.]+', expected None"):

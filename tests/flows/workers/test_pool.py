@@ -36,7 +36,7 @@ from flows.tasks.make_shards import _Failures
 from flows.workers import child_process, torchrun
 from flows.workers.channel import VARIABLE
 from flows.workers.child_process import Child
-from flows.workers.pool import gpus_in_turn, memory_share
+from flows.workers.pool import gpus_in_turn, local_slots, memory_share
 from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.flows.trees import digests
@@ -176,6 +176,17 @@ def test_each_child_has_a_gpu_of_those_that_are_visible() -> None:
     assert names(None, 4, 4) == ["0", "1", "2", "3"]
     assert names("5,GPU-7f", 2, 2) == ["5", "GPU-7f"]
     assert names("5,7", 2, 3) == ["5", "7", "5"]
+    pairs = gpus_in_turn("4,5,6,7", 4, 2, each=2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in pairs] == ["4,5", "6,7"]
+
+
+def test_too_few_gpus_for_tensor_parallelism_are_counted(
+    target: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    served = {"backend": "vllm", "tensor_parallel": 4, "device": "cuda"}
+    with pytest.raises(ConfigError, match=r"2 processes with 4 GPUs each .* need 8, and"):
+        local_slots(target.model_copy(update=served), 2)
 
 
 def test_a_child_that_hangs_is_killed_and_one_that_talks_is_not() -> None:

@@ -7,6 +7,7 @@ copies the states out, frees the blocks and writes the file in a thread.
 Shapes: T tokens of a request, S captured states, H hidden size.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class EyasConnector(KVConnectorBase_V1, SupportsHMA):
                 "vLLM cannot capture states of this architecture: its cache mixes them"
             )
         self._group = found[0] if len(found) == 1 else 0
+        self._block_size: int = groups[self._group].kv_cache_spec.block_size
         self._folder = Path(self._kv_transfer_config.get_from_extra_config(FOLDER, ""))
         self._finished: list[_Finished] = []
         self._cache: Tensor | None = None
@@ -114,6 +116,11 @@ class EyasConnector(KVConnectorBase_V1, SupportsHMA):
         )
         (name,) = layers
         self._cache = kv_caches[name]
+        if self._cache.shape[2] != self._block_size:
+            raise ValueError(
+                f"vLLM's cache has blocks of {self._cache.shape[2]} tokens where its plan has "
+                f"{self._block_size}"
+            )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Do nothing: no states come from elsewhere."""
@@ -162,5 +169,9 @@ def _write(states: Tensor, path: Path) -> None:
     try:
         states.view(torch.uint8).numpy().tofile(partial)
         partial.replace(path)
-    except OSError as error:
-        path.with_name(path.name + FAILED).write_text(str(error))
+    except Exception as error:  # noqa: BLE001 (the engine waits for a file, whatever happens)
+        partial.unlink(missing_ok=True)
+        try:
+            path.with_name(path.name + FAILED).write_text(str(error))
+        except OSError:
+            os._exit(1)

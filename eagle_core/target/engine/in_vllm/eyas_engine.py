@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ class Engine:
     """vLLM with the target loaded, and a folder for the states of its requests."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._folder = Path(settings["folder"])
+        self._folder = Path(settings["folder"]) / "states"
         self._engine = LLM(
             **settings["engine"],
             speculative_config={
@@ -104,7 +105,7 @@ def _read(requests: "queue.SimpleQueue[str]", folder: Path) -> None:
     for line in sys.stdin:
         requests.put(line)
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(0)
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # vLLM's other processes, too: this began a session
 
 
 def main(descriptor: int) -> None:

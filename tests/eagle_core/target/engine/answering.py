@@ -8,43 +8,64 @@ import os
 import signal
 import sys
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-DIES, FAILS, LATE = 7, 8, 9
+DIES, FAILS, FILLS, SWELLS, LATE = range(500, 505)
+FAILURES = {
+    FAILS: "RuntimeError: a device failed",
+    FILLS: "OSError: its states cannot be written: full",
+    SWELLS: "OutOfMemoryError: CUDA",
+}
 HIDDEN = 64
 
 
 def main() -> None:
     answers = os.fdopen(int(sys.argv[1]), "w")
     settings = json.loads(sys.stdin.readline())
-    if settings["engine"]["quantization"] == "impossible":
-        print(json.dumps({"failure": "ValueError: no such method"}), file=answers, flush=True)
-        sys.exit(1)
-    if settings["engine"]["quantization"] == "unsaid":
+    start(settings["engine"]["quantization"], answers)
+    answer(answers, {"max_length": 20})
+    for number, line in enumerate(sys.stdin):
+        states = Path(settings["folder"]) / "states" / str(number)
+        run(json.loads(line), states, len(settings["outputs"]) * HIDDEN, answers)
+
+
+def answer(answers: TextIO, line: object) -> None:
+    print(json.dumps(line), file=answers, flush=True)
+
+
+def start(quantization: str | None, answers: TextIO) -> None:
+    if quantization == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if quantization == "unsaid":
         print("no such library", file=sys.stderr)
         sys.exit(5)
-    print(json.dumps({"max_length": 20}), file=answers, flush=True)
-    for number, line in enumerate(sys.stdin):
-        prompts = json.loads(line)
-        late = []
-        for place, prompt in enumerate(prompts):
-            if prompt[0] == DIES:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if prompt[0] == FAILS:
-                print(json.dumps({"failure": "OSError: disk full"}), file=answers, flush=True)
-                sys.exit(1)
-            path = Path(settings["folder"]) / f"{number}-{place}"
-            width = len(settings["outputs"]) * HIDDEN
-            path.write_bytes(
-                array("f", [token for token in prompt for _ in range(width)]).tobytes()
-            )
-            answer = {"place": place, "file": str(path), "token": 1, "logprob": -90.0}
-            if prompt[0] == LATE:
-                late.append(answer)
-            else:
-                print(json.dumps(answer), file=answers, flush=True)
-        for answer in late:
-            print(json.dumps(answer), file=answers, flush=True)
+    if quantization:
+        print("see the log: some library is missing", flush=True)
+        answer(answers, {"failure": "ValueError: no such method"})
+        if "aborts" in quantization:
+            os.abort()
+        sys.exit(1)
+
+
+def run(prompts: Sequence[Sequence[int]], states: Path, width: int, answers: TextIO) -> None:
+    late = []
+    for place, prompt in enumerate(prompts):
+        if prompt[0] == DIES:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if prompt[0] in FAILURES:
+            answer(answers, {"failure": FAILURES[prompt[0]]})
+            sys.exit(1)
+        path = states.with_name(f"{states.name}-{place}")
+        path.write_bytes(array("f", [token for token in prompt for _ in range(width)]).tobytes())
+        done = {"place": place, "file": str(path), "token": 1, "logprob": -90.0}
+        if prompt[0] == LATE:
+            late.append(done)
+        else:
+            answer(answers, done)
+    for done in late:
+        answer(answers, done)
 
 
 if __name__ == "__main__":

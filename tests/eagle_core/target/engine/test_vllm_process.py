@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from eagle_core.errors import ConfigError, CorruptError, TransientError
+from eagle_core.errors import ConfigError, DiskError, TransientError
 from eagle_core.samples import TokenizedSample
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
@@ -15,7 +15,8 @@ from eagle_core.target.engine import vllm_process
 from eagle_core.target.engine.vllm_process import VllmProcess, require_vllm, vllm_version
 from eagle_core.target.engine.vllm_target import VllmTarget
 from eagle_core.target.fingerprint import fingerprint_fields
-from tests.eagle_core.target.engine.answering import DIES, FAILS, HIDDEN, LATE
+from eagle_core.target.preflight import check_target
+from tests.eagle_core.target.engine.answering import DIES, FAILS, FILLS, HIDDEN, LATE, SWELLS
 from tests.eagle_core.target.test_streamed import samples
 from tests.tiny import write_target
 from tests.waiting import wait_for
@@ -35,9 +36,18 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TargetConfig:
         dtype="float32",
         device="cpu",
         backend="vllm",
-        vllm_python=sys.executable,
-        vllm_version="0.1",
+        vllm_python=str(python_with_vllm(tmp_path, "0.1")),
     )
+
+
+def python_with_vllm(folder: Path, version: str) -> Path:
+    """Write a program that says it has vLLM, and else is the Python of this process."""
+    path = folder / f"python-{version}"
+    path.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && {{ echo {version}; exit; }}\nexec {sys.executable} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
 
 
 def start(config: TargetConfig) -> VllmProcess:
@@ -54,7 +64,7 @@ def test_states_come_in_the_order_of_their_prompts_and_leave_no_file(
     assert [one.states[:, 0, 0].tolist() for one in found] == prompts
     assert [one.states.shape for one in found] == [(2, 2, HIDDEN), (3, 2, HIDDEN), (3, 2, HIDDEN)]
     assert [(one.token, one.logprob) for one in found] == [(1, -90.0)] * 3
-    assert list(folder.iterdir()) == []
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
     number = process._process.pid
     process.close()
     assert not folder.exists()
@@ -62,15 +72,31 @@ def test_states_come_in_the_order_of_their_prompts_and_leave_no_file(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reason"), [([DIES], "killed by signal 9"), ([FAILS], "OSError: disk full")]
+    ("prompt", "kind", "reason"),
+    [
+        ([DIES], TransientError, r"killed by signal 9\); no committed shard is lost"),
+        ([FAILS], TransientError, r"RuntimeError: a device failed\); no committed shard is lost"),
+        ([FILLS], DiskError, r"its states cannot be written: full\); make room"),
+        ([SWELLS], ConfigError, r"OutOfMemoryError: CUDA\); lower target\.gpu_memory_utilization"),
+    ],
 )
-def test_a_process_that_dies_may_be_started_again(
-    config: TargetConfig, tmp_path: Path, prompt: list[int], reason: str
+def test_what_ended_it_decides_what_to_do(
+    config: TargetConfig, tmp_path: Path, prompt: list[int], kind: type[Exception], reason: str
 ) -> None:
     process = start(config)
-    with pytest.raises(TransientError, match=f"target tiny: the process of vLLM ended .{reason}"):
+    with pytest.raises(kind, match=f"target tiny: the process of vLLM ended .*{reason}"):
         list(process.run([[3], prompt]))
     assert list(tmp_path.glob("eyas-vllm-*")) == []
+
+
+def test_a_reason_counts_also_if_the_process_then_dies_of_a_signal(config: TargetConfig) -> None:
+    with pytest.raises(ConfigError, match="vLLM does not run it: ValueError: no such method"):
+        start(config.model_copy(update={"quantization": "impossible, and aborts"}))
+
+
+def test_a_killed_start_is_tried_again(config: TargetConfig) -> None:
+    with pytest.raises(TransientError, match="killed by signal 9"):
+        start(config.model_copy(update={"quantization": "killed"}))
 
 
 def test_a_target_that_it_cannot_run_is_refused_with_its_reason(config: TargetConfig) -> None:
@@ -79,7 +105,7 @@ def test_a_target_that_it_cannot_run_is_refused_with_its_reason(config: TargetCo
         start(impossible)
     assert str(raised.value) == (
         "target tiny: vLLM does not run it: ValueError: no such method; correct the cause, or set "
-        "target.backend to transformers"
+        "target.backend to transformers\n  see the log: some library is missing"
     )
 
 
@@ -95,10 +121,26 @@ def test_it_ends_with_what_started_it(config: TargetConfig) -> None:
     wait_for(lambda: not psutil.pid_exists(number), what="its end")
 
 
+def test_it_sees_the_gpu_of_its_target(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visible = vllm_process._visible_gpus
+    name = vllm_process.VISIBLE_DEVICES
+    monkeypatch.delenv(name, raising=False)
+    assert visible(config, CPU) == {name: ""}
+    assert visible(config, torch.device("cuda")) == {}
+    assert visible(config, torch.device("cuda", 1)) == {name: "1"}
+    monkeypatch.setenv(name, "4,GPU-7f")
+    assert visible(config, torch.device("cuda", 1)) == {name: "GPU-7f"}
+    spread = config.model_copy(update={"tensor_parallel": 2})
+    with pytest.raises(ConfigError, match=r"set target\.device to cuda"):
+        visible(spread, torch.device("cuda", 1))
+
+
 def test_states_that_mean_something_else_to_vllm_are_refused(config: TargetConfig) -> None:
     """Its own log-probability of a token is far from that of the states."""
     target = VllmTarget.load(config)
-    with pytest.raises(CorruptError, match=r"vLLM gives token 1 a log-probability of -90\.00"):
+    with pytest.raises(ConfigError, match=r"vLLM gives token 1 a log-probability of -90\.00"):
         list(capture_states(target, samples([5])))
     target.close()
 
@@ -121,14 +163,12 @@ def test_a_sample_that_is_too_long_for_its_memory_is_named_before_it_runs(
 ) -> None:
     target = VllmTarget.load(config)
     sample: TokenizedSample = samples([30])[0]
-    with pytest.raises(ConfigError, match="a sample has 30 tokens, but vLLM has memory for 20"):
+    with pytest.raises(ConfigError, match="a sample has 30 tokens, but vLLM takes at most 20 here"):
         list(capture_states(target, [sample]))
     target.close()
 
 
-def test_its_version_is_part_of_the_fingerprint_and_may_be_given_where_it_is_not_installed(
-    config: TargetConfig,
-) -> None:
+def test_its_version_is_part_of_the_fingerprint(config: TargetConfig) -> None:
     fields = fingerprint_fields(config, Path(config.model))
     assert fields["backend"] == "vllm 0.1"
     assert fields["quantization"] == "as stored"
@@ -137,27 +177,47 @@ def test_its_version_is_part_of_the_fingerprint_and_may_be_given_where_it_is_not
     assert fingerprint_fields(quantized, Path(config.model))["quantization"] == "fp8"
     plain = TargetConfig(name="tiny", model=config.model)
     assert "backend" not in fingerprint_fields(plain, Path(config.model))
-    nowhere = config.model_copy(update={"vllm_version": None, "vllm_python": "no/such/python"})
-    with pytest.raises(ConfigError, match="no/such/python is no Python with vLLM: make one"):
-        vllm_version(nowhere)
-    with pytest.raises(ConfigError, match="is no Python with vLLM"):
-        require_vllm(config)  # a version is not enough to run it
 
 
-def test_another_version_than_the_given_one_is_refused(
+def test_where_it_is_not_installed_a_version_is_enough_to_train_but_not_to_run(
     config: TargetConfig, tmp_path: Path
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 0.2\n")
-    python.chmod(0o755)
-    installed = config.model_copy(update={"vllm_python": str(python)})
-    with pytest.raises(ConfigError, match=f"vllm_version is 0.1, but {python} has vLLM 0.2"):
-        vllm_version(installed)
-    assert vllm_version(installed.model_copy(update={"vllm_version": None})) == "0.2"
+    nowhere = config.model_copy(update={"vllm_python": "no/such/python"})
+    with pytest.raises(ConfigError, match="no/such/python is no Python with vLLM: make one"):
+        vllm_version(nowhere)
+    given = nowhere.model_copy(update={"vllm_version": "0.3"})
+    assert vllm_version(given) == "0.3"
+    target = VllmTarget.load(given)
+    with pytest.raises(ConfigError, match="is no Python with vLLM"):
+        list(capture_states(target, samples([5])))
+    assert list(tmp_path.glob("eyas-vllm-*")) == []
+
+
+def test_only_the_version_of_the_store_may_add_to_it(config: TargetConfig) -> None:
+    made_by_another = config.model_copy(update={"vllm_version": "0.0"})
+    assert vllm_version(made_by_another) == "0.0"
+    with pytest.raises(ConfigError, match=r"vLLM 0\.0 is expected, .* has vLLM 0\.1: install"):
+        require_vllm(made_by_another)
+
+
+def test_a_target_is_checked_for_what_will_run_it(config: TargetConfig) -> None:
+    """Decoding is by transformers: it needs no vLLM, and the kernels that are set."""
+    nowhere = config.model_copy(update={"vllm_python": "no/such/python"})
+    check_target(nowhere, rolls_back=True, captured=None)
+    check_target(nowhere, max_length=64, captured="on workers")
+    with pytest.raises(ConfigError, match="is no Python with vLLM"):
+        check_target(nowhere, max_length=64)
+    flash = config.model_copy(update={"attention": "flash_attention_2"})
+    check_target(flash, max_length=64)
+    with pytest.raises(ConfigError, match="flash"):
+        check_target(flash, max_length=64, rolls_back=True)
+    with pytest.raises(ConfigError, match="max_length"):
+        check_target(config, max_length=512)  # of as many positions, with a token to write
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match=r"remove target\.placement"):
         TargetConfig(name="tiny", model="x", backend="vllm", placement="streamed")
-    with pytest.raises(ValueError, match=r"set target\.backend to vllm"):
-        TargetConfig(name="tiny", model="x", quantization="fp8")
+    for setting in ({"quantization": "fp8"}, {"tensor_parallel": 2}):
+        with pytest.raises(ValueError, match=r"set target\.backend to vllm"):
+            TargetConfig.model_validate({"name": "tiny", "model": "x", **setting})
