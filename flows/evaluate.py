@@ -21,7 +21,7 @@ from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import read_model_config, target_dtype
+from eagle_core.target.model_config import for_decoding, read_model_config, target_dtype
 from eagle_core.target.placement import load_decoding_target
 from eagle_core.target.positions import Positions
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -71,6 +71,7 @@ def evaluate_flow(
 
     """
     started = time.monotonic()
+    target = for_decoding(target)
     trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
     run_path = trained.path
     check_runnable(target, rolls_back=True, captured=None)

@@ -21,7 +21,7 @@ from eagle_core.regeneration.generation_prompt import opens_reasoning
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import with_dtype
+from eagle_core.target.model_config import for_decoding
 from eagle_core.target.placement import load_decoding_target
 from eagle_core.target.tokenizer import conversation_tokenizer, declared_stop_ids
 
@@ -38,7 +38,7 @@ class LocalAnswers:
         self._tokenizer = conversation_tokenizer(target)
         self._identity: dict[str, object] = {
             "weights": weights.weight_digests(folder),
-            "dtype": with_dtype(target).dtype,
+            "dtype": for_decoding(target).dtype,
             "attention": target.attention,
             "tokenizer": self._tokenizer.tokenizer_fingerprint,
             "template": self._tokenizer.template_fingerprint,

@@ -72,6 +72,16 @@ def with_dtype(config: TargetConfig, name: str | None = None) -> TargetConfig:
     return config.model_copy(update={"dtype": decided})
 
 
+def for_decoding(config: TargetConfig) -> TargetConfig:
+    """Return a target whose dtype is decided for decoding.
+
+    If it is left open, that is float32 on a CPU: rounding then changes no text, so that texts of
+    speculative and of plain decoding can be compared.
+    """
+    on_cpu = resolve_device(config.device).type == "cpu"
+    return with_dtype(config, "float32" if on_cpu else None)
+
+
 def read_model_config(config: TargetConfig, folder: Path) -> PretrainedConfig:
     """Return the text model's configuration from the weights folder.
 

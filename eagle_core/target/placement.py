@@ -15,6 +15,7 @@ from eagle_core.target.engine.vllm_target import VllmTarget
 from eagle_core.target.free_memory import ALONE, Memory, MemoryShare
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import (
+    for_decoding,
     read_model_config,
     read_whole_config,
     resolve_device,
@@ -242,6 +243,7 @@ def load_decoding_target(config: TargetConfig) -> TargetModel:
         CorruptError: weights are missing, left over, or of another shape; names them.
 
     """
+    config = for_decoding(config)
     obstacle = why_not_decoded(config)
     if obstacle:
         raise ConfigError(f"target {config.name}: {obstacle}")

@@ -28,7 +28,8 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.fingerprint import fingerprint_fields
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import aux_layers, with_dtype
+from eagle_core.target.model_config import aux_layers, for_decoding, with_dtype
+from eagle_core.target.placement import load_decoding_target
 
 SIZES = {
     "vocab_size": 90,
@@ -232,6 +233,8 @@ def test_a_dtype_that_is_left_open_is_what_is_fast(
         assert fingerprint_fields(config, tiny_target_path)["dtype"] == name
         assert with_dtype(config).dtype == name
         assert with_dtype(config, "float32").dtype == "float32"
+        assert for_decoding(config).dtype == "float32"
+        assert load_decoding_target(config).config.dtype == "float32"
     decided = config.model_copy(update={"dtype": "bfloat16"})
     assert with_dtype(decided, "float32") is decided
 
