@@ -11,6 +11,23 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+_GEMMA3_SIGHT: dict[str, Any] = {
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 896,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+    "mm_tokens_per_image": 256,
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "image_token_index": 262144,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -217,20 +234,7 @@ ARCHITECTURES = {
                 "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
                 "sliding_window": 1024,
             },
-            "vision_config": {
-                "model_type": "siglip_vision_model",
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_hidden_layers": 27,
-                "num_attention_heads": 16,
-                "image_size": 896,
-                "patch_size": 14,
-                "vision_use_head": False,
-            },
-            "mm_tokens_per_image": 256,
-            "boi_token_index": 255999,
-            "eoi_token_index": 256000,
-            "image_token_index": 262144,
+            **_GEMMA3_SIGHT,
         },
         billions=4.971,  # tied, but counted twice on the meta device: 4.300
         decoder="Gemma3TextModel",
@@ -539,20 +543,7 @@ ARCHITECTURES = {
                 },
                 "sliding_window": 1024,
             },
-            "vision_config": {
-                "model_type": "siglip_vision_model",
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_hidden_layers": 27,
-                "num_attention_heads": 16,
-                "image_size": 896,
-                "patch_size": 14,
-                "vision_use_head": False,
-            },
-            "mm_tokens_per_image": 256,
-            "boi_token_index": 255999,
-            "eoi_token_index": 256000,
-            "image_token_index": 262144,
+            **_GEMMA3_SIGHT,
         },
         billions=28.84,
         decoder="Gemma3TextModel",

@@ -24,24 +24,11 @@ from eagle_core.target.capture import CapturingTarget, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_target import VllmTarget
 from eagle_core.target.model import TargetModel
+from tests.eagle_core.draft.test_vllm import EXPERTS, SIZES
 from tests.eagle_core.target.test_streamed import bits, samples
 from tests.waiting import wait_for
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
-SIZES: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3_moe": EXPERTS,
