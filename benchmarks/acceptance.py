@@ -34,7 +34,7 @@ from eagle_core.samples import HiddenStateSample, SampleSource
 from eagle_core.target import weights
 from eagle_core.target.capture import capture_states
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import read_model_config
+from eagle_core.target.model_config import for_decoding, read_model_config
 from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
@@ -150,7 +150,7 @@ def main() -> None:
     )
     if not prompts:
         parser.error("no held-out prompt is short enough; generate states of more conversations")
-    target = TargetModel.load(recipe.target)
+    target = TargetModel.load(for_decoding(recipe.target))
     training = recipe.training.model_copy(
         update={"max_steps": arguments.steps, "held_out_every": arguments.steps}
     )

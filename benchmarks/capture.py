@@ -132,7 +132,7 @@ def main() -> None:
         console.print("\n".join(rows), markup=False)
     large = _large(recipe.target, tokens, arguments) if arguments.large else ""
     report = REPORT.format(
-        command=f"python -m benchmarks.capture {arguments.recipe}",
+        command=" ".join(["python -m benchmarks.capture", *map(_shown, sys.argv[1:])]),
         machine=describe(PACKAGES),
         threads=_threads(),
         rounds=arguments.rounds,
@@ -147,6 +147,11 @@ def main() -> None:
     console.print(report, markup=False)
     if arguments.results:
         arguments.results.write_text(report, encoding="utf-8")
+
+
+def _shown(argument: str) -> str:
+    """Return an argument without folders of this machine."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _threads() -> int:

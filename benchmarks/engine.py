@@ -24,6 +24,7 @@ from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.decode_prompts import decode_prompts
 from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import for_decoding
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.draft_setup import set_up_draft
@@ -96,7 +97,7 @@ def main() -> None:
     run_path = space.run_path(arguments.run)
     setup = set_up_draft(recipe.target, recipe.training, run_path)
     step = load_checkpoint(setup, choose_checkpoint(run_path, arguments.checkpoint)).step
-    target = TargetModel.load(recipe.target)
+    target = TargetModel.load(for_decoding(recipe.target))
     stop_ids = conversation_tokenizer(recipe.target).stop_ids
     decoded = decode_prompts(target, setup.draft, prompts, config, stop_ids=stop_ids)
     traces = [result.speculative for result in decoded]
@@ -112,7 +113,7 @@ def main() -> None:
         machine=describe(["torch", "transformers"]),
         engine=f"vLLM {version}",
         target=recipe.target.name,
-        dtype=recipe.target.dtype,
+        dtype=target.config.dtype,
         split=arguments.split,
         run=arguments.run,
         step=step,

@@ -23,6 +23,7 @@ from eagle_core.decoding.trace import GenerationTrace
 from eagle_core.evaluation.decode_prompts import mismatch_margin
 from eagle_core.evaluation.prompts import sample_prompts
 from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import for_decoding
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.checkpoint import newest
@@ -58,7 +59,7 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe)
     space = Workspace(home=arguments.home, target=recipe.target.name, dataset=recipe.dataset.name)
     prompts = _prompts(space, arguments.prompts, arguments.max_prompt_tokens)
-    target = TargetModel.load(recipe.target)
+    target = TargetModel.load(for_decoding(recipe.target))
     draft, kind = _draft(recipe, space)
     config = DecodingConfig(max_new_tokens=arguments.max_new_tokens)
     batch = arguments.batch

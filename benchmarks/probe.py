@@ -24,6 +24,7 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.capture import batches_by_length, capture_states
 from eagle_core.target.head import log_probabilities
 from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import for_decoding
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.stored_source import to_stored
 from storage.probe import NUM_POINTS
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("tokens", help="a token file of the recipe's data set")
     parser.add_argument("--samples", type=int, default=16)
     arguments = parser.parse_args()
-    target = TargetModel.load(load_recipe(arguments.recipe).target)
+    target = TargetModel.load(for_decoding(load_recipe(arguments.recipe).target))
     file = TokenFile(arguments.tokens)
     rows = np.linspace(0, len(file) - 1, arguments.samples).astype(int)
     captured = list(capture(target, [file.fetch(int(row)) for row in rows]))

@@ -23,6 +23,7 @@ from deployments.recipe import load_recipe
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.prompts import sample_prompts
 from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import for_decoding
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.config import CLOSED_FORM, RANDOM
 from flows.bridge.stored_source import StoredSource
@@ -141,7 +142,7 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
     )
     return Experiment(
         recipe=recipe,
-        target=TargetModel.load(recipe.target),
+        target=TargetModel.load(for_decoding(recipe.target)),
         tokens=tokens,
         source=_source(store, tokens),
         held_out=_source(store, held_out),

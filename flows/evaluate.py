@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
@@ -21,7 +20,7 @@ from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import for_decoding, read_model_config, target_dtype
+from eagle_core.target.model_config import for_decoding, read_model_config
 from eagle_core.target.placement import load_decoding_target
 from eagle_core.target.positions import Positions
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -71,7 +70,6 @@ def evaluate_flow(
 
     """
     started = time.monotonic()
-    target = for_decoding(target)
     trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
     run_path = trained.path
     check_runnable(target, rolls_back=True, captured=None)
@@ -201,7 +199,7 @@ def inequality_warning(target: TargetConfig, *decoded: Sequence[PromptResult]) -
     results = [result for results in decoded for result in results if result.plain is not None]
     compared = [result for result in results if not result.sampled]
     num_unequal = sum(not result.matches_plain for result in compared)
-    if target_dtype(target) != torch.float32 or not num_unequal:
+    if for_decoding(target).dtype != "float32" or not num_unequal:
         return ""
     margins = [result.mismatch_margin or 0.0 for result in compared]
     return (

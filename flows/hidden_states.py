@@ -55,7 +55,7 @@ def hidden_states(
     place: Literal["here", "on workers"] = "here" if runner.kind == "processes" else "on workers"
     space, tokens = prepare(target, dataset, home, capture=place)
     root = store_root(store, space)
-    target = as_in_store(target, root)
+    target = as_in_store(target, root, elsewhere=place == "on workers")
     preflight(target, store, tokens, root, runner)
     opened = Store.create(root, store_identity(target, store, tokens))
     plan = plan_missing_shards(opened, tokens, shard_tokens=store.shard_tokens)

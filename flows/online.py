@@ -14,7 +14,6 @@ from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
-from eagle_core.target.model_config import with_dtype
 from eagle_core.target.placement import load_target
 from eagle_core.target.weights import locate
 from eagle_core.tokenization.token_file import TokenFile
@@ -28,7 +27,7 @@ from flows.bridge.online_source import OnlineSource
 from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run, begun_run, write_run
 from flows.bridge.run_lock import sole_training
-from flows.bridge.store_identity import as_in_store, store_identity
+from flows.bridge.store_identity import as_in_store, decided, store_identity
 from flows.bridge.token_files import current_content
 from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
@@ -131,8 +130,8 @@ def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -
     training, run_path = config.training, space.run_path(run)
     begun = begun_run(run_path)
     root = store_root(config.store, space) if config.store.keep else None
-    target = _with_known_dtype(config.target, begun.record if begun else None, root)
-    config = dataclasses.replace(config, target=target)
+    target = _decided(config.target, begun.record if begun else None, root)
+    config = dataclasses.replace(config, target=target, given_target=config.target)
     max_length = None if begun else config.dataset.max_length
     check_runnable(target, max_length=max_length, rolls_back=is_decoded)  # evaluation comes last
     known = begun.record if begun else None
@@ -192,11 +191,11 @@ def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -
     return trained
 
 
-def _with_known_dtype(target: TargetConfig, known: Run | None, root: str | None) -> TargetConfig:
-    """Return a target whose dtype, if it is `auto`, is that of the run or of the store."""
+def _decided(target: TargetConfig, known: Run | None, root: str | None) -> TargetConfig:
+    """Return a target as the run or the store has it, where its settings leave that open."""
     if known is not None:
-        return with_dtype(target, known.target_fields.get("dtype"))
-    return with_dtype(target) if root is None else as_in_store(target, root)
+        return decided(target, known.target_fields)
+    return decided(target, {}) if root is None else as_in_store(target, root)
 
 
 def _target(config: RunConfig) -> CapturingTarget:

@@ -87,9 +87,15 @@ def train_flow(
     require_start(training, run_path)
     prepare_weights(target)
     root = store_root(store, space)
-    target = as_in_store(target, root)
+    Store.open(root)  # a clear error without a store
+    given, target = target, as_in_store(target, root)
     config = RunConfig(
-        target=target, dataset=dataset, store=store, training=training, tracking=tracking
+        target=target,
+        dataset=dataset,
+        store=store,
+        training=training,
+        tracking=tracking,
+        given_target=given,
     )
     opened = open_store(target, store, root)
     if snapshot_id is None and run in opened.snapshot_ids():

@@ -235,7 +235,8 @@ def _rows_together(logits: Tensor) -> int:
     """Return how many rows [V] to pass over at once: on a CPU, as many as stay in its cache."""
     if logits.device.type != "cpu":
         return len(logits)
-    return max(1, _CACHED_BYTES // (logits.shape[-1] * torch.float32.itemsize))
+    cached = _CACHED_BYTES * torch.get_num_threads()
+    return max(1, cached // (logits.shape[-1] * torch.float32.itemsize))
 
 
 def _why_unusable(aux: Tensor, last: Tensor, logsumexp: NDArray[np.float32]) -> str:

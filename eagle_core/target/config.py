@@ -31,8 +31,8 @@ class TargetConfig(ConfigModel):
         default="bfloat16",
         description="Arithmetic of the forward pass. States are stored as bfloat16 either way. "
         "auto: that of the store if there is one, else bfloat16 on devices that have units for it "
-        "and float32 on others, where bfloat16 is about 100 times slower; to decode, float32 on a "
-        "CPU.",
+        "and float32 on others, where bfloat16 is about 100 times slower. For decoding on a CPU, "
+        "auto is float32.",
     )
     device: str = Field(
         default="auto", description="auto (CUDA if available), cpu, cuda or cuda:N."

@@ -268,6 +268,7 @@ def why_not_decoded(config: TargetConfig) -> str:
         CorruptError: a weight file is damaged; names it.
 
     """
+    config = for_decoding(config)
     if config.placement == "whole":
         return ""
     if config.placement == "streamed":

@@ -91,7 +91,7 @@ class Run(BaseModel):
             draft_vocabulary=DraftVocabulary.load(setup.run_path / VOCABULARY_NAME).fingerprint,
             vocabulary_coverage=coverage.share,
             coverage_by_source=dict(coverage.by_source),
-            target=config.target,
+            target=config.given_target or config.target,
             dataset=config.dataset,
             store=config.store,
             training=config.training,

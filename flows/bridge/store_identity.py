@@ -1,9 +1,12 @@
 """The identity of a store: target, tokenizer, template and profile of its states."""
 
+import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 from transformers import PretrainedConfig
 
+from eagle_core.bfloat16 import multiplies_bfloat16
 from eagle_core.errors import ConfigError
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
@@ -11,7 +14,12 @@ from eagle_core.target.engine.vllm_python import vllm_version
 from eagle_core.target.engine.vllm_target import recompute_obstacle
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
 from eagle_core.target.layer_slices import plain_layers, require_chain, require_own_layers
-from eagle_core.target.model_config import aux_layers, read_model_config, with_dtype
+from eagle_core.target.model_config import (
+    aux_layers,
+    read_model_config,
+    resolve_device,
+    with_dtype,
+)
 from eagle_core.target.recompute_model import CURE, recomputed_layers
 from eagle_core.target.tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
@@ -19,6 +27,8 @@ from storage.objects.object_store import ObjectStore
 from storage.records import keys
 from storage.records.identity import OmittedStates, StoreIdentity
 from storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizing(Protocol):
@@ -47,20 +57,45 @@ def open_store(target: TargetConfig, config: StoreConfig, root: str) -> Store:
     return opened
 
 
-def as_in_store(target: TargetConfig, root: str) -> TargetConfig:
+def as_in_store(target: TargetConfig, root: str, *, elsewhere: bool = False) -> TargetConfig:
     """Return a target as the store at `root` has it, where its settings leave that open.
 
     These are a dtype that is `auto`, and the version of vLLM. Without a store they are what is fast
     on this machine, and what is installed here.
 
+    Args:
+        target: the target.
+        root: of the store, which may not be there yet.
+        elsewhere: whether other machines compute states.
+
     Raises:
-        ConfigError: there is no store, and vLLM is not installed here.
+        ConfigError: there is no store, and vLLM is not installed here, or other machines would
+            have to decide.
 
     """
     is_open = target.dtype == "auto" or (target.backend == "vllm" and not target.vllm_version)
     is_there = is_open and ObjectStore.at(root).exists(keys.IDENTITY)
-    known = Store.open(root).identity.target_fields if is_there else {}
-    target = with_dtype(target, known.get("dtype"))
+    if target.dtype == "auto" and elsewhere and not is_there:
+        raise ConfigError(
+            f"target {target.name}: target.dtype is auto, but other machines compute the states, "
+            "and what is fast there is not known here: set target.dtype to bfloat16 or float32"
+        )
+    return decided(target, Store.open(root).identity.target_fields if is_there else {})
+
+
+def decided(target: TargetConfig, known: Mapping[str, str]) -> TargetConfig:
+    """Return a target with what its settings leave open, as in the `known` fields, else as here."""
+    if target.dtype == "auto":
+        target = with_dtype(target, known.get("dtype"))
+        why = "as its states have it" if "dtype" in known else "which is fast here"
+        logger.info("target %s: dtype %s, %s", target.name, target.dtype, why)
+        has_units = multiplies_bfloat16(resolve_device(target.device))
+        if target.dtype == "bfloat16" and not has_units:
+            logger.warning(
+                "target %s: this machine has no units for bfloat16: computing states takes about "
+                "100 times as long as on one that has",
+                target.name,
+            )
     if target.backend != "vllm":
         return target
     engine, _, version = known.get("backend", "").partition(" ")

@@ -18,6 +18,8 @@ class RunConfig:
     store: StoreConfig
     training: TrainingConfig
     tracking: TrackingConfig
+    given_target: TargetConfig | None = None
+    """As the recipe has it, where `target` has decided what that leaves open."""
 
     def title(self, run: str) -> str:
         """Return the name of a run, unique among all targets and data sets."""

@@ -135,7 +135,7 @@ def store_rows(figures: StoreFigures) -> list[Row]:
 
 def _identity_rows(identity: StoreIdentity) -> Iterator[Row]:
     fields = identity.target_fields
-    how = [f"{name} {fields[name]}" for name in ("dtype", "attention") if name in fields]
+    how = [f"{name} {fields[name]}" for name in ("dtype", "attention", "backend") if name in fields]
     yield "target", ", ".join([identity.target_fingerprint[:12], *how])
     for name, digest in json.loads(fields.get("weights", "{}")).items():
         yield "", f"{name} {digest[:12]}"

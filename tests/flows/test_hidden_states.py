@@ -20,6 +20,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.run import read_run
+from flows.bridge.store_identity import as_in_store
 from flows.config.store import StoreConfig
 from flows.estimate import estimate_flow
 from flows.hidden_states import hidden_states
@@ -327,5 +328,13 @@ def test_a_dtype_that_is_left_open_is_that_of_the_store(
     train_flow(undecided, dataset, store=store, training=training, home=home)
     summary = estimate_flow(undecided, dataset, store=store, training=training, home=home)
     assert summary.checkpoint_step == 2
+    run = read_run(Workspace.at(home, target=target.name, dataset=dataset.name).run_path("main"))
+    assert run is not None
+    assert run.target.dtype == "auto"  # a command on the run's folder decides anew
+    assert run.target_fields["dtype"] == "bfloat16"
+    (root,) = {Store.open(made[True].store_root).root.url}
+    assert as_in_store(undecided, root, elsewhere=True).dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"set target\.dtype to bfloat16 or float32"):
+        as_in_store(undecided, str(tmp_path / "nowhere"), elsewhere=True)
     with pytest.raises(MismatchError, match="target dtype: found 'bfloat16', expected 'float32'"):
         hidden_states(target=target, dataset=dataset, store=store, home=home)

@@ -129,6 +129,23 @@ def test_decoding_goes_by_the_memory_that_there_is(
     assert why_not_decoded(tiny_target) == ""
 
 
+def test_decoding_in_float32_on_a_cpu_takes_the_memory_of_float32(
+    tiny_target: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dtype that is left open is bfloat16 for states here, and float32 to decode."""
+    units = "eagle_core.target.model_config.multiplies_bfloat16"
+    monkeypatch.setattr(units, lambda _device: True)
+    undecided = tiny_target.model_copy(update={"dtype": "auto"})
+    folder = Path(undecided.model)
+    in_bfloat16 = TargetBytes.of(
+        undecided, read_model_config(undecided, folder), read_headers(folder, remedy="")
+    )
+    room = Memory(main=int(1.5 * in_bfloat16.whole))
+    monkeypatch.setattr(Memory, "all", lambda *_args, **_named: room)
+    assert "they do not fit" in why_not_decoded(undecided)
+    assert why_not_decoded(undecided.model_copy(update={"dtype": "bfloat16"})) == ""
+
+
 def _memory_that_lacks_a_little(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(config.model)
     model_config = read_model_config(config, folder)
