@@ -8,7 +8,7 @@ from prefect import flow
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile
-from flows.bridge.store_identity import as_in_store, store_identity
+from flows.bridge.store_identity import decided, store_identity
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
@@ -61,8 +61,8 @@ def repair_flow(
     check_runnable(target, runs_here=here, captured="here" if here else "on workers")
     space, tokens = prepare(target, dataset, home)
     root = store_root(store, space)
-    Store.open(root)  # a clear error without a store, instead of a new empty one
-    target = as_in_store(target, root)
+    existing = Store.open(root)  # a clear error without a store, instead of a new empty one
+    target = decided(target, existing.identity.target_fields)
     opened = Store.create(root, store_identity(target, store, tokens))
     recompute = probe_recompute(target, opened)
     title = f"{target.name}-{dataset.name}"

@@ -26,7 +26,7 @@ from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run, write_run
 from flows.bridge.run_lock import RunLock, sole_training
 from flows.bridge.semantic_probe import require_sound
-from flows.bridge.store_identity import as_in_store, open_store
+from flows.bridge.store_identity import decided, open_store
 from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
 from flows.orchestration.credentials import store_root
@@ -87,8 +87,7 @@ def train_flow(
     require_start(training, run_path)
     prepare_weights(target)
     root = store_root(store, space)
-    Store.open(root)  # a clear error without a store
-    given, target = target, as_in_store(target, root)
+    given, target = target, decided(target, Store.open(root).identity.target_fields)
     config = RunConfig(
         target=target,
         dataset=dataset,

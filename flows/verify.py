@@ -6,7 +6,7 @@ from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.config import TargetConfig
-from flows.bridge.store_identity import as_in_store
+from flows.bridge.store_identity import decided
 from flows.config.store import StoreConfig
 from flows.errors import DamagedStoreError
 from flows.orchestration.artifact_key import artifact_key
@@ -47,7 +47,7 @@ def verify_flow(
     recompute = None
     if deep:
         prepare_weights(target)
-        recompute = probe_recompute(as_in_store(target, root), opened)
+        recompute = probe_recompute(decided(target, opened.identity.target_fields), opened)
     title = f"{target.name}-{dataset.name}"
     findings = find_damage(opened, deep=deep, recompute=recompute, title=title)
     summary = VerifySummary(

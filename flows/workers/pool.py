@@ -16,6 +16,7 @@ import torch
 
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.engine.vllm_process import VISIBLE_DEVICES
 from eagle_core.target.free_memory import ALONE, MemoryShare, free_main_memory
 from eagle_core.target.model_config import resolve_device
 from flows.config.runner import RunnerConfig
@@ -25,7 +26,6 @@ from flows.workers.shard_batch import ShardBatch, ShardReport
 
 IDLE_SECONDS = 60.0
 """A cluster's worker keeps its child for this long after a batch: another run may need the GPU."""
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class WorkerPool:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from eagle_core.errors import ConfigError, DiskError, TransientError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_python import environment_for, require_vllm
 from eagle_core.target.free_memory import free_main_memory
-from eagle_core.target.model_config import target_dtype
+from eagle_core.target.model_config import target_dtype, with_dtype
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _PROGRAM = Path(__file__).parent / "in_vllm" / "eyas_engine.py"
@@ -153,12 +153,11 @@ class VllmProcess:
     def _receive(self) -> dict[str, Any]:
         line = self._answers.readline()
         answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
-        if answer and "failure" not in answer:
-            return answer
-        self._fail(answer.get("failure", ""))
-        raise AssertionError
+        if not answer or "failure" in answer:
+            self._fail(answer.get("failure", ""))
+        return answer
 
-    def _fail(self, failure: str) -> None:
+    def _fail(self, failure: str) -> NoReturn:
         """Raise an error for a process that has ended, or reported why it will."""
         if failure:
             os.killpg(self._process.pid, signal.SIGKILL)  # its end may take long
@@ -187,7 +186,7 @@ def _engine_settings(config: TargetConfig, weights: Path, device: torch.device) 
     """Return the arguments of vLLM's `LLM`."""
     return {
         "model": str(weights),
-        "dtype": str(target_dtype(config)).removeprefix("torch."),
+        "dtype": with_dtype(config).dtype,
         "quantization": config.quantization,
         "tensor_parallel_size": config.tensor_parallel,
         "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",

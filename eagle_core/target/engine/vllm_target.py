@@ -144,13 +144,13 @@ class VllmTarget:
         """Return a process that captures these layers and the last state."""
         num_layers = self.model_config.num_hidden_layers
         outputs = tuple(sorted({*(layer + 1 for layer in captured), num_layers}))
-        is_fit = self._process and self._process.is_idle and self._process.outputs == outputs
-        if self._process is None or not is_fit:
+        process = self._process
+        if process is None or not process.is_idle or process.outputs != outputs:
             self.close()
-            self._process = VllmProcess(
+            process = self._process = VllmProcess(
                 self.config, weights.locate(self.config), device=self.device, outputs=outputs
             )
-        return self._process
+        return process
 
     def _require_short(self, longest: int, limit: int) -> None:
         if longest > limit:
