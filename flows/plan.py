@@ -23,7 +23,7 @@ from flows.reports.store_tables import cost_rows
 from flows.summaries import TokensSummary
 from flows.tasks.candidates import compare_on_sample, eagle3_layers
 from flows.tasks.preflight import estimate_cost
-from flows.tasks.prepare import prepare
+from flows.tasks.prepare import prepare, prepare_undownloaded
 from flows.workspace import DEFAULT_HOME
 
 
@@ -41,6 +41,9 @@ def plan(
 ) -> CostEstimate:
     """Estimate what `hidden-states` would compute and what it would cost; store nothing.
 
+    If the weights are not on this machine, they are not fetched: sizes are those of config.json,
+    and the time is that of one layer of each kind with random weights.
+
     With `candidates`, also run the target on about 40,000 tokens, and report how well linear
     predictions from other aux layers and with other draft vocabularies agree with it. Of `training`
     only `draft_vocab_size` is used.
@@ -51,7 +54,10 @@ def plan(
         DoesNotFitError: the disk or `store.budget` is too small; states by how much, and remedies.
 
     """
-    space, tokens = prepare(target, dataset, home, capture="here")
+    if candidates or weights.are_here(target):
+        space, tokens = prepare(target, dataset, home, capture="here")
+    else:
+        space, tokens = prepare_undownloaded(target, dataset, home)
     root = store_root(store, space)
     target = as_in_store(target, root)
     estimate = estimate_cost(target, store, tokens, root, runner)

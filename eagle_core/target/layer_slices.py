@@ -109,7 +109,7 @@ def require_own_layers(
                 attn_implementation=config.attention,
             ).layers
         for number, layer in zip(layers, built, strict=True):
-            differing = sorted(_kind_of(layer).items() ^ _kind_of(plain[number]).items())
+            differing = sorted(kind_of(layer).items() ^ kind_of(plain[number]).items())
             if differing:
                 raise ConfigError(
                     f"target {config.name}: layer {number} of a {whole.model_type} model cannot "
@@ -117,7 +117,7 @@ def require_own_layers(
                 )
 
 
-def _kind_of(layer: nn.Module) -> dict[str, object]:
+def kind_of(layer: nn.Module) -> dict[str, object]:
     """Return what a layer is made of, by name: classes, shapes, and settings that are numbers."""
     found: dict[str, object] = {}
     for name, module in layer.named_modules():

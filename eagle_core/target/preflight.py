@@ -79,28 +79,55 @@ def check_target(
     """
     folder = weights.locate(config)
     headers = weights.read_weight_headers(config, folder)
-    whole = read_whole_config(config, folder)
-    text: PretrainedConfig = whole.get_text_config()
     by_vllm = config.backend == "vllm" and captured is not None
-    if max_length is not None:  # vLLM also writes one token
-        Positions.of(text).require(max_length + by_vllm, config, setting="dataset.max_length")
-    _require_plain_logits(config, text)
-    if config.placement == "streamed":
-        streamable_layers(config, whole)
     if by_vllm and captured == "here":
         require_vllm(config)
     if by_vllm and not rolls_back:
         runs_here = False  # by transformers
-    if not runs_here:
-        config = config.model_copy(update={"attention": "eager"})
-    skeleton = build_skeleton(config, whole)
-    _require_runnable(config, skeleton, text, rolls_back=rolls_back)
+    whole, skeleton = _described(
+        config, folder, max_length=max_length, runs_here=runs_here, rolls_back=rolls_back
+    )
     require_ends(headers, folder)
     if runs_here or getattr(whole, "quantization_config", None) is None:
         rehearsed = rehearse_loading(config, whole, skeleton, headers, folder)
         if rehearsed is not None:
             plain_head(rehearsed, config)
+
+
+def check_description(config: TargetConfig, *, max_length: int) -> None:
+    """Raise ConfigError for what `check_target` refuses by config.json and tokenizer alone."""
+    _described(
+        config,
+        weights.locate_description(config),
+        max_length=max_length,
+        runs_here=config.backend == "transformers",
+        rolls_back=False,
+    )
+
+
+def _described(
+    config: TargetConfig,
+    folder: Path,
+    *,
+    max_length: int | None,
+    runs_here: bool,
+    rolls_back: bool,
+) -> tuple[PretrainedConfig, "PreTrainedModel"]:
+    """Return configuration and model, without values, of a target that may work."""
+    whole = read_whole_config(config, folder)
+    text: PretrainedConfig = whole.get_text_config()
+    if max_length is not None:  # vLLM also writes one token
+        by_vllm = config.backend == "vllm"
+        Positions.of(text).require(max_length + by_vllm, config, setting="dataset.max_length")
+    _require_plain_logits(config, text)
+    if config.placement == "streamed":
+        streamable_layers(config, whole)
+    if not runs_here:
+        config = config.model_copy(update={"attention": "eager"})
+    skeleton = build_skeleton(config, whole)
+    _require_runnable(config, skeleton, text, rolls_back=rolls_back)
     _check_tokens(config, num_rows=text.vocab_size)
+    return whole, skeleton
 
 
 def _require_plain_logits(config: TargetConfig, text: PretrainedConfig) -> None:

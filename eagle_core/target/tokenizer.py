@@ -25,7 +25,7 @@ def conversation_tokenizer(target: TargetConfig) -> ConversationTokenizer:
             answer.
 
     """
-    folder = weights.locate(target)
+    folder = weights.locate_description(target)
     return _made(target, FolderState.of(folder), configured_text(target.template))
 
 

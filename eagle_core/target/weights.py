@@ -5,6 +5,7 @@ that is renamed into place.
 """
 
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from eagle_core.target.config import TargetConfig
 
 PACKAGE_SCHEME = "package:"
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+DESCRIPTION_FILES = [name for name in WANTED_FILES if name != "*.safetensors"]
 SECOND_COPIES = ["original/*", "consolidated*", "*/*.safetensors"]
 """The same weights once more, for other programs: 14 GB beside gpt-oss-20b."""
 
@@ -46,12 +48,45 @@ def locate(config: TargetConfig) -> Path:
                 f"download the weights into it: `hf download ORG/MODEL --local-dir {folder}`"
             )
         return folder
-    if folder.exists() or folder.is_absolute() or config.model.startswith((".", "~")):
+    if not _is_hub_id(config.model, folder):
         raise ConfigError(
             f"target {config.name}: no model folder at {config.model} (expected config.json and "
             f"*.safetensors in it); download one with `hf download ORG/MODEL --local-dir {folder}`"
         )
-    return _from_hub(config)
+    return _from_hub(config, WANTED_FILES)
+
+
+def locate_description(config: TargetConfig) -> Path:
+    """Return a folder with config.json and tokenizer of the target; weights may be missing.
+
+    From the hub, only these files are fetched: they have some megabytes.
+
+    Raises:
+        ConfigError: as `locate`.
+
+    """
+    folder = Path(config.model).expanduser()
+    if config.model.startswith(PACKAGE_SCHEME) or not _is_hub_id(config.model, folder):
+        return folder if (folder / "config.json").is_file() else locate(config)
+    return _from_hub(config, DESCRIPTION_FILES)
+
+
+def are_here(config: TargetConfig) -> bool:
+    """Return whether weights of the target are on this machine; fetches nothing."""
+    folder = Path(config.model).expanduser()
+    if config.model.startswith(PACKAGE_SCHEME):
+        return True  # converted from a file of the package
+    if not _is_hub_id(config.model, folder):
+        return bool(weight_files(folder))
+    try:
+        cached = snapshot_download(config.model, revision=config.revision, local_files_only=True)
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return False
+    return bool(weight_files(Path(cached)))
+
+
+def _is_hub_id(model: str, folder: Path) -> bool:
+    return not (folder.exists() or folder.is_absolute() or model.startswith((".", "~")))
 
 
 def read_weight_headers(config: TargetConfig, folder: Path) -> dict[str, TensorHeader]:
@@ -71,13 +106,13 @@ def read_weight_headers(config: TargetConfig, folder: Path) -> dict[str, TensorH
     return read_headers(folder, remedy=remedy)
 
 
-def _from_hub(config: TargetConfig) -> Path:
+def _from_hub(config: TargetConfig, wanted: Sequence[str]) -> Path:
     try:
         return Path(
             snapshot_download(
                 config.model,
                 revision=config.revision,
-                allow_patterns=WANTED_FILES,
+                allow_patterns=list(wanted),
                 ignore_patterns=SECOND_COPIES,
             )
         )

@@ -65,6 +65,8 @@ class CostEstimate:
     budget_bytes: int | None
     placement: PlacementCost | None = None
     """None if nothing was measured."""
+    is_sketch: bool = False
+    """Whether the target's weights were not there: sizes and time are rough."""
     recompute: RecomputeCost | None = None
     """None if nothing was measured, or the target's layers cannot be run alone."""
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -35,6 +36,7 @@ from flows.workers.measure_worker import (
     num_last_states,
 )
 from flows.workers.pool import local_slots, memory_share
+from flows.workers.sketch_worker import SketchJob, SketchLine
 from storage.objects.object_store import ObjectStore
 from storage.records import keys
 from storage.records.plan import PlannedSample, plan_shards
@@ -43,6 +45,9 @@ from storage.store import Store
 MEASURED_TOKENS = 4096
 SAMPLES_COUNTED = 2000
 """Loss masks that are read to find the share of tokens whose last hidden state is stored."""
+TYPICAL_SHARES = {"raw": 1.0, "lossless": 0.654, "int8": 0.482, "int6": 0.356, "int4": 0.224}
+"""Stored bytes of states by raw ones, as measured on SmolLM2 (docs/benchmarks/store.md)."""
+TEACHER_BYTES = 8
 WORST_CASE = 1.05
 """Factor on the raw bytes of all states: no profile comes near it."""
 
@@ -87,7 +92,7 @@ def _within_budget(budget: int | None, root: str, more: int) -> bool:
 
 
 def _raw_bytes_per_token(target: TargetConfig, *, recompute: bool) -> int:
-    model = read_model_config(target, weights.locate(target))
+    model = read_model_config(target, weights.locate_description(target))
     if recompute:
         omitted_states(target, model)  # a clear error if recompute is impossible
     states = len(aux_layers(target, model.num_hidden_layers)) + (-1 if recompute else 1)
@@ -112,36 +117,13 @@ def estimate_cost(
         store.commits().lacks(wanted) if store else wanted, shard_tokens=config.shard_tokens
     )
     to_make = sum(shard.num_tokens for shard in plan.shards)
-    costs: dict[str, float] = {}
-    tokens_per_second, device = 0.0, ""
-    recompute: RecomputeCost | None = None
-    placement: MeasuredPlacement | None = None
     chosen = encoding_name(config.profile, recompute=config.recompute)
-    if to_make:
-        get_run_logger().info("measuring the target on about %s tokens", f"{MEASURED_TOKENS:,}")
-        task_tokens = min(to_make, config.shard_tokens * config.shards_per_task)
-        job = MeasureJob(
-            target=target,
-            token_file=tokens.train_path,
-            rows=rows_of_tokens(TokenFile(tokens.train_path), MEASURED_TOKENS),
-            task_tokens=task_tokens,
-            recompute=config.recompute,
-            memory=memory_share(target, runner),
-        )
-        found = _measured(job, runner)
-        placement = found.placement
-        share = _last_share(TokenFile(tokens.train_path))
-        encodings = _encodings(found)
-        costs = {
-            name: cost.bytes_per_token + share * cost.bytes_per_last_state
-            for name, cost in encodings.items()
-        }
-        capture = found.capture_seconds
-        if found.recompute is not None:
-            recompute = _recompute_cost(found.recompute, found.num_tokens)
-            capture = found.recompute.capture_seconds if config.recompute else capture
-        seconds = capture + encodings[chosen].write_seconds
-        tokens_per_second, device = found.num_tokens / max(seconds, 1e-9), found.device
+    task_tokens = min(to_make, config.shard_tokens * config.shards_per_task)
+    cost = _NO_COST
+    if to_make and weights.are_here(target):
+        cost = _measured_cost(target, config, tokens, runner, task_tokens, chosen)
+    elif to_make:
+        cost = _sketched_cost(target, tokens, runner, task_tokens)
     return CostEstimate(
         store_root=root,
         profile=chosen,
@@ -152,13 +134,109 @@ def estimate_cost(
         missing_samples=sum(len(shard.sample_ids) for shard in plan.shards),
         missing_tokens=to_make,
         stored_bytes=store.commits().totals.stored_bytes if store else 0,
-        bytes_per_token=costs,
-        tokens_per_second=tokens_per_second,
-        device=device,
+        bytes_per_token=cost.bytes_per_token,
+        tokens_per_second=cost.tokens_per_second,
+        device=cost.device,
         free_bytes=place.free_bytes(),
         budget_bytes=config.budget,
+        recompute=cost.recompute,
+        placement=_placement_cost(cost.placement, to_make, task_tokens) if cost.placement else None,
+        is_sketch=cost.is_sketch,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TokenCost:
+    """What a token costs, measured with the target or sketched without."""
+
+    bytes_per_token: Mapping[str, float]
+    """By encoding."""
+    tokens_per_second: float
+    device: str
+    placement: MeasuredPlacement | None
+    recompute: RecomputeCost | None = None
+    is_sketch: bool = False
+
+
+_NO_COST = _TokenCost(bytes_per_token={}, tokens_per_second=0.0, device="", placement=None)
+
+
+def _measured_cost(
+    target: TargetConfig,
+    config: StoreConfig,
+    tokens: TokensSummary,
+    runner: RunnerConfig,
+    task_tokens: int,
+    chosen: str,
+) -> _TokenCost:
+    get_run_logger().info("measuring the target on about %s tokens", f"{MEASURED_TOKENS:,}")
+    file = TokenFile(tokens.train_path)
+    job = MeasureJob(
+        target=target,
+        token_file=tokens.train_path,
+        rows=rows_of_tokens(file, MEASURED_TOKENS),
+        task_tokens=task_tokens,
+        recompute=config.recompute,
+        memory=memory_share(target, runner),
+    )
+    line = _in_child(
+        job,
+        runner,
+        module="flows.workers.measure_worker",
+        what="the process that measures the target",
+    )
+    found = Measurement.model_validate_json(line)
+    share, encodings = _last_share(file), _encodings(found)
+    capture, recompute = found.capture_seconds, None
+    if found.recompute is not None:
+        recompute = _recompute_cost(found.recompute, found.num_tokens)
+        capture = found.recompute.capture_seconds if config.recompute else capture
+    seconds = capture + encodings[chosen].write_seconds
+    return _TokenCost(
+        bytes_per_token={
+            name: cost.bytes_per_token + share * cost.bytes_per_last_state
+            for name, cost in encodings.items()
+        },
+        tokens_per_second=found.num_tokens / max(seconds, 1e-9),
+        device=found.device,
+        placement=found.placement,
         recompute=recompute,
-        placement=_placement_cost(placement, to_make, task_tokens) if placement else None,
+    )
+
+
+def _sketched_cost(
+    target: TargetConfig, tokens: TokensSummary, runner: RunnerConfig, task_tokens: int
+) -> _TokenCost:
+    get_run_logger().info(
+        "the weights of %s are not here: one layer of each kind is timed with random ones",
+        target.name,
+    )
+    job = SketchJob(target=target, task_tokens=task_tokens, memory=memory_share(target, runner))
+    line = _in_child(
+        job,
+        runner,
+        module="flows.workers.sketch_worker",
+        what="the process that sketches the target",
+    )
+    found = SketchLine.model_validate_json(line)
+    model = read_model_config(target, weights.locate_description(target))
+    state, num_aux = 2 * int(model.hidden_size), len(aux_layers(target, model.num_hidden_layers))
+    every = num_aux + _last_share(TokenFile(tokens.train_path))
+    return _TokenCost(
+        bytes_per_token={
+            encoding_name(profile, recompute=recompute): kept * state * share + TEACHER_BYTES
+            for recompute, kept in ((False, every), (True, num_aux - 1))
+            for profile, share in TYPICAL_SHARES.items()
+        },
+        tokens_per_second=1 / max(found.seconds_per_token, 1e-12),
+        device=found.device,
+        placement=MeasuredPlacement(
+            name=found.placement,
+            reason=found.reason,
+            pass_tokens=found.pass_tokens,
+            pass_bytes=found.pass_bytes,
+        ),
+        is_sketch=True,
     )
 
 
@@ -194,18 +272,18 @@ def _recompute_cost(measured: RecomputeMeasurement, num_tokens: int) -> Recomput
     )
 
 
-def _measured(job: MeasureJob, runner: RunnerConfig) -> Measurement:
-    """Run the target on samples and store them, in a child process that sees what a worker sees."""
+def _in_child(job: MeasureJob | SketchJob, runner: RunnerConfig, *, module: str, what: str) -> str:
+    """Return the last line of a child process that sees what a worker sees."""
     is_child = runner.kind == "processes"
     lines = list(
         run_child(
-            "flows.workers.measure_worker",
+            module,
             job,
-            what="the process that measures the target",
+            what=what,
             environment=local_slots(job.target, runner.num_workers)[0] if is_child else {},
         )
     )
-    return Measurement.model_validate_json(lines[-1])
+    return lines[-1]
 
 
 def _last_share(file: TokenFile) -> float:

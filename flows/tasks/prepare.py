@@ -13,7 +13,7 @@ from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.placement import why_not_decoded
-from eagle_core.target.preflight import CapturedWhere, check_weights
+from eagle_core.target.preflight import CapturedWhere, check_description, check_weights
 from flows.bridge.passed_checks import TargetCheck, require_passed
 from flows.bridge.token_files import known_tokens
 from flows.orchestration.artifact_key import artifact_key
@@ -40,6 +40,16 @@ def prepare(
     if capture is not None:
         here = capture == "here"
         check_runnable(target, max_length=dataset.max_length, runs_here=here, captured=capture)
+    prepare_dataset(dataset, space)
+    return space, tokenize(target, dataset, space)
+
+
+def prepare_undownloaded(
+    target: TargetConfig, dataset: DatasetConfig, home: str
+) -> tuple[Workspace, TokensSummary]:
+    """Prepare conversations and tokens for a target of which only the description is here."""
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
+    check_description(target, max_length=dataset.max_length)
     prepare_dataset(dataset, space)
     return space, tokenize(target, dataset, space)
 

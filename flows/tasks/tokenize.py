@@ -181,7 +181,7 @@ def _embedded(
     samples: Iterable[TokenizedSample], target: TargetConfig, tokenizer: ConversationTokenizer
 ) -> Iterator[TokenizedSample]:
     """Yield the samples; ConfigError if one has a token that the target has no embedding for."""
-    num_rows = read_model_config(target, weights.locate(target)).vocab_size
+    num_rows = read_model_config(target, weights.locate_description(target)).vocab_size
     for sample in samples:
         where = sample.location or f"sample {sample.sample_id}"
         require_embedded(sample.input_ids, num_rows, target, where=where, name_of=tokenizer.token)

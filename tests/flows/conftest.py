@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from unittest import mock
 
@@ -55,20 +56,21 @@ def shard_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def measuring_process() -> Iterator[None]:
-    """Measure what states cost, for all flows, in one process."""
-    children: list[Child] = []
+    """Measure what states cost, for all flows, in one process of each module."""
+    children: dict[str, list[Child]] = {}
 
     def ask(
         module: str, request: BaseModel, *, what: str, environment: Mapping[str, str]
     ) -> Iterator[str]:
         assert not environment  # such as of one GPU among others
-        if not children or not children[-1].is_idle:
-            children.append(Child(module, environment={}))
-        yield from children[-1].request(request, what=what)
+        started = children.setdefault(module, [])
+        if not started or not started[-1].is_idle:
+            started.append(Child(module, environment={}))
+        yield from started[-1].request(request, what=what)
 
     with mock.patch("flows.tasks.preflight.run_child", ask):
         yield
-    for child in children:
+    for child in chain.from_iterable(children.values()):
         child.close()
 
 
