@@ -39,3 +39,7 @@ class DamagedStoreError(FlowError):
 
 class ServerFailedError(FlowError):
     """Prefect's temporary server does not start."""
+
+
+class ServerUnreachableError(FlowError):
+    """Prefect's server does not answer: it restarts, or a cable is out."""

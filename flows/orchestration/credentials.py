@@ -4,14 +4,17 @@ The environment passes them to the object store's client and the child processes
 that a user sets. They appear in no parameter, record or log.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 
 import fsspec
+import httpx
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL
 
 from flows.config.store import StoreConfig
+from flows.errors import ServerUnreachableError
 from flows.workspace import Workspace
 from storage.errors import ConfigError
 from storage.objects.object_store import S3_SCHEMES
@@ -25,6 +28,9 @@ VARIABLES = frozenset(
         "AWS_DEFAULT_REGION",
     }
 )
+_log = logging.getLogger(__name__)
+_read: dict[str, Mapping[str, str]] = {}
+"""What this process has read of each block."""
 
 
 def store_root(store: StoreConfig, space: Workspace) -> str:
@@ -32,6 +38,7 @@ def store_root(store: StoreConfig, space: Workspace) -> str:
 
     Raises:
         ConfigError: there is no such block, or its content is invalid.
+        ServerUnreachableError: the server does not answer.
 
     """
     root = store.root or str(space.store_root)
@@ -46,13 +53,37 @@ def store_root(store: StoreConfig, space: Workspace) -> str:
 
 
 def use_credentials(name: str | None) -> None:
-    """Set the variables of a block in this process's environment; do nothing without a name."""
+    """Set the variables of a block in this process's environment; do nothing without a name.
+
+    While the server is down, a process goes on with what it read before.
+
+    Raises:
+        ConfigError: there is no such block, or its content is invalid.
+        ServerUnreachableError: the server does not answer, and nothing was read before.
+
+    """
     if name is not None:
-        found = _variables(name)
+        found = _newest_variables(name)
+        if all(os.environ.get(variable) == found.get(variable) for variable in VARIABLES):
+            return
         for variable in VARIABLES - found.keys():  # from another block or the parent process
             os.environ.pop(variable, None)
         os.environ.update(found)
         fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients cache credentials
+
+
+def _newest_variables(name: str) -> Mapping[str, str]:
+    try:
+        _read[name] = _variables(name)
+    except httpx.TransportError as error:
+        if name not in _read:
+            raise ServerUnreachableError(
+                f"Prefect block secret/{name} (store.credentials) cannot be read: the server at "
+                f"{PREFECT_API_URL.value()} does not answer ({error}); start it, or correct "
+                "PREFECT_API_URL"
+            ) from error
+        _log.warning("the server does not answer: secret/%s is used as it was read before", name)
+    return _read[name]
 
 
 def _variables(name: str) -> Mapping[str, str]:

@@ -7,10 +7,11 @@ from prefect.client.schemas.objects import State, TaskRun
 
 import eagle_core.errors
 import storage.errors
-from flows.errors import ChildKilledError
+from flows.errors import ChildKilledError, ServerUnreachableError
 
 RETRYABLE = (
     ChildKilledError,
+    ServerUnreachableError,
     eagle_core.errors.TransientError,
     storage.errors.TransientError,
 )

@@ -31,13 +31,19 @@ def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[
 
     Raises:
         ChildKilledError: the child died without a result, or hung and was killed (retried).
+        ServerUnreachableError: a cluster's worker needs credentials from it (retried).
         EagleCoreError, StorageError: the error that the child reported.
 
     """
+    attempt = task_run.run_count or 1
+    may_have_run = attempt > 1 or pool is None  # a cluster repeats tasks whose results are lost
     if pool is None:
         use_credentials(batch.credentials)
         pool = shared_pool()
-    attempt = task_run.run_count or 1
+    if may_have_run:
+        batch = _rest(batch)
+    if not batch.shard_ids:
+        return ()
     results = tuple(
         ShardResult(
             planned_id=report.planned_id,
@@ -47,7 +53,7 @@ def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[
             attempt=attempt,
             worker=report.worker,
         )
-        for report in pool.make(batch if attempt == 1 else _rest(batch))
+        for report in pool.make(batch)
         if report.kind == "shard"
     )
     num_committed = sum(bool(result.shard_id) for result in results)
@@ -56,7 +62,7 @@ def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[
 
 
 def _rest(batch: ShardBatch) -> ShardBatch:
-    """Return the part of a batch that earlier attempts did not commit."""
+    """Return the part of a batch that is not committed."""
     committed = set(Store.open(batch.store_root).shard_ids())
     rest = tuple(shard_id for shard_id in batch.shard_ids if shard_id not in committed)
     return batch.model_copy(update={"shard_ids": rest})

@@ -1,4 +1,4 @@
-"""An S3 server on loopback that asks for credentials, and a way through it that fails on demand."""
+"""An S3 server that asks for credentials, and a way through it that fails on demand."""
 
 import http.client
 import json
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,14 +43,19 @@ class S3Server:
 
 
 @contextmanager
-def seaweed(folder: Path) -> Iterator[S3Server]:
-    """Run SeaweedFS with one bucket until the block ends; skip the test where there is none."""
+def seaweed(
+    folder: Path, address: str = "127.0.0.1", prefix: Sequence[str] = ()
+) -> Iterator[S3Server]:
+    """Run SeaweedFS with one bucket until the block ends; skip the test where there is none.
+
+    `prefix` stands before its command, such as one that runs it on another host.
+    """
     weed = needs.SEAWEED.path
     if weed is None:
         pytest.skip(needs.SEAWEED.reason)
     port, *others = _free_ports(8)
     server = S3Server(
-        url=f"http://127.0.0.1:{port}",
+        url=f"http://{address}:{port}",
         access_key=secrets.token_hex(10),
         secret_key=secrets.token_hex(20),
     )
@@ -65,7 +70,8 @@ def seaweed(folder: Path) -> Iterator[S3Server]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *(weed, "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+                *(*prefix, weed, "-logtostderr=true", "server"),
+                *(f"-ip={address}", f"-ip.bind={address}"),
                 *("-s3", f"-s3.port={port}", f"-s3.config={folder / 's3.json'}"),
                 *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # their defaults are fixed ports
                 *("-volume.max=20", "-master.volumeSizeLimitMB=256", f"-dir={folder}"),

@@ -37,6 +37,7 @@ from flows.workers import child_process, torchrun
 from flows.workers.channel import VARIABLE
 from flows.workers.child_process import Child
 from flows.workers.pool import gpus_in_turn, local_slots, memory_share
+from flows.workers.shard_batch import ShardBatch
 from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests.flows.trees import digests
@@ -141,6 +142,26 @@ def test_a_batch_that_is_tried_again_makes_only_the_rest(
     # How those before the kill were made is not known: their attempt never answered.
     assert 2 <= attempts.count(None) < made.num_shards
     assert attempts.count(2) == made.num_shards - attempts.count(None)
+
+
+def test_a_cluster_that_repeats_a_batch_makes_nothing_twice(
+    alone: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    made = hidden_states(target=target, dataset=dataset, store=STORE, home=str(alone))
+    shard_ids = tuple(Store.open(made.store_root).shard_ids())
+    batch = ShardBatch(
+        target=target,
+        store_root=made.store_root,
+        plan_id="of the first time",
+        shard_ids=shard_ids,
+        token_files=(),
+    )
+    with mock.patch("flows.tasks.generate.shared_pool") as pool:
+        assert generate_shards(batch) == ()
+        pool.return_value.make.assert_not_called()
+        generate_shards(batch.model_copy(update={"shard_ids": (*shard_ids, "not-there")}))
+        (rest,) = pool.return_value.make.call_args.args
+    assert rest.shard_ids == ("not-there",)
 
 
 def test_an_error_of_a_worker_keeps_its_type_and_its_words(
