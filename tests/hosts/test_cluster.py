@@ -6,9 +6,11 @@ another, and workers with a target each are on two more.
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +42,8 @@ pytestmark = [
 ]
 NUM_CONVERSATIONS = 400
 SHARDS_PER_TASK = 4
-OPEN_RAY = {"RAY_AUTH_MODE": "disabled"}
-"""Else its head makes a secret, which the other hosts would need."""
+RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0"}
+"""No secret of the head, which the other hosts would need; each line of the workers is shown."""
 RAY_SIZE = ("--object-store-memory", "200000000", "--disable-usage-stats")
 COMMANDS = {
     "dask": (
@@ -88,7 +90,7 @@ class Site:
         path.write_text(yaml.safe_dump({**recipe, **sections}))
         command = ["deployments", "run", "hidden-states", path, "--home", self.folder / "home"]
         log = self.folder / f"{name}.log"
-        environment = {**self.prefect.environment, **OPEN_RAY}
+        environment = {**self.prefect.environment, **RAY_ENVIRONMENT}
         run = process([sys.executable, "-m", *command], environment, log)
         with run as running:
             yield running
@@ -169,12 +171,20 @@ class Seen:
             return {}
 
 
+def batches_in_logs(logs: Iterable[Path]) -> Counter[str]:
+    """Return how often each batch was computed to its end, by the logs of the workers."""
+    found: Counter[str] = Counter()
+    for log in logs:
+        found.update(re.findall(r"shards (\d+-\d+): \d+ committed", log.read_text()))
+    return found
+
+
 @contextmanager
 def cluster(kind: str, site: Site, workers: Sequence[Host]) -> Iterator[Mapping[str, object]]:
     """Yield the recipe's section of a cluster with its head here and a worker on each host."""
     program = Path(sys.executable).with_name(kind)
     address, head, worker = COMMANDS[kind]
-    environment = {**site.prefect.environment, **OPEN_RAY}
+    environment = {**site.prefect.environment, **RAY_ENVIRONMENT}
     with ExitStack() as serving:
 
         def start(name: str, host_address: str, *command: str) -> None:
@@ -219,3 +229,6 @@ def test_only_what_was_in_flight_is_lost(
     assert seen.committed.items() <= stored.commits().items(), "what was committed stayed"
     assert nameless_commits(stored) == nameless_commits(alone)
     assert verify_store(stored, deep=True) == []
+    batches = batches_in_logs(site.folder.glob(f"{kind}*.log"))
+    assert max(batches.values()) == 1, "no batch was computed to its end twice"
+    assert len(batches) == -(-len(alone.shard_ids()) // SHARDS_PER_TASK)
