@@ -20,7 +20,7 @@ QUICK := not (server or ui or slow or s3 or gpu or vllm or hosts)
 OWN_NETWORK := unshare --net --pid --fork --kill-child --mount-proc $(if $(filter-out 0,$(shell id -u)),--user --map-current-user --keep-caps)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-oldest test-gpu vllm test-engine test-hosts test-newest check lint docs generate format server worker deploy clean
+.PHONY: help install demo test test-quick test-oldest test-gpu vllm test-engine test-hosts own-network test-newest check lint docs generate format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,8 +75,11 @@ test-engine: install $(if $(VLLM_PYTHON),,$(VLLM)/installed) ## with real vLLM, 
 	  $(BIN)/python -m pytest -q $(PARALLEL) -m vllm
 
 test-hosts: install ## with workers on other hosts, which are network namespaces (Linux, PostgreSQL)
-	@$(OWN_NETWORK) true 2>/dev/null || { echo "network namespaces are not allowed here: run it as root" >&2; exit 1; }
+	@$(MAKE) --silent own-network 2>/dev/null || { echo "network namespaces are not allowed here: run it as root" >&2; exit 1; }
 	@EYAS_OWN_NETWORK=1 OMP_NUM_THREADS=1 $(OWN_NETWORK) $(BIN)/python -m pytest -q -m hosts
+
+own-network:
+	@$(OWN_NETWORK) true
 
 test-newest: ## the store's tests with the newest zarr on the newest Python found here
 	@newest=$$(.ci/newest-python) && echo "The store with the newest zarr on $$($$newest --version)" && \

@@ -44,9 +44,9 @@ def plan(
     If the weights are not on this machine, they are not fetched: sizes are those of config.json,
     and the time is that of one layer of each kind with random weights.
 
-    With `candidates`, also run the target on about 40,000 tokens, and report how well linear
-    predictions from other aux layers and with other draft vocabularies agree with it. Of `training`
-    only `draft_vocab_size` is used.
+    With `candidates`, fetch them in any case, run the target on about 40,000 tokens, and report how
+    well linear predictions from other aux layers and with other draft vocabularies agree with it.
+    Of `training` only `draft_vocab_size` is used.
 
     Raises:
         ConfigError: the target cannot be run, such as for its architecture; or there is too little
@@ -54,13 +54,14 @@ def plan(
         DoesNotFitError: the disk or `store.budget` is too small; states by how much, and remedies.
 
     """
-    if candidates or weights.are_here(target):
+    weights_are_here = candidates or weights.are_here(target)
+    if weights_are_here:
         space, tokens = prepare(target, dataset, home, capture="here")
     else:
         space, tokens = prepare_undownloaded(target, dataset, home)
     root = store_root(store, space)
     target = as_in_store(target, root)
-    estimate = estimate_cost(target, store, tokens, root, runner)
+    estimate = estimate_cost(target, store, tokens, root, runner, weights_are_here=weights_are_here)
     rows = cost_rows(estimate)
     title = f"Plan: {target.name} on {dataset.name}"
     report_stage(title, rows, key=artifact_key("plan", target.name, dataset.name))

@@ -1,4 +1,4 @@
-"""A small hub that speaks the Hugging Face HTTP API for data sets, on this machine."""
+"""A small hub that speaks the Hugging Face HTTP API for data sets and models, on this machine."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A data set at one commit."""
+    """A data set or a model at one commit."""
 
     files: Mapping[str, bytes]
     is_gated: bool = False
@@ -35,7 +35,7 @@ class Hub:
 
 @contextmanager
 def serve_hub(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
-    """Serve data sets by their names, `ORG/NAME`."""
+    """Serve data sets and models by their names, `ORG/NAME`."""
     hub = Hub(url="")
 
     class Handler(_Handler):
@@ -75,9 +75,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         is_api = parts[0] == "api"
+        if not is_api and parts[0] != "datasets":
+            parts = ["models", *parts]
         kind, org, name, *rest = parts[1:] if is_api else parts
         repository = self.served.get(f"{org}/{name}")
-        if kind != "datasets" or repository is None:
+        if kind not in {"datasets", "models"} or repository is None:
             self._missing("RepoNotFound")
         elif not is_api:
             self._file(repository, rest, with_body=with_body)

@@ -5,6 +5,7 @@ The states are the same to the bit on devices of one kind, so a store does not r
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from eagle_core.errors import ConfigError
@@ -163,26 +164,47 @@ def placement_of(config: TargetConfig, share: MemoryShare = ALONE) -> Chosen:
         CorruptError: a weight file is damaged; names it.
 
     """
+    given = _given(config)
+    if given is not None:
+        return given
+    return place(config, weights.locate(config), _sizes(config), share)
+
+
+def _given(config: TargetConfig) -> Chosen | None:
+    """Return a placement that depends on no size."""
     if config.backend == "vllm":
         return Chosen(placement="vllm", reason="target.backend is vllm")
     if config.placement == "whole":
         return Chosen(placement="whole", reason="target.placement is whole")
-    device, sizes = resolve_device(config.device), _sizes(config)
+    return None
+
+
+def place(config: TargetConfig, folder: Path, sizes: TargetBytes, share: MemoryShare) -> Chosen:
+    """Return the placement of a target of these sizes, whose config.json is in `folder`.
+
+    Raises:
+        ConfigError: too little memory or too few GPUs.
+
+    """
+    given = _given(config)
+    if given is not None:
+        return given
+    device = resolve_device(config.device)
     # The others are not touched if the first GPU suffices: they may be in use.
     free = Memory.free(device, share, most_gpus=1)
     if config.placement != "streamed" and _whole(config, sizes, free, is_first=True) is None:
         free = Memory.free(device, share)
     if config.placement == "auto" and _whole(config, sizes, free) is None:
-        obstacle = _why_not_streamed(config)
+        obstacle = _why_not_streamed(config, folder)
         if obstacle:
             logger.warning("target %s may not fit: %s", config.name, _reason(config, sizes, free))
             return Chosen(placement="whole", reason=obstacle)
     return choose_placement(config, sizes, free)
 
 
-def _why_not_streamed(config: TargetConfig) -> str:
+def _why_not_streamed(config: TargetConfig, folder: Path) -> str:
     try:
-        streamable_layers(config, read_whole_config(config, weights.locate(config)))
+        streamable_layers(config, read_whole_config(config, folder))
     except ConfigError as error:
         return str(error)
     return ""

@@ -97,6 +97,7 @@ def check_target(
 def check_description(config: TargetConfig, *, max_length: int) -> None:
     """Raise ConfigError for what `check_target` refuses by config.json and tokenizer alone."""
     if config.backend == "vllm":
+        require_vllm(config)
         config = _with_any_kernel(config)
     folder = weights.locate_description(config)
     _described(config, folder, max_length=max_length, rolls_back=False)

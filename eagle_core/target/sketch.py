@@ -18,19 +18,21 @@ from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import TensorHeader
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import ALONE, Memory, MemoryShare
+from eagle_core.target.free_memory import ALONE, MemoryShare
 from eagle_core.target.layer_slices import kind_of, plain_layers, slice_config
 from eagle_core.target.model_config import read_whole_config, resolve_device, target_dtype
-from eagle_core.target.placement import Chosen, choose_placement
+from eagle_core.target.placement import Chosen, place
+from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain, silent
 from eagle_core.target.target_bytes import TargetBytes
 
-_TOKENS = 2048
+_MOST_TOKENS = 2048
 """Of the batch that is timed."""
 _ROUNDS = 2
 """The first also pays what happens once."""
 _SPREAD = 0.02
-_STORED_AS = "BF16"
+_STORED_AS = {"float32": "F32", "float16": "F16"}
+"""Of the dtypes in a config.json; others are BF16."""
 READ_RATE = 2e9
 """Bytes per second that a disk is expected to read weights with."""
 
@@ -45,8 +47,11 @@ class Sketch:
     why_none: str
     pass_tokens: int
     """Tokens that pass through a streamed layer together; 0 if the target is not streamed."""
-    seconds_per_token: float
+    seconds_per_token: float | None
+    """None if there is no placement."""
     device: str
+    is_quantized: bool
+    """Whether its weights take less than is counted."""
 
 
 def sketch(config: TargetConfig, task_tokens: int, share: MemoryShare = ALONE) -> Sketch:
@@ -54,57 +59,57 @@ def sketch(config: TargetConfig, task_tokens: int, share: MemoryShare = ALONE) -
 
     No pass of a streamed target takes more than `task_tokens`, the tokens of one task.
     Quantized weights are counted as if they were not. The layers of a streamed target are read
-    while others work, at `READ_RATE`: the slower of the two counts.
+    while others work, at `READ_RATE`: the slower of the two counts. vLLM is taken to be as fast as
+    transformers.
 
     Raises:
         ConfigError: no config.json, or an architecture that is not supported.
 
     """
-    whole = read_whole_config(config, weights.locate_description(config))
-    text: PretrainedConfig = whole.get_text_config()
-    device = resolve_device(config.device)
-    sizes = TargetBytes.of(config, text, _headers(config, whole))
-    chosen, why_none = _placed(config, sizes, Memory.free(device, share))
-    with certain(config, f"layers of a {text.model_type} model cannot be built alone"):
-        seconds = sum(
-            number * _time_layer(config, text, layer, device)
-            for layer, number in _kinds(plain_layers(config, text))
-        )
-    pass_tokens = min(chosen.group_tokens, task_tokens) if chosen else 0
-    computing = (seconds + _time_head(config, text, device)) / _TOKENS
+    if config.backend == "vllm":  # it has kernels of its own
+        config = config.model_copy(update={"attention": "eager"})
+    folder = weights.locate_description(config)
+    whole = read_whole_config(config, folder)
+    sizes = TargetBytes.of(config, whole.get_text_config(), _headers(config, whole))
+    chosen: Chosen | None = None
+    why_none, pass_tokens, seconds = "", 0, None
+    try:
+        chosen = place(config, folder, sizes, share)
+    except ConfigError as error:
+        why_none = str(error)
+    else:
+        pass_tokens = min(chosen.group_tokens, task_tokens)
+        reading = chosen.pass_bytes / READ_RATE / pass_tokens if pass_tokens else 0.0
+        seconds = max(reading, _computing(config, whole.get_text_config()))
     return Sketch(
         sizes=sizes,
         chosen=chosen,
         why_none=why_none,
         pass_tokens=pass_tokens,
-        seconds_per_token=max(computing, _reading_seconds(chosen, pass_tokens)),
-        device=str(device),
+        seconds_per_token=seconds,
+        device=str(resolve_device(config.device)),
+        is_quantized=getattr(whole, "quantization_config", None) is not None,
     )
 
 
-def _placed(config: TargetConfig, sizes: TargetBytes, free: Memory) -> tuple[Chosen | None, str]:
-    """Return the placement, or why there is none."""
-    if config.backend == "vllm":
-        return Chosen(placement="vllm", reason="target.backend is vllm"), ""
-    try:
-        return choose_placement(config, sizes, free), ""
-    except ConfigError as error:
-        return None, str(error)
-
-
-def _reading_seconds(chosen: Chosen | None, pass_tokens: int) -> float:
-    """Return the seconds per token in which the weights of a streamed target are read."""
-    if chosen is None or not pass_tokens:
-        return 0.0
-    return chosen.pass_bytes / READ_RATE / pass_tokens
+def _computing(config: TargetConfig, text: PretrainedConfig) -> float:
+    """Return the seconds that all layers and the head take per token."""
+    num_tokens = min(_MOST_TOKENS, Positions.of(text).limit or _MOST_TOKENS)
+    with certain(config, f"layers of a {text.model_type} model cannot be built alone"):
+        seconds = sum(
+            number * _time_layer(config, text, layer, num_tokens)
+            for layer, number in _kinds(plain_layers(config, text))
+        )
+    return (seconds + _time_head(config, text, num_tokens)) / num_tokens
 
 
 def _headers(config: TargetConfig, whole: PretrainedConfig) -> dict[str, TensorHeader]:
     """Return what the headers of the weight files would be."""
     model = build_skeleton(config, whole)
+    stored = str(whole.get_text_config().dtype).removeprefix("torch.")
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if _is_tied(whole) else set()
     return {
-        name: TensorHeader(dtype=_STORED_AS, shape=tuple(tensor.shape))
+        name: TensorHeader(dtype=_STORED_AS.get(stored, "BF16"), shape=tuple(tensor.shape))
         for name, tensor in model.state_dict().items()
         if name not in tied
     }
@@ -123,15 +128,13 @@ def _kinds(layers: nn.ModuleList) -> Iterator[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def _time_layer(
-    config: TargetConfig, text: PretrainedConfig, layer: int, device: torch.device
-) -> float:
+def _time_layer(config: TargetConfig, text: PretrainedConfig, layer: int, num_tokens: int) -> float:
     """Return the seconds that a layer takes for a batch."""
     from transformers.initialization import no_init_weights  # noqa: PLC0415 (loads torch models)
 
     part = slice_config(text, range(layer, layer + 1))
     part.vocab_size, part.pad_token_id = 1, None  # its input is states
-    dtype = target_dtype(config)
+    dtype, device = target_dtype(config), resolve_device(config.device)
     with silent(), device, no_init_weights():
         model = AutoModel.from_config(  # type: ignore[no-untyped-call]
             part,
@@ -142,16 +145,16 @@ def _time_layer(
     for parameter in model.parameters():
         parameter.uniform_(-_SPREAD, _SPREAD)
     model.train(mode=False)
-    states = _random(_TOKENS, text.hidden_size, device=device, dtype=dtype)[None]
+    states = _random(num_tokens, text.hidden_size, device=device, dtype=dtype)[None]
     return _timed(lambda: model(inputs_embeds=states, use_cache=False), device)
 
 
 @torch.inference_mode()
-def _time_head(config: TargetConfig, text: PretrainedConfig, device: torch.device) -> float:
+def _time_head(config: TargetConfig, text: PretrainedConfig, num_tokens: int) -> float:
     """Return the seconds that the head takes for a batch."""
-    dtype = target_dtype(config)
+    dtype, device = target_dtype(config), resolve_device(config.device)
     head = _random(text.vocab_size, text.hidden_size, device=device, dtype=dtype)
-    states = _random(_TOKENS, text.hidden_size, device=device, dtype=dtype)
+    states = _random(num_tokens, text.hidden_size, device=device, dtype=dtype)
     return _timed(lambda: nn.functional.linear(states, head), device)
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eagle_core.atomic_files import atomic_folder, file_digest
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.safetensors_files import TensorHeader, read_headers, weight_files
 from eagle_core.target.config import TargetConfig
 
@@ -72,17 +72,19 @@ def locate_description(config: TargetConfig) -> Path:
 
 
 def are_here(config: TargetConfig) -> bool:
-    """Return whether weights of the target are on this machine; fetches nothing."""
+    """Return whether weights of the target, or some of them, are on this machine; fetch nothing."""
     folder = Path(config.model).expanduser()
     if config.model.startswith(PACKAGE_SCHEME):
         return True  # converted from a file of the package
-    if not _is_hub_id(config.model, folder):
-        return bool(weight_files(folder))
+    if _is_hub_id(config.model, folder):
+        try:
+            folder = _snapshot(config, WANTED_FILES, local_files_only=True)
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            return False
     try:
-        cached = snapshot_download(config.model, revision=config.revision, local_files_only=True)
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        return False
-    return bool(weight_files(Path(cached)))
+        return any(path.is_file() for path in weight_files(folder))
+    except CorruptError:
+        return True  # what reads them says more
 
 
 def _is_hub_id(model: str, folder: Path) -> bool:
@@ -106,19 +108,25 @@ def read_weight_headers(config: TargetConfig, folder: Path) -> dict[str, TensorH
     return read_headers(folder, remedy=remedy)
 
 
+def _snapshot(config: TargetConfig, wanted: Sequence[str], *, local_files_only: bool) -> Path:
+    return Path(
+        snapshot_download(
+            config.model,
+            revision=config.revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=SECOND_COPIES,
+            local_files_only=local_files_only,
+        )
+    )
+
+
 def _from_hub(config: TargetConfig, wanted: Sequence[str]) -> Path:
     try:
-        return Path(
-            snapshot_download(
-                config.model,
-                revision=config.revision,
-                allow_patterns=list(wanted),
-                ignore_patterns=SECOND_COPIES,
-            )
-        )
+        return _snapshot(config, wanted, local_files_only=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        what = "weights" if wanted == WANTED_FILES else "config.json and tokenizer"
         raise ConfigError(
-            f"target {config.name}: the weights of {config.model} are not on this machine and "
+            f"target {config.name}: {what} of {config.model} are not on this machine and "
             f"could not be downloaded ({type(error).__name__}). Accept the licence on its model "
             f"page if it has one, run `hf auth login`, then `hf download {config.model} "
             f"--local-dir models/{config.name}` and set target.model to models/{config.name}"

@@ -122,7 +122,7 @@ def require_start(training: TrainingConfig, run_path: Path) -> None:
 
 def require_draft_sizes(target: TargetConfig) -> None:
     """Raise ConfigError unless the sizes of a draft follow from the target's configuration."""
-    model_config = read_model_config(target, weights.locate(target))
+    model_config = read_model_config(target, weights.locate_description(target))
     try:
         DraftConfig.from_target(model_config, draft_vocab_size=model_config.vocab_size)
     except (AttributeError, TypeError, ArithmeticError, RuntimeError, ValidationError) as error:

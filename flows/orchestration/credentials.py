@@ -52,30 +52,35 @@ def store_root(store: StoreConfig, space: Workspace) -> str:
     return root
 
 
-def use_credentials(name: str | None) -> None:
-    """Set the variables of a block in this process's environment; do nothing without a name.
+def use_credentials(name: str | None) -> bool:
+    """Set the variables of a block in this process's environment; return whether that changed it.
 
-    While the server is down, a process goes on with what it read before.
+    Without a name nothing changes. While the server is down, a process goes on with what it read
+    before.
 
     Raises:
         ConfigError: there is no such block, or its content is invalid.
         ServerUnreachableError: the server does not answer, and nothing was read before.
 
     """
-    if name is not None:
-        found = _newest_variables(name)
-        if all(os.environ.get(variable) == found.get(variable) for variable in VARIABLES):
-            return
-        for variable in VARIABLES - found.keys():  # from another block or the parent process
-            os.environ.pop(variable, None)
-        os.environ.update(found)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients cache credentials
+    if name is None:
+        return False
+    found = _newest_variables(name)
+    if all(os.environ.get(variable) == found.get(variable) for variable in VARIABLES):
+        return False
+    for variable in VARIABLES - found.keys():  # from another block or the parent process
+        os.environ.pop(variable, None)
+    os.environ.update(found)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients cache credentials
+    return True
 
 
 def _newest_variables(name: str) -> Mapping[str, str]:
     try:
         _read[name] = _variables(name)
-    except httpx.TransportError as error:
+    except (httpx.TransportError, httpx.HTTPStatusError) as error:
+        if isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error:
+            raise
         if name not in _read:
             raise ServerUnreachableError(
                 f"Prefect block secret/{name} (store.credentials) cannot be read: the server at "

@@ -50,15 +50,15 @@ def running(
 @contextmanager
 def _cluster(runner: RunnerConfig, *, num_gpus: int) -> Iterator[TaskRunner[Any]]:
     package = _package(f"prefect_{runner.kind}", runner.kind)
+    given: dict[str, Any] | None = {"address": runner.address} if runner.address else None
     if runner.kind == "dask":
         size = {"n_workers": runner.num_workers, "threads_per_worker": 1, "dashboard_address": None}
-        options = {"address": runner.address} if runner.address else {"cluster_kwargs": size}
-        with package.DaskTaskRunner(**options) as dask:
+        with package.DaskTaskRunner(**(given or {"cluster_kwargs": size})) as dask:
             yield dask
         return
-    size = {"num_cpus": runner.num_workers, "include_dashboard": False}
-    options = {"address": runner.address} if runner.address else {"init_kwargs": size}
-    with package.RayTaskRunner(**options) as ray:
+    # Without an address Ray joins the one that runs here, or waits for one that has ended.
+    own = {"address": "local", "num_cpus": runner.num_workers, "include_dashboard": False}
+    with package.RayTaskRunner(**(given or {"init_kwargs": own})) as ray:
         has_gpus = _package("ray", "ray").cluster_resources().get("GPU", 0) > 0
         # Ray hides every GPU from a task that requests none.
         with _package("prefect_ray.context", "ray").remote_options(num_gpus=has_gpus * num_gpus):

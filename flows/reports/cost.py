@@ -59,6 +59,7 @@ class CostEstimate:
     bytes_per_token: Mapping[str, float]
     """By profile, for the missing tokens; empty if there are none."""
     tokens_per_second: float
+    """0.0 if it is not known."""
     device: str
     free_bytes: int | None
     """None where free space has no meaning, as on S3."""
@@ -67,13 +68,16 @@ class CostEstimate:
     """None if nothing was measured."""
     is_sketch: bool = False
     """Whether the target's weights were not there: sizes and time are rough."""
+    counts_too_much: bool = False
+    """Whether these weights are quantized, and were counted as if they were not."""
     recompute: RecomputeCost | None = None
     """None if nothing was measured, or the target's layers cannot be run alone."""
 
     @property
     def seconds(self) -> float:
-        """Return the time to compute the missing states."""
-        return self.missing_tokens / self.tokens_per_second if self.missing_tokens else 0.0
+        """Return the time to compute the missing states; 0.0 if it is not known."""
+        is_known = self.missing_tokens and self.tokens_per_second
+        return self.missing_tokens / self.tokens_per_second if is_known else 0.0
 
     def size(self, profile: str) -> int:
         """Return the bytes of the missing states under a profile."""

@@ -18,8 +18,10 @@ MOST_LISTED = 20
 MOST_IN_TABLE = 1000
 _SKETCHED = (
     "not here: sizes are from config.json and the shares that SmolLM2's states take, the time from "
-    "one layer of each kind with random weights, and from weights read at 2 GB per second"
+    "one layer of each kind with random weights, and from weights read at 2 GB per second; writing "
+    "states is not counted"
 )
+_COUNTED_WHOLE = "; the weights are quantized, but counted as if they were not"
 
 
 def cost_rows(estimate: CostEstimate) -> list[Row]:
@@ -45,16 +47,23 @@ def cost_rows(estimate: CostEstimate) -> list[Row]:
     if estimate.placement is not None:
         rows.append(("placement", _placement(estimate.placement)))
     if estimate.is_sketch:
-        rows.append(("weights", _SKETCHED))
+        more = _COUNTED_WHOLE if estimate.counts_too_much else ""
+        rows.append(("weights", f"{_SKETCHED}{more}"))
     if estimate.recompute is not None:
         rows.append(("recompute during training", _recompute(estimate, estimate.recompute)))
-    speed = f"{estimate.tokens_per_second:,.0f} tokens per second on {estimate.device}"
     missing = estimate.missing_bytes(estimate.profile)
     return [
         *rows,
-        ("time", f"about {human_seconds(estimate.seconds)} ({speed})"),
+        ("time", _time(estimate)),
         ("space", f"short by {human_bytes(missing)}" if missing else "enough"),
     ]
+
+
+def _time(estimate: CostEstimate) -> str:
+    if not estimate.tokens_per_second:
+        return f"not known: the target cannot run on {estimate.device} here"
+    speed = f"{estimate.tokens_per_second:,.0f} tokens per second on {estimate.device}"
+    return f"about {human_seconds(estimate.seconds)} ({speed})"
 
 
 def _placement(cost: PlacementCost) -> str:

@@ -38,8 +38,9 @@ def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[
     attempt = task_run.run_count or 1
     may_have_run = attempt > 1 or pool is None  # a cluster repeats tasks whose results are lost
     if pool is None:
-        use_credentials(batch.credentials)
         pool = shared_pool()
+        if use_credentials(batch.credentials):
+            pool.end_idle()  # a child keeps the environment that it was started with
     if may_have_run:
         batch = _rest(batch)
     if not batch.shard_ids:

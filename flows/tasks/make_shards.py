@@ -82,12 +82,13 @@ def make_shards(
             progress.advance(report.tokens, note=report.planned_id[:8])
 
         with running(runner, target, generate_shards, on_report=on_report) as submit:
-            batches = _batches(store, plan, target, config, runner, tokens)
+            batches = list(_batches(store, plan, target, config, runner, tokens))
             futures = [submit(batch) for batch in batches]
-            failures = _Failures()
-            for future in futures:
+            failures, has_made_some = _Failures(), False
+            for batch, future in zip(batches, futures, strict=True):
                 future.wait()
                 if future.state.is_completed():
+                    has_made_some = True
                     shards = future.result()
                     made += shards
                     found = [one for shard in shards for one in shard.excluded]
@@ -95,8 +96,8 @@ def make_shards(
                         raise _was_finite(target, found[0])
                     exclusions.add(found)
                     if runner.kind != "processes":  # a cluster reports no samples
-                        progress.advance(sum(sizes[shard.planned_id] for shard in shards))
-                elif failures.end_the_run(_error_of(future), has_made_some=bool(made)):
+                        progress.advance(sum(sizes[shard_id] for shard_id in batch.shard_ids))
+                elif failures.end_the_run(_error_of(future), has_made_some=has_made_some):
                     future.result()
     exclusions.exclude()
     committed = set(store.shard_ids())

@@ -8,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from eagle_core.errors import ConfigError
 from eagle_core.samples import TokenizedSample
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
@@ -105,10 +106,12 @@ def estimate_cost(
     tokens: TokensSummary,
     root: str,
     runner: RunnerConfig = RunnerConfig(),
+    *,
+    weights_are_here: bool = True,
 ) -> CostEstimate:
     """Return the cost of the missing states of the store at `root`, measured with the target.
 
-    The target is placed as in one of the runner's processes.
+    Without its weights it is sketched. The target is placed as in one of the runner's processes.
     """
     place = ObjectStore.at(root)
     store = Store.open(root) if place.exists(keys.IDENTITY) else None
@@ -120,7 +123,7 @@ def estimate_cost(
     chosen = encoding_name(config.profile, recompute=config.recompute)
     task_tokens = min(to_make, config.shard_tokens * config.shards_per_task)
     cost = _NO_COST
-    if to_make and weights.are_here(target):
+    if to_make and weights_are_here:
         cost = _measured_cost(target, config, tokens, runner, task_tokens, chosen)
     elif to_make:
         cost = _sketched_cost(target, tokens, runner, task_tokens)
@@ -142,6 +145,7 @@ def estimate_cost(
         recompute=cost.recompute,
         placement=_placement_cost(cost.placement, to_make, task_tokens) if cost.placement else None,
         is_sketch=cost.is_sketch,
+        counts_too_much=cost.counts_too_much,
     )
 
 
@@ -156,6 +160,7 @@ class _TokenCost:
     placement: MeasuredPlacement | None
     recompute: RecomputeCost | None = None
     is_sketch: bool = False
+    counts_too_much: bool = False
 
 
 _NO_COST = _TokenCost(bytes_per_token={}, tokens_per_second=0.0, device="", placement=None)
@@ -222,13 +227,15 @@ def _sketched_cost(
     model = read_model_config(target, weights.locate_description(target))
     state, num_aux = 2 * int(model.hidden_size), len(aux_layers(target, model.num_hidden_layers))
     every = num_aux + _last_share(TokenFile(tokens.train_path))
+    kept_states = {False: every, **({True: num_aux - 1} if _may_omit(target) else {})}
+    seconds = found.seconds_per_token
     return _TokenCost(
         bytes_per_token={
             encoding_name(profile, recompute=recompute): kept * state * share + TEACHER_BYTES
-            for recompute, kept in ((False, every), (True, num_aux - 1))
+            for recompute, kept in kept_states.items()
             for profile, share in TYPICAL_SHARES.items()
         },
-        tokens_per_second=1 / max(found.seconds_per_token, 1e-12),
+        tokens_per_second=0.0 if seconds is None else 1 / max(seconds, 1e-12),
         device=found.device,
         placement=MeasuredPlacement(
             name=found.placement,
@@ -237,7 +244,16 @@ def _sketched_cost(
             pass_bytes=found.pass_bytes,
         ),
         is_sketch=True,
+        counts_too_much=found.is_quantized,
     )
+
+
+def _may_omit(target: TargetConfig) -> bool:
+    try:
+        omitted_states(target, read_model_config(target, weights.locate_description(target)))
+    except ConfigError:
+        return False
+    return True
 
 
 def _placement_cost(found: MeasuredPlacement, to_make: int, task_tokens: int) -> PlacementCost:

@@ -14,6 +14,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.placement import why_not_decoded
 from eagle_core.target.preflight import CapturedWhere, check_description, check_weights
+from flows.bridge.draft_setup import require_draft_sizes
 from flows.bridge.passed_checks import TargetCheck, require_passed
 from flows.bridge.token_files import known_tokens
 from flows.orchestration.artifact_key import artifact_key
@@ -50,6 +51,7 @@ def prepare_undownloaded(
     """Prepare conversations and tokens for a target of which only the description is here."""
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     check_description(target, max_length=dataset.max_length)
+    require_draft_sizes(target)
     prepare_dataset(dataset, space)
     return space, tokenize(target, dataset, space)
 

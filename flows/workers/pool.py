@@ -99,6 +99,14 @@ class WorkerPool:
                 self._release(slot)
             self._free.put(slot)
 
+    def end_idle(self) -> None:
+        """End the children that do nothing."""
+        with self._lock:
+            for slot, child in enumerate(self._children):
+                if child is not None and child.is_idle:
+                    self._stop_timer(slot)
+                    self._end(slot)
+
     def close(self) -> None:
         """End all children, even busy ones, and start no other."""
         with self._lock:

@@ -34,8 +34,10 @@ class SketchLine(BaseModel):
     reason: str
     pass_tokens: int
     pass_bytes: int
-    seconds_per_token: float
+    seconds_per_token: float | None
+    """None if there is no placement on this machine."""
     device: str
+    is_quantized: bool
 
 
 def _sketch(job: SketchJob) -> SketchLine:
@@ -48,6 +50,7 @@ def _sketch(job: SketchJob) -> SketchLine:
         pass_bytes=chosen.pass_bytes if chosen else 0,
         seconds_per_token=found.seconds_per_token,
         device=found.device,
+        is_quantized=found.is_quantized,
     )
 
 

@@ -19,7 +19,7 @@ CONFTEST = """
 from tests.closing import pytest_configure, pytest_sessionfinish, pytest_terminal_summary
 """
 MAKEFILE = f"""
-lint docs test-newest test-engine test-hosts demo: ; @echo $@ ran
+lint docs test-newest test-engine own-network test-hosts demo: ; @echo $@ ran
 test: ; @{sys.executable} -m pytest -q -p no:xdist
 """
 PASSES = "def test_sound(): pass\n"

@@ -77,8 +77,7 @@ class Network:
                 ends = ("type", "veth", "peer", "name", "cable", "netns", str(holder.pid))
                 _run("ip", "link", "add", name, *ends)
                 _run("ip", "link", "set", name, "master", "bridge", "up")
-                RAY_FOLDER.mkdir(exist_ok=True)
-                _run(*host.prefix, "mount", "-t", "tmpfs", "tmpfs", str(RAY_FOLDER))
+                _make_ray_folder(*host.prefix)
                 _run(*host.prefix, "ip", "link", "set", "lo", "up")
                 _run(*host.prefix, "ip", "address", "add", f"{address}/24", "dev", "cable")
                 _run(*host.prefix, "ip", "link", "set", "cable", "up")
@@ -90,6 +89,7 @@ class Network:
 @contextmanager
 def network() -> Iterator[Network]:
     """Yield a network of which this process is the first host, until the block ends."""
+    _make_ray_folder()
     _run("ip", "link", "set", "lo", "up")
     _run("ip", "link", "add", "bridge", "type", "bridge")
     try:
@@ -98,6 +98,11 @@ def network() -> Iterator[Network]:
         yield Network()
     finally:
         _run("ip", "link", "delete", "bridge")
+
+
+def _make_ray_folder(*prefix: str) -> None:
+    RAY_FOLDER.mkdir(exist_ok=True)
+    _run(*prefix, "mount", "-t", "tmpfs", "tmpfs", str(RAY_FOLDER))
 
 
 def _run(*command: str) -> None:

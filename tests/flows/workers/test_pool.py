@@ -87,7 +87,8 @@ def test_two_workers_make_the_bytes_that_one_makes(
     assert one.num_shards > 6
     runner = RunnerConfig.model_validate({"kind": kind, "num_workers": 2})
 
-    with mock.patch.dict(os.environ, {"RAY_USAGE_STATS_ENABLED": "0"}):
+    others = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "127.0.0.1:9"}  # such as of a project
+    with mock.patch.dict(os.environ, others):
         two = hidden_states(
             target=target, dataset=dataset, store=STORE, runner=runner, home=str(tmp_path)
         )
@@ -159,8 +160,12 @@ def test_a_cluster_that_repeats_a_batch_makes_nothing_twice(
     with mock.patch("flows.tasks.generate.shared_pool") as pool:
         assert generate_shards(batch) == ()
         pool.return_value.make.assert_not_called()
+        pool.return_value.end_idle.assert_not_called()
         generate_shards(batch.model_copy(update={"shard_ids": (*shard_ids, "not-there")}))
         (rest,) = pool.return_value.make.call_args.args
+        with mock.patch("flows.tasks.generate.use_credentials", return_value=True):
+            generate_shards(batch)
+        pool.return_value.end_idle.assert_called_once()
     assert rest.shard_ids == ("not-there",)
 
 
