@@ -33,9 +33,9 @@ from eagle_core.evaluation.prompts import Prompt, sample_prompts
 from eagle_core.samples import HiddenStateSample, SampleSource
 from eagle_core.target import weights
 from eagle_core.target.capture import capture_states
+from eagle_core.target.layerwise.recompute_model import RecomputeModel
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import for_decoding, read_model_config
-from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker

@@ -25,10 +25,10 @@ from deployments.recipe import load_recipe
 from eagle_core.target import weights
 from eagle_core.target.capture import LOGITS_CHUNK_TOKENS
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import Memory
+from eagle_core.target.memory.free_memory import Memory
+from eagle_core.target.memory.target_bytes import TargetBytes
 from eagle_core.target.model_config import read_model_config
 from eagle_core.target.placement import choose_placement
-from eagle_core.target.target_bytes import TargetBytes
 from flows.workspace import DEFAULT_HOME, Workspace
 
 PASSES = (16, 4, 1)

@@ -34,8 +34,12 @@ from benchmarks.store import teacher_kl
 from deployments.recipe import load_recipe
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.capture import batches_by_length, capture_states
+from eagle_core.target.layerwise.recompute_model import (
+    RecomputedStates,
+    RecomputeModel,
+    StoredStates,
+)
 from eagle_core.target.model import TargetModel
-from eagle_core.target.recompute_model import RecomputedStates, RecomputeModel, StoredStates
 from flows.bridge.recompute import completed
 from flows.bridge.store_identity import omitted_states
 from flows.bridge.stored_source import to_stored

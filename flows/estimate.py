@@ -10,7 +10,7 @@ from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.estimate import AcceptanceEstimate, estimate_acceptance
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.recompute_model import RecomputeModel
+from eagle_core.target.layerwise.recompute_model import RecomputeModel
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_setup import DraftSetup
 from flows.bridge.recompute import load_recompute_model

@@ -13,7 +13,9 @@ from eagle_core.target import weights
 from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_target import VllmTarget
-from eagle_core.target.free_memory import ALONE, Memory, MemoryShare
+from eagle_core.target.layerwise.streamed import OnTokens, StreamedTarget, streamable_layers
+from eagle_core.target.memory.free_memory import ALONE, Memory, MemoryShare
+from eagle_core.target.memory.target_bytes import TargetBytes
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import (
     for_decoding,
@@ -21,8 +23,6 @@ from eagle_core.target.model_config import (
     read_whole_config,
     resolve_device,
 )
-from eagle_core.target.streamed import OnTokens, StreamedTarget, streamable_layers
-from eagle_core.target.target_bytes import TargetBytes
 
 _USABLE = 0.9
 """Share of the free memory that is planned with."""

@@ -19,12 +19,12 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import require_ends
 from eagle_core.target.engine.vllm_python import require_vllm
+from eagle_core.target.layerwise.streamed import streamable_layers
 from eagle_core.target.loading import rehearse_loading
 from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config
 from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain
-from eagle_core.target.streamed import streamable_layers
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
 

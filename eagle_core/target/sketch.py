@@ -18,13 +18,13 @@ from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import TensorHeader
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import ALONE, MemoryShare
-from eagle_core.target.layer_slices import kind_of, plain_layers, slice_config
+from eagle_core.target.layerwise.layer_slices import kind_of, plain_layers, slice_config
+from eagle_core.target.memory.free_memory import ALONE, MemoryShare
+from eagle_core.target.memory.target_bytes import TargetBytes
 from eagle_core.target.model_config import read_whole_config, resolve_device, target_dtype
 from eagle_core.target.placement import Chosen, place
 from eagle_core.target.positions import Positions
 from eagle_core.target.skeleton import build_skeleton, certain, silent
-from eagle_core.target.target_bytes import TargetBytes
 
 _MOST_TOKENS = 2048
 """Of the batch that is timed."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from eagle_core.samples import HiddenStateSample, TokenizedSample
-from eagle_core.target.recompute_model import RecomputeModel
+from eagle_core.target.layerwise.recompute_model import RecomputeModel
 from flows.bridge.recompute import TargetRecompute
 from flows.bridge.semantic_probe import probe_points
 from flows.bridge.stored_source import StoredSource, to_stored

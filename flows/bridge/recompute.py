@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.head import log_probabilities
-from eagle_core.target.recompute_model import RecomputeModel, StoredStates
+from eagle_core.target.layerwise.recompute_model import RecomputeModel, StoredStates
 from storage.errors import ConfigError
 from storage.records.identity import StoreIdentity
 from storage.samples import StoredSample

@@ -13,14 +13,14 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_python import vllm_version
 from eagle_core.target.engine.vllm_target import recompute_obstacle
 from eagle_core.target.fingerprint import NORM_CONVENTION, fingerprint, fingerprint_fields
-from eagle_core.target.layer_slices import plain_layers, require_chain, require_own_layers
+from eagle_core.target.layerwise.layer_slices import plain_layers, require_chain, require_own_layers
+from eagle_core.target.layerwise.recompute_model import CURE, recomputed_layers
 from eagle_core.target.model_config import (
     aux_layers,
     read_model_config,
     resolve_device,
     with_dtype,
 )
-from eagle_core.target.recompute_model import CURE, recomputed_layers
 from eagle_core.target.tokenizer import conversation_tokenizer
 from flows.config.store import StoreConfig
 from storage.objects.object_store import ObjectStore

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagle_core.samples import HiddenStateSample
-from eagle_core.target.recompute_model import RecomputeModel
+from eagle_core.target.layerwise.recompute_model import RecomputeModel
 from flows.bridge.recompute import completed, require_partial
 from storage.reader import SnapshotReader
 from storage.samples import StoredSample

@@ -17,10 +17,10 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.capture import CapturingTarget, capture_states
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import NORM_CONVENTION
-from eagle_core.target.free_memory import ALONE, MemoryShare
+from eagle_core.target.layerwise.recompute_model import RecomputeModel, StoredStates
+from eagle_core.target.layerwise.streamed import StreamedTarget
+from eagle_core.target.memory.free_memory import ALONE, MemoryShare
 from eagle_core.target.placement import load_placed, placement_of
-from eagle_core.target.recompute_model import RecomputeModel, StoredStates
-from eagle_core.target.streamed import StreamedTarget
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.store_identity import omitted_states
 from flows.bridge.stored_source import to_stored

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import ALONE, MemoryShare
+from eagle_core.target.memory.free_memory import ALONE, MemoryShare
 from storage.records.exclusions import Exclusion
 from storage.records.plan import PlannedShard
 

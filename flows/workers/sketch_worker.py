@@ -8,7 +8,7 @@ import sys
 from pydantic import BaseModel, ConfigDict
 
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import ALONE, MemoryShare
+from eagle_core.target.memory.free_memory import ALONE, MemoryShare
 from eagle_core.target.sketch import sketch
 from flows.workers.channel import send, serve
 

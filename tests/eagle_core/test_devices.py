@@ -16,12 +16,12 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.safetensors_files import tensor_files
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
-from eagle_core.target import layer_loader
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.layer_slices import build_slice, slice_tensors
+from eagle_core.target.layerwise import layer_loader
+from eagle_core.target.layerwise.layer_slices import build_slice, slice_tensors
+from eagle_core.target.layerwise.streamed import StreamedTarget
 from eagle_core.target.model import TargetModel
-from eagle_core.target.streamed import StreamedTarget
 from eagle_core.training.config import TttConfig
 from eagle_core.training.result import Metrics
 from eagle_core.training.ttt import ttt_step

@@ -14,13 +14,13 @@ from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import SHAPES, StepCase, draft_rows_of_target_head
 from eagle_core.draft.model import DraftModel
 from eagle_core.target.capture import CapturingTarget, capture_states
+from eagle_core.target.layerwise.streamed import StreamedTarget
 from eagle_core.target.model import TargetModel
-from eagle_core.target.streamed import StreamedTarget
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TttConfig
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.ttt import ttt_step
-from tests.eagle_core.target.test_streamed import samples, write
+from tests.eagle_core.target.layerwise.test_streamed import samples, write
 from tests.eagle_core.training.test_trainer import CONFIG, InterruptedHereError, interrupt_at, run
 from tests.paths import GOLDEN, ROOT
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from eagle_core.data.config import DatasetConfig
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.layerwise.recompute_model import RecomputeModel
 from eagle_core.target.model import TargetModel
-from eagle_core.target.recompute_model import RecomputeModel
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig

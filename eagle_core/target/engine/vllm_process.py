@@ -26,7 +26,7 @@ from torch import Tensor
 from eagle_core.errors import ConfigError, DiskError, TransientError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_python import environment_for, require_vllm
-from eagle_core.target.free_memory import free_main_memory
+from eagle_core.target.memory.free_memory import free_main_memory
 from eagle_core.target.model_config import target_dtype, with_dtype
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"

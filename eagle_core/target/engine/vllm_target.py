@@ -21,7 +21,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.engine.vllm_process import EngineStates, VllmProcess
 from eagle_core.target.engine.vllm_python import vllm_version
-from eagle_core.target.layer_slices import build_slice, slice_tensors
+from eagle_core.target.layerwise.layer_slices import build_slice, slice_tensors
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model import Captured
 from eagle_core.target.model_config import (

@@ -18,9 +18,9 @@ from transformers import (
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from eagle_core.target.capture import batches_by_length, capture_states
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.layerwise.recompute_model import RecomputeModel, StoredStates
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model import TargetModel
-from eagle_core.target.recompute_model import RecomputeModel, StoredStates
 
 SIZES: dict[str, Any] = {
     "vocab_size": 90,

@@ -8,9 +8,11 @@ from transformers import DiffLlamaConfig
 
 from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import TensorHeader, read_headers
-from eagle_core.target import free_memory
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import Memory, MemoryShare
+from eagle_core.target.layerwise.streamed import StreamedTarget
+from eagle_core.target.memory import free_memory
+from eagle_core.target.memory.free_memory import Memory, MemoryShare
+from eagle_core.target.memory.target_bytes import TargetBytes
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import read_model_config
 from eagle_core.target.placement import (
@@ -21,9 +23,7 @@ from eagle_core.target.placement import (
     placement_of,
     why_not_decoded,
 )
-from eagle_core.target.streamed import StreamedTarget
-from eagle_core.target.target_bytes import TargetBytes
-from tests.eagle_core.target.test_streamed import SIZES, write_model
+from tests.eagle_core.target.layerwise.test_streamed import SIZES, write_model
 
 GIB = 2**30
 LLAMA_70B = TargetBytes(

@@ -10,13 +10,13 @@ from eagle_core.errors import ConfigError
 from eagle_core.safetensors_files import read_headers
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import MemoryShare
-from eagle_core.target.layer_slices import plain_layers
+from eagle_core.target.layerwise.layer_slices import plain_layers
+from eagle_core.target.memory.free_memory import MemoryShare
+from eagle_core.target.memory.target_bytes import TargetBytes
 from eagle_core.target.model_config import read_model_config
 from eagle_core.target.sketch import READ_RATE, _kinds, sketch
-from eagle_core.target.target_bytes import TargetBytes
+from tests.eagle_core.target.layerwise.test_streamed import ARCHITECTURES, EAGER, write_model
 from tests.eagle_core.target.test_preflight import change_config
-from tests.eagle_core.target.test_streamed import ARCHITECTURES, EAGER, write_model
 from tests.tiny import SIZES
 
 TASK_TOKENS = 16384

@@ -9,11 +9,11 @@ import torch
 from eagle_core.samples import HiddenStateSample
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.layerwise.streamed import StreamedTarget
 from eagle_core.target.model import TargetModel
-from eagle_core.target.streamed import StreamedTarget
 from eagle_core.training.packing import PackedBatch, pack
 from flows.bridge.known_aux import known_aux
-from tests.eagle_core.target.test_streamed import samples, write
+from tests.eagle_core.target.layerwise.test_streamed import samples, write
 
 LAYERS = (0, 3, 5)
 

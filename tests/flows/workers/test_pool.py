@@ -23,7 +23,7 @@ import storage.errors
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.free_memory import ALONE, MemoryShare
+from eagle_core.target.memory.free_memory import ALONE, MemoryShare
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
 from flows.errors import ChildFailedError, ChildKilledError, FlowError

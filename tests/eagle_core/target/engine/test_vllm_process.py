@@ -18,7 +18,7 @@ from eagle_core.target.engine.vllm_target import VllmTarget
 from eagle_core.target.fingerprint import fingerprint_fields
 from eagle_core.target.preflight import check_target
 from tests.eagle_core.target.engine.answering import DIES, FAILS, FILLS, HIDDEN, LATE, SWELLS
-from tests.eagle_core.target.test_streamed import samples
+from tests.eagle_core.target.layerwise.test_streamed import samples
 from tests.tiny import write_target
 from tests.waiting import wait_for
 

@@ -25,7 +25,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_target import VllmTarget
 from eagle_core.target.model import TargetModel
 from tests.eagle_core.draft.test_vllm import EXPERTS, SIZES
-from tests.eagle_core.target.test_streamed import bits, samples
+from tests.eagle_core.target.layerwise.test_streamed import bits, samples
 from tests.waiting import wait_for
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")

@@ -28,10 +28,10 @@ from eagle_core.errors import ConfigError
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
 from eagle_core.target.capture import capture_groups, capture_states
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.layer_loader import PassTimes
+from eagle_core.target.layerwise.layer_loader import PassTimes
+from eagle_core.target.layerwise.recompute_model import RecomputeModel
+from eagle_core.target.layerwise.streamed import StreamedTarget
 from eagle_core.target.model import TargetModel
-from eagle_core.target.recompute_model import RecomputeModel
-from eagle_core.target.streamed import StreamedTarget
 
 SIZES = {
     "vocab_size": 90,

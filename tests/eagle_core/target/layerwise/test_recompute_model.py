@@ -20,9 +20,9 @@ from eagle_core.errors import ConfigError
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.layer_slices import require_chain
+from eagle_core.target.layerwise.layer_slices import require_chain
+from eagle_core.target.layerwise.recompute_model import CURE, RecomputeModel, StoredStates
 from eagle_core.target.model import TargetModel
-from eagle_core.target.recompute_model import CURE, RecomputeModel, StoredStates
 
 SIZES = {
     "vocab_size": 90,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.layer_pass import LayerSlot
-from eagle_core.target.layer_slices import build_slice, slice_tensors
+from eagle_core.target.layerwise.layer_pass import LayerSlot
+from eagle_core.target.layerwise.layer_slices import build_slice, slice_tensors
 
 
 @dataclass(kw_only=True, slots=True)

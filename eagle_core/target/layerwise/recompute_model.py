@@ -26,7 +26,7 @@ from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.safetensors_files import tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.layer_slices import (
+from eagle_core.target.layerwise.layer_slices import (
     build_slice,
     plain_layers,
     require_chain,

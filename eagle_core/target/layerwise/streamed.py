@@ -22,9 +22,9 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.decoder import find_decoder
 from eagle_core.target.end_weights import load_ends
-from eagle_core.target.layer_loader import LayerLoader, PassTimes
-from eagle_core.target.layer_pass import LayerPass, LayerSlot
-from eagle_core.target.layer_slices import (
+from eagle_core.target.layerwise.layer_loader import LayerLoader, PassTimes
+from eagle_core.target.layerwise.layer_pass import LayerPass, LayerSlot
+from eagle_core.target.layerwise.layer_slices import (
     build_ends,
     plain_layers,
     require_chain,

@@ -1,0 +1,1 @@
+"""How much memory a target takes, and how much is free."""
