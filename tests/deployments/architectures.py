@@ -11,6 +11,20 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+_PHI4_MINI_ROPE: dict[str, Any] = {
+    "type": "longrope",
+    "short_factor": [1.0] * 48,
+    "long_factor": [
+        *(1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817),
+        *(2.187582649, 2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687),
+        *(4.279200023, 4.785517845, 5.351743533, 5.984965424, 6.693110555, 7.485043894),
+        *(8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252),
+        *(16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884),
+        *(32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97),
+        *(33.28, 33.49, 33.5, 44.16, 47.77),
+    ],
+}
+
 _GEMMA3_SIGHT: dict[str, Any] = {
     "vision_config": {
         "model_type": "siglip_vision_model",
@@ -315,6 +329,39 @@ ARCHITECTURES = {
         rope_theta=2.5e5,
         template="phi4",
         end_of_turn="<|im_end|>",
+    ),
+    "phi4-mini": Architecture(
+        config={
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "vocab_size": 200064,
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": _PHI4_MINI_ROPE,
+            "original_max_position_embeddings": 4096,
+            "max_position_embeddings": 131072,
+            "sliding_window": 262144,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 199999,
+            "bos_token_id": 199999,
+            "eos_token_id": 199999,
+            "tie_word_embeddings": True,
+        },
+        billions=4.45,  # the tied head is counted too
+        decoder="Phi3Model",
+        aux_layers=(1, 15, 28),
+        bytes_per_token=24 * 1024 + 16,
+        heads=(24, 8, 128),
+        intermediate_size=8192,
+        vocab_size=200064,
+        rope_theta=1e4,
+        template="phi4_mini",
+        end_of_turn="<|end|>",
     ),
     "qwen3-32b": Architecture(
         config={
