@@ -58,7 +58,7 @@ def evaluate_flow(
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> EvaluateSummary:
-    """Decode prompts with the untrained draft of run `run` and with its best checkpoint.
+    """Decode prompts with the draft that run `run` started from, and with its best checkpoint.
 
     The settings of the run are read from its folder: `dataset` only names the run, and `training`
     is needed only for a run of an older version, without `run.json`.
@@ -78,7 +78,7 @@ def evaluate_flow(
     load_first_weights(setup)
     model = load_decoding_target(target)
     decode = _Decoder(model, prompts, evaluation, trained.stop_ids)
-    before = decode(setup.draft, title="untrained draft")
+    before = decode(setup.draft, title="draft at the start")
     step = trained.load_weights(setup).step
     after = decode(setup.draft, title="trained draft")
     warning = inequality_warning(target, before, after)

@@ -118,7 +118,7 @@ def loss_plot(curves: Curves) -> tuple[str, Markup] | None:
 def acceptance_plot(found: EvaluateSummary) -> str:
     """Return bars of acceptance by depth: measured, and estimated from the store."""
     shares: dict[str, Sequence[float]] = {
-        "untrained": found.untrained.acceptance_by_depth,
+        "at the start": found.untrained.acceptance_by_depth,
         "trained": found.trained.acceptance_by_depth,
     }
     if found.estimate is not None:
