@@ -20,6 +20,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import require_ends
 from eagle_core.target.engine.vllm_python import require_vllm
 from eagle_core.target.layerwise.streamed import streamable_layers
+from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.loading import rehearse_loading
 from eagle_core.target.model import TargetModel, cannot_roll_back, plain_head
 from eagle_core.target.model_config import aux_layers, read_whole_config
@@ -87,6 +88,8 @@ def check_target(
     if not runs_here:
         config = _with_any_kernel(config)
     whole, skeleton = _described(config, folder, max_length=max_length, rolls_back=rolls_back)
+    if by_vllm:
+        _require_one_rope(config, whole.get_text_config())
     require_ends(headers, folder)
     if runs_here or getattr(whole, "quantization_config", None) is None:
         rehearsed = rehearse_loading(config, whole, skeleton, headers, folder)
@@ -100,7 +103,19 @@ def check_description(config: TargetConfig, *, max_length: int) -> None:
         require_vllm(config)
         config = _with_any_kernel(config)
     folder = weights.locate_description(config)
-    _described(config, folder, max_length=max_length, rolls_back=False)
+    whole, _ = _described(config, folder, max_length=max_length, rolls_back=False)
+    if config.backend == "vllm":
+        _require_one_rope(config, whole.get_text_config())
+
+
+def _require_one_rope(config: TargetConfig, text: PretrainedConfig) -> None:
+    """Refuse frequencies that depend on each text: vLLM chooses them once, by its longest one."""
+    if LengthRope.of(text) != LengthRope():
+        raise ConfigError(
+            f"target {config.name}: its RoPE has other frequencies for long texts (longrope or "
+            "dynamic), and vLLM chooses one set for all texts, so its states would differ; set "
+            "target.backend to transformers"
+        )
 
 
 def _with_any_kernel(config: TargetConfig) -> TargetConfig:

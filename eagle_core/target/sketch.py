@@ -19,7 +19,7 @@ from eagle_core.safetensors_files import TensorHeader
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.layerwise.layer_slices import kind_of, plain_layers, slice_config
-from eagle_core.target.memory.free_memory import ALONE, MemoryShare
+from eagle_core.target.memory.free_memory import ALONE, Memory, MemoryShare
 from eagle_core.target.memory.target_bytes import TargetBytes
 from eagle_core.target.model_config import read_whole_config, resolve_device, target_dtype
 from eagle_core.target.placement import Chosen, place
@@ -48,7 +48,7 @@ class Sketch:
     pass_tokens: int
     """Tokens that pass through a streamed layer together; 0 if the target is not streamed."""
     seconds_per_token: float | None
-    """None if there is no placement."""
+    """None if there is no placement, or no room for one layer."""
     device: str
     is_quantized: bool
     """Whether its weights take less than is counted."""
@@ -80,7 +80,8 @@ def sketch(config: TargetConfig, task_tokens: int, share: MemoryShare = ALONE) -
     else:
         pass_tokens = min(chosen.group_tokens, task_tokens)
         reading = chosen.pass_bytes / READ_RATE / pass_tokens if pass_tokens else 0.0
-        seconds = max(reading, _computing(config, whole.get_text_config()))
+        if _has_room_for_a_layer(config, sizes, share):
+            seconds = max(reading, _computing(config, whole.get_text_config()))
     return Sketch(
         sizes=sizes,
         chosen=chosen,
@@ -90,6 +91,12 @@ def sketch(config: TargetConfig, task_tokens: int, share: MemoryShare = ALONE) -
         device=str(resolve_device(config.device)),
         is_quantized=getattr(whole, "quantization_config", None) is not None,
     )
+
+
+def _has_room_for_a_layer(config: TargetConfig, sizes: TargetBytes, share: MemoryShare) -> bool:
+    free = Memory.free(resolve_device(config.device), share, most_gpus=1)
+    part = max(sizes.layer, sizes.ends)
+    return part + sizes.batch(min(_MOST_TOKENS, config.batch_tokens)) <= free.on_device
 
 
 def _computing(config: TargetConfig, text: PretrainedConfig) -> float:
@@ -106,7 +113,7 @@ def _computing(config: TargetConfig, text: PretrainedConfig) -> float:
 def _headers(config: TargetConfig, whole: PretrainedConfig) -> dict[str, TensorHeader]:
     """Return what the headers of the weight files would be."""
     model = build_skeleton(config, whole)
-    stored = str(whole.get_text_config().dtype).removeprefix("torch.")
+    stored = str(whole.get_text_config().dtype or whole.dtype).removeprefix("torch.")
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if _is_tied(whole) else set()
     return {
         name: TensorHeader(dtype=_STORED_AS.get(stored, "BF16"), shape=tuple(tensor.shape))

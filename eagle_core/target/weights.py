@@ -72,19 +72,21 @@ def locate_description(config: TargetConfig) -> Path:
 
 
 def are_here(config: TargetConfig) -> bool:
-    """Return whether weights of the target, or some of them, are on this machine; fetch nothing."""
+    """Return whether the weights are on this machine, or some of a folder's; fetch nothing."""
     folder = Path(config.model).expanduser()
     if config.model.startswith(PACKAGE_SCHEME):
         return True  # converted from a file of the package
-    if _is_hub_id(config.model, folder):
+    of_hub = _is_hub_id(config.model, folder)
+    if of_hub:
         try:
             folder = _snapshot(config, WANTED_FILES, local_files_only=True)
         except (LocalEntryNotFoundError, OSError, ValueError):
             return False
     try:
-        return any(path.is_file() for path in weight_files(folder))
+        found = [path.is_file() for path in weight_files(folder)]
     except CorruptError:
         return True  # what reads them says more
+    return bool(found) and all(found) if of_hub else any(found)
 
 
 def _is_hub_id(model: str, folder: Path) -> bool:

@@ -84,10 +84,10 @@ def _newest_variables(name: str) -> Mapping[str, str]:
         if name not in _read:
             raise ServerUnreachableError(
                 f"Prefect block secret/{name} (store.credentials) cannot be read: the server at "
-                f"{PREFECT_API_URL.value()} does not answer ({error}); start it, or correct "
+                f"{PREFECT_API_URL.value()} is down ({error}); start it, or correct "
                 "PREFECT_API_URL"
             ) from error
-        _log.warning("the server does not answer: secret/%s is used as it was read before", name)
+        _log.warning("the server is down: secret/%s is used as it was read before", name)
     return _read[name]
 
 

@@ -16,10 +16,10 @@ from storage.store import Store
 
 MOST_LISTED = 20
 MOST_IN_TABLE = 1000
-_SKETCHED = (
-    "not here: sizes are from config.json and the shares that SmolLM2's states take, the time from "
-    "one layer of each kind with random weights, and from weights read at 2 GB per second; writing "
-    "states is not counted"
+_SKETCHED = "not here: sizes are from config.json and the shares that SmolLM2's states take"
+_SKETCHED_TIME = (
+    "; the time is that of one layer of each kind with random weights, by transformers, or of "
+    "reading weights at 2 GB per second; writing states is not counted"
 )
 _COUNTED_WHOLE = "; the weights are quantized, but counted as if they were not"
 
@@ -47,8 +47,9 @@ def cost_rows(estimate: CostEstimate) -> list[Row]:
     if estimate.placement is not None:
         rows.append(("placement", _placement(estimate.placement)))
     if estimate.is_sketch:
-        more = _COUNTED_WHOLE if estimate.counts_too_much else ""
-        rows.append(("weights", f"{_SKETCHED}{more}"))
+        timed = _SKETCHED_TIME if estimate.tokens_per_second else ""
+        counted = _COUNTED_WHOLE if estimate.counts_too_much else ""
+        rows.append(("weights", f"{_SKETCHED}{timed}{counted}"))
     if estimate.recompute is not None:
         rows.append(("recompute during training", _recompute(estimate, estimate.recompute)))
     missing = estimate.missing_bytes(estimate.profile)
@@ -61,7 +62,7 @@ def cost_rows(estimate: CostEstimate) -> list[Row]:
 
 def _time(estimate: CostEstimate) -> str:
     if not estimate.tokens_per_second:
-        return f"not known: the target cannot run on {estimate.device} here"
+        return f"not known: {estimate.device} has too little memory for the target"
     speed = f"{estimate.tokens_per_second:,.0f} tokens per second on {estimate.device}"
     return f"about {human_seconds(estimate.seconds)} ({speed})"
 

@@ -40,7 +40,7 @@ def generate_shards(batch: ShardBatch, pool: WorkerPool | None = None) -> tuple[
     if pool is None:
         pool = shared_pool()
         if use_credentials(batch.credentials):
-            pool.end_idle()  # a child keeps the environment that it was started with
+            pool.renew()
     if may_have_run:
         batch = _rest(batch)
     if not batch.shard_ids:

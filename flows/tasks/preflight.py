@@ -126,7 +126,7 @@ def estimate_cost(
     if to_make and weights_are_here:
         cost = _measured_cost(target, config, tokens, runner, task_tokens, chosen)
     elif to_make:
-        cost = _sketched_cost(target, tokens, runner, task_tokens)
+        cost = _sketched_cost(target, config, tokens, runner, task_tokens)
     return CostEstimate(
         store_root=root,
         profile=chosen,
@@ -210,8 +210,14 @@ def _measured_cost(
 
 
 def _sketched_cost(
-    target: TargetConfig, tokens: TokensSummary, runner: RunnerConfig, task_tokens: int
+    target: TargetConfig,
+    config: StoreConfig,
+    tokens: TokensSummary,
+    runner: RunnerConfig,
+    task_tokens: int,
 ) -> _TokenCost:
+    if config.recompute:
+        omitted_states(target, read_model_config(target, weights.locate_description(target)))
     get_run_logger().info(
         "the weights of %s are not here: one layer of each kind is timed with random ones",
         target.name,
@@ -227,7 +233,9 @@ def _sketched_cost(
     model = read_model_config(target, weights.locate_description(target))
     state, num_aux = 2 * int(model.hidden_size), len(aux_layers(target, model.num_hidden_layers))
     every = num_aux + _last_share(TokenFile(tokens.train_path))
-    kept_states = {False: every, **({True: num_aux - 1} if _may_omit(target) else {})}
+    kept_states = {False: every}
+    if config.recompute or _may_omit(target):
+        kept_states[True] = num_aux - 1
     seconds = found.seconds_per_token
     return _TokenCost(
         bytes_per_token={

@@ -53,6 +53,7 @@ class WorkerPool:
         self.on_report = on_report
         self._free: SimpleQueue[int] = SimpleQueue()
         self._lock = threading.Lock()
+        self._outdated: set[int] = set()
         self._is_closed = False
         for slot in range(len(self._slots)):
             self._free.put(slot)
@@ -89,6 +90,8 @@ class WorkerPool:
                 if self._is_closed:
                     raise RunStoppedError("the run has ended")
                 self._stop_timer(slot)
+                if slot in self._outdated:
+                    self._end(slot)
                 child = self._children[slot]
                 if child is None:
                     child = Child("flows.workers.shard_worker", environment=self._slots[slot])
@@ -99,13 +102,10 @@ class WorkerPool:
                 self._release(slot)
             self._free.put(slot)
 
-    def end_idle(self) -> None:
-        """End the children that do nothing."""
+    def renew(self) -> None:
+        """Start children anew, each before its next batch: they keep their environment."""
         with self._lock:
-            for slot, child in enumerate(self._children):
-                if child is not None and child.is_idle:
-                    self._stop_timer(slot)
-                    self._end(slot)
+            self._outdated = {slot for slot, child in enumerate(self._children) if child}
 
     def close(self) -> None:
         """End all children, even busy ones, and start no other."""
@@ -137,6 +137,7 @@ class WorkerPool:
 
     def _end(self, slot: int) -> None:
         child, self._children[slot] = self._children[slot], None
+        self._outdated.discard(slot)
         if child is not None:
             child.close()
 

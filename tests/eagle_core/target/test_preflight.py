@@ -682,6 +682,24 @@ def test_a_quantisation_that_cannot_be_read_is_named(
         check_target(target(folder))
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+)
+def test_vllm_is_not_asked_for_frequencies_that_depend_on_the_text(
+    folder: Path, rope: dict[str, object]
+) -> None:
+    change_config(folder, rope_scaling=rope, original_max_position_embeddings=64)
+    check_target(target(folder), captured="here")
+    by_vllm = target(folder, backend="vllm")
+    check_target(by_vllm, captured=None)
+    with pytest.raises(ConfigError, match="vLLM chooses one set for all texts"):
+        check_target(by_vllm, captured="on workers")
+
+
 def _write_fp8(folder: Path, *, quantized_head: bool) -> Path:
     """Write a Llama in blocks of 8-bit floats; return the folder."""
     tiny.write_target(folder)

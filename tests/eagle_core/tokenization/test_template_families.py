@@ -355,7 +355,8 @@ def test_what_a_template_refuses_is_said(
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm2", "gemma3", "phi3", "phi4", "mistral_small", "deepseek_r1", "marked"]
+    "name",
+    ["smollm2", "gemma3", "phi3", "phi4", "phi4_mini", "mistral_small", "deepseek_r1", "marked"],
 )
 def test_a_family_without_tool_calls_is_named_as_such(
     trained: dict[str, PreTrainedTokenizerFast], name: str

@@ -36,7 +36,7 @@ from flows.tasks.make_shards import _Failures
 from flows.workers import child_process, torchrun
 from flows.workers.channel import VARIABLE
 from flows.workers.child_process import Child
-from flows.workers.pool import gpus_in_turn, local_slots, memory_share
+from flows.workers.pool import WorkerPool, gpus_in_turn, local_slots, memory_share
 from flows.workers.shard_batch import ShardBatch
 from storage.maintenance.verify import verify_store
 from storage.store import Store
@@ -87,7 +87,7 @@ def test_two_workers_make_the_bytes_that_one_makes(
     assert one.num_shards > 6
     runner = RunnerConfig.model_validate({"kind": kind, "num_workers": 2})
 
-    others = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "127.0.0.1:9"}  # such as of a project
+    others = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "127.0.0.1:9"}  # of a user's shell
     with mock.patch.dict(os.environ, others):
         two = hidden_states(
             target=target, dataset=dataset, store=STORE, runner=runner, home=str(tmp_path)
@@ -160,13 +160,39 @@ def test_a_cluster_that_repeats_a_batch_makes_nothing_twice(
     with mock.patch("flows.tasks.generate.shared_pool") as pool:
         assert generate_shards(batch) == ()
         pool.return_value.make.assert_not_called()
-        pool.return_value.end_idle.assert_not_called()
+        pool.return_value.renew.assert_not_called()
         generate_shards(batch.model_copy(update={"shard_ids": (*shard_ids, "not-there")}))
         (rest,) = pool.return_value.make.call_args.args
         with mock.patch("flows.tasks.generate.use_credentials", return_value=True):
             generate_shards(batch)
-        pool.return_value.end_idle.assert_called_once()
+        pool.return_value.renew.assert_called_once()
     assert rest.shard_ids == ("not-there",)
+
+
+def test_a_child_whose_environment_is_outdated_is_started_anew(target: TargetConfig) -> None:
+    started: list[mock.Mock] = []
+
+    def start(*_: object, **__: object) -> mock.Mock:
+        started.append(
+            mock.Mock(is_idle=True, **{"request.side_effect": lambda *_, **__: iter(())})
+        )
+        return started[-1]
+
+    batch = ShardBatch(target=target, store_root="s", plan_id="p", shard_ids=(), token_files=())
+    with mock.patch("flows.workers.pool.Child", start):
+        pool = WorkerPool([{}, {}])
+        for _ in range(4):
+            assert list(pool.make(batch)) == []
+        assert len(started) == 2, "one for each slot"
+        pool.renew()
+        for child in started:
+            child.close.assert_not_called()
+        for _ in range(4):
+            assert list(pool.make(batch)) == []
+        assert len(started) == 4
+        for child in started[:2]:
+            child.close.assert_called_once()
+        pool.close()
 
 
 def test_an_error_of_a_worker_keeps_its_type_and_its_words(
