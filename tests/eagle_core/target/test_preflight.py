@@ -700,7 +700,7 @@ def test_vllm_is_not_asked_for_frequencies_that_depend_on_the_text(
         check_target(by_vllm, captured="on workers")
 
 
-def _write_fp8(folder: Path, *, quantized_head: bool) -> Path:
+def write_fp8(folder: Path, *, quantized_head: bool) -> Path:
     """Write a Llama in blocks of 8-bit floats; return the folder."""
     tiny.write_target(folder)
     config = AutoModelForCausalLM.from_pretrained(folder).config
@@ -728,14 +728,14 @@ def _write_fp8(folder: Path, *, quantized_head: bool) -> Path:
 def test_the_head_of_an_8_bit_target_is_the_one_that_it_computes_with(
     tmp_path: Path, *, quantized_head: bool
 ) -> None:
-    config = target(_write_fp8(tmp_path, quantized_head=quantized_head))
+    config = target(write_fp8(tmp_path, quantized_head=quantized_head))
     check_target(config)
     _, head = load_ends(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(head, TargetModel.load(config).lm_head_weight, rtol=1e-2, atol=1e-4)
 
 
 def test_8_bit_weights_without_scale_are_refused(tmp_path: Path) -> None:
-    folder = _write_fp8(tmp_path, quantized_head=False)
+    folder = write_fp8(tmp_path, quantized_head=False)
     lacking = "model.layers.3.mlp.up_proj.weight_scale_inv"
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
