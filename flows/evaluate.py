@@ -14,9 +14,12 @@ from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import PromptResult, summarise, summarise_by_category
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.decode_prompts import decode_prompts
+from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import AcceptanceEstimate
+from eagle_core.evaluation.measure_engine import measure_engine, num_texts
 from eagle_core.evaluation.prompt_file import read_prompts
 from eagle_core.evaluation.prompts import Prompt, first_prompts, sample_prompts
+from eagle_core.serving.engines import find_engine
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.model import TargetModel
@@ -39,6 +42,7 @@ from flows.reports.run_page import acceptance_plot, write_run_page
 from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
 from flows.summaries import EvaluateSummary
 from flows.tasks.prepare import check_runnable
+from flows.tasks.served_draft import served_for
 from flows.tasks.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
@@ -72,27 +76,24 @@ def evaluate_flow(
     started = time.monotonic()
     trained = open_run(target, dataset, training, home, run, evaluation.checkpoint)
     run_path = trained.path
-    check_runnable(target, rolls_back=True, captured=None)
+    by_engine = evaluation.engine != "eyas"
+    check_runnable(target, runs_here=not by_engine, rolls_back=not by_engine, captured=None)
     prompts = _prompts(trained, evaluation)
-    setup = set_up_draft(target, trained.training, run_path)
-    load_first_weights(setup)
-    model = load_decoding_target(target)
-    decode = _Decoder(model, prompts, evaluation, trained.stop_ids)
-    before = decode(setup.draft, title="draft at the start")
-    step = trained.load_weights(setup).step
-    after = decode(setup.draft, title="trained draft")
-    warning = inequality_warning(target, before, after)
-    if warning:
-        logger.warning("%s", warning)
-    by_group = summarise_by_category(after, draft_tokens=evaluation.draft_tokens)
+    measured = (_by_engine if by_engine else _here)(trained, prompts, evaluation)
+    if measured.warning:
+        logger.warning("%s", measured.warning)
+    by_group = summarise_by_category(measured.after, draft_tokens=evaluation.draft_tokens)
     summary = EvaluateSummary(
         evaluation=evaluation,
-        checkpoint_step=step,
-        untrained=summarise(before, draft_tokens=evaluation.draft_tokens),
-        trained=summarise(after, draft_tokens=evaluation.draft_tokens),
+        checkpoint_step=measured.step,
+        untrained=summarise(measured.before, draft_tokens=evaluation.draft_tokens)
+        if measured.before
+        else None,
+        trained=summarise(measured.after, draft_tokens=evaluation.draft_tokens),
         trained_by_group=by_group if len(by_group) > 1 else {},
-        estimate=_estimate(run_path, step),
-        warning=warning,
+        estimate=_estimate(run_path, measured.step),
+        engine=measured.engine,
+        warning=measured.warning,
         seconds=time.monotonic() - started,
     )
     publish_plot(
@@ -110,6 +111,61 @@ def evaluate_flow(
         following=[*report.where_to_look(run_path), ("next", "eyas run export RECIPE")],
     )
     return summary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measured:
+    """What was decoded."""
+
+    step: int
+    """Of the checkpoint."""
+    before: list[PromptResult]
+    """With the draft before training; empty if it was not measured."""
+    after: list[PromptResult]
+    engine: EngineReport | None = None
+    warning: str = ""
+
+
+def _here(
+    trained: TrainedRun, prompts: Sequence[Prompt], evaluation: EvaluationConfig
+) -> _Measured:
+    """Decode in this process, with the draft at the start and with the trained one."""
+    setup = set_up_draft(trained.target, trained.training, trained.path)
+    load_first_weights(setup)
+    decode = _Decoder(load_decoding_target(trained.target), prompts, evaluation, trained.stop_ids)
+    before = decode(setup.draft, title="draft at the start")
+    step = trained.load_weights(setup).step
+    after = decode(setup.draft, title="trained draft")
+    return _Measured(
+        step=step,
+        before=before,
+        after=after,
+        warning=inequality_warning(trained.target, before, after),
+    )
+
+
+def _by_engine(
+    trained: TrainedRun, prompts: Sequence[Prompt], evaluation: EvaluationConfig
+) -> _Measured:
+    """Decode on an engine's own server, with the draft as it is exported and without."""
+    assert evaluation.engine != "eyas"  # noqa: S101
+    engine = find_engine(evaluation.engine, trained.target)
+    setup, found = trained.load_draft()
+    total = num_texts(min(len(prompts), evaluation.num_prompts), evaluation)
+    title = f"decoding with {engine.title}"
+    with (
+        served_for(trained.target, setup.draft, prompts, evaluation, trained.path) as served,
+        stage_progress(title, key=artifact_key(title), total=total, unit="texts") as bar,
+    ):
+        measured = measure_engine(
+            engine,
+            served,
+            prompts,
+            evaluation,
+            stop_ids=trained.stop_ids,
+            on_text=bar.advance,
+        )
+    return _Measured(step=found.step, before=[], after=measured.results, engine=measured.report)
 
 
 def _prompts(trained: TrainedRun, evaluation: EvaluationConfig) -> list[Prompt]:

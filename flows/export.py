@@ -8,11 +8,8 @@ from typing import Any
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.draft.export import ServedTarget
 from eagle_core.draft.export import export as write_layouts
-from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.model_config import aux_layers, read_model_config
 from eagle_core.training.config import TrainingConfig
 from flows.config.export import RunExportConfig
 from flows.orchestration.artifact_key import artifact_key
@@ -20,6 +17,7 @@ from flows.orchestration.run_name import run_name
 from flows.orchestration.stage_report import report_stage
 from flows.reports import rows as report
 from flows.summaries import ExportedLayout, ExportSummary
+from flows.tasks.served_draft import served_target
 from flows.tasks.trained_run import open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
@@ -53,7 +51,7 @@ def export_flow(
     trained = open_run(target, dataset, training, home, run, export.checkpoint)
     run_path = trained.path
     setup, found = trained.load_draft()
-    served = _served(target)
+    served = served_target(target)
     written = write_layouts(setup.draft, served, run_path / FOLDER_NAME, export)
     summary = ExportSummary(
         run_path=run_path,
@@ -72,19 +70,6 @@ def export_flow(
     title = f"Export: {target.name} on {dataset.name}, run {run}"
     report_stage(title, rows, key=artifact_key("export", target.name, dataset.name, run))
     return summary
-
-
-def _served(target: TargetConfig) -> ServedTarget:
-    """Return the target as engines load it: by its hub id, or by the full path of a local model."""
-    folder = weights.locate(target)
-    model_config = read_model_config(target, folder)
-    is_package = target.model.startswith(weights.PACKAGE_SCHEME)
-    is_local = is_package or Path(target.model).expanduser().exists()
-    return ServedTarget.of(
-        model_config,
-        name_or_path=str(folder.resolve()) if is_local else target.model,
-        aux_layers=aux_layers(target, model_config.num_hidden_layers),
-    )
 
 
 def _held_out_length(figures: Mapping[str, Any], step: int) -> float | None:

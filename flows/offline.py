@@ -23,7 +23,7 @@ from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.reports.table import print_table
 from flows.summaries import OfflineSummary
-from flows.tasks.prepare import check_runnable, decodes_here, prepare_weights
+from flows.tasks.prepare import check_runnable, is_evaluated, prepare_weights
 from flows.train import train_flow
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 
@@ -59,11 +59,11 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     prepare_weights(target)
     require_start_fits(target, training, run_path)
     # Of all stages together: evaluation comes last.
-    is_decoded = decodes_here(target)
+    is_decoded = is_evaluated(target, evaluation)
     check_runnable(
         target,
         max_length=dataset.max_length,
-        rolls_back=is_decoded,
+        rolls_back=is_decoded and evaluation.engine == "eyas",
         captured="here" if runner.kind == "processes" else "on workers",
     )
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)

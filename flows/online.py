@@ -43,7 +43,7 @@ from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
 from flows.tasks.preflight import preflight
 from flows.tasks.prepare import (
     check_runnable,
-    decodes_here,
+    is_evaluated,
     prepare,
     prepare_weights,
     tokens_of_run,
@@ -101,8 +101,8 @@ def online(
         target=target, dataset=dataset, store=store, training=training, tracking=tracking
     )
     prepare_weights(target)
-    is_decoded = decodes_here(target)
-    trained = _train(config, space, run, is_decoded=is_decoded)
+    is_decoded = is_evaluated(target, evaluation)
+    trained = _train(config, space, run, rolls_back=is_decoded and evaluation.engine == "eyas")
     acceptance = (
         evaluate_flow(
             target=target,
@@ -125,7 +125,7 @@ def online(
     return summary
 
 
-def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -> TrainSummary:
+def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -> TrainSummary:
     """Train on states that the target computes, and publish them if they are kept."""
     training, run_path = config.training, space.run_path(run)
     begun = begun_run(run_path)
@@ -133,7 +133,7 @@ def _train(config: RunConfig, space: Workspace, run: str, *, is_decoded: bool) -
     target = _decided(config.target, begun.record if begun else None, root)
     config = dataclasses.replace(config, target=target, given_target=config.target)
     max_length = None if begun else config.dataset.max_length
-    check_runnable(target, max_length=max_length, rolls_back=is_decoded)  # evaluation comes last
+    check_runnable(target, max_length=max_length, rolls_back=rolls_back)  # evaluation comes last
     known = begun.record if begun else None
     given = config.dataset
     if begun:  # the data set is not read again

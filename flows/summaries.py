@@ -10,6 +10,7 @@ from eagle_core.draft.export import ExportLayout
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import AcceptanceEstimate
 from eagle_core.training.result import Metrics, Start
 
@@ -117,13 +118,16 @@ class EvaluateSummary:
 
     evaluation: EvaluationConfig
     checkpoint_step: int
-    untrained: AcceptanceReport
+    untrained: AcceptanceReport | None
+    """None if an engine decoded, which gets only the trained draft."""
     trained: AcceptanceReport
     trained_by_group: dict[str, AcceptanceReport]
     """By turn or by category; empty if all prompts are in one group."""
     estimate: AcceptanceEstimate | None
     """Estimate from stored states for the same checkpoint; None if there is none."""
     seconds: float
+    engine: EngineReport | None = None
+    """Speeds by draft length and concurrency; None if no engine decoded."""
     warning: str = ""
     """Why the figures are not to be relied on; empty if they are."""
 

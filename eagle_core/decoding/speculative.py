@@ -25,7 +25,7 @@ from torch import Tensor
 from eagle_core.decoding.chain_drafter import ChainDrafter, DraftNetwork, Proposal
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.target_cache import CachedTarget, CacheT, TargetCache
-from eagle_core.decoding.trace import GenerationTrace, VerificationRound
+from eagle_core.decoding.trace import GenerationTrace, VerificationRound, kept_round
 from eagle_core.decoding.verification import Verdict, sample_token, verify_greedy, verify_sampled
 from eagle_core.errors import ConfigError
 
@@ -208,16 +208,13 @@ class _Batch(Generic[CacheT]):
 
     def _add_round(self, text: _Text, chunk: Sequence[int]) -> None:
         """Append a chain's accepted tokens and the target's own, up to a stop token."""
-        kept, num_accepted = _until_stop(chunk, self._stop_ids), len(chunk) - 1
-        accepted = min(num_accepted, len(kept))
-        ended_early = kept[-1] in self._stop_ids and len(kept) <= num_accepted
-        text.rounds.append(
-            VerificationRound(
-                verified=accepted if ended_early else self._config.draft_tokens,
-                accepted=accepted,
-                gained=len(kept),
-            )
+        kept, verification = kept_round(
+            chunk,
+            accepted=len(chunk) - 1,
+            drafted=self._config.draft_tokens,
+            stop_ids=self._stop_ids,
         )
+        text.rounds.append(verification)
         text.tokens.extend(kept)
 
     def _has_ended(self, text: _Text) -> bool:
@@ -238,11 +235,3 @@ def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int
     if temperature == 0:
         return int(logits.argmax().item())
     return sample_token(torch.softmax(logits.double() / temperature, dim=-1), generator)
-
-
-def _until_stop(tokens: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
-    """Return `tokens` up to and including the first stop token."""
-    for index, token in enumerate(tokens):
-        if token in stop_ids:
-            return tokens[: index + 1]
-    return tokens

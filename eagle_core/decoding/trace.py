@@ -1,5 +1,6 @@
 """The trace of decoding one text: its verification rounds and its time."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -33,3 +34,33 @@ class GenerationTrace:
     def accepted(self) -> tuple[int, ...]:
         """Drafted tokens accepted in each round, 0..K."""
         return tuple(verification.accepted for verification in self.rounds)
+
+
+def kept_round(
+    chunk: Sequence[int], *, accepted: int, drafted: int, stop_ids: Collection[int]
+) -> tuple[Sequence[int], VerificationRound]:
+    """Return what a text keeps of a round, up to a stop token, and the round as it counts.
+
+    Args:
+        chunk: the accepted tokens and the target's own; tokens after a stop token may be missing.
+        accepted: drafted tokens that the target accepted, those after a stop token included.
+        drafted: K, tokens of the chain.
+        stop_ids: token ids that end a text.
+
+    """
+    kept = until_stop(chunk, stop_ids)
+    num_accepted = min(accepted, len(kept))
+    ended_early = kept[-1] in stop_ids and len(kept) <= accepted
+    return kept, VerificationRound(
+        verified=num_accepted if ended_early else drafted,
+        accepted=num_accepted,
+        gained=len(kept),
+    )
+
+
+def until_stop(tokens: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
+    """Return `tokens` up to and including the first stop token."""
+    for index, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: index + 1]
+    return tokens

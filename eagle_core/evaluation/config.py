@@ -1,15 +1,35 @@
 """Settings for evaluating a draft."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from eagle_core.address import Address
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.draft.config import CheckpointChoice
 
+EvaluationEngine = Literal["eyas", "vllm", "llamacpp"]
+
 
 class EvaluationConfig(DecodingConfig):
     """Settings for evaluating a draft."""
 
+    engine: EvaluationEngine = Field(
+        default="eyas",
+        description="What decodes. eyas: this process, which also measures the draft before "
+        "training. vllm: the server of target.vllm_python. llamacpp: llama-server from PATH, or as "
+        "`eyas engines install llamacpp` builds it. An engine decodes with the draft as exported.",
+    )
+    concurrency: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(1, 4, 16),
+        description="Prompts that an engine decodes at a time; each number is measured, and 1 "
+        "always is.",
+    )
+    draft_lengths: tuple[Annotated[int, Field(gt=0, le=32)], ...] = Field(
+        default=(),
+        description="More numbers of drafted tokens to measure with an engine, in addition to "
+        "draft_tokens.",
+    )
     checkpoint: CheckpointChoice = Field(
         default="best",
         description="best: the checkpoint with the largest held-out acceptance length, the one "

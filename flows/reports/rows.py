@@ -11,6 +11,7 @@ import numpy as np
 from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
+from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.config import CLOSED_FORM
 from eagle_core.training.result import Metrics, Start
@@ -153,13 +154,15 @@ def _held_out_lengths(figures: Metrics) -> list[Row]:
 
 def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     """Return acceptance before and after training, the estimate, and the speed."""
-    trained, found = summary.trained, summary.estimate
+    trained, start, found = summary.trained, summary.untrained, summary.estimate
     asked = summary.evaluation.prompts or "held-out"
-    rows = [
-        ("prompts", f"{trained.num_prompts:,} ({asked})"),
-        ("acceptance length, at the start", _acceptance(summary.untrained)),
-        ("acceptance length, trained", _acceptance(trained)),
-    ]
+    rows = [("warning", summary.warning)] if summary.warning else []
+    rows.append(("prompts", f"{trained.num_prompts:,} ({asked})"))
+    if summary.engine is not None:
+        rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
+    if start is not None:
+        rows.append(("acceptance length, at the start", _acceptance(start)))
+    rows.append(("acceptance length, trained", _acceptance(trained)))
     rows += [
         (f"acceptance length, {group}", f"{_acceptance(part)}, {part.num_prompts:,} prompts")
         for group, part in summary.trained_by_group.items()
@@ -168,16 +171,38 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
         length = _tokens(found.acceptance_length, *found.acceptance_interval)
         own = f"{found.on_policy:.0%} of the stored answers are the target's own"
         rows.append(("acceptance length, estimated", f"{length}; {own}"))
-    rows += [
-        ("acceptance by depth, at the start", _depths(summary.untrained)),
-        ("acceptance by depth, trained", _depths(trained)),
-    ]
+    if start is not None:
+        rows.append(("acceptance by depth, at the start", _depths(start)))
+    rows.append(("acceptance by depth, trained", _depths(trained)))
     if found is not None:
         shares = _series(found.acceptance_by_depth, "{:.0%}")
         rows.append(("acceptance by depth, estimated", shares))
-    if summary.warning:
-        rows.insert(0, ("warning", summary.warning))
-    return [*rows, *_speed_rows(summary), ("seconds", f"{summary.seconds:.1f}")]
+    if summary.engine is None:
+        rows += _speed_rows(summary)
+    else:
+        rows += engine_rows(summary.engine)
+    return [*rows, ("seconds", f"{summary.seconds:.1f}")]
+
+
+def engine_rows(found: EngineReport) -> list[Row]:
+    """Return acceptance and speed of an engine, one row per draft length and concurrency."""
+    rows: list[Row] = []
+    if len(found.by_draft_tokens) > 1:
+        rows += [
+            (f"acceptance length, {length} drafted", _acceptance(part))
+            for length, part in found.by_draft_tokens.items()
+        ]
+    for speed in found.speeds:
+        together = "1 prompt" if speed.concurrency == 1 else f"{speed.concurrency} prompts"
+        figures = (
+            f"{speed.tokens_per_second:,.1f} against {speed.plain_tokens_per_second:,.1f} plain "
+            f"({speed.speedup:.2f}x)"
+        )
+        num_prompts = found.by_draft_tokens[speed.draft_tokens].num_prompts
+        if speed.num_matching is not None:
+            figures += f", {speed.num_matching} of {num_prompts} texts equal"
+        rows.append((f"tokens per second, {speed.draft_tokens} drafted, {together}", figures))
+    return rows
 
 
 def _speed_rows(summary: EvaluateSummary) -> list[Row]:

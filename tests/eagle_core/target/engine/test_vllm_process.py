@@ -11,7 +11,7 @@ from eagle_core.errors import ConfigError, DiskError, TransientError
 from eagle_core.samples import TokenizedSample
 from eagle_core.target.capture import capture_states
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.engine import vllm_process
+from eagle_core.target.engine import vllm_process, vllm_python
 from eagle_core.target.engine.vllm_process import VllmProcess
 from eagle_core.target.engine.vllm_python import require_vllm, vllm_version
 from eagle_core.target.engine.vllm_target import VllmTarget
@@ -125,8 +125,8 @@ def test_it_ends_with_what_started_it(config: TargetConfig) -> None:
 def test_it_sees_the_gpu_of_its_target(
     config: TargetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    visible = vllm_process._visible_gpus
-    name = vllm_process.VISIBLE_DEVICES
+    visible = vllm_python._visible_gpus
+    name = vllm_python.VISIBLE_DEVICES
     monkeypatch.delenv(name, raising=False)
     assert visible(config, CPU) == {name: ""}
     assert visible(config, torch.device("cuda")) == {}

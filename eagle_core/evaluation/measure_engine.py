@@ -1,0 +1,164 @@
+"""Decode prompts on an engine with a draft and without, at several draft lengths and concurrencies.
+
+Greedy texts of a server need not be those of another concurrency: in bfloat16 rounding depends on
+what is computed together. Acceptance is therefore counted one prompt at a time.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from eagle_core.decoding.trace import GenerationTrace
+from eagle_core.errors import ConfigError
+from eagle_core.evaluation.acceptance import PromptResult, summarise
+from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.engine_report import EngineReport, EngineSpeed
+from eagle_core.evaluation.prompts import Prompt
+from eagle_core.serving.decode import decode_each, warm_up
+from eagle_core.serving.engine import Engine, EngineDecoder
+from eagle_core.serving.served import Served
+from eagle_core.serving.server_process import serving
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineResult:
+    """What was measured."""
+
+    results: list[PromptResult]
+    """Prompt by prompt, with `evaluation.draft_tokens` drafted per round, one at a time."""
+    report: EngineReport
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """The texts of one server, by concurrency."""
+
+    traces: dict[int, list[GenerationTrace]]
+    tokens_per_second: dict[int, float]
+
+
+def num_texts(num_prompts: int, evaluation: EvaluationConfig) -> int:
+    """Return how many texts a measurement decodes."""
+    servers = 1 + len(draft_lengths(evaluation))
+    return servers * len(concurrencies(evaluation)) * num_prompts
+
+
+def draft_lengths(evaluation: EvaluationConfig) -> list[int]:
+    """Return the numbers of drafted tokens to measure, ascending."""
+    return sorted({*evaluation.draft_lengths, evaluation.draft_tokens})
+
+
+def concurrencies(evaluation: EvaluationConfig) -> list[int]:
+    """Return the numbers of prompts at a time to measure, ascending; 1 is always one of them."""
+    return sorted({*evaluation.concurrency, 1})
+
+
+def measure_engine(
+    engine: Engine,
+    served: Served,
+    prompts: Sequence[Prompt],
+    evaluation: EvaluationConfig,
+    *,
+    stop_ids: Collection[int] = (),
+    on_text: Callable[[], None] = lambda: None,
+) -> EngineResult:
+    """Start one server without the draft of `served` and one for each draft length; return figures.
+
+    Raises:
+        ConfigError: there is no prompt, or the engine refuses target, draft or prompts.
+        TransientError: a server died.
+
+    """
+    chosen = prompts[: evaluation.num_prompts]
+    if not chosen:
+        raise ConfigError(
+            "no held-out prompt is left to evaluate; raise max_prompt_tokens or enlarge the split"
+        )
+
+    def decoded(part: Served, config: EvaluationConfig) -> _Decoded:
+        with _server(engine, part) as decoder:
+            return _decode(decoder, chosen, config, stop_ids, on_text)
+
+    plain = decoded(replace(served, draft=None, draft_tokens=0), evaluation)
+    with_draft = {
+        length: decoded(
+            replace(served, draft_tokens=length),
+            evaluation.model_copy(update={"draft_tokens": length}),
+        )
+        for length in draft_lengths(evaluation)
+    }
+    results = {
+        length: _results(chosen, found.traces[1], plain.traces[1], evaluation)
+        for length, found in with_draft.items()
+    }
+    return EngineResult(
+        results=results[evaluation.draft_tokens],
+        report=EngineReport(
+            engine=engine.title,
+            dtype=served.target.dtype,
+            by_draft_tokens={
+                length: summarise(found, draft_tokens=length) for length, found in results.items()
+            },
+            speeds=tuple(
+                EngineSpeed(
+                    draft_tokens=length,
+                    concurrency=concurrency,
+                    tokens_per_second=found.tokens_per_second[concurrency],
+                    plain_tokens_per_second=plain.tokens_per_second[concurrency],
+                    num_matching=None
+                    if evaluation.temperature
+                    else _num_equal(found.traces[concurrency], plain.traces[concurrency]),
+                )
+                for length, found in with_draft.items()
+                for concurrency in concurrencies(evaluation)
+            ),
+        ),
+    )
+
+
+@contextmanager
+def _server(engine: Engine, served: Served) -> Iterator[EngineDecoder]:
+    with (
+        serving(engine.title, lambda port: engine.launch(served, port=port)) as server,
+        server.client() as client,
+    ):
+        yield engine.decoder(client, served)
+
+
+def _decode(
+    decoder: EngineDecoder,
+    prompts: Sequence[Prompt],
+    config: EvaluationConfig,
+    stop_ids: Collection[int],
+    on_text: Callable[[], None],
+) -> _Decoded:
+    ids = [prompt.input_ids for prompt in prompts]
+    warm_up(decoder, ids[0], config)
+    found = _Decoded({}, {})
+    for concurrency in concurrencies(config):
+        traces, rate = decode_each(
+            decoder, ids, config, stop_ids, concurrency=concurrency, on_text=on_text
+        )
+        found.traces[concurrency], found.tokens_per_second[concurrency] = traces, rate
+    return found
+
+
+def _results(
+    prompts: Sequence[Prompt],
+    texts: Sequence[GenerationTrace],
+    plain_texts: Sequence[GenerationTrace],
+    evaluation: EvaluationConfig,
+) -> list[PromptResult]:
+    return [
+        PromptResult(
+            speculative=text,
+            plain=plain,
+            sampled=evaluation.temperature > 0,
+            category=prompt.category,
+        )
+        for prompt, text, plain in zip(prompts, texts, plain_texts, strict=True)
+    ]
+
+
+def _num_equal(texts: Sequence[GenerationTrace], others: Sequence[GenerationTrace]) -> int:
+    return sum(text.tokens == other.tokens for text, other in zip(texts, others, strict=True))

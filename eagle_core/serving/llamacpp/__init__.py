@@ -1,0 +1,1 @@
+"""llama.cpp: where it is, its files of weights, and its server."""

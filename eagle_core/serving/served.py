@@ -1,0 +1,29 @@
+"""A target and a draft, and how an engine serves them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from eagle_core.target.config import TargetConfig
+
+EngineName = Literal["vllm", "llamacpp"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """What an engine serves, and for how many texts at a time."""
+
+    target: TargetConfig
+    """Its dtype is decided."""
+    weights: Path
+    """Folder of the target."""
+    draft: Path | None = None
+    """Folder of an export in layout `serving`; None decodes plainly."""
+    draft_tokens: int = 0
+    """K, tokens drafted per forward of the target; 0 without a draft."""
+    least_probability: float = 0.0
+    """The draft stops at a token that it finds less likely; for engines that can."""
+    slots: int = 1
+    """Texts decoded at a time."""
+    max_length: int
+    """Tokens of the longest text, prompt and draft included."""
