@@ -128,7 +128,7 @@ class LlamaCppDecoder:
         if sent[-1].num_tokens > len(sent):
             answer = self.client.post("/completion", json=body).raise_for_status().json()
             tokens = answer["tokens"]
-        first, *rounds = _rounds(sent, tokens)
+        first, *rounds = _rounds(sent, tokens, self.draft_tokens)
         trace = to_trace(first.tokens, rounds, config, stop_ids, first_seconds=first.seconds)
         return trace if self.draft_tokens else replace(trace, rounds=())
 
@@ -155,25 +155,29 @@ class _Sent:
         )
 
 
-def _rounds(sent: Sequence[_Sent], tokens: Sequence[int]) -> list[SentRound]:
+def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> list[SentRound]:
     """Return the prefill's token as a round of its own, and the rounds after it.
 
-    A forward without a draft is a round too: its draft was too unsure.
+    A forward without a draft is a round too: its draft was too unsure. A round of which no token
+    was sent is known by its draft only, and is taken for one whose draft was rejected.
     """
     found: list[SentRound] = []
     drafted = accepted = done = 0
     for one in sent:
         while one.num_tokens > done:
-            num_accepted = one.accepted - accepted
+            is_unsent = one.drafted - drafted > draft_tokens
+            num_drafted = draft_tokens if is_unsent else one.drafted - drafted
+            num_accepted = 0 if is_unsent else one.accepted - accepted
             found.append(
                 SentRound(
                     tokens=tuple(tokens[done : done + num_accepted + 1]),
                     accepted=num_accepted,
-                    drafted=one.drafted - drafted,
+                    drafted=num_drafted,
                     seconds=one.seconds,
                 )
             )
-            drafted, accepted, done = one.drafted, one.accepted, done + num_accepted + 1
+            drafted, accepted = drafted + num_drafted, accepted + num_accepted
+            done += num_accepted + 1
     return found
 
 
