@@ -16,7 +16,7 @@ _OPENINGS = (
 def template_mask(
     tokenizer: ConversationTokenizer, input_ids: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
-    """Return the mask [T] of the answers in ids that the chat template renders.
+    """Return the mask [T] of the answers in ids that the chat template renders, or begins to.
 
     Raises:
         RejectedRecord: their text is not one that the template renders, or has other ids.
@@ -25,8 +25,8 @@ def template_mask(
     text = tokenizer.decode(input_ids)
     samples = tokenizer.tokenize(Conversation(conversation_id="", messages=(), rendered_text=text))
     for sample in samples:
-        if np.array_equal(sample.input_ids, input_ids):
-            return sample.loss_mask
+        if np.array_equal(sample.input_ids[: len(input_ids)], input_ids):
+            return sample.loss_mask[: len(input_ids)]  # engines omit what comes behind an answer
     detail = "the text of these tokens has other tokens; was the dump made with this tokenizer?"
     raise RejectedRecord(Reason.TEXT_NOT_OF_TEMPLATE, "", detail)
 

@@ -1,12 +1,14 @@
 """Read a file of `torch.save` without running any code that is in it.
 
-Only tensors and plain values are unpickled (`weights_only`). The file is read whole, not mapped, so
-that the checksums of its archive, or of gzip, are verified.
+Only tensors and plain values are unpickled (`weights_only`). torch does not verify the checksums of
+its archive, so they are verified here, as are those of gzip.
 """
 
 import gzip
 import io
 import pickle
+import warnings
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 from eagle_core.data.ledger import Reason, RejectedRecord
 
 _GZIP = b"\x1f\x8b"
+_ZIP = b"PK\x03\x04"
 _POINTER = b"version https://git-lfs"
 
 
@@ -39,9 +42,12 @@ def read_torch_file(path: Path, location: str) -> Mapping[str, object]:
     if data.startswith(_POINTER):
         raise RejectedRecord(Reason.UNREADABLE, location, "a Git LFS pointer, not the file itself")
     try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _require_checksums(data)
+        with warnings.catch_warnings():  # what torch would warn of is refused
+            warnings.simplefilter("ignore")
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        is_code = "Unsupported" in str(error) or "WeightsUnpickler" in str(error)
+        is_code = "unsupported" in str(error).lower()
         reason = Reason.FORBIDDEN_PICKLE if is_code else Reason.UNREADABLE
         raise RejectedRecord(reason, location, _cause(error)) from error
     except Exception as error:  # damaged bytes can make the unpickler raise anything
@@ -72,14 +78,22 @@ def optional_tensor(
     return None if found.get(name) is None else tensor(found, name, location, known=known)
 
 
+def _require_checksums(data: bytes) -> None:
+    """Raise BadZipFile if an entry of an archive differs from its checksum, where it has one."""
+    if not data.startswith(_ZIP):
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        has_sums = any(entry.CRC for entry in archive.infolist())  # torch can omit them
+        damaged = archive.testzip() if has_sums else None
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
+
+
 def _cause(error: Exception) -> str:
     """Return what of a pickle was refused: the global's name, not torch's advice to allow it."""
-    text = _one_line(error)
-    for mark in ("WeightsUnpickler error:", "Unsupported"):
-        if mark in text:
-            text = text[text.index(mark) :]
-            break
-    return text.partition(". ")[0][:300] or type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines()]
+    cause = next((line for line in lines if "unsupported" in line.lower()), "a damaged pickle")
+    return cause.removeprefix("Trying to load ")[:200]
 
 
 def _one_line(error: BaseException) -> str:
