@@ -1,5 +1,6 @@
 """`import-store`: hidden states that another tool dumped become a store and a data set."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def import_store(  # noqa: PLR0917 (what a user may say)
 
     Raises:
         ConfigError: nothing of this format at `path`, no loss masks, or no weights of the target.
-        MismatchError: the states are not the target's, or the store holds others.
+        MismatchError: the states are not the target's, the store holds others, or an earlier import
+            into this data set had other settings.
         CorruptError: no row of the dump can be used.
         RunBusyError: another process imports into this data set.
 
@@ -106,7 +108,8 @@ def import_store(  # noqa: PLR0917 (what a user may say)
     ledger_path = space.import_path / LEDGER_NAME
     with sole_import(space.import_path):
         opened = Store.create(root, identity)
-        journal = ImportJournal(space.import_path / _JOURNAL, opened)
+        settings = {"mask": mask, "last_state": last_state, **dataclasses.asdict(limits)}
+        journal = ImportJournal(space.import_path / _JOURNAL, opened, settings)
         recompute = TargetRecompute(completion.end.lm_head, None)
         filler = ShardFiller(opened, journal, recompute, shard_tokens=store.shard_tokens)
         with LedgerWriter(ledger_path) as ledger:

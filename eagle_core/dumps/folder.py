@@ -35,9 +35,9 @@ def dump_files(path: Path, *, is_wanted: Callable[[str], bool], expected: str) -
     return sorted(found, key=lambda one: (_in_order(str(one.parent)), _in_order(one.name)))
 
 
-def location_of(path: Path, root: Path) -> str:
-    """Return the name of a file in ledgers: below the folder of the dump."""
-    return path.name if root == path else str(path.relative_to(root))
+def location_of(path: Path) -> str:
+    """Return the name of a file in ledgers and journals: two dumps may have equal file names."""
+    return str(path.absolute())
 
 
 def _in_order(name: str) -> tuple[tuple[str, int], ...]:

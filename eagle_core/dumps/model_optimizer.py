@@ -18,14 +18,12 @@ _KEYS = ("input_ids", "hidden_states", "aux_hidden_states")
 def open_model_optimizer(path: Path) -> Dump:
     """Return the rows of a folder, or of one file."""
     files = dump_files(path, is_wanted=lambda name: name.endswith(".pt"), expected=".pt")
-    rows = [
-        DumpRow(location=location_of(file, path), read=partial(_read, file, path)) for file in files
-    ]
+    rows = [DumpRow(location=location_of(file), read=partial(_read, file)) for file in files]
     return Dump(format="model-optimizer", rows=rows, num_rows=len(rows), has_masks=True)
 
 
-def _read(file: Path, root: Path) -> DumpedStates:
-    where = location_of(file, root)
+def _read(file: Path) -> DumpedStates:
+    where = location_of(file)
     found = read_torch_file(file, where)
     return DumpedStates(
         input_ids=tensor(found, "input_ids", where, known=_KEYS),

@@ -52,7 +52,7 @@ def open_nemo(path: Path) -> Dump:
         )
     return Dump(
         format="nemo",
-        rows=_Rows(files=tuple(files), root=path),
+        rows=_Rows(files=tuple(files)),
         num_rows=num_rows,
         has_masks=True,
         aux_layers=layers,
@@ -69,11 +69,10 @@ class _Rows:
     """Lists the rows of the shards; a shard that cannot be opened is one row."""
 
     files: tuple[Path, ...]
-    root: Path
 
     def __iter__(self) -> Iterator[DumpRow]:
         for file in self.files:
-            where = location_of(file, self.root)
+            where = location_of(file)
             try:
                 count = read_safetensors(file, where, _num_rows, required=_KEYS)
             except RejectedRecord:

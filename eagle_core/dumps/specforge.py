@@ -20,14 +20,12 @@ def open_specforge(path: Path) -> Dump:
     files = dump_files(
         path, is_wanted=lambda name: name.endswith(_SUFFIXES), expected=" or ".join(_SUFFIXES)
     )
-    rows = [
-        DumpRow(location=location_of(file, path), read=partial(_read, file, path)) for file in files
-    ]
+    rows = [DumpRow(location=location_of(file), read=partial(_read, file)) for file in files]
     return Dump(format="specforge", rows=rows, num_rows=len(rows), has_masks=True)
 
 
-def _read(file: Path, root: Path) -> DumpedStates:
-    where = location_of(file, root)
+def _read(file: Path) -> DumpedStates:
+    where = location_of(file)
     found = read_torch_file(file, where)
     return DumpedStates(
         input_ids=tensor(found, "input_ids", where, known=_KEYS),

@@ -41,9 +41,9 @@ def open_speculators(path: Path) -> Dump:
     """
     files = dump_files(path, is_wanted=_is_states, expected=f"{_PREFIX}*{_SUFFIX}")
     dataset = find_dataset(files[0].parent)
-    rows = _Rows(files=files, root=path, dataset=dataset)
+    rows = _Rows(files=files, dataset=dataset)
     prefixes = find_prefixes(len(files), rows.ids)
-    names = [location_of(file, path) for file in files]
+    names = [location_of(file) for file in files]
     listed = [
         DumpRow(
             location=names[row],
@@ -65,7 +65,6 @@ def open_speculators(path: Path) -> Dump:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rows:
     files: Sequence[Path]
-    root: Path
     dataset: SavedDataset | None
 
     def ids(self, row: int) -> NDArray[np.int64] | None:
@@ -85,7 +84,7 @@ class _Rows:
     def read(self, row: int, prefixes: Prefixes) -> DumpedStates:
         """Return a row, with the merged masks of all that it contains."""
         file = self.files[row]
-        where = location_of(file, self.root)
+        where = location_of(file)
         states, ids = read_safetensors(file, where, _tensors, required=(_STATES, _IDS))
         if states.ndim != _NUM_DIMS or states.shape[1] < 2:
             detail = f"{_STATES} is {list(states.shape)}, expected [tokens, layers, hidden size]"

@@ -5,19 +5,23 @@ goes on where it stopped. The token files are the source of the data set that tr
 """
 
 import fcntl
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
+from eagle_core.atomic_files import write_text
 from eagle_core.data.row_writer import RowWriter
+from eagle_core.errors import MismatchError
 from eagle_core.samples import TokenizedSample
 from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from flows.errors import RunBusyError
 from storage.store import Store
 
 _LOCK = ".importing"
+_SETTINGS = "settings.json"
 _SUFFIX = ".arrow"
 _SCHEMA = pa.schema(
     [
@@ -45,10 +49,18 @@ def sole_import(folder: Path) -> Iterator[None]:
 class ImportJournal:
     """The imported rows of one data set."""
 
-    def __init__(self, folder: Path, store: Store) -> None:
-        """Read what was imported before; files of shards that were never committed are removed."""
+    def __init__(self, folder: Path, store: Store, settings: Mapping[str, object]) -> None:
+        """Read what was imported before; files of shards that were never committed are removed.
+
+        `settings` are those that tokens and masks depend on.
+
+        Raises:
+            MismatchError: rows were imported before with other settings.
+
+        """
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        _require_same(folder, settings)
         self.locations: set[str] = set()
         self.sample_ids: set[str] = set()
         self._files: list[Path] = []
@@ -102,3 +114,18 @@ class ImportJournal:
         for sample in samples:
             self.locations.add(sample.location)
             self.sample_ids.add(sample.sample_id)
+
+
+def _require_same(folder: Path, settings: Mapping[str, object]) -> None:
+    path = folder / _SETTINGS
+    if not any(folder.glob(f"*{_SUFFIX}")):
+        write_text(path, json.dumps(settings))
+        return
+    before = json.loads(path.read_bytes()) if path.exists() else {}
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        listed = "; ".join(f"{one} was {before.get(one)}, is {settings[one]}" for one in changed)
+        raise MismatchError(
+            f"rows were imported into {folder.parent} with other settings ({listed}): restore "
+            "them, or give another --name"
+        )

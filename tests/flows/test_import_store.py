@@ -1,5 +1,6 @@
 """Dumps of other tools become stores that training reads, with a real target and a real server."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,16 @@ from tests.flows.trees import digests
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
 NUM_ROWS = 12
+
+
+class _Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +137,28 @@ def test_what_is_damaged_is_listed_and_the_rest_is_imported(
     document["hidden_state"][:] = 0
     torch.save(document, paths[5])
     shutil.copy(paths[6], paths[7])
+    torch.save({"input_ids": _Code(tmp_path / "ran")}, paths[8])
     (tmp_path / "dump" / "notes.txt").write_text("not a row")
     summary = _import(tmp_path / "dump", tmp_path, target, dataset)
-    assert summary.dropped == {"bad_states": 2, "duplicate": 1, "unreadable": 1}
-    assert summary.num_imported == NUM_ROWS - 4
+    assert summary.dropped == {
+        "bad_states": 2,
+        "duplicate": 1,
+        "forbidden_pickle": 1,
+        "unreadable": 1,
+    }
+    assert summary.num_imported == NUM_ROWS - 5
     entries = {entry["location"]: entry for entry in _ledger(summary)}
-    assert set(entries) == {str(paths[n].relative_to(tmp_path / "dump")) for n in (1, 4, 5, 7)}
-    nan = entries["rows_0-5/data_4.ckpt"]
+    assert set(entries) == {str(paths[number]) for number in (1, 4, 5, 7, 8)}
+    nan = entries[str(paths[4])]
     assert nan["reason"] == "bad_states"
     assert "NaN or infinite at position 3 (1 of" in nan["detail"]
-    assert "last_hidden_state is all zero" in entries["rows_5-10/data_5.ckpt"]["detail"]
+    assert "last_hidden_state is all zero" in entries[str(paths[5])]["detail"]
+    assert not (tmp_path / "ran").exists()
     # Mended files are added; nothing else is read or written again.
     before = digests(Path(summary.states.store_root) / "shards")
     dumped.write_specforge(tmp_path / "dump", dumped_rows)
     again = _import(tmp_path / "dump", tmp_path, target, dataset)
-    assert (again.num_imported, again.num_before) == (4, NUM_ROWS - 4)
+    assert (again.num_imported, again.num_before) == (5, NUM_ROWS - 5)
     assert again.dropped == {}
     after = digests(Path(summary.states.store_root) / "shards")
     assert before.items() <= after.items()
@@ -231,13 +249,31 @@ def test_rows_of_answers_and_caches_without_last_states_are_imported(
     assert (again.num_imported, again.num_before) == (0, NUM_ROWS)
     assert again.dropped == by_row.dropped
     dumped.write_nemo(tmp_path / "cache", dumped_rows, aux_layers=(1, 3, 4))
-    cached = _import(tmp_path / "cache", tmp_path / "b", target, dataset, format="nemo")
-    assert cached.num_imported == NUM_ROWS
+    cached = _import(
+        tmp_path / "cache", tmp_path / "b", target, dataset, format="nemo", num_checked=0
+    )
+    assert (cached.num_imported, cached.num_checked) == (NUM_ROWS, 0)
     opened = Store.open(cached.states.store_root)
     assert opened.commits().held(_ids(dumped_rows)) == _ids(dumped_rows)
     dumped.write_nemo(tmp_path / "cache", dumped_rows, aux_layers=(1, 2, 3))
     with pytest.raises(eagle_core.errors.MismatchError, match=r"aux_layers=\[1, 2, 3\]"):
         _import(tmp_path / "cache", tmp_path / "b", target, dataset, format="nemo")
+
+
+def test_a_second_dump_is_added_and_other_settings_are_refused(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    """Also if its files have the names of the first one's."""
+    dumped.write_specforge(tmp_path / "one", dumped_rows[:6])
+    dumped.write_specforge(tmp_path / "two", dumped_rows[5:])
+    _import(tmp_path / "one", tmp_path, target, dataset)
+    both = _import(tmp_path / "two", tmp_path, target, dataset)
+    assert (both.num_imported, both.num_before) == (NUM_ROWS - 6, 0)
+    assert both.dropped == {"duplicate": 1}
+    assert both.states.num_samples == NUM_ROWS
+    shorter = dataset.model_copy(update={"max_length": 100})
+    with pytest.raises(eagle_core.errors.MismatchError, match="max_length was 256, is 100"):
+        _import(tmp_path / "two", tmp_path, target, shorter)
 
 
 def test_what_cannot_be_done_is_refused_with_the_remedy(
