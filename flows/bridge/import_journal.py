@@ -6,7 +6,7 @@ goes on where it stopped. The token files are the source of the data set that tr
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,9 +75,9 @@ class ImportJournal:
             self._count(sample for sample in TokenFile(path) if sample.sample_id in held)
         self._next = int(self._files[-1].stem) + 1 if self._files else 0
 
-    def was_held(self, sample_id: str) -> bool:
-        """Return whether the store held a sample before this import."""
-        return bool(self._held_before([sample_id]))
+    def held_before(self, sample_ids: Collection[str]) -> set[str]:
+        """Return which samples the store held before this import."""
+        return self._held_before(sample_ids)
 
     def write(self, samples: Sequence[TokenizedSample]) -> None:
         """Record the rows of a shard that is about to be committed."""

@@ -83,8 +83,9 @@ class ShardFiller:
         self, states: Sequence[HiddenStateSample], tokens: Sequence[TokenizedSample]
     ) -> None:
         self._journal.write(tokens)
-        fresh = [one for one in states if not self._journal.was_held(one.sample_id)]
-        ids = {one.sample_id for one in fresh}
+        ids = {one.sample_id for one in states}
+        ids -= self._journal.held_before(ids)
+        fresh = [one for one in states if one.sample_id in ids]
         if not fresh:
             return
         shard = PlannedShard.holding(fresh)
