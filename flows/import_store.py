@@ -130,7 +130,9 @@ def import_store(  # noqa: PLR0917 (what a user may say)
         changed=dict(sorted(ledger.changed.items())),
         ledger_path=ledger_path,
         num_checked=len(agreements),
-        largest_error=max((error for one in agreements for error in one.errors), default=0.0),
+        largest_error=max(
+            (error for one in agreements if not one.problem for error in one.errors), default=0.0
+        ),
     )
     report_stage(
         f"Import: {dump.format} for {target.name} as {dataset.name}",

@@ -113,7 +113,7 @@ class ImportSummary:
     num_checked: int
     """Rows that were compared with the target's own states."""
     largest_error: float
-    """Of the states of these rows, relative to the target's."""
+    """Of the states of these rows, relative to the target's; rows that do not agree are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

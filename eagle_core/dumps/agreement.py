@@ -21,8 +21,8 @@ from eagle_core.target.capture import CapturingTarget, capture_states
 
 CHECKED_TOKENS = 128
 MAX_ERROR = 0.2
-"""Median over tokens of the relative error (L2). On SmolLM2-135M in bfloat16, other kernels differ by
-0.02, float8 with a scale per token by 0.03, and neighbouring layers by 0.25 or more."""
+"""Median over tokens of the relative error (L2). On SmolLM2-135M in bfloat16, other kernels differ
+by 0.02, float8 with a scale per token by 0.03, and neighbouring layers by 0.25 or more."""
 _FIRST_TOKENS = 1
 """Not compared: many targets have a huge state there that drowns all else."""
 

@@ -3,7 +3,7 @@
 A row is used, or the ledger says why not. One that cannot be used never stops the others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from storage.errors import SampleRefusedError
 from storage.records.identity import StoreIdentity
 from storage.samples import require_storable
 
-_ROWS_TRIED = 16
+_ROWS_TRIED = 1 << 4
 """Rows across the dump of which usable ones are looked for, to check them."""
 _STRUCTURAL = frozenset({Reason.WRONG_KEYS, Reason.WRONG_SHAPE, Reason.NO_MASK})
 """Reasons that, if all tried rows share them, all others will, too."""
@@ -157,12 +157,14 @@ def check_dump(
     return found
 
 
-def _spread(dump: Dump) -> Iterator[DumpRow]:
-    """Yield rows from across the dump, always the same."""
-    chosen = set(np.linspace(0, max(dump.num_rows - 1, 0), _ROWS_TRIED).astype(int).tolist())
-    for number, row in enumerate(dump.rows):
-        if number in chosen:
-            yield row
+def _spread(dump: Dump) -> list[DumpRow]:
+    """Return rows from across the dump, always the same; the first few are spread over it, too."""
+    places = np.linspace(0, max(dump.num_rows - 1, 0), _ROWS_TRIED).astype(int).tolist()
+    wanted = set(places)
+    found = {number: row for number, row in enumerate(dump.rows) if number in wanted}
+    halving = [int(f"{place:04b}"[::-1], 2) for place in range(_ROWS_TRIED)]
+    ordered = dict.fromkeys(places[place] for place in halving)
+    return [found[place] for place in ordered if place in found]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

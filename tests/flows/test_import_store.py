@@ -276,6 +276,32 @@ def test_a_second_dump_is_added_and_other_settings_are_refused(
         _import(tmp_path / "two", tmp_path, target, shorter)
 
 
+def test_a_checked_row_that_is_not_the_target_s_is_left_out(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    paths = dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    document = torch.load(paths[0], weights_only=True)
+    document["aux_hidden_state"] = document["aux_hidden_state"].flip(1)
+    torch.save(document, paths[0])
+    summary = _import(tmp_path / "dump", tmp_path, target, dataset)
+    assert summary.dropped == {"not_reproduced": 1}
+    (entry,) = _ledger(summary)
+    assert entry["location"] == str(paths[0])
+    assert summary.num_imported == NUM_ROWS - 1
+
+
+def test_states_that_the_store_has_are_not_written_again(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    shared = StoreConfig(root=str(tmp_path / "shared"), shard_tokens=300)
+    dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    first = _import(tmp_path / "dump", tmp_path, target, dataset, store=shared)
+    other = dataset.model_copy(update={"name": "other"})
+    second = _import(tmp_path / "dump", tmp_path, target, other, store=shared)
+    assert (second.num_imported, second.states.shards_made) == (NUM_ROWS, 0)
+    assert second.states.snapshot_id == first.states.snapshot_id
+
+
 def test_what_cannot_be_done_is_refused_with_the_remedy(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
 ) -> None:
