@@ -129,7 +129,7 @@ IMPORT_STORE = FlowEntry(
     entrypoint="flows/import_store.py:import_store",
     sections=("target", "dataset", "store"),
     description="Import hidden states that another tool dumped",
-    own_parameters=("format", "path", "mask", "last_state", "num_checked"),
+    own_parameters=("format", "path", "mask", "last_state", "num_checked", "check_every_row"),
 )
 """Not deployed: it is typed once, where the files are."""
 

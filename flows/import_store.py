@@ -62,6 +62,7 @@ def import_store(  # noqa: PLR0917 (what a user may say)
     mask: MaskSource = "dump",
     last_state: LastState = "auto",
     num_checked: int = 4,
+    check_every_row: bool = False,
     home: str = DEFAULT_HOME,
 ) -> ImportSummary:
     """Import a dump of hidden states as a data set and its store, which `train` then reads.
@@ -79,6 +80,8 @@ def import_store(  # noqa: PLR0917 (what a user may say)
         last_state: whether the dump's last states are those after the final norm; `auto` is what
             the format says.
         num_checked: rows that are compared with the target's own states; 0 loads no target.
+        check_every_row: whether each row's states must agree with each other and with its tokens,
+            by the target's first and last layers.
         home: folder for data, stores and runs.
 
     Raises:
@@ -100,7 +103,14 @@ def import_store(  # noqa: PLR0917 (what a user may say)
     limits = Limits(
         max_length=dataset.max_length, min_supervised_tokens=dataset.min_supervised_tokens
     )
-    completion = completion_for(target, dump, limits, mask=mask, last_state=last_state)
+    completion = completion_for(
+        target,
+        dump,
+        limits,
+        mask=mask,
+        last_state=last_state,
+        checks_every_row=check_every_row,
+    )
     identity = store_identity(target, store, conversation_tokenizer(target))
     reader = RowReader(completion=completion, identity=identity)
     agreements = check_dump(dump, reader, target, num_checked=num_checked)

@@ -125,6 +125,14 @@ def import_store(  # noqa: PLR0917 (one parameter per option)
             min=0, help="Rows to compare with the target's own states; 0 does not run the target."
         ),
     ] = 4,
+    check_every_row: Annotated[
+        bool,
+        typer.Option(
+            "--check-every-row",
+            help="Run the target's first and last layers on every row: its states must agree with "
+            "each other and with its tokens.",
+        ),
+    ] = False,
 ) -> None:
     """Import hidden states that SpecForge, speculators, Model-Optimizer or NeMo dumped.
 
@@ -138,6 +146,7 @@ def import_store(  # noqa: PLR0917 (one parameter per option)
         "mask": mask,
         "last_state": last_state,
         "num_checked": check,
+        "check_every_row": check_every_row,
     }
     named = f"dataset.name={name or format}"
     with one_message():

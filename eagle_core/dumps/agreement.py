@@ -20,6 +20,8 @@ from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
 from eagle_core.target.capture import CapturingTarget, capture_states
 
 CHECKED_TOKENS = 128
+WORST_ERROR = 1.0
+"""Of one token. One flipped bit can make a state this wrong, and rounding cannot."""
 MAX_ERROR = 0.2
 """Median over tokens of the relative error (L2). On SmolLM2-135M in bfloat16, other kernels differ
 by 0.02, float8 with a scale per token by 0.03, and neighbouring layers by 0.25 or more."""
@@ -98,12 +100,30 @@ def _agreement(
     )
 
 
+def difference(found: NDArray[np.uint16], expected: NDArray[np.uint16]) -> str:
+    """Return how states [T, H] differ from recomputed ones; empty if only by rounding."""
+    errors = _errors(_values(found), _values(expected))
+    median, worst = float(errors.median()), float(errors.max())
+    if median > MAX_ERROR:
+        return f"relative error {median:.2g}"
+    if not worst <= WORST_ERROR:
+        at = int(errors.argmax()) + len(found) - len(errors)
+        return f"relative error {worst:.2g} at position {at}"
+    return ""
+
+
 def _values(bits: NDArray[np.uint16]) -> Tensor:
     return from_bfloat16_bits(bits, dtype=torch.float32)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
     """Return the median over tokens of the relative distance between states [T, H]."""
+    return float(_errors(found, expected).median())
+
+
+def _errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Return the relative distances of the tokens that are compared."""
     first = _FIRST_TOKENS if len(found) > _FIRST_TOKENS else 0
     distance = (found - expected)[first:].norm(dim=-1)
-    return float((distance / expected[first:].norm(dim=-1).clamp_min(1e-12)).median())
+    relative: Tensor = distance / expected[first:].norm(dim=-1).clamp_min(1e-12)
+    return relative

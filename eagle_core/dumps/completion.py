@@ -18,12 +18,17 @@ from torch import Tensor
 
 from eagle_core.bfloat16 import from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
+from eagle_core.dumps.agreement import difference
 from eagle_core.dumps.dump import DumpedStates
 from eagle_core.errors import ConfigError
 from eagle_core.samples import HiddenStateSample, TokenizedSample, sample_id
 from eagle_core.target.capture import teacher
 from eagle_core.target.final_head import FinalHead
-from eagle_core.target.layerwise.recompute_model import RecomputeModel, StoredStates
+from eagle_core.target.layerwise.recompute_model import (
+    RecomputedStates,
+    RecomputeModel,
+    StoredStates,
+)
 
 MaskSource = Literal["dump", "template", "all"]
 LastState = Literal["auto", "normed", "unnormed"]
@@ -66,7 +71,9 @@ class Completion:
     """Returns the mask of ids by the chat template; raises `RejectedRecord`."""
     last_state: LastState = "auto"
     recompute_model: RecomputeModel | None = None
-    """Gives the last state where the dump has none."""
+    """Gives the last state where the dump has none, and what to compare every row with."""
+    checks_every_row: bool = False
+    """Whether early and last states must be those that `recompute_model` gives."""
 
     @torch.inference_mode()
     def complete(
@@ -81,6 +88,8 @@ class Completion:
         self._require_length("aux states", len(aux), found, location)
         aux_bits = _bits(aux[:num], "aux states", location)
         last = self._last(found, tokens, aux_bits, location)
+        if self.checks_every_row:
+            self._require_reproduced(tokens, aux_bits, to_bfloat16_bits(last), location)
         argmax, logsumexp, logprob = teacher(self.end.logits, last)
         if not np.isfinite(logsumexp).all():
             raise RejectedRecord(Reason.BAD_STATES, location, "its logits are not finite")
@@ -214,10 +223,7 @@ class Completion:
         """Return the post-norm states [T, H], in bfloat16 on the device of the head."""
         device = self.end.lm_head.device
         if found.last is None:
-            if self.recompute_model is None:
-                raise ConfigError("the last layers of the target are not loaded")
-            stored = StoredStates(input_ids=tokens.input_ids, late=aux[:, -1])
-            bits = self.recompute_model.recompute(stored).last
+            bits = self._recomputed(tokens, aux).last
             return from_bfloat16_bits(bits, dtype=torch.bfloat16).to(device)
         states = self._states(found.last, "last states", (self.shape.hidden_size,), location)
         self._require_length("last states", len(states), found, location)
@@ -229,6 +235,28 @@ class Completion:
             kept = self.end.normed(kept)
         _bits(kept, "last states", location)
         return kept.to(device, torch.bfloat16)
+
+    def _recomputed(self, tokens: TokenizedSample, aux: NDArray[np.uint16]) -> RecomputedStates:
+        if self.recompute_model is None:
+            raise ConfigError("the first and last layers of the target are not loaded")
+        stored = StoredStates(input_ids=tokens.input_ids, late=aux[:, -1])
+        return self.recompute_model.recompute(stored)
+
+    def _require_reproduced(
+        self,
+        tokens: TokenizedSample,
+        aux: NDArray[np.uint16],
+        last: NDArray[np.uint16],
+        location: str,
+    ) -> None:
+        """Raise RejectedRecord unless tokens, early, late and last states belong together."""
+        expected = self._recomputed(tokens, aux)
+        if differs := difference(aux[:, 0], expected.early):
+            detail = f"its first aux state is not what the target has for its tokens ({differs})"
+            raise RejectedRecord(Reason.NOT_REPRODUCED, location, detail)
+        if differs := difference(last, expected.last):
+            detail = f"its last state does not follow from its last aux state ({differs})"
+            raise RejectedRecord(Reason.NOT_REPRODUCED, location, detail)
 
 
 def _integers(values: Tensor, what: str, location: str) -> NDArray[np.int64]:

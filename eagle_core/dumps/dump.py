@@ -58,6 +58,8 @@ class Dump:
     num_rows: int
     has_masks: bool
     """Whether rows come with a loss mask, as far as one can tell before reading them."""
+    has_last: bool = True
+    """Whether rows have a last state."""
     aux_layers: Sequence[int] | None = None
     """The captured decoder layers, 0-based, if the dump records them."""
     origin: str = ""

@@ -55,6 +55,7 @@ def open_nemo(path: Path) -> Dump:
         rows=_Rows(files=tuple(files)),
         num_rows=num_rows,
         has_masks=True,
+        has_last=False,
         aux_layers=layers,
         origin=f"states of {target}",
     )

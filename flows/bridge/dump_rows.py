@@ -61,8 +61,11 @@ def completion_for(
     *,
     mask: MaskSource,
     last_state: LastState,
+    checks_every_row: bool,
 ) -> Completion:
-    """Load what completes the rows of a dump: the target's norm and head, or its last layers.
+    """Load what completes the rows of a dump: the target's norm and head.
+
+    Its first and last layers, too, if the dump has no last states or every row is checked.
 
     Raises:
         ConfigError: the dump has no masks and `mask` says to take them from it; or the target has
@@ -75,6 +78,7 @@ def completion_for(
             f"({dump.origin}). Put the states back into its folder, or give --mask template to "
             "derive masks from the target's chat template, or --mask all to train on every token"
         )
+    needs_layers = checks_every_row or not dump.has_last
     model = read_model_config(target, weights.locate(target))
     tokenizer = conversation_tokenizer(target)
     pad = model.pad_token_id
@@ -93,7 +97,8 @@ def completion_for(
         mask=mask,
         template_mask=lambda ids: template_mask(tokenizer, ids),
         last_state=last_state,
-        recompute_model=RecomputeModel.load(target) if dump.format == "nemo" else None,
+        recompute_model=RecomputeModel.load(target) if needs_layers else None,
+        checks_every_row=checks_every_row,
     )
 
 

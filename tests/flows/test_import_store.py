@@ -242,7 +242,14 @@ def test_rows_of_answers_and_caches_without_last_states_are_imported(
     tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
 ) -> None:
     paths = dumped.write_speculators(tmp_path / "rows", dumped_rows)
-    by_row = _import(tmp_path / "rows", tmp_path / "a", target, dataset, format="speculators")
+    by_row = _import(
+        tmp_path / "rows",
+        tmp_path / "a",
+        target,
+        dataset,
+        format="speculators",
+        check_every_row=True,
+    )
     assert by_row.num_imported == NUM_ROWS
     assert by_row.dropped == {"contained": len(paths) - NUM_ROWS}
     again = _import(tmp_path / "rows", tmp_path / "a", target, dataset, format="speculators")

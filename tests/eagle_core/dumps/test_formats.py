@@ -354,6 +354,42 @@ def test_other_layers_another_norm_and_another_target_are_told_apart(
     assert problem(tmp_path / "garbage", model, completion) != ""
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_sound_rows_pass_the_check_of_every_row(
+    tmp_path: Path, name: str, dumped: list[Row], completion: Completion
+) -> None:
+    format_name, write = WRITERS[name]
+    write(tmp_path, dumped)
+    checking = replace(completion, checks_every_row=True)
+    assert len(_read(open_dump(format_name, tmp_path), checking)) == len(dumped)
+
+
+def test_swapped_states_and_a_flipped_bit_are_found(
+    tmp_path: Path, dumped: list[Row], completion: Completion
+) -> None:
+    checking = replace(completion, checks_every_row=True)
+
+    def rejected(document: dict[str, torch.Tensor]) -> str:
+        torch.save(document, tmp_path / "a.ckpt")
+        assert _read(open_dump("specforge", tmp_path), completion)  # unnoticed
+        with pytest.raises(RejectedRecord) as found:
+            _read(open_dump("specforge", tmp_path), checking)
+        assert found.value.reason is Reason.NOT_REPRODUCED
+        return found.value.detail
+
+    document = specforge_document(dumped[0])
+    other = specforge_document(dumped[1])
+    num = len(document["input_ids"])
+    assert len(other["input_ids"]) > num
+    swapped = {key: other[key][:, :num] for key in ("hidden_state", "aux_hidden_state")}
+    assert "first aux state is not what the target has" in rejected(document | swapped)
+    last = {"hidden_state": other["hidden_state"][:, :num]}
+    assert "does not follow from its last aux state" in rejected(document | last)
+    bits = document["aux_hidden_state"].view(torch.int16)
+    bits[0, 9, 5] ^= 1 << 14  # the highest bit of the exponent
+    assert "at position 9" in rejected(document)
+
+
 def _with_random_aux(own: HiddenStateSample) -> HiddenStateSample:
     random = torch.randn(own.aux_hidden_states.shape).bfloat16().view(torch.uint16).numpy()
     last = torch.randn(own.last_hidden_state.shape).bfloat16().view(torch.uint16).numpy()
