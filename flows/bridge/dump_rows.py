@@ -79,6 +79,7 @@ def completion_for(
             "derive masks from the target's chat template, or --mask all to train on every token"
         )
     needs_layers = checks_every_row or not dump.has_last
+    cure = "omit --check-every-row" if dump.has_last else f"{dump.format} dumps need that"
     model = read_model_config(target, weights.locate(target))
     tokenizer = conversation_tokenizer(target)
     pad = model.pad_token_id
@@ -97,7 +98,7 @@ def completion_for(
         mask=mask,
         template_mask=lambda ids: template_mask(tokenizer, ids),
         last_state=last_state,
-        recompute_model=RecomputeModel.load(target) if needs_layers else None,
+        recompute_model=RecomputeModel.load(target, cure=cure) if needs_layers else None,
         checks_every_row=checks_every_row,
     )
 
