@@ -98,6 +98,13 @@ def recipe_of_run(run: Run, run_path: Path, overrides: Sequence[str] = ()) -> Re
     return _validated(document, overrides, str(run_path))
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """Return a recipe as the text of its file, without the keys that have their default."""
+    document = recipe.model_dump(mode="json", exclude_defaults=True)
+    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def _validated(document: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     for override in overrides:
         _apply(document, override)

@@ -124,6 +124,15 @@ FLOWS = (
     ),
 )
 
+IMPORT_STORE = FlowEntry(
+    name="import-store",
+    entrypoint="flows/import_store.py:import_store",
+    sections=("target", "dataset", "store"),
+    description="Import hidden states that another tool dumped",
+    own_parameters=("format", "path", "mask", "last_state", "num_checked", "check_every_row"),
+)
+"""Not deployed: it is typed once, where the files are."""
+
 
 def find_flow(name: str) -> FlowEntry:
     """Return the flow with this name; ConfigError lists those that exist."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eagle_core.data.config import DatasetConfig
 from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.export import ExportLayout
@@ -91,6 +92,29 @@ class HiddenStatesSummary:
     def raw_bytes_per_token(self) -> float:
         """Bytes of the raw arrays per token."""
         return self.raw_bytes / max(self.num_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportSummary:
+    """What `import-store` took from a dump of another tool, and what it did not."""
+
+    states: HiddenStatesSummary
+    """What the store now holds."""
+    dataset: DatasetConfig
+    """The data set that training reads."""
+    num_rows: int
+    num_imported: int
+    num_before: int
+    """Rows that an earlier import had brought."""
+    dropped: Mapping[str, int]
+    """Rows by reason."""
+    changed: Mapping[str, int]
+    """Rows that were taken with a change, by change."""
+    ledger_path: Path
+    num_checked: int
+    """Rows that were compared with the target's own states."""
+    largest_error: float
+    """Of the states of these rows, relative to the target's; rows that do not agree are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

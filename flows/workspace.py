@@ -71,6 +71,11 @@ class Workspace:
         return self.home / "stores" / f"{self.target}-{self.dataset}"
 
     @property
+    def import_path(self) -> Path:
+        """What was imported as this data set: rows, ledger and recipe."""
+        return self.home / "imports" / self.dataset
+
+    @property
     def object_cache_path(self) -> Path:
         """Copies of a remote store's objects; may be deleted at any time."""
         return self.home / "cache" / "objects"

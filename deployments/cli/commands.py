@@ -13,12 +13,13 @@ from deployments.cli.console import ERRORS, OUT, one_message
 from deployments.cli.environment import settle_environment
 from deployments.cli.preset_commands import presets
 from deployments.cli.store_commands import gc, inspect, verify
-from deployments.registry import FLOWS, FlowEntry, find_flow
+from deployments.registry import FLOWS, IMPORT_STORE, FlowEntry, find_flow
 from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
 
 if TYPE_CHECKING:
     from deployments.recipe import Recipe
+    from flows.summaries import ImportSummary
 
 # Recipes import torch: only the commands that need a recipe import them.
 
@@ -33,6 +34,13 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override section.key=value; may be repeated.")
 ]
 Home = Annotated[str, typer.Option(help="Folder for data, stores and runs.")]
+
+
+IMPORT_CHOICES = {
+    "format": ("specforge", "speculators", "model-optimizer", "nemo"),
+    "mask": ("dump", "template", "all"),
+    "last_state": ("auto", "normed", "unnormed"),
+}
 
 
 @app.command()
@@ -81,6 +89,74 @@ def repair(recipe: RecipeArgument, overrides: Overrides = None, home: Home = DEF
     _run_flow("repair", recipe, overrides or [], home)
 
 
+@app.command()
+def import_store(  # noqa: PLR0917 (one parameter per option)
+    format: Annotated[  # noqa: A002 (as users type it)
+        str,
+        typer.Argument(help="specforge, speculators, model-optimizer or nemo."),
+    ],
+    path: Annotated[Path, typer.Argument(help="Folder or file that the other tool wrote.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe of the target: a name such as smollm2, or a YAML file.")
+    ],
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the new data set; by default that of the format."),
+    ] = None,
+    mask: Annotated[
+        str,
+        typer.Option(
+            help="Where loss masks come from: `dump`, `template` (the target's chat template) or "
+            "`all` (every token)."
+        ),
+    ] = "dump",
+    last_state: Annotated[
+        str,
+        typer.Option(
+            help="Whether last states are those after the final norm: `normed`, `unnormed`, or "
+            "`auto`, which is what the format says."
+        ),
+    ] = "auto",
+    check: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Rows to compare with the target's own states; 0 does not run the target."
+        ),
+    ] = 4,
+    check_every_row: Annotated[
+        bool,
+        typer.Option(
+            "--check-every-row",
+            help="Run the target's first and last layers on every row: its states must agree with "
+            "each other and with its tokens.",
+        ),
+    ] = False,
+) -> None:
+    """Import hidden states that SpecForge, speculators, Model-Optimizer or NeMo dumped.
+
+    Nothing in their files is executed. Rows that are damaged or do not fit the target are listed in
+    a ledger, and the others are imported. An import that was interrupted continues. At the end
+    there is a recipe to train with.
+    """
+    own: dict[str, str | bool | int] = {
+        "format": format,
+        "path": str(path),
+        "mask": mask,
+        "last_state": last_state,
+        "num_checked": check,
+        "check_every_row": check_every_row,
+    }
+    named = f"dataset.name={name or format}"
+    with one_message():
+        _require_choices(own)
+    summary = _run_flow(IMPORT_STORE, recipe, [*(overrides or []), named], home, own)
+    with one_message():
+        written = _write_imported_recipe(recipe, overrides or [], summary)
+        OUT.print(f"next: eyas run train {written} --home {home}", soft_wrap=True)
+
+
 app.command()(inspect)
 app.command()(verify)
 app.command()(gc)
@@ -113,18 +189,37 @@ def render_deployments(
         OUT.print(f"wrote {path}: {len(FLOWS)} flows for {len(recipe_names())} recipes")
 
 
+def _require_choices(own: Mapping[str, str | bool | int]) -> None:
+    """Raise ConfigError unless the import's choices are known ones, before torch is imported."""
+    for key, choices in IMPORT_CHOICES.items():
+        if own[key] not in choices:
+            known = ", ".join(choices)
+            raise ConfigError(f"there is no {key.replace('_', '-')} {own[key]!r}; known: {known}")
+
+
+def _write_imported_recipe(recipe: str, overrides: list[str], summary: "ImportSummary") -> Path:
+    """Write the recipe that trains on imported states; return its path."""
+    from deployments.recipe import load_recipe, recipe_text  # noqa: PLC0415 (see above)
+    from eagle_core.atomic_files import write_text  # noqa: PLC0415 (see above)
+
+    imported = load_recipe(recipe, overrides).model_copy(update={"dataset": summary.dataset})
+    path = summary.ledger_path.with_name("recipe.yaml")
+    write_text(path, recipe_text(imported))
+    return path
+
+
 def _run_flow(
-    flow: str,
+    flow: str | FlowEntry,
     recipe: str,
     overrides: list[str],
     home: str,
-    own: Mapping[str, str | bool] | None = None,
-) -> None:
-    """Run a flow; `own` holds its parameters that are not sections of a recipe."""
+    own: Mapping[str, str | bool | int] | None = None,
+) -> Any:  # noqa: ANN401 (of any flow)
+    """Run a flow and return its result; `own` holds parameters that are no sections of a recipe."""
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 (see above)
 
     with one_message(stopped="stopped; the same command resumes with what is missing"):
-        entry = find_flow(flow)
+        entry = find_flow(flow) if isinstance(flow, str) else flow
         parameters = _parameters(entry, recipe, overrides, home, own or {})
         settle_environment()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -142,11 +237,15 @@ def _run_flow(
         with prefect_api() as api_url:
             if api_url:
                 ERRORS.print(f"reporting to {api_url.removesuffix('/api')}")
-            entry.load()(**parameters)
+            return entry.load()(**parameters)
 
 
 def _parameters(
-    entry: FlowEntry, recipe: str, overrides: list[str], home: str, own: Mapping[str, str | bool]
+    entry: FlowEntry,
+    recipe: str,
+    overrides: list[str],
+    home: str,
+    own: Mapping[str, str | bool | int],
 ) -> dict[str, Any]:
     """Return the parameters of a flow, from a recipe or from the folder of a run."""
     from deployments.recipe import load_recipe, recipe_of_run  # noqa: PLC0415 (see above)

@@ -50,6 +50,21 @@ class Reason(StrEnum):
     """The server's text goes on after the end of the turn."""
     CONTEXT_TOO_LONG = "context_too_long"
     TOOLS_NEED_SERVER = "tools_need_server"
+    UNREADABLE = "unreadable"
+    """This and those below are of hidden states that another tool dumped."""
+    FORBIDDEN_PICKLE = "forbidden_pickle"
+    """A pickle that would run code, or hold objects that are no tensors; nothing of it ran."""
+    WRONG_KEYS = "wrong_keys"
+    WRONG_SHAPE = "wrong_shape"
+    UNKNOWN_TOKEN = "unknown_token"  # noqa: S105 - a reason, not a secret
+    PADDED_ON_THE_LEFT = "padded_on_the_left"
+    NO_MASK = "no_mask"
+    BAD_STATES = "bad_states"
+    """NaN, infinite, zero or constant."""
+    NOT_REPRODUCED = "not_reproduced"
+    """The target has other states for these tokens."""
+    CONTAINED = "contained"
+    """Another row begins with the same tokens."""
 
 
 class Change(StrEnum):
@@ -70,6 +85,8 @@ class Change(StrEnum):
     REASONING_NOT_RENDERED = "reasoning_not_rendered"
     TOOLS_NOT_RENDERED = "tools_not_rendered"
     """These three: the chat template does not write what the record holds."""
+    PADDING_CUT = "padding_cut"
+    CUT_TO_MAX_LENGTH = "cut_to_max_length"
 
 
 class RejectedRecord(EagleCoreError):  # noqa: N818 - the outcome of one record, not a fault

@@ -193,7 +193,7 @@ def _of_batch(
 ) -> Iterator[HiddenStateSample]:
     stacked = torch.stack(list(aux), dim=2)
     for row, sample in enumerate(batch):
-        argmax, logsumexp, logprob = _teacher(target, last[row, : len(sample)])
+        argmax, logsumexp, logprob = teacher(target.logits, last[row, : len(sample)])
         # As they are stored: a finite float32 value can be too large for bfloat16.
         sample_aux = stacked[row, : len(sample)].to(torch.bfloat16)
         sample_last = last[row, : len(sample)].to(torch.bfloat16)
@@ -213,14 +213,16 @@ def _of_batch(
         )
 
 
-def _teacher(target: CapturingTarget, last: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def teacher(
+    logits_of: Callable[[Tensor], Tensor], last: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return argmax (int32), logsumexp and log-probability of the argmax (float32), each [T].
 
-    All are over the full vocabulary.
+    All are over the full vocabulary, of the logits of post-norm states `last` [T, H].
     """
     argmax, logsumexp, logprob = [], [], []
     for chunk in torch.split(last, LOGITS_CHUNK_TOKENS):
-        logits = target.logits(chunk)
+        logits = logits_of(chunk)
         for rows in torch.split(logits, _rows_together(logits)):
             values = rows.float()
             best, index = values.max(dim=-1)

@@ -25,6 +25,7 @@ from flows.summaries import (
     ExportedLayout,
     ExportSummary,
     HiddenStatesSummary,
+    ImportSummary,
     OfflineSummary,
     OnlineSummary,
     TrainSummary,
@@ -83,6 +84,21 @@ def hidden_states_rows(states: HiddenStatesSummary) -> list[Row]:
         ("snapshot", states.snapshot_id),
         ("store", states.store_root),
         ("seconds", f"{states.seconds:.1f}"),
+    ]
+
+
+def import_rows(summary: ImportSummary) -> list[Row]:
+    """Return what came of the rows of a dump, and the figures of the store."""
+    checked = f"{summary.num_checked} rows, largest relative error {summary.largest_error:.2g}"
+    return [
+        ("rows in the dump", f"{summary.num_rows:,}"),
+        ("imported now", f"{summary.num_imported:,}"),
+        *([("imported before", f"{summary.num_before:,}")] if summary.num_before else []),
+        *(("  dropped: " + reason, f"{count:,}") for reason, count in summary.dropped.items()),
+        *(("  changed: " + change, f"{count:,}") for change, count in summary.changed.items()),
+        ("ledger", str(summary.ledger_path)),
+        ("compared with the target", checked if summary.num_checked else "no"),
+        *hidden_states_rows(summary.states),
     ]
 
 

@@ -7,7 +7,6 @@ next token shows that they read the states as vLLM does.
 Shapes: B batch, T tokens, H hidden size, V vocabulary.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -15,24 +14,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from eagle_core.errors import ConfigError, TransientError
-from eagle_core.safetensors_files import tensor_files
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
-from eagle_core.target.end_weights import load_ends
 from eagle_core.target.engine.vllm_process import EngineStates, VllmProcess
 from eagle_core.target.engine.vllm_python import vllm_version
-from eagle_core.target.layerwise.layer_slices import build_slice, slice_tensors
+from eagle_core.target.final_head import FinalHead
 from eagle_core.target.length_rope import LengthRope
 from eagle_core.target.model import Captured
-from eagle_core.target.model_config import (
-    aux_layers,
-    read_model_config,
-    resolve_device,
-    target_dtype,
-)
+from eagle_core.target.model_config import aux_layers, read_model_config
 
-_NORMS = ("norm", "final_layernorm")
-"""Names of the final norm in a decoder."""
 _TOLERANCE_NATS = 2.0
 """Between vLLM's log-probability of a token and ours. Logits in bfloat16 have steps of up to 0.5;
 another norm or head is off by several."""
@@ -67,22 +57,9 @@ class VllmTarget:
             ConfigError: no weights, no vLLM, or an architecture without one final norm.
 
         """
-        folder = weights.locate(config)
-        whole = read_model_config(config, folder)
-        plain = copy.deepcopy(whole)
-        vars(plain).pop("quantization_config", None)  # a norm is never quantized
-        device, none = resolve_device(config.device), range(0)
-        tensors = slice_tensors(tensor_files(folder), folder, none, with_embedding=False)
-        any_attention = config.model_copy(update={"attention": "eager"})  # each class has it
-        built = build_slice(any_attention, plain, tensors, none)
-        norm = next((one for name in _NORMS if (one := getattr(built, name, None))), None)
-        if norm is None:
-            raise ConfigError(
-                f"target {config.name}: {type(built).__name__} has no final norm of a known name "
-                f"({', '.join(_NORMS)}); set target.backend to transformers"
-            )
-        _, lm_head = load_ends(folder, dtype=target_dtype(config))
-        return cls(norm.to(device), lm_head.to(device), config=config, model_config=whole)
+        whole = read_model_config(config, weights.locate(config))
+        end = FinalHead.load(config, cure="set target.backend to transformers")
+        return cls(end.norm, end.lm_head, config=config, model_config=whole)
 
     @property
     def batch_tokens(self) -> int:

@@ -90,8 +90,10 @@ class RecomputeModel:
         self._lock = threading.Lock()  # hooks belong to the module, not to the caller
 
     @classmethod
-    def load(cls, config: TargetConfig) -> "RecomputeModel":
+    def load(cls, config: TargetConfig, *, cure: str = CURE) -> "RecomputeModel":
         """Load the first and last layers, the embedding and the norm onto the target's device.
+
+        `cure` is what to do about layers that cannot be run alone, the end of the message.
 
         Raises:
             ConfigError: the weights are missing, or this architecture's layers are not a chain.
@@ -104,8 +106,8 @@ class RecomputeModel:
         early, last = recomputed_layers(aux_layers(config, num_layers), num_layers)
         files = tensor_files(folder)
         device = resolve_device(config.device)
-        require_chain(whole, cure=CURE)
-        require_own_layers(config, whole, plain_layers(config, whole), (early, last), cure=CURE)
+        require_chain(whole, cure=cure)
+        require_own_layers(config, whole, plain_layers(config, whole), (early, last), cure=cure)
         first, final = (
             build_slice(config, whole, slice_tensors(files, folder, layers), layers)
             for layers in (early, last)

@@ -23,7 +23,7 @@ from eagle_core.bfloat16 import DTYPES, from_bfloat16_bits, to_bfloat16_bits
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target import weights
-from eagle_core.target.capture import _teacher, batches_by_length, capture_states
+from eagle_core.target.capture import batches_by_length, capture_states, teacher
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.fingerprint import fingerprint_fields
@@ -247,7 +247,7 @@ def test_the_teacher_is_that_of_a_plain_softmax() -> None:
     for cached in (1, 3 * logits.shape[-1] * 4, 1 << 30):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("eagle_core.target.capture._CACHED_BYTES", cached)
-            argmax, logsumexp, logprob = _teacher(target, last)
+            argmax, logsumexp, logprob = teacher(target.logits, last)
         assert argmax.tolist() == logits.argmax(-1).tolist()
         np.testing.assert_allclose(logsumexp, logits.logsumexp(-1).numpy(), rtol=1e-6)
         best = logits.log_softmax(-1).max(-1).values
