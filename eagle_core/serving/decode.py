@@ -38,7 +38,7 @@ def decode_each(
     traces = []
     with ThreadPoolExecutor(concurrency, thread_name_prefix="prompt") as pool:
         for trace in pool.map(decode, prompts):
-            traces.append(trace)  # noqa: PERF402 (each is reported)
+            traces.append(trace)
             on_text()
     elapsed = time.perf_counter() - started
     if concurrency == 1:

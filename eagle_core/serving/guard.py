@@ -15,11 +15,13 @@ def main() -> None:
     """Run the command, and exit with its status."""
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_kill_after_parent, daemon=True).start()
-    sys.exit(process.wait() % 256)
+    status = process.wait()
+    os._exit(status % 256)  # not sys.exit: the thread is in the middle of reading
 
 
 def _kill_after_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     os.killpg(0, signal.SIGKILL)  # the group is that of this process, which leads it
 
 

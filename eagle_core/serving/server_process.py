@@ -26,6 +26,8 @@ _PAUSE_SECONDS = 0.2
 _REPORT_SECONDS = 30.0
 _ANSWER_SECONDS = 3600.0
 """For one text: a large target on a CPU, with others before it."""
+_END_SECONDS = 3.0
+"""Connections break before a process has ended."""
 _TAIL_LINES = 15
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,9 @@ class ServerProcess:
                 time.sleep(_PAUSE_SECONDS)
 
     def require_alive(self) -> None:
-        """Raise TransientError if it has ended."""
-        if self._process.poll() is not None:
+        """Raise TransientError if it has ended, or does so in a moment."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
             raise TransientError(f"{self._title} ended while it served: {self.last_words()}")
 
     def last_words(self) -> str:

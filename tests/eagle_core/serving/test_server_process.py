@@ -1,0 +1,89 @@
+"""A server that is started, missed when it is gone, and ended with what started it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from eagle_core.errors import ConfigError, TransientError
+from eagle_core.serving import server_process
+from eagle_core.serving.engine import Launch
+from eagle_core.serving.server_process import serving
+from tests.waiting import wait_for
+
+SERVER = """\
+import http.server, os, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/die":
+            print("out of luck", flush=True)
+            os._exit(3)
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+
+
+def launch(port: int, program: str = SERVER) -> Launch:
+    """Return how to start a server in Python."""
+    return Launch(
+        command=(sys.executable, "-c", program, str(port)), variables={}, environment=os.environ
+    )
+
+
+def test_a_server_answers_until_the_block_ends() -> None:
+    with serving("Test 1", launch) as server, server.client() as client:
+        assert client.get("/").status_code == 200
+        guard = psutil.Process(server.pid)
+        (child,) = guard.children()
+    assert not guard.is_running()
+    wait_for(lambda: not child.is_running(), what="the server's end")
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    failing = "import sys; print('no such model'); sys.exit(4)"
+    with (
+        pytest.raises(ConfigError, match=r"Test 1 does not start: status 4\n  no such model"),
+        serving("Test 1", lambda port: launch(port, failing)),
+    ):
+        pass
+
+
+def test_a_server_that_dies_is_a_transient_error() -> None:
+    with (
+        pytest.raises(TransientError, match=r"Test 1 ended while it served: status 3\n(.|\n)*luck"),
+        serving("Test 1", launch) as server,
+        server.client() as client,
+    ):
+        client.get("/die")
+
+
+def test_a_server_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    guard = Path(server_process.__file__).with_name("guard.py")
+    program = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    starter = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, {str(guard)!r}, sys.executable, '-c', {program!r}],\n"
+        "    stdin=subprocess.PIPE, start_new_session=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", starter])
+    wait_for(lambda: note.exists() and note.read_text() != "", what="the server")
+    served = psutil.Process(int(note.read_text()))
+    process.kill()
+    process.wait()
+    wait_for(
+        lambda: not served.is_running() or served.status() == psutil.STATUS_ZOMBIE,
+        what="the server's end",
+    )
+
+
+def test_a_client_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with serving("Test 1", launch) as server, server.client() as client:
+        assert isinstance(client.get("/"), httpx.Response)
