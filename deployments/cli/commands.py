@@ -77,7 +77,7 @@ def plan(
 
 @app.command()
 def doctor(
-    recipe: Annotated[
+    run: Annotated[
         str,
         typer.Argument(
             metavar="RUN",
@@ -108,7 +108,7 @@ def doctor(
     """Find out why the acceptance of a run is low, most likely cause first; exit 1 on a problem."""
     own = {"run": run_name, "export": export, "overfit": overfit or None}
     _run_flow(
-        "doctor", recipe, overrides or [], home, {k: v for k, v in own.items() if v is not None}
+        "doctor", run, overrides or [], home, {k: v for k, v in own.items() if v is not None}
     )
 
 
