@@ -107,9 +107,7 @@ def doctor(
 ) -> None:
     """Find out why the acceptance of a run is low, most likely cause first; exit 1 on a problem."""
     own = {"run": run_name, "export": export, "overfit": overfit or None}
-    _run_flow(
-        "doctor", run, overrides or [], home, {k: v for k, v in own.items() if v is not None}
-    )
+    _run_flow("doctor", run, overrides or [], home, {k: v for k, v in own.items() if v is not None})
 
 
 @app.command()

@@ -5,7 +5,7 @@ disagree about positions, states or masks. The answers are the target's own gree
 another author's, decoding leaves the texts at once. Nothing outside the given folder is written.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from eagle_core.bfloat16 import from_bfloat16_bits
 from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import generate_plain
-from eagle_core.diagnosis.agreement import OverfitResult
+from eagle_core.diagnosis.agreement import LEARNT, LENGTH_TO_REACH, OverfitResult
 from eagle_core.diagnosis.draft_interface import LayerError
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
@@ -39,9 +39,8 @@ from eagle_core.training.trainer import train
 
 NUM_TEXTS = 4
 DRAFT_TOKENS = 5
-MOST_STEPS = 400
+MOST_STEPS = 600
 _STEPS_AT_ONCE = 50
-_BY_HEART = 0.99
 _DECODED_TOKENS = 48
 _WRITTEN_TOKENS = _DECODED_TOKENS + DRAFT_TOKENS + 2
 """What the last round drafts behind the decoded tokens is trained on too."""
@@ -111,23 +110,35 @@ def overfit_texts(
     samples = [_sample(one, text) for one, text in kept]
     states = list(capture_states(target, samples))
     draft = _fresh_draft(ends, draft_config, training, samples, states)
-    num_steps, accuracies = _train(draft, ends, training, states, folder, on_step)
-    decoding = EvaluationConfig(
-        num_prompts=len(kept),
-        num_plain_prompts=0,
-        draft_tokens=DRAFT_TOKENS,
-        max_new_tokens=_DECODED_TOKENS,
-    )
     chosen = [one for one, _ in kept]
-    results = list(decode_prompts(target, draft, chosen, decoding, stop_ids=stop_ids))
-    report = summarise(results, draft_tokens=DRAFT_TOKENS)
+    length, num_steps = 0.0, 0
+    accuracies: tuple[float, ...] = ()
+    for num_steps, accuracies in _training(draft, ends, training, states, folder, on_step):
+        if min(accuracies) >= LEARNT or num_steps == MOST_STEPS:
+            length = _decoded_length(target, draft, chosen, stop_ids)
+        if length > LENGTH_TO_REACH:
+            break
     return OverfitResult(
         num_texts=len(kept),
         num_steps=num_steps,
         draft_tokens=DRAFT_TOKENS,
         training_accuracies=accuracies,
-        length=1 + sum(report.acceptance_to_depth),
+        length=length,
     )
+
+
+def _decoded_length(
+    target: TargetModel, draft: DraftModel, prompts: Sequence[Prompt], stop_ids: Collection[int]
+) -> float:
+    """Return the tokens per target forward, with every depth weighed by its own verdicts."""
+    decoding = EvaluationConfig(
+        num_prompts=len(prompts),
+        num_plain_prompts=0,
+        draft_tokens=DRAFT_TOKENS,
+        max_new_tokens=_DECODED_TOKENS,
+    )
+    results = list(decode_prompts(target, draft, prompts, decoding, stop_ids=stop_ids))
+    return 1 + sum(summarise(results, draft_tokens=DRAFT_TOKENS).acceptance_to_depth)
 
 
 def layer_errors(
@@ -189,15 +200,15 @@ def _fresh_draft(
     return draft
 
 
-def _train(
+def _training(
     draft: DraftModel,
     ends: TargetEnds,
     training: TrainingConfig,
     states: Sequence[HiddenStateSample],
     folder: Path,
     on_step: Callable[[int], None],
-) -> tuple[int, tuple[float, ...]]:
-    """Train until the draft knows the texts; return steps and accuracies by step of TTT."""
+) -> Iterator[tuple[int, tuple[float, ...]]]:
+    """Train, and yield after every few steps their number and the accuracies by step of TTT."""
     source = _InMemory(states)
     config = training.model_copy(
         update={
@@ -214,7 +225,6 @@ def _train(
             "keep_last": 1,
         }
     )
-    accuracies: tuple[float, ...] = ()
     for steps in range(_STEPS_AT_ONCE, MOST_STEPS + 1, _STEPS_AT_ONCE):
         result = train(
             config=config.model_copy(update={"max_steps": steps}),
@@ -226,9 +236,6 @@ def _train(
             tracker=NoTracker(),
             on_progress=lambda progress: on_step(progress.step),
         )
-        accuracies = result.figures.step_accuracies[:DRAFT_TOKENS]
         if result.stopped:  # by SIGTERM, which training takes for itself
             raise KeyboardInterrupt
-        if min(accuracies) >= _BY_HEART:
-            break
-    return result.num_steps, accuracies
+        yield result.num_steps, result.figures.step_accuracies[:DRAFT_TOKENS]
