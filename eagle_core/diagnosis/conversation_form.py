@@ -14,6 +14,7 @@ from eagle_core.diagnosis.finding import Finding, not_checked
 from eagle_core.samples import TokenizedSample
 
 TEMPLATE, STOP = "template", "stop token"
+TOKENS_AGAIN = "eyas run evaluate RECIPE builds them again"
 _NEARLY_ALL = 0.98
 _SHOWN_TOKENS = 12
 
@@ -113,7 +114,7 @@ def common_ending(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def check_template(form: ConversationForm | str) -> Finding:
     """Return whether the data has the template of serving; `form` may be why that is unknown."""
     if isinstance(form, str):
-        return not_checked(TEMPLATE, form, "run the run's own recipe with its data set")
+        return not_checked(TEMPLATE, form, TOKENS_AGAIN)
     if form.changed:
         return Finding(
             check=TEMPLATE,
@@ -123,21 +124,27 @@ def check_template(form: ConversationForm | str) -> Finding:
             what_to_do="restore the target's files or target.template as they were, or compute "
             "the states again and train another run",
         )
-    if not form.num_answers:
-        return not_checked(TEMPLATE, "no sample has an answer", "check the data set")
-    share = form.num_prompted / form.num_answers
     if not form.has_own_template:
         return Finding(
             check=TEMPLATE,
             state="ok",
             found="the target brings no template; serve it with target.template",
         )
+    if not form.num_answers or not form.own_context:
+        return not_checked(
+            TEMPLATE,
+            "the target's own template writes nothing between question and answer"
+            if form.num_answers
+            else "no sample has an answer",
+            "compare a rendered sample with what the server sends",
+        )
+    share = form.num_prompted / form.num_answers
     found = f"{share:.1%} of {form.num_answers:,} answers follow the target's own prompt"
     if share >= _NEARLY_ALL:
         return Finding(check=TEMPLATE, state="ok", found=found)
     return Finding(
         check=TEMPLATE,
-        state="problem",
+        state="problem" if share < 0.5 else "notice",  # after a tool, a prompt may be another
         found=f"{found}; others follow {form.context!r}",
         expected=f"{form.own_context!r} before each answer, as a server writes it",
         what_to_do="remove target.template.chat_template, or serve the target with that template; "
@@ -148,7 +155,7 @@ def check_template(form: ConversationForm | str) -> Finding:
 def check_stop(form: ConversationForm | str) -> Finding:
     """Return whether answers end as in serving."""
     if isinstance(form, str):
-        return not_checked(STOP, form, "run the run's own recipe with its data set")
+        return not_checked(STOP, form, TOKENS_AGAIN)
     if form.lost_stops:
         return Finding(
             check=STOP,

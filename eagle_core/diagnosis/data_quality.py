@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from eagle_core.diagnosis.conversation_form import TOKENS_AGAIN
 from eagle_core.diagnosis.finding import Finding, not_checked
 from eagle_core.evaluation.estimate import own_choices
 from eagle_core.samples import HiddenStateSample
@@ -102,7 +103,7 @@ def check_vocabulary(
 def check_cut(num_cut: int | str, num_samples: int, *, max_length: int) -> Finding:
     """Return how many samples `max_length` cut: their ends are never trained on."""
     if isinstance(num_cut, str):
-        return not_checked(CUT, num_cut, "run the run's own recipe with its data set")
+        return not_checked(CUT, num_cut, TOKENS_AGAIN)
     share = num_cut / max(num_samples, 1)
     found = f"{num_cut:,} of {num_samples:,} samples ({share:.0%}) end at max_length {max_length:,}"
     if share <= _MUCH_CUT:

@@ -14,15 +14,12 @@ _FULL_DATA = "UltraChat and ShareGPT, the data of EAGLE-3, have about 375 millio
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracies:
-    """First-step accuracy of the draft, measured on as many samples of both splits."""
+    """First-step accuracy of the draft on both splits."""
 
     training: float
     held_out: float
     held_out_length: float
     """Tokens per target forward, from joint prefixes."""
-    num_training: int
-    """Supervised tokens that the training accuracy is of."""
-    num_held_out: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from eagle_core.diagnosis.conversation_form import TOKENS_AGAIN
 from eagle_core.diagnosis.draft_interface import Exports
 from eagle_core.diagnosis.finding import Finding, not_checked
 
@@ -27,7 +28,7 @@ def check_positions(positions: PositionRange, exports: Exports | str) -> Finding
     """Return whether decoding stays at positions that the draft was trained on."""
     trained = positions.longest_trained
     if isinstance(trained, str):
-        return not_checked(POSITIONS, trained, "run the run's own recipe with its data set")
+        return not_checked(POSITIONS, trained, TOKENS_AGAIN)
     differing = [
         one
         for one in (() if isinstance(exports, str) else exports.differences)

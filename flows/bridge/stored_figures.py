@@ -132,8 +132,6 @@ def _accuracies(
         training=on_training.accuracies[0],
         held_out=on_held_out.accuracies[0],
         held_out_length=on_held_out.length,
-        num_training=_num_supervised(training),
-        num_held_out=_num_supervised(held_out),
     )
 
 
@@ -146,7 +144,3 @@ def _measured(
         (pack([sample]) for sample in samples),
         setup.target_lm_head[setup.draft.t2d].to(dtype),
     )
-
-
-def _num_supervised(samples: Sequence[HiddenStateSample]) -> int:
-    return sum(int(sample.loss_mask.sum()) for sample in samples)

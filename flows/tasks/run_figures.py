@@ -12,7 +12,7 @@ from eagle_core.diagnosis.agreement import Length
 from eagle_core.diagnosis.conversation_form import ConversationForm
 from eagle_core.diagnosis.diagnosis import RunFigures
 from eagle_core.diagnosis.draft_interface import Exports, NamedLayers
-from eagle_core.diagnosis.learning import Seen
+from eagle_core.diagnosis.learning import Accuracies, Seen
 from eagle_core.diagnosis.position_range import PositionRange
 from eagle_core.draft.importing import read_draft
 from eagle_core.errors import ConfigError, EagleCoreError
@@ -132,7 +132,7 @@ def run_figures(
         vocabulary_size=setup.draft.config.draft_vocab_size,
         training_coverage=run.vocabulary_coverage,
         draft_tokens=(decoded.evaluation if decoded else evaluation).draft_tokens,
-        accuracies=stored.accuracies,
+        accuracies=_accuracies(stored, found),
         seen=_seen(examined, record, train),
         recorded_length=_recorded_length(found),
         num_cut=gone if lengths is None else int((lengths >= run.dataset.max_length).sum()),
@@ -209,6 +209,19 @@ def _seen(examined: ExaminedRun, record: RunRecord, train: TokenFile | None) -> 
         num_tokens=round(passes * num_tokens),
         num_data_tokens=num_tokens,
         is_solved=start is not None and not start.is_drawn,
+    )
+
+
+def _accuracies(stored: StoredFigures, found: Checkpoint) -> Accuracies | str:
+    """Return those on stored states; without a store, those that training recorded."""
+    figures, length = found.figures, _recorded_length(found)
+    is_recorded = length is not None and figures.get("step_accuracies")
+    if not isinstance(stored.accuracies, str) or length is None or not is_recorded:
+        return stored.accuracies
+    return Accuracies(
+        training=figures["step_accuracies"][0],
+        held_out=figures["held_out_accuracies"][0],
+        held_out_length=length,
     )
 
 

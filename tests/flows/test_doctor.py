@@ -26,7 +26,6 @@ from eagle_core.training.config import TrainingConfig
 from flows.config.export import RunExportConfig
 from flows.config.store import StoreConfig
 from flows.doctor import doctor_flow
-from flows.errors import ProblemsFoundError
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.export import export_flow
@@ -35,6 +34,7 @@ from flows.tasks.run_figures import examined_run, run_figures
 from flows.train import train_flow
 from flows.workspace import Workspace
 from tests import tiny
+from tests.deployments.cli.terminal import eyas_here
 
 pytestmark = [
     pytest.mark.server,
@@ -259,15 +259,17 @@ def test_overfitting_proves_that_training_and_decoding_agree(
     assert "training and decoding agree" in capsys.readouterr().out
 
 
-def test_a_problem_ends_the_flow_with_its_causes(
-    sound: Case, capsys: pytest.CaptureFixture[str]
-) -> None:
-    others = sound.target.model_copy(update={"aux_layers": (0, 2, 4)})
-    with pytest.raises(ProblemsFoundError, match="run main: 1 problem: aux layers; 2 not checked"):
-        doctor_flow(others, sound.dataset, STORE, EVALUATION, home=str(sound.home))
-    printed = capsys.readouterr().out
-    assert "problem: aux layers" in printed
-    assert "Other checks" in printed
+def test_the_command_takes_a_folder_and_exits_with_1_on_a_problem(sound: Case) -> None:
+    folder = str(sound.space.run_path("main"))
+    ended = eyas_here("doctor", folder)
+    assert ended.returncode == 0
+    assert "Other checks" in ended.stdout
+    assert "problem: " not in ended.stdout
+    ended = eyas_here("doctor", folder, "--set", "target.aux_layers=[0,2,4]")
+    assert ended.returncode == 1
+    assert "problem: aux layers" in ended.stdout
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("ProblemsFoundError: run main: 1 problem: aux layers; 2 not checked")
 
 
 def test_without_store_and_token_files_the_checks_say_what_they_lack(
@@ -276,8 +278,9 @@ def test_without_store_and_token_files_the_checks_say_what_they_lack(
     home = tmp_path / "home"
     shutil.copytree(sound.home / "runs", home / "runs")
     found = states(replace(sound, home=home).findings())
-    for check in ("template", "stop token", "states", "answers", "held out", "samples cut"):
+    for check in ("template", "stop token", "states", "answers", "samples cut"):
         assert found[check] == "unknown"
+    assert found["held out"] != "unknown", "training recorded both accuracies"
     assert "problem" not in found.values()
     with pytest.raises(ConfigError, match=r"no run in .*; runs there: tiny-own-main"):
         replace(sound, home=home, run="other").findings()

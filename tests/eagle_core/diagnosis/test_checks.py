@@ -49,6 +49,7 @@ FORM = ConversationForm(
     has_own_template=True,
     num_answers=100,
     num_prompted=100,
+    own_context="<|im_start|>assistant",
     num_whole=80,
     num_stopped=80,
     stops="<|im_end|>",
@@ -56,9 +57,7 @@ FORM = ConversationForm(
 LAYERS = NamedLayers(run=(1, 3, 4), target=(1, 3, 4), store=(1, 3, 4))
 SOUND = Exports(names=("serving",), differences=(), stale=())
 SEEN = Seen(num_tokens=500_000, num_data_tokens=100_000, is_solved=True)
-ACCURACIES = Accuracies(
-    training=0.6, held_out=0.58, held_out_length=1.6, num_training=9, num_held_out=9
-)
+ACCURACIES = Accuracies(training=0.6, held_out=0.58, held_out_length=1.6)
 POSITIONS = PositionRange(
     longest_trained=2048, longest_decoded=1500, target_limit=4096, is_scaled=False
 )
@@ -86,7 +85,9 @@ def test_problems_come_first_and_what_is_in_order_last() -> None:
     ("form", "template", "stop"),
     [
         (FORM, "ok", "ok"),
-        (replace(FORM, num_prompted=90), "problem", "ok"),
+        (replace(FORM, num_prompted=90), "notice", "ok"),
+        (replace(FORM, num_prompted=10), "problem", "ok"),
+        (replace(FORM, own_context=""), "unknown", "ok"),
         (replace(FORM, num_prompted=0, has_own_template=False), "ok", "ok"),
         (replace(FORM, changed=("template",)), "problem", "ok"),
         (replace(FORM, num_stopped=70), "ok", "notice"),
