@@ -84,6 +84,13 @@ FLOWS = (
         description="Estimate acceptance from stored states on held-out data, without the target",
     ),
     FlowEntry(
+        name="doctor",
+        entrypoint="flows/doctor.py:doctor_flow",
+        sections=("target", "dataset", "store", "evaluation"),
+        own_parameters=("run",),
+        description="Find out why acceptance is low: data, template, layers, vocabulary, learning",
+    ),
+    FlowEntry(
         name="export",
         entrypoint="flows/export.py:export_flow",
         sections=("target", "dataset", "training", "export"),

@@ -43,3 +43,7 @@ class ServerFailedError(FlowError):
 
 class ServerUnreachableError(FlowError):
     """Prefect's server does not answer: it restarts, or a cable is out."""
+
+
+class ProblemsFoundError(FlowError):
+    """The checks of a run found what lowers its acceptance: the user decides what to change."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import SourceCounts
+from eagle_core.diagnosis.finding import Finding
 from eagle_core.draft.export import ExportLayout
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
@@ -166,6 +167,22 @@ class EstimateSummary:
     """Snapshot of the held-out samples."""
     estimate: AcceptanceEstimate
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorSummary:
+    """What lowers the acceptance of a run."""
+
+    run_path: Path
+    checkpoint_step: int
+    findings: tuple[Finding, ...]
+    """Of every check, most likely cause first."""
+    seconds: float
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """Findings that lower acceptance."""
+        return tuple(finding for finding in self.findings if finding.state == "problem")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -85,6 +85,41 @@ def plan(
 
 
 @app.command()
+def doctor(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a run, or the recipe that it was trained with (--run names one of "
+            "several).",
+        ),
+    ],
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    run_name: Annotated[
+        str | None, typer.Option("--run", help="Name of the training run of a recipe.")
+    ] = None,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="The exported draft that is served; by default the run's own."
+        ),
+    ] = None,
+    overfit: Annotated[
+        bool,
+        typer.Option(
+            "--overfit",
+            help="Also train a draft on four texts until it knows them, and decode these for real: "
+            "proves that training and decoding agree (minutes).",
+        ),
+    ] = False,
+) -> None:
+    """Find out why the acceptance of a run is low, most likely cause first; exit 1 on a problem."""
+    own = {"run": run_name, "export": export, "overfit": overfit or None}
+    _run_flow("doctor", run, overrides or [], home, {k: v for k, v in own.items() if v is not None})
+
+
+@app.command()
 def repair(recipe: RecipeArgument, overrides: Overrides = None, home: Home = DEFAULT_HOME) -> None:
     """Recompute exactly the damaged shards of a recipe's store."""
     _run_flow("repair", recipe, overrides or [], home)

@@ -64,7 +64,7 @@ def estimate_acceptance(
         sample_reached, sample_accepted = depth_counts(rounds, draft_tokens=draft_tokens)
         reached.append(sample_reached)
         accepted.append(sample_accepted)
-        on_policy.append(_is_argmax(sample))
+        on_policy.append(own_choices(sample))
     if not num_rounds:
         raise ConfigError("no stored answer is long enough to replay; use more held-out samples")
     all_reached, all_accepted = np.stack(reached), np.stack(accepted)
@@ -137,7 +137,7 @@ def _answers(sample: HiddenStateSample) -> list[tuple[int, int]]:
     return [(start, end) for start, end in runs if start > 0]
 
 
-def _is_argmax(sample: HiddenStateSample) -> NDArray[np.bool_]:
+def own_choices(sample: HiddenStateSample) -> NDArray[np.bool_]:
     """Return for each answer token whether it is the target's argmax."""
     is_argmax: NDArray[np.bool_] = sample.target_argmax[:-1] == sample.input_ids[1:]
     return is_argmax[sample.loss_mask[1:]]

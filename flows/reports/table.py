@@ -9,9 +9,15 @@ from rich.table import Table
 Row = tuple[str, str]
 
 
-def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Print `rows` on standard output."""
-    table = Table(title=escape(title), title_justify="left", show_header=False, min_width=60)
+def print_table(title: str, rows: Sequence[Row], *, is_ruled: bool = False) -> None:
+    """Print `rows` on standard output, with lines between them if it `is_ruled`."""
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        show_header=False,
+        show_lines=is_ruled,
+        min_width=60,
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:

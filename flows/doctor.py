@@ -1,0 +1,154 @@
+"""`doctor`: why is my acceptance so low? Checks a run, and names causes, most likely first."""
+
+import dataclasses
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+from prefect import flow
+
+from eagle_core.data.config import DatasetConfig
+from eagle_core.diagnosis.diagnosis import RunFigures, diagnose
+from eagle_core.diagnosis.draft_interface import LayerError
+from eagle_core.diagnosis.overfitting import (
+    MOST_STEPS,
+    NUM_TEXTS,
+    TargetEnds,
+    layer_errors,
+    overfit_texts,
+)
+from eagle_core.errors import ConfigError
+from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.prompts import sample_prompts
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.placement import load_decoding_target, why_not_decoded
+from eagle_core.target.tokenizer import conversation_tokenizer
+from flows.bridge.store_identity import as_in_store
+from flows.bridge.stored_figures import StoredFigures
+from flows.config.store import StoreConfig
+from flows.errors import ProblemsFoundError
+from flows.orchestration.artifact_key import artifact_key
+from flows.orchestration.artifacts import publish_table
+from flows.orchestration.credentials import store_root
+from flows.orchestration.progress import stage_progress
+from flows.orchestration.run_name import run_name
+from flows.reports.findings import cause_rows, other_rows, verdict
+from flows.reports.table import print_table
+from flows.summaries import DoctorSummary
+from flows.tasks.prepare import check_runnable, prepare_weights
+from flows.tasks.run_figures import ExaminedRun, examined_run, run_figures
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
+
+_MOST_PROMPT_TOKENS = 256
+logger = logging.getLogger(__name__)
+
+
+@flow(
+    name="doctor",
+    flow_run_name=run_name("doctor-{target.name}-{dataset.name}-{run}"),
+    persist_result=False,
+)
+def doctor_flow(
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    store: StoreConfig = StoreConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
+    home: str = DEFAULT_HOME,
+    run: RunName = "main",
+    export: str | None = None,
+    overfit: bool = False,
+) -> DoctorSummary:
+    """Check run `run` for what lowers acceptance: data, template, layers, vocabulary, learning.
+
+    Changes nothing. Settings of the run are read from its folder; `dataset` only names it. Of
+    `evaluation` only `checkpoint` is used, and `draft_tokens` if the run was never evaluated.
+
+    Args:
+        target: as it is served: what differs from the run's target is a finding.
+        dataset: names the run.
+        store: the store that the run was trained on.
+        evaluation: which checkpoint to look at.
+        home: folder of data, stores and runs.
+        run: name of the run.
+        export: folder of the exported draft that is served; by default that of the run.
+        overfit: also train a fresh draft on four texts of the target until it knows them, and
+            decode them for real: more than 4.5 of 6 tokens per forward proves that training and
+            decoding agree. Takes minutes, and a machine that can decode the target.
+
+    Raises:
+        ConfigError: there is no such run, it has no checkpoint, or `export` is no export.
+        ProblemsFoundError: something lowers acceptance; the table lists it.
+
+    """
+    started = time.monotonic()
+    space = Workspace.at(home, target=target.name, dataset=dataset.name)
+    root = store_root(store, space)
+    target = as_in_store(target, root)
+    prepare_weights(target)
+    examined = examined_run(target, space, run, evaluation)
+    folder = None if export is None else Path(export).expanduser()
+    with stage_progress("examining", key=artifact_key("doctor"), total=1, unit="run") as bar:
+        figures, stored = run_figures(examined, root, evaluation, export=folder)
+        bar.advance()
+    if overfit:
+        figures = _with_target(examined, figures, stored)
+    findings = tuple(diagnose(figures))
+    summary = DoctorSummary(
+        run_path=examined.path,
+        checkpoint_step=figures.step,
+        findings=findings,
+        seconds=time.monotonic() - started,
+    )
+    title = f"{target.name} on {dataset.name}, run {run}, step {figures.step:,}"
+    causes, others = cause_rows(findings), other_rows(findings)
+    if causes:
+        print_table(f"Doctor: {title}", causes, is_ruled=True)
+    print_table("Other checks" if causes else f"Doctor: {title}", others)
+    key = artifact_key("doctor", target.name, dataset.name, run)
+    publish_table(f"Doctor: {title}", [*causes, *others], key=key)
+    if summary.problems:
+        raise ProblemsFoundError(f"run {run}: {verdict(findings)}; see the table for what to do")
+    logger.info("run %s: %s", run, verdict(findings))
+    return summary
+
+
+def _with_target(examined: ExaminedRun, figures: RunFigures, stored: StoredFigures) -> RunFigures:
+    """Add what only the whole target shows: its own states, and a draft overfitted on purpose."""
+    target = examined.target
+    obstacle = why_not_decoded(target)
+    if obstacle:
+        return dataclasses.replace(figures, overfit=obstacle)
+    check_runnable(target, rolls_back=True, captured=None)
+    tokens = examined.tokens("train") or examined.tokens("held_out")
+    prompts = sample_prompts(tokens or (), num_prompts=NUM_TEXTS, max_tokens=_MOST_PROMPT_TOKENS)
+    if not prompts:
+        why = f"no prompt of the run has at most {_MOST_PROMPT_TOKENS} tokens"
+        return dataclasses.replace(figures, overfit=why)
+    model = load_decoding_target(target)
+    errors: tuple[LayerError, ...] = ()
+    if stored.shortest is not None and stored.aux_layers is not None:
+        errors = layer_errors(model, stored.shortest, stored.aux_layers)
+    setup = examined.setup
+    ends = TargetEnds(
+        embedding=setup.draft.embed_tokens.weight.detach(), lm_head=setup.target_lm_head
+    )
+    key = artifact_key("doctor-overfit")
+    with (
+        stage_progress("overfitting", key=key, total=MOST_STEPS, unit="steps") as bar,
+        tempfile.TemporaryDirectory(prefix="eyas-doctor-") as folder,
+    ):
+        try:
+            result = overfit_texts(
+                model,
+                ends,
+                setup.draft.config,
+                examined.run.training,
+                prompts,
+                stop_ids=conversation_tokenizer(target).stop_ids,
+                folder=Path(folder),
+                on_step=bar.move_to,
+            )
+        except ConfigError as error:
+            return dataclasses.replace(figures, layer_errors=errors, overfit=str(error))
+    return dataclasses.replace(figures, layer_errors=errors, overfit=result)
