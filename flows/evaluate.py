@@ -39,7 +39,7 @@ from flows.orchestration.run_name import run_name
 from flows.orchestration.stage_report import report_stage
 from flows.reports import rows as report
 from flows.reports.run_page import acceptance_plot, write_run_page
-from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
+from flows.reports.run_record import RunRecord, evaluation_name, write_stage
 from flows.summaries import EvaluateSummary
 from flows.tasks.prepare import check_runnable
 from flows.tasks.served_draft import served_for
@@ -99,18 +99,28 @@ def evaluate_flow(
     publish_plot(
         f"Acceptance by depth: {target.name} on {dataset.name}, run {run}",
         acceptance_plot(summary),
-        key=artifact_key("acceptance-by-depth", target.name, dataset.name, run),
+        key=artifact_key(
+            "acceptance-by-depth", target.name, dataset.name, run, *_named(evaluation)
+        ),
     )
-    write_stage(run_path / EVALUATION_NAME, summary)
+    write_stage(run_path / evaluation_name(evaluation.engine), summary)
     with best_effort("report.html"):
         write_run_page(run_path)
     report_stage(
         f"Acceptance: {target.name} on {dataset.name}, run {run}",
         report.evaluate_rows(summary),
-        key=artifact_key("acceptance", target.name, dataset.name, run),
-        following=[*report.where_to_look(run_path), ("next", "eyas run export RECIPE")],
+        key=artifact_key("acceptance", target.name, dataset.name, run, *_named(evaluation)),
+        following=[
+            *report.where_to_look(run_path, evaluation.engine),
+            ("next", "eyas run export RECIPE"),
+        ],
     )
     return summary
+
+
+def _named(evaluation: EvaluationConfig) -> list[str]:
+    """Return the engine for names of artifacts; none for Eyas itself."""
+    return [] if evaluation.engine == "eyas" else [evaluation.engine]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -99,8 +99,9 @@ def check_engine(engine: EngineLength | None) -> Finding:
     if engine is None:
         return not_checked(
             ENGINE,
-            "no engine's own count is recorded",
-            "compare a running engine: docs/guides/serving.md",
+            "no engine decoded the prompts of evaluate",
+            "`eyas run evaluate RECIPE --set evaluation.engine=llamacpp` (or vllm), with the same "
+            "evaluation settings as the own decoding",
         )
     found = f"{engine.engine} {engine.length:.2f}, own decoding {engine.own:.2f}"
     if engine.length >= engine.own - _ENGINE_TOLERANCE:

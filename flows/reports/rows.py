@@ -11,11 +11,12 @@ import numpy as np
 from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
+from eagle_core.evaluation.config import EvaluationEngine
 from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.config import CLOSED_FORM
 from eagle_core.training.result import Metrics, Start
-from flows.reports.run_record import EVALUATION_NAME, REPORT_NAME
+from flows.reports.run_record import REPORT_NAME, evaluation_name
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
 from flows.summaries import (
@@ -342,12 +343,12 @@ def where_a_run_is(run_path: Path) -> list[Row]:
     ]
 
 
-def where_to_look(run_path: Path) -> list[Row]:
-    """Return what to open next."""
+def where_to_look(run_path: Path, engine: EvaluationEngine = "eyas") -> list[Row]:
+    """Return what to open next; `engine` decoded."""
     curves, page = where_a_run_is(run_path)
     return [
         curves,
-        ("full acceptance results", str(run_path / EVALUATION_NAME)),
+        ("full acceptance results", str(run_path / evaluation_name(engine))),
         ("Prefect UI", "make server, then http://127.0.0.1:4200"),
         page,
     ]

@@ -61,6 +61,7 @@ def write_run_page(run_path: Path, curves: Curves | None = None) -> Path:
         headlines=_headlines(record),
         sections=[
             _acceptance(record),
+            *map(_engine, record.by_engine),
             _training(record, curves),
             _speed(record, curves),
             _data(settings),
@@ -149,6 +150,27 @@ def _acceptance(record: RunRecord) -> Section:
         title=title,
         note=f"{note} Estimate from the stored states:",
         rows=_without_seconds(report.estimate_rows(estimate))[1:],
+    )
+
+
+def _engine(found: EvaluateSummary) -> Section:
+    """Return what one engine made of the draft, and its speed with and without it."""
+    assert found.engine is not None  # noqa: S101
+    bars = []
+    for speed in found.engine.speeds:
+        together = f"{speed.concurrency} at a time"
+        bars += [(f"{speed.draft_tokens} drafted, {together}", speed.tokens_per_second)]
+    plain = {one.concurrency: one.plain_tokens_per_second for one in found.engine.speeds}
+    bars = [(f"plain, {number} at a time", rate) for number, rate in plain.items()] + bars
+    svg = plots.named_bars(
+        bars, name="Decoding speed", x_label="tokens per second", form="{:,.4g}".format
+    )
+    return Section(
+        title=f"In {found.engine.engine}",
+        note="Counted by the engine's own server, with the draft of step "
+        f"{found.checkpoint_step:,} as it is exported.",
+        rows=_without_seconds(report.evaluate_rows(found)),
+        plots=[("The same prompts in the same run", Markup(svg))],  # noqa: S704 (ours)
     )
 
 

@@ -6,7 +6,7 @@ All are JSON files in the run's folder. A stage that has not ended has no file.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, get_args
 
 import numpy as np
 from pydantic import (
@@ -21,6 +21,8 @@ from pydantic import (
 from pydantic_core import to_json
 
 from eagle_core.atomic_files import write_text
+from eagle_core.evaluation.config import EvaluationEngine
+from eagle_core.serving.served import EngineName
 from eagle_core.tokenization.token_file import TokenFile
 from flows.bridge.run import Run
 from flows.summaries import EstimateSummary, EvaluateSummary, TokensSummary, TrainSummary
@@ -32,6 +34,7 @@ TRAINING_NAME = "training.json"
 EVALUATION_NAME = "evaluation.json"
 ESTIMATE_NAME = "estimate.json"
 REPORT_NAME = "report.html"
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 _LENGTH_BINS = 24
 
 Stage = TypeVar("Stage")
@@ -142,6 +145,8 @@ class RunRecord:
     training: TrainSummary | None
     evaluation: EvaluateSummary | None
     estimate: EstimateSummary | None
+    by_engine: tuple[EvaluateSummary, ...]
+    """What engines made of it: the last evaluation by each."""
     outdated: tuple[str, ...]
     """Names of files that another version of Eyas wrote: they count as absent."""
 
@@ -164,8 +169,18 @@ class RunRecord:
             training=read(TRAINING_NAME, TrainSummary),
             evaluation=read(EVALUATION_NAME, EvaluateSummary),
             estimate=read(ESTIMATE_NAME, EstimateSummary),
+            by_engine=tuple(
+                found
+                for engine in ENGINES
+                if (found := read(evaluation_name(engine), EvaluateSummary)) is not None
+            ),
             outdated=tuple(outdated),
         )
+
+
+def evaluation_name(engine: EvaluationEngine) -> str:
+    """Return the file of an evaluation: that of an engine does not replace Eyas's own."""
+    return EVALUATION_NAME if engine == "eyas" else f"evaluation-{engine}.json"
 
 
 def write_settings(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.data.writer import Split
-from eagle_core.diagnosis.agreement import Length
+from eagle_core.diagnosis.agreement import EngineLength, Length
 from eagle_core.diagnosis.conversation_form import ConversationForm
 from eagle_core.diagnosis.diagnosis import RunFigures
 from eagle_core.diagnosis.draft_interface import Exports, NamedLayers
@@ -147,7 +147,7 @@ def run_figures(
         decoded=_length(decoded),
         replayed=_replayed(record, found.step),
         decoding_warning=decoded.warning if decoded else "",
-        engine=None,  # evaluation.json records no engine's counts yet
+        engine=_engine_length(record, decoded),
         overfit=None,
     )
     return figures, stored
@@ -267,6 +267,30 @@ def _length(decoded: EvaluateSummary | None) -> Length | None:
     report = decoded.trained
     low, high = report.acceptance_interval
     return Length(length=report.acceptance_length, low=low, high=high)
+
+
+def _engine_length(record: RunRecord, decoded: EvaluateSummary | None) -> EngineLength | None:
+    """Return what an engine counted for the same prompts; the lowest, if there are several."""
+    if decoded is None:
+        return None
+    found = [
+        EngineLength(
+            engine=summary.engine.engine,
+            length=summary.trained.acceptance_length,
+            own=decoded.trained.acceptance_length,
+        )
+        for summary in record.by_engine
+        if summary.engine is not None
+        and summary.checkpoint_step == decoded.checkpoint_step
+        and _decodes_like(summary.evaluation, decoded.evaluation)
+    ]
+    return min(found, key=lambda one: one.length, default=None)
+
+
+def _decodes_like(one: EvaluationConfig, other: EvaluationConfig) -> bool:
+    """Return whether both evaluations decode the same prompts in the same way."""
+    speed = {"engine", "concurrency", "draft_lengths", "num_plain_prompts", "batch_prompts"}
+    return one.model_dump(exclude=speed) == other.model_dump(exclude=speed)
 
 
 def _replayed(record: RunRecord, step: int) -> Length | None:
