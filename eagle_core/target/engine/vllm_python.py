@@ -58,8 +58,8 @@ def _require_installed(config: TargetConfig) -> str:
     found = _installed(python) if python.exists() else None
     if found is None:
         raise ConfigError(
-            f"target {config.name}: target.backend is vllm, but {config.vllm_python} is no Python "
-            "with vLLM: make one (`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm`; "
+            f"target {config.name}: vLLM is to run it, but {config.vllm_python} is no Python with "
+            "vLLM: make one (`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm`; "
             "without a GPU, as docs/guides/vllm.md says), or name one in target.vllm_python"
         )
     return found
