@@ -2,17 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.evaluation.acceptance import PromptResult, summarise
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.engine_report import EngineReport, EngineSpeed
 from eagle_core.evaluation.prompts import Prompt
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.positions import Positions
 from flows.evaluate import inequality_warning, num_beyond
 from flows.reports.rows import evaluate_rows
-from flows.reports.run_record import EVALUATION_NAME, RunRecord, write_stage
+from flows.reports.run_page import write_run_page
+from flows.reports.run_record import EVALUATION_NAME, RunRecord, evaluation_name, write_stage
 from flows.summaries import EvaluateSummary
 
 
@@ -80,3 +83,49 @@ def test_prompts_leave_room_for_their_answers() -> None:
     assert num_beyond(prompts, short, 0) == (0, 128)
     assert num_beyond(prompts, Positions(limit=128, is_scaled=True), 68) == (0, 0)
     assert num_beyond(prompts, Positions(limit=None, is_scaled=False), 68) == (0, 0)
+
+
+def test_what_an_engine_counts_stands_beside_the_own_figures(tmp_path: Path) -> None:
+    accepted = VerificationRound(verified=3, accepted=3, gained=4)
+    trace = GenerationTrace(
+        tokens=(1, 2, 3, 4, 5), rounds=(accepted,), seconds=1.0, prefill_seconds=0.1
+    )
+    report = summarise([PromptResult(speculative=trace, plain=trace)], draft_tokens=3)
+    speed = EngineSpeed(
+        draft_tokens=3,
+        concurrency=4,
+        tokens_per_second=30.0,
+        plain_tokens_per_second=20.0,
+        num_matching=1,
+    )
+    own = EvaluateSummary(
+        evaluation=EvaluationConfig(),
+        checkpoint_step=3,
+        untrained=report,
+        trained=report,
+        trained_by_group={},
+        estimate=None,
+        seconds=1.0,
+    )
+    by_engine = replace(
+        own,
+        evaluation=EvaluationConfig(engine="vllm"),
+        untrained=None,
+        engine=EngineReport(
+            engine="vLLM 0.32.0", dtype="float32", by_draft_tokens={3: report}, speeds=(speed,)
+        ),
+    )
+    write_stage(tmp_path / evaluation_name("eyas"), own)
+    write_stage(tmp_path / evaluation_name("vllm"), by_engine)
+    record = RunRecord.read(tmp_path)
+    assert record.evaluation == own
+    assert record.by_engine == (by_engine,)
+    rows = dict(evaluate_rows(by_engine))
+    assert rows["decoded by"] == "vLLM 0.32.0, float32"
+    assert "acceptance length, at the start" not in rows
+    assert rows["tokens per second, 3 drafted, 4 prompts"] == (
+        "30.0 against 20.0 plain (1.50x), 1 of 1 texts equal"
+    )
+    page = write_run_page(tmp_path).read_text()
+    assert page.index("<h2>Acceptance</h2>") < page.index("<h2>In vLLM 0.32.0</h2>")
+    assert "3 drafted, 4 at a time" in page
