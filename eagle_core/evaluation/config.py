@@ -17,13 +17,14 @@ class EvaluationConfig(DecodingConfig):
     engine: EvaluationEngine = Field(
         default="eyas",
         description="What decodes. eyas: this process, which also measures the draft before "
-        "training. vllm: the server of target.vllm_python. llamacpp: llama-server from PATH, or as "
-        "`eyas engines install llamacpp` builds it. An engine decodes with the draft as exported.",
+        "training. vllm: the server of target.vllm_python. llamacpp: llama-server as "
+        "`eyas engines install llamacpp` builds it, else from PATH. An engine decodes with the "
+        "draft as exported.",
     )
     concurrency: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         default=(1, 4, 16),
         description="Prompts that an engine decodes at a time; each number is measured, and 1 "
-        "always is.",
+        "always is. No more than there are prompts.",
     )
     draft_lengths: tuple[Annotated[int, Field(gt=0, le=32)], ...] = Field(
         default=(),
@@ -52,7 +53,8 @@ class EvaluationConfig(DecodingConfig):
         default=None,
         ge=0,
         description="How many of these, from the first on, to decode plainly too, to compare "
-        "tokens and speed; empty means all, 0 none (which takes less than half the time).",
+        "tokens and speed; empty means all, 0 none (which takes less than half the time). With an "
+        "engine it is always all.",
     )
     max_prompt_tokens: int = Field(
         default=1024, gt=0, description="Longer prompts are skipped, not cut."
@@ -61,5 +63,6 @@ class EvaluationConfig(DecodingConfig):
         default=1,
         gt=0,
         description="Prompts per batch: the texts are the same, and evaluation takes less time. 1 "
-        "measures the speed that one user sees; targets with sliding windows support only 1.",
+        "measures the speed that one user sees; targets with sliding windows support only 1. "
+        "Engines have concurrency instead.",
     )

@@ -40,7 +40,7 @@ class _Decoded:
 def num_texts(num_prompts: int, evaluation: EvaluationConfig) -> int:
     """Return how many texts a measurement decodes."""
     servers = 1 + len(draft_lengths(evaluation))
-    return servers * len(concurrencies(evaluation)) * num_prompts
+    return servers * len(concurrencies(evaluation, num_prompts)) * num_prompts
 
 
 def draft_lengths(evaluation: EvaluationConfig) -> list[int]:
@@ -48,9 +48,12 @@ def draft_lengths(evaluation: EvaluationConfig) -> list[int]:
     return sorted({*evaluation.draft_lengths, evaluation.draft_tokens})
 
 
-def concurrencies(evaluation: EvaluationConfig) -> list[int]:
-    """Return the numbers of prompts at a time to measure, ascending; 1 is always one of them."""
-    return sorted({*evaluation.concurrency, 1})
+def concurrencies(evaluation: EvaluationConfig, num_prompts: int) -> list[int]:
+    """Return the numbers of prompts at a time to measure, ascending; 1 is always one of them.
+
+    There are no more than prompts.
+    """
+    return sorted({*(min(number, num_prompts) for number in evaluation.concurrency), 1})
 
 
 def measure_engine(
@@ -110,7 +113,7 @@ def measure_engine(
                     else _num_equal(found.traces[concurrency], plain.traces[concurrency]),
                 )
                 for length, found in with_draft.items()
-                for concurrency in concurrencies(evaluation)
+                for concurrency in concurrencies(evaluation, len(chosen))
             ),
         ),
     )
@@ -118,6 +121,7 @@ def measure_engine(
 
 @contextmanager
 def _server(engine: Engine, served: Served) -> Iterator[EngineDecoder]:
+    engine.prepare(served)
     with (
         serving(engine.title, lambda port: engine.launch(served, port=port)) as server,
         server.client() as client,
@@ -135,7 +139,7 @@ def _decode(
     ids = [prompt.input_ids for prompt in prompts]
     warm_up(decoder, ids[0], config)
     found = _Decoded({}, {})
-    for concurrency in concurrencies(config):
+    for concurrency in concurrencies(config, len(ids)):
         traces, rate = decode_each(
             decoder, ids, config, stop_ids, concurrency=concurrency, on_text=on_text
         )

@@ -36,10 +36,13 @@ def decode_each(
         return decoder.decode(prompt, config, stop_ids, is_alone=concurrency == 1)
 
     traces = []
-    with ThreadPoolExecutor(concurrency, thread_name_prefix="prompt") as pool:
+    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="prompt")
+    try:
         for trace in pool.map(decode, prompts):
             traces.append(trace)
             on_text()
+    finally:  # an interruption does not wait for texts: the server ends, and with it they do
+        pool.shutdown(wait=False, cancel_futures=True)
     elapsed = time.perf_counter() - started
     if concurrency == 1:
         elapsed = sum(trace.seconds for trace in traces)

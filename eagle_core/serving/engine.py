@@ -16,10 +16,8 @@ class Launch:
     """How a server is started."""
 
     command: tuple[str, ...]
-    variables: Mapping[str, str]
-    """Variables that the command needs in addition to those of a user's shell."""
     environment: Mapping[str, str]
-    """All variables of the process, `variables` included."""
+    """All variables of the process."""
 
 
 class EngineDecoder(Protocol):
@@ -54,13 +52,17 @@ class Engine(Protocol):
         """Name and version."""
         ...
 
-    def launch(self, served: Served, *, port: int) -> Launch:
-        """Return how to serve on a port of the loopback address; files it needs are made first.
+    def prepare(self, served: Served) -> None:
+        """Make the files that it needs.
 
         Raises:
             ConfigError: this engine cannot serve that.
 
         """
+        ...
+
+    def launch(self, served: Served, *, port: int) -> Launch:
+        """Return how to serve on a port of the loopback address, after `prepare`."""
         ...
 
     def decoder(self, client: httpx.Client, served: Served) -> EngineDecoder:

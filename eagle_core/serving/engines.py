@@ -14,4 +14,4 @@ def find_engine(name: EngineName, config: TargetConfig) -> Engine:
         ConfigError: it is not; says how to install it.
 
     """
-    return VllmEngine(config) if name == "vllm" else LlamaCppEngine()
+    return VllmEngine(config) if name == "vllm" else LlamaCppEngine(config)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from eagle_core.decoding.trace import VerificationRound
+from eagle_core.serving.events import get_text
 
 _ROUNDS = "spec_decode_num_drafts_total"
 _ACCEPTED = "spec_decode_num_accepted_tokens_per_pos_total"
@@ -27,7 +28,7 @@ class RoundCounts:
     def read(cls, client: httpx.Client, *, draft_tokens: int) -> Self:
         """Ask the server."""
         rounds, accepted = 0, np.zeros(draft_tokens, dtype=np.int64)
-        text = client.get("/metrics").raise_for_status().text
+        text = get_text(client, "/metrics")
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 name = sample.name.partition(":")[2]

@@ -21,8 +21,6 @@ class Served:
     """Folder of an export in layout `serving`; None decodes plainly."""
     draft_tokens: int = 0
     """K, tokens drafted per forward of the target; 0 without a draft."""
-    least_probability: float = 0.0
-    """The draft stops at a token that it finds less likely; for engines that can."""
     slots: int = 1
     """Texts decoded at a time."""
     max_length: int

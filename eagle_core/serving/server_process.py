@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import httpx
+import psutil
 
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
@@ -29,6 +30,8 @@ _ANSWER_SECONDS = 3600.0
 _END_SECONDS = 3.0
 """Connections break before a process has ended."""
 _TAIL_LINES = 15
+_KILLED = {-9, 247}
+"""As subprocess says it, and as the guard passes it on."""
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +41,7 @@ class ServerProcess:
     def __init__(self, launch: Launch, *, title: str, port: int) -> None:
         """Start it; `wait_until_ready` is next."""
         self.url = f"http://{LOOPBACK}:{port}"
-        self._title = title
+        self._title, self._port = title, port
         self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`close`)
         self._process = subprocess.Popen(
             [sys.executable, _GUARD, *launch.command],
@@ -71,13 +74,27 @@ class ServerProcess:
         """
         started = reported = time.monotonic()
         with self.client() as client:
-            while not _is_healthy(client):
+            while True:
                 if self._process.poll() is not None:
                     raise ConfigError(f"{self._title} does not start: {self.last_words()}")
+                if self._listens() and _is_healthy(client):
+                    return
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     reported = time.monotonic()
                     logger.info("%s has been loading for %.0f s", self._title, reported - started)
                 time.sleep(_PAUSE_SECONDS)
+
+    def _listens(self) -> bool:
+        """Return whether the port is open, and is its own: another process may have taken it."""
+        try:
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            return any(
+                one.status == psutil.CONN_LISTEN and one.laddr.port == self._port
+                for process in family
+                for one in process.net_connections("tcp4")
+            )
+        except psutil.NoSuchProcess:
+            return False
 
     def require_alive(self) -> None:
         """Raise TransientError if it has ended, or does so in a moment."""
@@ -88,10 +105,13 @@ class ServerProcess:
     def last_words(self) -> str:
         """Return how it ended, and what it printed last."""
         status = self._process.poll()
+        reason = f"status {status}"
+        if status in _KILLED:
+            reason += " (killed, by the system if memory was short)"
         self._log.seek(0)
         lines = [line.rstrip() for line in self._log if line.strip()]
         printed = "".join(f"\n  {line}" for line in lines[-_TAIL_LINES:])
-        return f"status {status}{printed}"
+        return f"{reason}{printed}"
 
     def close(self) -> None:
         """End it and all of its processes."""
@@ -105,6 +125,8 @@ class ServerProcess:
 @contextmanager
 def serving(title: str, launch_on: Callable[[int], Launch]) -> Iterator[ServerProcess]:
     """Serve on a free port of the loopback address until the block ends.
+
+    `launch_on` returns at once: meanwhile another process could take the port.
 
     Raises:
         ConfigError: the server does not start.
@@ -130,9 +152,15 @@ def program(name: str) -> str | None:
 
 def _is_healthy(client: httpx.Client) -> bool:
     try:
-        return client.get("/health", timeout=_REPORT_SECONDS).status_code == HTTPStatus.OK
+        status = client.get("/health", timeout=_REPORT_SECONDS).status_code
     except httpx.TransportError:
         return False
+    if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise ConfigError(
+            f"the server answers /health with {status}: does a variable of its own set another "
+            "address or a key?"
+        )
+    return status == HTTPStatus.OK
 
 
 def _free_port() -> int:

@@ -1,7 +1,6 @@
 """vLLM's server, in the Python that has vLLM."""
 
 import json
-import os
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.trace import GenerationTrace
+from eagle_core.decoding.trace import GenerationTrace, until_stop
 from eagle_core.serving.engine import Launch
 from eagle_core.serving.events import post_stream
 from eagle_core.serving.round_counts import RoundCounts
@@ -23,6 +22,7 @@ from eagle_core.target.model_config import resolve_device
 
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """Of an engine that is no server."""
+_KEY = "VLLM_API_KEY"  # a variable: a server of ours asks for none
 _COUNT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.01
 
@@ -41,6 +41,9 @@ class VllmEngine:
         self._config = config
         self.title = f"vLLM {vllm_version(config)}"
 
+    def prepare(self, served: Served) -> None:
+        """Do nothing: it reads the weights as they are."""
+
     def launch(self, served: Served, *, port: int) -> Launch:
         """Return the command of vLLM's OpenAI-compatible server."""
         config, device = served.target, resolve_device(served.target.device)
@@ -55,6 +58,7 @@ class VllmEngine:
             "--max-num-batched-tokens": str(max(config.max_num_batched_tokens, served.max_length)),
             "--tensor-parallel-size": str(config.tensor_parallel),
             "--gpu-memory-utilization": str(config.gpu_memory_utilization),
+            "--generation-config": "vllm",  # no penalties or limits of the target's own file
         }
         if config.quantization is not None:
             options["--quantization"] = config.quantization
@@ -72,11 +76,9 @@ class VllmEngine:
         words = [word for option in options.items() for word in option]
         environment = environment_on(config, device)
         environment.pop(_IN_PROCESS, None)
+        environment.pop(_KEY, None)
         return Launch(
             command=(str(python), "-m", "vllm.entrypoints.openai.api_server", *words, *flags),
-            variables={
-                name: value for name, value in environment.items() if os.environ.get(name) != value
-            },
             environment=environment,
         )
 
@@ -141,9 +143,9 @@ class VllmDecoder:
         tokens = tuple(token for _, chunk in chunks for token in chunk)
         return replace(  # chunks were sent together: only the counts are known
             trace,
-            tokens=tokens[: config.max_new_tokens],
+            tokens=tuple(until_stop(tokens, stop_ids))[: config.max_new_tokens],
             rounds=tuple(counted.as_rounds()),
-            seconds=chunks[-1][0],
+            seconds=chunks[-1][0] * min(1.0, config.max_new_tokens / len(tokens)),
         )
 
     def _rounds(

@@ -1,11 +1,11 @@
 """The draft of a run, exported for an engine, and its target as engines load it."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
+from eagle_core.atomic_files import partial_folder
 from eagle_core.draft.export import ExportConfig, ServedTarget, export
 from eagle_core.draft.model import DraftModel
 from eagle_core.evaluation.config import EvaluationConfig
@@ -16,7 +16,15 @@ from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, for_decoding, read_model_config
 
-_LENGTH_STEP = 64
+
+def new_tokens(evaluation: EvaluationConfig) -> int:
+    """Return how many positions a text may take after its prompt.
+
+    An engine writes up to K tokens more than are kept, and drafts K more.
+    """
+    if evaluation.engine == "eyas":
+        return evaluation.max_new_tokens + evaluation.draft_tokens
+    return evaluation.max_new_tokens + 2 * (draft_lengths(evaluation)[-1] + 1)
 
 
 def served_target(target: TargetConfig) -> ServedTarget:
@@ -42,24 +50,22 @@ def served_for(
 ) -> Iterator[Served]:
     """Yield what an engine serves to evaluate a draft; its export is gone after the block."""
     decided = for_decoding(target)
-    with tempfile.TemporaryDirectory(dir=run_path, prefix=".engine-") as name:
+    with partial_folder(run_path) as folder:
         config = ExportConfig(
             layouts=("serving",),
             dtype=cast("Literal['float32', 'bfloat16']", decided.dtype),
         )
-        written = export(draft, served_target(target), Path(name), config)
+        written = export(draft, served_target(target), folder, config)
         yield Served(
             target=decided,
             weights=weights.locate(target).resolve(),
             draft=written["serving"].resolve(),
             draft_tokens=evaluation.draft_tokens,
-            slots=max(concurrencies(evaluation)),
+            slots=max(concurrencies(evaluation, len(prompts))),
             max_length=_longest(prompts, evaluation),
         )
 
 
 def _longest(prompts: Sequence[Prompt], evaluation: EvaluationConfig) -> int:
     """Return the tokens of the longest text, with the drafts of its last rounds."""
-    longest = max(len(prompt.input_ids) for prompt in prompts) + evaluation.max_new_tokens
-    drafts = 2 * (draft_lengths(evaluation)[-1] + 1)
-    return -(-(longest + drafts) // _LENGTH_STEP) * _LENGTH_STEP
+    return max(len(prompt.input_ids) for prompt in prompts) + new_tokens(evaluation)

@@ -13,7 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from eagle_core.atomic_files import atomic_file
+from eagle_core.atomic_files import atomic_file, file_digest
 from eagle_core.errors import ConfigError
 from eagle_core.serving.llamacpp.installed import PACKAGES, VERSION, converter
 from eagle_core.target.config import TargetConfig
@@ -22,6 +22,9 @@ from eagle_core.target.weights import cache_path, weight_digests
 _OUT_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 _TAIL_LINES = 8
 _DIGITS = 16
+_ALSO_READ = frozenset({".json", ".jinja", ".model", ".txt"})
+"""Suffixes of tokenizer, template and settings beside the weights."""
+_REMOTE_CODE = "auto_map"
 logger = logging.getLogger(__name__)
 
 
@@ -37,18 +40,32 @@ def target_file(config: TargetConfig, weights: Path) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         logger.info("converting target %s for llama.cpp, once: %s", config.name, path)
-        convert(weights, path, dtype=config.dtype)
+        convert(weights, path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     return path
 
 
-def convert(weights: Path, path: Path, *, dtype: str, target: Path | None = None) -> None:
+def convert(
+    weights: Path,
+    path: Path,
+    *,
+    dtype: str,
+    target: Path | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Convert a model; `target` is the folder of a draft's target, whose tokenizer it gets.
 
     Raises:
-        ConfigError: it cannot be converted; with the converter's own words.
+        ConfigError: it cannot be converted, with the converter's own words; or it ships with code,
+            which the converter runs.
 
     """
     program = converter()
+    source = target or weights
+    if not trust_remote_code and _ships_code(source):
+        raise ConfigError(
+            f"{source} ships with Python code, which llama.cpp's converter would run: set "
+            "target.trust_remote_code if you trust it, or choose engine vllm"
+        )
     imports = [program.parent / "gguf-py", program.parent / PACKAGES]
     with atomic_file(path) as partial:
         command = [str(program), str(weights), "--outfile", str(partial)]
@@ -70,7 +87,18 @@ def convert(weights: Path, path: Path, *, dtype: str, target: Path | None = None
             raise ConfigError(f"llama.cpp's converter refuses {weights}:{printed}")
 
 
+def _ships_code(folder: Path) -> bool:
+    return any(
+        _REMOTE_CODE in json.loads(path.read_text(encoding="utf-8"))
+        for path in (folder / "config.json", folder / "tokenizer_config.json")
+        if path.exists()
+    )
+
+
 @cache
 def _digest(weights: Path) -> str:
-    digests = json.dumps([VERSION, weight_digests(weights)], sort_keys=True)
-    return hashlib.sha256(digests.encode()).hexdigest()[:_DIGITS]
+    """Return a digest of everything that the converter reads."""
+    others = sorted(path for path in weights.iterdir() if path.suffix in _ALSO_READ)
+    digests = [VERSION, weight_digests(weights), {path.name: file_digest(path) for path in others}]
+    text = json.dumps(digests, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

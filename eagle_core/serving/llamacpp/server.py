@@ -2,8 +2,9 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,32 @@ import httpx
 import torch
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.trace import GenerationTrace
-from eagle_core.errors import ConfigError
+from eagle_core.decoding.trace import GenerationTrace, until_stop
+from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
-from eagle_core.serving.events import post_stream
+from eagle_core.serving.events import post, post_stream
 from eagle_core.serving.llamacpp import gguf, installed
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
 from eagle_core.serving.server_process import LOOPBACK
+from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
 
-DRAFT_NAME = "draft.gguf"
+_DRAFT_NAME = "draft.gguf"
+_PREFIX = "LLAMA_"
+"""Of variables that set options of the server."""
+_NO_LIMITS: Mapping[str, object] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "dry_multiplier": 0.0,
+    "xtc_probability": 0.0,
+    "typical_p": 1.0,
+}
+"""By default some of these are the target's own, from its generation_config.json."""
 _TIMEOUT_SECONDS = 60.0
 _IN_FLOAT32 = {"--cache-type-k": "f32", "--cache-type-v": "f32", "--flash-attn": "off"}
 """By default its cache is float16, in which texts differ from the target's own."""
@@ -30,24 +46,37 @@ _IN_FLOAT32 = {"--cache-type-k": "f32", "--cache-type-v": "f32", "--flash-attn":
 class LlamaCppEngine:
     """llama.cpp, from PATH or the user's cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: TargetConfig) -> None:
         """Find it.
 
         Raises:
-            ConfigError: it is not installed.
+            ConfigError: server or converter is not installed, or cannot run the target.
 
         """
-        self._server = installed.server()
-        is_ours = installed.folder() in self._server.parents
-        self.title = f"llama.cpp {installed.VERSION if is_ours else _version(self._server)}"
-
-    def launch(self, served: Served, *, port: int) -> Launch:
-        """Return the command of its server; target and draft are converted if need be."""
-        config = served.target
         if config.quantization is not None:
             raise ConfigError(
                 "target.quantization is vLLM's: choose engine vllm, or remove the setting"
             )
+        self._server = installed.server()
+        installed.converter()
+        is_ours = installed.folder() in self._server.parents
+        self.title = f"llama.cpp {installed.VERSION if is_ours else _version(self._server)}"
+
+    def prepare(self, served: Served) -> None:
+        """Convert target and draft, if need be."""
+        gguf.target_file(served.target, served.weights)
+        if served.draft is not None and not _draft_file(served.draft).exists():
+            gguf.convert(
+                served.draft,
+                _draft_file(served.draft),
+                dtype=served.target.dtype,
+                target=served.weights,
+                trust_remote_code=served.target.trust_remote_code,
+            )
+
+    def launch(self, served: Served, *, port: int) -> Launch:
+        """Return the command of its server."""
+        config = served.target
         options = {
             "--model": str(gguf.target_file(config, served.weights)),
             "--alias": config.name,
@@ -59,25 +88,23 @@ class LlamaCppEngine:
         }
         if resolve_device(config.device).type == "cpu":
             options["--threads"] = str(torch.get_num_threads())
-            options["--gpu-layers"] = "0"
+            options |= {"--gpu-layers": "0", "--device": "none"}
         if config.dtype == "float32":
             options.update(_IN_FLOAT32)
         if served.draft is not None:
-            draft = served.draft.parent / DRAFT_NAME
-            gguf.convert(served.draft, draft, dtype=config.dtype, target=served.weights)
             options |= {
                 "--spec-type": "draft-eagle3",
-                "--spec-draft-model": str(draft),
+                "--spec-draft-model": str(_draft_file(served.draft)),
                 "--spec-draft-n-max": str(served.draft_tokens),
-                "--spec-draft-p-min": str(served.least_probability),
             }
+            if resolve_device(config.device).type == "cpu":
+                options |= {"--spec-draft-ngl": "0", "--spec-draft-device": "none"}
             if config.dtype == "float32":
                 options |= {"--spec-draft-type-k": "f32", "--spec-draft-type-v": "f32"}
         words = [word for option in options.items() for word in option]
         return Launch(
             command=(str(self._server), *words, "--metrics"),
-            variables={},
-            environment=dict(os.environ),
+            environment=_plain_environment(),
         )
 
     def decoder(self, client: httpx.Client, served: Served) -> "LlamaCppDecoder":
@@ -105,39 +132,62 @@ class LlamaCppDecoder:
         *,
         is_alone: bool,
     ) -> GenerationTrace:
-        """Return the text after a prompt, with its rounds."""
-        asked = tokens_to_ask(config, draft_tokens=self.draft_tokens if is_alone else 0)
+        """Return the text after a prompt; its rounds only if no other text is decoded meanwhile."""
+        counts_rounds = is_alone and self.draft_tokens > 0
         body = {
             "prompt": list(prompt),
-            "n_predict": asked,
+            "n_predict": tokens_to_ask(
+                config, draft_tokens=self.draft_tokens if counts_rounds else 0
+            ),
             "temperature": config.temperature,
-            "top_k": 0,
-            "top_p": 1.0,
-            "min_p": 0.0,
+            **_NO_LIMITS,
             "seed": config.seed,
             "cache_prompt": False,
             "return_tokens": True,
         }
+        if not counts_rounds:
+            return self._decode_whole(body, config, stop_ids)
         streamed = {**body, "stream": True, "timings_per_token": True}
-        sent = [
-            _Sent.of(seconds, event)
-            for seconds, event in post_stream(self.client, "/completion", streamed)
-            if event.get("tokens") and not event.get("stop")
-        ]
-        tokens = [one.token for one in sent]
-        if sent[-1].num_tokens > len(sent):
-            answer = self.client.post("/completion", json=body).raise_for_status().json()
-            tokens = answer["tokens"]
+        events = list(post_stream(self.client, "/completion", streamed))
+        sent = [_Sent.of(seconds, event) for seconds, event in events if event.get("tokens")]
+        tokens = [one.token for one in sent if one.token is not None]
+        seconds, last = events[-1]
+        if last["tokens_predicted"] > len(sent):
+            tokens = self._all_tokens(body, tokens)
+            sent.append(_Sent.at_end(seconds, last))
         first, *rounds = _rounds(sent, tokens, self.draft_tokens)
-        trace = to_trace(first.tokens, rounds, config, stop_ids, first_seconds=first.seconds)
-        return trace if self.draft_tokens else replace(trace, rounds=())
+        return to_trace(first.tokens, rounds, config, stop_ids, first_seconds=first.seconds)
+
+    def _decode_whole(
+        self, body: Mapping[str, object], config: DecodingConfig, stop_ids: Collection[int]
+    ) -> GenerationTrace:
+        started = time.perf_counter()
+        answer = post(self.client, "/completion", body)
+        tokens = until_stop(answer["tokens"], stop_ids)
+        return GenerationTrace(
+            tokens=tuple(tokens)[: config.max_new_tokens],
+            seconds=time.perf_counter() - started,
+            prefill_seconds=answer["timings"]["prompt_ms"] / 1000,
+        )
+
+    def _all_tokens(self, body: Mapping[str, object], sent: Sequence[int]) -> list[int]:
+        """Return the tokens of a text, those that were not sent included."""
+        tokens: list[int] = post(self.client, "/completion", body)["tokens"]
+        following = iter(tokens)
+        if not all(token in following for token in sent):
+            raise TransientError(
+                "llama.cpp wrote another text for the same prompt, and did not send all of the "
+                "first: set target.dtype to float32, or evaluation.temperature to 0"
+            )
+        return tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sent:
     """A token as it was sent, and the counts of its text up to then."""
 
-    token: int
+    token: int | None
+    """None at the end of a text."""
     num_tokens: int
     drafted: int
     accepted: int
@@ -145,9 +195,15 @@ class _Sent:
 
     @classmethod
     def of(cls, seconds: float, event: Mapping[str, Any]) -> "_Sent":
+        return cls.at_end(seconds, event, token=event["tokens"][0])
+
+    @classmethod
+    def at_end(
+        cls, seconds: float, event: Mapping[str, Any], *, token: int | None = None
+    ) -> "_Sent":
         timings = event["timings"]
         return cls(
-            token=event["tokens"][0],
+            token=token,
             num_tokens=timings["predicted_n"],
             drafted=timings.get("draft_n", 0),
             accepted=timings.get("draft_n_accepted", 0),
@@ -158,16 +214,16 @@ class _Sent:
 def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> list[SentRound]:
     """Return the prefill's token as a round of its own, and the rounds after it.
 
-    A forward without a draft is a round too: its draft was too unsure. A round of which no token
-    was sent is known by its draft only, and is taken for one whose draft was rejected.
+    A forward without a draft is a round too: its draft was too unsure. Of rounds without a sent
+    token only the sums are known; they are taken to accept as little as these allow, in order.
     """
     found: list[SentRound] = []
     drafted = accepted = done = 0
     for one in sent:
         while one.num_tokens > done:
-            is_unsent = one.drafted - drafted > draft_tokens
-            num_drafted = draft_tokens if is_unsent else one.drafted - drafted
-            num_accepted = 0 if is_unsent else one.accepted - accepted
+            num_drafted = min(one.drafted - drafted, draft_tokens)
+            others = one.drafted - drafted - num_drafted  # of later rounds, which may take as many
+            num_accepted = max(one.accepted - accepted - others, 0)
             found.append(
                 SentRound(
                     tokens=tuple(tokens[done : done + num_accepted + 1]),
@@ -179,6 +235,15 @@ def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> 
             drafted, accepted = drafted + num_drafted, accepted + num_accepted
             done += num_accepted + 1
     return found
+
+
+def _draft_file(draft: Path) -> Path:
+    return draft.parent / _DRAFT_NAME
+
+
+def _plain_environment() -> dict[str, str]:
+    """Return the variables of this process without those that the server takes for options."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
 
 
 def _version(server: Path) -> str:

@@ -79,8 +79,19 @@ def test_chunks_sent_together_leave_the_counts() -> None:
     assert [one.accepted for one in trace.rounds] == [0, 1, 1]
 
 
-def llamacpp_events(*sent: tuple[int, int, int, int]) -> list[object]:
-    """Return an event for each (token, tokens so far, drafted, accepted)."""
+def llamacpp_events(*sent: tuple[int, int, int, int], num_tokens: int = 0) -> list[object]:
+    """Return an event for each (token, tokens so far, drafted, accepted), and the last one."""
+    last = sent[-1] if sent else (0, num_tokens, 0, 0)
+    end = {
+        "tokens": [],
+        "stop": True,
+        "tokens_predicted": num_tokens or last[1],
+        "timings": {
+            "predicted_n": num_tokens or last[1],
+            "draft_n": last[2],
+            "draft_n_accepted": last[3],
+        },
+    }
     return [
         {
             "tokens": [token],
@@ -89,7 +100,7 @@ def llamacpp_events(*sent: tuple[int, int, int, int]) -> list[object]:
             | ({"draft_n": drafted, "draft_n_accepted": accepted} if drafted else {}),
         }
         for token, number, drafted, accepted in sent
-    ]
+    ] + [end]
 
 
 def test_tokens_of_llamacpp_are_rounds_by_their_counts() -> None:
@@ -104,7 +115,7 @@ def test_tokens_of_llamacpp_are_rounds_by_their_counts() -> None:
     )
     trace = asked(
         lambda client: LlamaCppDecoder(client, 3),
-        lambda _request: events(*sent, {"tokens": [], "stop": True, "timings": {}}),
+        lambda _request: events(*sent),
     )
     assert trace.tokens == (4, 5, 6, 7, 8, 2, STOP)
     assert trace.rounds == (
@@ -134,6 +145,7 @@ def test_tokens_that_llamacpp_does_not_send_are_asked_for() -> None:
         (httpx.Response(400, text="prompt too long"), ConfigError, "400: prompt too long"),
         (httpx.Response(503, text="loading"), TransientError, "503: loading"),
         (httpx.Response(200, text='data: {"error": "broken"}\n\n'), TransientError, "broken"),
+        (httpx.Response(200, text=""), TransientError, "breaks off"),
     ],
 )
 def test_refusals_are_errors_with_the_servers_words(
@@ -141,3 +153,62 @@ def test_refusals_are_errors_with_the_servers_words(
 ) -> None:
     with pytest.raises(kind, match=words):
         asked(lambda client: LlamaCppDecoder(client, 3), lambda _request: response)
+
+
+def test_a_text_whose_end_llamacpp_does_not_send_is_whole() -> None:
+    sent = llamacpp_events((4, 1, 0, 0), (5, 2, 3, 2), num_tokens=4)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content).get("stream"):
+            return events(*sent)
+        return httpx.Response(200, json={"tokens": [4, 5, 6, 7]})
+
+    trace = asked(lambda client: LlamaCppDecoder(client, 3), answer)
+    assert trace.tokens == (4, 5, 6, 7)
+    assert [one.accepted for one in trace.rounds] == [2]
+
+
+def test_a_text_of_which_llamacpp_sends_nothing_is_whole() -> None:
+    sent = llamacpp_events(num_tokens=2)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content).get("stream"):
+            return events(*sent)
+        return httpx.Response(200, json={"tokens": [4, 5]})
+
+    assert asked(lambda client: LlamaCppDecoder(client, 3), answer).tokens == (4, 5)
+
+
+def test_another_text_does_not_replace_what_llamacpp_sent() -> None:
+    sent = llamacpp_events((4, 1, 0, 0), (5, 2, 3, 0), num_tokens=3)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content).get("stream"):
+            return events(*sent)
+        return httpx.Response(200, json={"tokens": [4, 6, 7]})
+
+    with pytest.raises(TransientError, match="wrote another text"):
+        asked(lambda client: LlamaCppDecoder(client, 3), answer)
+
+
+def test_rounds_that_llamacpp_does_not_send_accept_no_more_than_was_drafted() -> None:
+    sent = llamacpp_events((4, 1, 0, 0), (8, 9, 6, 6))
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content).get("stream"):
+            return events(*sent)
+        return httpx.Response(200, json={"tokens": [4, 1, 2, 3, 4, 5, 6, 7, 8]})
+
+    trace = asked(lambda client: LlamaCppDecoder(client, 3), answer)
+    assert [(one.verified, one.accepted) for one in trace.rounds] == [(3, 3), (3, 3)]
+
+
+def test_texts_are_whole_where_rounds_are_not_counted() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        assert "stream" not in body
+        assert (body["n_predict"], body["repeat_penalty"]) == (8, 1.0)
+        return httpx.Response(200, json={"tokens": [4, 5, STOP], "timings": {"prompt_ms": 250}})
+
+    trace = asked(lambda client: LlamaCppDecoder(client, 0), answer)
+    assert (trace.tokens, trace.rounds, trace.prefill_seconds) == ((4, 5, STOP), (), 0.25)

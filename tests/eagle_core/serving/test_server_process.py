@@ -30,9 +30,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 
 def launch(port: int, program: str = SERVER) -> Launch:
     """Return how to start a server in Python."""
-    return Launch(
-        command=(sys.executable, "-c", program, str(port)), variables={}, environment=os.environ
-    )
+    return Launch(command=(sys.executable, "-c", program, str(port)), environment=os.environ)
 
 
 def test_a_server_answers_until_the_block_ends() -> None:
@@ -87,3 +85,11 @@ def test_a_client_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with serving("Test 1", launch) as server, server.client() as client:
         assert isinstance(client.get("/"), httpx.Response)
+
+
+def test_another_server_on_the_port_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving("Test 1", launch) as server:
+        port = httpx.URL(server.url).port
+        monkeypatch.setattr(server_process, "_free_port", lambda: port)
+        with pytest.raises(ConfigError, match="Test 2 does not start"), serving("Test 2", launch):
+            pass
