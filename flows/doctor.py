@@ -4,13 +4,15 @@ import dataclasses
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
 from eagle_core.diagnosis.diagnosis import RunFigures, diagnose
-from eagle_core.diagnosis.draft_interface import LayerError
+from eagle_core.diagnosis.draft_interface import LayerError, check_fit
+from eagle_core.diagnosis.finding import Finding
 from eagle_core.diagnosis.overfitting import (
     MOST_STEPS,
     NUM_TEXTS,
@@ -18,7 +20,7 @@ from eagle_core.diagnosis.overfitting import (
     layer_errors,
     overfit_texts,
 )
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.prompts import sample_prompts
 from eagle_core.target.config import TargetConfig
@@ -86,7 +88,13 @@ def doctor_flow(
     root = store_root(store, space)
     target = as_in_store(target, root)
     prepare_weights(target)
-    examined = examined_run(target, space, run, evaluation)
+    named, key = f"{target.name} on {dataset.name}, run {run}", (target.name, dataset.name, run)
+    try:
+        examined = examined_run(target, space, run, evaluation)
+    except MismatchError as error:
+        findings: tuple[Finding, ...] = (check_fit(str(error)),)
+        _show(findings, named, key)
+        raise ProblemsFoundError(_problems(findings, run)) from error
     folder = None if export is None else Path(export).expanduser()
     with stage_progress("examining", key=artifact_key("doctor"), total=1, unit="run") as bar:
         figures, stored = run_figures(examined, root, evaluation, export=folder)
@@ -100,17 +108,25 @@ def doctor_flow(
         findings=findings,
         seconds=time.monotonic() - started,
     )
-    title = f"{target.name} on {dataset.name}, run {run}, step {figures.step:,}"
+    _show(findings, f"{named}, step {figures.step:,}", key)
+    if summary.problems:
+        raise ProblemsFoundError(_problems(findings, run))
+    logger.info("run %s: %s", run, verdict(findings))
+    return summary
+
+
+def _show(findings: Sequence[Finding], title: str, key: Sequence[str]) -> None:
+    """Print the findings, and publish them as an artifact."""
     causes, others = cause_rows(findings), other_rows(findings)
     if causes:
         print_table(f"Doctor: {title}", causes, is_ruled=True)
-    print_table("Other checks" if causes else f"Doctor: {title}", others)
-    key = artifact_key("doctor", target.name, dataset.name, run)
-    publish_table(f"Doctor: {title}", [*causes, *others], key=key)
-    if summary.problems:
-        raise ProblemsFoundError(f"run {run}: {verdict(findings)}; see the table for what to do")
-    logger.info("run %s: %s", run, verdict(findings))
-    return summary
+    if others:
+        print_table("Other checks" if causes else f"Doctor: {title}", others)
+    publish_table(f"Doctor: {title}", [*causes, *others], key=artifact_key("doctor", *key))
+
+
+def _problems(findings: Sequence[Finding], run: str) -> str:
+    return f"run {run}: {verdict(findings)}; see the table for what to do"
 
 
 def _with_target(examined: ExaminedRun, figures: RunFigures, stored: StoredFigures) -> RunFigures:
@@ -120,8 +136,9 @@ def _with_target(examined: ExaminedRun, figures: RunFigures, stored: StoredFigur
     if obstacle:
         return dataclasses.replace(figures, overfit=obstacle)
     check_runnable(target, rolls_back=True, captured=None)
-    tokens = examined.tokens("train") or examined.tokens("held_out")
-    prompts = sample_prompts(tokens or (), num_prompts=NUM_TEXTS, max_tokens=_MOST_PROMPT_TOKENS)
+    splits = (examined.tokens("train"), examined.tokens("held_out"))
+    tokens = next((one for one in splits if not isinstance(one, str) and len(one)), ())
+    prompts = sample_prompts(tokens, num_prompts=NUM_TEXTS, max_tokens=_MOST_PROMPT_TOKENS)
     if not prompts:
         why = f"no prompt of the run has at most {_MOST_PROMPT_TOKENS} tokens"
         return dataclasses.replace(figures, overfit=why)

@@ -65,28 +65,50 @@ def check_answers(choices: Choices | str) -> Finding:
     if choices.own_share >= OWN_ANSWERS:
         return Finding(check=ANSWERS, state="ok", found=found)
     is_foreign = choices.own_share < _FOREIGN_ANSWERS
-    whose = "the answers are another author's" if is_foreign else "sampled, or partly another's"
+    whose = (
+        "the answers are another author's, or the target sampled them"
+        if is_foreign
+        else "the target sampled the answers, or some are another author's"
+    )
     return Finding(
         check=ANSWERS,
         state="problem" if is_foreign else "notice",
         found=f"{found}: {whose}",
         expected=f"{OWN_ANSWERS:.0%} or more; in serving the draft follows the target's own text",
-        what_to_do=_REGENERATE,
+        what_to_do=f"{_REGENERATE}; its own answers have such a share only if it sampled them "
+        "(regeneration.temperature above 0): then it is as it should be if you serve at that "
+        "temperature",
     )
 
 
 def check_vocabulary(
-    choices: Choices | str, *, draft_tokens: int, size: int, training_coverage: float
+    choices: Choices | str,
+    *,
+    draft_tokens: int,
+    size: int,
+    training_coverage: float,
+    of: str = "held-out text",
 ) -> Finding:
     """Return how much of the target's choices the draft can propose: it limits acceptance.
 
-    Without stored choices, the share of the training answers' own tokens decides.
+    Args:
+        choices: the target's choices, or why they are unknown. Nothing replaces them: the draft's
+            tokens were chosen to cover those of the training answers.
+        draft_tokens: K.
+        size: of the draft vocabulary.
+        training_coverage: share of the training answers' tokens, told where choices are unknown.
+        of: where the choices are from.
+
     """
     if isinstance(choices, str):
-        coverage, what = training_coverage, "of the training answers' tokens"
-    else:
-        coverage, what = choices.coverage, "of the target's choices on held-out text"
-    found = f"{coverage:.1%} {what} are among the draft's {size:,} tokens"
+        return not_checked(
+            VOCABULARY,
+            f"{choices}; the draft's {size:,} tokens were chosen from the training answers and "
+            f"have {training_coverage:.1%} of their tokens, which is more than of new text",
+            "name the store (--set store.root=...)",
+        )
+    coverage = choices.coverage
+    found = f"{coverage:.1%} of the target's choices on {of} are among the draft's {size:,} tokens"
     if coverage >= _GOOD_COVERAGE:
         return Finding(check=VOCABULARY, state="ok", found=found)
     limit = sum(coverage**depth for depth in range(draft_tokens + 1))

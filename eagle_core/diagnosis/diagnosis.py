@@ -66,12 +66,15 @@ class RunFigures:
     seen: Seen
     recorded_length: float | None
     """Held-out length of the checkpoint, as training recorded it."""
+    recorded_prefixes: tuple[float, ...]
+    """Joint-prefix accuracies behind that length; empty if they were not recorded."""
     num_cut: int | str
     num_samples: int
     max_length: int
     positions: PositionRange
     decoded: Length | None
-    replayed: Length | None
+    replayed: Length | str | None
+    """What the estimate promises for K; None without one."""
     decoding_warning: str
     engine: EngineLength | None
     overfit: OverfitResult | str | None
@@ -83,8 +86,11 @@ def diagnose(figures: RunFigures) -> Sequence[Finding]:
     own_share = (
         None if isinstance(figures.training_choices, str) else (figures.training_choices.own_share)
     )
-    measured = None if isinstance(figures.accuracies, str) else figures.accuracies.held_out_length
-    length = figures.recorded_length if figures.recorded_length is not None else measured
+    measured = None if isinstance(figures.accuracies, str) else figures.accuracies
+    length, prefixes = figures.recorded_length, figures.recorded_prefixes
+    if length is None and measured is not None:
+        length, prefixes = measured.held_out_length, measured.held_out_prefixes
+    has_held_out = not isinstance(figures.held_out_choices, str)
     return in_order(
         [
             check_target(figures.target_changes),
@@ -99,12 +105,11 @@ def diagnose(figures: RunFigures) -> Sequence[Finding]:
                 errors=figures.layer_errors,
             ),
             check_vocabulary(
-                figures.held_out_choices
-                if not isinstance(figures.held_out_choices, str)
-                else figures.training_choices,
+                figures.held_out_choices if has_held_out else figures.training_choices,
                 draft_tokens=figures.draft_tokens,
                 size=figures.vocabulary_size,
                 training_coverage=figures.training_coverage,
+                of="held-out text" if has_held_out else "training text",
             ),
             check_answers(figures.training_choices),
             check_held_out(figures.accuracies, figures.seen),
@@ -112,7 +117,7 @@ def diagnose(figures: RunFigures) -> Sequence[Finding]:
             check_decoding(
                 figures.decoded,
                 figures.replayed,
-                held_out=length,
+                held_out=1 + sum(prefixes[: figures.draft_tokens]) if prefixes else length,
                 warning=figures.decoding_warning,
             ),
             check_engine(figures.engine),

@@ -64,6 +64,18 @@ def check_target(changed: Sequence[str]) -> Finding:
     )
 
 
+def check_fit(misfit: str) -> Finding:
+    """Return the finding on a target of other sizes, to which no other check applies."""
+    return Finding(
+        check=TARGET,
+        state="problem",
+        found=misfit,
+        expected="a target of the sizes that the run's draft was trained for",
+        what_to_do="set target.model and target.revision as the run has them (run.json); every "
+        "other check needs that target",
+    )
+
+
 def check_layers(layers: NamedLayers, exports: Exports | str) -> Finding:
     """Return whether all parts read the layers that the run was trained on."""
     own = f"layers {_listed(layers.run)}, which the run was trained on"
@@ -105,14 +117,15 @@ def check_layers(layers: NamedLayers, exports: Exports | str) -> Finding:
             what_to_do="find out its layers; training.refit=true solves its fusing matrix for "
             "others",
         )
+    parts = ["run", *(() if layers.store is None else ("store",)), "settings"]
     if isinstance(exports, str):
         return not_checked(
-            LAYERS, f"run and store agree on {_listed(layers.run)}, but {exports}", _EXPORT
+            LAYERS, f"{_listed(layers.run)} in {', '.join(parts)}, but {exports}", _EXPORT
         )
     return Finding(
         check=LAYERS,
         state="ok",
-        found=f"{_listed(layers.run)} in run, store, {', '.join(exports.names)}",
+        found=f"{_listed(layers.run)} in {', '.join([*parts, *exports.names])}",
     )
 
 

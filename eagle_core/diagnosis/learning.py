@@ -20,6 +20,8 @@ class Accuracies:
     held_out: float
     held_out_length: float
     """Tokens per target forward, from joint prefixes."""
+    held_out_prefixes: tuple[float, ...]
+    """By training-time-test step; empty if an older version recorded the length alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

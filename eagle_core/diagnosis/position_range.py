@@ -7,7 +7,6 @@ from eagle_core.diagnosis.draft_interface import Exports
 from eagle_core.diagnosis.finding import Finding, not_checked
 
 POSITIONS = "positions"
-_FAR_BEYOND = 1.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +16,8 @@ class PositionRange:
     longest_trained: int | str
     """Tokens of the longest training sample, or why that is unknown."""
     longest_decoded: int | None
-    """Tokens of the longest context that `evaluate` may have decoded; None without one."""
+    """Tokens of the longest context that `evaluate` may decode, its longest prompt and
+    `max_new_tokens`; None without one. What answers really reached is not recorded."""
     target_limit: int | None
     """`max_position_embeddings`; None if its configuration names none."""
     is_scaled: bool
@@ -44,13 +44,13 @@ def check_positions(positions: PositionRange, exports: Exports | str) -> Finding
         )
     decoded = positions.longest_decoded
     found = f"trained on up to {trained:,} tokens" + (
-        f", decoded up to {decoded:,}" if decoded is not None else ""
+        f", evaluate may decode up to {decoded:,}" if decoded is not None else ""
     )
     longer = "compute states of longer conversations (dataset.max_length), and train on them"
     if decoded is not None and decoded > trained:
         return Finding(
             check=POSITIONS,
-            state="problem" if decoded > _FAR_BEYOND * trained else "notice",
+            state="notice",
             found=found,
             expected="contexts no longer than in training: the draft has never seen the positions "
             "behind",

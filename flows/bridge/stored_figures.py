@@ -132,6 +132,7 @@ def _accuracies(
         training=on_training.accuracies[0],
         held_out=on_held_out.accuracies[0],
         held_out_length=on_held_out.length,
+        held_out_prefixes=on_held_out.joint_prefix_accuracies,
     )
 
 

@@ -8,24 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.data.writer import Split
-from eagle_core.diagnosis.agreement import EngineLength, Length
+from eagle_core.diagnosis.agreement import EngineLength, Length, promised_length
 from eagle_core.diagnosis.conversation_form import ConversationForm
 from eagle_core.diagnosis.diagnosis import RunFigures
 from eagle_core.diagnosis.draft_interface import Exports, NamedLayers
 from eagle_core.diagnosis.learning import Accuracies, Seen
 from eagle_core.diagnosis.position_range import PositionRange
+from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.importing import read_draft
-from eagle_core.errors import ConfigError, EagleCoreError
+from eagle_core.errors import ConfigError, CorruptError, EagleCoreError, MismatchError
+from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.prompt_file import read_prompts
 from eagle_core.evaluation.prompts import first_prompts, sample_prompts
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fields_of_draft
-from eagle_core.target.model_config import aux_layers, read_model_config
+from eagle_core.target.model_config import aux_layers, for_decoding, read_model_config
 from eagle_core.target.positions import Positions
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from flows.bridge.conversation_form import conversation_form
 from flows.bridge.draft_setup import DraftSetup, set_up_draft
@@ -53,10 +56,15 @@ class ExaminedRun:
     setup: DraftSetup
     checkpoint: Checkpoint
 
-    def tokens(self, split: Split) -> TokenFile | None:
-        """Return the tokens of a split; None if their file is gone."""
+    def tokens(self, split: Split) -> TokenFile | str:
+        """Return the tokens of a split, or why there are none: the file is gone, or damaged."""
         path = self.space.token_file(split, self.run.tokens)
-        return TokenFile(path) if path.exists() else None
+        if not path.exists():
+            return f"the run's token files are gone from {self.space.tokens_path}"
+        try:
+            return TokenFile(path)
+        except CorruptError as error:
+            return str(error)
 
     @property
     def layers(self) -> tuple[int, int, int]:
@@ -74,6 +82,7 @@ def examined_run(
 
     Raises:
         ConfigError: there is no such run, it has no checkpoint, or it is of an older version.
+        MismatchError: the target has other sizes than the run's draft.
 
     """
     path = space.run_path(name)
@@ -86,6 +95,7 @@ def examined_run(
             "writes the file for a run of an older version"
         )
     folder = choose_checkpoint(path, evaluation.checkpoint)
+    _require_fit(target, run, folder)
     setup = set_up_draft(target, run.training, path)
     return ExaminedRun(
         path=path,
@@ -95,6 +105,24 @@ def examined_run(
         setup=setup,
         checkpoint=load_checkpoint(setup, folder),
     )
+
+
+def _require_fit(target: TargetConfig, run: Run, folder: Path) -> None:
+    """Raise MismatchError unless a draft for `target` has the shape of the checkpoint's."""
+    saved = checkpoint.read(folder).identity["draft"]
+    fitting = DraftConfig.from_target(
+        read_model_config(target, weights.locate(target)),
+        draft_vocab_size=saved["draft_vocab_size"],
+        fc_norm=run.training.fc_norm,
+        norm_output=run.training.norm_output,
+    ).model_dump(mode="json")
+    differing = [
+        f"{name} is {fitting.get(name)}, in the run {saved.get(name)}"
+        for name in sorted(saved.keys() | fitting.keys())
+        if saved.get(name) != fitting.get(name)
+    ]
+    if differing:
+        raise MismatchError(f"the run's draft does not fit this target: {'; '.join(differing)}")
 
 
 def run_figures(
@@ -111,17 +139,19 @@ def run_figures(
     stored = (
         StoredFigures.unknown("the run stores no states")
         if run.store_root is None
-        else stored_figures(root, run, examined.target, setup, held_out)
+        else stored_figures(
+            root, run, examined.target, setup, None if isinstance(held_out, str) else held_out
+        )
     )
-    gone = f"the run's token files are gone from {examined.space.tokens_path}"
     decoded = _of_step(record.evaluation, found.step)
+    draft_tokens = (decoded.evaluation if decoded else evaluation).draft_tokens
     model_config = read_model_config(examined.target, weights.locate(examined.target))
     positions = Positions.of(model_config)
-    lengths = None if train is None else train.lengths
+    lengths = train if isinstance(train, str) else train.lengths
     figures = RunFigures(
         step=found.step,
         target_changes=_changes(examined),
-        form=gone if train is None else _form(examined, train),
+        form=train if isinstance(train, str) else _form(examined, train),
         layers=_layers(examined, model_config.num_hidden_layers, stored),
         exports=_exports(examined, export),
         states_fault=stored.fault,
@@ -131,23 +161,26 @@ def run_figures(
         held_out_choices=stored.held_out_choices,
         vocabulary_size=setup.draft.config.draft_vocab_size,
         training_coverage=run.vocabulary_coverage,
-        draft_tokens=(decoded.evaluation if decoded else evaluation).draft_tokens,
+        draft_tokens=draft_tokens,
         accuracies=_accuracies(stored, found),
         seen=_seen(examined, record, train),
         recorded_length=_recorded_length(found),
-        num_cut=gone if lengths is None else int((lengths >= run.dataset.max_length).sum()),
-        num_samples=0 if lengths is None else len(lengths),
+        recorded_prefixes=_recorded_prefixes(found),
+        num_cut=lengths
+        if isinstance(lengths, str)
+        else int((lengths >= run.dataset.max_length).sum()),
+        num_samples=0 if isinstance(lengths, str) else len(lengths),
         max_length=run.dataset.max_length,
         positions=PositionRange(
-            longest_trained=gone if lengths is None else int(lengths.max()),
+            longest_trained=lengths if isinstance(lengths, str) else int(lengths.max()),
             longest_decoded=_longest_decoded(examined, decoded, held_out),
             target_limit=positions.limit,
             is_scaled=positions.is_scaled,
         ),
-        decoded=_length(decoded),
-        replayed=_replayed(record, found.step),
+        decoded=None if decoded is None else _length(decoded.trained),
+        replayed=_replayed(record, found.step, draft_tokens),
         decoding_warning=decoded.warning if decoded else "",
-        engine=_engine_length(record, decoded),
+        engine=_engine_length(examined.target, record, decoded),
         overfit=None,
     )
     return figures, stored
@@ -191,7 +224,7 @@ def _exports(examined: ExaminedRun, export: Path | None) -> Exports | str:
     return compare_exports(folders, examined.setup.draft, examined.layers)
 
 
-def _seen(examined: ExaminedRun, record: RunRecord, train: TokenFile | None) -> Seen:
+def _seen(examined: ExaminedRun, record: RunRecord, train: TokenFile | str) -> Seen:
     """Return the tokens up to the checkpoint, from its place in the data."""
     loader, start = examined.checkpoint.loader, read_start(examined.path)
     if start is None and record.training is not None:  # of a run whose record is older
@@ -202,8 +235,8 @@ def _seen(examined: ExaminedRun, record: RunRecord, train: TokenFile | None) -> 
             record.settings.train.num_samples,
         )
     else:
-        num_tokens = 0 if train is None else int(train.lengths.sum())
-        num_samples = 0 if train is None else len(train)
+        num_tokens = 0 if isinstance(train, str) else int(train.lengths.sum())
+        num_samples = 0 if isinstance(train, str) else len(train)
     passes = loader.epoch + loader.next_sample / max(num_samples, 1)
     return Seen(
         num_tokens=round(passes * num_tokens),
@@ -222,6 +255,7 @@ def _accuracies(stored: StoredFigures, found: Checkpoint) -> Accuracies | str:
         training=figures["step_accuracies"][0],
         held_out=figures["held_out_accuracies"][0],
         held_out_length=length,
+        held_out_prefixes=_recorded_prefixes(found),
     )
 
 
@@ -230,21 +264,27 @@ def _recorded_length(found: Checkpoint) -> float | None:
     return float(figures["held_out_length"]) if figures.get("held_out_step") == found.step else None
 
 
+def _recorded_prefixes(found: Checkpoint) -> tuple[float, ...]:
+    if _recorded_length(found) is None:
+        return ()
+    return tuple(found.figures.get("held_out_joint_prefix_accuracies") or ())
+
+
 def _of_step(evaluation: EvaluateSummary | None, step: int) -> EvaluateSummary | None:
     is_same = evaluation is not None and evaluation.checkpoint_step == step
     return evaluation if is_same else None
 
 
 def _longest_decoded(
-    examined: ExaminedRun, decoded: EvaluateSummary | None, held_out: TokenFile | None
+    examined: ExaminedRun, decoded: EvaluateSummary | None, held_out: TokenFile | str
 ) -> int | None:
-    """Return the tokens of the longest context that `evaluate` may have reached, if known."""
+    """Return the tokens of the longest context that `evaluate` may decode, if known."""
     if decoded is None:
         return None
     config = decoded.evaluation
     if config.prompts is None:
         prompts = sample_prompts(
-            held_out or (),
+            () if isinstance(held_out, str) else held_out,
             num_prompts=config.num_prompts,
             max_tokens=config.max_prompt_tokens,
             max_turns=config.max_turns,
@@ -261,30 +301,32 @@ def _longest_decoded(
     return longest + config.max_new_tokens if longest else None
 
 
-def _length(decoded: EvaluateSummary | None) -> Length | None:
-    if decoded is None:
-        return None
-    report = decoded.trained
+def _length(report: AcceptanceReport) -> Length:
     low, high = report.acceptance_interval
     return Length(length=report.acceptance_length, low=low, high=high)
 
 
-def _engine_length(record: RunRecord, decoded: EvaluateSummary | None) -> EngineLength | None:
+def _engine_length(
+    target: TargetConfig, record: RunRecord, decoded: EvaluateSummary | None
+) -> EngineLength | None:
     """Return what an engine counted for the same prompts; the lowest, if there are several."""
     if decoded is None:
         return None
+    own_dtype = for_decoding(target).dtype
     found = [
         EngineLength(
             engine=summary.engine.engine,
-            length=summary.trained.acceptance_length,
-            own=decoded.trained.acceptance_length,
+            length=_length(summary.trained),
+            own=_length(decoded.trained),
+            is_sampled=decoded.evaluation.temperature > 0,
+            is_exact=own_dtype == summary.engine.dtype == "float32",
         )
         for summary in record.by_engine
         if summary.engine is not None
         and summary.checkpoint_step == decoded.checkpoint_step
         and _decodes_like(summary.evaluation, decoded.evaluation)
     ]
-    return min(found, key=lambda one: one.length, default=None)
+    return min(found, key=lambda one: (not one.length.is_known, one.length.length), default=None)
 
 
 def _decodes_like(one: EvaluationConfig, other: EvaluationConfig) -> bool:
@@ -293,9 +335,8 @@ def _decodes_like(one: EvaluationConfig, other: EvaluationConfig) -> bool:
     return one.model_dump(exclude=speed) == other.model_dump(exclude=speed)
 
 
-def _replayed(record: RunRecord, step: int) -> Length | None:
+def _replayed(record: RunRecord, step: int, draft_tokens: int) -> Length | str | None:
     found = record.estimate
     if found is None or found.checkpoint_step != step:
         return None
-    low, high = found.estimate.acceptance_interval
-    return Length(length=found.estimate.acceptance_length, low=low, high=high)
+    return promised_length(found.estimate, draft_tokens=draft_tokens)

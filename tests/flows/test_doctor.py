@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from eagle_core.data.config import DatasetConfig
@@ -26,6 +27,7 @@ from eagle_core.training.config import TrainingConfig
 from flows.config.export import RunExportConfig
 from flows.config.store import StoreConfig
 from flows.doctor import doctor_flow
+from flows.errors import ProblemsFoundError
 from flows.estimate import estimate_flow
 from flows.evaluate import evaluate_flow
 from flows.export import export_flow
@@ -200,6 +202,14 @@ def test_norms_and_weights_that_are_not_those_of_the_run_are_named(
     path = export / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "fc_norm": True}))
     assert problems(sound.findings(export=export)) == ["norms"]
+    shutil.rmtree(export)
+    shutil.copytree(sound.space.run_path("main") / "export" / "serving", export)
+    assert problems(sound.findings(export=export)) == []
+    weights = export / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(one for one in tensors if one.endswith("fc.weight"))
+    save_file({**tensors, name: tensors[name] * 1.1}, weights)
+    assert problems(sound.findings(export=export)) == ["export"]
     with pytest.raises(ConfigError, match="is no export: it has no config"):
         sound.findings(export=tmp_path / "elsewhere")
 
@@ -278,9 +288,36 @@ def test_without_store_and_token_files_the_checks_say_what_they_lack(
     home = tmp_path / "home"
     shutil.copytree(sound.home / "runs", home / "runs")
     found = states(replace(sound, home=home).findings())
-    for check in ("template", "stop token", "states", "answers", "samples cut"):
+    for check in ("template", "stop token", "states", "answers", "vocabulary", "samples cut"):
         assert found[check] == "unknown"
     assert found["held out"] != "unknown", "training recorded both accuracies"
     assert "problem" not in found.values()
     with pytest.raises(ConfigError, match=r"no run in .*; runs there: tiny-own-main"):
         replace(sound, home=home, run="other").findings()
+
+
+def test_a_truncated_token_file_leaves_its_checks_undone(sound: Case, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(sound.home, home)
+    case = replace(sound, home=home)
+    tokens = examined_run(case.target, case.space, case.run, EVALUATION).run.tokens
+    for split in ("train", "held_out"):
+        path = case.space.token_file(split, tokens)  # type: ignore[arg-type]
+        path.write_bytes(path.read_bytes()[:-200])
+        found = case.findings()
+        assert states(found)["template"] == "unknown"
+        assert problems(found) == []
+
+
+def test_a_target_of_another_size_is_a_problem_of_the_target(
+    sound: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other"
+    shutil.copytree(sound.target.model, path)
+    config = LlamaForCausalLM.from_pretrained(path).config
+    config.head_dim = 2 * config.head_dim
+    LlamaForCausalLM(config).save_pretrained(path)
+    other = sound.target.model_copy(update={"model": str(path)})
+    with pytest.raises(ProblemsFoundError, match="1 problem: target"):
+        doctor_flow(other, sound.dataset, STORE, EVALUATION, home=str(sound.home))
+    assert "head_dim is" in capsys.readouterr().out

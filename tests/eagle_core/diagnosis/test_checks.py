@@ -12,6 +12,7 @@ from eagle_core.diagnosis.agreement import (
     check_decoding,
     check_engine,
     check_overfit,
+    promised_length,
 )
 from eagle_core.diagnosis.conversation_form import (
     ConversationForm,
@@ -30,6 +31,7 @@ from eagle_core.diagnosis.draft_interface import (
     Exports,
     LayerError,
     NamedLayers,
+    check_fit,
     check_layers,
     check_norms,
     check_states,
@@ -41,6 +43,7 @@ from eagle_core.diagnosis.finding import Finding, State, in_order
 from eagle_core.diagnosis.known_runs import KNOWN_RUNS, expected_after
 from eagle_core.diagnosis.learning import Accuracies, Seen, check_held_out, check_tokens_seen
 from eagle_core.diagnosis.position_range import PositionRange, check_positions
+from eagle_core.evaluation.estimate import AcceptanceEstimate
 from eagle_core.samples import HiddenStateSample, TokenizedSample
 from tests.paths import ROOT
 
@@ -57,11 +60,29 @@ FORM = ConversationForm(
 LAYERS = NamedLayers(run=(1, 3, 4), target=(1, 3, 4), store=(1, 3, 4))
 SOUND = Exports(names=("serving",), differences=(), stale=())
 SEEN = Seen(num_tokens=500_000, num_data_tokens=100_000, is_solved=True)
-ACCURACIES = Accuracies(training=0.6, held_out=0.58, held_out_length=1.6)
+ACCURACIES = Accuracies(
+    training=0.6, held_out=0.58, held_out_length=1.6, held_out_prefixes=(0.4, 0.2)
+)
 POSITIONS = PositionRange(
     longest_trained=2048, longest_decoded=1500, target_limit=4096, is_scaled=False
 )
 LENGTH = Length(length=1.5, low=1.4, high=1.6)
+NO_ROUNDS = Length(length=float("nan"), low=float("nan"), high=float("nan"))
+ESTIMATE = AcceptanceEstimate(
+    num_samples=9,
+    num_rounds=90,
+    acceptance_length=2.4,
+    acceptance_interval=(2.05, 2.75),
+    acceptance_by_depth=(0.7, 0.6, 0.5, 0.4, 0.3),
+    on_policy=1.0,
+)
+ENGINE = EngineLength(
+    engine="vLLM 0.32",
+    length=Length(length=2.44, low=2.3, high=2.6),
+    own=Length(length=2.5, low=2.35, high=2.65),
+    is_sampled=False,
+    is_exact=False,
+)
 OVERFIT = OverfitResult(
     num_texts=4,
     num_steps=200,
@@ -121,6 +142,9 @@ def test_answers_are_compared_with_the_prompt_before_and_the_stop_behind_them() 
 def test_every_part_must_name_the_layers_of_the_run() -> None:
     assert layers_of().state == "ok"
     assert layers_of("there is no export").state == "unknown"
+    assert layers_of().found == "1, 3, 4 in run, store, settings, serving"
+    assert layers_of(store=None).found == "1, 3, 4 in run, settings, serving"
+    assert "store" not in layers_of("there is no export", store=None).found
     assert "the store has layers 2, 3, 4" in layers_of(store=(2, 3, 4)).found
     assert layers_of(target=(0, 3, 4)).state == "problem"
     assert layers_of(has_given_start=True).state == "notice"
@@ -151,6 +175,8 @@ def test_norms_weights_target_and_states() -> None:
     assert check_weights("none", step=3).state == "unknown"
     assert check_target(()).state == "ok"
     assert check_target(("weights",)).state == "problem"
+    assert check_fit("head_dim is 32, in the run 16").check == check_target(()).check
+    assert check_fit("head_dim is 32, in the run 16").state == "problem"
     assert check_states("").state == "ok"
     assert check_states(None, why_unknown="no store").state == "unknown"
     assert check_states("shard 1 is damaged").state == "problem"
@@ -176,11 +202,22 @@ def test_answers_and_vocabulary(
     assert found.state == vocabulary
 
 
-def test_without_stored_choices_the_vocabulary_is_judged_by_the_training_answers() -> None:
+def test_low_shares_of_own_choices_may_also_be_sampled_by_the_target() -> None:
+    for num_own in (68, 80):
+        found = check_answers(Choices(num_tokens=100, num_own=num_own, num_drafted=99))
+        assert "another author's" in found.found
+        assert "target sampled" in found.found
+        assert "regeneration.temperature" in found.what_to_do
+
+
+def test_without_stored_choices_the_vocabulary_is_not_checked() -> None:
     assert check_answers("no store").state == "unknown"
-    found = check_vocabulary("no store", draft_tokens=1, size=300, training_coverage=0.5)
-    assert found.state == "problem"
-    assert "50.0% of the training answers' tokens" in found.found
+    for coverage in (0.5, 0.99):  # of the answers from which the vocabulary was chosen
+        found = check_vocabulary("no store", draft_tokens=1, size=300, training_coverage=coverage)
+        assert found.state == "unknown"
+        assert f"{coverage:.1%} of their tokens" in found.found
+    choices = Choices(num_tokens=100, num_own=99, num_drafted=50)
+    found = check_vocabulary(choices, draft_tokens=1, size=300, training_coverage=1.0)
     assert "about 1.5 tokens" in found.found
 
 
@@ -247,12 +284,27 @@ def test_what_was_cut() -> None:
         (Length(length=1.1, low=1.05, high=1.15), LENGTH, 1.5, "problem"),
         (LENGTH, None, None, "unknown"),
         (None, LENGTH, 1.5, "unknown"),
+        (NO_ROUNDS, LENGTH, 1.5, "unknown"),
+        (LENGTH, "the estimate drafted fewer tokens", 1.5, "unknown"),
     ],
 )
 def test_decoding_accepts_what_stored_states_promise(
-    decoded: Length | None, replayed: Length | None, held_out: float | None, state: State
+    decoded: Length | None, replayed: Length | str | None, held_out: float | None, state: State
 ) -> None:
     assert check_decoding(decoded, replayed, held_out=held_out).state == state
+
+
+def test_an_estimate_promises_for_as_many_tokens_as_were_drafted() -> None:
+    assert promised_length(ESTIMATE, draft_tokens=5) == Length(length=2.4, low=2.05, high=2.75)
+    promised = promised_length(ESTIMATE, draft_tokens=1)
+    assert isinstance(promised, Length)
+    assert promised.length == pytest.approx(1.7)
+    assert (promised.low, promised.high) == pytest.approx((1.525, 1.875))
+    decoded = Length(length=1.68, low=1.6, high=1.75)
+    assert check_decoding(decoded, promised, held_out=None).state == "ok"
+    deeper = promised_length(ESTIMATE, draft_tokens=8)
+    assert isinstance(deeper, str)
+    assert "8 tokens per round" in check_decoding(decoded, deeper, held_out=1.5).found
 
 
 def test_unequal_texts_are_a_problem() -> None:
@@ -261,10 +313,20 @@ def test_unequal_texts_are_a_problem() -> None:
 
 
 def test_an_engine_accepts_as_much() -> None:
-    engine = EngineLength(engine="vLLM 0.32", length=1.48, own=1.5)
-    assert check_engine(engine).state == "ok"
-    assert check_engine(replace(engine, length=1.2)).state == "problem"
+    assert check_engine(ENGINE).state == "ok"
+    lower = replace(ENGINE, length=Length(length=2.1, low=2.0, high=2.2))
+    assert check_engine(lower).state == "problem", "the intervals do not overlap"
     assert check_engine(None).state == "unknown"
+    assert check_engine(replace(ENGINE, length=NO_ROUNDS)).state == "unknown"
+    assert check_engine(replace(ENGINE, own=NO_ROUNDS)).state == "unknown"
+
+
+def test_an_engine_in_float32_counts_the_same_and_a_sampling_one_is_not_compared() -> None:
+    exact = replace(ENGINE, is_exact=True)
+    assert check_engine(exact).state == "problem"
+    assert check_engine(replace(exact, length=replace(ENGINE.length, length=2.46))).state == "ok"
+    lower = replace(exact, is_sampled=True, length=Length(length=1.1, low=1.0, high=1.2))
+    assert check_engine(lower).state == "unknown"
 
 
 def test_a_draft_that_knows_its_texts_must_have_them_accepted() -> None:
@@ -284,7 +346,7 @@ def test_a_draft_that_knows_its_texts_must_have_them_accepted() -> None:
     [
         ({}, "ok"),
         ({"longest_decoded": 2500}, "notice"),
-        ({"longest_decoded": 9000}, "problem"),
+        ({"longest_decoded": 9000}, "notice"),
         ({"longest_decoded": None}, "ok"),
         ({"is_scaled": True}, "notice"),
         ({"target_limit": 131_072}, "notice"),
@@ -294,6 +356,12 @@ def test_a_draft_that_knows_its_texts_must_have_them_accepted() -> None:
 def test_positions(changes: dict[str, object], state: State) -> None:
     found = check_positions(replace(POSITIONS, **changes), SOUND)  # type: ignore[arg-type]
     assert found.state == state
+
+
+def test_how_far_answers_really_went_is_unknown() -> None:
+    found = check_positions(replace(POSITIONS, longest_trained=300, longest_decoded=1124), SOUND)
+    assert found.state == "notice"
+    assert "may decode up to 1,124" in found.found
 
 
 def test_other_rope_settings_in_an_export_are_a_problem() -> None:
