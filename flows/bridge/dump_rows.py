@@ -334,8 +334,8 @@ def refuse_rows(dump: Dump, journal: ImportJournal, refused: Mapping[str, str]) 
 
 
 def require_some(counts: ImportCounts, ledger: LedgerWriter, path: Path) -> None:
-    """Raise CorruptError if a dump had no row that could be used."""
-    if counts.num_imported or counts.num_before:
+    """Raise CorruptError if a dump had no row that could be used, or that the data set has."""
+    if counts.num_imported or counts.num_before or Reason.DUPLICATE in ledger.dropped:
         return
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(ledger.dropped.items()))
     raise CorruptError(

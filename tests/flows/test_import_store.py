@@ -35,13 +35,14 @@ from flows.train import train_flow
 from flows.verify import verify_flow
 from storage.maintenance.verify import verify_store
 from storage.records.plan import PlannedShard
+from storage.samples import last_needed
 from storage.store import Store
 from storage.writer import ShardWriter
 from tests import dumped, tiny
 from tests.deployments.cli.terminal import eyas_here
 from tests.flows.trees import digests
 from tests.paths import ROOT
-from tests.waiting import until
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -113,7 +114,7 @@ def test_an_import_gives_the_store_that_hidden_states_would_have_made(
         assert np.array_equal(found.input_ids, expected.input_ids)
         assert np.array_equal(found.aux_hidden_states, expected.aux_hidden_states)
         present = found.last_hidden_state.any(axis=1)
-        assert present[supervised_rows(expected)].all()
+        assert present[last_needed(expected.loss_mask)].all()
         assert np.array_equal(found.last_hidden_state[present], expected.last_hidden_state[present])
 
     settings: dict[str, Any] = {
@@ -398,7 +399,7 @@ def test_another_check_or_store_for_the_same_name_is_refused(
     with pytest.raises(eagle_core.errors.MismatchError, match="check_every_row was False, is True"):
         _import(tmp_path / "dump", tmp_path, target, dataset, check_every_row=True)
     elsewhere = StoreConfig(root=str(tmp_path / "elsewhere"))
-    with pytest.raises(eagle_core.errors.MismatchError, match="store.root was None, is"):
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"store\.root was None, is"):
         _import(tmp_path / "dump", tmp_path, target, dataset, store=elsewhere)
     other = target.model_copy(update={"name": "other"})
     assert _import(tmp_path / "dump", tmp_path, other, dataset).num_imported == NUM_ROWS
@@ -457,8 +458,22 @@ def test_rows_without_masks_are_an_error_that_names_the_option(
 ) -> None:
     dumped.write_model_optimizer(tmp_path / "dump", dumped_rows, with_mask=False)
     given: dict[str, Any] = {"format": "model-optimizer"}
-    with pytest.raises(ConfigError, match="none of 12 rows .* loss mask.*--mask template"):
+    with pytest.raises(ConfigError, match=r"none of 12 rows .* loss mask.*--mask template"):
         _import(tmp_path / "dump", tmp_path, target, dataset, **given)
+
+
+def test_a_cache_of_fewer_rows_than_its_manifest_says_is_warned_of(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    dumped_rows: list[dumped.Row],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    paths = dumped.write_nemo(tmp_path / "cache", dumped_rows, aux_layers=(1, 3, 4))
+    paths[1].unlink()
+    summary = _import(tmp_path / "cache", tmp_path, target, dataset, format="nemo", num_checked=0)
+    assert summary.num_imported == NUM_ROWS - 4
+    assert "says that it has 12 rows, and 8 are there" in caplog.text
 
 
 def test_an_import_that_was_killed_goes_on_where_it_stopped(
@@ -475,7 +490,11 @@ def test_an_import_that_was_killed_goes_on_where_it_stopped(
     command = [sys.executable, "-m", "deployments", *given, "--home", str(tmp_path / "home")]
     journal = tmp_path / "home" / "imports" / "tiny-specforge" / "journal"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as running:
-        until(lambda: len(list(journal.glob("*.arrow"))) > 1 or running.poll() is not None)
+        wait_for(
+            lambda: len(list(journal.glob("*.arrow"))) > 1 or running.poll() is not None,
+            what="the second shard",
+            every_seconds=0.002,
+        )
         running.send_signal(signal.SIGKILL)
     opened = Store.open(str(tmp_path / "home" / "stores" / "tiny-specforge"))
     assert 0 < len(opened.shard_ids()) < NUM_ROWS
