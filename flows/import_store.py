@@ -22,6 +22,7 @@ from flows.bridge.dump_rows import (
     check_dump,
     completion_for,
     import_rows,
+    refuse_rows,
     require_same_layers,
     require_some,
 )
@@ -95,7 +96,7 @@ def import_store(  # noqa: PLR0917 (what a user may say)
     started = time.monotonic()
     _refuse_recompute(store)
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
-    dump = open_dump(format, Path(path).expanduser())
+    dump = open_dump(format, Path(path).expanduser(), with_masks=mask == "dump")
     prepare_weights(target)
     root = store_root(store, space)
     target = as_in_store(target, root)
@@ -118,12 +119,22 @@ def import_store(  # noqa: PLR0917 (what a user may say)
     ledger_path = space.import_path / LEDGER_NAME
     with sole_import(space.import_path):
         opened = Store.create(root, identity)
-        settings = {"mask": mask, "last_state": last_state, **dataclasses.asdict(limits)}
+        settings = {
+            "mask": mask,
+            "last_state": last_state,
+            **dataclasses.asdict(limits),
+            "check_every_row": check_every_row,
+            "store.root": store.root,
+            "store identity": identity.identity_id,
+        }
         journal = ImportJournal(space.import_path / _JOURNAL, opened, settings)
+        refuse_rows(dump, journal, refused)
+        if journal.has_refused:
+            reader = reader.strict(target)
         recompute = TargetRecompute(completion.end.lm_head, None)
         filler = ShardFiller(opened, journal, recompute, shard_tokens=store.shard_tokens)
         with LedgerWriter(ledger_path) as ledger:
-            counts = _import(dump, reader, journal, filler, ledger, refused, target.name)
+            counts = _import(dump, reader, journal, filler, ledger, target.name)
         require_some(counts, ledger, ledger_path)
         imported = _as_dataset(dataset, space.import_path / ROWS_NAME)
         journal.write_rows(Path(imported.source))
@@ -165,7 +176,7 @@ def _refused(agreements: list[Agreement]) -> dict[str, str]:
     refused = {one.location: one.problem for one in agreements if one.problem}
     if refused:
         get_run_logger().warning(
-            "%d of %d checked rows do not agree with the target, so others may not either: %s",
+            "%d of %d checked rows do not agree with the target, so every row is checked: %s",
             *(len(refused), len(agreements), "; ".join(refused)),
         )
     return refused
@@ -177,7 +188,6 @@ def _import(
     journal: ImportJournal,
     filler: ShardFiller,
     ledger: LedgerWriter,
-    refused: dict[str, str],
     target: str,
 ) -> ImportCounts:
     key = artifact_key("import-progress", target)
@@ -185,9 +195,13 @@ def _import(
         stage_progress("import", key=key, total=dump.num_rows, unit="rows") as progress,
         filler,
     ):
-        return import_rows(
-            dump, reader, journal, filler, ledger, refused=refused, on_row=progress.advance
+        counts = import_rows(dump, reader, journal, filler, ledger, on_row=progress.advance)
+    if counts.num_rows != dump.num_rows:
+        get_run_logger().warning(
+            "the dump says that it has %s rows, and %s are there: is it complete?",
+            *(f"{dump.num_rows:,}", f"{counts.num_rows:,}"),
         )
+    return counts
 
 
 def _as_dataset(dataset: DatasetConfig, rows: Path) -> DatasetConfig:

@@ -73,7 +73,7 @@ class Workspace:
     @property
     def import_path(self) -> Path:
         """What was imported as this data set: rows, ledger and recipe."""
-        return self.home / "imports" / self.dataset
+        return self.home / "imports" / f"{self.target}-{self.dataset}"
 
     @property
     def object_cache_path(self) -> Path:

@@ -139,7 +139,9 @@ def import_store(  # noqa: PLR0917 (one parameter per option)
     home: Home = DEFAULT_HOME,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the new data set; by default that of the format."),
+        typer.Option(
+            help="Name of the new data set; by default `dataset.name` of --set, or the format."
+        ),
     ] = None,
     mask: Annotated[
         str,
@@ -184,10 +186,11 @@ def import_store(  # noqa: PLR0917 (one parameter per option)
         "num_checked": check,
         "check_every_row": check_every_row,
     }
-    named = f"dataset.name={name or format}"
+    is_named = any(given.startswith("dataset.name=") for given in overrides or [])
+    named = [] if is_named and name is None else [f"dataset.name={name or format}"]
     with one_message():
         _require_choices(own)
-    summary = _run_flow(IMPORT_STORE, recipe, [*(overrides or []), named], home, own)
+    summary = _run_flow(IMPORT_STORE, recipe, [*(overrides or []), *named], home, own)
     with one_message():
         written = _write_imported_recipe(recipe, overrides or [], summary)
         OUT.print(f"next: eyas run train {written} --home {home}", soft_wrap=True)

@@ -32,6 +32,8 @@ from eagle_core.target.layerwise.recompute_model import (
 
 MaskSource = Literal["dump", "template", "all"]
 LastState = Literal["auto", "normed", "unnormed"]
+_FEWEST_PADDING = 2
+"""One such token may be text."""
 OnChange = Callable[[Change, str], None]
 """Called with a change and its detail."""
 
@@ -86,7 +88,7 @@ class Completion:
             found.aux, "aux states", (len(self.shape.aux_layers), self.shape.hidden_size), location
         )
         self._require_length("aux states", len(aux), found, location)
-        aux_bits = _bits(aux[:num], "aux states", location)
+        aux_bits = _bits(_owned(aux[:num]), "aux states", location)
         last = self._last(found, tokens, aux_bits, location)
         if self.checks_every_row:
             self._require_reproduced(tokens, aux_bits, to_bfloat16_bits(last), location)
@@ -116,6 +118,8 @@ class Completion:
         num_real = self._num_real(found, ids, mask, location)
         if num_real < len(ids):
             on_change(Change.PADDING_CUT, f"{len(ids) - num_real} of {len(ids)} tokens")
+        if not num_real:
+            raise RejectedRecord(Reason.BAD_TOKENS, location, "it has no token but padding")
         ids, mask = ids[:num_real], None if mask is None else mask[:num_real]
         outside = (ids < 0) | (ids >= self.shape.vocab_size)
         if outside.any():
@@ -155,8 +159,9 @@ class Completion:
     ) -> int:
         """Return how many tokens come before the padding.
 
-        By the attention mask if there is one. Otherwise padding is several equal tokens at the end,
-        without supervision, of an id that pads. Without a mask, the first that ends a text is real.
+        By the attention mask if there is one. Otherwise padding is two or more equal tokens at the
+        end, without supervision, of an id that pads. Without a mask, the first that ends a text is
+        real.
         """
         if found.attention_mask is not None:
             attended = _flags(found.attention_mask, "attention mask", len(ids), location)
@@ -166,14 +171,14 @@ class Completion:
                 raise RejectedRecord(Reason.PADDED_ON_THE_LEFT, location, detail)
             return num_real
         end = int(ids[-1])
-        if end not in self.shape.padding_ids | self.shape.stop_ids:
+        if end not in self.shape.padding_ids | self.shape.stop_ids | {found.padding_id}:
             return len(ids)
         is_other = ids != end if mask is None else (ids != end) | mask
         behind = np.flatnonzero(is_other)
         num_real = int(behind[-1]) + 1 if len(behind) else 0
         if mask is None and end in self.shape.stop_ids:
             num_real += 1
-        is_padding = len(ids) - num_real > (end in self.shape.stop_ids)
+        is_padding = len(ids) - num_real >= _FEWEST_PADDING
         return num_real if is_padding and num_real else len(ids)
 
     def _mask(
@@ -227,7 +232,7 @@ class Completion:
             return from_bfloat16_bits(bits, dtype=torch.bfloat16).to(device)
         states = self._states(found.last, "last states", (self.shape.hidden_size,), location)
         self._require_length("last states", len(states), found, location)
-        kept = states[: len(tokens)]
+        kept = _owned(states[: len(tokens)])
         is_normed = (
             found.last_is_normed if self.last_state == "auto" else self.last_state == "normed"
         )
@@ -272,7 +277,12 @@ def _integers(values: Tensor, what: str, location: str) -> NDArray[np.int64]:
 
 
 def _flags(values: Tensor, what: str, length: int, location: str) -> NDArray[np.bool_]:
-    numbers = _integers(values if not values.is_floating_point() else values.long(), what, location)
+    if values.is_floating_point():
+        if not ((values == 0) | (values == 1)).all():
+            detail = f"{what} has other values than 0 and 1"
+            raise RejectedRecord(Reason.BAD_TOKENS, location, detail)
+        values = values.long()
+    numbers = _integers(values, what, location)
     if len(numbers) != length:
         detail = f"{what} has {len(numbers)} entries, {length} token ids"
         raise RejectedRecord(Reason.BAD_TOKENS, location, detail)
@@ -280,6 +290,12 @@ def _flags(values: Tensor, what: str, length: int, location: str) -> NDArray[np.
         detail = f"{what} has {numbers[~np.isin(numbers, (0, 1))][0]}, not 0 or 1"
         raise RejectedRecord(Reason.BAD_TOKENS, location, detail)
     return numbers.astype(np.bool_)
+
+
+def _owned(states: Tensor) -> Tensor:
+    """Return states that keep no larger tensor, of which they were cut, in memory."""
+    num_bytes = states.numel() * states.element_size()
+    return states.clone() if states.untyped_storage().nbytes() > num_bytes else states
 
 
 def _bits(states: Tensor, what: str, location: str) -> NDArray[np.uint16]:

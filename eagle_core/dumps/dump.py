@@ -8,11 +8,24 @@ Shapes: T tokens, A aux layers, H hidden size.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from eagle_core.data.ledger import Reason, RejectedRecord
+
 FormatName = Literal["specforge", "speculators", "model-optimizer", "nemo"]
+MALFORMED = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+)
+"""What reading can raise where a file holds other things than its format promises."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +47,8 @@ class DumpedStates:
     lacks_first_token: bool = False
     """Whether ids and mask are shifted: those of the first token are missing, and the last is a
     filler."""
+    padding_id: int | None = None
+    """An id that the tool pads with, whatever the tokenizer's pad token is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +57,23 @@ class DumpRow:
 
     location: str
     """File, and position in it if it holds several."""
-    read: Callable[[], DumpedStates]
-    """Raises `RejectedRecord`."""
+    file: Path
+    load: Callable[[], DumpedStates]
+    """Reads it from its file; use `read`."""
     covered_by: tuple[str, ...] = ()
     """Locations of other rows that begin with the same tokens, and hold all that this one does."""
+
+    def read(self) -> DumpedStates:
+        """Return the row; RejectedRecord says what is wrong with its file, whatever that is."""
+        try:
+            return self.load()
+        except RejectedRecord as rejected:
+            if rejected.location:
+                raise
+            raise RejectedRecord(rejected.reason, self.location, rejected.detail) from rejected
+        except MALFORMED as error:
+            detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise RejectedRecord(Reason.UNREADABLE, self.location, detail) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

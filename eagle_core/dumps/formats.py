@@ -1,6 +1,7 @@
 """The formats by name."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from eagle_core.dumps.dump import Dump, FormatName
@@ -16,10 +17,16 @@ FORMATS: Mapping[FormatName, Callable[[Path], Dump]] = {
     "model-optimizer": open_model_optimizer,
     "nemo": open_nemo,
 }
+_WITHOUT_MASKS: Mapping[FormatName, Callable[[Path], Dump]] = {
+    **FORMATS,
+    "speculators": partial(open_speculators, with_masks=False),
+}
 
 
-def open_dump(name: FormatName, path: Path) -> Dump:
+def open_dump(name: FormatName, path: Path, *, with_masks: bool = True) -> Dump:
     """Return the rows of a dump; no states are read.
+
+    Without `with_masks`, what holds nothing but loss masks is not looked for.
 
     Raises:
         ConfigError: there is no such format, or nothing of it at `path`.
@@ -28,4 +35,4 @@ def open_dump(name: FormatName, path: Path) -> Dump:
     """
     if name not in FORMATS:
         raise ConfigError(f"there is no format {name!r}; known: {', '.join(FORMATS)}")
-    return FORMATS[name](path)
+    return (FORMATS if with_masks else _WITHOUT_MASKS)[name](path)

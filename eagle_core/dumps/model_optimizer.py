@@ -18,7 +18,9 @@ _KEYS = ("input_ids", "hidden_states", "aux_hidden_states")
 def open_model_optimizer(path: Path) -> Dump:
     """Return the rows of a folder, or of one file."""
     files = dump_files(path, is_wanted=lambda name: name.endswith(".pt"), expected=".pt")
-    rows = [DumpRow(location=location_of(file), read=partial(_read, file)) for file in files]
+    rows = [
+        DumpRow(location=location_of(file), file=file, load=partial(_read, file)) for file in files
+    ]
     return Dump(format="model-optimizer", rows=rows, num_rows=len(rows), has_masks=True)
 
 

@@ -4,7 +4,8 @@ A tool that writes a row per answer, each with everything before it, stores a co
 answers n times. The longest row holds the states of all of them.
 
 Each row is known by digests of its length and tokens; of a row, all beginnings are looked up by a
-rolling hash, and what is found is confirmed by a real digest. Memory: about 100 bytes per row.
+rolling hash, and what is found is confirmed by a real digest. Equal rows are looked up once.
+Memory: some hundred bytes per row.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,50 +30,88 @@ class Prefixes:
     """All rows: each after those that contain it, otherwise in the given order."""
     covers: dict[int, tuple[int, ...]]
     """By row, some rows that contain it, longest first; absent if none does."""
-    parts: dict[int, tuple[int, ...]]
-    """By row, all rows that it contains."""
+    groups: Sequence[Sequence[int]]
+    """Rows with equal tokens, in the given order."""
+    group_of: dict[int, int]
+    """By row; absent if it could not be read."""
+    inside: dict[int, tuple[int, ...]]
+    """By group, the groups of the beginnings of its rows."""
+
+    def parts_of(self, row: int) -> list[int]:
+        """Return all other rows whose tokens a row begins with, or has."""
+        own = self.group_of.get(row)
+        if own is None:
+            return []
+        around = (own, *self.inside.get(own, ()))
+        return [part for group in around for part in self.groups[group] if part != row]
 
 
 def find_prefixes(num_rows: int, ids_of: Callable[[int], NDArray[np.int64] | None]) -> Prefixes:
     """Return which of the rows are beginnings of others; equal rows are of the first.
 
-    `ids_of` is called twice for each row; it returns None for one that cannot be read.
+    `ids_of` is called up to twice for each row; it returns None for one that cannot be read.
     """
     hashes = np.zeros(num_rows, np.uint64)
     lengths = np.full(num_rows, -1, np.int64)
-    rows_of: dict[bytes, list[int]] = {}
+    group_by_digest: dict[bytes, int] = {}
+    groups: list[list[int]] = []
+    group_of: dict[int, int] = {}
     for row in range(num_rows):
         ids = ids_of(row)
-        if ids is not None and len(ids):
-            lengths[row], hashes[row] = len(ids), _rolling(ids)[-1]
-            rows_of.setdefault(_digest(ids), []).append(row)
-    known = np.unique(hashes[lengths > 0])
-    covers: dict[int, list[int]] = {}
-    parts: dict[int, tuple[int, ...]] = {}
-    for row in range(num_rows):
-        ids = ids_of(row) if lengths[row] > 0 else None
+        if ids is None or not len(ids):
+            continue
+        lengths[row], hashes[row] = len(ids), _rolling(ids)[-1]
+        group = group_by_digest.setdefault(_digest(ids), len(groups))
+        if group == len(groups):
+            groups.append([])
+        groups[group].append(row)
+        group_of[row] = group
+    inside = _inside(groups, group_by_digest, np.unique(hashes[lengths > 0]), ids_of)
+    covers = _covers(groups, inside, lengths)
+    return Prefixes(
+        order=_order(lengths, covers),
+        covers=covers,
+        groups=groups,
+        group_of=group_of,
+        inside=inside,
+    )
+
+
+def _inside(
+    groups: Sequence[Sequence[int]],
+    group_by_digest: dict[bytes, int],
+    known: NDArray[np.uint64],
+    ids_of: Callable[[int], NDArray[np.int64] | None],
+) -> dict[int, tuple[int, ...]]:
+    """Return by group those of shorter rows that its rows begin with."""
+    inside = {}
+    for group, rows in enumerate(groups):
+        ids = ids_of(rows[0])
         if ids is None:
             continue
-        ends = np.flatnonzero(np.isin(_rolling(ids), known)) + 1
-        inside = [
-            other
-            for end in ends.tolist()
-            for other in rows_of.get(_digest(ids[:end]), ())
-            if end < len(ids) or other > row
-        ]
-        for other in inside:
-            covers.setdefault(other, []).append(row)
-        if inside:
-            parts[row] = tuple(inside)
-    ordered = {
-        row: tuple(sorted(found, key=lambda one: (-int(lengths[one]), one)))
-        for row, found in covers.items()
-    }
-    return Prefixes(
-        order=_order(lengths, ordered),
-        covers={row: found[:_MOST_COVERS] for row, found in ordered.items()},
-        parts=parts,
-    )
+        ends = np.flatnonzero(np.isin(_rolling(ids)[:-1], known)) + 1
+        found = (group_by_digest.get(_digest(ids[:end])) for end in ends.tolist())
+        if shorter := tuple(other for other in found if other is not None):
+            inside[group] = shorter
+    return inside
+
+
+def _covers(
+    groups: Sequence[Sequence[int]], inside: dict[int, tuple[int, ...]], lengths: NDArray[np.int64]
+) -> dict[int, tuple[int, ...]]:
+    """Return by row the longest rows that contain it, then earlier equal ones."""
+    around: dict[int, list[int]] = {}
+    for group, shorter in inside.items():
+        for other in shorter:
+            around.setdefault(other, []).append(group)
+    covers = {}
+    for group, rows in enumerate(groups):
+        longer = sorted(around.get(group, ()), key=lambda one: -int(lengths[groups[one][0]]))
+        longest = [row for one in longer[:_MOST_COVERS] for row in groups[one][:_MOST_COVERS]]
+        for place, row in enumerate(rows):
+            if found := (*longest, *rows[: min(place, _MOST_COVERS)])[:_MOST_COVERS]:
+                covers[row] = found
+    return covers
 
 
 def _order(lengths: NDArray[np.int64], covers: dict[int, tuple[int, ...]]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from eagle_core.data.ledger import Reason, RejectedRecord
+from eagle_core.dumps.dump import MALFORMED
 
 Found = TypeVar("Found")
 
@@ -27,6 +28,6 @@ def read_safetensors(
                 detail = f"{', '.join(missing)} missing; found {', '.join(there) or 'nothing'}"
                 raise RejectedRecord(Reason.WRONG_KEYS, location, detail)
             return read(file)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:200]
+    except (SafetensorError, OSError, *MALFORMED) as error:
+        detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise RejectedRecord(Reason.UNREADABLE, location, detail) from error

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eagle_core.data.ledger import Reason, RejectedRecord
 from eagle_core.errors import CorruptError
 
 _STATE = "state.json"
@@ -40,14 +41,12 @@ class SavedDataset:
             parts = [folder / one["filename"] for one in state["_data_files"]]
             tables = [pa.ipc.open_stream(pa.memory_map(str(part))).read_all() for part in parts]
             table = pa.concat_tables(tables)
+            return cls(folder, table) if set(_COLUMNS) <= set(table.column_names) else None
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             raise CorruptError(
                 f"the data set in {folder} cannot be read ({error}); restore it, or move the "
                 "folder of states away from it and give --mask template"
             ) from error
-        if not set(_COLUMNS) <= set(table.column_names):
-            return None
-        return cls(folder, table)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -59,7 +58,12 @@ class SavedDataset:
 
     def loss_mask(self, row: int) -> NDArray[np.bool_]:
         """Return the loss mask [T] of a row."""
-        return _numbers(self._masks, row).astype(np.bool_)
+        values = self._masks[row].values.to_numpy(zero_copy_only=False)
+        if not np.isin(values, (0, 1)).all():
+            detail = f"the loss mask of row {row} in {self.folder} has other values than 0 and 1"
+            raise RejectedRecord(Reason.BAD_TOKENS, "", detail)
+        mask: NDArray[np.bool_] = values.astype(np.bool_)
+        return mask
 
 
 def find_dataset(folder: Path) -> SavedDataset | None:

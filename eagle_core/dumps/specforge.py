@@ -20,7 +20,9 @@ def open_specforge(path: Path) -> Dump:
     files = dump_files(
         path, is_wanted=lambda name: name.endswith(_SUFFIXES), expected=" or ".join(_SUFFIXES)
     )
-    rows = [DumpRow(location=location_of(file), read=partial(_read, file)) for file in files]
+    rows = [
+        DumpRow(location=location_of(file), file=file, load=partial(_read, file)) for file in files
+    ]
     return Dump(format="specforge", rows=rows, num_rows=len(rows), has_masks=True)
 
 
@@ -34,4 +36,5 @@ def _read(file: Path) -> DumpedStates:
         aux=tensor(found, "aux_hidden_state", where, known=_KEYS),
         last=tensor(found, "hidden_state", where, known=_KEYS),
         last_is_normed=True,
+        padding_id=0,  # what its batches are filled with
     )

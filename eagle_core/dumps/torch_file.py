@@ -21,6 +21,15 @@ from eagle_core.data.ledger import Reason, RejectedRecord
 _GZIP = b"\x1f\x8b"
 _ZIP = b"PK\x03\x04"
 _POINTER = b"version https://git-lfs"
+_PLAIN = frozenset(
+    {
+        torch.bool,
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint16, torch.uint32, torch.uint64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
+    }
+)
 
 
 def read_torch_file(path: Path, location: str) -> Mapping[str, object]:
@@ -63,12 +72,29 @@ def tensor(
 ) -> Tensor:
     """Return a tensor of a row by name; RejectedRecord lists what there is instead."""
     value = found.get(name)
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
+    if not isinstance(value, Tensor):
         there = ", ".join(map(str, found)) or "nothing"
         what = "is no tensor" if name in found else "is missing"
         detail = f"{name} {what}; expected {', '.join(known)}, found {there}"
         raise RejectedRecord(Reason.WRONG_KEYS, location, detail)
-    return value
+    if obstacle := _obstacle(value):
+        raise RejectedRecord(Reason.UNREADABLE, location, f"{name} {obstacle}")
+    return value.detach()
+
+
+def _obstacle(value: Tensor) -> str:
+    """Return why a tensor does not hold its own numbers; empty if it does."""
+    if value.device.type != "cpu":
+        return f"is on the device {value.device}, without values"
+    if value.is_nested or value.layout != torch.strided:
+        return f"is nested or sparse ({value.layout})"
+    if value.is_quantized or value.dtype not in _PLAIN:
+        return f"is of {value.dtype}"
+    stored = value.untyped_storage().nbytes()
+    needed = value.numel() * value.element_size()
+    if needed > stored:
+        return f"of {list(value.shape)} needs {needed:,} bytes, and {stored:,} are stored"
+    return ""
 
 
 def optional_tensor(

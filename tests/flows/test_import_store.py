@@ -2,7 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,15 @@ from flows.summaries import ImportSummary
 from flows.train import train_flow
 from flows.verify import verify_flow
 from storage.maintenance.verify import verify_store
+from storage.records.plan import PlannedShard
+from storage.samples import last_needed
 from storage.store import Store
 from storage.writer import ShardWriter
 from tests import dumped, tiny
 from tests.deployments.cli.terminal import eyas_here
 from tests.flows.trees import digests
+from tests.paths import ROOT
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
 
@@ -107,6 +114,7 @@ def test_an_import_gives_the_store_that_hidden_states_would_have_made(
         assert np.array_equal(found.input_ids, expected.input_ids)
         assert np.array_equal(found.aux_hidden_states, expected.aux_hidden_states)
         present = found.last_hidden_state.any(axis=1)
+        assert present[last_needed(expected.loss_mask)].all()
         assert np.array_equal(found.last_hidden_state[present], expected.last_hidden_state[present])
 
     settings: dict[str, Any] = {
@@ -235,7 +243,7 @@ def test_a_dump_with_no_sound_row_is_an_error_that_names_the_ledger(
         path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(eagle_core.errors.CorruptError, match=r"none of the 3 rows .*3 unreadable"):
         _import(tmp_path / "dump", tmp_path, target, dataset)
-    assert (tmp_path / "imports" / "facts" / "ledger.parquet").exists()
+    assert (tmp_path / "imports" / "tiny-facts" / "ledger.parquet").exists()
 
 
 def test_rows_of_answers_and_caches_without_last_states_are_imported(
@@ -252,7 +260,14 @@ def test_rows_of_answers_and_caches_without_last_states_are_imported(
     )
     assert by_row.num_imported == NUM_ROWS
     assert by_row.dropped == {"contained": len(paths) - NUM_ROWS}
-    again = _import(tmp_path / "rows", tmp_path / "a", target, dataset, format="speculators")
+    again = _import(
+        tmp_path / "rows",
+        tmp_path / "a",
+        target,
+        dataset,
+        format="speculators",
+        check_every_row=True,
+    )
     assert (again.num_imported, again.num_before) == (0, NUM_ROWS)
     assert again.dropped == by_row.dropped
     dumped.write_nemo(tmp_path / "cache", dumped_rows, aux_layers=(1, 3, 4))
@@ -317,10 +332,195 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(
         _import(tmp_path / "rows", tmp_path, target, dataset, format="speculators")
     with pytest.raises(ConfigError, match=r"store\.recompute=false"):
         _import(tmp_path, tmp_path, target, dataset, store=StoreConfig(recompute=True))
-    with sole_import(tmp_path / "imports" / "facts"):
+    with sole_import(tmp_path / "imports" / "tiny-facts"):
         dumped.write_specforge(tmp_path / "dump", dumped_rows[:2])
         with pytest.raises(RunBusyError, match="another process imports"):
             _import(tmp_path / "dump", tmp_path, target, dataset)
+
+
+def _change(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    document = torch.load(path, weights_only=True)
+    change(document)
+    torch.save(document, path)
+
+
+def _swap(document: dict[str, torch.Tensor]) -> None:
+    document["aux_hidden_state"] = document["aux_hidden_state"].flip(1)
+
+
+def _spoil(document: dict[str, torch.Tensor]) -> None:
+    document["hidden_state"][:] = 0
+
+
+def test_rows_of_another_target_behind_damaged_ones_are_not_imported_unchecked(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    paths = dumped.write_specforge(tmp_path / "dump", dumped_rows * 2)
+    sound = paths[1]  # the last to be tried
+    for path in paths:
+        _change(path, _swap if path == sound else _spoil)
+    with pytest.raises(eagle_core.errors.MismatchError, match=f"1 of 1 checked rows: {sound}"):
+        _import(tmp_path / "dump", tmp_path, target, dataset)
+
+
+def test_half_of_the_checked_rows_being_wrong_is_an_error(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    for path in dumped.write_specforge(tmp_path / "dump", dumped_rows)[::2]:
+        _change(path, _swap)
+    with pytest.raises(eagle_core.errors.MismatchError, match="6 of 12 checked rows"):
+        _import(tmp_path / "dump", tmp_path, target, dataset, num_checked=40)
+
+
+def test_one_wrong_row_has_every_row_checked_and_stays_refused(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    paths = dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    for number in (0, 1):
+        _change(paths[number], _swap)
+    first = _import(tmp_path / "dump", tmp_path, target, dataset)
+    assert first.dropped == {"not_reproduced": 2}
+    again = _import(tmp_path / "dump", tmp_path, target, dataset, num_checked=0)
+    assert (again.num_before, again.num_imported) == (NUM_ROWS - 2, 0)
+    assert again.dropped == {"not_reproduced": 2}
+    for number in (0, 1):
+        _change(paths[number], _swap)  # back
+    mended = _import(tmp_path / "dump", tmp_path, target, dataset, num_checked=0)
+    assert (mended.num_imported, mended.dropped) == (2, {})
+
+
+def test_another_check_or_store_for_the_same_name_is_refused(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    """Nothing of the first import is lost."""
+    dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    _import(tmp_path / "dump", tmp_path, target, dataset)
+    before = digests(tmp_path / "imports" / "tiny-facts" / "journal")
+    with pytest.raises(eagle_core.errors.MismatchError, match="check_every_row was False, is True"):
+        _import(tmp_path / "dump", tmp_path, target, dataset, check_every_row=True)
+    elsewhere = StoreConfig(root=str(tmp_path / "elsewhere"))
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"store\.root was None, is"):
+        _import(tmp_path / "dump", tmp_path, target, dataset, store=elsewhere)
+    other = target.model_copy(update={"name": "other"})
+    assert _import(tmp_path / "dump", tmp_path, other, dataset).num_imported == NUM_ROWS
+    assert digests(tmp_path / "imports" / "tiny-facts" / "journal") == before
+
+
+def test_a_file_that_was_replaced_is_noticed_and_a_copy_is_not(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    paths = dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    _import(tmp_path / "dump", tmp_path, target, dataset)
+    os.utime(paths[2])
+    assert _import(tmp_path / "dump", tmp_path, target, dataset).num_before == NUM_ROWS
+    torch.save(dumped.specforge_document(dumped_rows[4]), paths[3])
+    with pytest.raises(eagle_core.errors.MismatchError, match=f"{paths[3]} was imported, and has"):
+        _import(tmp_path / "dump", tmp_path, target, dataset)
+
+
+def test_a_dump_that_was_moved_gives_no_new_rows(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    paths = dumped.write_speculators(tmp_path / "rows", dumped_rows)
+    _import(tmp_path / "rows", tmp_path, target, dataset, format="speculators")
+    (tmp_path / "rows").rename(tmp_path / "moved")
+    again = _import(tmp_path / "moved", tmp_path, target, dataset, format="speculators")
+    assert again.num_imported == 0
+    assert again.dropped == {"duplicate": NUM_ROWS, "contained": len(paths) - NUM_ROWS}
+
+
+def test_every_shard_is_planned_before_it_is_written(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    dumped_rows: list[dumped.Row],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else garbage collection would take those of an interrupted import, if there is a snapshot."""
+    dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    unplanned: list[str] = []
+    write = Store.write_shard
+
+    def checked(self: Store, shard: PlannedShard, *given: Any, **more: Any) -> Any:
+        plans = self.plans.all()
+        assert len(plans) == 1
+        if shard not in plans[0].shards:
+            unplanned.append(shard.shard_id)
+        return write(self, shard, *given, **more)
+
+    monkeypatch.setattr(Store, "write_shard", checked)
+    _import(tmp_path / "dump", tmp_path, target, dataset)
+    assert unplanned == []
+
+
+def test_rows_without_masks_are_an_error_that_names_the_option(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, dumped_rows: list[dumped.Row]
+) -> None:
+    dumped.write_model_optimizer(tmp_path / "dump", dumped_rows, with_mask=False)
+    given: dict[str, Any] = {"format": "model-optimizer"}
+    with pytest.raises(ConfigError, match=r"none of 12 rows .* loss mask.*--mask template"):
+        _import(tmp_path / "dump", tmp_path, target, dataset, **given)
+
+
+def test_a_cache_of_fewer_rows_than_its_manifest_says_is_warned_of(
+    tmp_path: Path,
+    target: TargetConfig,
+    dataset: DatasetConfig,
+    dumped_rows: list[dumped.Row],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    paths = dumped.write_nemo(tmp_path / "cache", dumped_rows, aux_layers=(1, 3, 4))
+    paths[1].unlink()
+    summary = _import(tmp_path / "cache", tmp_path, target, dataset, format="nemo", num_checked=0)
+    assert summary.num_imported == NUM_ROWS - 4
+    assert "says that it has 12 rows, and 8 are there" in caplog.text
+
+
+def test_an_import_that_was_killed_goes_on_where_it_stopped(
+    tmp_path: Path, tiny_target_path: Path, dumped_rows: list[dumped.Row]
+) -> None:
+    dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    recipe = {
+        "target": {"name": "tiny", "model": str(tiny_target_path), "dtype": "float32"},
+        "dataset": {"name": "chat", "source": "preset:ultrachat", "max_length": 256},
+        "store": {"shard_tokens": 50},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    given = ("import-store", "specforge", str(tmp_path / "dump"), str(tmp_path / "mine.yaml"))
+    command = [sys.executable, "-m", "deployments", *given, "--home", str(tmp_path / "home")]
+    journal = tmp_path / "home" / "imports" / "tiny-specforge" / "journal"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as running:
+        wait_for(
+            lambda: len(list(journal.glob("*.arrow"))) > 1 or running.poll() is not None,
+            what="the second shard",
+            every_seconds=0.002,
+        )
+        running.send_signal(signal.SIGKILL)
+    opened = Store.open(str(tmp_path / "home" / "stores" / "tiny-specforge"))
+    assert 0 < len(opened.shard_ids()) < NUM_ROWS
+    assert eyas_here(*given, "--home", str(tmp_path / "home")).returncode == 0
+    assert eyas_here(*given, "--home", str(tmp_path / "whole")).returncode == 0
+    whole = Store.open(str(tmp_path / "whole" / "stores" / "tiny-specforge"))
+    assert opened.snapshot().snapshot_id == whole.snapshot().snapshot_id
+    assert opened.shard_ids() == whole.shard_ids()
+
+
+def test_the_name_of_the_data_set_can_be_an_override(
+    tmp_path: Path, tiny_target_path: Path, dumped_rows: list[dumped.Row]
+) -> None:
+    dumped.write_specforge(tmp_path / "dump", dumped_rows)
+    recipe = {
+        "target": {"name": "tiny", "model": str(tiny_target_path), "dtype": "float32"},
+        "dataset": {"name": "chat", "source": "preset:ultrachat", "max_length": 256},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    given = ("specforge", str(tmp_path / "dump"), str(tmp_path / "mine.yaml"))
+    home = tmp_path / "home"
+    ended = eyas_here(
+        "import-store", *given, "--home", str(home), "--set", "dataset.name=own", "--check", "0"
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert load_recipe(str(home / "imports" / "tiny-own" / "recipe.yaml")).dataset.name == "own"
 
 
 def test_the_command_ends_with_a_recipe_to_train_with(
@@ -340,7 +540,7 @@ def test_the_command_ends_with_a_recipe_to_train_with(
     home = ("--home", str(tmp_path / "home"))
     ended = eyas_here("import-store", *given, *home, "--set", "training.max_steps=2")
     assert ended.returncode == 0, ended.stderr
-    written = tmp_path / "home" / "imports" / "model-optimizer" / "recipe.yaml"
+    written = tmp_path / "home" / "imports" / "tiny-model-optimizer" / "recipe.yaml"
     assert f"eyas run train {written}" in ended.stdout
     loaded = load_recipe(str(written))
     assert loaded.dataset.name == "model-optimizer"

@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eagle_core.bfloat16 import from_bfloat16_bits
 from eagle_core.data.ledger import Change, Reason, RejectedRecord
@@ -126,7 +128,7 @@ def test_a_shorter_row_is_read_if_the_longest_is_damaged(
     paths = write_speculators(tmp_path, [row for row in dumped if len(turn_ends(row.own)) == 3][:1])
     paths[2].write_bytes(paths[2].read_bytes()[:-100])
     dump = open_dump("speculators", tmp_path)
-    damaged, longest, _ = dump.rows
+    longest, _, damaged = dump.rows
     with pytest.raises(RejectedRecord) as found:
         damaged.read()
     assert found.value.reason is Reason.UNREADABLE
@@ -166,6 +168,126 @@ def test_ids_of_another_data_set_are_refused(
     dump = open_dump("speculators", tmp_path / "b" / "old")
     with pytest.raises(RejectedRecord, match="token_ids differ from row 0 of the data set"):
         _read(dump, completion)
+
+
+def test_each_folder_of_states_has_its_own_data_set(
+    tmp_path: Path, dumped: list[Row], completion: Completion
+) -> None:
+    """That of the first folder decided for all: rows of the second were lost as contained."""
+    write_speculators(tmp_path / "run1", dumped[:3])
+    write_speculators(tmp_path / "run2", dumped[3:])
+    found = _read(open_dump("speculators", tmp_path), completion)
+    assert len(found) == len(dumped)
+    for sample, row in zip(found.values(), dumped, strict=True):
+        end = turn_ends(row.own)[-1]
+        assert np.array_equal(sample.loss_mask, row.own.loss_mask[:end])
+
+
+def test_a_row_of_other_tokens_than_its_data_set_s_is_not_taken_for_contained(
+    tmp_path: Path, dumped: list[Row]
+) -> None:
+    paths = write_speculators(tmp_path, [row for row in dumped if len(turn_ends(row.own)) == 3][:1])
+    tensors = load_file(paths[0])
+    tensors["token_ids"][1] += 1
+    save_file(tensors, paths[0])
+    row = next(one for one in open_dump("speculators", tmp_path).rows if one.file == paths[0])
+    assert row.covered_by == ()
+    with pytest.raises(RejectedRecord, match="token_ids differ from row 0"):
+        row.read()
+
+
+@pytest.mark.parametrize("mask", [[None], [[0, 1]], [[2] * 9], ["text"]])
+def test_a_data_set_with_other_values_rejects_rows_not_the_dump(
+    tmp_path: Path, dumped: list[Row], mask: list[object]
+) -> None:
+    write_speculators(tmp_path, dumped[:1])
+    ids = dumped[0].own.input_ids[: turn_ends(dumped[0].own)[0]].tolist()
+    table = pa.table({"input_ids": [ids], "loss_mask": mask})
+    part = tmp_path / "data-00000-of-00001.arrow"
+    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    for row in open_dump("speculators", tmp_path).rows:
+        with pytest.raises(RejectedRecord) as found:
+            row.read()
+        assert found.value.location == row.location
+
+
+def test_a_data_set_does_not_decide_where_masks_come_from_elsewhere(
+    tmp_path: Path, dumped: list[Row], completion: Completion
+) -> None:
+    write_speculators(tmp_path, dumped[:1])
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"damaged")
+    dump = open_dump("speculators", tmp_path, with_masks=False)
+    (sample,) = _read(dump, replace(completion, mask="all")).values()
+    assert sample.loss_mask.all()
+
+
+def test_what_no_format_foresees_is_a_row_of_the_ledger(tmp_path: Path, dumped: list[Row]) -> None:
+    (path,) = write_model_optimizer(tmp_path, dumped[:1])
+    document = torch.load(path, weights_only=True)
+    torch.save(document | {"hidden_states_prenorm": torch.ones(2)}, path)
+    (row,) = open_dump("model-optimizer", tmp_path).rows
+    with pytest.raises(RejectedRecord, match="RuntimeError: Boolean value of Tensor") as found:
+        row.read()
+    assert found.value.reason is Reason.UNREADABLE
+
+
+def test_a_cut_row_does_not_keep_the_whole_file_in_memory(
+    tmp_path: Path, dumped: list[Row], completion: Completion
+) -> None:
+    write_specforge(tmp_path, dumped[:1], padding=500)
+    (sample,) = _read(open_dump("specforge", tmp_path), completion).values()
+    for states in (sample.aux_hidden_states, sample.last_hidden_state):
+        tensor = torch.from_numpy(states.view(np.int16))
+        owner = states
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        kept = owner.base if isinstance(owner.base, torch.Tensor) else tensor
+        assert kept.untyped_storage().nbytes() == states.nbytes
+
+
+def test_one_token_that_pads_may_be_text(
+    tmp_path: Path, dumped: list[Row], completion: Completion
+) -> None:
+    write_specforge(tmp_path, dumped[:1], padding=1)
+    assert _changes(tmp_path, completion) == []
+    write_specforge(tmp_path, dumped[:1], padding=2)
+    assert _changes(tmp_path, completion) == [Change.PADDING_CUT]
+
+
+def test_zeros_pad_only_where_the_tool_or_the_tokenizer_writes_them(
+    tmp_path: Path, dumped: list[Row], completion: Completion
+) -> None:
+    only_pad = replace(
+        completion, shape=replace(completion.shape, padding_ids=frozenset({PADDING}))
+    )
+    document = specforge_document(dumped[0], length=len(dumped[0].own) + 4)
+    document["input_ids"][-4:] = 0
+    torch.save(document, tmp_path / "a.ckpt")
+    assert _changes(tmp_path, only_pad) == [Change.PADDING_CUT]
+    other = {
+        "input_ids": document["input_ids"],
+        "loss_mask": document["loss_mask"],
+        "hidden_states": document["hidden_state"][0],
+        "aux_hidden_states": document["aux_hidden_state"][0],
+    }
+    torch.save(other, tmp_path / "a.pt")
+    (sample,) = _read(open_dump("model-optimizer", tmp_path), only_pad).values()
+    assert len(sample) == len(document["input_ids"])
+
+
+def test_one_shard_of_a_cache_and_layers_in_another_order(
+    tmp_path: Path, dumped: list[Row], completion: Completion
+) -> None:
+    paths = write_nemo(tmp_path, dumped, aux_layers=(4, 1, 3))
+    tensors = load_file(paths[0])
+    aux = tensors["aux_hidden_states"].unflatten(2, (3, 64))[:, :, [2, 0, 1]]
+    save_file(tensors | {"aux_hidden_states": aux.flatten(2).contiguous()}, paths[0])
+    dump = open_dump("nemo", paths[0])
+    assert dump.aux_layers == LAYERS
+    found = list(_read(dump, completion).values())
+    assert len(found) == 4
+    assert np.array_equal(found[0].aux_hidden_states, dumped[0].own.aux_hidden_states)
 
 
 def test_padding_is_cut_and_entered(
@@ -249,6 +371,16 @@ BROKEN: dict[str, tuple[Callable[[dict], None], Reason, str]] = {
         _with("hidden_state", torch.Tensor.int),
         Reason.WRONG_SHAPE,
         "last states are torch.int32",
+    ),
+    "half a mask": (
+        _with("loss_mask", lambda one: one * 0.6),
+        Reason.BAD_TOKENS,
+        "other values than 0 and 1",
+    ),
+    "states without values": (
+        _with("aux_hidden_state", lambda one: one.to("meta")),
+        Reason.UNREADABLE,
+        "aux_hidden_state is on the device meta",
     ),
     "no tensor": (_with("input_ids", lambda one: one.tolist()), Reason.WRONG_KEYS, "is no tensor"),
     "missing": (lambda one: one.pop("loss_mask"), Reason.WRONG_KEYS, "loss_mask is missing"),
@@ -347,8 +479,8 @@ def test_other_layers_another_norm_and_another_target_are_told_apart(
     assert "nearest to those of layers [1, 3, 4], not of [1, 4, 6]" in text
     unnormed = replace(completion, last_state="normed")
     assert "before the final norm" in problem(tmp_path / "unnormed", model, unnormed)
-    twice = replace(completion, last_state="unnormed")
-    assert problem(tmp_path / "unnormed", model, twice) == ""
+    right = replace(completion, last_state="unnormed")
+    assert problem(tmp_path / "unnormed", model, right) == ""
     garbage = [replace(row, own=_with_random_aux(row.own)) for row in dumped[:1]]
     write_model_optimizer(tmp_path / "garbage", garbage)
     assert problem(tmp_path / "garbage", model, completion) != ""

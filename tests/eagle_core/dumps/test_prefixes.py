@@ -24,7 +24,10 @@ def test_every_beginning_is_found_and_comes_after_what_contains_it(rows: list[li
         inside = {
             other_at for other_at, other in enumerate(rows) if _contains(row, other, at, other_at)
         }
-        assert set(found.parts.get(at, ())) == inside
+        equal = {other_at for other_at, other in enumerate(rows) if other == row} - {at}
+        parts = found.parts_of(at)
+        assert len(parts) == len(set(parts))
+        assert set(parts) == inside | equal
         around = {
             other_at for other_at, other in enumerate(rows) if _contains(other, row, other_at, at)
         }
@@ -40,6 +43,21 @@ def test_rows_that_cannot_be_read_stay_in_their_places() -> None:
     found = find_prefixes(3, lambda row: rows[row])
     assert found.order == (1, 2, 0)
     assert found.covers == {0: (2,)}
+
+
+def test_equal_rows_are_looked_up_once() -> None:
+    """Ten thousand equal rows took hours, and gigabytes."""
+    calls = 0
+
+    def ids_of(_row: int) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return np.array([1, 2, 3])
+
+    found = find_prefixes(10_000, ids_of)
+    assert calls == 10_001
+    assert found.covers[9_999] == tuple(range(16))
+    assert len(found.parts_of(0)) == 9_999
 
 
 def test_masks_of_beginnings_are_added() -> None:

@@ -98,3 +98,20 @@ def test_other_content_than_a_dictionary_of_tensors_is_named(tmp_path: Path) -> 
         tensor(found, "input_ids", "a", known=("x",))
     with pytest.raises(RejectedRecord, match="y is missing"):
         tensor(found, "y", "a", known=("x",))
+
+
+@pytest.mark.parametrize(
+    ("value", "detail"),
+    [
+        (torch.zeros(1).expand(1 << 20), "needs 4,194,304 bytes, and 4 are stored"),
+        (torch.zeros(4, device="meta"), "is on the device meta"),
+        (torch.zeros(4).to_sparse(), "is nested or sparse"),
+        (torch.zeros(4, dtype=torch.complex64), "is of torch.complex64"),
+    ],
+)
+def test_a_tensor_without_numbers_of_its_own_is_unreadable(
+    value: torch.Tensor, detail: str
+) -> None:
+    with pytest.raises(RejectedRecord, match=detail) as found:
+        tensor({"a": value}, "a", "here", known=())
+    assert found.value.reason is Reason.UNREADABLE
