@@ -24,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 from pydantic import BaseModel
+from transformers.utils import logging
 
 from eagle_core.atomic_files import atomic_file
 from eagle_core.target.config import TargetConfig
@@ -184,6 +185,8 @@ def main() -> None:
     settings = Settings.model_validate_json(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    # Bars of all forks share one lock, and a killed one never gives it back.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with (
         mock.patch("storage.records.compaction.COMPACT_FROM", 3),
         mock.patch("storage.records.compaction.SETTLE_SECONDS", -60.0),

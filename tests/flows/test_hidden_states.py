@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
@@ -81,10 +82,11 @@ def test_a_person_sees_what_the_draft_will_learn(
     space = Workspace(home=tmp_path, target=target.name, dataset=dataset.name)
     (page,) = space.tokens_path.glob("*.html")
     assert page.read_text().count("<mark>") > 5
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts()
     key = artifact_key("tokens", target.name, dataset.name)
-    (artifact,) = [a for a in found if a.key == key and str(page) in a.data]
+    named = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=named)
+    (artifact,) = [one for one in found if str(page) in one.data]
     assert "| supervised |" in artifact.data
     assert "«" in artifact.data
 
