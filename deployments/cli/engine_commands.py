@@ -1,4 +1,4 @@
-"""`eyas engines` and `eyas serve`: what serves a draft on this machine."""
+"""`eyas engines`: what serves a draft on this machine."""
 
 import logging
 import time

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -143,11 +142,6 @@ def serving(title: str, launch_on: Callable[[int], Launch]) -> Iterator[ServerPr
         raise TransientError(f"{title} does not answer: {error}") from error
     finally:
         server.close()
-
-
-def program(name: str) -> str | None:
-    """Return the path of a program on PATH."""
-    return shutil.which(name)
 
 
 def _is_healthy(client: httpx.Client) -> bool:

