@@ -65,12 +65,15 @@ def evaluate_flow(
     """Decode prompts with the draft that run `run` started from, and with its best checkpoint.
 
     The settings of the run are read from its folder: `dataset` only names the run, and `training`
-    is needed only for a run of an older version, without `run.json`.
+    is needed only for a run of an older version, without `run.json`. An engine decodes with the
+    best checkpoint only, and without a draft.
 
     Raises:
         ConfigError: the run has no checkpoint yet, no prompt is short enough, a prompt file
-            holds no questions, or the target cannot be decoded speculatively.
+            holds no questions, the target cannot be decoded speculatively, or the engine is not
+            installed or refuses target or draft.
         MismatchError: the run was trained for another target, tokenizer or template.
+        TransientError: the engine's server died.
 
     """
     started = time.monotonic()
