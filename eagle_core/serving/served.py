@@ -18,7 +18,7 @@ class Served:
     weights: Path
     """Folder of the target."""
     draft: Path | None = None
-    """Folder of an export in layout `serving`; None decodes plainly."""
+    """Folder of layout `serving`, or the file of layout `gguf`; None decodes plainly."""
     draft_tokens: int = 0
     """K, tokens drafted per forward of the target; 0 without a draft."""
     slots: int = 1

@@ -1,8 +1,6 @@
 """Summaries as table rows, for the terminal and for artifacts in the Prefect UI."""
 
-import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,8 +21,6 @@ from flows.summaries import (
     DatasetSummary,
     EstimateSummary,
     EvaluateSummary,
-    ExportedLayout,
-    ExportSummary,
     HiddenStatesSummary,
     ImportSummary,
     OfflineSummary,
@@ -296,43 +292,6 @@ def estimate_rows(summary: EstimateSummary) -> list[Row]:
         ("answer tokens that the target would choose", f"{found.on_policy:.1%}"),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
-
-
-def export_rows(summary: ExportSummary) -> list[Row]:
-    """Return where an export is, how large it is, and the commands that serve it."""
-    length = summary.held_out_length
-    measured = "not measured" if length is None else f"{length:.2f} tokens per target forward"
-    rows = [
-        ("run", str(summary.run_path)),
-        ("checkpoint", f"step {summary.checkpoint_step:,}"),
-        ("acceptance length, held out", measured),
-    ]
-    for exported in summary.layouts:
-        size = human_bytes(exported.num_bytes)
-        rows.append((f"folder: {exported.layout}", f"{exported.path} ({size})"))
-        rows += _serving_commands(exported, summary)
-    return [*rows, ("seconds", f"{summary.seconds:.1f}")]
-
-
-def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[Row]:
-    """Return the command of each engine that loads this layout, ready for a shell."""
-    folder, num_tokens = str(exported.path.resolve()), summary.speculative_tokens
-    if exported.layout == "speculators":  # its config names verifier and drafted tokens
-        return [("serve with vLLM (speculators)", shlex.join(["vllm", "serve", folder]))]
-    revision = [] if summary.revision is None else ["--revision", summary.revision]
-    target = [summary.served_model, *revision]
-    draft = {"method": "eagle3", "model": folder, "num_speculative_tokens": num_tokens}
-    sglang = {
-        "--speculative-algorithm": "EAGLE3",
-        "--speculative-draft-model-path": folder,
-        "--speculative-num-steps": str(num_tokens),
-        "--speculative-eagle-topk": "1",
-        "--speculative-num-draft-tokens": str(num_tokens + 1),
-    }
-    options = [word for option in sglang.items() for word in option]
-    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target, *options]
-    serve = ["vllm", "serve", *target, "--speculative-config", json.dumps(draft)]
-    return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
 
 
 def where_a_run_is(run_path: Path) -> list[Row]:

@@ -3,10 +3,15 @@
 make test-engine
 """
 
+import importlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -14,15 +19,23 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.measure_engine import measure_engine
 from eagle_core.regeneration.config import RegenerationConfig
-from eagle_core.serving.served import EngineName
+from eagle_core.serving.llamacpp.draft_file import FILE_NAME
+from eagle_core.serving.llamacpp.installed import converter
+from eagle_core.serving.llamacpp.server import LlamaCppEngine
+from eagle_core.serving.served import EngineName, Served
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.model_config import aux_layers, for_decoding
 from eagle_core.training.config import TrainingConfig
+from flows.config.export import RunExportConfig
 from flows.config.store import StoreConfig
-from flows.evaluate import evaluate_flow
+from flows.evaluate import _prompts, evaluate_flow
+from flows.export import export_flow
 from flows.offline import offline
 from flows.regenerate import regenerate_flow
+from flows.tasks.trained_run import open_run
 from tests.tiny import write_conversations
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
@@ -144,3 +157,49 @@ def test_an_engine_counts_what_eyas_counts(trained: TrainedRun, engine: EngineNa
     assert all(one.num_matching == EVALUATION.num_prompts for one in found.speeds)
     assert 1 < found.by_draft_tokens[2].acceptance_length <= ours.acceptance_length
     assert found.by_draft_tokens[4] == theirs
+
+
+def test_the_exported_file_is_the_draft_and_llamacpp_drafts_with_it(trained: TrainedRun) -> None:
+    summary = export_flow(
+        target=trained.target,
+        dataset=trained.dataset,
+        export=RunExportConfig(layouts=("gguf",), dtype="float32"),
+        home=trained.home,
+    )
+    (exported,) = summary.layouts
+    file = exported.path / FILE_NAME
+    run = open_run(trained.target, trained.dataset, TrainingConfig(), trained.home, "main", "best")
+    setup, _ = run.load_draft()
+    found = read_gguf(file, "fc.weight", "output.weight", "d2t")
+    tensors = setup.draft.published_tensors()
+    tokens = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+    assert found["target_layers"] == [layer + 1 for layer in aux_layers(trained.target, 8)]
+    assert np.array_equal(found["fc.weight"], tensors["fc.weight"].numpy())
+    assert np.array_equal(found["output.weight"], tensors["lm_head.weight"].numpy())
+    assert np.array_equal(found["d2t"], tokens.numpy())
+    served = Served(
+        target=for_decoding(trained.target),
+        weights=weights.locate(trained.target),
+        draft=file,
+        draft_tokens=EVALUATION.draft_tokens,
+        max_length=512,
+    )
+    measured = measure_engine(
+        LlamaCppEngine(trained.target),
+        served,
+        _prompts(run, EVALUATION),
+        EVALUATION.model_copy(update={"concurrency": (1,)}),
+        stop_ids=run.stop_ids,
+    )
+    report = measured.report.by_draft_tokens[EVALUATION.draft_tokens]
+    assert report.num_rounds == trained.acceptance.num_rounds
+    assert report.acceptance_by_depth == trained.acceptance.acceptance_by_depth
+
+
+def read_gguf(file: Path, *names: str) -> dict[str, Any]:
+    """Read tensors, and the layers that the draft reads, with llama.cpp's own reader."""
+    with mock.patch.object(sys, "path", [str(converter().parent / "gguf-py"), *sys.path]):
+        reader = importlib.import_module("gguf").GGUFReader(file)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    layers = reader.fields["eagle3.target_layers"].contents()
+    return {"target_layers": list(layers)} | {name: tensors[name] for name in names}

@@ -17,13 +17,13 @@ from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
 from eagle_core.serving.events import post, post_stream
 from eagle_core.serving.llamacpp import gguf, installed
+from eagle_core.serving.llamacpp.draft_file import FILE_NAME, convert_draft
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
 from eagle_core.serving.server_process import LOOPBACK
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
 
-_DRAFT_NAME = "draft.gguf"
 _PREFIX = "LLAMA_"
 """Of variables that set options of the server."""
 _NO_LIMITS: Mapping[str, object] = {
@@ -66,7 +66,7 @@ class LlamaCppEngine:
         """Convert target and draft, if need be."""
         gguf.target_file(served.target, served.weights)
         if served.draft is not None and not _draft_file(served.draft).exists():
-            gguf.convert(
+            convert_draft(
                 served.draft,
                 _draft_file(served.draft),
                 dtype=served.target.dtype,
@@ -238,7 +238,7 @@ def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> 
 
 
 def _draft_file(draft: Path) -> Path:
-    return draft.parent / _DRAFT_NAME
+    return draft if draft.is_file() else draft.parent / FILE_NAME
 
 
 def _plain_environment() -> dict[str, str]:
