@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle_core.atomic_files import atomic_file
+from eagle_core.errors import TransientError
 from eagle_core.target.model import TargetModel
 from eagle_core.training.decoded_points import Decoded
 from eagle_core.training.draft_decoding import Decoder
 from flows.bridge.draft_decoder import DraftDecoder, DraftsToDecode
+from flows.errors import ChildKilledError
 from flows.workers.child_process import Child
 from flows.workers.decode_worker import DecodedLine, DecodeRequest
 
@@ -97,5 +99,8 @@ def _ask(child: Child, request: DecodeRequest) -> Decoded:
         "decoding while training (the last checkpoint is good: run the same command again to "
         "resume; training.decode_every=0 trains without)"
     )
-    (line,) = child.request(request, what=what)
+    try:
+        (line,) = child.request(request, what=what)
+    except ChildKilledError as error:  # of a rank, too: a rank reports errors of the core only
+        raise TransientError(str(error)) from error
     return DecodedLine.model_validate_json(line).decoded
