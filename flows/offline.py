@@ -24,12 +24,8 @@ from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.reports.table import print_table
 from flows.summaries import OfflineSummary
-from flows.tasks.prepare import (
-    check_runnable,
-    is_evaluated,
-    prepare_weights,
-    require_decodable,
-)
+from flows.tasks.decoding import require_decodable
+from flows.tasks.prepare import check_runnable, is_evaluated, prepare_weights
 from flows.train import train_flow
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 

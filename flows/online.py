@@ -24,7 +24,6 @@ from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
-from flows.bridge.draft_decoder import drafts_to_decode
 from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, require_start, set_up_draft
 from flows.bridge.keep_online_states import StateKeeper
 from flows.bridge.online_source import OnlineSource
@@ -44,13 +43,13 @@ from flows.reports import rows as report
 from flows.reports.run_record import StorageSize, write_settings
 from flows.reports.table import print_table
 from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
+from flows.tasks.decoding import decoding_of_run, require_decodable
 from flows.tasks.preflight import preflight
 from flows.tasks.prepare import (
     check_runnable,
     is_evaluated,
     prepare,
     prepare_weights,
-    require_decodable,
     tokens_of_run,
 )
 from flows.tasks.run_training import run_training, warn_of_another_length
@@ -177,7 +176,7 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
             setup=setup,
             coverage=coverage,
         )
-        decoding = drafts_to_decode(
+        decoding = decoding_of_run(
             config.given_target or target, training, setup.draft.config, tokens.held_out_path
         )
         total = total_steps(training, source.lengths, source.groups)

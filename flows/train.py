@@ -15,7 +15,6 @@ from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.schedule import total_steps
-from flows.bridge.draft_decoder import drafts_to_decode
 from flows.bridge.draft_setup import (
     VOCABULARY_NAME,
     DraftSetup,
@@ -39,7 +38,8 @@ from flows.reports.run_record import (
     write_settings,
 )
 from flows.summaries import TrainSummary
-from flows.tasks.prepare import prepare_weights, require_decodable
+from flows.tasks.decoding import decoding_of_run, require_decodable
+from flows.tasks.prepare import prepare_weights
 from flows.tasks.run_training import run_attempt, run_training, warn_of_another_length
 from flows.tasks.training_data import TrainingData, held_by_run, training_data
 from flows.workers.ranks import train_ranks
@@ -146,7 +146,7 @@ def _train(
     here = config.target if is_single else config.target.model_copy(update={"device": "cpu"})
     setup = set_up_draft(here, training, run_path)  # ranks need the first GPU empty
     given = config.given_target or config.target
-    decoding = drafts_to_decode(given, training, setup.draft.config, data.tokens.held_out_path)
+    decoding = decoding_of_run(given, training, setup.draft.config, data.tokens.held_out_path)
     job = job.model_copy(update={"decoding": decoding})
     _require_sound(setup, here, store, data.snapshot)
     record = Run.of(

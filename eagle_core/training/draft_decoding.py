@@ -6,7 +6,6 @@ Only after a stop request the checkpoint comes first, and a kill meanwhile may c
 here changes what training computes.
 """
 
-import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from eagle_core.training.distributed import Processes, whole
 
 _LOOK_SECONDS = 1.0
 """How long one process waits before it tells the others: no collective operation waits longer."""
-
-logger = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
@@ -93,7 +90,6 @@ class DraftDecoding:
         own = (step, digest, decoder.prompts)
         if own in {(one.step, one.draft, one.prompts) for one in read_points(self._run_path)}:
             return
-        logger.info("decoding held-out prompts with the draft of step %d", step)
         self._pending = _Pending(step=step, draft=digest, result=decoder.decode(weights))
 
     def collect(self) -> None:

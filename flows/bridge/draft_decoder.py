@@ -4,7 +4,6 @@ The prompts are those that `evaluate` decodes first, with its default settings: 
 checkpoint both give the same acceptance.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from eagle_core.target.embedded_tokens import require_embedded
 from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import read_model_config, resolve_device
-from eagle_core.target.placement import decoding_bytes, load_decoding_target, why_not_decoded
+from eagle_core.target.placement import load_decoding_target, why_not_decoded
 from eagle_core.target.positions import Positions
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
@@ -37,8 +36,6 @@ from eagle_core.training.decoded_points import Decoded
 
 _BATCH_PROMPTS = 8
 """Prompts that are decoded together, where the target supports that: their texts are the same."""
-
-logger = logging.getLogger(__name__)
 
 
 class DecodingPlace(BaseModel):
@@ -99,22 +96,14 @@ def drafts_to_decode(
     if not training.decode_every:
         return None
     place = decoding_place(target, training)
-    placed = target.model_copy(update={"device": place.device})
-    found = DraftsToDecode(
-        target=placed,
+    return DraftsToDecode(
+        target=target.model_copy(update={"device": place.device}),
         draft=draft,
         prompts=tuple(prompt.input_ids for prompt in _prompts(target, training, held_out)),
         stop_ids=tuple(sorted(conversation_tokenizer(target).stop_ids)),
         max_new_tokens=training.decode_new_tokens,
         place=place,
     )
-    logger.info(
-        "%d held-out prompts are decoded every %d steps on device %s, while training %s; the "
-        "target's weights take %.1f GiB there",
-        *(len(found.prompts), training.decode_every, place.device),
-        *("waits" if place.is_awaited else "goes on", decoding_bytes(placed) / 2**30),
-    )
-    return found
 
 
 def _prompts(target: TargetConfig, training: TrainingConfig, held_out: Path) -> list[Prompt]:

@@ -16,8 +16,6 @@ from eagle_core.serving.engines import find_engine
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.placement import why_not_decoded
 from eagle_core.target.preflight import CapturedWhere, check_description, check_weights
-from eagle_core.training.config import TrainingConfig
-from flows.bridge.draft_decoder import require_decoding_place
 from flows.bridge.draft_setup import require_draft_sizes
 from flows.bridge.passed_checks import TargetCheck, require_passed
 from flows.bridge.token_files import known_tokens
@@ -175,31 +173,6 @@ def is_evaluated(target: TargetConfig, evaluation: EvaluationConfig) -> bool:
     if obstacle:
         get_run_logger().warning("target %s is not evaluated: %s", target.name, obstacle)
     return not obstacle
-
-
-def require_decodable(
-    target: TargetConfig,
-    training: TrainingConfig,
-    *,
-    max_length: int | None = None,
-    captured: CapturedWhere = None,
-) -> None:
-    """Refuse what could not be decoded while the draft trains, if it is to be.
-
-    Raises:
-        ConfigError: this machine cannot decode the target, or its cache cannot drop tokens.
-
-    """
-    if not training.decode_every:
-        return
-    try:
-        require_decoding_place(target, training)
-        check_runnable(target, max_length=max_length, rolls_back=True, captured=captured)
-    except ConfigError as error:
-        raise ConfigError(
-            f"training.decode_every is {training.decode_every}, but the target cannot be decoded "
-            f"while the draft trains; to train without that, set it to 0: {error}"
-        ) from error
 
 
 def tokens_of_run(

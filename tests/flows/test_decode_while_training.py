@@ -30,7 +30,7 @@ from flows.online import online
 from flows.reports.rows import train_rows
 from flows.reports.run_record import REPORT_NAME
 from flows.summaries import EvaluateSummary, TrainSummary
-from flows.tasks.prepare import require_decodable
+from flows.tasks.decoding import require_decodable
 from flows.train import train_flow
 from flows.workers.decoders import open_decoder
 
@@ -41,7 +41,7 @@ PLAIN = TrainingConfig(
     draft_vocab_size=300,
     ttt_length=3,
     max_steps=6,
-    learning_rate=0.02,
+    learning_rate=2e-3,
     batch_tokens=512,
     warmup_steps=2,
     checkpoint_every=2,
@@ -49,10 +49,10 @@ PLAIN = TrainingConfig(
     keep_last=9,
 )
 HERE = PLAIN.model_copy(
-    update={"decode_every": 2, "decode_prompts": 3, "decode_new_tokens": 16, "best_by": "decoding"}
+    update={"decode_every": 2, "decode_prompts": 6, "decode_new_tokens": 32, "best_by": "decoding"}
 )
 CHILD = HERE.model_copy(update={"decode_device": "cpu"})
-EVALUATION = EvaluationConfig(num_prompts=3, max_new_tokens=16)
+EVALUATION = EvaluationConfig(num_prompts=6, max_new_tokens=32)
 
 
 @pytest.fixture(scope="module")
