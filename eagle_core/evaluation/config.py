@@ -33,8 +33,8 @@ class EvaluationConfig(DecodingConfig):
     )
     checkpoint: CheckpointChoice = Field(
         default="best",
-        description="best: the checkpoint with the largest held-out acceptance length, the one "
-        "that export uses, or the newest if nothing was held out.",
+        description="best: the checkpoint with the largest held-out acceptance length "
+        "(training.best_by), the one that export uses, or the newest if nothing was held out.",
     )
     prompts: Address | None = Field(
         default=None,

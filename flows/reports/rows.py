@@ -114,6 +114,7 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("loss by TTT step", _series(figures.step_losses, "{:.2f}")),
         ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
         *_held_out_lengths(figures),
+        *_decoded_while_training(summary),
         ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
         *((f"of {name}", _covered(one)) for name, one in summary.coverage_by_source.items()),
         (
@@ -163,6 +164,22 @@ def _held_out_lengths(figures: Metrics) -> list[Row]:
         ("held-out length, joint prefix", f"{figures.held_out_length:.2f}"),
         ("held-out length, total variation", f"{sampled:.2f}"),
     ]
+
+
+def _decoded_while_training(summary: TrainSummary) -> list[Row]:
+    """Return what was decoded last, and which checkpoint is the best by which measure."""
+    rows: list[Row] = []
+    if summary.decoded is not None:
+        found, step = summary.decoded.decoded, f"step {summary.decoded.step:,}"
+        rows = [
+            (f"decoded length, {step}", f"{found.acceptance_length:.2f}"),
+            (f"decoded acceptance by depth, {step}", _series(found.acceptance_by_depth, "{:.0%}")),
+        ]
+    if summary.best is not None:
+        by = {"joint_prefix": "held-out length, joint prefix", "decoding": "decoded length"}
+        best = f"step {summary.best.step:,} ({by[summary.best.by]} {summary.best.length:.2f})"
+        rows.append(("best checkpoint", best))
+    return rows
 
 
 def evaluate_rows(summary: EvaluateSummary) -> list[Row]:

@@ -188,7 +188,10 @@ def _training(record: RunRecord, curves: Curves) -> Section:
         _curves(curves, _stepped(curves, "loss/step_"), "Loss by TTT step", "nats"),
         _curves(
             curves,
-            {"held_out/acceptance_length": "held out"},
+            {
+                "held_out/acceptance_length": "held out, joint prefix",
+                "decoding/acceptance_length": "held out, decoded",
+            },
             "Held-out acceptance length",
             "tokens per target forward",
         ),
@@ -199,6 +202,13 @@ def _training(record: RunRecord, curves: Curves) -> Section:
             "draft and target agree",
             share=True,
         ),
+        _curves(
+            curves,
+            _depths(curves, "decoding/acceptance_"),
+            "Decoded acceptance by depth",
+            "accepted, if reached",
+            share=True,
+        ),
     ]
     rows = [] if record.training is None else _without_seconds(report.train_rows(record.training))
     note = "" if curves else "No metrics were recorded (metrics.jsonl)."
@@ -207,6 +217,12 @@ def _training(record: RunRecord, curves: Curves) -> Section:
 
 def _stepped(curves: Curves, prefix: str) -> dict[str, str]:
     return {tag: f"step {tag.removeprefix(prefix)}" for tag in curves if tag.startswith(prefix)}
+
+
+def _depths(curves: Curves, prefix: str) -> dict[str, str]:
+    """Return metrics by depth, which count from 0, with labels that count drafted tokens from 1."""
+    found = {tag: tag.removeprefix(prefix) for tag in curves if tag.startswith(prefix)}
+    return {tag: f"token {int(depth) + 1}" for tag, depth in found.items() if depth.isdigit()}
 
 
 def _curves(

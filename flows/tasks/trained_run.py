@@ -103,9 +103,12 @@ def open_run(
 def choose_checkpoint(run_path: Path, choice: CheckpointChoice) -> Path:
     """Return the folder of a run's best checkpoint, or of its newest; ConfigError without any.
 
-    A run that was never measured on held-out data has no best one: its newest is used.
+    The run's `best_by` decides which is best. If nothing was measured, there is no best one: the
+    newest is used.
     """
-    best = checkpoint.best(run_path) if choice == "best" else None
+    run = read_run(run_path) if choice == "best" else None
+    best_by = "joint_prefix" if run is None else run.training.best_by
+    best = checkpoint.best(run_path, best_by) if choice == "best" else None
     chosen = best or checkpoint.newest(run_path)
     if chosen is None:
         raise ConfigError(f"{run_path} has no checkpoint yet; run the train flow first")
