@@ -282,6 +282,8 @@ def _longest_decoded(
     if decoded is None:
         return None
     config = decoded.evaluation
+    if config.benchmarks:  # their later turns are known only after decoding
+        return None
     if config.prompts is None:
         prompts = sample_prompts(
             () if isinstance(held_out, str) else held_out,

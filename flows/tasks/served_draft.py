@@ -66,6 +66,17 @@ def served_for(
         )
 
 
+def served_plainly(
+    target: TargetConfig, longest_prompt: int, evaluation: EvaluationConfig
+) -> Served:
+    """Return what an engine serves to answer prompts without a draft, one at a time."""
+    return Served(
+        target=for_decoding(target),
+        weights=weights.locate(target).resolve(),
+        max_length=longest_prompt + new_tokens(evaluation),
+    )
+
+
 def _longest(prompts: Sequence[Prompt], evaluation: EvaluationConfig) -> int:
     """Return the tokens of the longest text, with the drafts of its last rounds."""
     return max(len(prompt.input_ids) for prompt in prompts) + new_tokens(evaluation)
