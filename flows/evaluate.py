@@ -90,14 +90,14 @@ def evaluate_flow(
     measured = (_by_engine if by_engine else _here)(trained, prompts, evaluation, sweep)
     if measured.warning:
         logger.warning("%s", measured.warning)
-    by_group = summarise_by_category(measured.after, draft_tokens=evaluation.draft_tokens)
+    by_group = summarise_by_category(measured.after, draft_tokens=evaluation.drafted_depth)
     summary = EvaluateSummary(
         evaluation=evaluation,
         checkpoint_step=measured.step,
-        untrained=summarise(measured.before, draft_tokens=evaluation.draft_tokens)
+        untrained=summarise(measured.before, draft_tokens=evaluation.drafted_depth)
         if measured.before
         else None,
-        trained=summarise(measured.after, draft_tokens=evaluation.draft_tokens),
+        trained=summarise(measured.after, draft_tokens=evaluation.drafted_depth),
         trained_by_group=by_group if len(by_group) > 1 and sweep is None else {},
         estimate=_estimate(run_path, measured.step),
         engine=measured.engine,
@@ -217,7 +217,7 @@ def _by_set(
     """Return the results by benchmark set; None without any."""
     if sweep is None:
         return None
-    return sweep_report(sweep, prompts, before, after, draft_tokens=evaluation.draft_tokens)
+    return sweep_report(sweep, prompts, before, after, draft_tokens=evaluation.drafted_depth)
 
 
 def _prompts(trained: TrainedRun, evaluation: EvaluationConfig) -> list[Prompt]:

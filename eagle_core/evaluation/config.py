@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from eagle_core.address import Address
-from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.config import DecodingConfig, TreeConfig
 from eagle_core.draft.config import CheckpointChoice
 from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.benchmarks.sets import BenchmarkName
@@ -32,6 +32,12 @@ class EvaluationConfig(DecodingConfig):
         default=(),
         description="More numbers of drafted tokens to measure with an engine, in addition to "
         "draft_tokens.",
+    )
+    tree: TreeConfig | None = Field(
+        default=None,
+        description="Draft trees instead of chains, as the papers of EAGLE-2 and EAGLE-3 do, for "
+        "comparison with them; draft_tokens is unused then. Engine eyas, temperature 0, one prompt "
+        "at a time. An empty section has the default tree.",
     )
     checkpoint: CheckpointChoice = Field(
         default="best",
@@ -95,6 +101,28 @@ class EvaluationConfig(DecodingConfig):
         if len(set(names)) < len(names):
             raise ValueError(f"two of `benchmarks` have one name: {', '.join(names)}")
         return self
+
+    @model_validator(mode="after")
+    def _trees_are_greedy_and_alone(self) -> Self:
+        if self.tree is None:
+            return self
+        if self.engine != "eyas":
+            raise ValueError(
+                f"`tree` is decoded by engine eyas alone, not by {self.engine}: engines draft the "
+                "chains that they serve; remove `tree` or `engine`"
+            )
+        if self.temperature > 0:
+            raise ValueError("`tree` is greedy: set `temperature` to 0, or remove `tree`")
+        if self.batch_prompts > 1:
+            raise ValueError(
+                "`tree` decodes one prompt at a time: set `batch_prompts` to 1, or remove `tree`"
+            )
+        return self
+
+    @property
+    def drafted_depth(self) -> int:
+        """K, most drafted tokens that a round can accept."""
+        return self.draft_tokens if self.tree is None else self.tree.depth
 
     @property
     def benchmark_sets(self) -> tuple[BenchmarkConfig, ...]:

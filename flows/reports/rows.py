@@ -173,13 +173,8 @@ def _held_out_lengths(figures: Metrics) -> list[Row]:
 def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     """Return acceptance before and after training, the estimate, and the speed."""
     trained, start, found = summary.trained, summary.untrained, summary.estimate
-    asked = summary.evaluation.prompts or "held-out"
-    if summary.benchmarks is not None:
-        asked = ", ".join(one.name for one in summary.benchmarks.sets)
     rows = [("warning", summary.warning)] if summary.warning else []
-    rows.append(("prompts", f"{trained.num_prompts:,} ({asked})"))
-    if summary.engine is not None:
-        rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
+    rows += _decoded_rows(summary)
     if start is not None:
         rows.append(("acceptance length, at the start", _acceptance(start)))
     rows.append(("acceptance length, trained", _acceptance(trained)))
@@ -206,6 +201,20 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     if summary.benchmarks is not None:
         rows += source_rows(summary.benchmarks)
     return [*rows, ("seconds", f"{summary.seconds:.1f}")]
+
+
+def _decoded_rows(summary: EvaluateSummary) -> list[Row]:
+    """Return what was decoded, and how."""
+    asked = summary.evaluation.prompts or "held-out"
+    if summary.benchmarks is not None:
+        asked = ", ".join(one.name for one in summary.benchmarks.sets)
+    rows = [("prompts", f"{summary.trained.num_prompts:,} ({asked})")]
+    if (tree := summary.evaluation.tree) is not None:
+        size = f"{tree.nodes} tokens, depth {tree.depth}, top {tree.top_k}"
+        rows.append(("drafted", f"trees of {size}"))
+    if summary.engine is not None:
+        rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
+    return rows
 
 
 def engine_rows(found: EngineReport) -> list[Row]:

@@ -23,7 +23,7 @@ def new_tokens(evaluation: EvaluationConfig) -> int:
     An engine writes up to K tokens more than are kept, and drafts K more.
     """
     if evaluation.engine == "eyas":
-        return evaluation.max_new_tokens + evaluation.draft_tokens
+        return evaluation.max_new_tokens + evaluation.drafted_depth
     return evaluation.max_new_tokens + 2 * (draft_lengths(evaluation)[-1] + 1)
 
 
