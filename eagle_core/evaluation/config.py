@@ -37,7 +37,8 @@ class EvaluationConfig(DecodingConfig):
         default=None,
         description="Draft trees instead of chains, as the papers of EAGLE-2 and EAGLE-3 do, for "
         "comparison with them; draft_tokens is unused then. Engine eyas, temperature 0, one prompt "
-        "at a time. An empty section has the default tree.",
+        "at a time. Keys: depth, the levels (8); top_k, tokens continued per level (10); nodes, "
+        "tokens verified per round (60).",
     )
     checkpoint: CheckpointChoice = Field(
         default="best",
@@ -53,8 +54,8 @@ class EvaluationConfig(DecodingConfig):
     benchmarks: tuple[BenchmarkName | BenchmarkConfig, ...] = Field(
         default=(),
         description="Benchmark sets to decode in one sweep, instead of the held-out conversations: "
-        "names, whose files are downloaded once at a pinned commit, or a name with the path of a "
-        "file. Later turns follow the target's own answers. The report has each set and turn, and "
+        "names, whose files are downloaded once at a pinned commit, or {name: NAME, path: FILE}. "
+        "Later turns follow the target's own answers. The report has each set and turn, and "
         "the mean.",
     )
     max_turns: int = Field(

