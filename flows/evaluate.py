@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 from prefect import flow
@@ -12,6 +13,8 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import PromptResult, summarise, summarise_by_category
+from eagle_core.evaluation.benchmarks.report import SweepReport, sweep_report
+from eagle_core.evaluation.benchmarks.sweep import Sweep
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.decode_prompts import decode_prompts
 from eagle_core.evaluation.engine_report import EngineReport
@@ -41,6 +44,7 @@ from flows.reports import rows as report
 from flows.reports.run_page import acceptance_plot, write_run_page
 from flows.reports.run_record import RunRecord, evaluation_name, write_stage
 from flows.summaries import EvaluateSummary
+from flows.tasks.benchmark_prompts import ask_engine, ask_here, choose_sweep
 from flows.tasks.prepare import check_runnable
 from flows.tasks.served_draft import new_tokens, served_for
 from flows.tasks.trained_run import TrainedRun, open_run
@@ -81,23 +85,25 @@ def evaluate_flow(
     run_path = trained.path
     by_engine = evaluation.engine != "eyas"
     check_runnable(target, runs_here=not by_engine, rolls_back=not by_engine, captured=None)
-    prompts = _prompts(trained, evaluation)
-    measured = (_by_engine if by_engine else _here)(trained, prompts, evaluation)
+    sweep = choose_sweep(trained, evaluation)
+    prompts = _prompts(trained, evaluation) if sweep is None else []
+    measured = (_by_engine if by_engine else _here)(trained, prompts, evaluation, sweep)
     if measured.warning:
         logger.warning("%s", measured.warning)
-    by_group = summarise_by_category(measured.after, draft_tokens=evaluation.draft_tokens)
+    by_group = summarise_by_category(measured.after, draft_tokens=evaluation.drafted_depth)
     summary = EvaluateSummary(
         evaluation=evaluation,
         checkpoint_step=measured.step,
-        untrained=summarise(measured.before, draft_tokens=evaluation.draft_tokens)
+        untrained=summarise(measured.before, draft_tokens=evaluation.drafted_depth)
         if measured.before
         else None,
-        trained=summarise(measured.after, draft_tokens=evaluation.draft_tokens),
-        trained_by_group=by_group if len(by_group) > 1 else {},
+        trained=summarise(measured.after, draft_tokens=evaluation.drafted_depth),
+        trained_by_group=by_group if len(by_group) > 1 and sweep is None else {},
         estimate=_estimate(run_path, measured.step),
         engine=measured.engine,
         warning=measured.warning,
         seconds=time.monotonic() - started,
+        benchmarks=measured.benchmarks,
     )
     publish_plot(
         f"Acceptance by depth: {target.name} on {dataset.name}, run {run}",
@@ -137,15 +143,22 @@ class _Measured:
     after: list[PromptResult]
     engine: EngineReport | None = None
     warning: str = ""
+    benchmarks: SweepReport | None = None
 
 
 def _here(
-    trained: TrainedRun, prompts: Sequence[Prompt], evaluation: EvaluationConfig
+    trained: TrainedRun,
+    prompts: Sequence[Prompt],
+    evaluation: EvaluationConfig,
+    sweep: Sweep | None,
 ) -> _Measured:
     """Decode in this process, with the draft at the start and with the trained one."""
     setup = set_up_draft(trained.target, trained.training, trained.path)
     load_first_weights(setup)
-    decode = _Decoder(load_decoding_target(trained.target), prompts, evaluation, trained.stop_ids)
+    model = load_decoding_target(trained.target)
+    if sweep is not None:
+        prompts = ask_here(sweep, model, trained, evaluation)
+    decode = _Decoder(model, prompts, evaluation, trained.stop_ids)
     before = decode(setup.draft, title="draft at the start")
     step = trained.load_weights(setup).step
     after = decode(setup.draft, title="trained draft")
@@ -154,16 +167,23 @@ def _here(
         before=before,
         after=after,
         warning=inequality_warning(trained.target, before, after),
+        benchmarks=_by_set(sweep, prompts, before, after, evaluation),
     )
 
 
 def _by_engine(
-    trained: TrainedRun, prompts: Sequence[Prompt], evaluation: EvaluationConfig
+    trained: TrainedRun,
+    prompts: Sequence[Prompt],
+    evaluation: EvaluationConfig,
+    sweep: Sweep | None,
 ) -> _Measured:
     """Decode on an engine's own server, with the draft as it is exported and without."""
     assert evaluation.engine != "eyas"  # noqa: S101
     engine = find_engine(evaluation.engine, trained.target)
     setup, found = trained.load_draft()
+    if sweep is not None:
+        prompts = ask_engine(sweep, engine, trained, evaluation)
+        evaluation = evaluation.model_copy(update={"num_prompts": len(prompts)})
     total = num_texts(min(len(prompts), evaluation.num_prompts), evaluation)
     title = f"decoding with {engine.title}"
     with (
@@ -178,7 +198,26 @@ def _by_engine(
             stop_ids=trained.stop_ids,
             on_text=bar.advance,
         )
-    return _Measured(step=found.step, before=[], after=measured.results, engine=measured.report)
+    return _Measured(
+        step=found.step,
+        before=[],
+        after=measured.results,
+        engine=measured.report,
+        benchmarks=_by_set(sweep, prompts, [], measured.results, evaluation),
+    )
+
+
+def _by_set(
+    sweep: Sweep | None,
+    prompts: Sequence[Prompt],
+    before: Sequence[PromptResult],
+    after: Sequence[PromptResult],
+    evaluation: EvaluationConfig,
+) -> SweepReport | None:
+    """Return the results by benchmark set; None without any."""
+    if sweep is None:
+        return None
+    return sweep_report(sweep, prompts, before, after, draft_tokens=evaluation.drafted_depth)
 
 
 def _prompts(trained: TrainedRun, evaluation: EvaluationConfig) -> list[Prompt]:
@@ -245,18 +284,30 @@ class _Decoder:
     stop_ids: Collection[int]
 
     def __call__(self, draft: DraftModel, *, title: str) -> list[PromptResult]:
-        total = min(len(self.prompts), self.evaluation.num_prompts)
+        parts = self._parts()
+        total = sum(config.num_prompts for _, config in parts)
         with stage_progress(title, key=artifact_key(title), total=total, unit="prompts") as bar:
-            return list(
-                decode_prompts(
+            return [
+                result
+                for prompts, config in parts
+                for result in decode_prompts(
                     self.model,
                     draft,
-                    self.prompts,
-                    self.evaluation,
+                    prompts,
+                    config,
                     stop_ids=self.stop_ids,
-                    on_progress=lambda progress: bar.move_to(progress.num_done),
+                    on_progress=lambda _: bar.advance(),
                 )
-            )
+            ]
+
+    def _parts(self) -> list[tuple[list[Prompt], EvaluationConfig]]:
+        """Return the prompts of each benchmark set, all of them; or the first, if there is none."""
+        parts = []
+        for name, group in groupby(self.prompts, key=lambda prompt: prompt.benchmark):
+            prompts = [*islice(group, None if name else self.evaluation.num_prompts)]
+            config = self.evaluation.model_copy(update={"num_prompts": len(prompts)})
+            parts.append((prompts, config))
+        return parts or [([], self.evaluation)]
 
 
 def inequality_warning(target: TargetConfig, *decoded: Sequence[PromptResult]) -> str:

@@ -11,6 +11,7 @@ from eagle_core.diagnosis.finding import Finding
 from eagle_core.draft.export import ExportLayout
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
+from eagle_core.evaluation.benchmarks.report import SweepReport
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import AcceptanceEstimate
@@ -160,6 +161,8 @@ class EvaluateSummary:
     """Speeds by draft length and concurrency; None if no engine decoded."""
     warning: str = ""
     """Why the figures are not to be relied on; empty if they are."""
+    benchmarks: SweepReport | None = None
+    """By benchmark set; None without any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

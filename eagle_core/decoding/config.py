@@ -1,6 +1,8 @@
 """Settings of decoding."""
 
-from pydantic import ConfigDict, Field
+from typing import Self
+
+from pydantic import ConfigDict, Field, model_validator
 
 from eagle_core.config_model import ConfigModel
 
@@ -21,3 +23,35 @@ class DecodingConfig(ConfigModel):
         "the target's own distribution.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of sampling; unused at temperature 0.")
+
+
+class TreeConfig(ConfigModel):
+    """Settings of tree drafting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    depth: int = Field(
+        default=8, gt=0, le=32, description="Levels of the tree: most drafted tokens accepted."
+    )
+    top_k: int = Field(
+        default=10,
+        gt=0,
+        le=64,
+        description="Tokens of each level that are continued, each with as many tokens.",
+    )
+    nodes: int = Field(
+        default=60,
+        gt=0,
+        le=1024,
+        description="Drafted tokens that the target verifies in one forward: those whose paths the "
+        "draft finds likeliest.",
+    )
+
+    @model_validator(mode="after")
+    def _one_path_fits(self) -> Self:
+        if self.nodes < self.depth:
+            raise ValueError(
+                f"a tree of {self.nodes} nodes holds no path of depth {self.depth}: raise `nodes` "
+                "or lower `depth`"
+            )
+        return self

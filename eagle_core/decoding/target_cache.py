@@ -55,6 +55,21 @@ class CachedTarget(Protocol[CacheT]):
         the tokens' positions in their texts; without both, all texts have the same length.
         """
 
+    def require_tree(self, num_tokens: int, /) -> None:
+        """Raise ConfigError if the target cannot verify trees, `num_tokens` with the text."""
+
+    def forward_tree(
+        self, input_ids: Tensor, past: CacheT, /, *, visible: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, CacheT]:
+        """Run ids [1, T] of a tree after `past`; return as `forward_cached` does.
+
+        `visible` [T, T] says which of these tokens each one sees, `positions` [1, T] where in its
+        text each is.
+        """
+
+    def keep_entries(self, past: CacheT, kept: Sequence[int], /, *, num_new: int) -> None:
+        """Keep only the entries `kept`, ascending, of the newest `num_new`."""
+
     def logits(self, last: Tensor, /) -> Tensor:
         """Return the target's logits [..., V] for post-norm states [..., H]."""
 

@@ -93,8 +93,7 @@ def summarise(
     if not results:
         raise ConfigError("nothing to report: no prompt was evaluated; give at least one")
     traces = [result.speculative for result in results]
-    gained = np.array([sum(r.gained for r in trace.rounds) for trace in traces], dtype=np.int64)
-    rounds = np.array([len(trace.rounds) for trace in traces], dtype=np.int64)
+    gained, rounds = _gained_per_round(results)
     by_depth = depth_acceptance(traces, draft_tokens=draft_tokens)
     timed = [result for result in results if result.plain is not None]
     compared = [result for result in timed if not result.sampled]
@@ -155,14 +154,45 @@ def bootstrap_ratio(
     numerators: NDArray[np.int64], denominators: NDArray[np.int64], *, seed: int
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of sum/sum when the pairs are drawn with replacement."""
-    rng = np.random.default_rng(seed)
+    return _interval(_drawn_ratios(numerators, denominators, np.random.default_rng(seed)))
+
+
+def mean_interval(groups: Sequence[Sequence[PromptResult]]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean acceptance length of groups of equal weight.
+
+    The prompts of each group are drawn with replacement, independently of the other groups.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [_drawn_ratios(*_gained_per_round(group), rng) for group in groups]
+    return _interval(np.mean(drawn, axis=0))
+
+
+def _gained_per_round(
+    results: Sequence[PromptResult],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the tokens and the rounds of each prompt."""
+    traces = [result.speculative for result in results]
+    gained = [sum(verification.gained for verification in trace.rounds) for trace in traces]
+    rounds = [len(trace.rounds) for trace in traces]
+    return np.array(gained, dtype=np.int64), np.array(rounds, dtype=np.int64)
+
+
+def _drawn_ratios(
+    numerators: NDArray[np.int64], denominators: NDArray[np.int64], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return sum/sum of each resample; NaN where nothing was drawn to divide by."""
     drawn = rng.integers(0, len(numerators), size=(_RESAMPLES, len(numerators)))
     sums = denominators[drawn].sum(axis=1)
-    usable = sums > 0
-    if not usable.any():
+    ratios = np.full(_RESAMPLES, np.nan)
+    np.divide(numerators[drawn].sum(axis=1), sums, out=ratios, where=sums > 0)
+    return ratios
+
+
+def _interval(ratios: NDArray[np.float64]) -> tuple[float, float]:
+    usable = ratios[~np.isnan(ratios)]
+    if not len(usable):
         return (float("nan"), float("nan"))
-    ratios = numerators[drawn].sum(axis=1)[usable] / sums[usable]
-    low, high = np.quantile(ratios, _INTERVAL)
+    low, high = np.quantile(usable, _INTERVAL)
     return (float(low), float(high))
 
 

@@ -11,13 +11,10 @@ from itertools import zip_longest
 import torch
 
 from eagle_core.decoding.chain_drafter import DraftNetwork
-from eagle_core.decoding.speculative import (
-    generate_plain_batch,
-    generate_speculative,
-    generate_speculative_batch,
-)
+from eagle_core.decoding.speculative import generate_plain_batch, generate_speculative_batch
 from eagle_core.decoding.target_cache import CachedTarget, CacheT
 from eagle_core.decoding.trace import GenerationTrace
+from eagle_core.decoding.tree_speculative import generate_tree, require_tree_logits
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import PromptResult
 from eagle_core.evaluation.config import EvaluationConfig
@@ -56,14 +53,16 @@ def decode_prompts(
             "no held-out prompt is left to evaluate; raise max_prompt_tokens or enlarge the split"
         )
     num_plain = len(chosen) if config.num_plain_prompts is None else config.num_plain_prompts
+    if config.tree is not None:
+        require_tree_logits(target)
     warm_up = config.model_copy(update={"max_new_tokens": _WARM_UP_TOKENS})
-    generate_speculative(
-        target, draft, chosen[0].input_ids, warm_up
+    _speculative(
+        target, draft, [chosen[0].input_ids], warm_up, ()
     )  # else the first prompt pays for the warm-up
     for first in range(0, len(chosen), config.batch_prompts):
         batch = chosen[first : first + config.batch_prompts]
         ids = [prompt.input_ids for prompt in batch]
-        texts = generate_speculative_batch(target, draft, ids, config, stop_ids)
+        texts = _speculative(target, draft, ids, config, stop_ids)
         plain_ids = ids[: max(num_plain - first, 0)]
         plain_texts = generate_plain_batch(target, plain_ids, config, stop_ids) if plain_ids else []
         for place, (prompt, text, plain) in enumerate(zip_longest(batch, texts, plain_texts)):
@@ -82,6 +81,19 @@ def decode_prompts(
                     EvaluationProgress(num_done=num_done, num_prompts=len(chosen), result=result)
                 )
             yield result
+
+
+def _speculative(
+    target: CachedTarget[CacheT],
+    draft: DraftNetwork,
+    prompts: Sequence[Sequence[int]],
+    config: EvaluationConfig,
+    stop_ids: Collection[int],
+) -> list[GenerationTrace]:
+    """Decode with chains in one batch, or with trees one after the other."""
+    if config.tree is None:
+        return generate_speculative_batch(target, draft, prompts, config, stop_ids)
+    return [generate_tree(target, draft, ids, config, config.tree, stop_ids) for ids in prompts]
 
 
 def _margin(

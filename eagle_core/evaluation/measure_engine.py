@@ -79,7 +79,7 @@ def measure_engine(
         )
 
     def decoded(part: Served, config: EvaluationConfig) -> _Decoded:
-        with _server(engine, part) as decoder:
+        with engine_server(engine, part) as decoder:
             return _decode(decoder, chosen, config, stop_ids, on_text)
 
     plain = decoded(replace(served, draft=None, draft_tokens=0), evaluation)
@@ -120,7 +120,14 @@ def measure_engine(
 
 
 @contextmanager
-def _server(engine: Engine, served: Served) -> Iterator[EngineDecoder]:
+def engine_server(engine: Engine, served: Served) -> Iterator[EngineDecoder]:
+    """Yield the decoder of a server that ends with the block.
+
+    Raises:
+        ConfigError: the engine refuses target or draft.
+        TransientError: the server died.
+
+    """
     engine.prepare(served)
     with (
         serving(engine.title, lambda port: engine.launch(served, port=port)) as server,

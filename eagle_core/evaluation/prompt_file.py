@@ -49,7 +49,7 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
                 "shorten it or remove it from evaluation.prompts, then run again"
             )
         try:
-            asked = _question(record.value, location=record.location)
+            asked = asked_question(record.value, location=record.location)
             ids = tokenizer.prompt(asked.messages, tools=asked.tools)
         except RejectedRecord as error:
             raise ConfigError(
@@ -57,11 +57,16 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
                 f"`turns`, {', '.join(_MESSAGE_KEYS)}, or one of the columns "
                 f"{', '.join(_TEXT_KEYS)}"
             ) from error
-        yield Prompt(input_ids=tuple(ids.tolist()), category=_category(record.value))
+        yield Prompt(input_ids=tuple(ids.tolist()), category=category_of(record.value))
 
 
-def _question(record: object, *, location: str) -> Conversation:
-    """Return the conversation up to the first answer, or up to the question of columns."""
+def asked_question(record: object, *, location: str) -> Conversation:
+    """Return the conversation up to the first answer, or up to the question of columns.
+
+    Raises:
+        RejectedRecord: there is no question.
+
+    """
     turns = None
     if isinstance(record, Mapping):
         turns = _turns(record)
@@ -119,6 +124,7 @@ def _before_answer(turns: Sequence[object]) -> Sequence[object]:
     return turns[: roles.index("assistant", asked)] if "assistant" in roles[asked:] else turns
 
 
-def _category(record: object) -> str:
+def category_of(record: object) -> str:
+    """Return the category of a record; empty if it has none."""
     found = record.get("category") if isinstance(record, Mapping) else None
     return found if isinstance(found, str) else ""

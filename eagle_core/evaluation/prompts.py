@@ -20,6 +20,10 @@ class Prompt:
     """Ends with the template's generation prompt."""
     category: str = ""
     """Group in reports; empty for none."""
+    benchmark: str = ""
+    """Name of the benchmark set; empty for none."""
+    turn: int = 1
+    """Of a benchmark's question: the answer that is due."""
 
 
 def sample_prompts(

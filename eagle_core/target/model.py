@@ -26,6 +26,7 @@ from eagle_core.target.model_config import (
     resolve_device,
 )
 from eagle_core.target.skeleton import certain
+from eagle_core.target.tree_attention import added_mask, keep_entries, require_tree_attention
 
 Captured = tuple[Tensor, list[Tensor]]
 """The last state [B, T, H] of a batch, and those of the captured layers."""
@@ -136,6 +137,31 @@ class TargetModel:
             position_ids=positions,
         )
         return last, torch.cat(aux, dim=-1), cache
+
+    def require_tree(self, num_tokens: int) -> None:
+        """Raise ConfigError if the target cannot verify trees, `num_tokens` with the text."""
+        attention = getattr(self._model.config, "_attn_implementation", None)
+        require_tree_attention(
+            self.config.name, self.model_config, attention=attention, num_tokens=num_tokens
+        )
+
+    @torch.inference_mode()
+    def forward_tree(
+        self, input_ids: Tensor, past: DynamicCache, *, visible: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Run ids [1, T] of a tree after `past`; return as `forward_cached` does.
+
+        `visible` [T, T] says which of these tokens each one sees; all see those of `past`.
+        `positions` [1, T] are the tokens' positions in the texts of their paths.
+        """
+        dtype = self.lm_head_weight.dtype
+        mask = added_mask(visible, past.get_seq_length(), dtype)
+        return self.forward_cached(input_ids, past, valid_mask=mask, positions=positions)
+
+    @torch.inference_mode()
+    def keep_entries(self, past: DynamicCache, kept: Sequence[int], *, num_new: int) -> None:
+        """Keep only the entries `kept`, ascending, of the newest `num_new`."""
+        keep_entries(past, kept, num_new=num_new)
 
     @torch.inference_mode()
     def run(

@@ -14,6 +14,7 @@ from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.config import CLOSED_FORM
 from eagle_core.training.result import Metrics, Start
+from flows.reports.benchmark_rows import benchmark_rows, source_rows
 from flows.reports.run_record import REPORT_NAME, evaluation_name
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -185,11 +186,8 @@ def _decoded_while_training(summary: TrainSummary) -> list[Row]:
 def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     """Return acceptance before and after training, the estimate, and the speed."""
     trained, start, found = summary.trained, summary.untrained, summary.estimate
-    asked = summary.evaluation.prompts or "held-out"
     rows = [("warning", summary.warning)] if summary.warning else []
-    rows.append(("prompts", f"{trained.num_prompts:,} ({asked})"))
-    if summary.engine is not None:
-        rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
+    rows += _decoded_rows(summary)
     if start is not None:
         rows.append(("acceptance length, at the start", _acceptance(start)))
     rows.append(("acceptance length, trained", _acceptance(trained)))
@@ -197,6 +195,8 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
         (f"acceptance length, {group}", f"{_acceptance(part)}, {part.num_prompts:,} prompts")
         for group, part in summary.trained_by_group.items()
     ]
+    if summary.benchmarks is not None:
+        rows += benchmark_rows(summary.benchmarks)
     if found is not None:
         length = _tokens(found.acceptance_length, *found.acceptance_interval)
         own = f"{found.on_policy:.0%} of the stored answers are the target's own"
@@ -211,7 +211,23 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
         rows += _speed_rows(summary)
     else:
         rows += engine_rows(summary.engine)
+    if summary.benchmarks is not None:
+        rows += source_rows(summary.benchmarks)
     return [*rows, ("seconds", f"{summary.seconds:.1f}")]
+
+
+def _decoded_rows(summary: EvaluateSummary) -> list[Row]:
+    """Return what was decoded, and how."""
+    asked = summary.evaluation.prompts or "held-out"
+    if summary.benchmarks is not None:
+        asked = ", ".join(one.name for one in summary.benchmarks.sets)
+    rows = [("prompts", f"{summary.trained.num_prompts:,} ({asked})")]
+    if (tree := summary.evaluation.tree) is not None:
+        size = f"{tree.nodes} tokens, depth {tree.depth}, top {tree.top_k}"
+        rows.append(("drafted", f"trees of {size}"))
+    if summary.engine is not None:
+        rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
+    return rows
 
 
 def engine_rows(found: EngineReport) -> list[Row]:

@@ -141,7 +141,10 @@ def _acceptance(record: RunRecord) -> Section:
             title=title,
             note="Measured by speculative decoding; 95 % intervals by bootstrap over prompts.",
             rows=_without_seconds(report.evaluate_rows(found)),
-            plots=[(caption, Markup(acceptance_plot(found)))],  # noqa: S704 (ours)
+            plots=[
+                (caption, Markup(acceptance_plot(found))),  # noqa: S704 (ours)
+                *_benchmark_plots(found),
+            ],
         )
     note = "Not measured yet: run the evaluate flow."
     if estimate is None:
@@ -151,6 +154,20 @@ def _acceptance(record: RunRecord) -> Section:
         note=f"{note} Estimate from the stored states:",
         rows=_without_seconds(report.estimate_rows(estimate))[1:],
     )
+
+
+def _benchmark_plots(found: EvaluateSummary) -> list[tuple[str, Markup]]:
+    """Return bars of the acceptance length on each benchmark set; empty without any."""
+    if found.benchmarks is None:
+        return []
+    bars = [(one.name, one.trained.acceptance_length) for one in found.benchmarks.sets]
+    svg = plots.named_bars(
+        [*bars, ("mean", found.benchmarks.mean.acceptance_length)],
+        name="Acceptance by benchmark",
+        x_label="tokens per target forward",
+        form="{:.2f}".format,
+    )
+    return [("Acceptance length on each benchmark set", Markup(svg))]  # noqa: S704 (ours)
 
 
 def _engine(found: EvaluateSummary) -> Section:
@@ -172,7 +189,10 @@ def _engine(found: EvaluateSummary) -> Section:
         note="Counted by the engine's own server, with the draft of step "
         f"{found.checkpoint_step:,} as it is exported.",
         rows=_without_seconds(report.evaluate_rows(found)),
-        plots=[("The same prompts in the same run", Markup(svg))],  # noqa: S704 (ours)
+        plots=[
+            ("The same prompts in the same run", Markup(svg)),  # noqa: S704 (ours)
+            *_benchmark_plots(found),
+        ],
     )
 
 

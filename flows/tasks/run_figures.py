@@ -144,6 +144,8 @@ def run_figures(
         )
     )
     decoded = _of_step(record.evaluation, found.step)
+    if decoded is not None and decoded.evaluation.tree is not None:
+        decoded = None  # neither an engine nor the estimate drafts trees
     draft_tokens = (decoded.evaluation if decoded else evaluation).draft_tokens
     model_config = read_model_config(examined.target, weights.locate(examined.target))
     positions = Positions.of(model_config)
@@ -282,6 +284,8 @@ def _longest_decoded(
     if decoded is None:
         return None
     config = decoded.evaluation
+    if config.benchmarks:  # their later turns are known only after decoding
+        return None
     if config.prompts is None:
         prompts = sample_prompts(
             () if isinstance(held_out, str) else held_out,

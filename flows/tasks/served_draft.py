@@ -23,7 +23,7 @@ def new_tokens(evaluation: EvaluationConfig) -> int:
     An engine writes up to K tokens more than are kept, and drafts K more.
     """
     if evaluation.engine == "eyas":
-        return evaluation.max_new_tokens + evaluation.draft_tokens
+        return evaluation.max_new_tokens + evaluation.drafted_depth
     return evaluation.max_new_tokens + 2 * (draft_lengths(evaluation)[-1] + 1)
 
 
@@ -64,6 +64,17 @@ def served_for(
             slots=max(concurrencies(evaluation, len(prompts))),
             max_length=_longest(prompts, evaluation),
         )
+
+
+def served_plainly(
+    target: TargetConfig, longest_prompt: int, evaluation: EvaluationConfig
+) -> Served:
+    """Return what an engine serves to answer prompts without a draft, one at a time."""
+    return Served(
+        target=for_decoding(target),
+        weights=weights.locate(target).resolve(),
+        max_length=longest_prompt + new_tokens(evaluation),
+    )
 
 
 def _longest(prompts: Sequence[Prompt], evaluation: EvaluationConfig) -> int:

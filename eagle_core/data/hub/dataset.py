@@ -52,12 +52,9 @@ def find_hub_dataset(config: DatasetConfig) -> HubDataset:
     Raises `ConfigError` if the hub has no such data set, `TransientError` if it is unreachable.
     """
     repository = config.source.removeprefix("hf:")
-    commit = config.revision or ""
-    if not _COMMIT.fullmatch(commit):
-        commit = _resolve(repository, config.revision)
     return HubDataset(
         repository=repository,
-        commit=commit,
+        commit=resolve_commit(repository, config.revision),
         subsets=config.subsets,
         split=config.split,
         streaming=config.streaming,
@@ -79,9 +76,8 @@ def find_hub_files(config: DatasetConfig) -> list[SourceFile]:
         raise ConfigError(
             f"{config.source} already names a revision: omit dataset.revision={config.revision}"
         )
-    commit = unquote(address["revision"] or config.revision or "")
-    if not _COMMIT.fullmatch(commit):
-        commit = _resolve(address["repository"], commit or None)
+    revision = unquote(address["revision"] or config.revision or "")
+    commit = resolve_commit(address["repository"], revision or None)
     pinned = f"{FILES_OF_HUB}{address['repository']}@{quote(commit, safe='')}/{address['path']}"
     return [replace(file, commit=commit) for file in files_of(pinned)]
 
@@ -148,7 +144,13 @@ def _num_rows(rows: "datasets.Dataset | datasets.IterableDataset", split: str) -
     return told.num_examples if told is not None else None
 
 
-def _resolve(repository: str, revision: str | None) -> str:
+def resolve_commit(repository: str, revision: str | None) -> str:
+    """Return the commit of a revision; one that already is a commit is not looked up.
+
+    Raises `ConfigError` if the hub has no such revision, `TransientError` if it is unreachable.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
     what = f"{repository}@{revision}" if revision else repository
     with hub_errors(repository, what):
         try:

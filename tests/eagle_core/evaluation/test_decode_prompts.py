@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eagle_core.decoding.config import TreeConfig
 from eagle_core.decoding.speculative import generate_plain
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
@@ -119,6 +120,20 @@ def test_the_margin_is_taken_where_two_texts_first_differ(target: TargetModel) -
     other = (*text[:3], (text[3] + 1) % target.model_config.vocab_size, text[4])
     assert mismatch_margin(target, PROMPT.input_ids, text, other) > 0
     assert mismatch_margin(target, PROMPT.input_ids, text, text[:4]) == float("inf")
+
+
+def test_trees_are_decoded_if_they_are_asked_for(target: TargetModel) -> None:
+    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=100)).double()
+    head = target.lm_head_weight
+    vocabulary = DraftVocabulary.build(np.arange(target.model_config.vocab_size), size=100)
+    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=1)
+    tree = TreeConfig(depth=2, top_k=10, nodes=200)
+    config = EvaluationConfig(num_prompts=2, max_new_tokens=6, tree=tree)
+    prompts = [Prompt(input_ids=tuple(range(9, 12 + 3 * n))) for n in range(2)]
+    results = list(decode_prompts(target, draft, prompts, config))
+    report = summarise(results, draft_tokens=config.drafted_depth)
+    assert report.matches_plain
+    assert len(report.acceptance_by_depth) == 2
 
 
 def test_no_prompt_is_an_error(target: TargetModel, oracle: OracleDraft) -> None:
