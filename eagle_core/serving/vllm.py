@@ -99,8 +99,8 @@ class VllmEngine:
 
     def samplers(
         self,
-        served: Served,
-        limits: SamplingLimits,  # noqa: ARG002 (as the others)
+        served: Served,  # noqa: ARG002 (of the protocol)
+        limits: SamplingLimits,
     ) -> Mapping[str, object]:
         """Return the limits under vLLM's names."""
         return {
