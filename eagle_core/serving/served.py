@@ -25,3 +25,9 @@ class Served:
     """Texts decoded at a time."""
     max_length: int
     """Tokens of the longest text, prompt and draft included."""
+    is_measured: bool = True
+    """Whether each prompt must take as long as it does alone: nothing of earlier ones is reused."""
+    chat_template: str | None = None
+    """Jinja text; None means that of the weights."""
+    tool_parser: str | None = None
+    """vLLM's parser of the target's tool calls; llama.cpp needs none."""
