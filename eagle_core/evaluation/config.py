@@ -1,14 +1,15 @@
 """Settings for evaluating a draft."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eagle_core.address import Address
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.draft.config import CheckpointChoice
 
 EvaluationEngine = Literal["eyas", "vllm", "llamacpp"]
+DraftProbability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EvaluationConfig(DecodingConfig):
@@ -30,6 +31,13 @@ class EvaluationConfig(DecodingConfig):
         default=(),
         description="More numbers of drafted tokens to measure with an engine, in addition to "
         "draft_tokens.",
+    )
+    draft_p_min: tuple[DraftProbability, ...] = Field(
+        default=(0.0,),
+        min_length=1,
+        description="Probabilities of a drafted token below which llama.cpp stops drafting in a "
+        "round; each is measured with every draft length. 0 always drafts all tokens. The "
+        "acceptance results are those of the smallest. Only llama.cpp has this.",
     )
     checkpoint: CheckpointChoice = Field(
         default="best",
@@ -66,3 +74,14 @@ class EvaluationConfig(DecodingConfig):
         "measures the speed that one user sees; targets with sliding windows support only 1. "
         "Engines have concurrency instead.",
     )
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.engine != "llamacpp" and self.draft_p_min != (0.0,):
+            given = ", ".join(f"{p_min:g}" for p_min in self.draft_p_min)
+            raise ValueError(
+                f"evaluation.draft_p_min is {given}, but only llama.cpp stops drafting at a "
+                f"probability: set evaluation.engine to llamacpp (it is {self.engine}), or remove "
+                "evaluation.draft_p_min"
+            )
+        return self

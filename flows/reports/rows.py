@@ -12,10 +12,11 @@ from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationEngine
-from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import expected_length
+from eagle_core.serving import sglang
 from eagle_core.training.config import CLOSED_FORM
 from eagle_core.training.result import Metrics, Start
+from flows.reports.engine_tables import acceptance_text, engine_rows, length_text
 from flows.reports.run_record import REPORT_NAME, evaluation_name
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -178,14 +179,14 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     if summary.engine is not None:
         rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
     if start is not None:
-        rows.append(("acceptance length, at the start", _acceptance(start)))
-    rows.append(("acceptance length, trained", _acceptance(trained)))
+        rows.append(("acceptance length, at the start", acceptance_text(start)))
+    rows.append(("acceptance length, trained", acceptance_text(trained)))
     rows += [
-        (f"acceptance length, {group}", f"{_acceptance(part)}, {part.num_prompts:,} prompts")
+        (f"acceptance length, {group}", f"{acceptance_text(part)}, {part.num_prompts:,} prompts")
         for group, part in summary.trained_by_group.items()
     ]
     if found is not None:
-        length = _tokens(found.acceptance_length, *found.acceptance_interval)
+        length = length_text(found.acceptance_length, *found.acceptance_interval)
         own = f"{found.on_policy:.0%} of the stored answers are the target's own"
         rows.append(("acceptance length, estimated", f"{length}; {own}"))
     if start is not None:
@@ -199,27 +200,6 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     else:
         rows += engine_rows(summary.engine)
     return [*rows, ("seconds", f"{summary.seconds:.1f}")]
-
-
-def engine_rows(found: EngineReport) -> list[Row]:
-    """Return acceptance and speed of an engine, one row per draft length and concurrency."""
-    rows: list[Row] = []
-    if len(found.by_draft_tokens) > 1:
-        rows += [
-            (f"acceptance length, {length} drafted", _acceptance(part))
-            for length, part in found.by_draft_tokens.items()
-        ]
-    for speed in found.speeds:
-        together = "1 prompt" if speed.concurrency == 1 else f"{speed.concurrency} prompts"
-        figures = (
-            f"{speed.tokens_per_second:,.1f} against {speed.plain_tokens_per_second:,.1f} plain "
-            f"({speed.speedup:.2f}x)"
-        )
-        num_prompts = found.by_draft_tokens[speed.draft_tokens].num_prompts
-        if speed.num_matching is not None:
-            figures += f", {speed.num_matching} of {num_prompts} texts equal"
-        rows.append((f"tokens per second, {speed.draft_tokens} drafted, {together}", figures))
-    return rows
 
 
 def _speed_rows(summary: EvaluateSummary) -> list[Row]:
@@ -291,7 +271,7 @@ def estimate_rows(summary: EstimateSummary) -> list[Row]:
         ("checkpoint", f"step {summary.checkpoint_step:,}"),
         ("held-out samples", f"{found.num_samples:,} of snapshot {summary.snapshot_id}"),
         ("rounds replayed", f"{found.num_rounds:,}"),
-        ("acceptance length, estimated", _tokens(found.acceptance_length, low, high)),
+        ("acceptance length, estimated", length_text(found.acceptance_length, low, high)),
         *depths,
         ("answer tokens that the target would choose", f"{found.on_policy:.1%}"),
         ("seconds", f"{summary.seconds:.1f}"),
@@ -322,15 +302,8 @@ def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[
     revision = [] if summary.revision is None else ["--revision", summary.revision]
     target = [summary.served_model, *revision]
     draft = {"method": "eagle3", "model": folder, "num_speculative_tokens": num_tokens}
-    sglang = {
-        "--speculative-algorithm": "EAGLE3",
-        "--speculative-draft-model-path": folder,
-        "--speculative-num-steps": str(num_tokens),
-        "--speculative-eagle-topk": "1",
-        "--speculative-num-draft-tokens": str(num_tokens + 1),
-    }
-    options = [word for option in sglang.items() for word in option]
-    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target, *options]
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target]
+    launch += sglang.draft_options(exported.path.resolve(), num_tokens)
     serve = ["vllm", "serve", *target, "--speculative-config", json.dumps(draft)]
     return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
 
@@ -364,14 +337,6 @@ def _ratio(states: HiddenStatesSummary) -> str:
 
 def _series(values: Sequence[float], form: str) -> str:
     return "  ".join("-" if math.isnan(value) else form.format(value) for value in values)
-
-
-def _acceptance(report: AcceptanceReport) -> str:
-    return _tokens(report.acceptance_length, *report.acceptance_interval)
-
-
-def _tokens(length: float, low: float, high: float) -> str:
-    return f"{length:.2f} tokens per target forward (95 %: {low:.2f} to {high:.2f})"
 
 
 def _depths(report: AcceptanceReport) -> str:

@@ -19,7 +19,6 @@ from eagle_core.serving.events import post, post_stream
 from eagle_core.serving.llamacpp import gguf, installed
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
-from eagle_core.serving.server_process import LOOPBACK
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
 
@@ -65,10 +64,10 @@ class LlamaCppEngine:
     def prepare(self, served: Served) -> None:
         """Convert target and draft, if need be."""
         gguf.target_file(served.target, served.weights)
-        if served.draft is not None and not _draft_file(served.draft).exists():
+        if served.draft is not None and not draft_path(served.draft).exists():
             gguf.convert(
                 served.draft,
-                _draft_file(served.draft),
+                draft_path(served.draft),
                 dtype=served.target.dtype,
                 target=served.weights,
                 trust_remote_code=served.target.trust_remote_code,
@@ -78,14 +77,17 @@ class LlamaCppEngine:
         """Return the command of its server."""
         config = served.target
         options = {
-            "--model": str(gguf.target_file(config, served.weights)),
+            "--model": str(gguf.target_path(config, served.weights)),
             "--alias": config.name,
-            "--host": LOOPBACK,
+            "--host": served.host,
             "--port": str(port),
             "--parallel": str(served.slots),
             "--ctx-size": str(served.slots * served.max_length),
-            "--cache-ram": "0",  # a prompt takes as long as the one before
         }
+        if served.is_measured:  # a prompt takes as long as the one before
+            options["--cache-ram"] = "0"
+        if served.chat_template is not None:
+            options["--chat-template"] = served.chat_template
         if resolve_device(config.device).type == "cpu":
             options["--threads"] = str(torch.get_num_threads())
             options |= {"--gpu-layers": "0", "--device": "none"}
@@ -94,8 +96,9 @@ class LlamaCppEngine:
         if served.draft is not None:
             options |= {
                 "--spec-type": "draft-eagle3",
-                "--spec-draft-model": str(_draft_file(served.draft)),
+                "--spec-draft-model": str(draft_path(served.draft)),
                 "--spec-draft-n-max": str(served.draft_tokens),
+                "--spec-draft-p-min": f"{served.draft_p_min:g}",
             }
             if resolve_device(config.device).type == "cpu":
                 options |= {"--spec-draft-ngl": "0", "--spec-draft-device": "none"}
@@ -237,7 +240,8 @@ def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> 
     return found
 
 
-def _draft_file(draft: Path) -> Path:
+def draft_path(draft: Path) -> Path:
+    """Return the file of an exported draft: beside its folder."""
     return draft.parent / _DRAFT_NAME
 
 
