@@ -63,7 +63,7 @@ class Engine(Protocol):
         ...
 
     def launch(self, served: Served, *, port: int) -> Launch:
-        """Return how to serve on a port of the loopback address, after `prepare`."""
+        """Return how to serve on a port, after `prepare`."""
         ...
 
     def decoder(self, client: httpx.Client, served: Served) -> EngineDecoder:

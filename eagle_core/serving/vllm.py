@@ -16,7 +16,6 @@ from eagle_core.serving.events import post_stream
 from eagle_core.serving.round_counts import RoundCounts
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
-from eagle_core.serving.server_process import LOOPBACK
 from eagle_core.serving.template_file import template_file
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_python import environment_on, require_vllm, vllm_version
@@ -48,13 +47,14 @@ class VllmEngine:
     def prepare(self, served: Served) -> None:
         """Do nothing: it reads the weights as they are."""
 
-    def launch(self, served: Served, *, port: int) -> Launch:
-        """Return the command of vLLM's OpenAI-compatible server."""
+    @staticmethod
+    def launch(served: Served, *, port: int) -> Launch:
+        """Return the command of vLLM's OpenAI-compatible server; it need not be installed."""
         config, device = served.target, resolve_device(served.target.device)
         options = {
             "--model": str(served.weights),
             "--served-model-name": config.name,
-            "--host": LOOPBACK,
+            "--host": served.host,
             "--port": str(port),
             "--dtype": config.dtype,
             "--max-model-len": str(served.max_length),
@@ -62,8 +62,9 @@ class VllmEngine:
             "--max-num-batched-tokens": str(max(config.max_num_batched_tokens, served.max_length)),
             "--tensor-parallel-size": str(config.tensor_parallel),
             "--gpu-memory-utilization": str(config.gpu_memory_utilization),
-            "--generation-config": "vllm",  # no penalties or limits of the target's own file
         }
+        if served.is_measured:  # no penalties or limits of the target's own file
+            options["--generation-config"] = "vllm"
         if config.quantization is not None:
             options["--quantization"] = config.quantization
         if served.draft is not None:

@@ -30,7 +30,7 @@ from eagle_core.training.loader import LoaderState
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
-_WEIGHTS = "draft.safetensors"
+WEIGHTS_NAME = "draft.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 FROZEN = "embed_tokens.weight"
@@ -94,12 +94,14 @@ def save(
     folder = run_path / _FOLDER / f"step-{checkpoint.step:08d}"
     with atomic_folder(folder) as partial:
         trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != FROZEN}
-        save_file(trained, partial / _WEIGHTS)
+        save_file(trained, partial / WEIGHTS_NAME)
         save_file(dict(optimizer), partial / _OPTIMIZER)
         document = {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(checkpoint),
-            "files": {name: _size_and_digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER)},
+            "files": {
+                name: _size_and_digest(partial / name) for name in (WEIGHTS_NAME, _OPTIMIZER)
+            },
         }
         (partial / _STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
     _drop_others(run_path, folder, keep_last=keep_last, best_by=best_by)
@@ -225,7 +227,7 @@ def load_weights(draft: DraftModel, folder: Path) -> None:
         CorruptError: a weight is not finite.
 
     """
-    weights = load_file(folder / _WEIGHTS)
+    weights = load_file(folder / WEIGHTS_NAME)
     cure = "delete this checkpoint to use the previous one"
     require_finite(weights, where=str(folder), cure=cure)
     weights[FROZEN] = draft.embed_tokens.weight.detach().cpu()
@@ -285,7 +287,7 @@ def _find_damage(folder: Path) -> str | None:
         return f"format version {state.format_version}, expected {FORMAT_VERSION}"
     if folder.name != f"step-{state.step:08d}":
         return f"{_STATE} records step {state.step}"
-    for name in (_WEIGHTS, _OPTIMIZER):
+    for name in (WEIGHTS_NAME, _OPTIMIZER):
         if _size_and_digest(folder / name) != state.files.get(name):
             return f"{name} does not match {_STATE}"
     return None

@@ -2,8 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Mapping
 
+from eagle_core.serving import sglang
 from eagle_core.serving.llamacpp.draft_file import FILE_NAME
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -38,21 +38,12 @@ def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[
             "--spec-draft-model": f"{folder}/{FILE_NAME}",
             "--spec-draft-n-max": str(num_tokens),
         }
-        return [("serve with llama.cpp", shlex.join(["llama-server", *_words(llamacpp)]))]
+        words = [word for option in llamacpp.items() for word in option]
+        return [("serve with llama.cpp", shlex.join(["llama-server", *words]))]
     revision = [] if summary.revision is None else ["--revision", summary.revision]
     target = [summary.served_model, *revision]
     draft = {"method": "eagle3", "model": folder, "num_speculative_tokens": num_tokens}
-    sglang = {
-        "--speculative-algorithm": "EAGLE3",
-        "--speculative-draft-model-path": folder,
-        "--speculative-num-steps": str(num_tokens),
-        "--speculative-eagle-topk": "1",
-        "--speculative-num-draft-tokens": str(num_tokens + 1),
-    }
-    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target, *_words(sglang)]
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target]
+    launch += sglang.draft_options(exported.path.resolve(), num_tokens)
     serve = ["vllm", "serve", *target, "--speculative-config", json.dumps(draft)]
     return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
-
-
-def _words(options: Mapping[str, str]) -> list[str]:
-    return [word for option in options.items() for word in option]

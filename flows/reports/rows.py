@@ -10,11 +10,11 @@ from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationEngine
-from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.config import CLOSED_FORM
 from eagle_core.training.result import Metrics, Start
 from flows.reports.benchmark_rows import benchmark_rows, source_rows
+from flows.reports.engine_tables import acceptance_text, engine_rows, length_text
 from flows.reports.run_record import REPORT_NAME, evaluation_name
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -189,16 +189,16 @@ def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     rows = [("warning", summary.warning)] if summary.warning else []
     rows += _decoded_rows(summary)
     if start is not None:
-        rows.append(("acceptance length, at the start", _acceptance(start)))
-    rows.append(("acceptance length, trained", _acceptance(trained)))
+        rows.append(("acceptance length, at the start", acceptance_text(start)))
+    rows.append(("acceptance length, trained", acceptance_text(trained)))
     rows += [
-        (f"acceptance length, {group}", f"{_acceptance(part)}, {part.num_prompts:,} prompts")
+        (f"acceptance length, {group}", f"{acceptance_text(part)}, {part.num_prompts:,} prompts")
         for group, part in summary.trained_by_group.items()
     ]
     if summary.benchmarks is not None:
         rows += benchmark_rows(summary.benchmarks)
     if found is not None:
-        length = _tokens(found.acceptance_length, *found.acceptance_interval)
+        length = length_text(found.acceptance_length, *found.acceptance_interval)
         own = f"{found.on_policy:.0%} of the stored answers are the target's own"
         rows.append(("acceptance length, estimated", f"{length}; {own}"))
     if start is not None:
@@ -227,27 +227,6 @@ def _decoded_rows(summary: EvaluateSummary) -> list[Row]:
         rows.append(("drafted", f"trees of {size}"))
     if summary.engine is not None:
         rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
-    return rows
-
-
-def engine_rows(found: EngineReport) -> list[Row]:
-    """Return acceptance and speed of an engine, one row per draft length and concurrency."""
-    rows: list[Row] = []
-    if len(found.by_draft_tokens) > 1:
-        rows += [
-            (f"acceptance length, {length} drafted", _acceptance(part))
-            for length, part in found.by_draft_tokens.items()
-        ]
-    for speed in found.speeds:
-        together = "1 prompt" if speed.concurrency == 1 else f"{speed.concurrency} prompts"
-        figures = (
-            f"{speed.tokens_per_second:,.1f} against {speed.plain_tokens_per_second:,.1f} plain "
-            f"({speed.speedup:.2f}x)"
-        )
-        num_prompts = found.by_draft_tokens[speed.draft_tokens].num_prompts
-        if speed.num_matching is not None:
-            figures += f", {speed.num_matching} of {num_prompts} texts equal"
-        rows.append((f"tokens per second, {speed.draft_tokens} drafted, {together}", figures))
     return rows
 
 
@@ -320,7 +299,7 @@ def estimate_rows(summary: EstimateSummary) -> list[Row]:
         ("checkpoint", f"step {summary.checkpoint_step:,}"),
         ("held-out samples", f"{found.num_samples:,} of snapshot {summary.snapshot_id}"),
         ("rounds replayed", f"{found.num_rounds:,}"),
-        ("acceptance length, estimated", _tokens(found.acceptance_length, low, high)),
+        ("acceptance length, estimated", length_text(found.acceptance_length, low, high)),
         *depths,
         ("answer tokens that the target would choose", f"{found.on_policy:.1%}"),
         ("seconds", f"{summary.seconds:.1f}"),
@@ -356,14 +335,6 @@ def _ratio(states: HiddenStatesSummary) -> str:
 
 def _series(values: Sequence[float], form: str) -> str:
     return "  ".join("-" if math.isnan(value) else form.format(value) for value in values)
-
-
-def _acceptance(report: AcceptanceReport) -> str:
-    return _tokens(report.acceptance_length, *report.acceptance_interval)
-
-
-def _tokens(length: float, low: float, high: float) -> str:
-    return f"{length:.2f} tokens per target forward (95 %: {low:.2f} to {high:.2f})"
 
 
 def _depths(report: AcceptanceReport) -> str:

@@ -1,6 +1,6 @@
 """A run that has a checkpoint, for the stages after training: no data set is read for it."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +68,12 @@ def open_run(
     home: str,
     name: str,
     choice: CheckpointChoice,
+    *,
+    prepare: Callable[[TargetConfig], object] = prepare_weights,
 ) -> TrainedRun:
     """Return a run by the names of its target, its data set and itself.
+
+    `prepare` finds the weights: by default in a task, for which there must be a Prefect API.
 
     Its settings are read from its folder; `target` gives the current place of the weights and their
     device. `dataset` and `training` are used only for a run of an older version that did not record
@@ -83,7 +87,7 @@ def open_run(
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     path = space.run_path(name)
     folder = choose_checkpoint(path, choice)
-    prepare_weights(target)
+    prepare(target)
     run = read_run(path)
     if run is not None:
         run.require_vocabulary(path)

@@ -21,7 +21,6 @@ from eagle_core.serving.llamacpp import gguf, installed
 from eagle_core.serving.llamacpp.draft_file import FILE_NAME, convert_draft
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
-from eagle_core.serving.server_process import LOOPBACK
 from eagle_core.serving.template_file import template_file
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
@@ -68,10 +67,10 @@ class LlamaCppEngine:
     def prepare(self, served: Served) -> None:
         """Convert target and draft, if need be."""
         gguf.target_file(served.target, served.weights)
-        if served.draft is not None and not _draft_file(served.draft).exists():
+        if served.draft is not None and not draft_path(served.draft).exists():
             convert_draft(
                 served.draft,
-                _draft_file(served.draft),
+                draft_path(served.draft),
                 dtype=served.target.dtype,
                 target=served.weights,
                 trust_remote_code=served.target.trust_remote_code,
@@ -81,9 +80,9 @@ class LlamaCppEngine:
         """Return the command of its server."""
         config = served.target
         options = {
-            "--model": str(gguf.target_file(config, served.weights)),
+            "--model": str(gguf.target_path(config, served.weights)),
             "--alias": config.name,
-            "--host": LOOPBACK,
+            "--host": served.host,
             "--port": str(port),
             "--parallel": str(served.slots),
             "--ctx-size": str(served.slots * served.max_length),
@@ -100,8 +99,9 @@ class LlamaCppEngine:
         if served.draft is not None:
             options |= {
                 "--spec-type": "draft-eagle3",
-                "--spec-draft-model": str(_draft_file(served.draft)),
+                "--spec-draft-model": str(draft_path(served.draft)),
                 "--spec-draft-n-max": str(served.draft_tokens),
+                "--spec-draft-p-min": f"{served.draft_p_min:g}",
             }
             if resolve_device(config.device).type == "cpu":
                 options |= {"--spec-draft-ngl": "0", "--spec-draft-device": "none"}
@@ -258,7 +258,8 @@ def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> 
     return found
 
 
-def _draft_file(draft: Path) -> Path:
+def draft_path(draft: Path) -> Path:
+    """Return the file of a draft: itself, or beside the folder of its export."""
     return draft if draft.is_file() else draft.parent / FILE_NAME
 
 
