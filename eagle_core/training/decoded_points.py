@@ -94,5 +94,5 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].contiguous().view(uint8).numpy())
+        digest.update(weights[name].contiguous().view(uint8).numpy().data)
     return digest.hexdigest()
