@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from eagle_core.evaluation.acceptance import AcceptanceReport, FloatOrNan
 
 _LEAST_PAYS_FROM = 0.9
-"""A round contains a forward of the target. So it costs one plain forward or more, but for noise."""
+"""A round contains a forward of the target, so it costs one plain forward or more, up to noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
