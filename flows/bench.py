@@ -10,9 +10,12 @@ from eagle_core.serving.served import EngineName
 from eagle_core.target.config import TargetConfig
 from eagle_core.training.config import TrainingConfig
 from flows.evaluate import evaluate_flow
+from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.run_name import run_name
+from flows.orchestration.stage_report import report_stage
+from flows.reports import rows as report
 from flows.summaries import EvaluateSummary
-from flows.workspace import DEFAULT_HOME, RunName
+from flows.workspace import DEFAULT_HOME, RunName, Workspace
 
 
 @flow(
@@ -42,7 +45,7 @@ def bench_flow(
 
     """
     engine = _engine(bench, evaluation, target)
-    return evaluate_flow(
+    summary = evaluate_flow(
         target=target,
         dataset=dataset,
         training=training,
@@ -50,6 +53,17 @@ def bench_flow(
         home=home,
         run=run,
     )
+    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
+    report_stage(
+        f"Bench: {target.name} on {dataset.name}, run {run}",
+        report.evaluate_rows(summary),
+        key=artifact_key("bench", target.name, dataset.name, run, engine),
+        following=[
+            *report.where_to_look(run_path, engine),
+            ("next", f"eyas serve {run_path} --engine {engine}"),
+        ],
+    )
+    return summary
 
 
 def _engine(bench: BenchConfig, evaluation: EvaluationConfig, target: TargetConfig) -> EngineName:

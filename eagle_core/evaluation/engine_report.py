@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from eagle_core.evaluation.acceptance import AcceptanceReport, FloatOrNan
 
+_LEAST_PAYS_FROM = 0.9
+"""A round contains a forward of the target, so it costs one plain forward or more, up to noise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class DraftSetting:
@@ -74,6 +77,11 @@ class EngineReport:
     def acceptance(self, setting: DraftSetting) -> AcceptanceReport:
         """Return the acceptance of a setting that was measured."""
         return next(one.report for one in self.acceptances if one.setting == setting)
+
+    @property
+    def num_impossible(self) -> int:
+        """Speeds by which a round would be cheaper than a plain forward: the machine was busy."""
+        return sum(speed.pays_from < _LEAST_PAYS_FROM for speed in self.speeds)
 
     def best(self) -> Mapping[int, EngineSpeed]:
         """Return the fastest setting at each concurrency, ascending; it may be slower than plain.

@@ -33,7 +33,7 @@ def engine_rows(found: EngineReport) -> list[Row]:
         together = concurrency_text(concurrency)
         rows.append((f"serve with, {together}", serve_text(best)))
         rows.append((f"pays from, {together}", _pays_from(found, concurrency)))
-    return [*rows, ("speeds", NOTE)]
+    return [*rows, ("speeds", _impossible(found) or NOTE)]
 
 
 def setting_text(setting: DraftSetting) -> str:
@@ -135,7 +135,21 @@ def _pays_from(found: EngineReport, concurrency: int) -> str:
 
 
 def _break_even(speed: EngineSpeed) -> str:
-    return "never" if math.isinf(speed.pays_from) else f"{speed.pays_from:.2f}"
+    if math.isinf(speed.pays_from):
+        return "never"
+    is_reachable = not speed.pays_from > speed.setting.draft_tokens + 1
+    return f"{speed.pays_from:.2f}{'' if is_reachable else ', out of reach'}"
+
+
+def _impossible(found: EngineReport) -> str:
+    """Return that speeds cannot be right, if so."""
+    if not found.num_impossible:
+        return ""
+    return (
+        f"not to be relied on: by {found.num_impossible} of {len(found.speeds)}, a round with a "
+        "draft takes less time than a plain forward. Measure again while the machine does nothing "
+        "else"
+    )
 
 
 def _equal_texts(found: EngineReport) -> str:

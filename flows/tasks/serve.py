@@ -254,10 +254,12 @@ def _max_length(target: TargetConfig, given: int | None) -> int:
 
 
 def _for_people(launch: Launch) -> Launch:
-    """Return a launch with the keys that a user has set, and with the server's log."""
+    """Return a launch with the keys that a user has set, and with all of the server's log."""
     keys = {name: os.environ[name] for name in _KEYS if name in os.environ}
-    level = {_LOG_LEVEL: os.environ.get(_LOG_LEVEL, "INFO")}
-    return replace(launch, environment={**launch.environment, **keys, **level})
+    environment = {**launch.environment, **keys}
+    if _LOG_LEVEL not in os.environ:
+        environment.pop(_LOG_LEVEL, None)
+    return replace(launch, environment=environment)
 
 
 def _changed_variables(environment: Mapping[str, str]) -> list[str]:

@@ -267,8 +267,8 @@ def test_bench_says_how_to_serve_with_llamacpp(trained: TrainedRun) -> None:
     everything, sure = (
         found.acceptance(DraftSetting(draft_tokens=2, p_min=p_min)) for p_min in (0.0, 0.9)
     )
-    assert sure.acceptance_by_depth[0] > everything.acceptance_by_depth[0]
-    assert sure.num_rounds >= everything.num_rounds
+    assert sure.acceptance_length < everything.acceptance_length  # it drafts less
+    assert sure.num_rounds > everything.num_rounds
     assert sure.num_tokens == everything.num_tokens
     rows = dict(engine_rows(found))
     for together in ("1 prompt at a time", "3 prompts at a time"):

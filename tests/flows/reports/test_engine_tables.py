@@ -1,5 +1,7 @@
 """The table and the plot of what an engine made of a draft."""
 
+from dataclasses import replace
+
 from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.evaluation.acceptance import PromptResult, summarise
 from eagle_core.evaluation.engine_report import (
@@ -68,6 +70,14 @@ def test_the_table_says_what_to_serve_with_and_from_where_the_draft_pays() -> No
     )
     assert rows["texts equal to plain decoding"] == "1 at a time: 4 of 4; 4 at a time: 4 of 4"
     assert "other load" in rows["speeds"]
+    assert "2 drafted: 4.00, out of reach (has 2.00)" in rows["pays from, 4 prompts at a time"]
+
+
+def test_a_round_that_is_cheaper_than_a_plain_forward_shows_that_the_machine_was_busy() -> None:
+    found = swept()
+    fast = replace(found.speeds[0], tokens_per_second=25.0)  # two accepted tokens: at most 20
+    rows = dict(engine_rows(replace(found, speeds=(fast, *found.speeds[1:]))))
+    assert rows["speeds"].startswith("not to be relied on: by 1 of 8")
 
 
 def test_the_plot_has_a_line_for_each_concurrency_and_plain_decoding() -> None:
