@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from eagle_core.data.conversation import Message
+from eagle_core.data.ledger import RejectedRecord
 from eagle_core.errors import ConfigError
 from eagle_core.regeneration.answers import Answer, Question
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.regeneration.generation_prompt import opens_reasoning
 from eagle_core.regeneration.past_end import special_tokens
-from eagle_core.regeneration.server import AnswerServer, OwnServer
+from eagle_core.regeneration.server import AnswerServer, OwnServer, template_choice
 from eagle_core.regeneration.target_identity import target_identity
 from eagle_core.serving.engines import find_engine
 from eagle_core.serving.events import post
@@ -122,7 +123,7 @@ class EngineAnswers:
             own=OwnServer(
                 url=f"{self._process.url}/v1",
                 fields={
-                    **self._engine.samplers(self._config.limits()),
+                    **self._engine.samplers(self._served, self._config.limits()),
                     "stop_token_ids": sorted(self._tokenizer.stop_ids),
                     "skip_special_tokens": False,
                 },
@@ -132,18 +133,20 @@ class EngineAnswers:
 
     def _compare_prompts(self, process: ServerProcess) -> None:
         """Warn if the server renders another prompt than Eyas does."""
-        message = Message(role="user", content="a")
+        message, thinking = Message(role="user", content="a"), self._config.thinking
+        try:
+            expected = len(self._tokenizer.prompt([message], thinking=thinking))
+        except RejectedRecord:  # a template that needs more than a question
+            return
         body: dict[str, object] = {
             "model": self._target.name,
             "messages": [message.as_openai()],
             "max_tokens": 1,
         }
-        thinking = self._config.thinking
         if thinking is not None:
-            body["chat_template_kwargs"] = {"enable_thinking": thinking, "thinking": thinking}
+            body["chat_template_kwargs"] = template_choice(thinking)
         with process.client() as client:
             found = int(post(client, _PATH, body)["usage"]["prompt_tokens"])
-        expected = len(self._tokenizer.prompt([message], thinking=thinking))
         if found != expected:
             logger.warning(
                 "%s makes %d tokens of a question of which Eyas makes %d: its answers follow "

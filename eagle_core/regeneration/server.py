@@ -179,9 +179,8 @@ class AnswerServer:
             body |= self._own.fields
         else:
             body |= self._config.model_dump(include=_SAMPLING, exclude_none=True)
-        if self._config.thinking is not None:  # templates use either name
-            thinking = self._config.thinking
-            body["chat_template_kwargs"] = {"enable_thinking": thinking, "thinking": thinking}
+        if self._config.thinking is not None:
+            body["chat_template_kwargs"] = template_choice(self._config.thinking)
         return body
 
     async def _post(self, body: Mapping[str, object]) -> object:
@@ -230,6 +229,11 @@ class AnswerServer:
             raise _Retryable(f"not a completion: {error}: {words}") from error
         except RejectedRecord as error:
             raise NoAnswer(error.reason, error.detail) from error
+
+
+def template_choice(thinking: bool) -> dict[str, bool]:
+    """Return the choice under either name that templates use."""
+    return {"enable_thinking": thinking, "thinking": thinking}
 
 
 def _likely_cause(body: Mapping[str, object], words: str) -> str:

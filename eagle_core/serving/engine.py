@@ -70,7 +70,7 @@ class Engine(Protocol):
         """Return a decoder for a running server; `client` has its address."""
         ...
 
-    def samplers(self, limits: SamplingLimits) -> Mapping[str, object]:
+    def samplers(self, served: Served, limits: SamplingLimits) -> Mapping[str, object]:
         """Return the limits under this engine's names, for the body of a request.
 
         Other limits that it has are set to neutral: some are the target's own by default.

@@ -97,7 +97,11 @@ class VllmEngine:
         """Return a decoder for its server."""
         return VllmDecoder(client, served.target.name, served.draft_tokens)
 
-    def samplers(self, limits: SamplingLimits) -> Mapping[str, object]:
+    def samplers(
+        self,
+        served: Served,  # noqa: ARG002 (of the protocol)
+        limits: SamplingLimits,
+    ) -> Mapping[str, object]:
         """Return the limits under vLLM's names."""
         return {
             "top_p": limits.top_p,

@@ -117,7 +117,7 @@ class LlamaCppEngine:
         """Return a decoder for its server."""
         return LlamaCppDecoder(client, served.draft_tokens)
 
-    def samplers(self, limits: SamplingLimits) -> Mapping[str, object]:
+    def samplers(self, served: Served, limits: SamplingLimits) -> Mapping[str, object]:
         """Return the limits under llama.cpp's names, in the order of the others.
 
         By default it limits before it divides by the temperature, and penalises only the last 64
@@ -128,7 +128,7 @@ class LlamaCppEngine:
             "top_p": limits.top_p,
             "top_k": limits.top_k or 0,
             "repeat_penalty": limits.repetition_penalty,
-            "repeat_last_n": -1,
+            "repeat_last_n": served.max_length,
             "samplers": _ORDER,
         }
 

@@ -68,6 +68,7 @@ class NotingEngine:
         """Refuse: it writes no tokens."""
         raise NotImplementedError
 
-    def samplers(self, limits: SamplingLimits) -> Mapping[str, object]:
+    def samplers(self, served: Served, limits: SamplingLimits) -> Mapping[str, object]:
         """Return the limits under names of its own."""
+        assert served is self.served[-1]
         return {"its_top_p": limits.top_p}
