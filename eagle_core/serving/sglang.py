@@ -7,10 +7,11 @@ token, and a round verifies the chain and the token before it.
 from pathlib import Path
 
 from eagle_core.serving.served import Served
+from eagle_core.serving.template_file import template_file
 
 
 def command(served: Served, *, port: int) -> list[str]:
-    """Return the command, for the Python that has SGLang; `chat_template` names a file."""
+    """Return the command, for the Python that has SGLang."""
     config = served.target
     options = {
         "--model-path": str(served.weights),
@@ -26,7 +27,7 @@ def command(served: Served, *, port: int) -> list[str]:
     if config.quantization is not None:
         options["--quantization"] = config.quantization
     if served.chat_template is not None:
-        options["--chat-template"] = served.chat_template
+        options["--chat-template"] = str(template_file(served.chat_template))
     words = [word for option in options.items() for word in option]
     words += ["--trust-remote-code"] if config.trust_remote_code else []
     if served.draft is not None:
