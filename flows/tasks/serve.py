@@ -44,7 +44,6 @@ from flows.workspace import DEFAULT_HOME
 ServeEngine = Literal["vllm", "llamacpp", "sglang"]
 FOLDER_NAME = "served"
 DEFAULT_MAX_LENGTH = 4096
-_TEMPLATE_NAME = "chat_template.jinja"
 _DIGITS = 12
 _KEYS = ("VLLM_API_KEY", "LLAMA_API_KEY")
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
@@ -102,10 +101,6 @@ def plan_serving(
     )
     setting, reason = _setting(trained.path, _step(trained), engine, evaluation, options)
     folder = _exported(trained)
-    template = configured_text(target.template)
-    if template is not None and engine == "sglang":  # takes a file
-        (folder / _TEMPLATE_NAME).write_text(template, encoding="utf-8")
-        template = str(folder / _TEMPLATE_NAME)
     served = Served(
         target=for_decoding(target),
         weights=weights.locate(target).resolve(),
@@ -116,7 +111,7 @@ def plan_serving(
         max_length=_max_length(target, options.max_length),
         host=options.host,
         is_measured=False,
-        chat_template=template,
+        chat_template=configured_text(target.template),
     )
     return Serving(engine=engine, served=served, setting=setting, reason=reason)
 
