@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.evaluation.acceptance import AcceptanceReport
+from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.serving.served import EngineName
@@ -23,6 +24,7 @@ from flows.config.store import StoreConfig
 from flows.evaluate import evaluate_flow
 from flows.offline import offline
 from flows.regenerate import regenerate_flow
+from tests.eagle_core.evaluation.benchmarks.files import write_sets
 from tests.tiny import write_conversations
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
@@ -144,3 +146,39 @@ def test_an_engine_counts_what_eyas_counts(trained: TrainedRun, engine: EngineNa
     assert all(one.num_matching == EVALUATION.num_prompts for one in found.speeds)
     assert 1 < found.by_draft_tokens[2].acceptance_length <= ours.acceptance_length
     assert found.by_draft_tokens[4] == theirs
+
+
+@pytest.mark.parametrize("engine", ["llamacpp", "vllm"])
+def test_an_engine_counts_what_eyas_counts_on_every_set_and_turn(
+    trained: TrainedRun, engine: EngineName, tmp_path: Path
+) -> None:
+    paths = write_sets(tmp_path)
+    own = EVALUATION.model_copy(
+        update={
+            "benchmarks": tuple(
+                BenchmarkConfig(name=name, path=str(paths[name])) for name in ("mt-bench", "gsm8k")
+            ),
+            "num_prompts": 2,
+            "concurrency": (1,),
+        }
+    )
+    summaries = [
+        evaluate_flow(
+            target=trained.target, dataset=trained.dataset, evaluation=evaluation, home=trained.home
+        ).benchmarks
+        for evaluation in (own, own.model_copy(update={"engine": engine}))
+    ]
+    ours, theirs = summaries
+    assert ours is not None
+    assert theirs is not None
+    for here, there in zip(ours.sets, theirs.sets, strict=True):
+        assert list(there.by_turn) == list(here.by_turn)
+        pairs = [(here.trained, there.trained)]
+        pairs += [(part, there.by_turn[turn]) for turn, part in here.by_turn.items()]
+        for one, other in pairs:
+            assert other.num_tokens == one.num_tokens
+            assert other.num_rounds == one.num_rounds
+            assert other.acceptance_length == one.acceptance_length
+        assert there.left_out == here.left_out
+    assert list(ours.sets[0].by_turn) == [1, 2]
+    assert theirs.mean.acceptance_length == ours.mean.acceptance_length
