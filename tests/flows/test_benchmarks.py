@@ -100,3 +100,16 @@ def test_a_sweep_reports_every_set_and_turn_and_the_mean(
     )
     with pytest.raises(ConfigError, match=r"no file at .*none\.jsonl"):
         evaluate_flow(target, dataset, TRAINING, missing, home=home)
+
+
+def test_a_missing_file_is_named_before_anything_is_computed(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    lost = BenchmarkConfig(name="gsm8k", path=str(tmp_path / "none.jsonl"))
+    with pytest.raises(ConfigError, match=r"no file at .*none\.jsonl"):
+        offline(
+            *(target, dataset, store),
+            evaluation=EvaluationConfig(benchmarks=(lost,)),
+            home=str(tmp_path / "home"),
+        )
+    assert not (tmp_path / "home" / "stores").exists()
