@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from deployments.automation import AutomationConfig
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError
+from eagle_core.evaluation.bench import BenchConfig
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
@@ -39,6 +40,7 @@ class Recipe(BaseModel):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    bench: BenchConfig = Field(default_factory=BenchConfig)
     export: RunExportConfig = Field(default_factory=RunExportConfig)
     automation: AutomationConfig = Field(default_factory=AutomationConfig)
 

@@ -77,6 +77,13 @@ FLOWS = (
         description="Measure acceptance by real speculative decoding on held-out prompts",
     ),
     FlowEntry(
+        name="bench",
+        entrypoint="flows/bench.py:bench_flow",
+        sections=("target", "dataset", "training", "evaluation", "bench"),
+        own_parameters=("run",),
+        description="Find out how to serve the draft on this machine, and when it pays",
+    ),
+    FlowEntry(
         name="estimate",
         entrypoint="flows/estimate.py:estimate_flow",
         sections=("target", "dataset", "store", "training", "evaluation"),
@@ -139,6 +146,15 @@ IMPORT_STORE = FlowEntry(
     own_parameters=("format", "path", "mask", "last_state", "num_checked", "check_every_row"),
 )
 """Not deployed: it is typed once, where the files are."""
+
+SERVE = FlowEntry(
+    name="serve",
+    entrypoint="flows/tasks/serve.py:plan_serving",
+    sections=("target", "dataset", "training", "evaluation"),
+    own_parameters=("run",),
+    description="Serve the target with its draft",
+)
+"""No flow: it runs as long as it serves."""
 
 
 def find_flow(name: str) -> FlowEntry:

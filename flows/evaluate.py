@@ -41,6 +41,7 @@ from flows.orchestration.progress import stage_progress
 from flows.orchestration.run_name import run_name
 from flows.orchestration.stage_report import report_stage
 from flows.reports import rows as report
+from flows.reports.engine_tables import has_lengths, speed_plot
 from flows.reports.run_page import acceptance_plot, write_run_page
 from flows.reports.run_record import RunRecord, evaluation_name, write_stage
 from flows.summaries import EvaluateSummary
@@ -112,6 +113,12 @@ def evaluate_flow(
             "acceptance-by-depth", target.name, dataset.name, run, *_named(evaluation)
         ),
     )
+    if measured.engine is not None and has_lengths(measured.engine):
+        publish_plot(
+            f"Speed by draft length: {target.name} on {dataset.name}, run {run}",
+            speed_plot(measured.engine),
+            key=artifact_key("speed", target.name, dataset.name, run, *_named(evaluation)),
+        )
     write_stage(run_path / evaluation_name(evaluation.engine), summary)
     with best_effort("report.html"):
         write_run_page(run_path)

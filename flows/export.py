@@ -8,14 +8,18 @@ from typing import Any
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.export import ExportLayout, ServedTarget
 from eagle_core.draft.export import export as write_layouts
+from eagle_core.draft.model import DraftModel
+from eagle_core.serving.llamacpp.draft_file import export_gguf
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.weights import locate
 from eagle_core.training.config import TrainingConfig
 from flows.config.export import RunExportConfig
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.run_name import run_name
 from flows.orchestration.stage_report import report_stage
-from flows.reports import rows as report
+from flows.reports.export_rows import export_rows
 from flows.summaries import ExportedLayout, ExportSummary
 from flows.tasks.served_draft import served_target
 from flows.tasks.trained_run import open_run
@@ -37,13 +41,14 @@ def export_flow(
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> ExportSummary:
-    """Write the draft of run `run` in the layouts of SGLang, vLLM and speculators.
+    """Write the draft of run `run` in the layouts of engines.
 
     Each layout is a folder below the run's folder, which appears atomically; another export
     replaces it. `dataset` and `training` are used as in `evaluate`.
 
     Raises:
-        ConfigError: the run has no checkpoint, or a folder holds files that no export wrote.
+        ConfigError: the run has no checkpoint, a folder holds files that no export wrote, or
+            llama.cpp's converter is not installed or refuses the draft.
         MismatchError: the run was trained for another target, tokenizer or template.
 
     """
@@ -52,7 +57,7 @@ def export_flow(
     run_path = trained.path
     setup, found = trained.load_draft()
     served = served_target(target)
-    written = write_layouts(setup.draft, served, run_path / FOLDER_NAME, export)
+    written = _write(setup.draft, served, run_path / FOLDER_NAME, export, target)
     summary = ExportSummary(
         run_path=run_path,
         checkpoint_step=found.step,
@@ -66,10 +71,32 @@ def export_flow(
         ),
         seconds=time.monotonic() - started,
     )
-    rows = report.export_rows(summary)
+    rows = export_rows(summary)
     title = f"Export: {target.name} on {dataset.name}, run {run}"
     report_stage(title, rows, key=artifact_key("export", target.name, dataset.name, run))
     return summary
+
+
+def _write(
+    draft: DraftModel,
+    served: ServedTarget,
+    folder: Path,
+    config: RunExportConfig,
+    target: TargetConfig,
+) -> dict[ExportLayout, Path]:
+    """Write the layouts in the order in which they are asked for, the strictest first."""
+    written: dict[ExportLayout, Path] = {}
+    if "gguf" in config.layouts:
+        written["gguf"] = export_gguf(
+            draft,
+            served,
+            folder,
+            config,
+            weights=locate(target),
+            trust_remote_code=target.trust_remote_code,
+        )
+    written.update(write_layouts(draft, served, folder, config).items())
+    return {layout: written[layout] for layout in config.layouts}
 
 
 def _held_out_length(figures: Mapping[str, Any], step: int) -> float | None:

@@ -7,6 +7,7 @@ from prefect import flow
 from eagle_core.data.config import DatasetConfig
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.preflight import CapturedWhere
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
@@ -23,6 +24,7 @@ from flows.orchestration.run_name import run_name
 from flows.reports import rows as report
 from flows.reports.table import print_table
 from flows.summaries import OfflineSummary
+from flows.tasks.decoding import require_decodable
 from flows.tasks.prepare import check_runnable, is_evaluated, prepare_weights
 from flows.train import train_flow
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
@@ -60,12 +62,14 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     require_start_fits(target, training, run_path)
     # Of all stages together: evaluation comes last.
     is_decoded = is_evaluated(target, evaluation)
+    captured: CapturedWhere = "here" if runner.kind == "processes" else "on workers"
     check_runnable(
         target,
         max_length=dataset.max_length,
-        rolls_back=is_decoded and evaluation.engine == "eyas",
-        captured="here" if runner.kind == "processes" else "on workers",
+        rolls_back=is_decoded and evaluation.engine == "eyas" and not training.decode_every,
+        captured=captured,
     )
+    require_decodable(target, training, max_length=dataset.max_length, captured=captured)
     states = hidden_states(target=target, dataset=dataset, store=store, runner=runner, home=home)
     trained = train_flow(
         target=target,

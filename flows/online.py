@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from prefect import flow
@@ -14,7 +15,9 @@ from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.capture import CapturingTarget
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.fingerprint import fingerprint, fingerprint_fields
-from eagle_core.target.placement import load_target
+from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import for_decoding
+from eagle_core.target.placement import load_decoding_target, load_target
 from eagle_core.target.weights import locate
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.config import TrackingConfig
@@ -40,6 +43,7 @@ from flows.reports import rows as report
 from flows.reports.run_record import StorageSize, write_settings
 from flows.reports.table import print_table
 from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
+from flows.tasks.decoding import decoding_of_run, require_decodable
 from flows.tasks.preflight import preflight
 from flows.tasks.prepare import (
     check_runnable,
@@ -133,7 +137,9 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
     target = _decided(config.target, begun.record if begun else None, root)
     config = dataclasses.replace(config, target=target, given_target=config.target)
     max_length = None if begun else config.dataset.max_length
+    rolls_back = rolls_back and not training.decode_every
     check_runnable(target, max_length=max_length, rolls_back=rolls_back)  # evaluation comes last
+    require_decodable(target, training, max_length=max_length, captured="here")
     known = begun.record if begun else None
     given = config.dataset
     if begun:  # the data set is not read again
@@ -170,6 +176,9 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
             setup=setup,
             coverage=coverage,
         )
+        decoding = decoding_of_run(
+            config.given_target or target, training, setup.draft.config, tokens.held_out_path
+        )
         total = total_steps(training, source.lengths, source.groups)
         if begun:
             warn_of_another_length(run_path, training, total, step=begun.step)
@@ -182,7 +191,15 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
             write_settings(run_path, record, tokens, storage_size, total_steps=total)
 
         trained = run_training(
-            setup, source, None, record, lock, write_record=write_record, refetch_samples=False
+            setup,
+            source,
+            None,
+            record,
+            lock,
+            write_record=write_record,
+            refetch_samples=False,
+            decoding=decoding,
+            decoding_target=None if decoding is None else partial(_shared, source, decoding.target),
         )
         source.release_target()  # evaluation loads it again: two may not fit
         if keeper is not None:
@@ -208,6 +225,14 @@ def _target(config: RunConfig) -> CapturingTarget:
             *(config.target.name, f"{min(target.pass_tokens, config.store.shard_tokens):,}"),
         )
     return target
+
+
+def _shared(source: OnlineSource, decoded: TargetConfig) -> TargetModel:
+    """Return the target to decode with: the one that computes the states, if it has the dtype."""
+    target = source.target()
+    if isinstance(target, TargetModel) and target.config.dtype == for_decoding(decoded).dtype:
+        return target
+    return load_decoding_target(decoded)
 
 
 def _compare_with_now(

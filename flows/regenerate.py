@@ -22,6 +22,7 @@ from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.regeneration.answers import AnswerSource
 from eagle_core.regeneration.config import RegenerationConfig
+from eagle_core.regeneration.engine_answers import EngineAnswers
 from eagle_core.regeneration.generation_prompt import served_target_opens_reasoning
 from eagle_core.regeneration.journal import FinishedConversation
 from eagle_core.regeneration.local import LocalAnswers
@@ -50,7 +51,7 @@ class RegenerateSummary:
     path: Path
     fingerprint: str
     num_conversations: int
-    """Of the source: train + held out + dropped."""
+    """Of the source, each as often as it is answered: train + held out + dropped."""
     num_train: int
     num_held_out: int
     dropped: Mapping[str, int]
@@ -91,8 +92,8 @@ def regenerate_flow(
 
     Raises:
         TransientError: the server is unreachable; finished answers are kept.
-        ConfigError: the server refuses key, model or every question, or another data set has the
-            name.
+        ConfigError: the server refuses key, model or every question, the engine is not installed
+            or cannot serve the target, or another data set has the name.
 
     """
     started = time.monotonic()
@@ -101,7 +102,9 @@ def regenerate_flow(
     space = Workspace.at(home, target=target.name, dataset=name)
     if regeneration.base_url is None:  # else a server has the weights
         prepare_weights(target)
-        check_runnable(target, captured=None)
+        check_runnable(target, runs_here=regeneration.engine is None, captured=None)
+    if regeneration.engine is not None:
+        EngineAnswers(target, regeneration)  # refuses what it cannot serve, before data is read
     questions = prepare_dataset(dataset, source, questions_suffice=True)
     done = answer_all(target, regeneration, questions, space)
     summary = _summary(done, space, seconds=time.monotonic() - started)
@@ -115,7 +118,7 @@ def regenerate_flow(
     task_run_name="answers of {target.name}",
     retries=len(_RETRY_SECONDS),
     retry_delay_seconds=list(_RETRY_SECONDS),
-    retry_condition_fn=is_transient,  # a server that restarts; a wrong key is not retried
+    retry_condition_fn=is_transient,  # a server that ended; a wrong key is not retried
     cache_policy=NO_CACHE,  # only the journal knows what is answered
     persist_result=False,
 )
@@ -134,7 +137,7 @@ def answer_all(
         out_dir=space.dataset_path,
     )
     log.info("answers are kept in %s", regeneration.journal_path)
-    total = questions.num_train + questions.num_held_out
+    total = (questions.num_train + questions.num_held_out) * config.num_answers
     key = artifact_key("answers-progress", space.target, space.dataset)
     with stage_progress("answers", key=key, total=total, unit="conversations") as progress:
         try:
@@ -160,9 +163,12 @@ def answer_source(target: TargetConfig, config: RegenerationConfig) -> AnswerSou
     """Return the server that the settings name, or the target itself.
 
     Raises:
-        ConfigError: the Prefect block with the API key does not exist.
+        ConfigError: the Prefect block with the API key does not exist, or the engine is not
+            installed or cannot serve the target.
 
     """
+    if config.engine is not None:
+        return EngineAnswers(target, config)
     if config.base_url is None:
         return LocalAnswers(target, config)
     return AnswerServer(

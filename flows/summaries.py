@@ -15,7 +15,8 @@ from eagle_core.evaluation.benchmarks.report import SweepReport
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import AcceptanceEstimate
-from eagle_core.training.result import Metrics, Start
+from eagle_core.training.decoded_points import DecodedPoint
+from eagle_core.training.result import Best, Metrics, Start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +137,10 @@ class TrainSummary:
     """Of the draft vocabulary; empty unless the data set has several sources."""
     start: Start | None = None
     """None for a run of an earlier version."""
+    best: Best | None = None
+    """None if no checkpoint was measured, and for a run of an earlier version."""
+    decoded: DecodedPoint | None = None
+    """What was decoded last while it trained; None if nothing was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

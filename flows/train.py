@@ -38,6 +38,7 @@ from flows.reports.run_record import (
     write_settings,
 )
 from flows.summaries import TrainSummary
+from flows.tasks.decoding import decoding_of_run, require_decodable
 from flows.tasks.prepare import prepare_weights
 from flows.tasks.run_training import run_attempt, run_training, warn_of_another_length
 from flows.tasks.training_data import TrainingData, held_by_run, training_data
@@ -71,8 +72,8 @@ def train_flow(
     published since. It reads no data set, and ends in the same bits as an uninterrupted run.
 
     Raises:
-        ConfigError: there is no store, states are missing, fewer GPUs than processes, or no
-            package for a tracker.
+        ConfigError: there is no store, states are missing, fewer GPUs than processes, no package
+            for a tracker, or a target that cannot be decoded though `training.decode_every` is set.
         MismatchError: the store, the snapshot or the checkpoints belong to something else.
         CorruptError: a shard does not reproduce the recorded log-probabilities.
         ChildKilledError: one of several processes died; the last checkpoint is good.
@@ -86,6 +87,7 @@ def train_flow(
     run_path = space.run_path(run)
     require_start(training, run_path)
     prepare_weights(target)
+    require_decodable(target, training)
     root = store_root(store, space)
     given, target = target, decided(target, Store.open(root).identity.target_fields)
     config = RunConfig(
@@ -143,6 +145,9 @@ def _train(
     is_single = training.num_processes == 1
     here = config.target if is_single else config.target.model_copy(update={"device": "cpu"})
     setup = set_up_draft(here, training, run_path)  # ranks need the first GPU empty
+    given = config.given_target or config.target
+    decoding = decoding_of_run(given, training, setup.draft.config, data.tokens.held_out_path)
+    job = job.model_copy(update={"decoding": decoding})
     _require_sound(setup, here, store, data.snapshot)
     record = Run.of(
         config,
@@ -167,7 +172,9 @@ def _train(
         warn_of_another_length(run_path, training, total, step=data.begun.step)
     if is_single:
         source, held_out = open_sources(job, data.commits)
-        return run_training(setup, source, held_out, record, lock, write_record=write_record)
+        return run_training(
+            *(setup, source, held_out, record, lock), write_record=write_record, decoding=decoding
+        )
     del setup
     return run_attempt(
         lambda on_progress: train_ranks(job, on_progress),

@@ -1,6 +1,5 @@
 """Run flows in this process, check and clean up stores, list recipes, write prefect.yaml."""
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,20 @@ from deployments.cli.console import ERRORS, OUT, one_message
 from deployments.cli.engine_commands import engines
 from deployments.cli.environment import settle_environment
 from deployments.cli.preset_commands import presets
+from deployments.cli.run_argument import (
+    Home,
+    Overrides,
+    RunArgument,
+    RunNameOption,
+    parameters_of,
+)
+from deployments.cli.serve_command import serve
 from deployments.cli.store_commands import gc, inspect, verify
 from deployments.registry import FLOWS, IMPORT_STORE, FlowEntry, find_flow
 from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
 
 if TYPE_CHECKING:
-    from deployments.recipe import Recipe
     from flows.summaries import ImportSummary
 
 # Recipes import torch: only the commands that need a recipe import them.
@@ -31,10 +37,6 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe such as smollm2, or a YAML file, or the folder of a run.")
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override section.key=value; may be repeated.")
-]
-Home = Annotated[str, typer.Option(help="Folder for data, stores and runs.")]
 
 
 IMPORT_CHOICES = {
@@ -86,19 +88,10 @@ def plan(
 
 @app.command()
 def doctor(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN",
-            help="Folder of a run, or the recipe that it was trained with (--run names one of "
-            "several).",
-        ),
-    ],
+    run: RunArgument,
     overrides: Overrides = None,
     home: Home = DEFAULT_HOME,
-    run_name: Annotated[
-        str | None, typer.Option("--run", help="Name of the training run of a recipe.")
-    ] = None,
+    run_name: RunNameOption = None,
     export: Annotated[
         str | None,
         typer.Option(
@@ -117,6 +110,27 @@ def doctor(
     """Find out why the acceptance of a run is low, most likely cause first; exit 1 on a problem."""
     own = {"run": run_name, "export": export, "overfit": overfit or None}
     _run_flow("doctor", run, overrides or [], home, {k: v for k, v in own.items() if v is not None})
+
+
+@app.command()
+def bench(
+    run: RunArgument,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    run_name: RunNameOption = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm or llamacpp; by default bench.engine, which is auto."),
+    ] = None,
+) -> None:
+    """Find out how to serve a draft on this machine, and from which acceptance on it pays.
+
+    Decodes the same prompts on an engine without the draft and with every setting of the section
+    `bench`. Use a machine that does nothing else.
+    """
+    chosen = [] if engine is None else [f"bench.engine={engine}"]
+    own = {} if run_name is None else {"run": run_name}
+    _run_flow("bench", run, [*(overrides or []), *chosen], home, own)
 
 
 @app.command()
@@ -196,6 +210,7 @@ def import_store(  # noqa: PLR0917 (one parameter per option)
         OUT.print(f"next: eyas run train {written} --home {home}", soft_wrap=True)
 
 
+app.command()(serve)
 app.command()(inspect)
 app.command()(verify)
 app.command()(gc)
@@ -260,7 +275,7 @@ def _run_flow(
 
     with one_message(stopped="stopped; the same command resumes with what is missing"):
         entry = find_flow(flow) if isinstance(flow, str) else flow
-        parameters = _parameters(entry, recipe, overrides, home, own or {})
+        parameters = parameters_of(entry, recipe, overrides, home, own or {})
         settle_environment()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         from deployments.api import (  # noqa: PLC0415 (Prefect reads its environment here)
@@ -278,56 +293,3 @@ def _run_flow(
             if api_url:
                 ERRORS.print(f"reporting to {api_url.removesuffix('/api')}")
             return entry.load()(**parameters)
-
-
-def _parameters(
-    entry: FlowEntry,
-    recipe: str,
-    overrides: list[str],
-    home: str,
-    own: Mapping[str, str | bool | int],
-) -> dict[str, Any]:
-    """Return the parameters of a flow, from a recipe or from the folder of a run."""
-    from deployments.recipe import load_recipe, recipe_of_run  # noqa: PLC0415 (see above)
-    from flows.bridge.run import read_run  # noqa: PLC0415 (see above)
-    from flows.workspace import require_run_name  # noqa: PLC0415 (see above)
-
-    if "run" in own and "run" not in entry.own_parameters:
-        raise ConfigError(f"{entry.name} takes no run name; omit --run {own['run']}")
-    if "snapshot_id" in own and "snapshot_id" not in entry.own_parameters:
-        raise ConfigError(f"--snapshot is for train only; {entry.name} takes none")
-    folder = Path(os.path.abspath(Path(recipe).expanduser()))  # noqa: PTH100 (resolves `..`, keeps links)
-    run = read_run(folder) if folder.is_dir() else None
-    if run is None and (folder / "checkpoints").is_dir():
-        raise ConfigError(
-            f"{recipe} is the folder of a run without run.json, from an older version: name the "
-            "recipe and --run; resuming it with train writes that file"
-        )
-    if run is None:
-        loaded = load_recipe(recipe, overrides)
-    elif "run" not in entry.own_parameters:
-        raise ConfigError(f"{entry.name} takes no run: name a recipe instead of {recipe}")
-    elif "run" in own or home != DEFAULT_HOME:
-        raise ConfigError(f"{recipe} already names the run: omit --run and --home")
-    else:
-        loaded, home = recipe_of_run(run, folder, overrides), str(folder.parents[1])
-        own = {**own, "run": _name_of_run(folder, home, loaded)}
-    if "run" in own:
-        require_run_name(str(own["run"]))
-    return {section: getattr(loaded, section) for section in entry.sections} | {**own, "home": home}
-
-
-def _name_of_run(folder: Path, home: str, recipe: "Recipe") -> str:
-    """Return the name of the run in `folder`, which must be where flows expect it."""
-    from flows.workspace import Workspace  # noqa: PLC0415 (see above)
-
-    target, dataset = recipe.target.name, recipe.dataset.name
-    name = folder.name.removeprefix(f"{target}-{dataset}-")
-    expected = Workspace.at(home, target=target, dataset=dataset).run_path(name)
-    if expected != folder:
-        raise ConfigError(
-            f"the run of {target} on {dataset} is in {folder}, but flows expect it at "
-            f"HOME/runs/{target}-{dataset}-NAME: move or rename its folder, and do not change "
-            "target.name or dataset.name"
-        )
-    return name

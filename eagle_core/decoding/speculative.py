@@ -24,9 +24,10 @@ from torch import Tensor
 
 from eagle_core.decoding.chain_drafter import ChainDrafter, DraftNetwork, Proposal
 from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits, pick_token
 from eagle_core.decoding.target_cache import CachedTarget, CacheT, TargetCache
 from eagle_core.decoding.trace import GenerationTrace, VerificationRound, kept_round
-from eagle_core.decoding.verification import Verdict, sample_token, verify_greedy, verify_sampled
+from eagle_core.decoding.verification import Verdict, verify_greedy, verify_sampled
 from eagle_core.errors import ConfigError
 
 
@@ -81,9 +82,10 @@ def generate_plain(
     prompt_ids: Sequence[int],
     config: DecodingConfig,
     stop_ids: Collection[int] = (),
+    limits: SamplingLimits = NO_LIMITS,
 ) -> GenerationTrace:
     """Decode one token per target forward, as the target does without a draft."""
-    return generate_plain_batch(target, [prompt_ids], config, stop_ids)[0]
+    return generate_plain_batch(target, [prompt_ids], config, stop_ids, limits)[0]
 
 
 @torch.inference_mode()
@@ -92,6 +94,7 @@ def generate_plain_batch(
     prompts: Sequence[Sequence[int]],
     config: DecodingConfig,
     stop_ids: Collection[int] = (),
+    limits: SamplingLimits = NO_LIMITS,
 ) -> list[GenerationTrace]:
     """Decode several prompts in one batch, one token of each per target forward.
 
@@ -99,7 +102,7 @@ def generate_plain_batch(
         ConfigError: a prompt is empty, or the target cannot decode several prompts at once.
 
     """
-    batch = _Batch(target, prompts, config, stop_ids)
+    batch = _Batch(target, prompts, config, stop_ids, limits)
     batch.prefill()
     while batch.drop_ended():
         batch.extend()
@@ -109,7 +112,8 @@ def generate_plain_batch(
 class _Text:
     """One text during decoding."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, prompt: Sequence[int], seed: int) -> None:
+        self.prompt = prompt
         self.generator = torch.Generator().manual_seed(seed)
         self.tokens: list[int] = []
         self.rounds: list[VerificationRound] = []
@@ -124,6 +128,7 @@ class _Batch(Generic[CacheT]):
         prompts: Sequence[Sequence[int]],
         config: DecodingConfig,
         stop_ids: Collection[int],
+        limits: SamplingLimits = NO_LIMITS,
     ) -> None:
         if not all(prompts):
             raise ConfigError("cannot decode from an empty prompt: give at least one token")
@@ -135,9 +140,10 @@ class _Batch(Generic[CacheT]):
         self._started = time.perf_counter()
         self._prefill_seconds = 0.0
         self._prompts, self._config, self._stop_ids = prompts, config, stop_ids
+        self._limits = limits
         self._target = target
         self._cache = TargetCache(target)
-        self._texts = [_Text(config.seed) for _ in prompts]
+        self._texts = [_Text(prompt, config.seed) for prompt in prompts]
         self.active = list(self._texts)
 
     def prefill(self) -> Tensor:
@@ -204,7 +210,14 @@ class _Batch(Generic[CacheT]):
 
     def _append_target_token(self, logits: Tensor) -> None:
         for text, row in zip(self.active, logits, strict=True):
-            text.tokens.append(_pick(row, self._config.temperature, text.generator))
+            token = pick_token(
+                row,
+                [*text.prompt, *text.tokens],
+                temperature=self._config.temperature,
+                limits=self._limits,
+                generator=text.generator,
+            )
+            text.tokens.append(token)
 
     def _add_round(self, text: _Text, chunk: Sequence[int]) -> None:
         """Append a chain's accepted tokens and the target's own, up to a stop token."""
@@ -229,9 +242,3 @@ def _verify(
         return verify_greedy(proposal.tokens, logits)
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     return verify_sampled(proposal.tokens, proposal.probabilities, probabilities, generator)
-
-
-def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax().item())
-    return sample_token(torch.softmax(logits.double() / temperature, dim=-1), generator)

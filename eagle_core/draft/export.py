@@ -1,13 +1,13 @@
 """Export trained drafts as folders that serving engines load.
 
-Two layouts: `serving` for SGLang and vLLM (`LlamaForCausalLMEagle3`) and `speculators` for the
-speculators library and vLLM's loader for that format. A folder appears only when it is complete. An
-export always names the aux layers: without them, engines silently use a default. SGLang counts
-layers from 0; vLLM and speculators count from 1.
+Two layouts of tensors: `serving` for SGLang, vLLM and TensorRT-LLM (`LlamaForCausalLMEagle3`) and
+`speculators` for the speculators library and vLLM's loader for that format. A folder appears only
+when it is complete. An export always names the aux layers: without them, engines silently use a
+default. SGLang counts layers from 0; vLLM and speculators count from 1.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -27,7 +27,8 @@ from eagle_core.errors import ConfigError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-ExportLayout = Literal["serving", "speculators"]
+TensorLayout = Literal["serving", "speculators"]
+ExportLayout = Literal["serving", "speculators", "gguf"]
 
 
 class ExportConfig(ConfigModel):
@@ -36,16 +37,17 @@ class ExportConfig(ConfigModel):
     layouts: tuple[ExportLayout, ...] = Field(
         default=("serving", "speculators"),
         min_length=1,
-        description="serving: for SGLang and vLLM; speculators: for the speculators library. Each "
-        "layout is written to a folder of that name.",
+        description="serving: for SGLang, vLLM and TensorRT-LLM; speculators: for the speculators "
+        "library; gguf: for llama.cpp, whose converter writes it. Each layout is written to a "
+        "folder of that name.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Dtype of the exported weights; training keeps float32."
     )
     with_embedding: bool = Field(
         default=False,
-        description="Also write the target's embedding into the serving layout. SGLang and vLLM "
-        "share the target's own, so this only makes the file larger.",
+        description="Also write the target's embedding into the serving layout. Engines share the "
+        "target's own, so this only makes the file larger.",
     )
     speculative_tokens: int = Field(
         default=5,
@@ -88,16 +90,20 @@ class ServedTarget:
 
 def export(
     draft: DraftModel, target: ServedTarget, folder: Path, config: ExportConfig
-) -> dict[ExportLayout, Path]:
-    """Write each layout of `config` to its own folder under `folder`; return the paths.
+) -> dict[TensorLayout, Path]:
+    """Write each layout of tensors of `config` to its own folder under `folder`; return the paths.
+
+    Layout gguf is that of `eagle_core.serving.llamacpp.draft_file`.
 
     Raises:
         ConfigError: a folder holds other files, or a layout cannot represent the draft.
         CorruptError: a weight is not finite; nothing is written.
 
     """
-    written: dict[ExportLayout, Path] = {}
+    written: dict[TensorLayout, Path] = {}
     for layout in config.layouts:
+        if layout == "gguf":
+            continue
         # speculators itself saves the embedding. With transformers 5.23 it uses uninitialised
         # memory for a missing one: it checks for NaN, which is no longer there.
         with_embedding = config.with_embedding or layout == "speculators"
@@ -230,11 +236,16 @@ def _tensors(draft: DraftModel, config: ExportConfig, *, with_embedding: bool) -
     }
 
 
-def _write(folder: Path, document: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
-    if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME}:
+def require_own(folder: Path, names: Collection[str]) -> None:
+    """Raise ConfigError if a folder holds other files than an export writes."""
+    if folder.exists() and {path.name for path in folder.iterdir()} - set(names):
         raise ConfigError(
             f"{folder} holds files that no export wrote; move them or export to another folder"
         )
+
+
+def _write(folder: Path, document: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
+    require_own(folder, (CONFIG_NAME, WEIGHTS_NAME))
     with atomic_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(document, indent=2)

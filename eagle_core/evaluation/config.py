@@ -11,6 +11,7 @@ from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.benchmarks.sets import BenchmarkName
 
 EvaluationEngine = Literal["eyas", "vllm", "llamacpp"]
+DraftProbability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EvaluationConfig(DecodingConfig):
@@ -40,10 +41,17 @@ class EvaluationConfig(DecodingConfig):
         "at a time. Keys: depth, the levels (8); top_k, tokens continued per level (10); nodes, "
         "tokens verified per round (60).",
     )
+    draft_p_min: tuple[DraftProbability, ...] = Field(
+        default=(0.0,),
+        min_length=1,
+        description="Probabilities of a drafted token below which llama.cpp stops drafting in a "
+        "round; each is measured with every draft length. 0 always drafts all tokens. The "
+        "acceptance results are those of the smallest. Only llama.cpp has this.",
+    )
     checkpoint: CheckpointChoice = Field(
         default="best",
-        description="best: the checkpoint with the largest held-out acceptance length, the one "
-        "that export uses, or the newest if nothing was held out.",
+        description="best: the checkpoint with the largest held-out acceptance length "
+        "(training.best_by), the one that export uses, or the newest if nothing was held out.",
     )
     prompts: Address | None = Field(
         default=None,
@@ -90,6 +98,17 @@ class EvaluationConfig(DecodingConfig):
         "measures the speed that one user sees; targets with sliding windows support only 1. "
         "Engines have concurrency instead.",
     )
+
+    @model_validator(mode="after")
+    def _p_min_is_of_llamacpp(self) -> Self:
+        if self.engine != "llamacpp" and self.draft_p_min != (0.0,):
+            given = ", ".join(f"{p_min:g}" for p_min in self.draft_p_min)
+            raise ValueError(
+                f"evaluation.draft_p_min is {given}, but only llama.cpp stops drafting at a "
+                f"probability: set evaluation.engine to llamacpp (it is {self.engine}), or remove "
+                "evaluation.draft_p_min"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> Self:

@@ -1,4 +1,4 @@
-"""Decode prompts on an engine with a draft and without, at several draft lengths and concurrencies.
+"""Decode prompts on an engine with a draft and without, at several settings and concurrencies.
 
 Greedy texts of a server need not be those of another concurrency: in bfloat16 rounding depends on
 what is computed together. Acceptance is therefore counted one prompt at a time.
@@ -12,7 +12,12 @@ from eagle_core.decoding.trace import GenerationTrace
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import PromptResult, summarise
 from eagle_core.evaluation.config import EvaluationConfig
-from eagle_core.evaluation.engine_report import EngineReport, EngineSpeed
+from eagle_core.evaluation.engine_report import (
+    DraftSetting,
+    EngineReport,
+    EngineSpeed,
+    SettingAcceptance,
+)
 from eagle_core.evaluation.prompts import Prompt
 from eagle_core.serving.decode import decode_each, warm_up
 from eagle_core.serving.engine import Engine, EngineDecoder
@@ -25,7 +30,7 @@ class EngineResult:
     """What was measured."""
 
     results: list[PromptResult]
-    """Prompt by prompt, with `evaluation.draft_tokens` drafted per round, one at a time."""
+    """Prompt by prompt, one at a time, with `headline_setting`."""
     report: EngineReport
 
 
@@ -36,16 +41,35 @@ class _Decoded:
     traces: dict[int, list[GenerationTrace]]
     tokens_per_second: dict[int, float]
 
+    def prefill_share(self, concurrency: int) -> float:
+        """Return the part of the texts' time before their first token."""
+        texts = self.traces[concurrency]
+        return sum(text.prefill_seconds for text in texts) / sum(text.seconds for text in texts)
+
 
 def num_texts(num_prompts: int, evaluation: EvaluationConfig) -> int:
     """Return how many texts a measurement decodes."""
-    servers = 1 + len(draft_lengths(evaluation))
+    servers = 1 + len(draft_settings(evaluation))
     return servers * len(concurrencies(evaluation, num_prompts)) * num_prompts
 
 
 def draft_lengths(evaluation: EvaluationConfig) -> list[int]:
     """Return the numbers of drafted tokens to measure, ascending."""
     return sorted({*evaluation.draft_lengths, evaluation.draft_tokens})
+
+
+def draft_settings(evaluation: EvaluationConfig) -> list[DraftSetting]:
+    """Return the settings to measure, ascending."""
+    return sorted(
+        DraftSetting(draft_tokens=length, p_min=p_min)
+        for length in draft_lengths(evaluation)
+        for p_min in set(evaluation.draft_p_min)
+    )
+
+
+def headline_setting(evaluation: EvaluationConfig) -> DraftSetting:
+    """Return the setting of the acceptance results: `draft_tokens`, cut as little as measured."""
+    return DraftSetting(draft_tokens=evaluation.draft_tokens, p_min=min(evaluation.draft_p_min))
 
 
 def concurrencies(evaluation: EvaluationConfig, num_prompts: int) -> list[int]:
@@ -65,7 +89,7 @@ def measure_engine(
     stop_ids: Collection[int] = (),
     on_text: Callable[[], None] = lambda: None,
 ) -> EngineResult:
-    """Start one server without the draft of `served` and one for each draft length; return figures.
+    """Start one server without the draft of `served` and one for each setting; return figures.
 
     Raises:
         ConfigError: there is no prompt, or the engine refuses target, draft or prompts.
@@ -84,35 +108,42 @@ def measure_engine(
 
     plain = decoded(replace(served, draft=None, draft_tokens=0), evaluation)
     with_draft = {
-        length: decoded(
-            replace(served, draft_tokens=length),
-            evaluation.model_copy(update={"draft_tokens": length}),
+        setting: decoded(
+            replace(served, draft_tokens=setting.draft_tokens, draft_p_min=setting.p_min),
+            evaluation.model_copy(update={"draft_tokens": setting.draft_tokens}),
         )
-        for length in draft_lengths(evaluation)
+        for setting in draft_settings(evaluation)
     }
     results = {
-        length: _results(chosen, found.traces[1], plain.traces[1], evaluation)
-        for length, found in with_draft.items()
+        setting: _results(chosen, found.traces[1], plain.traces[1], evaluation)
+        for setting, found in with_draft.items()
+    }
+    reports = {
+        setting: summarise(found, draft_tokens=setting.draft_tokens)
+        for setting, found in results.items()
     }
     return EngineResult(
-        results=results[evaluation.draft_tokens],
+        results=results[headline_setting(evaluation)],
         report=EngineReport(
             engine=engine.title,
             dtype=served.target.dtype,
-            by_draft_tokens={
-                length: summarise(found, draft_tokens=length) for length, found in results.items()
-            },
+            acceptances=tuple(
+                SettingAcceptance(setting=setting, report=report)
+                for setting, report in reports.items()
+            ),
             speeds=tuple(
                 EngineSpeed(
-                    draft_tokens=length,
+                    setting=setting,
                     concurrency=concurrency,
                     tokens_per_second=found.tokens_per_second[concurrency],
                     plain_tokens_per_second=plain.tokens_per_second[concurrency],
                     num_matching=None
                     if evaluation.temperature
                     else _num_equal(found.traces[concurrency], plain.traces[concurrency]),
+                    acceptance_length=reports[setting].acceptance_length,
+                    prefill_share=found.prefill_share(concurrency),
                 )
-                for length, found in with_draft.items()
+                for setting, found in with_draft.items()
                 for concurrency in concurrencies(evaluation, len(chosen))
             ),
         ),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -65,8 +66,14 @@ class AnswerSource(Protocol):
     def identity(self) -> Mapping[str, object]:
         """Return the target's identity; with the settings, it determines the answers."""
 
+    def ready(self) -> AbstractContextManager[None]:
+        """Return a block in which it can be asked; entering may take minutes.
+
+        It is entered only if there is a question, and outside of an event loop.
+        """
+
     async def close(self) -> None:
-        """Release connections."""
+        """Release connections, in the event loop that used them."""
 
 
 def usable(message: Message, *, is_cut: bool) -> Message:

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Sequence
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason
 from eagle_core.regeneration.answers import AnswerSource, NoAnswer, Question
+from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.regeneration.journal import FinishedConversation
 from eagle_core.regeneration.source_rows import SourceRow
 from eagle_core.regeneration.turns import open_turns
 
 
 async def answer_conversation(
-    entry: SourceRow, earlier: FinishedConversation | None, source: AnswerSource, *, seed: int
+    entry: SourceRow,
+    earlier: FinishedConversation | None,
+    source: AnswerSource,
+    config: RegenerationConfig,
 ) -> FinishedConversation:
     """Ask the questions that `earlier` leaves, until one has no answer or is answered by a call."""
     answers = list(earlier.answers) if earlier else []
@@ -21,7 +25,7 @@ async def answer_conversation(
     detail = ""
     if entry.conversation.rendered_text:
         failure, detail = Reason.NO_MESSAGES, "rendered text has no questions to ask"
-    for index, question in _questions(entry, answers, seed=seed):
+    for index, question in _questions(entry, answers, seed=config.seed):
         try:
             answer = await source.ask(question)
         except NoAnswer as error:
@@ -36,6 +40,7 @@ async def answer_conversation(
         failure=failure,
         detail=detail,
         num_tokens=num_tokens,
+        context_tokens=config.context_tokens if failure is Reason.CONTEXT_TOO_LONG else None,
     )
 
 

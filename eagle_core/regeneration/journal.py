@@ -39,6 +39,8 @@ class FinishedConversation(BaseModel):
     """Why the next answer is missing; None if none is missing, or after a tool call."""
     detail: str = ""
     num_tokens: int = 0
+    context_tokens: int | None = None
+    """`regeneration.context_tokens` where that was too short for the next question."""
 
     @property
     def is_asked_again(self) -> bool:
@@ -60,12 +62,19 @@ class FinishedConversation(BaseModel):
                 return self.model_copy(update=update)
         return self
 
+    def without_other_context(self, context_tokens: int | None) -> Self:
+        """Return the answers as if nothing followed, if another context was too short for more."""
+        if self.failure is not Reason.CONTEXT_TOO_LONG or self.context_tokens == context_tokens:
+            return self
+        return self.model_copy(update={"failure": None, "detail": "", "context_tokens": None})
+
 
 class AnswerJournal:
     """Context manager that holds the journal's lock; only file offsets are in memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, context_tokens: int | None = None) -> None:
         self.path = path
+        self._context_tokens = context_tokens
         self._offsets: dict[bytes, int] = {}
         self.num_damaged = 0
         """Lines that did not match their digest when the journal was opened."""
@@ -113,7 +122,7 @@ class AnswerJournal:
         found = _parse(self._file.readline())
         if found is None or found.key != key:
             raise CorruptError(f"{self.path} changed at byte {offset} while it was read; run again")
-        return found.without_cut_reasoning()
+        return found.without_cut_reasoning().without_other_context(self._context_tokens)
 
     def _index(self) -> None:
         self._file.seek(0)

@@ -3,7 +3,8 @@
 For a small data set or a check. A server batches; use one for a whole data set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from eagle_core.data.conversation import Message
 from eagle_core.data.ledger import Reason, RejectedRecord
@@ -18,43 +19,40 @@ from eagle_core.regeneration.answers import (
 )
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.regeneration.generation_prompt import opens_reasoning
-from eagle_core.target import weights
+from eagle_core.regeneration.target_identity import target_identity
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
-from eagle_core.target.model_config import for_decoding
 from eagle_core.target.placement import load_decoding_target
-from eagle_core.target.tokenizer import conversation_tokenizer, declared_stop_ids
+from eagle_core.target.tokenizer import conversation_tokenizer
 
 
 class LocalAnswers:
-    """The target's weights, loaded at the first question."""
+    """The target's weights, loaded when there is a question."""
 
     concurrency = 1
 
     def __init__(self, target: TargetConfig, config: RegenerationConfig) -> None:
         self._target_config = target
         self._config = config
-        folder = weights.locate(target)
         self._tokenizer = conversation_tokenizer(target)
-        self._identity: dict[str, object] = {
-            "weights": weights.weight_digests(folder),
-            "dtype": for_decoding(target).dtype,
-            "attention": target.attention,
-            "tokenizer": self._tokenizer.tokenizer_fingerprint,
-            "template": self._tokenizer.template_fingerprint,
-        }
-        stop_ids = self._tokenizer.stop_ids
-        if stop_ids != declared_stop_ids(folder):  # earlier versions did not stop on the others
-            self._identity["stop_ids"] = sorted(stop_ids)
+        self._identity = {**target_identity(target), "attention": target.attention}
         self._target: TargetModel | None = None
 
     def identity(self) -> Mapping[str, object]:
         """Return the digests of weights, tokenizer and template, the dtype and the attention."""
         return self._identity
 
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Load the weights; release them after the block."""
+        self._target = load_decoding_target(self._target_config)
+        try:
+            yield
+        finally:
+            self._target = None
+
     async def close(self) -> None:
-        """Release the weights."""
-        self._target = None
+        """Do nothing: there is no connection."""
 
     async def ask(self, question: Question) -> Answer:
         """Return the target's answer; blocks the event loop meanwhile.
@@ -65,14 +63,15 @@ class LocalAnswers:
         """
         if question.tools:
             raise NoAnswer(
-                Reason.TOOLS_NEED_SERVER, "each model has its own format for calls; set base_url"
+                Reason.TOOLS_NEED_SERVER,
+                "each model has its own format for calls; set engine or base_url",
             )
-        target = self._loaded()
+        assert self._target is not None  # noqa: S101 (only asked while it is ready)
         try:
             prompt = self._tokenizer.prompt(
                 question.messages, tools=question.tools, thinking=self._config.thinking
             )
-            ids, is_cut = self._generate(target, prompt.tolist(), question.seed)
+            ids, is_cut = self._generate(self._target, prompt.tolist(), question.seed)
             text = self._tokenizer.answer_text(ids)
         except RejectedRecord as error:
             raise NoAnswer(error.reason, error.detail) from error
@@ -96,14 +95,9 @@ class LocalAnswers:
             max_new_tokens=self._config.max_tokens, temperature=self._config.temperature, seed=seed
         )
         stop_ids = self._tokenizer.stop_ids
-        ids = list(generate_plain(target, prompt, decoding, stop_ids).tokens)
+        ids = list(generate_plain(target, prompt, decoding, stop_ids, self._config.limits()).tokens)
         if ids[-1] in stop_ids:
             return ids[:-1], False
         if self._config.cut_answers == "drop":
             raise NoAnswer(Reason.ANSWER_CUT, f"after {len(ids)} tokens")
         return ids, True
-
-    def _loaded(self) -> TargetModel:
-        if self._target is None:
-            self._target = load_decoding_target(self._target_config)
-        return self._target

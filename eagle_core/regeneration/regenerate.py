@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,8 +114,10 @@ class Regeneration:
         if finished := self.finished():
             return Regenerated(manifest=finished, num_asked=0, num_answered=0, num_tokens=0)
         self._out_dir.mkdir(parents=True, exist_ok=True)
-        with AnswerJournal(self.journal_path) as journal:
-            asyncio.run(self._ask_all(journal, on_finished))
+        context_tokens = self._config.context_tokens
+        with AnswerJournal(self.journal_path, context_tokens=context_tokens) as journal:
+            with self._answers.ready() if self._is_any_left(journal) else nullcontext():
+                asyncio.run(self._ask_all(journal, on_finished))
             manifest, examples = self._write(journal)
         return Regenerated(
             manifest=manifest,
@@ -123,6 +126,14 @@ class Regeneration:
             num_tokens=self._counts.tokens,
             examples=examples,
         )
+
+    def _rows(self) -> Iterator[SourceRow]:
+        return source_rows(self._source, num_answers=self._config.num_answers)
+
+    def _is_any_left(self, journal: AnswerJournal) -> bool:
+        """Return whether a question is to be asked: loading the target for nothing takes long."""
+        found = ((entry, entry.find(journal)) for entry in self._rows())
+        return any(one is None or not entry.is_settled(one) for entry, one in found)
 
     async def _ask_all(self, journal: AnswerJournal, on_finished: OnFinished) -> None:
         """Ask the new questions, then those that the server refused or broke off before."""
@@ -148,7 +159,7 @@ class Regeneration:
         self, journal: AnswerJournal, again: list[SourceRow], on_finished: OnFinished
     ) -> Iterator[SourceRow]:
         """Yield what was never asked or only begun; put what is asked again into `again`."""
-        for entry in source_rows(self._source):
+        for entry in self._rows():
             found = entry.find(journal)
             if found is not None and found.is_asked_again:
                 again.append(entry)
@@ -171,7 +182,7 @@ class Regeneration:
                 async with failures.asking():
                     earlier = entry.find(journal)
                     finished = await answer_conversation(
-                        entry, earlier, self._answers, seed=self._config.seed
+                        entry, earlier, self._answers, self._config
                     )
                     journal.add(finished)
                     failures.add(finished, has_new_answers=self._count(finished, earlier))
@@ -197,20 +208,20 @@ class Regeneration:
         return has_new_answers
 
     def _write(self, journal: AnswerJournal) -> tuple[DatasetManifest, Mapping[str, str]]:
+        asked = self._source_manifest
         with building(self._out_dir) as directory:
             with open_writers(directory) as writers:
-                asked = self._source_manifest
                 builder = AnsweredDataset(asked.name, writers, sources=asked.by_source)
-                for entry in source_rows(self._source):
+                for entry in self._rows():
                     builder.add(entry, entry.find(journal))
-            if builder.num_records != self._source_manifest.num_conversations:
+            if builder.num_records != asked.num_conversations * self._config.num_answers:
                 raise MismatchError(
                     f"{self._source} changed while its questions were answered; run again"
                 )
             dropped = dict(sorted(writers.ledger.dropped.items()))
             if not builder.kept["train"]:
                 raise ConfigError(
-                    f"no conversation of {self._source_manifest.name} has an answer that can be "
+                    f"no conversation of {asked.name} has an answer that can be "
                     f"trained on (dropped: {dropped}{_such_as(dropped, builder.examples)}); check "
                     "the server, regeneration.max_tokens and regeneration.cut_answers. "
                     f"{self.journal_path} keeps what is final, such as context_too_long; delete it "
@@ -237,7 +248,7 @@ class Regeneration:
         """Return how many conversations of each of the questions' sources were answered."""
         return {
             name: SourceCounts(
-                num_records=asked.num_train + asked.num_held_out,
+                num_records=(asked.num_train + asked.num_held_out) * self._config.num_answers,
                 num_train=builder.kept_by_source[name, "train"],
                 num_held_out=builder.kept_by_source[name, "held_out"],
             )
@@ -245,7 +256,10 @@ class Regeneration:
         }
 
     def _manifest_config(self) -> dict[str, object]:
-        return {"regeneration": self._identity, "answer_rules": _ANSWER_RULES}
+        return {
+            "regeneration": {**self._identity, **self._config.scope()},
+            "answer_rules": _ANSWER_RULES,
+        }
 
     def _manifest_source(self) -> tuple[dict[str, object], ...]:
         manifest = self._source_manifest

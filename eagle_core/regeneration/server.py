@@ -11,7 +11,9 @@ import json
 import logging
 import random
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import NoReturn
 
@@ -38,6 +40,8 @@ _ABOUT_TEMPLATE = re.compile(
     r"|not supported|not permitted|not allowed|additional propert",
     re.IGNORECASE,
 )
+_SAMPLING = {"top_p", "top_k", "repetition_penalty"}
+"""Sent to a server that runs already only if they are set: not every server knows them."""
 _LONGEST_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|0\.0\.0\.0|::1?")
@@ -56,6 +60,17 @@ class _Retryable(Exception):  # noqa: N818 - never leaves this module
         """Whether the server was reached."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnServer:
+    """A server that was started for this run."""
+
+    url: str
+    fields: Mapping[str, object]
+    """Of each request, under the names of its engine."""
+    require_alive: Callable[[], None]
+    """Raises TransientError if it has ended; may take seconds."""
+
+
 class AnswerServer:
     """A connection to the server; created inside the event loop that uses it."""
 
@@ -68,15 +83,18 @@ class AnswerServer:
         special_tokens: Collection[str] = (),
         opens_reasoning: bool = False,
         first_pause_seconds: float = 1.0,
+        own: OwnServer | None = None,
     ) -> None:
-        assert config.base_url is not None  # noqa: S101 (set whenever there is a server)
+        url = own.url if own else config.base_url
+        assert url is not None  # noqa: S101 (set whenever there is a server)
         self._config = config
+        self._own = own
         self._model = model
         self._api_key = api_key
         self._special_tokens = special_tokens
         self._opens_reasoning = opens_reasoning
         self._first_pause_seconds = first_pause_seconds
-        self._url = config.base_url.rstrip("/")
+        self._url = url.rstrip("/")
         self._was_reached = self._has_warned = False
         limits = httpx.Limits(max_connections=config.concurrency)
         is_here = _LOOPBACK.fullmatch(httpx.URL(self._url).host)
@@ -97,6 +115,10 @@ class AnswerServer:
         """Return the model's name: nothing else is known. The address may change."""
         return {"served_model": self._model}
 
+    def ready(self) -> AbstractContextManager[None]:
+        """Do nothing: it runs already."""
+        return nullcontext()
+
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
@@ -106,7 +128,7 @@ class AnswerServer:
 
         Raises:
             NoAnswer: with the reason, `SERVER_ERROR` if every attempt failed.
-            TransientError: the server became unreachable.
+            TransientError: the server became unreachable, or it is our own and has ended.
             ConfigError: no server was ever reached, or it refuses the key or the model.
 
         """
@@ -127,10 +149,11 @@ class AnswerServer:
     def _give_up(self, failed: _Retryable) -> NoReturn:
         detail = f"{failed.detail} (attempt {self._config.attempts})"
         if not failed.reached:
-            kind = TransientError if self._was_reached else ConfigError
+            kind = TransientError if self._own or self._was_reached else ConfigError
+            remedy = "start it or correct regeneration.base_url, then run again"
             raise kind(
-                f"no server answers at {self._url}: {detail}; start it or correct "
-                "regeneration.base_url, then run again; finished answers are kept"
+                f"no server answers at {self._url}: {detail}; "
+                f"{'run again' if self._own else remedy}; finished answers are kept"
             )
         raise NoAnswer(Reason.SERVER_ERROR, detail)
 
@@ -152,15 +175,20 @@ class AnswerServer:
         }
         if question.tools:
             body["tools"] = json.loads(question.tools)
-        if self._config.thinking is not None:  # templates use either name
-            thinking = self._config.thinking
-            body["chat_template_kwargs"] = {"enable_thinking": thinking, "thinking": thinking}
+        if self._own:
+            body |= self._own.fields
+        else:
+            body |= self._config.model_dump(include=_SAMPLING, exclude_none=True)
+        if self._config.thinking is not None:
+            body["chat_template_kwargs"] = template_choice(self._config.thinking)
         return body
 
     async def _post(self, body: Mapping[str, object]) -> object:
         try:
             response = await self._client.post(f"{self._url}/chat/completions", json=body)
         except httpx.TransportError as error:
+            if self._own:
+                await asyncio.to_thread(self._own.require_alive)
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             raise _Retryable(f"{type(error).__name__} {error}".strip(), reached=reached) from error
         self._was_reached, self._has_warned = True, False
@@ -201,6 +229,11 @@ class AnswerServer:
             raise _Retryable(f"not a completion: {error}: {words}") from error
         except RejectedRecord as error:
             raise NoAnswer(error.reason, error.detail) from error
+
+
+def template_choice(thinking: bool) -> dict[str, bool]:
+    """Return the choice under either name that templates use."""
+    return {"enable_thinking": thinking, "thinking": thinking}
 
 
 def _likely_cause(body: Mapping[str, object], words: str) -> str:

@@ -1,8 +1,14 @@
-"""The conversations of the data set whose questions are asked, each with its position."""
+"""The conversations of the data set whose questions are asked, each with its position.
+
+With several answers per question, a conversation has so many copies, one after the other. The first
+is the conversation itself: more answers leave those of before as they are.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import xxhash
 
 from eagle_core.data.build import load_conversations
 from eagle_core.data.conversation import Conversation, content_key
@@ -17,20 +23,22 @@ class SourceRow:
 
     conversation: Conversation
     key: str
-    """Content key of the conversation."""
+    """Content key of the conversation; of a further copy, a digest of that and of its number."""
     split: Split
     row: int
+    copy: int = 0
 
     def location(self, source: str) -> str:
         """Return the position as the ledger names it."""
-        return f"{source}, {self.split}.parquet, row {self.row}"
+        further = f", answer {self.copy + 1}" if self.copy else ""
+        return f"{source}, {self.split}.parquet, row {self.row}{further}"
 
     def find(self, journal: AnswerJournal) -> FinishedConversation | None:
         """Return what the journal holds of this conversation, or of it without its last question.
 
         Data sets of earlier versions lacked a last question without an answer.
         """
-        if found := journal.find(self.key):
+        if (found := journal.find(self.key)) or self.copy:
             return found
         shorter = content_key(up_to_last_answer(self.conversation))
         found = None if shorter == self.key else journal.find(shorter)
@@ -43,9 +51,20 @@ class SourceRow:
         return len(finished.answers) >= len(list(open_turns(self.conversation)))
 
 
-def source_rows(source: Path) -> Iterator[SourceRow]:
-    """Yield the conversations of both splits in order."""
+def source_rows(source: Path, *, num_answers: int = 1) -> Iterator[SourceRow]:
+    """Yield the conversations of both splits in order, each `num_answers` times."""
     for split in SPLITS:
         for row, conversation in enumerate(load_conversations(source, split)):
             key = content_key(conversation)
             yield SourceRow(conversation=conversation, key=key, split=split, row=row)
+            for copy in range(1, num_answers):
+                yield SourceRow(
+                    conversation=replace(
+                        conversation,
+                        conversation_id=f"{conversation.conversation_id}#{copy + 1}",
+                    ),
+                    key=xxhash.xxh3_128_hexdigest(f"{key} {copy}".encode()),
+                    split=split,
+                    row=row,
+                    copy=copy,
+                )

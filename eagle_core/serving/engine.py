@@ -7,6 +7,7 @@ from typing import Protocol
 import httpx
 
 from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.sampling import SamplingLimits
 from eagle_core.decoding.trace import GenerationTrace
 from eagle_core.serving.served import Served
 
@@ -62,9 +63,16 @@ class Engine(Protocol):
         ...
 
     def launch(self, served: Served, *, port: int) -> Launch:
-        """Return how to serve on a port of the loopback address, after `prepare`."""
+        """Return how to serve on a port, after `prepare`."""
         ...
 
     def decoder(self, client: httpx.Client, served: Served) -> EngineDecoder:
         """Return a decoder for a running server; `client` has its address."""
+        ...
+
+    def samplers(self, served: Served, limits: SamplingLimits) -> Mapping[str, object]:
+        """Return the limits under this engine's names, for the body of a request.
+
+        Other limits that it has are set to neutral: some are the target's own by default.
+        """
         ...

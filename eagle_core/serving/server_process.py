@@ -21,6 +21,8 @@ from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
 
 LOOPBACK = "127.0.0.1"
+_EVERYWHERE = {"0.0.0.0": LOOPBACK}  # noqa: S104 (where to ask a server that listens everywhere)
+_STANDARD_ERROR = 2
 _GUARD = Path(__file__).with_name("guard.py")
 _PAUSE_SECONDS = 0.2
 _REPORT_SECONDS = 30.0
@@ -37,16 +39,27 @@ logger = logging.getLogger(__name__)
 class ServerProcess:
     """A running server."""
 
-    def __init__(self, launch: Launch, *, title: str, port: int) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        *,
+        title: str,
+        port: int,
+        host: str = LOOPBACK,
+        shows_log: bool = False,
+    ) -> None:
         """Start it; `wait_until_ready` is next."""
-        self.url = f"http://{LOOPBACK}:{port}"
+        self.url = f"http://{_EVERYWHERE.get(host, host)}:{port}"
         self._title, self._port = title, port
-        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`close`)
+        self._log: IO[str] | None = None
+        if not shows_log:
+            self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`close`)
+        printed = _STANDARD_ERROR if self._log is None else self._log
         self._process = subprocess.Popen(
             [sys.executable, _GUARD, *launch.command],
             stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
+            stdout=printed,
+            stderr=printed,
             start_new_session=True,  # signals are for us; all of its processes end with the group
             env=dict(launch.environment),
         )
@@ -90,10 +103,15 @@ class ServerProcess:
             return any(
                 one.status == psutil.CONN_LISTEN and one.laddr.port == self._port
                 for process in family
-                for one in process.net_connections("tcp4")
+                for one in process.net_connections("tcp")
             )
         except psutil.NoSuchProcess:
             return False
+
+    def wait(self) -> None:
+        """Wait until it has ended, and raise TransientError: it is to serve until it is closed."""
+        self._process.wait()
+        self.require_alive()
 
     def require_alive(self) -> None:
         """Raise TransientError if it has ended, or does so in a moment."""
@@ -107,6 +125,8 @@ class ServerProcess:
         reason = f"status {status}"
         if status in _KILLED:
             reason += " (killed, by the system if memory was short)"
+        if self._log is None:
+            return f"{reason}; its log is above"
         self._log.seek(0)
         lines = [line.rstrip() for line in self._log if line.strip()]
         printed = "".join(f"\n  {line}" for line in lines[-_TAIL_LINES:])
@@ -118,22 +138,34 @@ class ServerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(BrokenPipeError), self._process:
             pass
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
 
 @contextmanager
-def serving(title: str, launch_on: Callable[[int], Launch]) -> Iterator[ServerProcess]:
-    """Serve on a free port of the loopback address until the block ends.
+def serving(
+    title: str,
+    launch_on: Callable[[int], Launch],
+    *,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    shows_log: bool = False,
+) -> Iterator[ServerProcess]:
+    """Serve until the block ends; without a `port`, on a free one.
 
-    `launch_on` returns at once: meanwhile another process could take the port.
+    `launch_on` returns at once: meanwhile another process could take the port. With `shows_log`,
+    the server's log goes to standard error.
 
     Raises:
-        ConfigError: the server does not start.
+        ConfigError: the server does not start, or the port is in use.
         TransientError: it ended within the block, which then failed.
 
     """
-    port = _free_port()
-    server = ServerProcess(launch_on(port), title=title, port=port)
+    if port is None:
+        port = _free_port()
+    else:
+        _require_free(host, port)
+    server = ServerProcess(launch_on(port), title=title, port=port, host=host, shows_log=shows_log)
     try:
         server.wait_until_ready()
         yield server
@@ -155,6 +187,17 @@ def _is_healthy(client: httpx.Client) -> bool:
             "address or a key?"
         )
     return status == HTTPStatus.OK
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise ConfigError unless the port can be listened on."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} of {host} cannot be used ({error.strerror or error}): choose another one "
+            "with --port, or another address with --host"
+        ) from error
 
 
 def _free_port() -> int:

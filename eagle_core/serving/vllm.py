@@ -2,20 +2,21 @@
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 
 from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.sampling import SamplingLimits
 from eagle_core.decoding.trace import GenerationTrace, until_stop
 from eagle_core.serving.engine import Launch
 from eagle_core.serving.events import post_stream
 from eagle_core.serving.round_counts import RoundCounts
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
-from eagle_core.serving.server_process import LOOPBACK
+from eagle_core.serving.template_file import template_file
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.engine.vllm_python import environment_on, require_vllm, vllm_version
 from eagle_core.target.model_config import resolve_device
@@ -46,13 +47,14 @@ class VllmEngine:
     def prepare(self, served: Served) -> None:
         """Do nothing: it reads the weights as they are."""
 
-    def launch(self, served: Served, *, port: int) -> Launch:
-        """Return the command of vLLM's OpenAI-compatible server."""
+    @staticmethod
+    def launch(served: Served, *, port: int) -> Launch:
+        """Return the command of vLLM's OpenAI-compatible server; it need not be installed."""
         config, device = served.target, resolve_device(served.target.device)
         options = {
             "--model": str(served.weights),
             "--served-model-name": config.name,
-            "--host": LOOPBACK,
+            "--host": served.host,
             "--port": str(port),
             "--dtype": config.dtype,
             "--max-model-len": str(served.max_length),
@@ -60,8 +62,9 @@ class VllmEngine:
             "--max-num-batched-tokens": str(max(config.max_num_batched_tokens, served.max_length)),
             "--tensor-parallel-size": str(config.tensor_parallel),
             "--gpu-memory-utilization": str(config.gpu_memory_utilization),
-            "--generation-config": "vllm",  # no penalties or limits of the target's own file
         }
+        if served.is_measured:  # no penalties or limits of the target's own file
+            options["--generation-config"] = "vllm"
         if config.quantization is not None:
             options["--quantization"] = config.quantization
         if served.draft is not None:
@@ -71,7 +74,14 @@ class VllmEngine:
                 "num_speculative_tokens": served.draft_tokens,
             }
             options["--speculative-config"] = json.dumps(draft)
-        flags = ["--no-enable-prefix-caching"]  # a prompt takes as long as the one before
+        if served.chat_template is not None:
+            options["--chat-template"] = str(template_file(served.chat_template))
+        flags = []
+        if served.tool_parser is not None:
+            options["--tool-call-parser"] = served.tool_parser
+            flags.append("--enable-auto-tool-choice")
+        if served.is_measured:  # a prompt takes as long as the one before
+            flags.append("--no-enable-prefix-caching")
         flags += ["--trust-remote-code"] if config.trust_remote_code else []
         flags += ["--enforce-eager"] if device.type == "cpu" else []
         python = Path(config.vllm_python).expanduser().absolute()
@@ -87,6 +97,21 @@ class VllmEngine:
     def decoder(self, client: httpx.Client, served: Served) -> "VllmDecoder":
         """Return a decoder for its server."""
         return VllmDecoder(client, served.target.name, served.draft_tokens)
+
+    def samplers(
+        self,
+        served: Served,  # noqa: ARG002 (of the protocol)
+        limits: SamplingLimits,
+    ) -> Mapping[str, object]:
+        """Return the limits under vLLM's names."""
+        return {
+            "top_p": limits.top_p,
+            "top_k": limits.top_k or 0,
+            "min_p": 0.0,
+            "repetition_penalty": limits.repetition_penalty,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
 
 
 @dataclass(frozen=True, slots=True)

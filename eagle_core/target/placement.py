@@ -312,6 +312,11 @@ def why_not_decoded(config: TargetConfig) -> str:
     )
 
 
+def decoding_bytes(config: TargetConfig) -> int:
+    """Return the size of a target's weights in memory when it decodes."""
+    return _sizes(for_decoding(config)).whole
+
+
 def _loaded(config: TargetConfig, chosen: Chosen) -> TargetModel:
     if chosen.placement == "spread":
         logger.info("target %s is spread over all visible GPUs: %s", config.name, chosen.reason)

@@ -54,6 +54,7 @@ def keep_entries(cache: DynamicCache, kept: Sequence[int], *, num_new: int) -> N
     """Keep only the entries `kept`, ascending, of the newest `num_new` of every layer."""
     start = cache.get_seq_length() - num_new
     for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)  # noqa: S101 (require_tree_attention)
         if layer.keys is None or layer.values is None:  # it shares those of another layer
             continue
         rows = torch.tensor([start + row for row in kept], device=layer.keys.device)

@@ -30,6 +30,7 @@ from eagle_core.tokenization.row_encoder import (
     truncate,
 )
 from eagle_core.tokenization.row_planner import RowPlanner
+from eagle_core.tokenization.served_template import served_template
 from eagle_core.tokenization.template_source import TemplateSource, template_source
 
 OnRejected = Callable[[RejectedRecord], None]
@@ -79,6 +80,8 @@ class ConversationTokenizer:
             source, tokenizer, config, backend=self._backend, stop_ids=declared
         )
         self._identity = _identity(config, source)
+        self.served_template = served_template(source, config)
+        """Jinja text for servers; None if that of the weights will do."""
         self.stop_ids = declared | self._formats.end_ids
         if not self.stop_ids:
             raise ConfigError(

@@ -8,6 +8,9 @@ from eagle_core.tracking.config import TrackedRun, TrackingConfig
 from eagle_core.tracking.hosted import HostedTracker, hosted_run_id
 from eagle_core.tracking.tracker import Tracker
 
+_DECODED_STEP = "decoding/step"
+"""Horizontal axis of what is decoded in the background, and known only some steps later."""
+
 
 class _WandbTracker(HostedTracker):
     """Weights & Biases: offline below `RUN/wandb`, to send with `wandb sync`."""
@@ -34,9 +37,16 @@ class _WandbTracker(HostedTracker):
                 silent=not is_online, console="off", disable_git=True, disable_code=True
             ),
         )
+        self._newest = 0
+        self._run.define_metric("decoding/*", step_metric=_DECODED_STEP)
 
     def _send(self, scalars: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(scalars), step=step)
+        """Send metrics; those of an earlier step, which W&B would drop, beside the newest ones."""
+        self._newest = max(self._newest, step)
+        sent = dict(scalars)
+        if any(name.startswith("decoding/") for name in scalars):
+            sent[_DECODED_STEP] = step
+        self._run.log(sent, step=self._newest)
 
     def _close(self, *, is_good: bool) -> None:
         self._run.finish(exit_code=0 if is_good else 1)

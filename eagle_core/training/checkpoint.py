@@ -24,14 +24,16 @@ from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.bfloat16 import require_finite
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.training.config import BestBy
+from eagle_core.training.decoded_points import decoded_lengths
 from eagle_core.training.loader import LoaderState
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
-_WEIGHTS = "draft.safetensors"
+WEIGHTS_NAME = "draft.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
-_FROZEN = "embed_tokens.weight"
+FROZEN = "embed_tokens.weight"
 """The target's own tensor: not stored in checkpoints."""
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     *,
     keep_last: int,
+    best_by: BestBy = "joint_prefix",
 ) -> Path:
     """Write a checkpoint, delete all but the newest `keep_last` and the best; return its folder.
 
@@ -82,6 +85,7 @@ def save(
         weights: the draft's state dict; the frozen tensor is omitted.
         optimizer: `optimizers.state_tensors`.
         keep_last: number of newest checkpoints to keep.
+        best_by: what makes a checkpoint the best.
 
     Raises:
         DiskError: it cannot be written; earlier checkpoints remain.
@@ -89,20 +93,22 @@ def save(
     """
     folder = run_path / _FOLDER / f"step-{checkpoint.step:08d}"
     with atomic_folder(folder) as partial:
-        trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != _FROZEN}
-        save_file(trained, partial / _WEIGHTS)
+        trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != FROZEN}
+        save_file(trained, partial / WEIGHTS_NAME)
         save_file(dict(optimizer), partial / _OPTIMIZER)
         document = {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(checkpoint),
-            "files": {name: _size_and_digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER)},
+            "files": {
+                name: _size_and_digest(partial / name) for name in (WEIGHTS_NAME, _OPTIMIZER)
+            },
         }
         (partial / _STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
-    _drop_others(run_path, folder, keep_last=keep_last)
+    _drop_others(run_path, folder, keep_last=keep_last, best_by=best_by)
     return folder
 
 
-def _drop_others(run_path: Path, saved: Path, *, keep_last: int) -> None:
+def _drop_others(run_path: Path, saved: Path, *, keep_last: int, best_by: BestBy) -> None:
     """Keep the checkpoint just saved, the newest, the best, and any that cannot be read."""
     sound, unreadable = [], []
     for found in _folders(run_path):
@@ -112,29 +118,56 @@ def _drop_others(run_path: Path, saved: Path, *, keep_last: int) -> None:
         except ConfigError as error:
             logger.warning("%s; keeping it", error)
             unreadable.append(found)
-    kept = {saved, _best(sound), *sound[:keep_last], *unreadable}
+    found_best = _best(run_path, sound, best_by)
+    kept = {saved, *sound[:keep_last], *unreadable}
+    if found_best is not None:
+        kept.add(found_best.folder)
     for old in _folders(run_path):
         if old not in kept:
             shutil.rmtree(old)
 
 
-def best(run_path: Path) -> Path | None:
-    """Return the folder of the checkpoint with the longest held-out acceptance, or None.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestFolder:
+    """A checkpoint with the largest acceptance length."""
+
+    folder: Path
+    step: int
+    length: float
+
+
+def best(run_path: Path, best_by: BestBy = "joint_prefix") -> Path | None:
+    """Return the folder of the best checkpoint, or None; see `find_best`."""
+    found = find_best(run_path, best_by)
+    return None if found is None else found.folder
+
+
+def find_best(run_path: Path, best_by: BestBy) -> BestFolder | None:
+    """Return the checkpoint with the longest acceptance, on held-out states or decoded, or None.
 
     Only checkpoints written right after a measurement count; among equals, the newest wins.
     """
-    return _best([folder for folder in _folders(run_path) if _damage(folder) is None])
+    sound = [folder for folder in _folders(run_path) if _damage(folder) is None]
+    return _best(run_path, sound, best_by)
 
 
-def _best(sound: Sequence[Path]) -> Path | None:
+def _best(run_path: Path, sound: Sequence[Path], best_by: BestBy) -> BestFolder | None:
     """Return the best of these undamaged folders, which are sorted newest first."""
-    measured: list[tuple[float, Path]] = []
+    decoded = decoded_lengths(run_path) if best_by == "decoding" else {}
+    measured: list[BestFolder] = []
     for folder in sound:
         found = read(folder)
-        length = found.figures.get("held_out_length")
-        if found.figures.get("held_out_step") == found.step and isinstance(length, float):
-            measured.append((length, folder))
-    return max(measured, default=(0.0, None), key=lambda pair: pair[0])[1]
+        length = decoded.get(found.step) if best_by == "decoding" else _held_out_length(found)
+        if length is not None:
+            measured.append(BestFolder(folder=folder, step=found.step, length=length))
+    return max(measured, default=None, key=lambda one: one.length)
+
+
+def _held_out_length(found: Checkpoint) -> float | None:
+    """Return the acceptance length on held-out states, if it was measured at that step."""
+    length = found.figures.get("held_out_length")
+    is_own = found.figures.get("held_out_step") == found.step
+    return length if is_own and isinstance(length, float) else None
 
 
 def newest(run_path: Path) -> Path | None:
@@ -194,10 +227,10 @@ def load_weights(draft: DraftModel, folder: Path) -> None:
         CorruptError: a weight is not finite.
 
     """
-    weights = load_file(folder / _WEIGHTS)
+    weights = load_file(folder / WEIGHTS_NAME)
     cure = "delete this checkpoint to use the previous one"
     require_finite(weights, where=str(folder), cure=cure)
-    weights[_FROZEN] = draft.embed_tokens.weight.detach().cpu()
+    weights[FROZEN] = draft.embed_tokens.weight.detach().cpu()
     draft.load_tensors(weights)
 
 
@@ -254,7 +287,7 @@ def _find_damage(folder: Path) -> str | None:
         return f"format version {state.format_version}, expected {FORMAT_VERSION}"
     if folder.name != f"step-{state.step:08d}":
         return f"{_STATE} records step {state.step}"
-    for name in (_WEIGHTS, _OPTIMIZER):
+    for name in (WEIGHTS_NAME, _OPTIMIZER):
         if _size_and_digest(folder / name) != state.files.get(name):
             return f"{name} does not match {_STATE}"
     return None

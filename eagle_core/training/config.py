@@ -13,6 +13,7 @@ LossPositions = Literal["eagle3", "predicted"]
 LossReduction = Literal["positions", "tokens", "sequence"]
 Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 Sharding = Literal["replicate", "shard"]
+BestBy = Literal["joint_prefix", "decoding"]
 
 CLOSED_FORM = "closed_form"
 RANDOM = "random"
@@ -62,8 +63,8 @@ class TttConfig(ConfigModel):
 
 
 class TrainingConfig(TttConfig):
-    """Settings of one training run. A resumed run keeps all but its length, its processes, and how
-    often it saves, measures and logs.
+    """Settings of one training run. A resumed run keeps all but its length, its processes, how
+    often it saves, measures, decodes and logs, and how its best checkpoint is chosen.
     """
 
     former_keys: ClassVar[Mapping[str, str]] = {"start_from": "start"}
@@ -145,6 +146,33 @@ class TrainingConfig(TttConfig):
     held_out_tokens: int = Field(
         default=65536, gt=0, description="Maximum of held-out tokens per measurement."
     )
+    decode_every: int = Field(
+        default=0,
+        ge=0,
+        description="Steps between real decodings of some held-out prompts with the draft as it is "
+        "then, as `evaluate` decodes them; 0 for none. The target is loaded for them, and must be "
+        "one that this machine can decode. Training has the same bits with and without.",
+    )
+    decode_prompts: int = Field(
+        default=8, gt=0, description="Held-out prompts that are decoded each time."
+    )
+    decode_new_tokens: int = Field(
+        default=64, gt=0, description="Maximum of new tokens per prompt of these."
+    )
+    decode_device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
+        description="Where they are decoded. auto: on a GPU that no training process uses, while "
+        "training goes on; without such a GPU on the target's own device, while training waits. A "
+        "device that is named (cpu, cuda:N) decodes while training goes on.",
+    )
+    best_by: BestBy = Field(
+        default="joint_prefix",
+        description="What makes a checkpoint the best one, which evaluate and export use. "
+        "joint_prefix: the largest acceptance length on held-out states, of checkpoints that were "
+        "measured. decoding: the largest decoded acceptance length; each decoding then has a "
+        "checkpoint.",
+    )
     log_every: int = Field(default=5, gt=0, description="Steps between logged metrics.")
 
     @model_validator(mode="after")
@@ -152,6 +180,15 @@ class TrainingConfig(TttConfig):
         if self.refit and self.start_folder is None:
             raise ValueError(
                 "refit adapts a given draft: set start to its folder, or leave refit out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decodes_what_decides(self) -> Self:
+        if self.best_by == "decoding" and not self.decode_every:
+            raise ValueError(
+                "best_by is decoding, but decode_every is 0: nothing would be decoded; set "
+                "decode_every to a number of steps, or best_by to joint_prefix"
             )
         return self
 
@@ -177,6 +214,7 @@ class TrainingConfig(TttConfig):
         # A checkpoint does not depend on how its run began.
         free = {"start", "refit", "epochs", "max_steps", "gradient_checkpointing"}
         free |= {"checkpoint_every", "keep_last", "log_every", "held_out_every", "held_out_tokens"}
+        free |= {"decode_every", "decode_prompts", "decode_new_tokens", "decode_device", "best_by"}
         # The number of processes may change between two runs.
         free |= {"num_processes", "sharding", "batches_per_step"}
         fields = self.model_dump(mode="json", exclude=free)

@@ -9,6 +9,9 @@ from typing import Annotated
 
 from pydantic import AliasChoices, Field
 
+from eagle_core.training.config import BestBy
+from eagle_core.training.decoded_points import DecodedPoint
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metrics:
@@ -82,6 +85,16 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """The best checkpoint, and what it was chosen by."""
+
+    step: int
+    by: BestBy
+    length: float
+    """Its acceptance length, by that measure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
     """State of the run at the end of an attempt."""
 
@@ -95,3 +108,7 @@ class TrainingResult:
     checkpoint_path: Path
     stopped: bool
     """SIGTERM ended this attempt before the last step."""
+    best: Best | None = None
+    """None if nothing was measured at the step of a checkpoint."""
+    decoded: DecodedPoint | None = None
+    """What was decoded last; None if nothing was."""

@@ -25,7 +25,9 @@ from eagle_core.tracking.tracker import Tracker
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
+from eagle_core.training.decoded_points import read_points
 from eagle_core.training.distributed import Processes, join_processes, whole, without_sync
+from eagle_core.training.draft_decoding import Decoder, DraftDecoding
 from eagle_core.training.flex_attention import require_agreement
 from eagle_core.training.loader import LoadedStep, LoaderState, steps
 from eagle_core.training.optimizers import (
@@ -36,7 +38,7 @@ from eagle_core.training.optimizers import (
 )
 from eagle_core.training.packing import PackedBatch, pack
 from eagle_core.training.precision import dtype_name, multiplying_dtype
-from eagle_core.training.result import Metrics, Progress, TrainingResult
+from eagle_core.training.result import Best, Metrics, Progress, TrainingResult
 from eagle_core.training.schedule import learning_rate, step_shape, total_steps
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.throughput import ThroughputMeter
@@ -53,6 +55,7 @@ def train(
     held_out: SampleSource | None,
     run_path: Path,
     tracker: Tracker,
+    decoder: Decoder | None = None,
     on_progress: Callable[[Progress], None] = lambda _progress: None,
 ) -> TrainingResult:
     """Train `draft` in place, from the newest good checkpoint of `run_path` if there is one.
@@ -68,6 +71,7 @@ def train(
         held_out: samples to measure on, if any.
         run_path: folder of the run; checkpoints go below it.
         tracker: records the metrics.
+        decoder: of the first process: decodes with drafts of the run at `config.decode_every`.
         on_progress: called after every step.
 
     Raises:
@@ -81,7 +85,7 @@ def train(
         # Not assigned: objects that hold a process group must be gone when the block ends.
         return _Run(
             config, draft, target_lm_head, source, held_out, run_path, processes
-        ).until_done(tracker, on_progress, stop_requested.is_set)
+        ).until_done(tracker, decoder, on_progress, stop_requested.is_set)
 
 
 class _Run:
@@ -135,13 +139,14 @@ class _Run:
         checkpoint.load_weights(self.draft, folder)
         self.step, self.loader, self.saved = found.step, found.loader, folder
         self.metrics = TypeAdapter(Metrics).validate_python(found.figures)
-        best = checkpoint.best(self.run_path)
+        best = checkpoint.find_best(self.run_path, "joint_prefix")
         if best is not None:
-            self.best_length = checkpoint.read(best).figures["held_out_length"]
+            self.best_length = best.length
 
     def until_done(
         self,
         tracker: Tracker,
+        decoder: Decoder | None,
         on_progress: Callable[[Progress], None],
         stop_requested: Callable[[], bool],
     ) -> TrainingResult:
@@ -151,6 +156,15 @@ class _Run:
             self.loader,
             step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
         )
+        decoding = DraftDecoding(
+            decoder,
+            every=self.config.decode_every,
+            run_path=self.run_path,
+            processes=self.processes,
+            tracker=tracker,
+        )
+        if decoding.is_due(self.step, is_last=self._is_done()):  # unless it was before a kill
+            decoding.start(self.step, self.draft)
         # Before the first step there is nothing to save: a stop request waits for it.
         while not self._is_done() and not (self.metrics and self.processes.any(stop_requested())):
             with meter.waiting():
@@ -165,11 +179,18 @@ class _Run:
             is_best = False
             if self.step % self.config.held_out_every == 0 or self._is_done():
                 is_best = self._measure(tracker)
+            is_decoded = decoding.is_due(self.step, is_last=self._is_done())
+            is_best = is_decoded if self._is_chosen_by_decoding else is_best
             if is_best or self.step % self.config.checkpoint_every == 0 or self._is_done():
+                decoding.wait()
                 self._save()
+            if is_decoded:
+                decoding.start(self.step, self.draft)
+            decoding.collect()
         stream.close()  # type: ignore[attr-defined]  # a generator
         if self.saved is None or checkpoint.read(self.saved).step != self.step:
             self._save()
+        decoding.wait()
         assert self.saved is not None  # noqa: S101
         return TrainingResult(
             num_steps=self.step,
@@ -178,7 +199,18 @@ class _Run:
             dtype=dtype_name(self.dtype),
             checkpoint_path=self.saved,
             stopped=not self._is_done(),
+            best=self._best(),
+            decoded=next(reversed(read_points(self.run_path)), None),
         )
+
+    def _best(self) -> Best | None:
+        by = self.config.best_by
+        found = checkpoint.find_best(self.run_path, by)
+        return None if found is None else Best(step=found.step, by=by, length=found.length)
+
+    @property
+    def _is_chosen_by_decoding(self) -> bool:
+        return self.config.best_by == "decoding"
 
     @property
     def _last_metrics(self) -> Metrics:
@@ -322,8 +354,14 @@ class _Run:
                 identity=self.identity,
                 figures=dataclasses.asdict(self._last_metrics),
             )
-            keep_last = self.config.keep_last
-            checkpoint.save(self.run_path, record, weights, optimizer, keep_last=keep_last)
+            checkpoint.save(
+                self.run_path,
+                record,
+                weights,
+                optimizer,
+                keep_last=self.config.keep_last,
+                best_by=self.config.best_by,
+            )
         self.processes.wait()
         self.saved = checkpoint.newest(self.run_path)
 

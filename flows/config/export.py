@@ -11,6 +11,6 @@ class RunExportConfig(ExportConfig):
 
     checkpoint: CheckpointChoice = Field(
         default="best",
-        description="best: the checkpoint with the longest held-out acceptance, or the newest "
-        "if nothing was held out.",
+        description="best: the checkpoint with the longest held-out acceptance (training.best_by), "
+        "or the newest if nothing was held out.",
     )

@@ -56,15 +56,27 @@ class Series:
 
 
 def lines(
-    series: Sequence[Series], *, name: str, x_label: str, y_label: str, share: bool = False
+    series: Sequence[Series],
+    *,
+    name: str,
+    x_label: str,
+    y_label: str,
+    share: bool = False,
+    reference: tuple[str, float] | None = None,
 ) -> str:
-    """Return a line plot; `share` labels the y axis in percent."""
+    """Return a line plot; `share` labels the y axis in percent, `reference` is a level to reach."""
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 (see above)
+
     with _style(name):
         figure, axes = _axes(x_label, y_label, share=share)
         for colour, line in zip(_colours(len(series)), series, strict=True):
             marker = "o" if len(line.x) <= _MOST_MARKERS else ""
             axes.plot(line.x, line.y, color=colour, label=line.label, marker=marker, markersize=3)
-        _legend(figure, series)
+        if reference is not None:
+            label, level = reference
+            axes.axhline(level, color=_GREY, linestyle="--", linewidth=1, label=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(figure, len(series) + (reference is not None))
         return _svg(figure, name)
 
 
@@ -80,7 +92,7 @@ def bars(
             axes.bar(places, group.y, width=width * 0.92, color=colour, label=group.label)
         axes.set_xticks(sorted({x for group in series for x in group.x}))
         axes.grid(visible=False, axis="x")
-        _legend(figure, series)
+        _legend(figure, len(series))
         return _svg(figure, name)
 
 
@@ -147,9 +159,9 @@ def _svg(figure: "Figure", name: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 
 
-def _legend(figure: "Figure", series: Sequence[Series]) -> None:
-    if len(series) > 1:
-        figure.legend(loc="outside upper right", ncols=len(series), columnspacing=1.2)
+def _legend(figure: "Figure", num_labels: int) -> None:
+    if num_labels > 1:
+        figure.legend(loc="outside upper right", ncols=num_labels, columnspacing=1.2)
 
 
 def _colours(count: int) -> list[str]:

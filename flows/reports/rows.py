@@ -1,8 +1,6 @@
 """Summaries as table rows, for the terminal and for artifacts in the Prefect UI."""
 
-import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +10,11 @@ from eagle_core.data.manifest import SourceCounts
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationEngine
-from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import expected_length
 from eagle_core.training.config import CLOSED_FORM
 from eagle_core.training.result import Metrics, Start
 from flows.reports.benchmark_rows import benchmark_rows, source_rows
+from flows.reports.engine_tables import acceptance_text, engine_rows, length_text
 from flows.reports.run_record import REPORT_NAME, evaluation_name
 from flows.reports.table import Row
 from flows.reports.units import human_bytes
@@ -24,8 +22,6 @@ from flows.summaries import (
     DatasetSummary,
     EstimateSummary,
     EvaluateSummary,
-    ExportedLayout,
-    ExportSummary,
     HiddenStatesSummary,
     ImportSummary,
     OfflineSummary,
@@ -119,6 +115,7 @@ def train_rows(summary: TrainSummary) -> list[Row]:
         ("loss by TTT step", _series(figures.step_losses, "{:.2f}")),
         ("held-out accuracy by TTT step", _series(figures.held_out_accuracies, "{:.1%}")),
         *_held_out_lengths(figures),
+        *_decoded_while_training(summary),
         ("draft vocabulary covers", f"{summary.vocabulary_coverage:.1%} of supervised tokens"),
         *((f"of {name}", _covered(one)) for name, one in summary.coverage_by_source.items()),
         (
@@ -170,22 +167,38 @@ def _held_out_lengths(figures: Metrics) -> list[Row]:
     ]
 
 
+def _decoded_while_training(summary: TrainSummary) -> list[Row]:
+    """Return what was decoded last, and which checkpoint is the best by which measure."""
+    rows: list[Row] = []
+    if summary.decoded is not None:
+        found, step = summary.decoded.decoded, f"step {summary.decoded.step:,}"
+        rows = [
+            (f"decoded length, {step}", f"{found.acceptance_length:.2f}"),
+            (f"decoded acceptance by depth, {step}", _series(found.acceptance_by_depth, "{:.0%}")),
+        ]
+    if summary.best is not None:
+        by = {"joint_prefix": "held-out length, joint prefix", "decoding": "decoded length"}
+        best = f"step {summary.best.step:,} ({by[summary.best.by]} {summary.best.length:.2f})"
+        rows.append(("best checkpoint", best))
+    return rows
+
+
 def evaluate_rows(summary: EvaluateSummary) -> list[Row]:
     """Return acceptance before and after training, the estimate, and the speed."""
     trained, start, found = summary.trained, summary.untrained, summary.estimate
     rows = [("warning", summary.warning)] if summary.warning else []
     rows += _decoded_rows(summary)
     if start is not None:
-        rows.append(("acceptance length, at the start", _acceptance(start)))
-    rows.append(("acceptance length, trained", _acceptance(trained)))
+        rows.append(("acceptance length, at the start", acceptance_text(start)))
+    rows.append(("acceptance length, trained", acceptance_text(trained)))
     rows += [
-        (f"acceptance length, {group}", f"{_acceptance(part)}, {part.num_prompts:,} prompts")
+        (f"acceptance length, {group}", f"{acceptance_text(part)}, {part.num_prompts:,} prompts")
         for group, part in summary.trained_by_group.items()
     ]
     if summary.benchmarks is not None:
         rows += benchmark_rows(summary.benchmarks)
     if found is not None:
-        length = _tokens(found.acceptance_length, *found.acceptance_interval)
+        length = length_text(found.acceptance_length, *found.acceptance_interval)
         own = f"{found.on_policy:.0%} of the stored answers are the target's own"
         rows.append(("acceptance length, estimated", f"{length}; {own}"))
     if start is not None:
@@ -214,27 +227,6 @@ def _decoded_rows(summary: EvaluateSummary) -> list[Row]:
         rows.append(("drafted", f"trees of {size}"))
     if summary.engine is not None:
         rows.append(("decoded by", f"{summary.engine.engine}, {summary.engine.dtype}"))
-    return rows
-
-
-def engine_rows(found: EngineReport) -> list[Row]:
-    """Return acceptance and speed of an engine, one row per draft length and concurrency."""
-    rows: list[Row] = []
-    if len(found.by_draft_tokens) > 1:
-        rows += [
-            (f"acceptance length, {length} drafted", _acceptance(part))
-            for length, part in found.by_draft_tokens.items()
-        ]
-    for speed in found.speeds:
-        together = "1 prompt" if speed.concurrency == 1 else f"{speed.concurrency} prompts"
-        figures = (
-            f"{speed.tokens_per_second:,.1f} against {speed.plain_tokens_per_second:,.1f} plain "
-            f"({speed.speedup:.2f}x)"
-        )
-        num_prompts = found.by_draft_tokens[speed.draft_tokens].num_prompts
-        if speed.num_matching is not None:
-            figures += f", {speed.num_matching} of {num_prompts} texts equal"
-        rows.append((f"tokens per second, {speed.draft_tokens} drafted, {together}", figures))
     return rows
 
 
@@ -307,48 +299,11 @@ def estimate_rows(summary: EstimateSummary) -> list[Row]:
         ("checkpoint", f"step {summary.checkpoint_step:,}"),
         ("held-out samples", f"{found.num_samples:,} of snapshot {summary.snapshot_id}"),
         ("rounds replayed", f"{found.num_rounds:,}"),
-        ("acceptance length, estimated", _tokens(found.acceptance_length, low, high)),
+        ("acceptance length, estimated", length_text(found.acceptance_length, low, high)),
         *depths,
         ("answer tokens that the target would choose", f"{found.on_policy:.1%}"),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
-
-
-def export_rows(summary: ExportSummary) -> list[Row]:
-    """Return where an export is, how large it is, and the commands that serve it."""
-    length = summary.held_out_length
-    measured = "not measured" if length is None else f"{length:.2f} tokens per target forward"
-    rows = [
-        ("run", str(summary.run_path)),
-        ("checkpoint", f"step {summary.checkpoint_step:,}"),
-        ("acceptance length, held out", measured),
-    ]
-    for exported in summary.layouts:
-        size = human_bytes(exported.num_bytes)
-        rows.append((f"folder: {exported.layout}", f"{exported.path} ({size})"))
-        rows += _serving_commands(exported, summary)
-    return [*rows, ("seconds", f"{summary.seconds:.1f}")]
-
-
-def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[Row]:
-    """Return the command of each engine that loads this layout, ready for a shell."""
-    folder, num_tokens = str(exported.path.resolve()), summary.speculative_tokens
-    if exported.layout == "speculators":  # its config names verifier and drafted tokens
-        return [("serve with vLLM (speculators)", shlex.join(["vllm", "serve", folder]))]
-    revision = [] if summary.revision is None else ["--revision", summary.revision]
-    target = [summary.served_model, *revision]
-    draft = {"method": "eagle3", "model": folder, "num_speculative_tokens": num_tokens}
-    sglang = {
-        "--speculative-algorithm": "EAGLE3",
-        "--speculative-draft-model-path": folder,
-        "--speculative-num-steps": str(num_tokens),
-        "--speculative-eagle-topk": "1",
-        "--speculative-num-draft-tokens": str(num_tokens + 1),
-    }
-    options = [word for option in sglang.items() for word in option]
-    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target, *options]
-    serve = ["vllm", "serve", *target, "--speculative-config", json.dumps(draft)]
-    return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
 
 
 def where_a_run_is(run_path: Path) -> list[Row]:
@@ -380,14 +335,6 @@ def _ratio(states: HiddenStatesSummary) -> str:
 
 def _series(values: Sequence[float], form: str) -> str:
     return "  ".join("-" if math.isnan(value) else form.format(value) for value in values)
-
-
-def _acceptance(report: AcceptanceReport) -> str:
-    return _tokens(report.acceptance_length, *report.acceptance_interval)
-
-
-def _tokens(length: float, low: float, high: float) -> str:
-    return f"{length:.2f} tokens per target forward (95 %: {low:.2f} to {high:.2f})"
 
 
 def _depths(report: AcceptanceReport) -> str:

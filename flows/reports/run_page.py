@@ -15,6 +15,7 @@ from eagle_core.atomic_files import write_text
 from eagle_core.tracking.metrics_file import read_metrics
 from flows.reports import plots
 from flows.reports import rows as report
+from flows.reports.engine_tables import has_lengths, speed_bars, speed_plot
 from flows.reports.plots import Series
 from flows.reports.run_record import (
     REPORT_NAME,
@@ -173,26 +174,17 @@ def _benchmark_plots(found: EvaluateSummary) -> list[tuple[str, Markup]]:
 def _engine(found: EvaluateSummary) -> Section:
     """Return what one engine made of the draft, and its speed with and without it."""
     assert found.engine is not None  # noqa: S101
-    plain = {one.concurrency: one.plain_tokens_per_second for one in found.engine.speeds}
-    bars = [
-        *((f"plain, {number} at a time", rate) for number, rate in plain.items()),
-        *(
-            (f"{one.draft_tokens} drafted, {one.concurrency} at a time", one.tokens_per_second)
-            for one in found.engine.speeds
-        ),
-    ]
-    svg = plots.named_bars(
-        bars, name="Decoding speed", x_label="tokens per second", form="{:,.4g}".format
-    )
+    if has_lengths(found.engine):
+        caption = "Speed by draft length, relative to plain decoding in the same run"
+        svg = speed_plot(found.engine)
+    else:
+        caption, svg = "The same prompts in the same run", speed_bars(found.engine)
     return Section(
         title=f"In {found.engine.engine}",
         note="Counted by the engine's own server, with the draft of step "
         f"{found.checkpoint_step:,} as it is exported.",
         rows=_without_seconds(report.evaluate_rows(found)),
-        plots=[
-            ("The same prompts in the same run", Markup(svg)),  # noqa: S704 (ours)
-            *_benchmark_plots(found),
-        ],
+        plots=[(caption, Markup(svg)), *_benchmark_plots(found)],  # noqa: S704 (ours)
     )
 
 
@@ -208,7 +200,10 @@ def _training(record: RunRecord, curves: Curves) -> Section:
         _curves(curves, _stepped(curves, "loss/step_"), "Loss by TTT step", "nats"),
         _curves(
             curves,
-            {"held_out/acceptance_length": "held out"},
+            {
+                "held_out/acceptance_length": "held out, joint prefix",
+                "decoding/acceptance_length": "held out, decoded",
+            },
             "Held-out acceptance length",
             "tokens per target forward",
         ),
@@ -219,6 +214,13 @@ def _training(record: RunRecord, curves: Curves) -> Section:
             "draft and target agree",
             share=True,
         ),
+        _curves(
+            curves,
+            _depths(curves, "decoding/acceptance_"),
+            "Decoded acceptance by depth",
+            "accepted, if reached",
+            share=True,
+        ),
     ]
     rows = [] if record.training is None else _without_seconds(report.train_rows(record.training))
     note = "" if curves else "No metrics were recorded (metrics.jsonl)."
@@ -227,6 +229,12 @@ def _training(record: RunRecord, curves: Curves) -> Section:
 
 def _stepped(curves: Curves, prefix: str) -> dict[str, str]:
     return {tag: f"step {tag.removeprefix(prefix)}" for tag in curves if tag.startswith(prefix)}
+
+
+def _depths(curves: Curves, prefix: str) -> dict[str, str]:
+    """Return metrics by depth, which count from 0, with labels that count drafted tokens from 1."""
+    found = {tag: tag.removeprefix(prefix) for tag in curves if tag.startswith(prefix)}
+    return {tag: f"token {int(depth) + 1}" for tag, depth in found.items() if depth.isdigit()}
 
 
 def _curves(

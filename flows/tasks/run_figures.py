@@ -19,6 +19,7 @@ from eagle_core.draft.importing import read_draft
 from eagle_core.errors import ConfigError, CorruptError, EagleCoreError, MismatchError
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.measure_engine import headline_setting
 from eagle_core.evaluation.prompt_file import read_prompts
 from eagle_core.evaluation.prompts import first_prompts, sample_prompts
 from eagle_core.target import weights
@@ -335,8 +336,13 @@ def _engine_length(
 
 def _decodes_like(one: EvaluationConfig, other: EvaluationConfig) -> bool:
     """Return whether both evaluations decode the same prompts in the same way."""
-    speed = {"engine", "concurrency", "draft_lengths", "num_plain_prompts", "batch_prompts"}
-    return one.model_dump(exclude=speed) == other.model_dump(exclude=speed)
+    speed = {
+        *("engine", "concurrency", "draft_lengths", "draft_p_min"),
+        *("num_plain_prompts", "batch_prompts"),
+    }
+    return one.model_dump(exclude=speed) == other.model_dump(exclude=speed) and headline_setting(
+        one
+    ) == headline_setting(other)
 
 
 def _replayed(record: RunRecord, step: int, draft_tokens: int) -> Length | str | None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eagle_core.samples import SampleSource
+from eagle_core.target.model import TargetModel
 from eagle_core.tracking.trackers import open_trackers
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.schedule import learning_rate, total_steps
 from eagle_core.training.trainer import train
+from flows.bridge.draft_decoder import DraftsToDecode
 from flows.bridge.draft_setup import DraftSetup
 from flows.bridge.first_weights import as_begun, read_start
 from flows.bridge.run import Run
@@ -28,6 +30,7 @@ from flows.reports.run_record import (
     write_stage,
 )
 from flows.summaries import TrainSummary
+from flows.workers.decoders import open_decoder
 from flows.workers.train_worker import begin, tracked_run
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ def run_training(
     *,
     write_record: Callable[[], None],
     refetch_samples: bool = True,
+    decoding: DraftsToDecode | None = None,
+    decoding_target: Callable[[], TargetModel] | None = None,
 ) -> TrainSummary:
     """Train in this process, from any source: shared by the offline and the online flow.
 
@@ -56,12 +61,17 @@ def run_training(
         lock: of the run's folder.
         write_record: records the run's settings, once a step shows that the run accepts them.
         refetch_samples: whether samples may be read several times for the first weights.
+        decoding: what is decoded meanwhile, if anything.
+        decoding_target: returns the target for that; by default it is loaded.
 
     """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
         tracked = tracked_run(run.title, setup.run_path, run.training, source.source_id)
-        with open_trackers(run.tracking, tracked) as tracker:
+        with (
+            open_trackers(run.tracking, tracked) as tracker,
+            open_decoder(decoding, setup.run_path, decoding_target) as decoder,
+        ):
             training = begin(
                 setup, source, held_out, run.training, tracker, refetch=refetch_samples
             )
@@ -73,6 +83,7 @@ def run_training(
                 held_out=held_out,
                 run_path=setup.run_path,
                 tracker=tracker,
+                decoder=decoder,
                 on_progress=on_progress,
             )
 
@@ -124,6 +135,8 @@ def run_attempt(
         dtype=result.dtype,
         seconds=earlier.seconds if earlier else time.monotonic() - started,
         start=read_start(run_path),
+        best=result.best,
+        decoded=result.decoded,
     )
     write_stage(run_path / TRAINING_NAME, summary)
     with best_effort("report.html"):

@@ -1,6 +1,6 @@
 """A run that has a checkpoint, for the stages after training: no data set is read for it."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +68,12 @@ def open_run(
     home: str,
     name: str,
     choice: CheckpointChoice,
+    *,
+    prepare: Callable[[TargetConfig], object] = prepare_weights,
 ) -> TrainedRun:
     """Return a run by the names of its target, its data set and itself.
+
+    `prepare` finds the weights: by default in a task, for which there must be a Prefect API.
 
     Its settings are read from its folder; `target` gives the current place of the weights and their
     device. `dataset` and `training` are used only for a run of an older version that did not record
@@ -83,7 +87,7 @@ def open_run(
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     path = space.run_path(name)
     folder = choose_checkpoint(path, choice)
-    prepare_weights(target)
+    prepare(target)
     run = read_run(path)
     if run is not None:
         run.require_vocabulary(path)
@@ -103,9 +107,12 @@ def open_run(
 def choose_checkpoint(run_path: Path, choice: CheckpointChoice) -> Path:
     """Return the folder of a run's best checkpoint, or of its newest; ConfigError without any.
 
-    A run that was never measured on held-out data has no best one: its newest is used.
+    The run's `best_by` decides which is best. If nothing was measured, there is no best one: the
+    newest is used.
     """
-    best = checkpoint.best(run_path) if choice == "best" else None
+    run = read_run(run_path) if choice == "best" else None
+    best_by = "joint_prefix" if run is None else run.training.best_by
+    best = checkpoint.best(run_path, best_by) if choice == "best" else None
     chosen = best or checkpoint.newest(run_path)
     if chosen is None:
         raise ConfigError(f"{run_path} has no checkpoint yet; run the train flow first")

@@ -27,11 +27,13 @@ from eagle_core.training.distributed import ONE_PROCESS, Processes, join_process
 from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.trainer import train
+from flows.bridge.draft_decoder import DraftsToDecode
 from flows.bridge.draft_setup import DraftSetup, set_up_draft
 from flows.bridge.first_weights import as_begun, first_weights
 from flows.bridge.recompute import load_recompute_model
 from flows.bridge.stored_source import StoredSource
 from flows.workers.channel import channel_writer, report_errors, send
+from flows.workers.decoders import open_decoder
 from storage.objects.object_cache import ObjectCache
 from storage.records.commits import Commits
 from storage.records.snapshot import Snapshot
@@ -57,6 +59,8 @@ class TrainJob(BaseModel):
     object_cache: Path | None
     """Folder that caches objects of a remote store; None if the store is on a local disk."""
     object_cache_bytes: int
+    decoding: DraftsToDecode | None = None
+    """What the first rank decodes meanwhile, if anything."""
 
 
 class RankLine(BaseModel):
@@ -166,6 +170,7 @@ def _train(job: TrainJob, processes: Processes, *, is_first: bool) -> None:
 
     with (
         _tracker(job, is_first=is_first) as tracker,
+        open_decoder(job.decoding if is_first else None, job.run_path) as decoder,
         stop_request(),  # one after the last step must not suppress the result
     ):
         training = begin(setup, source, held_out, job.training, tracker, processes)
@@ -177,6 +182,7 @@ def _train(job: TrainJob, processes: Processes, *, is_first: bool) -> None:
             held_out=held_out,
             run_path=job.run_path,
             tracker=tracker,
+            decoder=decoder,
             on_progress=on_progress,
         )
         if is_first:

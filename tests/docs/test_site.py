@@ -22,7 +22,10 @@ def test_a_reference_page_is_of_this_code(name: str) -> None:
 
 def test_every_command_flow_and_key_is_there() -> None:
     pages = reference.pages()
-    for command in ("run", "plan", "doctor", "repair", "import-store", "inspect", "verify", "gc"):
+    for command in (
+        *("run", "plan", "doctor", "bench", "serve", "repair"),
+        *("import-store", "inspect", "verify", "gc"),
+    ):
         assert f"\n## eyas {command}\n" in pages["cli.md"]
     assert "| `--older-than HOURS` |" in pages["cli.md"]
     assert "| `hidden-states` |" in pages["flows.md"]

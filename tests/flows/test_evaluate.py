@@ -8,7 +8,12 @@ from pathlib import Path
 from eagle_core.decoding.trace import GenerationTrace, VerificationRound
 from eagle_core.evaluation.acceptance import PromptResult, summarise
 from eagle_core.evaluation.config import EvaluationConfig
-from eagle_core.evaluation.engine_report import EngineReport, EngineSpeed
+from eagle_core.evaluation.engine_report import (
+    DraftSetting,
+    EngineReport,
+    EngineSpeed,
+    SettingAcceptance,
+)
 from eagle_core.evaluation.prompts import Prompt
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.positions import Positions
@@ -92,11 +97,13 @@ def test_what_an_engine_counts_stands_beside_the_own_figures(tmp_path: Path) -> 
     )
     report = summarise([PromptResult(speculative=trace, plain=trace)], draft_tokens=3)
     speed = EngineSpeed(
-        draft_tokens=3,
+        setting=DraftSetting(draft_tokens=3),
         concurrency=4,
         tokens_per_second=30.0,
         plain_tokens_per_second=20.0,
         num_matching=1,
+        acceptance_length=4.0,
+        prefill_share=0.1,
     )
     own = EvaluateSummary(
         evaluation=EvaluationConfig(),
@@ -112,7 +119,10 @@ def test_what_an_engine_counts_stands_beside_the_own_figures(tmp_path: Path) -> 
         evaluation=EvaluationConfig(engine="vllm"),
         untrained=None,
         engine=EngineReport(
-            engine="vLLM 0.32.0", dtype="float32", by_draft_tokens={3: report}, speeds=(speed,)
+            engine="vLLM 0.32.0",
+            dtype="float32",
+            acceptances=(SettingAcceptance(setting=speed.setting, report=report),),
+            speeds=(speed,),
         ),
     )
     write_stage(tmp_path / evaluation_name("eyas"), own)
@@ -123,9 +133,10 @@ def test_what_an_engine_counts_stands_beside_the_own_figures(tmp_path: Path) -> 
     rows = dict(evaluate_rows(by_engine))
     assert rows["decoded by"] == "vLLM 0.32.0, float32"
     assert "acceptance length, at the start" not in rows
-    assert rows["tokens per second, 3 drafted, 4 prompts"] == (
-        "30.0 against 20.0 plain (1.50x), 1 of 1 texts equal"
-    )
+    assert rows["tokens per second, plain"] == "4 at a time: 20.0"
+    assert rows["tokens per second, 3 drafted"] == "4 at a time: 30.0 (1.50x)"
+    assert rows["texts equal to plain decoding"] == "4 at a time: 1 of 1"
+    assert rows["serve with, 4 prompts at a time"] == "3 drafted (1.50x)"
     page = write_run_page(tmp_path).read_text()
     assert page.index("<h2>Acceptance</h2>") < page.index("<h2>In vLLM 0.32.0</h2>")
     assert "3 drafted, 4 at a time" in page

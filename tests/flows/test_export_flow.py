@@ -22,7 +22,7 @@ from eagle_core.training.loader import LoaderState
 from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
 from flows.config.export import RunExportConfig
 from flows.export import export_flow
-from flows.reports import rows as report
+from flows.reports.export_rows import export_rows
 from flows.summaries import ExportedLayout, ExportSummary
 from flows.tasks.prepare import prepare
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(
 
 
 def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None:
-    names = ("serving", "speculators")
+    names = ("serving", "speculators", "gguf")
     summary = ExportSummary(
         run_path=tmp_path,
         checkpoint_step=7,
@@ -150,7 +150,7 @@ def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None
         ),
         seconds=1.0,
     )
-    rows = dict(report.export_rows(summary))
+    rows = dict(export_rows(summary))
     folder = str(tmp_path / "a b" / "serving")
     target = ["meta-llama/Llama-3.1-8B-Instruct", "--revision", "main"]
     assert rows["folder: serving"] == f"{folder} (1.5 KB)"
@@ -169,6 +169,11 @@ def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None
     }
     speculators = str(tmp_path / "a b" / "speculators")
     assert shlex.split(rows["serve with vLLM (speculators)"]) == ["vllm", "serve", speculators]
+    assert shlex.split(rows["serve with llama.cpp"]) == [
+        *("llama-server", "--model", "TARGET.gguf", "--spec-type", "draft-eagle3"),
+        *("--spec-draft-model", str(tmp_path / "a b" / "gguf" / "draft.gguf")),
+        *("--spec-draft-n-max", "4"),
+    ]
 
 
 def test_what_is_evaluated_is_what_is_served() -> None:

@@ -21,7 +21,7 @@ from eagle_core.evaluation.benchmarks.question import Question
 from eagle_core.evaluation.benchmarks.sets import BENCHMARKS, BenchmarkSet, Record, has_text
 from eagle_core.evaluation.prompt_file import asked_question, category_of
 
-_SETS: Mapping[str, BenchmarkSet] = {**BENCHMARKS}
+_SETS: Mapping[str, BenchmarkSet] = {str(name): one for name, one in BENCHMARKS.items()}
 
 
 @dataclass(kw_only=True, slots=True)

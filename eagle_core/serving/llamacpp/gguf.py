@@ -35,13 +35,18 @@ def target_file(config: TargetConfig, weights: Path) -> Path:
         ConfigError: llama.cpp's converter does not know this architecture, or is not installed.
 
     """
-    name = f"{config.name}-{_OUT_TYPES[config.dtype]}-{_digest(weights)}.gguf"
-    path = cache_path() / "gguf" / name
+    path = target_path(config, weights)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         logger.info("converting target %s for llama.cpp, once: %s", config.name, path)
         convert(weights, path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     return path
+
+
+def target_path(config: TargetConfig, weights: Path) -> Path:
+    """Return where the file of a target is, or will be."""
+    name = f"{config.name}-{_OUT_TYPES[config.dtype]}-{_digest(weights)}.gguf"
+    return cache_path() / "gguf" / name
 
 
 def convert(

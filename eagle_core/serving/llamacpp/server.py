@@ -12,18 +12,19 @@ import httpx
 import torch
 
 from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.sampling import SamplingLimits
 from eagle_core.decoding.trace import GenerationTrace, until_stop
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
 from eagle_core.serving.events import post, post_stream
 from eagle_core.serving.llamacpp import gguf, installed
+from eagle_core.serving.llamacpp.draft_file import FILE_NAME, convert_draft
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
-from eagle_core.serving.server_process import LOOPBACK
+from eagle_core.serving.template_file import template_file
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
 
-_DRAFT_NAME = "draft.gguf"
 _PREFIX = "LLAMA_"
 """Of variables that set options of the server."""
 _NO_LIMITS: Mapping[str, object] = {
@@ -38,6 +39,7 @@ _NO_LIMITS: Mapping[str, object] = {
     "typical_p": 1.0,
 }
 """By default some of these are the target's own, from its generation_config.json."""
+_ORDER = ("penalties", "temperature", "top_k", "top_p")
 _TIMEOUT_SECONDS = 60.0
 _IN_FLOAT32 = {"--cache-type-k": "f32", "--cache-type-v": "f32", "--flash-attn": "off"}
 """By default its cache is float16, in which texts differ from the target's own."""
@@ -65,10 +67,10 @@ class LlamaCppEngine:
     def prepare(self, served: Served) -> None:
         """Convert target and draft, if need be."""
         gguf.target_file(served.target, served.weights)
-        if served.draft is not None and not _draft_file(served.draft).exists():
-            gguf.convert(
+        if served.draft is not None and not draft_path(served.draft).exists():
+            convert_draft(
                 served.draft,
-                _draft_file(served.draft),
+                draft_path(served.draft),
                 dtype=served.target.dtype,
                 target=served.weights,
                 trust_remote_code=served.target.trust_remote_code,
@@ -78,14 +80,17 @@ class LlamaCppEngine:
         """Return the command of its server."""
         config = served.target
         options = {
-            "--model": str(gguf.target_file(config, served.weights)),
+            "--model": str(gguf.target_path(config, served.weights)),
             "--alias": config.name,
-            "--host": LOOPBACK,
+            "--host": served.host,
             "--port": str(port),
             "--parallel": str(served.slots),
             "--ctx-size": str(served.slots * served.max_length),
-            "--cache-ram": "0",  # a prompt takes as long as the one before
         }
+        if served.is_measured:  # a prompt takes as long as the one before
+            options["--cache-ram"] = "0"
+        if served.chat_template is not None:
+            options["--chat-template-file"] = str(template_file(served.chat_template))
         if resolve_device(config.device).type == "cpu":
             options["--threads"] = str(torch.get_num_threads())
             options |= {"--gpu-layers": "0", "--device": "none"}
@@ -94,8 +99,9 @@ class LlamaCppEngine:
         if served.draft is not None:
             options |= {
                 "--spec-type": "draft-eagle3",
-                "--spec-draft-model": str(_draft_file(served.draft)),
+                "--spec-draft-model": str(draft_path(served.draft)),
                 "--spec-draft-n-max": str(served.draft_tokens),
+                "--spec-draft-p-min": f"{served.draft_p_min:g}",
             }
             if resolve_device(config.device).type == "cpu":
                 options |= {"--spec-draft-ngl": "0", "--spec-draft-device": "none"}
@@ -110,6 +116,21 @@ class LlamaCppEngine:
     def decoder(self, client: httpx.Client, served: Served) -> "LlamaCppDecoder":
         """Return a decoder for its server."""
         return LlamaCppDecoder(client, served.draft_tokens)
+
+    def samplers(self, served: Served, limits: SamplingLimits) -> Mapping[str, object]:
+        """Return the limits under llama.cpp's names, in the order of the others.
+
+        By default it limits before it divides by the temperature, and penalises only the last 64
+        tokens.
+        """
+        return {
+            **_NO_LIMITS,
+            "top_p": limits.top_p,
+            "top_k": limits.top_k or 0,
+            "repeat_penalty": limits.repetition_penalty,
+            "repeat_last_n": served.max_length,
+            "samplers": _ORDER,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +258,9 @@ def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> 
     return found
 
 
-def _draft_file(draft: Path) -> Path:
-    return draft.parent / _DRAFT_NAME
+def draft_path(draft: Path) -> Path:
+    """Return the file of a draft: itself, or beside the folder of its export."""
+    return draft if draft.is_file() else draft.parent / FILE_NAME
 
 
 def _plain_environment() -> dict[str, str]:

@@ -97,7 +97,7 @@ class VllmProcess:
         self._finalizer = weakref.finalize(
             self, _end, self._process, self._answers, self._log, folder
         )
-        self._is_ready = self.is_idle = False
+        self._has_answered = self.is_idle = False
         settings = {
             "folder": str(folder),
             "outputs": self.outputs,
@@ -105,7 +105,7 @@ class VllmProcess:
         }
         self._send(settings)
         self.max_length: int = self._receive()["max_length"]
-        self._is_ready = self.is_idle = True
+        self.is_idle = True
 
     def run(self, prompts: Sequence[Sequence[int]]) -> Iterator[EngineStates]:
         """Yield the states of each prompt, in order.
@@ -113,6 +113,7 @@ class VllmProcess:
         All must be read before the next call: until then it is not idle.
 
         Raises:
+            ConfigError: it failed before it ever answered: vLLM cannot run this target.
             TransientError: the process died, or failed.
 
         """
@@ -124,6 +125,7 @@ class VllmProcess:
                 answer = self._receive()
                 waiting[answer["place"]] = answer
             answer = waiting.pop(place)
+            self._has_answered = True
             states = self._read(Path(answer["file"]), len(prompts[place]))
             self.is_idle = place + 1 == len(prompts)
             yield EngineStates(states=states, token=answer["token"], logprob=answer["logprob"])
@@ -168,7 +170,7 @@ class VllmProcess:
                 f"{printed}"
             )
         was_killed = not failure and status in _KILLS
-        if self._is_ready or was_killed or _NO_MEMORY in failure:
+        if self._has_answered or was_killed or _NO_MEMORY in failure:
             raise TransientError(f"{what}; no committed shard is lost{printed}")
         raise ConfigError(
             f"target {self._name}: vLLM does not run it: {reason}; correct the cause, or set "

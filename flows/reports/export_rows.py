@@ -1,0 +1,49 @@
+"""What the table of `export` says: folders, and the commands that serve the draft."""
+
+import json
+import shlex
+
+from eagle_core.serving import sglang
+from eagle_core.serving.llamacpp.draft_file import FILE_NAME
+from flows.reports.table import Row
+from flows.reports.units import human_bytes
+from flows.summaries import ExportedLayout, ExportSummary
+
+
+def export_rows(summary: ExportSummary) -> list[Row]:
+    """Return where an export is, how large it is, and the commands that serve it."""
+    length = summary.held_out_length
+    measured = "not measured" if length is None else f"{length:.2f} tokens per target forward"
+    rows = [
+        ("run", str(summary.run_path)),
+        ("checkpoint", f"step {summary.checkpoint_step:,}"),
+        ("acceptance length, held out", measured),
+    ]
+    for exported in summary.layouts:
+        size = human_bytes(exported.num_bytes)
+        rows.append((f"folder: {exported.layout}", f"{exported.path} ({size})"))
+        rows += _serving_commands(exported, summary)
+    return [*rows, ("seconds", f"{summary.seconds:.1f}")]
+
+
+def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[Row]:
+    """Return the command of each engine that loads this layout, ready for a shell."""
+    folder, num_tokens = str(exported.path.resolve()), summary.speculative_tokens
+    if exported.layout == "speculators":  # its config names verifier and drafted tokens
+        return [("serve with vLLM (speculators)", shlex.join(["vllm", "serve", folder]))]
+    if exported.layout == "gguf":
+        llamacpp = {
+            "--model": "TARGET.gguf",
+            "--spec-type": "draft-eagle3",
+            "--spec-draft-model": f"{folder}/{FILE_NAME}",
+            "--spec-draft-n-max": str(num_tokens),
+        }
+        words = [word for option in llamacpp.items() for word in option]
+        return [("serve with llama.cpp", shlex.join(["llama-server", *words]))]
+    revision = [] if summary.revision is None else ["--revision", summary.revision]
+    target = [summary.served_model, *revision]
+    draft = {"method": "eagle3", "model": folder, "num_speculative_tokens": num_tokens}
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", *target]
+    launch += sglang.draft_options(exported.path.resolve(), num_tokens)
+    serve = ["vllm", "serve", *target, "--speculative-config", json.dumps(draft)]
+    return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
