@@ -11,6 +11,7 @@ from eagle_core.data.build import build_dataset
 from eagle_core.data.config import DatasetConfig
 from eagle_core.data.writer import LEDGER_NAME
 from eagle_core.errors import ConfigError
+from eagle_core.evaluation.benchmarks.question_file import QuestionFile
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.serving.engines import find_engine
 from eagle_core.target.config import TargetConfig
@@ -162,17 +163,21 @@ def check_runnable(
 def is_evaluated(target: TargetConfig, evaluation: EvaluationConfig) -> bool:
     """Return whether evaluation can follow; if this machine cannot decode the target, warn.
 
+    The files of benchmark sets are found, or downloaded, now and not after training.
+
     Raises:
-        ConfigError: an engine is to decode, and is not installed.
+        ConfigError: an engine is to decode, and is not installed; or a benchmark's file is missing.
+        TransientError: the hub is unreachable, and a benchmark's file is not in its cache.
 
     """
     if evaluation.engine != "eyas":
         find_engine(evaluation.engine, target)
-        return True
-    obstacle = why_not_decoded(target)
-    if obstacle:
+    elif obstacle := why_not_decoded(target):
         get_run_logger().warning("target %s is not evaluated: %s", target.name, obstacle)
-    return not obstacle
+        return False
+    for benchmark in evaluation.benchmark_sets:
+        QuestionFile.find(benchmark)
+    return True
 
 
 def tokens_of_run(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.decoding.config import TreeConfig
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.config import EvaluationConfig
@@ -84,8 +85,31 @@ def test_a_sweep_reports_every_set_and_turn_and_the_mean(
     assert "Acceptance length on each benchmark set" in page
     assert "mean of 3 sets" in page
 
+    drafted = TreeConfig(depth=3, top_k=2, nodes=8)
+    trees = evaluate_flow(
+        *(target, dataset, TRAINING, evaluation.model_copy(update={"tree": drafted})), home=home
+    )
+    assert trees.benchmarks is not None
+    assert [one.trained.num_prompts for one in trees.benchmarks.sets] == [4, 1, 4]
+    assert len(trees.trained.acceptance_by_depth) == 3
+    assert trees.trained.matches_plain
+    assert dict(evaluate_rows(trees))["drafted"] == "trees of 8 tokens, depth 3, top 2"
+
     missing = evaluation.model_copy(
         update={"benchmarks": (BenchmarkConfig(name="gsm8k", path=str(tmp_path / "none.jsonl")),)}
     )
     with pytest.raises(ConfigError, match=r"no file at .*none\.jsonl"):
         evaluate_flow(target, dataset, TRAINING, missing, home=home)
+
+
+def test_a_missing_file_is_named_before_anything_is_computed(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, store: StoreConfig
+) -> None:
+    lost = BenchmarkConfig(name="gsm8k", path=str(tmp_path / "none.jsonl"))
+    with pytest.raises(ConfigError, match=r"no file at .*none\.jsonl"):
+        offline(
+            *(target, dataset, store),
+            evaluation=EvaluationConfig(benchmarks=(lost,)),
+            home=str(tmp_path / "home"),
+        )
+    assert not (tmp_path / "home" / "stores").exists()

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.bench import BenchConfig
+from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.engine_report import DraftSetting
 from eagle_core.evaluation.measure_engine import measure_engine
@@ -49,6 +50,7 @@ from flows.regenerate import regenerate_flow
 from flows.reports.engine_tables import engine_rows
 from flows.tasks.trained_run import open_run
 from flows.workspace import Workspace
+from tests.eagle_core.evaluation.benchmarks.files import write_sets
 from tests.paths import ROOT
 from tests.tiny import write_conversations
 from tests.waiting import LIMIT_SECONDS
@@ -323,3 +325,39 @@ def read_gguf(file: Path, *names: str) -> dict[str, Any]:
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     layers = reader.fields["eagle3.target_layers"].contents()
     return {"target_layers": list(layers)} | {name: tensors[name] for name in names}
+
+
+@pytest.mark.parametrize("engine", ["llamacpp", "vllm"])
+def test_an_engine_counts_what_eyas_counts_on_every_set_and_turn(
+    trained: TrainedRun, engine: EngineName, tmp_path: Path
+) -> None:
+    paths = write_sets(tmp_path)
+    own = EVALUATION.model_copy(
+        update={
+            "benchmarks": tuple(
+                BenchmarkConfig(name=name, path=str(paths[name])) for name in ("mt-bench", "gsm8k")
+            ),
+            "num_prompts": 2,
+            "concurrency": (1,),
+        }
+    )
+    summaries = [
+        evaluate_flow(
+            target=trained.target, dataset=trained.dataset, evaluation=evaluation, home=trained.home
+        ).benchmarks
+        for evaluation in (own, own.model_copy(update={"engine": engine}))
+    ]
+    ours, theirs = summaries
+    assert ours is not None
+    assert theirs is not None
+    for here, there in zip(ours.sets, theirs.sets, strict=True):
+        assert list(there.by_turn) == list(here.by_turn)
+        pairs = [(here.trained, there.trained)]
+        pairs += [(part, there.by_turn[turn]) for turn, part in here.by_turn.items()]
+        for one, other in pairs:
+            assert other.num_tokens == one.num_tokens
+            assert other.num_rounds == one.num_rounds
+            assert other.acceptance_length == one.acceptance_length
+        assert there.left_out == here.left_out
+    assert list(ours.sets[0].by_turn) == [1, 2]
+    assert theirs.mean.acceptance_length == ours.mean.acceptance_length
