@@ -14,7 +14,11 @@ from eagle_core.decoding.chain_drafter import DraftNetwork
 from eagle_core.decoding.speculative import generate_plain_batch, generate_speculative_batch
 from eagle_core.decoding.target_cache import CachedTarget, CacheT
 from eagle_core.decoding.trace import GenerationTrace
-from eagle_core.decoding.tree_speculative import generate_tree, require_tree_logits
+from eagle_core.decoding.tree_speculative import (
+    generate_tree,
+    longest_with_tree,
+    require_tree_logits,
+)
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.acceptance import PromptResult
 from eagle_core.evaluation.config import EvaluationConfig
@@ -44,7 +48,7 @@ def decode_prompts(
     """Decode each prompt speculatively and plainly; yield the results.
 
     Raises:
-        ConfigError: there is no prompt.
+        ConfigError: there is no prompt, or the target cannot verify trees over the longest one.
 
     """
     chosen = prompts[: config.num_prompts]
@@ -54,6 +58,8 @@ def decode_prompts(
         )
     num_plain = len(chosen) if config.num_plain_prompts is None else config.num_plain_prompts
     if config.tree is not None:
+        longest = max(len(prompt.input_ids) for prompt in chosen)
+        target.require_tree(longest_with_tree(longest, config, config.tree))
         require_tree_logits(target)
     warm_up = config.model_copy(update={"max_new_tokens": _WARM_UP_TOKENS})
     _speculative(

@@ -3,7 +3,7 @@
 A prompt that is too long is skipped, never cut: the target would answer another question.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -32,14 +32,23 @@ def sample_prompts(
     """Return prompts cut from tokenised conversations: exactly the tokens of training.
 
     The first `max_turns` assistant turns of each sample give one prompt each, with the category
-    `turn N`; later turns keep the data's own earlier answers as context.
+    `turn N`; later turns keep the data's own earlier answers as context. Several answers to one
+    question are one prompt: greedy texts would be equal, and intervals too narrow.
     """
     prompts = (
         Prompt(input_ids=tuple(sample.input_ids[:start].tolist()), category=f"turn {turn}")
         for sample in samples
         for turn, start in enumerate(turn_starts(sample)[:max_turns], start=1)
     )
-    return first_prompts(prompts, num_prompts=num_prompts, max_tokens=max_tokens)
+    return first_prompts(_distinct(prompts), num_prompts=num_prompts, max_tokens=max_tokens)
+
+
+def _distinct(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    seen: set[tuple[int, ...]] = set()
+    for prompt in prompts:
+        if prompt.input_ids not in seen:
+            seen.add(prompt.input_ids)
+            yield prompt
 
 
 def turn_starts(sample: TokenizedSample) -> list[int]:

@@ -17,6 +17,13 @@ _WITH_MASKS = ("sdpa", "eager")
 _NO_TREES = "evaluation.tree cannot be used with target {name}: {why}; leave it out to draft chains"
 
 
+def require_tree_masks(name: str, attention: str | None) -> None:
+    """Raise ConfigError if an attention of transformers takes no mask of a tree."""
+    if attention not in _WITH_MASKS:
+        why = f"its attention ({attention}) takes no mask of a tree; set target.attention=sdpa"
+        raise ConfigError(_NO_TREES.format(name=name, why=why))
+
+
 def require_tree_attention(
     name: str, model_config: PretrainedConfig, *, attention: str | None, num_tokens: int
 ) -> None:
@@ -25,9 +32,7 @@ def require_tree_attention(
     A sliding window must not end inside the text: on a path, tokens are nearer to each other than
     their entries in the cache.
     """
-    if attention not in _WITH_MASKS:
-        why = f"its attention ({attention}) takes no mask of a tree; set target.attention=sdpa"
-        raise ConfigError(_NO_TREES.format(name=name, why=why))
+    require_tree_masks(name, attention)
     for layer in DynamicCache(config=model_config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             why = f"the cache of its layers ({type(layer).__name__}) cannot keep one path of a tree"

@@ -17,6 +17,7 @@ from eagle_core.serving.engines import find_engine
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.placement import why_not_decoded
 from eagle_core.target.preflight import CapturedWhere, check_description, check_weights
+from eagle_core.target.tree_attention import require_tree_masks
 from flows.bridge.draft_setup import require_draft_sizes
 from flows.bridge.passed_checks import TargetCheck, require_passed
 from flows.bridge.token_files import known_tokens
@@ -166,7 +167,8 @@ def is_evaluated(target: TargetConfig, evaluation: EvaluationConfig) -> bool:
     The files of benchmark sets are found, or downloaded, now and not after training.
 
     Raises:
-        ConfigError: an engine is to decode, and is not installed; or a benchmark's file is missing.
+        ConfigError: an engine is to decode, and is not installed; a benchmark's file is missing;
+            or the target's attention takes no mask of a tree.
         TransientError: the hub is unreachable, and a benchmark's file is not in its cache.
 
     """
@@ -175,6 +177,8 @@ def is_evaluated(target: TargetConfig, evaluation: EvaluationConfig) -> bool:
     elif obstacle := why_not_decoded(target):
         get_run_logger().warning("target %s is not evaluated: %s", target.name, obstacle)
         return False
+    if evaluation.tree is not None:
+        require_tree_masks(target.name, target.attention)
     for benchmark in evaluation.benchmark_sets:
         QuestionFile.find(benchmark)
     return True

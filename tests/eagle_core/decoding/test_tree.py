@@ -33,6 +33,8 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.config import EvaluationConfig
+from eagle_core.evaluation.decode_prompts import decode_prompts
+from eagle_core.evaluation.prompts import Prompt
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.end_weights import load_ends
@@ -288,6 +290,10 @@ def test_a_sliding_window_may_not_end_inside_a_text() -> None:
     longer = decoding.model_copy(update={"max_new_tokens": 16})
     with pytest.raises(ConfigError, match=r"target windowed.*32 tokens.*sliding window of 32"):
         generate_tree(windowed, draft, PROMPTS[0], longer, tree)
+    evaluation = EvaluationConfig(max_new_tokens=15, tree=tree)
+    prompts = [Prompt(input_ids=tuple(one)) for one in (PROMPTS[0], [*PROMPTS[0], 9])]
+    with pytest.raises(ConfigError, match=r"sliding window of 32"):  # before the first is decoded
+        next(decode_prompts(windowed, draft, prompts, evaluation))
 
 
 def test_targets_that_cannot_have_trees_are_named(draft: DraftModel) -> None:

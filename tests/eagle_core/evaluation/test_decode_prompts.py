@@ -1,5 +1,6 @@
 """Evaluation decodes each prompt both ways and says where they differ."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -149,5 +150,8 @@ def test_prompts_are_cut_where_each_answer_starts() -> None:
     assert first == Prompt(input_ids=(10, 11), category="turn 1")
     assert second == Prompt(input_ids=tuple(range(10, 17)), category="turn 2")
     assert sample_prompts([sample], num_prompts=9, max_tokens=6, max_turns=2) == [first]
+    other = dataclasses.replace(sample, sample_id="c", input_ids=np.append(ids[:7], np.int32(99)))
+    both = sample_prompts([sample, other], num_prompts=9, max_tokens=9, max_turns=2)
+    assert both == [first, second]  # another last answer is no other question
     headless = TokenizedSample(sample_id="b", input_ids=ids, loss_mask=np.ones(8, dtype=np.bool_))
     assert sample_prompts([headless], num_prompts=9, max_tokens=9) == []
