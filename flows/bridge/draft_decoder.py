@@ -1,7 +1,8 @@
 """Real decoding of held-out prompts with drafts of a run that trains, in any process.
 
-The prompts are those that `evaluate` decodes first, with its default settings: for the same
-checkpoint both give the same acceptance.
+The prompts are those that `evaluate` decodes first, with its default settings. For the same
+checkpoint both give the same acceptance in float32, or with as many prompts decoded together: in
+other arithmetic, rounding depends on what shares a batch.
 """
 
 from collections.abc import Callable, Mapping
