@@ -9,11 +9,11 @@ import torch
 from eagle_core.draft.config import DraftConfig
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.prompts import Prompt
+from eagle_core.samples import TokenizedSample
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import read_model_config
 from eagle_core.target.positions import Positions
-from eagle_core.tokenization.conversation_tokenizer import TokenizedSample
 from eagle_core.tokenization.token_file import write_token_file
 from eagle_core.training.config import TrainingConfig
 from flows.bridge.draft_decoder import VISIBLE_GPUS, DecodingPlace, decoding_place, drafts_to_decode
@@ -21,6 +21,16 @@ from flows.evaluate import num_beyond
 from flows.workers.decoders import child_environment
 
 TRAINING = TrainingConfig(decode_every=2)
+DRAFT = DraftConfig(
+    hidden_size=64,
+    target_hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=416,
+    draft_vocab_size=300,
+)
 
 
 @pytest.mark.parametrize("num_prompt", [100, 101, 104, 105, 106])
@@ -33,7 +43,7 @@ def test_near_the_position_limit_the_prompts_are_those_of_evaluate(
     found = drafts_to_decode(
         target,
         training,
-        DraftConfig.model_construct(),
+        DRAFT,
         held_out(tmp_path / "held_out.arrow", 9, num_prompt),
     )
     assert found is not None
