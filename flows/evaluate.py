@@ -47,7 +47,7 @@ from flows.reports.run_record import RunRecord, evaluation_name, write_stage
 from flows.summaries import EvaluateSummary
 from flows.tasks.benchmark_prompts import ask_engine, ask_here, choose_sweep
 from flows.tasks.prepare import check_runnable
-from flows.tasks.served_draft import new_tokens, served_for
+from flows.tasks.served_draft import served_for
 from flows.tasks.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
@@ -240,7 +240,8 @@ def _prompts(trained: TrainedRun, evaluation: EvaluationConfig) -> list[Prompt]:
         require_embedded(
             prompt.input_ids, model_config.vocab_size, trained.target, where="a prompt"
         )
-    num_long, room = num_beyond(prompts, Positions.of(model_config), new_tokens(evaluation))
+    positions = Positions.of(model_config)
+    num_long, room = num_beyond(prompts, positions, evaluation.positions_after_prompt)
     if not num_long:
         return prompts
     shorter = evaluation.model_copy(update={"max_prompt_tokens": max(room, 0)})

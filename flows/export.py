@@ -15,6 +15,7 @@ from eagle_core.serving.llamacpp.draft_file import export_gguf
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.weights import locate
 from eagle_core.training.config import TrainingConfig
+from eagle_core.training.decoded_points import decoded_lengths
 from flows.config.export import RunExportConfig
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.run_name import run_name
@@ -22,7 +23,7 @@ from flows.orchestration.stage_report import report_stage
 from flows.reports.export_rows import export_rows
 from flows.summaries import ExportedLayout, ExportSummary
 from flows.tasks.served_draft import served_target
-from flows.tasks.trained_run import open_run
+from flows.tasks.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME, RunName
 
 FOLDER_NAME = "export"
@@ -62,6 +63,7 @@ def export_flow(
         run_path=run_path,
         checkpoint_step=found.step,
         held_out_length=_held_out_length(found.figures, found.step),
+        decoded_length=_decoded_length(trained, found.step),
         served_model=export.verifier or served.name_or_path,
         revision=target.revision if served.name_or_path == target.model else None,
         speculative_tokens=export.speculative_tokens,
@@ -102,6 +104,13 @@ def _write(
 def _held_out_length(figures: Mapping[str, Any], step: int) -> float | None:
     """Return the acceptance length measured at this step, if there is one."""
     return float(figures["held_out_length"]) if figures.get("held_out_step") == step else None
+
+
+def _decoded_length(trained: TrainedRun, step: int) -> float | None:
+    """Return the decoded acceptance length of this step, if that chooses the best checkpoint."""
+    if trained.training.best_by != "decoding":
+        return None
+    return decoded_lengths(trained.path).get(step)
 
 
 def _size(folder: Path) -> int:

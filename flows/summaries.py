@@ -233,6 +233,8 @@ class ExportSummary:
     checkpoint_step: int
     held_out_length: float | None
     """Acceptance length of the checkpoint on the held-out split; None if it was not measured."""
+    decoded_length: float | None = None
+    """Its length in real decoding, of a run whose best checkpoint is chosen by that."""
     served_model: str
     """The target as an engine loads it: a Hugging Face id, or a folder."""
     revision: str | None

@@ -145,6 +145,16 @@ class EvaluationConfig(DecodingConfig):
         return self.draft_tokens if self.tree is None else self.tree.depth
 
     @property
+    def positions_after_prompt(self) -> int:
+        """How many positions a text may take after its prompt.
+
+        An engine writes up to K tokens more than are kept, and drafts K more.
+        """
+        if self.engine == "eyas":
+            return self.max_new_tokens + self.drafted_depth
+        return self.max_new_tokens + 2 * (max(self.draft_tokens, *self.draft_lengths) + 1)
+
+    @property
     def benchmark_sets(self) -> tuple[BenchmarkConfig, ...]:
         """The benchmark sets, those that are only named included."""
         return tuple(

@@ -37,16 +37,20 @@ class _WandbTracker(HostedTracker):
                 silent=not is_online, console="off", disable_git=True, disable_code=True
             ),
         )
-        self._newest = 0
+        self._newest = int(self._run.step)  # of a run that is resumed online: after its last one
         self._run.define_metric("decoding/*", step_metric=_DECODED_STEP)
 
     def _send(self, scalars: Mapping[str, float], step: int) -> None:
-        """Send metrics; those of an earlier step, which W&B would drop, beside the newest ones."""
-        self._newest = max(self._newest, step)
+        """Send metrics; what is decoded late goes beside the newest ones, or W&B would drop it.
+
+        Other metrics of an earlier step are of one that is repeated after a kill: W&B has them.
+        """
         sent = dict(scalars)
         if any(name.startswith("decoding/") for name in scalars):
             sent[_DECODED_STEP] = step
-        self._run.log(sent, step=self._newest)
+            step = max(step, self._newest)
+        self._newest = max(self._newest, step)
+        self._run.log(sent, step=step)
 
     def _close(self, *, is_good: bool) -> None:
         self._run.finish(exit_code=0 if is_good else 1)

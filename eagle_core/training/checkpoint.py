@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def save(
     *,
     keep_last: int,
     best_by: BestBy = "joint_prefix",
+    undecided: int | None = None,
 ) -> Path:
     """Write a checkpoint, delete all but the newest `keep_last` and the best; return its folder.
 
@@ -86,12 +87,13 @@ def save(
         optimizer: `optimizers.state_tensors`.
         keep_last: number of newest checkpoints to keep.
         best_by: what makes a checkpoint the best.
+        undecided: step of a checkpoint to keep, too: it may turn out to be the best.
 
     Raises:
         DiskError: it cannot be written; earlier checkpoints remain.
 
     """
-    folder = run_path / _FOLDER / f"step-{checkpoint.step:08d}"
+    folder = _folder_of(run_path, checkpoint.step)
     with atomic_folder(folder) as partial:
         trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != FROZEN}
         save_file(trained, partial / WEIGHTS_NAME)
@@ -104,11 +106,14 @@ def save(
             },
         }
         (partial / _STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
-    _drop_others(run_path, folder, keep_last=keep_last, best_by=best_by)
+    spared = {folder} if undecided is None else {folder, _folder_of(run_path, undecided)}
+    _drop_others(run_path, folder, spared, keep_last=keep_last, best_by=best_by)
     return folder
 
 
-def _drop_others(run_path: Path, saved: Path, *, keep_last: int, best_by: BestBy) -> None:
+def _drop_others(
+    run_path: Path, saved: Path, spared: Collection[Path], *, keep_last: int, best_by: BestBy
+) -> None:
     """Keep the checkpoint just saved, the newest, the best, and any that cannot be read."""
     sound, unreadable = [], []
     for found in _folders(run_path):
@@ -119,7 +124,7 @@ def _drop_others(run_path: Path, saved: Path, *, keep_last: int, best_by: BestBy
             logger.warning("%s; keeping it", error)
             unreadable.append(found)
     found_best = _best(run_path, sound, best_by)
-    kept = {saved, *sound[:keep_last], *unreadable}
+    kept = {*spared, *sound[:keep_last], *unreadable}
     if found_best is not None:
         kept.add(found_best.folder)
     for old in _folders(run_path):
@@ -147,8 +152,12 @@ def find_best(run_path: Path, best_by: BestBy) -> BestFolder | None:
 
     Only checkpoints written right after a measurement count; among equals, the newest wins.
     """
-    sound = [folder for folder in _folders(run_path) if _damage(folder) is None]
-    return _best(run_path, sound, best_by)
+    return _best(run_path, sound_folders(run_path), best_by)
+
+
+def sound_folders(run_path: Path) -> Sequence[Path]:
+    """Return the folders of undamaged checkpoints, newest first."""
+    return [folder for folder in _folders(run_path) if _damage(folder) is None]
 
 
 def _best(run_path: Path, sound: Sequence[Path], best_by: BestBy) -> BestFolder | None:
@@ -238,6 +247,10 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     """Return a checkpoint's optimizer state by tensor name."""
     state: dict[str, Tensor] = load_file(folder / _OPTIMIZER)
     return state
+
+
+def _folder_of(run_path: Path, step: int) -> Path:
+    return run_path / _FOLDER / f"step-{step:08d}"
 
 
 def _folders(run_path: Path) -> Sequence[Path]:

@@ -70,10 +70,11 @@ def read_points(run_path: Path) -> Sequence[DecodedPoint]:
         ) from error
 
 
-def add_point(run_path: Path, point: DecodedPoint) -> None:
-    """Write a point; it replaces the one of the same step."""
-    others = [one for one in read_points(run_path) if one.step != point.step]
-    write_text(run_path / DECODED_NAME, _POINTS.dump_json((*others, point), indent=2).decode())
+def add_points(run_path: Path, *points: DecodedPoint) -> None:
+    """Write points, all of them or none; each replaces the one of the same step."""
+    steps = {point.step for point in points}
+    others = [one for one in read_points(run_path) if one.step not in steps]
+    write_text(run_path / DECODED_NAME, _POINTS.dump_json((*others, *points), indent=2).decode())
 
 
 def decoded_lengths(run_path: Path) -> Mapping[int, float]:

@@ -102,7 +102,8 @@ class TrainingResult:
     """Steps of the run so far, earlier attempts included."""
     figures: Metrics
     tokens_per_second: float
-    """Of this attempt, data and checkpoints included; 0 if the run was already complete."""
+    """Of this attempt, data and checkpoints included, but not the time in which training waited for
+    decoding; 0 if the run was already complete."""
     dtype: str
     """Of matrix products."""
     checkpoint_path: Path

@@ -28,6 +28,13 @@ class ThroughputMeter:
         yield
         self._waited += time.monotonic() - begun
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time in the block: nothing trains meanwhile."""
+        begun = time.monotonic()
+        yield
+        self._started += time.monotonic() - begun
+
     def add(self, loaded: LoadedStep) -> None:
         """Count the tokens of a step."""
         for batch in loaded.batches:

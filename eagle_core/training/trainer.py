@@ -79,6 +79,7 @@ def train(
         MismatchError: the checkpoint belongs to other data or settings; names the fields.
         CorruptError: the loss or the gradient (names the samples of the batch) or a weight to save
             is not finite.
+        EagleCoreError: `decoder` failed; all steps before are saved.
 
     """
     with join_processes() as processes, stop_request() as stop_requested:
@@ -163,10 +164,15 @@ class _Run:
             processes=self.processes,
             tracker=tracker,
         )
-        if decoding.is_due(self.step, is_last=self._is_done()):  # unless it was before a kill
-            decoding.start(self.step, self.draft)
+        with meter.paused():
+            if self._is_chosen_by_decoding:
+                decoding.catch_up()
+            if decoding.is_due(self.step, is_last=self._is_done()):  # unless it was before a kill
+                decoding.start(self.step, self.draft)
         # Before the first step there is nothing to save: a stop request waits for it.
-        while not self._is_done() and not (self.metrics and self.processes.any(stop_requested())):
+        while not self._is_done() and not (
+            self.metrics and self.processes.any(stop_requested() or decoding.has_failed)
+        ):
             with meter.waiting():
                 loaded = next(stream)
             outcomes, rate = self._one_step(loaded)
@@ -182,15 +188,19 @@ class _Run:
             is_decoded = decoding.is_due(self.step, is_last=self._is_done())
             is_best = is_decoded if self._is_chosen_by_decoding else is_best
             if is_best or self.step % self.config.checkpoint_every == 0 or self._is_done():
-                decoding.wait()
-                self._save()
+                with meter.paused():
+                    decoding.wait()
+                self._save(decoding.undecided)
             if is_decoded:
-                decoding.start(self.step, self.draft)
+                with meter.paused():
+                    decoding.start(self.step, self.draft)
             decoding.collect()
         stream.close()  # type: ignore[attr-defined]  # a generator
         if self.saved is None or checkpoint.read(self.saved).step != self.step:
-            self._save()
-        decoding.wait()
+            self._save(decoding.undecided)
+        with meter.paused():
+            decoding.wait()
+        decoding.report_failure(is_stopping=stop_requested() and not self._is_done())
         assert self.saved is not None  # noqa: S101
         return TrainingResult(
             num_steps=self.step,
@@ -342,7 +352,7 @@ class _Run:
         self.best_length = max(self.best_length, found.length)
         return is_best
 
-    def _save(self) -> None:
+    def _save(self, undecided: int | None) -> None:
         weights = {name: whole(tensor) for name, tensor in self.draft.state_dict().items()}
         where = f"step {self.step}: no checkpoint was written"
         require_finite(weights, where=where, cure=self._remedy)
@@ -361,6 +371,7 @@ class _Run:
                 optimizer,
                 keep_last=self.config.keep_last,
                 best_by=self.config.best_by,
+                undecided=undecided,
             )
         self.processes.wait()
         self.saved = checkpoint.newest(self.run_path)

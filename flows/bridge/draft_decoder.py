@@ -1,16 +1,18 @@
 """Real decoding of held-out prompts with drafts of a run that trains, in any process.
 
-The prompts are those that `evaluate` decodes first, with its default settings: for the same
-checkpoint both give the same acceptance.
+The prompts are those that `evaluate` decodes first, with its default settings. For the same
+checkpoint both give the same acceptance in float32, or with as many prompts decoded together: in
+other arithmetic, rounding depends on what shares a batch.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from eagle_core.draft.config import DraftConfig
@@ -34,8 +36,14 @@ from eagle_core.training.checkpoint import FROZEN
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.decoded_points import Decoded
 
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _BATCH_PROMPTS = 8
 """Prompts that are decoded together, where the target supports that: their texts are the same."""
+
+
+def _visible_gpus() -> str:
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    return os.environ.get(VISIBLE_GPUS, every)
 
 
 class DecodingPlace(BaseModel):
@@ -48,6 +56,8 @@ class DecodingPlace(BaseModel):
     """Whether a child process decodes."""
     is_awaited: bool
     """Whether training waits, because it uses the same device."""
+    visible_gpus: str = Field(default_factory=_visible_gpus)
+    """CUDA_VISIBLE_DEVICES as this machine shows its GPUs to the process that chose the device."""
 
 
 class DraftsToDecode(BaseModel):
@@ -111,7 +121,8 @@ def _prompts(target: TargetConfig, training: TrainingConfig, held_out: Path) -> 
     model_config = read_model_config(target, weights.locate(target))
     positions, longest = Positions.of(model_config), EvaluationConfig().max_prompt_tokens
     if positions.limit is not None and not positions.is_scaled:
-        longest = min(longest, positions.limit - training.decode_new_tokens)
+        room = EvaluationConfig(max_new_tokens=training.decode_new_tokens).positions_after_prompt
+        longest = min(longest, positions.limit - room)
     prompts = sample_prompts(
         TokenFile(held_out), num_prompts=training.decode_prompts, max_tokens=longest
     )

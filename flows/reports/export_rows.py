@@ -12,18 +12,30 @@ from flows.summaries import ExportedLayout, ExportSummary
 
 def export_rows(summary: ExportSummary) -> list[Row]:
     """Return where an export is, how large it is, and the commands that serve it."""
-    length = summary.held_out_length
-    measured = "not measured" if length is None else f"{length:.2f} tokens per target forward"
     rows = [
         ("run", str(summary.run_path)),
         ("checkpoint", f"step {summary.checkpoint_step:,}"),
-        ("acceptance length, held out", measured),
+        *_lengths(summary),
     ]
     for exported in summary.layouts:
         size = human_bytes(exported.num_bytes)
         rows.append((f"folder: {exported.layout}", f"{exported.path} ({size})"))
         rows += _serving_commands(exported, summary)
     return [*rows, ("seconds", f"{summary.seconds:.1f}")]
+
+
+def _lengths(summary: ExportSummary) -> list[Row]:
+    """Return the acceptance lengths that are known of the checkpoint."""
+    known = {
+        "acceptance length, decoded": summary.decoded_length,
+        "acceptance length, held out": summary.held_out_length,
+    }
+    rows = [
+        (name, f"{length:.2f} tokens per target forward")
+        for name, length in known.items()
+        if length is not None
+    ]
+    return rows or [("acceptance length, held out", "not measured")]
 
 
 def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[Row]:

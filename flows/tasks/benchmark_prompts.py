@@ -17,7 +17,7 @@ from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.target.weights import locate
 from flows.orchestration.artifact_key import artifact_key
 from flows.orchestration.progress import StageProgress, stage_progress
-from flows.tasks.served_draft import new_tokens, served_plainly
+from flows.tasks.served_draft import served_plainly
 from flows.tasks.trained_run import TrainedRun
 
 _TITLE = "answers to earlier turns"
@@ -44,7 +44,7 @@ def choose_sweep(trained: TrainedRun, evaluation: EvaluationConfig) -> Sweep | N
         tokenizer=conversation_tokenizer(trained.target),
         limits=PromptLimits(
             asked=evaluation.max_prompt_tokens,
-            room=(positions.limit or 0) - new_tokens(evaluation) if is_limited else None,
+            room=(positions.limit or 0) - evaluation.positions_after_prompt if is_limited else None,
         ),
     )
     for one in sweep.sets:

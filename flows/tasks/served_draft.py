@@ -9,22 +9,12 @@ from eagle_core.atomic_files import partial_folder
 from eagle_core.draft.export import ExportConfig, ServedTarget, export
 from eagle_core.draft.model import DraftModel
 from eagle_core.evaluation.config import EvaluationConfig
-from eagle_core.evaluation.measure_engine import concurrencies, draft_lengths
+from eagle_core.evaluation.measure_engine import concurrencies
 from eagle_core.evaluation.prompts import Prompt
 from eagle_core.serving.served import Served
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, for_decoding, read_model_config
-
-
-def new_tokens(evaluation: EvaluationConfig) -> int:
-    """Return how many positions a text may take after its prompt.
-
-    An engine writes up to K tokens more than are kept, and drafts K more.
-    """
-    if evaluation.engine == "eyas":
-        return evaluation.max_new_tokens + evaluation.drafted_depth
-    return evaluation.max_new_tokens + 2 * (draft_lengths(evaluation)[-1] + 1)
 
 
 def served_target(target: TargetConfig) -> ServedTarget:
@@ -73,10 +63,11 @@ def served_plainly(
     return Served(
         target=for_decoding(target),
         weights=weights.locate(target).resolve(),
-        max_length=longest_prompt + new_tokens(evaluation),
+        max_length=longest_prompt + evaluation.positions_after_prompt,
     )
 
 
 def _longest(prompts: Sequence[Prompt], evaluation: EvaluationConfig) -> int:
     """Return the tokens of the longest text, with the drafts of its last rounds."""
-    return max(len(prompt.input_ids) for prompt in prompts) + new_tokens(evaluation)
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    return longest + evaluation.positions_after_prompt

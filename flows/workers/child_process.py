@@ -9,6 +9,7 @@ unexpected error is a failure, and would happen again.
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,9 +110,9 @@ class Child:
     def _has_ended(self) -> bool:
         return self._process.poll() is not None
 
-    def close(self) -> None:
-        """End it, from any thread; its current work is lost."""
-        self._process.terminate()
+    def close(self, *, by: signal.Signals = signal.SIGTERM) -> None:
+        """End it by a signal, from any thread; its current work is lost."""
+        self._process.send_signal(by)
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:  # it hangs

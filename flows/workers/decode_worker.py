@@ -1,8 +1,11 @@
 """The child process that decodes held-out prompts with drafts of a run that trains.
 
-Sends one `DecodedLine` per `DecodeRequest`, and keeps the target loaded between them.
+Sends one `DecodedLine` per `DecodeRequest`, and keeps the target loaded between them. It ignores
+SIGTERM, which asks a run to stop and is often sent to all its processes: a run that stops records
+what is being decoded. The parent kills it, and ends it by closing its standard input.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -45,4 +48,5 @@ class _Server:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(serve(DecodeRequest, _Server().decode))

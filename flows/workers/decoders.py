@@ -4,6 +4,7 @@ A child gets each draft in a file of the run's folder, and needs neither this pr
 memory. It is started at the first draft.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,12 @@ from eagle_core.errors import TransientError
 from eagle_core.target.model import TargetModel
 from eagle_core.training.decoded_points import Decoded
 from eagle_core.training.draft_decoding import Decoder
-from flows.bridge.draft_decoder import DraftDecoder, DraftsToDecode
+from flows.bridge.draft_decoder import (
+    VISIBLE_GPUS,
+    DecodingPlace,
+    DraftDecoder,
+    DraftsToDecode,
+)
 from flows.errors import ChildKilledError
 from flows.workers.child_process import Child
 from flows.workers.decode_worker import DecodedLine, DecodeRequest
@@ -25,6 +31,11 @@ from flows.workers.decode_worker import DecodedLine, DecodeRequest
 _SNAPSHOT_NAME = "decoding.safetensors"
 _ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 """A child of a rank is none itself."""
+
+
+def child_environment(place: DecodingPlace) -> Mapping[str, str]:
+    """Return the variables of a child: ranks on the CPU see no GPU, but their child may use one."""
+    return {**_ONE_PROCESS, VISIBLE_GPUS: place.visible_gpus}
 
 
 @contextmanager
@@ -82,14 +93,16 @@ class _ChildDecoder:
         """Begin to decode with a draft's weights; the last draft's result must be there."""
         with atomic_file(self._snapshot_path) as partial:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
-        self._child = self._child or Child("flows.workers.decode_worker", environment=_ONE_PROCESS)
+        self._child = self._child or Child(
+            "flows.workers.decode_worker", environment=child_environment(self._work.place)
+        )
         request = DecodeRequest(work=self._work, weights_path=self._snapshot_path)
         return self._reader.submit(_ask, self._child, request)
 
     def close(self) -> None:
         """End the child, and what it is decoding."""
         if self._child is not None:
-            self._child.close()
+            self._child.close(by=signal.SIGKILL)  # it ignores SIGTERM
         self._reader.shutdown()
         self._snapshot_path.unlink(missing_ok=True)
 

@@ -160,12 +160,12 @@ def test_it_has_the_figures_of_evaluate_and_the_weights_of_any_run(train: Train)
 def test_a_run_that_began_without_may_decode_and_choose_by_it_later(train: Train) -> None:
     train("later", PLAIN.model_copy(update={"max_steps": 3, "schedule": "constant"}))
     later = train("later", HERE.model_copy(update={"schedule": "constant"}))
-    assert list(decoded(later)) == [4, 6]
+    assert list(decoded(later)) == [2, 3, 4, 6]
     lines = map(json.loads, (later.run_path / "metrics.jsonl").read_text().splitlines())
     steps = [
         line["step"] for line in lines if "decoding/acceptance_length" in line.get("metrics", {})
     ]
-    assert steps == [4, 6]
+    assert steps == [2, 3, 4, 6]  # with its checkpoints first, then as it goes on
     assert later.best is not None
     assert train.evaluate("later").checkpoint_step == later.best.step
 
@@ -214,7 +214,7 @@ def test_ranks_wait_while_the_first_has_a_child_decode(
     assert decoded(found)[6] == as_evaluated(train.evaluate("ranks", "newest"))
 
 
-def test_a_killed_child_is_named_with_what_to_do(
+def test_a_child_ignores_sigterm_and_is_named_when_it_is_killed(
     tmp_path: Path, train: Train, target: TargetConfig
 ) -> None:
     run_path = train("to-decode", PLAIN.model_copy(update={"max_steps": 2})).run_path
@@ -228,8 +228,10 @@ def test_a_killed_child_is_named_with_what_to_do(
     with open_decoder(work, tmp_path) as decoder:
         assert decoder is not None
         first = decoder.decode(tensors).result().acceptance_length
-        result = decoder.decode(tensors)
         (pid,) = _decoding_pids(os.getpid())
+        os.kill(pid, signal.SIGTERM)  # a stop request, sent to all processes of a run
+        assert decoder.decode(tensors).result().acceptance_length == first
+        result = decoder.decode(tensors)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(TransientError, match=r"decode_every=0.*killed by signal 9"):
             result.result()

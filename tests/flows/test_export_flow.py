@@ -18,6 +18,7 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
+from eagle_core.training.decoded_points import Decoded, DecodedPoint, add_points
 from eagle_core.training.loader import LoaderState
 from flows.bridge.draft_setup import choose_vocabulary, set_up_draft
 from flows.config.export import RunExportConfig
@@ -120,6 +121,23 @@ def test_without_a_measurement_the_newest_is_the_best(
     run_with_two_checkpoints(target, dataset, tmp_path, is_measured=False)
     summary = export_flow(target, dataset, TRAINING, home=str(tmp_path))
     assert (summary.checkpoint_step, summary.held_out_length) == (2, None)
+
+
+def test_a_draft_that_decoding_chose_has_its_decoded_length(
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+) -> None:
+    run_with_two_checkpoints(target, dataset, tmp_path, is_measured=False)
+    for step, length in ((1, 1.75), (2, 1.5)):
+        decoded = Decoded(acceptance_length=length, acceptance_by_depth=())
+        point = DecodedPoint(step=step, draft="d", prompts="p", decoded=decoded)
+        add_points(tmp_path / "runs" / "tiny-facts-main", point)
+    training = TRAINING.model_copy(update={"decode_every": 1, "best_by": "decoding"})
+    config = RunExportConfig(checkpoint="newest")  # the settings of the run are not recorded
+    summary = export_flow(target, dataset, training, config, home=str(tmp_path))
+    assert (summary.held_out_length, summary.decoded_length) == (None, 1.5)
+    rows = dict(export_rows(summary))
+    assert rows["acceptance length, decoded"] == "1.50 tokens per target forward"
+    assert "acceptance length, held out" not in rows
 
 
 def test_what_cannot_be_exported_is_named_and_leaves_nothing(

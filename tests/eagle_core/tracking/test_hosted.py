@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.tracking.config import TrackedRun, TrackingConfig
 from eagle_core.tracking.hosted import hosted_run_id
 from eagle_core.tracking.trackers import open_trackers
+from eagle_core.tracking.wandb import open_tracker
 from tests.paths import ROOT
 from tests.side_environment import side_environment
 from tests.waiting import LIMIT_SECONDS
@@ -101,6 +104,33 @@ def test_a_tracker_that_breaks_is_given_up_with_one_warning(
     assert len(told["warnings"]) == 1
     assert told["warnings"][0].startswith(f"tracker {tracker} failed (")
     assert told["warnings"][0].endswith("training continues without it")
+
+
+def test_what_is_decoded_late_is_not_below_the_steps_that_wandb_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, dict[str, float]]] = []
+    hosted = SimpleNamespace(
+        step=101,  # it was resumed, with 0 to 100 logged
+        define_metric=lambda *_names, **_axis: None,
+        log=lambda scalars, step: sent.append((step, scalars)),
+        finish=lambda **_how: None,
+    )
+    package = ModuleType("wandb")
+    vars(package).update(Error=RuntimeError, Settings=dict, init=lambda **_settings: hosted)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    config = TrackingConfig(trackers=("wandb",), mode="online")
+    with open_tracker(config, TrackedRun(name="r", path=tmp_path, settings={})) as tracker:
+        tracker.log({"decoding/acceptance_length": 1.5}, step=80)
+        tracker.log({"loss": 2.0}, step=95)  # is repeated, and dropped
+        tracker.log({"loss": 1.0}, step=105)
+        tracker.log({"decoding/acceptance_length": 1.75}, step=90)
+    assert sent == [
+        (101, {"decoding/acceptance_length": 1.5, "decoding/step": 80}),
+        (95, {"loss": 2.0}),
+        (105, {"loss": 1.0}),
+        (105, {"decoding/acceptance_length": 1.75, "decoding/step": 90}),
+    ]
 
 
 @pytest.mark.parametrize(

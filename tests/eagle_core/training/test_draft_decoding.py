@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from eagle_core.errors import CorruptError
+from eagle_core.errors import ConfigError, CorruptError, TransientError
 from eagle_core.tracking.metrics_file import MetricsFile
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
@@ -20,7 +21,7 @@ from eagle_core.training.decoded_points import (
     DECODED_NAME,
     Decoded,
     DecodedPoint,
-    add_point,
+    add_points,
     read_points,
     weights_digest,
 )
@@ -214,6 +215,131 @@ def test_sigterm_ends_with_what_is_being_decoded(tmp_path: Path) -> None:
     assert [step for step, _ in logged(tmp_path)] == [3]
 
 
+def terminate_at(step: int, *, then: Callable[[], None] = lambda: None) -> Act:
+    """Return a callback that asks the run to stop once `step` is done, and then does more."""
+
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            signal.raise_signal(signal.SIGTERM)
+            then()
+
+    return on_progress
+
+
+BY_DECODING = DECODING.model_copy(
+    update={"best_by": "decoding", "keep_last": 1, "checkpoint_every": 100, "decode_every": 4}
+)
+
+
+class KilledHereError(BaseException):
+    """Ends a run where it is, as a kill would."""
+
+
+class EndsAfterSave(NotedDecoder):
+    """In the background: ends what is being decoded once a later checkpoint is there."""
+
+    def __init__(self, path: Path, outcome: BaseException | float) -> None:
+        super().__init__(is_awaited=False)
+        self._path, self._outcome = path, outcome
+
+    def decode(self, weights: Mapping[str, Tensor]) -> "Future[Decoded]":  # noqa: ARG002
+        first, outcome, path = checkpoint.newest(self._path), self._outcome, self._path
+
+        class Late(Future[Decoded]):
+            """Is waited for only after the save that a stop asks for."""
+
+            def done(self) -> bool:
+                if not super().done() and checkpoint.newest(path) != first:
+                    if isinstance(outcome, KilledHereError):
+                        raise outcome
+                    if isinstance(outcome, BaseException):
+                        self.set_exception(outcome)
+                    else:
+                        self.set_result(Decoded(acceptance_length=outcome, acceptance_by_depth=()))
+                return super().done()
+
+        return Late()
+
+
+def kept(path: Path) -> list[int]:
+    """Return the steps of the checkpoints of a run."""
+    return sorted(int(folder.name[5:]) for folder in (path / "checkpoints").iterdir())
+
+
+def best_step(path: Path) -> int:
+    """Return the step of the best checkpoint, as decoded."""
+    found = checkpoint.find_best(path, "decoding")
+    assert found is not None
+    return found.step
+
+
+def test_a_stop_keeps_the_checkpoint_that_is_being_decoded(tmp_path: Path) -> None:
+    decoder = EndsAfterSave(tmp_path, 1.9)
+    _, result = run(tmp_path, decoder, BY_DECODING, on_progress=terminate_at(6))
+    assert result.stopped
+    assert kept(tmp_path) == [4, 6]
+    assert best_step(tmp_path) == 4
+    run(tmp_path, Scripted(1.2, 1.1, 1.1), BY_DECODING)
+    assert kept(tmp_path) == [4, 12]
+    assert best_step(tmp_path) == 4
+
+
+def test_a_kill_during_a_stop_costs_no_point_that_decides(tmp_path: Path) -> None:
+    decoder = EndsAfterSave(tmp_path, KilledHereError())
+    with pytest.raises(KilledHereError):
+        run(tmp_path, decoder, BY_DECODING, on_progress=terminate_at(6))
+    assert kept(tmp_path) == [4, 6]
+    assert logged(tmp_path) == []
+    run(tmp_path, Scripted(1.9, 1.2, 1.1, 1.1), BY_DECODING)
+    assert logged(tmp_path) == [(4, 1.9), (6, 1.2), (8, 1.1), (12, 1.1)]
+    assert kept(tmp_path) == [4, 12]
+
+
+def test_a_decoding_that_fails_costs_no_step(tmp_path: Path) -> None:
+    failed = Future[Decoded]()
+
+    class Fails(NotedDecoder):
+        """Fails in the background."""
+
+        def decode(self, weights: Mapping[str, Tensor]) -> "Future[Decoded]":  # noqa: ARG002
+            return failed
+
+    def fail(progress: Progress) -> None:
+        if progress.step == 6:
+            failed.set_exception(TransientError("killed by signal 9"))
+
+    with pytest.raises(TransientError, match="killed by signal 9"):
+        run(tmp_path, Fails(is_awaited=False), BY_DECODING, on_progress=fail)
+    assert kept(tmp_path) == [4, 6]
+    again = NotedDecoder()
+    found, _ = run(tmp_path, again, BY_DECODING)
+    assert_equal_bits(found, run(tmp_path / "whole", None, CONFIG)[0])
+    assert [step for step, _ in logged(tmp_path)] == [4, 6, 8, 12]
+
+
+def test_a_decoding_that_fails_at_once_is_reported_after_the_save(tmp_path: Path) -> None:
+    class Refuses(NotedDecoder):
+        """Fails in this process."""
+
+        def decode(self, weights: Mapping[str, Tensor]) -> "Future[Decoded]":  # noqa: ARG002
+            raise ConfigError("too little memory")
+
+    config = DECODING.model_copy(update={"checkpoint_every": 100})
+    with pytest.raises(ConfigError, match="too little memory"):
+        run(tmp_path, Refuses(), config)
+    assert kept(tmp_path) == [3]
+
+
+def test_a_signal_that_ends_the_decoder_too_is_a_stop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = EndsAfterSave(tmp_path, TransientError("killed by signal 15"))
+    _, result = run(tmp_path, decoder, BY_DECODING, on_progress=terminate_at(6))
+    assert result.stopped
+    assert kept(tmp_path) == [4, 6]
+    assert "step 4 was not decoded: killed by signal 15" in caplog.text
+
+
 class Scripted(NotedDecoder):
     """Gives lengths in the order of the drafts."""
 
@@ -247,15 +373,75 @@ def test_decoding_decides_where_it_disagrees_with_the_joint_prefix(tmp_path: Pat
     assert (again.best.step, again.best.by) == (8, "joint_prefix")
 
 
+def others(*lengths: float) -> Scripted:
+    """Return a decoder of other prompts."""
+    decoder = Scripted(*lengths)
+    decoder.prompts = "others"
+    return decoder
+
+
 def test_lengths_of_other_prompts_do_not_compare(tmp_path: Path) -> None:
     config = DECODING.model_copy(update={"best_by": "decoding", "keep_last": 9})
     long = Scripted(9.0, 9.0)
     run(tmp_path, long, config.model_copy(update={"max_steps": 6}))
-    other = Scripted(1.5, 1.7, 1.6)
-    other.prompts = "others"
-    _, result = run(tmp_path, other, config)
+    _, result = run(tmp_path, others(1.1, 1.2, 1.3, 1.7, 1.6), config)
     assert result.best is not None
     assert (result.best.step, result.best.length) == (9, 1.7)
+
+
+def test_other_prompts_judge_the_checkpoints_anew_and_none_is_lost(tmp_path: Path) -> None:
+    config = BY_DECODING.model_copy(update={"schedule": "constant"})
+    run(tmp_path, Scripted(1.9, 1.2, 1.1), config)
+    assert kept(tmp_path) == [4, 12]
+    run(tmp_path, others(1.5, 1.4), config)  # it is finished
+    assert best_step(tmp_path) == 4
+    run(tmp_path, Scripted(1.5, 1.4, 1.3), config.model_copy(update={"max_steps": 14}))
+    assert kept(tmp_path) == [4, 14]
+
+
+def test_a_kill_while_checkpoints_are_judged_anew_leaves_the_best(tmp_path: Path) -> None:
+    run(tmp_path, Scripted(1.9, 1.2, 1.1), BY_DECODING)
+    before = read_points(tmp_path)
+    with pytest.raises(StopIteration):
+        run(tmp_path, others(1.1), BY_DECODING)  # ends before the second is decoded
+    assert read_points(tmp_path) == before
+    assert best_step(tmp_path) == 4
+
+
+def test_the_best_by_joint_prefix_is_decoded_before_decoding_decides(tmp_path: Path) -> None:
+    by_prefix = BY_DECODING.model_copy(
+        update={"best_by": "joint_prefix", "held_out_every": 5, "checkpoint_every": 6}
+    )
+    with pytest.raises(InterruptedHereError):
+        run(tmp_path, Scripted(1.1), by_prefix, on_progress=interrupt_at(7))
+    step, _ = kept(tmp_path)
+    _, result = run(tmp_path, Scripted(1.9, 1.1, 1.1, 1.1), BY_DECODING)
+    assert result.best is not None
+    assert (result.best.step, result.best.by) == (step, "decoding")
+
+
+def test_time_in_which_training_waits_for_decoding_is_not_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    class Slow(NotedDecoder):
+        """Takes an hour."""
+
+        def decode(self, weights: Mapping[str, Tensor]) -> "Future[Decoded]":
+            nonlocal now
+            now += 3600
+            return super().decode(weights)
+
+    def one_second(_progress: Progress) -> None:
+        nonlocal now
+        now += 1
+
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("eagle_core.training.throughput.time", clock)
+    _, plain = run(tmp_path / "without", None, CONFIG, on_progress=one_second)
+    _, found = run(tmp_path / "with", Slow(), on_progress=one_second)
+    assert found.tokens_per_second == plain.tokens_per_second > 0
 
 
 def test_a_record_that_is_damaged_is_named(tmp_path: Path) -> None:
@@ -265,7 +451,7 @@ def test_a_record_that_is_damaged_is_named(tmp_path: Path) -> None:
         prompts="p",
         decoded=Decoded(acceptance_length=1.5, acceptance_by_depth=()),
     )
-    add_point(tmp_path, point)
+    add_points(tmp_path, point)
     assert read_points(tmp_path) == (point,)
     path = tmp_path / DECODED_NAME
     path.write_text(path.read_text()[:-9])
