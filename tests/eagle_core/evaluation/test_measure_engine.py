@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from eagle_core.evaluation.bench import BenchConfig, swept
 from eagle_core.decoding.config import TreeConfig
+from eagle_core.evaluation.bench import BenchConfig, swept
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.engine_report import DraftSetting
 from eagle_core.evaluation.measure_engine import (

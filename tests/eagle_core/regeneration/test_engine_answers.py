@@ -88,7 +88,9 @@ def test_answers_that_the_context_cut_are_asked_again_with_a_longer_one(
         CONFIG.model_copy(update={"cut_answers": cut_answers, "context_tokens": tokens})
         for tokens in (64, 128)
     )
-    with pytest.raises(ConfigError, match=r"context_too_long.*check the server, regeneration\.context_tokens"):
+    with pytest.raises(
+        ConfigError, match=r"context_too_long.*check the server, regeneration\.context_tokens"
+    ):
         answered(engine, target, source, tmp_path / "out", monkeypatch, short)
     done = answered(engine, target, source, tmp_path / "out", monkeypatch, long)
     assert done.num_asked == 12
