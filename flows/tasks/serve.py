@@ -45,7 +45,8 @@ ServeEngine = Literal["vllm", "llamacpp", "sglang"]
 FOLDER_NAME = "served"
 DEFAULT_MAX_LENGTH = 4096
 _DIGITS = 12
-_KEYS = ("VLLM_API_KEY", "LLAMA_API_KEY")
+KEY_VARIABLES: Mapping[ServeEngine, str] = {"vllm": "VLLM_API_KEY", "llamacpp": "LLAMA_API_KEY"}
+"""Variables of the key that an engine's server asks of clients; SGLang has none."""
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 
 
@@ -163,6 +164,12 @@ def start(planned: Serving, *, port: int) -> Iterator[ServerProcess]:
         shows_log=True,
     ) as server:
         yield server
+
+
+def key_variable(engine: ServeEngine) -> str | None:
+    """Return the variable with the key that clients must send; None if it is not set."""
+    name = KEY_VARIABLES.get(engine)
+    return name if name is not None and os.environ.get(name) else None
 
 
 def _default_engine(evaluation: EvaluationConfig, target: TargetConfig) -> ServeEngine:
@@ -306,7 +313,7 @@ def _max_length(target: TargetConfig, given: int | None) -> int:
 
 def _for_people(launch: Launch) -> Launch:
     """Return a launch with the keys that a user has set, and with all of the server's log."""
-    keys = {name: os.environ[name] for name in _KEYS if name in os.environ}
+    keys = {name: os.environ[name] for name in KEY_VARIABLES.values() if name in os.environ}
     environment = {**launch.environment, **keys}
     if _LOG_LEVEL not in os.environ:
         environment.pop(_LOG_LEVEL, None)

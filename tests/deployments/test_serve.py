@@ -18,6 +18,7 @@ from eagle_core.evaluation.engine_report import (
     SettingAcceptance,
 )
 from flows.reports.run_record import RunRecord, evaluation_name, write_stage
+from flows.tasks.serve import KEY_VARIABLES
 from tests import tiny
 from tests.deployments.cli.terminal import Ended, eyas_here
 
@@ -162,6 +163,32 @@ def test_figures_of_another_checkpoint_are_not_used(run_path: Path) -> None:
     words, ended = printed(run_path, "--engine", "vllm")
     assert json.loads(option(words, "--speculative-config"))["num_speculative_tokens"] == 5
     assert "run eyas bench again" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("engine", "key", "how"),
+    [
+        ("vllm", None, "set VLLM_API_KEY to ask for a key"),
+        ("vllm", "LLAMA_API_KEY", "set VLLM_API_KEY to ask for a key"),
+        ("vllm", "VLLM_API_KEY", None),
+        ("sglang", "VLLM_API_KEY", "add --api-key to the command to ask for a key"),
+    ],
+)
+def test_a_server_for_everybody_without_a_key_is_warned_of(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, key: str | None, how: str | None
+) -> None:
+    for name in KEY_VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    if key is not None:
+        monkeypatch.setenv(key, "confidential")
+    words, ended = printed(run_path, "--engine", engine, "--host", "0.0.0.0")  # noqa: S104
+    if how is None:
+        assert "whoever" not in ended.stderr
+    else:
+        assert f"whoever reaches 0.0.0.0 can use this server: {how}" in ended.stderr
+    assert "confidential" not in " ".join(words) + ended.stderr
+    _, ended = printed(run_path, "--engine", engine)
+    assert "whoever" not in ended.stderr
 
 
 def test_figures_of_another_version_are_named(run_path: Path) -> None:

@@ -110,11 +110,13 @@ def test_what_is_served_and_sent_follows_the_settings(
     tokenizer = conversation_tokenizer(other)
     length = len(tokenizer.prompt([Message(role="user", content="a")]))
     engine = NotingEngine(tmp_path / "log", num_prompt_tokens=length)
-    answered(engine, other, made(questions(6)), tmp_path / "out", monkeypatch)
+    config = CONFIG.model_copy(update={"tool_parser": "hermes", "reasoning_parser": "qwen3"})
+    answered(engine, other, made(questions(6)), tmp_path / "out", monkeypatch, config)
     assert "another prompt" not in caplog.text
     (served,) = engine.served
     assert (served.slots, served.max_length, served.draft) == (2, 512, None)
     assert not served.is_measured
+    assert (served.tool_parser, served.reasoning_parser) == ("hermes", "qwen3")
     assert served.chat_template is not None
     assert "### Assistant" in served.chat_template
     _, *requests = engine.requests()
