@@ -7,6 +7,7 @@ import pytest
 
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.engine_report import DraftSetting, EngineSpeed
+from flows.reports.run_record import RunRecord
 from flows.tasks import serve
 from flows.tasks.serve import ServeOptions
 
@@ -41,7 +42,7 @@ def chosen(
         engine=None if plain is None else SimpleNamespace(speeds=speeds(plain)),
     )
     record = SimpleNamespace(outdated=(), by_engine=(summary,))
-    monkeypatch.setattr(serve.RunRecord, "read", lambda _path: record)
+    monkeypatch.setattr(RunRecord, "read", lambda _path: record)
     given = ServeOptions(engine="llamacpp", **options)
     return serve._setting(cast("Any", None), 7, "llamacpp", EvaluationConfig(), given)
 
