@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 # Engines import torch: they are imported when the command runs.
 
 _ENGINES = ("vllm", "llamacpp", "sglang")
+_HERE = ("127.0.0.1", "localhost")
 _EXAMPLE = """\
-curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
   -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is an eyas?"}}]}}'"""
 
 
@@ -107,6 +108,7 @@ def _print(planned: "Serving", options: "ServeOptions") -> None:
 
     text, missing = shell_command(planned, port=options.port)
     _say(_what(planned))
+    _warn_of_others(planned, options)
     if planned.served.draft is not None:
         _say(f"it needs the exported draft: {planned.served.draft}")
     for path in missing:
@@ -118,14 +120,33 @@ def _start(planned: "Serving", options: "ServeOptions") -> None:
     from flows.tasks.serve import start  # noqa: PLC0415 (see above)
 
     _say(_what(planned))
-    if options.host not in {"127.0.0.1", "localhost"}:
-        _say(f"whoever reaches {options.host} can use this server")
+    _warn_of_others(planned, options)
     with start(planned, port=options.port) as server:
         name = planned.served.target.name
         OUT.print(f"serving {name} at {server.url}/v1; Ctrl-C ends it. Try:", soft_wrap=True)
-        example = _EXAMPLE.format(url=server.url, name=name)
+        example = _example(planned, server.url)
         OUT.print(example, soft_wrap=True, markup=False, highlight=False)
         server.wait()
+
+
+def _example(planned: "Serving", url: str) -> str:
+    """Return a command that asks the server; of a key, it names the variable."""
+    from flows.tasks.serve import key_variable  # noqa: PLC0415 (see above)
+
+    key = key_variable(planned.engine)
+    header = "" if key is None else f' -H "Authorization: Bearer ${key}" \\\n '
+    return _EXAMPLE.format(url=url, name=planned.served.target.name, key=header)
+
+
+def _warn_of_others(planned: "Serving", options: "ServeOptions") -> None:
+    """Say that other machines may use the server, if they may, and need no key."""
+    from flows.tasks.serve import KEY_VARIABLES, key_variable  # noqa: PLC0415 (see above)
+
+    if options.host in _HERE or key_variable(planned.engine) is not None:
+        return
+    variable = KEY_VARIABLES.get(planned.engine)
+    how = "add --api-key to the command" if variable is None else f"set {variable}"
+    _say(f"whoever reaches {options.host} can use this server: {how} to ask for a key")
 
 
 def _what(planned: "Serving") -> str:

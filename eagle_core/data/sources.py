@@ -240,6 +240,15 @@ def _as_text(start: bytes) -> str:
     return start.decode("utf-8-sig", "surrogateescape").lstrip()
 
 
+def read_strictly(name: str, source: str) -> Iterator[SourceRecord | DamagedRecord]:
+    """Yield every record of files that have no settings by which damage could be accepted.
+
+    Damage is yielded, for the caller to refuse: an error would advise settings of a data set.
+    """
+    config = DatasetConfig(name=name, source=source, accept_truncated=True, accept_damaged=True)
+    return read_records(config)
+
+
 def _check_json(stream: "io.BufferedReader[io.RawIOBase]", file: SourceFile) -> None:
     """Raise `CorruptError` if the file does not even start like JSON."""
     start = stream.peek(HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:40]

@@ -139,8 +139,13 @@ def check_decoding(
     )
 
 
-def check_engine(engine: EngineLength | None) -> Finding:
-    """Return whether a serving engine accepts as many tokens as `evaluate`."""
+def check_engine(engine: EngineLength | str | None) -> Finding:
+    """Return whether a serving engine accepts as many tokens as `evaluate`.
+
+    A text says why what an engine counted cannot be read.
+    """
+    if isinstance(engine, str):
+        return not_checked(ENGINE, engine, "run `eyas bench` or that evaluation again")
     if engine is None:
         return not_checked(
             ENGINE,

@@ -76,7 +76,7 @@ class RunFigures:
     replayed: Length | str | None
     """What the estimate promises for K; None without one."""
     decoding_warning: str
-    engine: EngineLength | None
+    engine: EngineLength | str | None
     overfit: OverfitResult | str | None
     """None unless it was asked for."""
 

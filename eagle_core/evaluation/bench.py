@@ -37,7 +37,7 @@ class BenchConfig(ConfigModel):
 
 
 def swept(bench: BenchConfig, evaluation: EvaluationConfig, engine: EngineName) -> EvaluationConfig:
-    """Return an evaluation on an engine, with the sweep of `bench`.
+    """Return an evaluation on an engine, with the sweep of `bench`, which drafts chains.
 
     Its acceptance results are those of `evaluation.draft_tokens` if that is swept, else of the
     largest draft length.
@@ -46,6 +46,7 @@ def swept(bench: BenchConfig, evaluation: EvaluationConfig, engine: EngineName) 
     is_swept = evaluation.draft_tokens in lengths
     own = {
         "engine": engine,
+        "tree": None,
         "draft_tokens": evaluation.draft_tokens if is_swept else lengths[-1],
         "draft_lengths": tuple(lengths),
         "concurrency": bench.concurrency,

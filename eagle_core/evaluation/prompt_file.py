@@ -16,13 +16,12 @@ from dataclasses import replace
 from itertools import takewhile
 
 from eagle_core.data.columns import KNOWN_COLUMNS, is_turn_list, speaker_of
-from eagle_core.data.config import DatasetConfig
 from eagle_core.data.conversation import Conversation
 from eagle_core.data.ledger import RejectedRecord
 from eagle_core.data.normalise import normalise
 from eagle_core.data.records.fields import holds_something, is_list, parsed
 from eagle_core.data.source_record import DamagedRecord
-from eagle_core.data.sources import read_records
+from eagle_core.data.sources import read_strictly
 from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.evaluation.prompts import Prompt
 from eagle_core.tokenization.conversation_tokenizer import ConversationTokenizer
@@ -42,11 +41,11 @@ def read_prompts(source: str, tokenizer: ConversationTokenizer) -> Iterator[Prom
         CorruptError: the file is damaged, or a record is too large; names the record.
 
     """
-    for record in read_records(DatasetConfig(name="prompts", source=source)):
+    for record in read_strictly("prompts", source):
         if isinstance(record, DamagedRecord):
             raise CorruptError(
                 f"{record.location} of {source} cannot be read ({record.reason}: {record.detail}); "
-                "shorten it or remove it from evaluation.prompts, then run again"
+                "correct it or remove it from evaluation.prompts, then run again"
             )
         try:
             asked = asked_question(record.value, location=record.location)

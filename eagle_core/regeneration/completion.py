@@ -27,13 +27,17 @@ def parse_completion(
     cut_answers: Literal["drop", "keep"] = "drop",
     special_tokens: Collection[str] = (),
     opens_reasoning: bool = False,
+    max_tokens: int | None = None,
 ) -> Answer:
     """Return the answer in a chat completion's first choice.
 
-    `opens_reasoning` says that the prompt ends with the opening tag of the reasoning.
+    `opens_reasoning` says that the prompt ends with the opening tag of the reasoning. `max_tokens`
+    are those of the request, of a server that counts tokens: a shorter cut answer is one that its
+    context ended.
 
     Raises:
-        NoAnswer: it did not end, was cut, is empty, or goes on after its end.
+        NoAnswer: it did not end, was cut, is empty, or goes on after its end. `CONTEXT_TOO_LONG`
+            where the context ended, whatever `cut_answers` is.
         ValueError: this is no chat completion.
         RejectedRecord: a tool call is malformed.
 
@@ -45,6 +49,10 @@ def parse_completion(
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no message in its choices ({type(error).__name__})") from error
     is_cut = _is_cut(finish_reason)
+    if is_cut and max_tokens is not None and num_tokens < max_tokens:
+        raise NoAnswer(
+            Reason.CONTEXT_TOO_LONG, f"the context ended after {num_tokens} tokens of the answer"
+        )
     if is_cut and cut_answers == "drop":
         raise NoAnswer(Reason.ANSWER_CUT, f"after {num_tokens or 'max_tokens'} tokens")
     require_one_turn(message, special_tokens)

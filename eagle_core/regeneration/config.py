@@ -11,7 +11,8 @@ from eagle_core.decoding.sampling import SamplingLimits
 from eagle_core.serving.served import EngineName
 
 _OF_A_SERVER = ("base_url", "model", "credentials")
-_OF_AN_ENGINE = ("context_tokens", "tool_parser")
+_OF_VLLM = ("tool_parser", "reasoning_parser")
+_OF_AN_ENGINE = ("context_tokens", *_OF_VLLM)
 _OF_SAMPLING = ("top_p", "top_k")
 
 
@@ -42,6 +43,11 @@ class RegenerationConfig(ConfigModel):
         default=None,
         description="vLLM's parser of the target's tool calls, such as hermes or llama3_json; "
         "without one it refuses questions with tools. llama.cpp needs none.",
+    )
+    reasoning_parser: str | None = Field(
+        default=None,
+        description="vLLM's parser of the target's reasoning, such as qwen3 or deepseek_r1. "
+        "Without one, the reasoning is what comes before </think>. llama.cpp needs none.",
     )
     base_url: Address | None = Field(
         default=None,
@@ -130,7 +136,7 @@ class RegenerationConfig(ConfigModel):
         else:
             self._refuse(_OF_AN_ENGINE, "is for an engine's server: set engine, or remove it")
         if self.engine == "llamacpp":
-            self._refuse(("tool_parser",), "is vLLM's: remove it, llama.cpp needs none")
+            self._refuse(_OF_VLLM, "is vLLM's: remove it, llama.cpp needs none")
         if not self.temperature:
             self._refuse(
                 _OF_SAMPLING, "limits sampling, but temperature is 0: raise it, or remove this"
@@ -161,7 +167,7 @@ class RegenerationConfig(ConfigModel):
         Fields that are not set are left out where earlier versions did not have them.
         """
         decisive = {"max_tokens", "cut_answers", "temperature", "thinking"}
-        later = {"top_p", "top_k", "repetition_penalty", "tool_parser"}
+        later = {"top_p", "top_k", "repetition_penalty", *_OF_VLLM}
         return (
             self.model_dump(mode="json", include=decisive)
             | self.model_dump(mode="json", include=later, exclude_none=True)

@@ -56,6 +56,7 @@ class EngineAnswers:
             is_measured=False,
             chat_template=self._tokenizer.served_template,
             tool_parser=config.tool_parser,
+            reasoning_parser=config.reasoning_parser,
         )
         self._process: ServerProcess | None = None
         self._server: AnswerServer | None = None

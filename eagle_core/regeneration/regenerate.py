@@ -220,10 +220,11 @@ class Regeneration:
                 )
             dropped = dict(sorted(writers.ledger.dropped.items()))
             if not builder.kept["train"]:
+                context = "" if self._config.engine is None else " regeneration.context_tokens,"
                 raise ConfigError(
                     f"no conversation of {asked.name} has an answer that can be "
                     f"trained on (dropped: {dropped}{_such_as(dropped, builder.examples)}); check "
-                    "the server, regeneration.max_tokens and regeneration.cut_answers. "
+                    f"the server,{context} regeneration.max_tokens and regeneration.cut_answers. "
                     f"{self.journal_path} keeps what is final, such as context_too_long; delete it "
                     "to ask everything again"
                 )

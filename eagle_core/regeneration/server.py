@@ -204,13 +204,23 @@ class AnswerServer:
         if status in _FATAL:
             raise ConfigError(
                 f"the server at {self._url} refuses model {self._model} with status {status}: "
-                f"{words}; correct regeneration.base_url (which usually ends in /v1) or "
-                f"regeneration.model, or set its API key in {self._config.api_key_variable}"
+                f"{words}; {self._remedy_of_refusal()}"
             )
         if _TOO_LONG.search(words):
             raise NoAnswer(Reason.CONTEXT_TOO_LONG, f"status {status}: {words}")
         hint = _likely_cause(body, words)
         raise NoAnswer(Reason.REQUEST_REFUSED, f"status {status}: {words}{hint}")
+
+    def _remedy_of_refusal(self) -> str:
+        if self._own:
+            return (
+                f"it was started by this run, without a key: remove what sets an address or a key "
+                f"for {self._config.engine}, such as a variable or a file of its options"
+            )
+        return (
+            "correct regeneration.base_url (which usually ends in /v1) or regeneration.model, or "
+            f"set its API key in {self._config.api_key_variable}"
+        )
 
     def _words(self, text: str) -> str:
         return own_words(text, secret=self._api_key)
@@ -223,6 +233,7 @@ class AnswerServer:
                 cut_answers=self._config.cut_answers,
                 special_tokens=self._special_tokens,
                 opens_reasoning=self._opens_reasoning,
+                max_tokens=self._config.max_tokens if self._own else None,
             )
         except ValueError as error:
             words = self._words(json.dumps(value))

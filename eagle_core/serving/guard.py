@@ -1,28 +1,55 @@
-"""Runs a command that ends with its parent: `python guard.py COMMAND...`, whose stdin is a pipe.
+"""Runs a command that ends with its parent: `python guard.py FOLDER COMMAND...`.
 
-When the pipe closes because the parent ended, in whatever way, the command and all of its processes
-are killed. It imports nothing of Eyas: it starts in no time.
+Its stdin is a pipe. When that closes, because the parent closes it or has ended in whatever way,
+the command is terminated; whatever is left of its processes after some seconds is killed, and
+FOLDER, which holds their temporary files, is removed. It imports nothing of Eyas: it starts in no
+time.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
+
+END_SECONDS = 5.0
+"""For an orderly end, in which an engine removes its sockets and shared memory."""
 
 
 def main() -> None:
-    """Run the command, and exit with its status."""
-    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-    threading.Thread(target=_kill_after_parent, daemon=True).start()
-    status = process.wait()
-    os._exit(status % 256)  # not sys.exit: the thread is in the middle of reading
-
-
-def _kill_after_parent() -> None:
+    """Run the command, and exit with its status, or end it with the parent."""
+    _, folder, *command = sys.argv
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    is_ending = threading.Event()
+    threading.Thread(target=_exit_with, args=(process, is_ending), daemon=True).start()
     while os.read(sys.stdin.fileno(), 1):
         pass
-    os.killpg(0, signal.SIGKILL)  # the group is that of this process, which leads it
+    is_ending.set()
+    try:
+        _terminate()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)  # the group is that of this process, which leads it
+
+
+def _exit_with(process: "subprocess.Popen[bytes]", is_ending: threading.Event) -> None:
+    status = process.wait()
+    if not is_ending.is_set():
+        os._exit(status % 256)  # not sys.exit: the main thread is in the middle of reading
+
+
+def _terminate() -> None:
+    """Ask the command to end, and wait for it and all that it started."""
+    import psutil  # noqa: PLC0415 (it takes longer than the rest)
+
+    this = psutil.Process()
+    family = this.children(recursive=True)
+    for process in this.children():
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            process.terminate()
+    psutil.wait_procs(family, timeout=END_SECONDS)
 
 
 if __name__ == "__main__":

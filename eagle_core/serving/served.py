@@ -36,3 +36,5 @@ class Served:
     """Jinja text that replaces the tokenizer's chat template; None keeps that."""
     tool_parser: str | None = None
     """vLLM's parser of the target's tool calls; llama.cpp needs none."""
+    reasoning_parser: str | None = None
+    """vLLM's parser of the target's reasoning; llama.cpp needs none."""

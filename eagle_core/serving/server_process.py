@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import psutil
 
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
+from eagle_core.serving.guard import END_SECONDS
 
 LOOPBACK = "127.0.0.1"
 _EVERYWHERE = {"0.0.0.0": LOOPBACK}  # noqa: S104 (where to ask a server that listens everywhere)
@@ -30,7 +32,12 @@ _ANSWER_SECONDS = 3600.0
 """For one text: a large target on a CPU, with others before it."""
 _END_SECONDS = 3.0
 """Connections break before a process has ended."""
+_CLOSE_SECONDS = END_SECONDS + 5.0
 _TAIL_LINES = 15
+_TEMPORARY = ("TMPDIR", "VLLM_RPC_BASE_PATH")
+"""Variables of the folder for temporary files, and of that for vLLM's sockets."""
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+"""Variable of torch's cache, which would be among the temporary files, and is to stay."""
 _KILLED = {-9, 247}
 """As subprocess says it, and as the guard passes it on."""
 logger = logging.getLogger(__name__)
@@ -55,13 +62,18 @@ class ServerProcess:
         if not shows_log:
             self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`close`)
         printed = _STANDARD_ERROR if self._log is None else self._log
+        self._folder = Path(tempfile.mkdtemp(prefix="eyas-server-"))
         self._process = subprocess.Popen(
-            [sys.executable, _GUARD, *launch.command],
+            [sys.executable, _GUARD, self._folder, *launch.command],
             stdin=subprocess.PIPE,
             stdout=printed,
             stderr=printed,
             start_new_session=True,  # signals are for us; all of its processes end with the group
-            env=dict(launch.environment),
+            env={
+                _COMPILED: f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+                **launch.environment,
+                **dict.fromkeys(_TEMPORARY, str(self._folder)),
+            },
         )
 
     @property
@@ -133,11 +145,18 @@ class ServerProcess:
         return f"{reason}{printed}"
 
     def close(self) -> None:
-        """End it and all of its processes."""
+        """End it and all of its processes, and remove its temporary files.
+
+        They are killed if they need more than `END_SECONDS` seconds.
+        """
+        assert self._process.stdin is not None  # noqa: S101 (PIPE was asked for)
+        self._process.stdin.close()  # the guard sees it
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLOSE_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(BrokenPipeError), self._process:
-            pass
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
         if self._log is not None:
             self._log.close()
 

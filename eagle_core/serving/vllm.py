@@ -76,6 +76,8 @@ class VllmEngine:
             options["--speculative-config"] = json.dumps(draft)
         if served.chat_template is not None:
             options["--chat-template"] = str(template_file(served.chat_template))
+        if served.reasoning_parser is not None:
+            options["--reasoning-parser"] = served.reasoning_parser
         flags = []
         if served.tool_parser is not None:
             options["--tool-call-parser"] = served.tool_parser

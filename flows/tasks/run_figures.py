@@ -37,7 +37,7 @@ from flows.bridge.exported_drafts import compare_exports, exported_folders
 from flows.bridge.first_weights import read_start
 from flows.bridge.run import Run, read_run
 from flows.bridge.stored_figures import StoredFigures, stored_figures
-from flows.reports.run_record import RunRecord
+from flows.reports.run_record import ENGINES, RunRecord, evaluation_name
 from flows.summaries import EvaluateSummary
 from flows.tasks.trained_run import choose_checkpoint, load_checkpoint
 from flows.workspace import Workspace
@@ -313,10 +313,15 @@ def _length(report: AcceptanceReport) -> Length:
 
 def _engine_length(
     target: TargetConfig, record: RunRecord, decoded: EvaluateSummary | None
-) -> EngineLength | None:
-    """Return what an engine counted for the same prompts; the lowest, if there are several."""
+) -> EngineLength | str | None:
+    """Return what an engine counted for the same prompts; the lowest, if there are several.
+
+    If there is none, a text if that is because of files of another version of Eyas.
+    """
+    outdated = [name for name in map(evaluation_name, ENGINES) if name in record.outdated]
+    unknown = f"{' and '.join(outdated)}: of another version of Eyas" if outdated else None
     if decoded is None:
-        return None
+        return unknown
     own_dtype = for_decoding(target).dtype
     found = [
         EngineLength(
@@ -331,7 +336,9 @@ def _engine_length(
         and summary.checkpoint_step == decoded.checkpoint_step
         and _decodes_like(summary.evaluation, decoded.evaluation)
     ]
-    return min(found, key=lambda one: (not one.length.is_known, one.length.length), default=None)
+    if not found:
+        return unknown
+    return min(found, key=lambda one: (not one.length.is_known, one.length.length))
 
 
 def _decodes_like(one: EvaluationConfig, other: EvaluationConfig) -> bool:

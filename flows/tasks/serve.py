@@ -1,13 +1,13 @@
 """The draft of a run, served with its target by an engine on this machine, or the command for that.
 
 The draft is exported into `served/` of the run's folder, once for each checkpoint. Draft length and
-p_min are what `bench` found best on this engine; if nothing pays, the target is served alone.
+p_min are what `bench` found best on this engine; if nothing pays, the target is served alone. What
+is given counts in any case, and what is not is the fastest that was measured with it.
 """
 
 import os
 import shlex
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.export import ExportConfig, export
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.config import EvaluationConfig
-from eagle_core.evaluation.engine_report import DraftSetting
+from eagle_core.evaluation.engine_report import DraftSetting, EngineSpeed
 from eagle_core.serving import sglang
 from eagle_core.serving.engine import Launch
 from eagle_core.serving.engines import find_any_engine, find_engine
@@ -35,8 +35,8 @@ from eagle_core.target.preflight import check_weights
 from eagle_core.tokenization.template_source import configured_text
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
-from flows.reports.engine_tables import concurrency_text, serve_text
-from flows.reports.run_record import RunRecord
+from flows.reports.engine_tables import concurrency_text, serve_text, setting_text
+from flows.reports.run_record import RunRecord, evaluation_name
 from flows.tasks.served_draft import served_target
 from flows.tasks.trained_run import TrainedRun, open_run
 from flows.workspace import DEFAULT_HOME
@@ -45,7 +45,8 @@ ServeEngine = Literal["vllm", "llamacpp", "sglang"]
 FOLDER_NAME = "served"
 DEFAULT_MAX_LENGTH = 4096
 _DIGITS = 12
-_KEYS = ("VLLM_API_KEY", "LLAMA_API_KEY")
+KEY_VARIABLES: Mapping[ServeEngine, str] = {"vllm": "VLLM_API_KEY", "llamacpp": "LLAMA_API_KEY"}
+"""Variables of the key that an engine's server asks of clients; SGLang has none."""
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 
 
@@ -90,8 +91,8 @@ def plan_serving(
     """Export the draft of a run, unless that is done, and decide how it is served.
 
     Raises:
-        ConfigError: the run has no checkpoint, no engine is installed, or it does not have what
-            `options` ask for.
+        ConfigError: the run has no checkpoint, no engine is installed, it does not have what
+            `options` ask for, or they contradict each other.
         MismatchError: the run was trained for another target, tokenizer or template.
 
     """
@@ -132,7 +133,7 @@ def shell_command(planned: Serving, *, port: int) -> tuple[str, list[Path]]:
     else:
         launch = find_engine("llamacpp", served.target).launch(served, port=port)
         files.append(gguf.target_path(served.target, served.weights))
-        files += [] if served.draft is None else [draft_path(served.draft)]
+        files += [] if served.draft is None else [draft_path(served)]
     variables = _changed_variables(_for_people(launch).environment)
     missing = [path for path in files if not path.exists()]
     return shlex.join([*variables, *launch.command]), missing
@@ -165,6 +166,12 @@ def start(planned: Serving, *, port: int) -> Iterator[ServerProcess]:
         yield server
 
 
+def key_variable(engine: ServeEngine) -> str | None:
+    """Return the variable with the key that clients must send; None if it is not set."""
+    name = KEY_VARIABLES.get(engine)
+    return name if name is not None and os.environ.get(name) else None
+
+
 def _default_engine(evaluation: EvaluationConfig, target: TargetConfig) -> ServeEngine:
     return find_any_engine(target) if evaluation.engine == "eyas" else evaluation.engine
 
@@ -181,61 +188,117 @@ def _setting(
     options: ServeOptions,
 ) -> tuple[DraftSetting | None, str]:
     """Return the setting to serve with, or None to serve without a draft, and where it is from."""
-    if options.p_min and engine != "llamacpp":
+    _require_possible(engine, options)
+    if options.draft_tokens == 0:
+        return None, "--draft-tokens"
+    measured = _measured(run_path, step, engine, options.slots)
+    given = _given(options)
+    if given:
+        setting, why = _setting_with(options, measured, evaluation.draft_tokens)
+        return setting, f"{given}; {why}"
+    if isinstance(measured, str):
+        setting = DraftSetting(draft_tokens=evaluation.draft_tokens)
+        return setting, f"evaluation.draft_tokens; {measured}"
+    fastest = _fastest(measured)
+    reason = f"measured with {concurrency_text(fastest.concurrency)}: {serve_text(fastest)}"
+    return (fastest.setting if fastest.speedup > 1 else None), reason
+
+
+def _require_possible(engine: ServeEngine, options: ServeOptions) -> None:
+    """Raise ConfigError for options that the engine does not have, or that exclude each other."""
+    if options.p_min is None:
+        return
+    if engine != "llamacpp":
         raise ConfigError(
             f"--p-min is llama.cpp's: {engine} has no such setting; choose --engine llamacpp, or "
             "omit --p-min"
         )
-    if options.draft_tokens is not None:
-        found, reason = DraftSetting(draft_tokens=options.draft_tokens), "--draft-tokens"
-    else:
-        found, reason = _measured(run_path, step, engine, evaluation, options.slots)
-    if not found.draft_tokens:
-        return None, reason
-    return (found if options.p_min is None else replace(found, p_min=options.p_min)), reason
+    if options.draft_tokens == 0:
+        raise ConfigError(
+            "--p-min is for a draft, and --draft-tokens 0 serves the target alone: omit one of them"
+        )
+
+
+def _given(options: ServeOptions) -> str:
+    """Return the names of the options that overrule what was measured."""
+    values = {"--draft-tokens": options.draft_tokens, "--p-min": options.p_min}
+    return ", ".join(name for name, value in values.items() if value is not None)
+
+
+def _setting_with(
+    options: ServeOptions, measured: Sequence[EngineSpeed] | str, default_tokens: int
+) -> tuple[DraftSetting, str]:
+    """Return the fastest setting with what is given, whether or not it pays, and what is known.
+
+    If none was measured with it, it goes with the draft length of the fastest one.
+    """
+    speeds = [] if isinstance(measured, str) else measured
+    fitting = [
+        one
+        for one in speeds
+        if options.draft_tokens in {None, one.setting.draft_tokens}
+        and options.p_min in {None, one.setting.p_min}
+    ]
+    if fitting:
+        one = _fastest(fitting)
+        return one.setting, (
+            f"measured with {concurrency_text(one.concurrency)}: {setting_text(one.setting)} "
+            f"({one.speedup:.2f}x)"
+        )
+    fastest_tokens = _fastest(speeds).setting.draft_tokens if speeds else default_tokens
+    setting = DraftSetting(
+        draft_tokens=options.draft_tokens or fastest_tokens, p_min=options.p_min or 0.0
+    )
+    return setting, measured if isinstance(measured, str) else "not measured with that"
+
+
+def _fastest(speeds: Sequence[EngineSpeed]) -> EngineSpeed:
+    """Return the fastest setting; of several, the one that drafts least."""
+    return max(speeds, key=lambda one: one.tokens_per_second)
 
 
 def _measured(
-    run_path: Path, step: int, engine: ServeEngine, evaluation: EvaluationConfig, slots: int
-) -> tuple[DraftSetting, str]:
-    """Return the fastest setting that was measured; 0 drafted tokens if none pays."""
-    default = DraftSetting(draft_tokens=evaluation.draft_tokens)
-    by_engine = {one.evaluation.engine: one for one in RunRecord.read(run_path).by_engine}
-    summary = None if engine == "sglang" else by_engine.get(engine)
+    run_path: Path, step: int, engine: ServeEngine, slots: int
+) -> tuple[EngineSpeed, ...] | str:
+    """Return the speeds of all settings for at most so many texts at a time, or why there are none.
+
+    They are those of the largest number of texts that was measured.
+    """
+    if engine == "sglang":
+        return f"not measured on {engine}"
+    record = RunRecord.read(run_path)
+    name = evaluation_name(engine)
+    if name in record.outdated:
+        return f"{name} is of another version of Eyas: run eyas bench again"
+    by_engine = {one.evaluation.engine: one for one in record.by_engine}
+    summary = by_engine.get(engine)
     if summary is None or summary.engine is None:
-        return default, f"evaluation.draft_tokens; not measured on {engine}"
+        return f"not measured on {engine}"
     if summary.checkpoint_step != step:
-        return default, (
-            f"evaluation.draft_tokens; on {engine}, step {summary.checkpoint_step:,} was measured, "
-            f"and this is step {step:,}: run eyas bench again"
+        return (
+            f"on {engine}, step {summary.checkpoint_step:,} was measured, and this is step "
+            f"{step:,}: run eyas bench again"
         )
-    best = summary.engine.best()
-    concurrency = max(number for number in best if number <= slots)
-    fastest = best[concurrency]
-    reason = f"measured with {concurrency_text(concurrency)}: {serve_text(fastest)}"
-    if fastest.speedup > 1:
-        return fastest.setting, reason
-    return DraftSetting(draft_tokens=0), reason
+    speeds = summary.engine.speeds
+    concurrency = max(one.concurrency for one in speeds if one.concurrency <= slots)
+    return tuple(one for one in speeds if one.concurrency == concurrency)
 
 
 def _exported(trained: TrainedRun) -> Path:
     """Return the folder of the checkpoint's export in the dtype it is decoded in; make it once.
 
-    Exports of other checkpoints are removed: servers have loaded theirs.
+    Exports of other checkpoints stay: a command that was printed may name them.
     """
     dtype = for_decoding(trained.target).dtype
     digest = file_digest(trained.checkpoint_path / checkpoint.WEIGHTS_NAME)[:_DIGITS]
-    name = f"{trained.checkpoint_path.name}-{digest}"
-    folder = (trained.path / FOLDER_NAME / f"{name}-{dtype}").resolve()
+    name = f"{trained.checkpoint_path.name}-{digest}-{dtype}"
+    folder = (trained.path / FOLDER_NAME / name).resolve()
     if folder.exists():
         return folder
     setup, _ = trained.load_draft()
     config = ExportConfig(layouts=("serving",), dtype=cast("Literal['float32', 'bfloat16']", dtype))
     with atomic_folder(folder) as partial:
         export(setup.draft, served_target(trained.target), partial, config)
-    for other in folder.parent.glob("step-*"):
-        if not other.name.startswith(name):
-            shutil.rmtree(other)
     return folder
 
 
@@ -250,7 +313,7 @@ def _max_length(target: TargetConfig, given: int | None) -> int:
 
 def _for_people(launch: Launch) -> Launch:
     """Return a launch with the keys that a user has set, and with all of the server's log."""
-    keys = {name: os.environ[name] for name in _KEYS if name in os.environ}
+    keys = {name: os.environ[name] for name in KEY_VARIABLES.values() if name in os.environ}
     environment = {**launch.environment, **keys}
     if _LOG_LEVEL not in os.environ:
         environment.pop(_LOG_LEVEL, None)

@@ -18,6 +18,7 @@ from eagle_core.evaluation.engine_report import (
     SettingAcceptance,
 )
 from flows.reports.run_record import RunRecord, evaluation_name, write_stage
+from flows.tasks.serve import KEY_VARIABLES
 from tests import tiny
 from tests.deployments.cli.terminal import Ended, eyas_here
 
@@ -126,8 +127,8 @@ def test_an_export_is_made_once_for_each_checkpoint(run_path: Path) -> None:
     first, _ = printed(run_path, "--engine", "sglang")
     draft = Path(option(first, "--speculative-draft-model-path"))
     written = (draft / "model.safetensors").stat().st_mtime_ns
-    outdated = draft.parents[1] / "step-00000001-0123456789ab-float32"
-    outdated.mkdir()
+    earlier = draft.parents[1] / "step-00000001-0123456789ab-float32"
+    earlier.mkdir()
     again, _ = printed(run_path, "--engine", "sglang")
     assert again == first
     assert (draft / "model.safetensors").stat().st_mtime_ns == written
@@ -137,7 +138,7 @@ def test_an_export_is_made_once_for_each_checkpoint(run_path: Path) -> None:
     draft.parent.rmdir()
     printed(run_path, "--engine", "sglang")
     assert (draft / "model.safetensors").exists()
-    assert not outdated.exists()
+    assert earlier.exists(), "a command that was printed may name it"
 
 
 def test_what_bench_found_fastest_is_served(run_path: Path) -> None:
@@ -165,8 +166,45 @@ def test_figures_of_another_checkpoint_are_not_used(run_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("engine", "key", "how"),
+    [
+        ("vllm", None, "set VLLM_API_KEY to ask for a key"),
+        ("vllm", "LLAMA_API_KEY", "set VLLM_API_KEY to ask for a key"),
+        ("vllm", "VLLM_API_KEY", None),
+        ("sglang", "VLLM_API_KEY", "add --api-key to the command to ask for a key"),
+    ],
+)
+def test_a_server_for_everybody_without_a_key_is_warned_of(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, key: str | None, how: str | None
+) -> None:
+    for name in KEY_VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    if key is not None:
+        monkeypatch.setenv(key, "confidential")
+    words, ended = printed(run_path, "--engine", engine, "--host", "0.0.0.0")  # noqa: S104
+    if how is None:
+        assert "whoever" not in ended.stderr
+    else:
+        assert f"whoever reaches 0.0.0.0 can use this server: {how}" in ended.stderr
+    assert "confidential" not in " ".join(words) + ended.stderr
+    _, ended = printed(run_path, "--engine", engine)
+    assert "whoever" not in ended.stderr
+
+
+def test_figures_of_another_version_are_named(run_path: Path) -> None:
+    path = run_path / evaluation_name("vllm")
+    path.write_text('{"of": "another version"}')
+    _, ended = printed(run_path, "--engine", "vllm")
+    assert "evaluation-vllm.json is of another version of Eyas: run eyas bench" in ended.stderr
+    checked = eyas_here("doctor", str(run_path))
+    assert "evaluation-vllm.json: of another version of Eyas" in checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
+        (("--engine", "llamacpp", "--p-min", "0.5", "--draft-tokens", "0"), "omit one of them"),
+        (("--engine", "vllm", "--p-min", "0"), "--p-min is llama.cpp's"),
         (("--engine", "tgi"), "there is no engine 'tgi'; known: vllm, llamacpp, sglang"),
         (("--engine", "sglang"), "Eyas does not start SGLang: print its command with --print"),
         (("--engine", "vllm", "--p-min", "0.5"), "--p-min is llama.cpp's"),

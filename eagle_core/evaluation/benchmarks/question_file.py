@@ -14,7 +14,7 @@ from eagle_core.data.hub.cached_file import cached_file
 from eagle_core.data.ledger import RejectedRecord
 from eagle_core.data.records.fields import is_list, parsed
 from eagle_core.data.source_record import DamagedRecord, SourceRecord
-from eagle_core.data.sources import find_source, read_records
+from eagle_core.data.sources import find_source, read_strictly
 from eagle_core.errors import ConfigError, CorruptError, TransientError
 from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.benchmarks.question import Question
@@ -74,7 +74,7 @@ class QuestionFile:
         """
         known = _SETS.get(self.config.name)
         self.num_without_text = 0
-        for record in read_records(DatasetConfig(name=self.config.name, source=self.path)):
+        for record in read_strictly(self.config.name, self.path):
             if isinstance(record, DamagedRecord):
                 raise CorruptError(
                     f"{record.location} of benchmark {self.config.name} cannot be read "

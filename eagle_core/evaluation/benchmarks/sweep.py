@@ -116,14 +116,24 @@ def _chosen(
     if not questions:
         raise ConfigError(
             f"benchmark {config.name}: no question of {file.path} is short enough or has a text "
-            f"({sum(num_long.values())} too long, {file.num_without_text} without a text); raise "
-            "evaluation.max_prompt_tokens, or give another file"
+            f"({sum(num_long.values())} too long, {file.num_without_text} without a text); "
+            f"{_longer(limits) if num_long else ''}give another file"
         )
     return ChosenSet(
         dialogues=Dialogues(name=config.name, questions=questions, left_out=num_long),
         source=file.source,
         num_without_text=file.num_without_text,
     )
+
+
+def _longer(limits: PromptLimits) -> str:
+    """Return what to do for longer questions to be asked."""
+    if limits.room is not None and limits.room <= limits.asked:
+        return (
+            f"lower evaluation.max_new_tokens, which leaves {max(limits.room, 0):,} of the "
+            "target's positions to a prompt, or "
+        )
+    return "raise evaluation.max_prompt_tokens, or "
 
 
 def _short(

@@ -1,7 +1,7 @@
 """Weights in llama.cpp's files, written by its own converter.
 
-A target is converted once: its file stays in the user's cache, under its digests. A draft is small
-and converted for each use.
+A target is converted once: its file stays in the user's cache, under its digests. A draft's file is
+small, and stays beside its export.
 """
 
 import hashlib
@@ -45,8 +45,15 @@ def target_file(config: TargetConfig, weights: Path) -> Path:
 
 def target_path(config: TargetConfig, weights: Path) -> Path:
     """Return where the file of a target is, or will be."""
-    name = f"{config.name}-{_OUT_TYPES[config.dtype]}-{_digest(weights)}.gguf"
-    return cache_path() / "gguf" / name
+    return cache_path() / "gguf" / f"{config.name}-{file_suffix(config, weights)}"
+
+
+def file_suffix(config: TargetConfig, weights: Path) -> str:
+    """Return the end of a file's name: dtype, and a digest of the target and llama.cpp's version.
+
+    A draft's file depends on them as well: it has the target's tokenizer.
+    """
+    return f"{_OUT_TYPES[config.dtype]}-{_digest(weights)}.gguf"
 
 
 def convert(

@@ -18,7 +18,7 @@ from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
 from eagle_core.serving.events import post, post_stream
 from eagle_core.serving.llamacpp import gguf, installed
-from eagle_core.serving.llamacpp.draft_file import FILE_NAME, convert_draft
+from eagle_core.serving.llamacpp.draft_file import convert_draft
 from eagle_core.serving.sent_text import SentRound, to_trace, tokens_to_ask
 from eagle_core.serving.served import Served
 from eagle_core.serving.template_file import template_file
@@ -67,10 +67,10 @@ class LlamaCppEngine:
     def prepare(self, served: Served) -> None:
         """Convert target and draft, if need be."""
         gguf.target_file(served.target, served.weights)
-        if served.draft is not None and not draft_path(served.draft).exists():
+        if served.draft is not None and not draft_path(served).exists():
             convert_draft(
                 served.draft,
-                draft_path(served.draft),
+                draft_path(served),
                 dtype=served.target.dtype,
                 target=served.weights,
                 trust_remote_code=served.target.trust_remote_code,
@@ -99,7 +99,7 @@ class LlamaCppEngine:
         if served.draft is not None:
             options |= {
                 "--spec-type": "draft-eagle3",
-                "--spec-draft-model": str(draft_path(served.draft)),
+                "--spec-draft-model": str(draft_path(served)),
                 "--spec-draft-n-max": str(served.draft_tokens),
                 "--spec-draft-p-min": f"{served.draft_p_min:g}",
             }
@@ -258,9 +258,16 @@ def _rounds(sent: Sequence[_Sent], tokens: Sequence[int], draft_tokens: int) -> 
     return found
 
 
-def draft_path(draft: Path) -> Path:
-    """Return the file of a draft: itself, or beside the folder of its export."""
-    return draft if draft.is_file() else draft.parent / FILE_NAME
+def draft_path(served: Served) -> Path:
+    """Return the file of a draft: itself, or beside the folder of its export.
+
+    Beside it, its name has the dtype, and a digest of the target and of llama.cpp's version.
+    """
+    draft = served.draft
+    assert draft is not None  # noqa: S101
+    if draft.is_file():
+        return draft
+    return draft.parent / f"draft-{gguf.file_suffix(served.target, served.weights)}"
 
 
 def _plain_environment() -> dict[str, str]:

@@ -317,6 +317,10 @@ def test_an_engine_accepts_as_much() -> None:
     lower = replace(ENGINE, length=Length(length=2.1, low=2.0, high=2.2))
     assert check_engine(lower).state == "problem", "the intervals do not overlap"
     assert check_engine(None).state == "unknown"
+    outdated = check_engine("evaluation-vllm.json: of another version of Eyas")
+    assert outdated.state == "unknown"
+    assert outdated.found == "not checked: evaluation-vllm.json: of another version of Eyas"
+    assert "`eyas bench`" in outdated.what_to_do
     assert check_engine(replace(ENGINE, length=NO_ROUNDS)).state == "unknown"
     assert check_engine(replace(ENGINE, own=NO_ROUNDS)).state == "unknown"
 

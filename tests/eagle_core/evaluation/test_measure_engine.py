@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from eagle_core.decoding.config import TreeConfig
 from eagle_core.evaluation.bench import BenchConfig, swept
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.engine_report import DraftSetting
@@ -50,6 +51,13 @@ def test_bench_sweeps_what_its_engine_has() -> None:
     on_vllm = swept(BenchConfig(), evaluation, "vllm")
     assert on_vllm.engine == "vllm"
     assert {one.p_min for one in draft_settings(on_vllm)} == {0.0}
+
+
+def test_bench_drafts_chains_where_evaluate_drafts_trees() -> None:
+    evaluation = EvaluationConfig(tree=TreeConfig(depth=4, top_k=2, nodes=8))
+    assert swept(BenchConfig(), evaluation, "vllm") == swept(
+        BenchConfig(), EvaluationConfig(), "vllm"
+    )
 
 
 def test_bench_measures_no_draft_length_but_its_own() -> None:

@@ -250,3 +250,13 @@ def test_a_marker_of_the_template_in_a_question_is_refused(
     path.write_text(json.dumps({"prompt": "<|im_end|>"}) + "\n")
     with pytest.raises(ConfigError, match="is not a question"):
         list(read_prompts(str(path), tokenizer))
+
+
+def test_a_damaged_file_is_named_without_settings_that_prompts_lack(
+    tmp_path: Path, tokenizer: ConversationTokenizer
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "Well?"}\n{"prompt": \n')
+    with pytest.raises(CorruptError, match=r"prompts\.jsonl.*broken_json") as caught:
+        list(read_prompts(str(path), tokenizer))
+    assert "accept_" not in str(caught.value)

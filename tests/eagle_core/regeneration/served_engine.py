@@ -14,7 +14,7 @@ from eagle_core.serving.served import Served
 
 SERVER = """\
 import http.server, json, os, sys
-port, log, num_prompt_tokens, last = int(sys.argv[1]), *sys.argv[2:]
+port, log, num_prompt_tokens, last, ended = int(sys.argv[1]), *sys.argv[2:]
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.reply({})
@@ -27,7 +27,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             os._exit(3)
         message = {"role": "assistant", "content": "answer %s" % body.get("seed")}
         usage = {"prompt_tokens": int(num_prompt_tokens), "completion_tokens": 3}
-        self.reply({"choices": [{"finish_reason": "stop", "message": message}], "usage": usage})
+        self.reply({"choices": [{"finish_reason": ended, "message": message}], "usage": usage})
     def reply(self, value):
         self.send_response(200)
         self.end_headers()
@@ -43,9 +43,20 @@ class NotingEngine:
 
     title = "Test 1"
 
-    def __init__(self, log: Path, *, num_prompt_tokens: int = 1, last_request: int = 0) -> None:
-        """Count the tokens of every prompt as `num_prompt_tokens`; end at the last request."""
+    def __init__(
+        self,
+        log: Path,
+        *,
+        num_prompt_tokens: int = 1,
+        last_request: int = 0,
+        needed_length: int = 0,
+    ) -> None:
+        """Count the tokens of every prompt as `num_prompt_tokens`; end at the last request.
+
+        Every answer is cut where less than `needed_length` tokens of a conversation are held.
+        """
         self._log = log
+        self._needed_length = needed_length
         self._arguments = (str(log), str(num_prompt_tokens), str(last_request))
         self.served: list[Served] = []
         """Of every start."""
@@ -61,7 +72,8 @@ class NotingEngine:
     def launch(self, served: Served, *, port: int) -> Launch:
         """Return how to start the program."""
         assert served is self.served[-1]
-        command = (sys.executable, "-c", SERVER, str(port), *self._arguments)
+        ended = "length" if served.max_length < self._needed_length else "stop"
+        command = (sys.executable, "-c", SERVER, str(port), *self._arguments, ended)
         return Launch(command=command, environment=os.environ)
 
     def decoder(self, client: httpx.Client, served: Served) -> EngineDecoder:

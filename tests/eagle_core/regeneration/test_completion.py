@@ -72,6 +72,24 @@ def test_a_cut_answer_is_dropped_or_kept(finish_reason: str) -> None:
     assert parse_completion(value, cut_answers="keep").message.content == "half a sen"
 
 
+@pytest.mark.parametrize("cut_answers", ["drop", "keep"])
+@pytest.mark.parametrize("content", ["half a sen", "<think>Let me see", ""])
+def test_an_answer_that_the_context_cut_is_none(content: str, cut_answers: str) -> None:
+    value = completion("length", content=content)
+    assert refused(value, cut_answers=cut_answers, max_tokens=8) == (
+        Reason.CONTEXT_TOO_LONG,
+        "the context ended after 7 tokens of the answer",
+    )
+
+
+def test_an_answer_of_max_tokens_is_cut_by_these() -> None:
+    value = completion("length", content="half a sen")
+    assert refused(value, max_tokens=7) == (Reason.ANSWER_CUT, "after 7 tokens")
+    kept = parse_completion(value, cut_answers="keep", max_tokens=7)
+    assert kept.message.content == "half a sen"
+    assert parse_completion(completion("stop", content="Paris."), max_tokens=8).num_tokens == 7
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -22,6 +22,8 @@ FORMER_IDENTITY = {
         ({"context_tokens": 512}, "context_tokens is for an engine's server: set engine"),
         ({"tool_parser": "hermes"}, "tool_parser is for an engine's server: set engine"),
         ({"engine": "llamacpp", "tool_parser": "hermes"}, "tool_parser is vLLM's"),
+        ({"engine": "llamacpp", "reasoning_parser": "qwen3"}, "reasoning_parser is vLLM's"),
+        ({"reasoning_parser": "qwen3"}, "reasoning_parser is for an engine's server: set engine"),
         ({"top_p": 0.9}, "top_p limits sampling, but temperature is 0"),
         ({"top_k": 40}, "top_k limits sampling, but temperature is 0"),
         ({"num_answers": 2}, "num_answers is 2, but at temperature 0"),

@@ -75,6 +75,29 @@ def test_without_a_question_no_server_is_started(
     adds_up(again.manifest, 12)
 
 
+@pytest.mark.parametrize("cut_answers", ["drop", "keep"])
+def test_answers_that_the_context_cut_are_asked_again_with_a_longer_one(
+    made: Make,
+    target: TargetConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut_answers: str,
+) -> None:
+    source, engine = made(questions(6)), NotingEngine(tmp_path / "log", needed_length=100)
+    short, long = (
+        CONFIG.model_copy(update={"cut_answers": cut_answers, "context_tokens": tokens})
+        for tokens in (64, 128)
+    )
+    with pytest.raises(
+        ConfigError, match=r"context_too_long.*check the server, regeneration\.context_tokens"
+    ):
+        answered(engine, target, source, tmp_path / "out", monkeypatch, short)
+    done = answered(engine, target, source, tmp_path / "out", monkeypatch, long)
+    assert done.num_asked == 12
+    adds_up(done.manifest, 12)
+    assert done.manifest.dropped == {}
+
+
 def test_what_is_served_and_sent_follows_the_settings(
     made: Make,
     target: TargetConfig,
@@ -87,11 +110,13 @@ def test_what_is_served_and_sent_follows_the_settings(
     tokenizer = conversation_tokenizer(other)
     length = len(tokenizer.prompt([Message(role="user", content="a")]))
     engine = NotingEngine(tmp_path / "log", num_prompt_tokens=length)
-    answered(engine, other, made(questions(6)), tmp_path / "out", monkeypatch)
+    config = CONFIG.model_copy(update={"tool_parser": "hermes", "reasoning_parser": "qwen3"})
+    answered(engine, other, made(questions(6)), tmp_path / "out", monkeypatch, config)
     assert "another prompt" not in caplog.text
     (served,) = engine.served
     assert (served.slots, served.max_length, served.draft) == (2, 512, None)
     assert not served.is_measured
+    assert (served.tool_parser, served.reasoning_parser) == ("hermes", "qwen3")
     assert served.chat_template is not None
     assert "### Assistant" in served.chat_template
     _, *requests = engine.requests()

@@ -9,7 +9,7 @@ import pytest
 from eagle_core.errors import ConfigError
 from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.regeneration.regenerate import Regeneration
-from eagle_core.regeneration.server import AnswerServer
+from eagle_core.regeneration.server import AnswerServer, OwnServer
 from tests.eagle_core.regeneration.answer_server import Body, serving
 from tests.eagle_core.regeneration.runs import Make, ask, ledger, questions
 
@@ -158,3 +158,20 @@ def test_limits_are_sent_only_if_they_are_set(made: Make, tmp_path: Path) -> Non
         server.requests.clear()
         ask(server, source, tmp_path / "more", temperature=0.5, top_p=0.9, top_k=7)
     assert {tuple(body.get(name) for name in names) for body in server.requests} == {(0.9, 7, None)}
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_by_an_own_server_advises_nothing_about_another(
+    made: Make, tmp_path: Path, status: int
+) -> None:
+    config = RegenerationConfig(engine="vllm")
+    with serving(fault=lambda _times, _body: (status, "no")) as server:
+        own = OwnServer(url=server.url, fields={}, require_alive=lambda: None)
+        answers = AnswerServer(config, model="m", api_key=None, own=own)
+        regeneration = Regeneration(
+            config, answers, source=made(questions(5)), out_dir=tmp_path / "out"
+        )
+        with pytest.raises(ConfigError, match=f"status {status}: no; it was started by") as caught:
+            regeneration.run()
+    assert "base_url" not in str(caught.value)
+    assert "OPENAI_API_KEY" not in str(caught.value)

@@ -48,6 +48,12 @@ def test_address_and_template_are_handed_on() -> None:
     assert "--chat-template" not in VllmEngine.launch(SERVED, port=1).command
 
 
+def test_reasoning_has_its_parser() -> None:
+    words = VllmEngine.launch(replace(SERVED, reasoning_parser="qwen3"), port=1).command
+    assert value(words, "--reasoning-parser") == "qwen3"
+    assert "--reasoning-parser" not in VllmEngine.launch(SERVED, port=1).command
+
+
 def test_calls_have_their_parser() -> None:
     words = VllmEngine.launch(replace(SERVED, tool_parser="hermes"), port=1).command
     assert value(words, "--tool-call-parser") == "hermes"

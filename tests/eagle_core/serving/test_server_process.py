@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -61,12 +63,14 @@ def test_a_server_that_dies_is_a_transient_error() -> None:
 
 
 def test_a_server_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
-    note = tmp_path / "pid"
+    note, folder = tmp_path / "pid", tmp_path / "temporary"
+    folder.mkdir()
     guard = Path(server_process.__file__).with_name("guard.py")
     program = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     starter = (
         "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, {str(guard)!r}, sys.executable, '-c', {program!r}],\n"
+        f"subprocess.Popen([sys.executable, {str(guard)!r}, {str(folder)!r},\n"
+        f"    sys.executable, '-c', {program!r}],\n"
         "    stdin=subprocess.PIPE, start_new_session=True)\n"
         "time.sleep(600)\n"
     )
@@ -79,6 +83,50 @@ def test_a_server_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
         lambda: not served.is_running() or served.status() == psutil.STATUS_ZOMBIE,
         what="the server's end",
     )
+    wait_for(lambda: not folder.exists(), what="the end of its temporary files")
+
+
+TIDY = """\
+import os, signal, subprocess, sys, tempfile
+from pathlib import Path
+temporary = Path(tempfile.mkstemp()[1])
+assert Path(os.environ["VLLM_RPC_BASE_PATH"]) == temporary.parent
+note, shared = map(Path, sys.argv[2:])
+shared.touch()
+note.write_text(str(temporary.parent))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def end(*_):
+    child.kill()
+    child.wait()
+    shared.unlink()
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+"""
+"""A server with a child, and with a file that only it can remove."""
+
+
+def test_a_server_ends_in_order_and_leaves_no_files(tmp_path: Path) -> None:
+    note, shared = tmp_path / "note", tmp_path / "shared"
+
+    def tidy(port: int) -> Launch:
+        plain = launch(port, TIDY + SERVER)
+        return replace(plain, command=(*plain.command, str(note), str(shared)))
+
+    with serving("Test 1", tidy):
+        assert shared.exists()
+        folder = Path(note.read_text())
+        assert folder.is_dir()
+        assert folder != Path(tempfile.gettempdir())
+    assert not shared.exists()
+    assert not folder.exists()
+
+
+def test_a_server_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
+    monkeypatch.setattr(server_process, "_CLOSE_SECONDS", 0.1)  # as if the guard hung
+    with serving("Test 1", lambda port: launch(port, stubborn)) as server:
+        (child,) = psutil.Process(server.pid).children()
+    wait_for(lambda: not child.is_running(), what="the server's end")
 
 
 def test_a_client_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

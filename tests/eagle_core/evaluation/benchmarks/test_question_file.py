@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, CorruptError
 from eagle_core.evaluation.benchmarks.config import KNOWN, BenchmarkConfig
 from eagle_core.evaluation.benchmarks.question import Question, spread_over_categories
 from eagle_core.evaluation.benchmarks.question_file import QuestionFile
@@ -170,3 +170,23 @@ def test_a_named_set_is_downloaded_once_at_a_commit(hub: Hub, tmp_path: Path) ->
     assert find(hub, tmp_path, offline=True, name="gsm8k", revision=COMMIT) == first
     absent = find(hub, tmp_path, name="alpaca", revision=COMMIT)
     assert absent.startswith("ConfigError benchmark alpaca: data/train-00000")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"question": "Two?"}\n{"question": \n', "broken_json"),
+        ('{"question": "Two?"}\n{"question": "Th', "truncated"),
+        ("question\nTwo?\n", "broken_json"),
+        ('[{"question": "Two?"}, {"question": "\udcff"}]', "broken_utf8"),
+    ],
+)
+def test_a_damaged_file_is_named_without_settings_that_benchmarks_lack(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(CorruptError, match=rf"set\.jsonl.*gsm8k.*{why}.*replace") as caught:
+        read("gsm8k", path)
+    assert "accept_" not in str(caught.value)
+    assert "dataset.format" not in str(caught.value)

@@ -173,3 +173,19 @@ def test_settings_name_sets_or_files() -> None:
         EvaluationConfig.model_validate({"benchmarks": ["gsm8k"], "prompts": "own.jsonl"})
     with pytest.raises(ValueError, match="mt-bench"):
         EvaluationConfig.model_validate({"benchmarks": ["mtbench"]})
+
+
+@pytest.mark.parametrize(
+    ("limits", "remedy"),
+    [
+        (PromptLimits(asked=2), "raise evaluation.max_prompt_tokens, or give another file"),
+        (PromptLimits(asked=2, room=9), "raise evaluation.max_prompt_tokens, or"),
+        (PromptLimits(asked=99, room=2), "lower evaluation.max_new_tokens, which leaves 2 of"),
+        (PromptLimits(asked=99, room=-7), "lower evaluation.max_new_tokens, which leaves 0 of"),
+    ],
+)
+def test_questions_that_are_all_too_long_name_the_setting_that_excludes_them(
+    tokenizer: ConversationTokenizer, tmp_path: Path, limits: PromptLimits, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"benchmark gsm8k: no question.*; {remedy}"):
+        choose(tokenizer, tmp_path, ["gsm8k"], limits=limits)
