@@ -12,10 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 END_SECONDS = 5.0
 """For an orderly end, in which an engine removes its sockets and shared memory."""
+_PAUSE_SECONDS = 0.02
 
 
 def main() -> None:
@@ -49,7 +55,18 @@ def _terminate() -> None:
     for process in this.children():
         with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
             process.terminate()
-    psutil.wait_procs(family, timeout=END_SECONDS)
+    deadline = time.monotonic() + END_SECONDS
+    while any(map(_runs, family)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _runs(process: "psutil.Process") -> bool:
+    """Return whether it has not ended; one that nobody has waited for has."""
+    import psutil  # noqa: PLC0415 (see above)
+
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 if __name__ == "__main__":
