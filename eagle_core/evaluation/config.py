@@ -152,7 +152,7 @@ class EvaluationConfig(DecodingConfig):
         """
         if self.engine == "eyas":
             return self.max_new_tokens + self.drafted_depth
-        return self.max_new_tokens + 2 * (max(self.draft_tokens, *self.draft_lengths) + 1)
+        return self.max_new_tokens + 2 * (max((self.draft_tokens, *self.draft_lengths)) + 1)
 
     @property
     def benchmark_sets(self) -> tuple[BenchmarkConfig, ...]:
