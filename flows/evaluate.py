@@ -16,7 +16,7 @@ from eagle_core.evaluation.acceptance import PromptResult, summarise, summarise_
 from eagle_core.evaluation.benchmarks.report import SweepReport, sweep_report
 from eagle_core.evaluation.benchmarks.sweep import Sweep
 from eagle_core.evaluation.config import EvaluationConfig
-from eagle_core.evaluation.decode_prompts import decode_prompts
+from eagle_core.evaluation.decode_prompts import decode_prompts, require_trees
 from eagle_core.evaluation.engine_report import EngineReport
 from eagle_core.evaluation.estimate import AcceptanceEstimate
 from eagle_core.evaluation.measure_engine import measure_engine, num_texts
@@ -165,6 +165,7 @@ def _here(
     model = load_decoding_target(trained.target)
     if sweep is not None:
         prompts = ask_here(sweep, model, trained, evaluation)
+    require_trees(model, prompts, evaluation)  # of all sets, before the first is decoded
     decode = _Decoder(model, prompts, evaluation, trained.stop_ids)
     before = decode(setup.draft, title="draft at the start")
     step = trained.load_weights(setup).step

@@ -57,9 +57,8 @@ def decode_prompts(
             "no held-out prompt is left to evaluate; raise max_prompt_tokens or enlarge the split"
         )
     num_plain = len(chosen) if config.num_plain_prompts is None else config.num_plain_prompts
+    require_trees(target, chosen, config)
     if config.tree is not None:
-        longest = max(len(prompt.input_ids) for prompt in chosen)
-        target.require_tree(longest_with_tree(longest, config, config.tree))
         require_tree_logits(target)
     warm_up = config.model_copy(update={"max_new_tokens": _WARM_UP_TOKENS})
     _speculative(
@@ -87,6 +86,15 @@ def decode_prompts(
                     EvaluationProgress(num_done=num_done, num_prompts=len(chosen), result=result)
                 )
             yield result
+
+
+def require_trees(
+    target: CachedTarget[CacheT], prompts: Sequence[Prompt], config: EvaluationConfig
+) -> None:
+    """Raise ConfigError if trees are to be drafted, and are not right over the longest text."""
+    if config.tree is not None:
+        longest = max((len(prompt.input_ids) for prompt in prompts), default=0)
+        target.require_tree(longest_with_tree(longest, config, config.tree))
 
 
 def _speculative(

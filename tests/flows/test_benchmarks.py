@@ -1,7 +1,10 @@
 """One evaluation over several benchmark sets: in the summary, the record, table and page."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -11,6 +14,7 @@ from eagle_core.errors import ConfigError
 from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
 from eagle_core.training.config import TrainingConfig
 from flows.config.store import StoreConfig
 from flows.evaluate import evaluate_flow
@@ -27,6 +31,33 @@ pytestmark = [
 ]
 
 TRAINING = TrainingConfig(dtype="float32", draft_vocab_size=300, max_steps=1, batch_tokens=256)
+
+
+@contextmanager
+def lengths_of_trees() -> Iterator[list[int]]:
+    """Yield the lengths of text over which the target is asked for trees, as they are asked."""
+    lengths: list[int] = []
+    require = TargetModel.require_tree
+
+    def recorded(model: TargetModel, num_tokens: int) -> None:
+        lengths.append(num_tokens)
+        require(model, num_tokens)
+
+    with mock.patch.object(TargetModel, "require_tree", recorded):
+        yield lengths
+
+
+def require_trees_of_every_set(
+    target: TargetConfig, dataset: DatasetConfig, evaluation: EvaluationConfig, home: str
+) -> None:
+    with lengths_of_trees() as lengths:
+        trees = evaluate_flow(target, dataset, TRAINING, evaluation, home=home)
+    assert lengths[0] == max(lengths)  # of all sets, before the first is decoded
+    assert trees.benchmarks is not None
+    assert [one.trained.num_prompts for one in trees.benchmarks.sets] == [4, 1, 4]
+    assert len(trees.trained.acceptance_by_depth) == 3
+    assert trees.trained.matches_plain
+    assert dict(evaluate_rows(trees))["drafted"] == "trees of 8 tokens, depth 3, top 2"
 
 
 def test_a_sweep_reports_every_set_and_turn_and_the_mean(
@@ -85,15 +116,8 @@ def test_a_sweep_reports_every_set_and_turn_and_the_mean(
     assert "Acceptance length on each benchmark set" in page
     assert "mean of 3 sets" in page
 
-    drafted = TreeConfig(depth=3, top_k=2, nodes=8)
-    trees = evaluate_flow(
-        *(target, dataset, TRAINING, evaluation.model_copy(update={"tree": drafted})), home=home
-    )
-    assert trees.benchmarks is not None
-    assert [one.trained.num_prompts for one in trees.benchmarks.sets] == [4, 1, 4]
-    assert len(trees.trained.acceptance_by_depth) == 3
-    assert trees.trained.matches_plain
-    assert dict(evaluate_rows(trees))["drafted"] == "trees of 8 tokens, depth 3, top 2"
+    trees = evaluation.model_copy(update={"tree": TreeConfig(depth=3, top_k=2, nodes=8)})
+    require_trees_of_every_set(target, dataset, trees, home)
 
     missing = evaluation.model_copy(
         update={"benchmarks": (BenchmarkConfig(name="gsm8k", path=str(tmp_path / "none.jsonl")),)}
