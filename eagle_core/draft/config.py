@@ -1,12 +1,15 @@
 """Sizes of a draft model, and the choice of a run's checkpoint."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig
 
 NUM_AUX_LAYERS = 3
 _NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+_LATER = ("num_hidden_layers", "attention_bias", "mlp_bias", "qk_norm", "sliding_window")
+_LATER += ("rope_scaling", "norm_before_fc", "norm_before_residual", "target_head")
+"""Fields that checkpoints of older versions do not record."""
 
 
 class DraftConfig(BaseModel):
@@ -25,12 +28,56 @@ class DraftConfig(BaseModel):
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     max_position_embeddings: int = Field(default=2048, gt=0)
+    num_hidden_layers: int = Field(
+        default=1,
+        ge=1,
+        le=4,
+        description="Decoder layers. Only the first one reads the token embedding.",
+    )
+    attention_bias: bool = Field(
+        default=False, description="Biases of the query, key, value and output projections."
+    )
+    mlp_bias: bool = Field(default=False, description="Biases of the feed-forward block.")
+    qk_norm: bool = Field(
+        default=False, description="RMSNorm of the queries and keys of each head, as in Qwen3."
+    )
+    sliding_window: int | None = Field(
+        default=None,
+        gt=0,
+        description="W: a token sees itself and the W - 1 tokens before it; None: all before it.",
+    )
+    rope_scaling: dict[str, Any] | None = Field(
+        default=None,
+        description="What scales the rotary embedding: transformers' `rope_parameters` without "
+        "rope_theta; None for the plain one.",
+    )
     fc_norm: bool = Field(
         default=False, description="EAGLE-3.1: normalise each aux state before fusing them."
     )
     norm_output: bool = Field(
         default=False, description="EAGLE-3.1: the recurrent state is the final norm's output."
     )
+    norm_before_fc: bool = Field(
+        default=False, description="One RMSNorm over all three aux states before fusing them."
+    )
+    norm_before_residual: bool = Field(
+        default=False,
+        description="The residual stream starts at the normed hidden state, as in drafts of the "
+        "speculators library.",
+    )
+    target_head: bool = Field(
+        default=False,
+        description="The output head is the target's own, frozen, over its full vocabulary.",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that must not change between two attempts at a run.
+
+        Variants that drafts of older versions did not have appear only where they are set.
+        """
+        fields = type(self).model_fields
+        unset = {name for name in _LATER if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude=unset)
 
     @classmethod
     def from_target(

@@ -385,7 +385,7 @@ def _identity(
         "source_id": source.source_id,
         # The dtype that "auto" selected here: a run does not change it on another machine.
         "training": {**config.identity(), "dtype": dtype_name(dtype)},
-        "draft": draft.config.model_dump(mode="json"),
+        "draft": draft.config.identity(),
         "draft_vocabulary": hashlib.sha256(vocabulary).hexdigest(),
     }
 

@@ -132,7 +132,7 @@ def load_checkpoint(setup: DraftSetup, folder: Path) -> Checkpoint:
     checkpoint.require_identity(
         folder,
         {"draft": found.identity["draft"]},
-        {"draft": setup.draft.config.model_dump(mode="json")},
+        {"draft": setup.draft.config.identity()},
     )
     checkpoint.load_weights(setup.draft, folder)
     return found
