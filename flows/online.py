@@ -10,6 +10,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.capture import CapturingTarget
@@ -63,10 +64,11 @@ from storage.store import Store
     flow_run_name=run_name("online-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
-def online(
+def online(  # noqa: PLR0917 (one parameter per section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
+    draft: DraftSettings = PLAIN_DRAFT,
     training: TrainingConfig = TrainingConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
@@ -102,7 +104,12 @@ def online(
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     require_start(training, space.run_path(run))
     config = RunConfig(
-        target=target, dataset=dataset, store=store, training=training, tracking=tracking
+        target=target,
+        dataset=dataset,
+        store=store,
+        draft=draft.with_moved(training.moved),
+        training=training,
+        tracking=tracking,
     )
     prepare_weights(target)
     is_decoded = is_evaluated(target, evaluation)
@@ -151,8 +158,8 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
     train_tokens = TokenFile(tokens.train_path)
     with ExitStack() as stack:
         lock = stack.enter_context(sole_training(run_path))
-        coverage = choose_vocabulary(target, training, train_tokens, run_path)
-        setup = set_up_draft(target, training, run_path)
+        coverage = choose_vocabulary(target, training, train_tokens, run_path, config.draft)
+        setup = set_up_draft(target, training, run_path, config.draft)
         keeper = None
         if root is not None:
             keeper = stack.enter_context(_keeper(config, root, tokens, setup))

@@ -7,6 +7,7 @@ import torch
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
@@ -56,10 +57,11 @@ logger = logging.getLogger(__name__)
     flow_run_name=run_name("train-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
-def train_flow(
+def train_flow(  # noqa: PLR0917 (one parameter per section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
+    draft: DraftSettings = PLAIN_DRAFT,
     training: TrainingConfig = TrainingConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     home: str = DEFAULT_HOME,
@@ -94,6 +96,7 @@ def train_flow(
         target=target,
         dataset=dataset,
         store=store,
+        draft=draft.with_moved(training.moved),
         training=training,
         tracking=tracking,
         given_target=given,
@@ -107,6 +110,7 @@ def train_flow(
         config = dataclasses.replace(config, dataset=data.record.dataset)
     job = TrainJob(
         target=target,
+        draft=config.draft,
         training=training,
         tracking=tracking,
         title=config.title(run),
@@ -138,13 +142,15 @@ def _train(
     coverage = (
         data.record.coverage
         if data.record and (run_path / VOCABULARY_NAME).exists()
-        else choose_vocabulary(config.target, training, TokenFile(data.tokens.train_path), run_path)
+        else choose_vocabulary(
+            *(config.target, training, TokenFile(data.tokens.train_path), run_path, config.draft)
+        )
     )
     if data.record:
         data.record.require_vocabulary(run_path)
     is_single = training.num_processes == 1
     here = config.target if is_single else config.target.model_copy(update={"device": "cpu"})
-    setup = set_up_draft(here, training, run_path)  # ranks need the first GPU empty
+    setup = set_up_draft(here, training, run_path, config.draft)  # ranks need the first GPU empty
     given = config.given_target or config.target
     decoding = decoding_of_run(given, training, setup.draft.config, data.tokens.held_out_path)
     job = job.model_copy(update={"decoding": decoding})

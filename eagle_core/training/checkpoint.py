@@ -33,6 +33,8 @@ _FOLDER = "checkpoints"
 WEIGHTS_NAME = "draft.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+_NO_LONGER_RECORDED = ("start_from", "fc_norm", "norm_output")
+"""Settings of training in checkpoints of older versions; the draft's sizes have the norms."""
 FROZEN = "embed_tokens.weight"
 """The target's own tensor: not stored in checkpoints."""
 
@@ -202,7 +204,8 @@ def read(folder: Path) -> Checkpoint:
 def require_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise MismatchError naming every field in which a checkpoint differs from this run."""
     old, new = dict(_flat(found)), dict(_flat(expected))
-    old.pop("training.start_from", None)  # recorded by earlier versions
+    for name in _NO_LONGER_RECORDED:
+        old.pop(f"training.{name}", None)
     differing = [
         f"{name}: saved {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

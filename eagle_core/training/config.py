@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from eagle_core.config_model import ConfigModel
 from eagle_core.training.precision import TrainingDtype
@@ -68,6 +69,10 @@ class TrainingConfig(TttConfig):
     """
 
     former_keys: ClassVar[Mapping[str, str]] = {"start_from": "start"}
+    moved_keys: ClassVar[Mapping[str, str]] = {
+        "fc_norm": "draft.fc_norm",
+        "norm_output": "draft.norm_output",
+    }
 
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
@@ -83,12 +88,8 @@ class TrainingConfig(TttConfig):
         description="Let the draft in the folder `start` read other aux layers than those it was "
         "trained on: solve its fusing matrix, for which the target runs on some samples.",
     )
-    fc_norm: bool = Field(
-        default=False, description="EAGLE-3.1: normalise each aux state before fusing them."
-    )
-    norm_output: bool = Field(
-        default=False, description="EAGLE-3.1: feed the final norm's output back to the draft."
-    )
+    fc_norm: SkipJsonSchema[bool] = Field(default=False, exclude=True, description="Moved.")
+    norm_output: SkipJsonSchema[bool] = Field(default=False, exclude=True, description="Moved.")
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
         description="AdamW, or Muon for the layer's matrices with AdamW for heads and norms.",
@@ -203,6 +204,11 @@ class TrainingConfig(TttConfig):
         if self.learning_rate is not None:
             return self.learning_rate
         return RATE_OF_DRAWN_WEIGHTS if self.start == RANDOM else RATE_OF_GIVEN_WEIGHTS
+
+    @property
+    def moved(self) -> Mapping[str, bool]:
+        """Return the flags that recipes of older versions set here, for the section `draft`."""
+        return {name: getattr(self, name) for name in self.moved_keys}
 
     @property
     def is_solved(self) -> bool:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from eagle_core.atomic_files import write_text
 from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.draft.vocabulary import Coverage, DraftVocabulary, SourceCoverage
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target import weights
@@ -52,6 +53,8 @@ class Run(BaseModel):
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
     draft: DraftConfig
+    draft_settings: DraftSettings | None = None
+    """None in files of older versions: `settings_of_draft`."""
     draft_vocabulary: str
     """Fingerprint of `draft_vocabulary.safetensors`."""
     vocabulary_coverage: float
@@ -88,6 +91,7 @@ class Run(BaseModel):
             target_fields=fingerprint_fields(config.target, folder),
             stop_ids=tuple(sorted(conversation_tokenizer(config.target).stop_ids)),
             draft=setup.draft.config,
+            draft_settings=config.draft,
             draft_vocabulary=DraftVocabulary.load(setup.run_path / VOCABULARY_NAME).fingerprint,
             vocabulary_coverage=coverage.share,
             coverage_by_source=dict(coverage.by_source),
@@ -102,6 +106,11 @@ class Run(BaseModel):
     def coverage(self) -> Coverage:
         """How much of the supervised training tokens the draft can propose."""
         return Coverage(share=self.vocabulary_coverage, by_source=self.coverage_by_source)
+
+    @property
+    def settings_of_draft(self) -> DraftSettings:
+        """The settings of the run's draft."""
+        return self.draft_settings or PLAIN_DRAFT.with_moved(self.training.moved)
 
     def require_vocabulary(self, run_path: Path) -> None:
         """Raise MismatchError unless the run's folder has the draft vocabulary it started with."""

@@ -67,7 +67,9 @@ def run_training(
     """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
-        tracked = tracked_run(run.title, setup.run_path, run.training, source.source_id)
+        tracked = tracked_run(
+            *(run.title, setup.run_path, run.settings_of_draft, run.training, source.source_id)
+        )
         with (
             open_trackers(run.tracking, tracked) as tracker,
             open_decoder(decoding, setup.run_path, decoding_target) as decoder,

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from eagle_core.draft.settings import DraftSettings
 from eagle_core.samples import SampleSource
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
@@ -48,6 +49,7 @@ class TrainJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target: TargetConfig
+    draft: DraftSettings
     training: TrainingConfig
     tracking: TrackingConfig
     title: str
@@ -112,9 +114,12 @@ def open_sources(
     return source, StoredSource(store.reader(held_out, object_cache=objects), recompute_model)
 
 
-def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id: str) -> TrackedRun:
+def tracked_run(
+    title: str, run_path: Path, draft: DraftSettings, training: TrainingConfig, source_id: str
+) -> TrackedRun:
     """Return the description of a run for trackers."""
     settings: dict[str, JsonValue] = {
+        "draft": draft.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
         "source_id": source_id,
     }
@@ -162,7 +167,7 @@ def _train_joined(job: TrainJob, *, is_first: bool) -> None:
 
 def _train(job: TrainJob, processes: Processes, *, is_first: bool) -> None:
     source, held_out = open_sources(job)
-    setup = set_up_draft(job.target, job.training, job.run_path)
+    setup = set_up_draft(job.target, job.training, job.run_path, job.draft)
 
     def on_progress(progress: Progress) -> None:
         if is_first:
@@ -202,7 +207,7 @@ def _own_device(target: TargetConfig) -> str:
 def _tracker(job: TrainJob, *, is_first: bool) -> AbstractContextManager[Tracker]:
     if not is_first:
         return nullcontext(NoTracker())
-    run = tracked_run(job.title, job.run_path, job.training, job.snapshot_id)
+    run = tracked_run(job.title, job.run_path, job.draft, job.training, job.snapshot_id)
     return open_trackers(job.tracking, run)
 
 

@@ -19,6 +19,7 @@ from eagle_core.draft.importing import read_draft, warm_start
 from eagle_core.draft.kv_cache import DraftCache
 from eagle_core.draft.layout import expected_shapes
 from eagle_core.draft.model import DraftModel
+from eagle_core.draft.settings import DraftSettings
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target.end_weights import load_ends
@@ -59,8 +60,9 @@ def make_draft(
     counts = torch.randperm(len(head), generator=torch.Generator().manual_seed(seed)).numpy()
     vocabulary = DraftVocabulary.build(counts, size=draft_vocab_size)
     model_config = AutoConfig.from_pretrained(target_path)
+    settings = DraftSettings(fc_norm=norms, norm_output=norms)
     config = DraftConfig.from_target(
-        model_config, draft_vocab_size=draft_vocab_size, fc_norm=norms, norm_output=norms
+        model_config, draft_vocab_size=draft_vocab_size, settings=settings
     )
     draft = DraftModel(config)
     draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=seed)

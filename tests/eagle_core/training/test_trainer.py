@@ -271,11 +271,10 @@ def test_a_run_without_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     "change",
     [
         {"optimizer": "muon", "learning_rate": 0.01},
-        {"fc_norm": True},
         {"batches_per_step": 3},
         {"dtype": "bfloat16"},
     ],
-    ids=["muon", "fc_norm", "accumulation", "bfloat16"],
+    ids=["muon", "accumulation", "bfloat16"],
 )
 def test_every_kind_of_run_resumes_exactly(tmp_path: Path, change: dict[str, object]) -> None:
     config = CONFIG.model_copy(update={**change, "max_steps": 7})
