@@ -2,13 +2,17 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PretrainedConfig
+
+from eagle_core.draft.rope_scaling import checked_scaling
 
 NUM_AUX_LAYERS = 3
 _NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-_LATER = ("num_hidden_layers", "attention_bias", "mlp_bias", "qk_norm", "sliding_window")
-_LATER += ("rope_scaling", "norm_before_fc", "norm_before_residual", "target_head")
+_LATER: tuple[str, ...] = (
+    *("num_hidden_layers", "attention_bias", "mlp_bias", "qk_norm", "sliding_window"),
+    *("rope_scaling", "norm_before_fc", "norm_before_residual", "target_head"),
+)
 """Fields that checkpoints of older versions do not record."""
 
 
@@ -35,7 +39,9 @@ class DraftConfig(BaseModel):
         description="Decoder layers. Only the first one reads the token embedding.",
     )
     attention_bias: bool = Field(
-        default=False, description="Biases of the query, key, value and output projections."
+        default=False,
+        description="Biases of the query, key, value and output projections; with `qk_norm`, as in "
+        "Qwen3, not of the output projection.",
     )
     mlp_bias: bool = Field(default=False, description="Biases of the feed-forward block.")
     qk_norm: bool = Field(
@@ -70,14 +76,62 @@ class DraftConfig(BaseModel):
         description="The output head is the target's own, frozen, over its full vocabulary.",
     )
 
+    @model_validator(mode="after")
+    def _require_known_combination(self) -> Self:
+        if self.qk_norm and self.mlp_bias:
+            raise ValueError(
+                "qk_norm and mlp_bias do not go together: engines compute drafts with qk_norm as "
+                "Qwen3 layers, whose feed-forward block has no biases; set one of them to false"
+            )
+        if self.target_head and self.draft_vocab_size != self.vocab_size:
+            raise ValueError(
+                f"target_head needs the target's full vocabulary: set draft_vocab_size to "
+                f"{self.vocab_size} (it is {self.draft_vocab_size}), or target_head to false"
+            )
+        if self.target_head and self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                f"target_head needs a draft as wide as the target: set hidden_size to "
+                f"{self.target_hidden_size} (it is {self.hidden_size}), or target_head to false"
+            )
+        if self.rope_scaling is not None:
+            scaling = checked_scaling(
+                self.rope_scaling,
+                rope_theta=self.rope_theta,
+                head_dim=self.head_dim,
+                max_position_embeddings=self.max_position_embeddings,
+            )
+            object.__setattr__(self, "rope_scaling", scaling)  # frozen from here on
+        return self
+
+    @property
+    def has_own_embedding(self) -> bool:
+        """Whether the embedding is not the target's: the draft has another width."""
+        return self.hidden_size != self.target_hidden_size
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.attention_bias and not self.qk_norm
+
+    @property
+    def further_layers(self) -> range:
+        """The numbers of the layers after the first one, which is 0."""
+        return range(1, self.num_hidden_layers)
+
     def identity(self) -> dict[str, Any]:
         """Return the fields that must not change between two attempts at a run.
 
         Variants that drafts of older versions did not have appear only where they are set.
         """
+        return self.model_dump(mode="json", exclude=self._unset())
+
+    def identity_json(self) -> str:
+        """Return `identity` as JSON, as older versions digested it."""
+        return self.model_dump_json(exclude=self._unset())
+
+    def _unset(self) -> set[str]:
         fields = type(self).model_fields
-        unset = {name for name in _LATER if getattr(self, name) == fields[name].default}
-        return self.model_dump(mode="json", exclude=unset)
+        return {name for name in _LATER if getattr(self, name) == fields[name].default}
 
     @classmethod
     def from_target(

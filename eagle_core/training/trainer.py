@@ -372,6 +372,7 @@ class _Run:
                 keep_last=self.config.keep_last,
                 best_by=self.config.best_by,
                 undecided=undecided,
+                omitted=self.draft.target_tensors().keys(),
             )
         self.processes.wait()
         self.saved = checkpoint.newest(self.run_path)

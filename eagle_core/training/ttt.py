@@ -19,7 +19,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from eagle_core.bfloat16 import widened
-from eagle_core.draft.model import DraftLayer, DraftModel, gated, rotary, rotate
+from eagle_core.draft.model import DraftLayer, DraftModel, gated
+from eagle_core.draft.rotary import rotary, rotate
 from eagle_core.training.attention import packed_ttt_attention
 from eagle_core.training.config import TttConfig
 from eagle_core.training.flex_attention import flex_ttt_attention

@@ -6,7 +6,8 @@ Slow and readable; what `eagle_core.training.ttt` must equal. One sequence at a 
 import torch
 from torch import Tensor
 
-from eagle_core.draft.model import DraftModel, rotary, rotate
+from eagle_core.draft.model import DraftModel
+from eagle_core.draft.rotary import rotary, rotate
 from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
 
