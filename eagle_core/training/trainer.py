@@ -124,6 +124,7 @@ class _Run:
                 head_dim=draft.config.head_dim,
                 dtype=self.dtype,
                 device=self._device,
+                window=draft.config.sliding_window,
             )
         self.module = processes.parallel(TttModule(draft, self.config), config.sharding)
         self.trained = [p for p in draft.parameters() if p.requires_grad]
