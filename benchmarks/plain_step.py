@@ -24,7 +24,8 @@ from torch.nn import functional
 from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.step_case import StepCase, whole_target_head
 from benchmarks.step_worker import Peer, serve
-from eagle_core.draft.model import DraftModel, rotary, rotate
+from eagle_core.draft.model import DraftModel
+from eagle_core.draft.rotary import rotary, rotate
 from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
 

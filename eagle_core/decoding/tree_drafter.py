@@ -134,9 +134,10 @@ class _TreeCache(DraftCache):
         self.shown: Tensor | None = None
         """[T, E] entries of the tree that the next T see; None outside a tree."""
 
-    def visible(self, num_new: int) -> Tensor | None:
+    def visible(self, num_new: int, window: int | None = None) -> Tensor | None:
         """Return the attention mask [1, 1, T, P + E] of the newest `num_new` entries."""
         if self.shown is None:
-            return super().visible(num_new)
+            return super().visible(num_new, window)
         text = self.shown.new_ones(num_new, self.length - self.shown.shape[1])
-        return torch.cat([text, self.shown], dim=1)[None, None]
+        seen = torch.cat([text, self.shown], dim=1)[None, None]
+        return seen if window is None else seen & self._within(num_new, window)

@@ -1,13 +1,17 @@
 """Sizes of a draft model, and the choice of a run's checkpoint."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PretrainedConfig
 
+from eagle_core.draft.rope_scaling import checked_scaling
 from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 NUM_AUX_LAYERS = 3
 _NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
@@ -43,7 +47,9 @@ class DraftConfig(BaseModel):
         description="Decoder layers. Only the first one reads the token embedding.",
     )
     attention_bias: bool = Field(
-        default=False, description="Biases of the query, key, value and output projections."
+        default=False,
+        description="Biases of the query, key, value and output projections; with `qk_norm`, as in "
+        "Qwen3, not of the output projection.",
     )
     mlp_bias: bool = Field(default=False, description="Biases of the feed-forward block.")
     qk_norm: bool = Field(
@@ -78,14 +84,62 @@ class DraftConfig(BaseModel):
         description="The output head is the target's own, frozen, over its full vocabulary.",
     )
 
+    @model_validator(mode="after")
+    def _require_known_combination(self) -> Self:
+        if self.qk_norm and self.mlp_bias:
+            raise ValueError(
+                "qk_norm and mlp_bias do not go together: engines compute drafts with qk_norm as "
+                "Qwen3 layers, whose feed-forward block has no biases; set one of them to false"
+            )
+        if self.target_head and self.draft_vocab_size != self.vocab_size:
+            raise ValueError(
+                f"target_head needs the target's full vocabulary: set draft_vocab_size to "
+                f"{self.vocab_size} (it is {self.draft_vocab_size}), or target_head to false"
+            )
+        if self.target_head and self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                f"target_head needs a draft as wide as the target: set hidden_size to "
+                f"{self.target_hidden_size} (it is {self.hidden_size}), or target_head to false"
+            )
+        if self.rope_scaling is not None:
+            scaling = checked_scaling(
+                self.rope_scaling,
+                rope_theta=self.rope_theta,
+                head_dim=self.head_dim,
+                max_position_embeddings=self.max_position_embeddings,
+            )
+            object.__setattr__(self, "rope_scaling", scaling)  # frozen from here on
+        return self
+
+    @property
+    def has_own_embedding(self) -> bool:
+        """Whether the embedding is not the target's: the draft has another width."""
+        return self.hidden_size != self.target_hidden_size
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.attention_bias and not self.qk_norm
+
+    @property
+    def further_layers(self) -> range:
+        """The numbers of the layers after the first one, which is 0."""
+        return range(1, self.num_hidden_layers)
+
     def identity(self) -> dict[str, Any]:
         """Return the fields that must not change between two attempts at a run.
 
         Variants that drafts of older versions did not have appear only where they are set.
         """
+        return self.model_dump(mode="json", exclude=self._unset())
+
+    def identity_json(self) -> str:
+        """Return `identity` as JSON, as older versions digested it."""
+        return self.model_dump_json(exclude=self._unset())
+
+    def _unset(self) -> set[str]:
         fields = type(self).model_fields
-        unset = {name for name in _LATER if getattr(self, name) == fields[name].default}
-        return self.model_dump(mode="json", exclude=unset)
+        return {name for name in _LATER if getattr(self, name) == fields[name].default}
 
     @classmethod
     def from_target(
@@ -123,7 +177,7 @@ class DraftConfig(BaseModel):
             else min(draft_vocab_size, target.vocab_size),
             rms_norm_eps=_norm_eps(target),
             rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", 10000.0))),
-            rope_scaling=_scaling(rope) if settings.rope_scaling == "target" else None,
+            rope_scaling=_scaling(target, rope) if settings.rope_scaling == "target" else None,
             max_position_embeddings=target.max_position_embeddings,
             **settings.model_dump(include=_TAKEN_OVER),
         )
@@ -136,12 +190,23 @@ def _rope(target: PretrainedConfig) -> Mapping[str, Any]:
     return of_full
 
 
-def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scaling(target: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the target's scaling; None, with a warning, for one that engines do not agree on."""
     if rope.get("rope_type") not in _SCALED:
         return None
     # A draft rotates all of a head.
     left_out = {"rope_theta", "partial_rotary_factor"}
-    return {name: value for name, value in rope.items() if name not in left_out}
+    scaling = {name: value for name, value in rope.items() if name not in left_out}
+    try:
+        return checked_scaling(
+            scaling,
+            rope_theta=rope.get("rope_theta", 1e4),
+            head_dim=2,
+            max_position_embeddings=target.max_position_embeddings,
+        )
+    except ValueError as error:
+        logger.warning("the draft has a plain rotary embedding, unlike its target: %s", error)
+        return None
 
 
 def _attention_sizes(

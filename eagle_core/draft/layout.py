@@ -15,6 +15,7 @@ from eagle_core.errors import ConfigError, MismatchError
 
 EMBEDDING = "embed_tokens.weight"
 """Optional in every layout: engines share the target's."""
+HEAD = "lm_head.weight"
 VOCABULARY = ("d2t", "t2d")
 _LAYER = "midlayer."
 _SPECULATORS_LAYER = "layers.0."
@@ -25,29 +26,50 @@ _IGNORED = frozenset({"verifier_lm_head.weight", "verifier_norm.weight"})
 
 def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of a draft by name, embedding included."""
-    size, mlp = config.hidden_size, config.intermediate_size
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    norms = range(NUM_AUX_LAYERS if config.fc_norm else 0)
-    return {
-        **{f"fc_norm.{number}.weight": (config.target_hidden_size,) for number in norms},
+    size, fused = config.hidden_size, NUM_AUX_LAYERS * config.target_hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (config.vocab_size, size),
-        "fc.weight": (size, NUM_AUX_LAYERS * config.target_hidden_size),
-        "midlayer.self_attn.q_proj.weight": (query, 2 * size),
-        "midlayer.self_attn.k_proj.weight": (key, 2 * size),
-        "midlayer.self_attn.v_proj.weight": (key, 2 * size),
-        "midlayer.self_attn.o_proj.weight": (size, query),
-        "midlayer.mlp.gate_proj.weight": (mlp, size),
-        "midlayer.mlp.up_proj.weight": (mlp, size),
-        "midlayer.mlp.down_proj.weight": (size, mlp),
+        "fc.weight": (size, fused),
+        **_layer_shapes(config, _LAYER, width=2 * size),
         "midlayer.hidden_norm.weight": (size,),
-        "midlayer.input_layernorm.weight": (size,),
-        "midlayer.post_attention_layernorm.weight": (size,),
         "norm.weight": (size,),
-        "lm_head.weight": (config.draft_vocab_size, size),
+        HEAD: (config.draft_vocab_size, size),
         "d2t": (config.draft_vocab_size,),
         "t2d": (config.vocab_size,),
     }
+    if config.norm_before_fc:
+        shapes["input_norm.weight"] = (fused,)
+    for number in range(NUM_AUX_LAYERS if config.fc_norm else 0):
+        shapes[f"fc_norm.{number}.weight"] = (config.target_hidden_size,)
+    for number in config.further_layers:
+        shapes |= _layer_shapes(config, f"layers.{number}.", width=size)
+    return shapes
+
+
+def _layer_shapes(config: DraftConfig, layer: str, *, width: int) -> dict[str, tuple[int, ...]]:
+    """Return what all layers have, by full name, for an input of `width`."""
+    size, mlp = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    matrices = {
+        "self_attn.q_proj": (query, width, config.attention_bias),
+        "self_attn.k_proj": (key, width, config.attention_bias),
+        "self_attn.v_proj": (key, width, config.attention_bias),
+        "self_attn.o_proj": (size, query, config.output_bias),
+        "mlp.gate_proj": (mlp, size, config.mlp_bias),
+        "mlp.up_proj": (mlp, size, config.mlp_bias),
+        "mlp.down_proj": (size, mlp, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns, has_bias) in matrices.items():
+        shapes[f"{layer}{name}.weight"] = (rows, columns)
+        if has_bias:
+            shapes[f"{layer}{name}.bias"] = (rows,)
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        shapes[f"{layer}self_attn.{name}.weight"] = (config.head_dim,)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        shapes[f"{layer}{name}.weight"] = (size,)
+    return shapes
 
 
 def to_speculators(name: str) -> str:

@@ -1,14 +1,16 @@
-"""The EAGLE-3 draft: fused target states in, one decoder layer, draft-vocabulary logits out.
+"""The EAGLE-3 draft: fused target states in, decoder layers, draft-vocabulary logits out.
 
 Modules have their published names (docs/design.md, section 4), so `published_tensors` are
-an export. At index t the layer's input is the embedding of token t+1 concatenated with the hidden
-state of token t. The recurrent state is the layer's output *before* the final norm.
+an export. At index t the first layer's input is the embedding of token t+1 concatenated with the
+hidden state of token t; further layers, if there are any, read only what the one before puts out.
+The recurrent state is the last layer's output *before* the final norm. What each variant of
+`DraftConfig` computes is what vLLM computes for it.
 
 Shapes: B batch, T tokens, H draft hidden, Ht target hidden, D draft vocabulary, V target
 vocabulary, N heads, K key-value heads, E head size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +18,46 @@ from torch.nn import functional
 
 from eagle_core.draft.config import NUM_AUX_LAYERS, DraftConfig
 from eagle_core.draft.kv_cache import DraftCache
+from eagle_core.draft.layout import EMBEDDING, HEAD
+from eagle_core.draft.projection import with_width
+from eagle_core.draft.rotary import rotary, rotate
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import ConfigError
 
 
 class Attention(nn.Module):
-    """Grouped-query attention whose input is twice as wide as its output."""
+    """Grouped-query attention; the input of the first layer is twice as wide as its output."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, layer: int) -> None:
         super().__init__()
-        width = 2 * config.hidden_size
+        width = config.hidden_size if layer else 2 * config.hidden_size
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(width, query_size, bias=False)
-        self.k_proj = nn.Linear(width, key_size, bias=False)
-        self.v_proj = nn.Linear(width, key_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        bias = config.attention_bias
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.sliding_window
+        self.q_proj = nn.Linear(width, query_size, bias=bias)
+        self.k_proj = nn.Linear(width, key_size, bias=bias)
+        self.v_proj = nn.Linear(width, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+            for _ in range(2)
+        )
 
     def forward(self, inputs: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache) -> Tensor:
-        """Return [B, T, H] for inputs [B, T, 2H] after `cache`; cos and sin are [B, 1, T, E]."""
+        """Return [B, T, H] for inputs [B, T, H or 2H] after `cache`; cos and sin: [B, 1, T, E]."""
         query, key, value = (
             projection(inputs).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        keys, values = cache.append(rotate(key, cos, sin), value)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        keys, values = cache.append(rotate(key, cos, sin), value, layer=self.layer)
         attention_output = functional.scaled_dot_product_attention(
             rotate(query, cos, sin),
             keys,
             values,
-            attn_mask=cache.visible(query.shape[2]),
+            attn_mask=cache.visible(query.shape[2], self.window),
             enable_gqa=True,
         )
         output: Tensor = self.o_proj(attention_output.transpose(1, 2).flatten(2))
@@ -57,9 +69,10 @@ class Mlp(nn.Module):
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        size, bias = config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [..., H] for [..., H]."""
@@ -78,29 +91,48 @@ def gated(
 
 
 class DraftLayer(nn.Module):
-    """The only decoder layer; the residual stream starts at the un-normed hidden state."""
+    """A decoder layer. Only the first one, number 0, reads the embedding and has `hidden_norm`."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, number: int = 0) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config)
+        self.norm_before_residual = config.norm_before_residual and number == 0
+        self.self_attn = Attention(config, number)
         self.mlp = Mlp(config)
-        self.hidden_norm = nn.RMSNorm(size, eps=eps)
+        if number == 0:
+            self.hidden_norm = nn.RMSNorm(size, eps=eps)
         self.input_layernorm = nn.RMSNorm(size, eps=eps)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=eps)
 
+    def residual(self, hidden: Tensor, normed: Tensor) -> Tensor:
+        """Return where the residual stream starts: at the layer's input, or at it normed."""
+        return normed if self.norm_before_residual else hidden
+
     def forward(
-        self, embedding: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache
+        self,
+        embedding: Tensor | None,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: DraftCache,
     ) -> Tensor:
-        """Return the pre-norm state [B, T, H] for embeddings and states [B, T, H]."""
-        inputs = torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
-        hidden = hidden + self.self_attn(inputs, cos, sin, cache)
+        """Return the pre-norm state [B, T, H] for states [B, T, H].
+
+        The first layer also needs the embeddings [B, T, H]; to the others they are None.
+        """
+        if embedding is None:
+            inputs, residual = self.input_layernorm(hidden), hidden
+        else:
+            normed = self.hidden_norm(hidden)
+            inputs = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
+            residual = self.residual(hidden, normed)
+        hidden = residual + self.self_attn(inputs, cos, sin, cache)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
 
 
 class DraftModel(nn.Module):
-    """An EAGLE-3 draft; `embed_tokens` is the target's embedding, frozen."""
+    """An EAGLE-3 draft; `embed_tokens` is frozen: the target's, or made from it."""
 
     d2t: Tensor
     """[D] int64: target id minus draft id."""
@@ -112,22 +144,34 @@ class DraftModel(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
-        size = config.hidden_size
+        size, eps = config.hidden_size, config.rms_norm_eps
+        fused_size = NUM_AUX_LAYERS * config.target_hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size).requires_grad_(
             requires_grad=False
         )
-        self.fc = nn.Linear(NUM_AUX_LAYERS * config.target_hidden_size, size, bias=False)
+        self.fc = nn.Linear(fused_size, size, bias=False)
+        self.input_norm = nn.RMSNorm(fused_size, eps=eps) if config.norm_before_fc else None
         self.fc_norm = nn.ModuleList(
-            nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps)
+            nn.RMSNorm(config.target_hidden_size, eps=eps)
             for _ in range(NUM_AUX_LAYERS if config.fc_norm else 0)
         )
         self.midlayer = DraftLayer(config)
-        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleDict(
+            {str(number): DraftLayer(config, number) for number in config.further_layers}
+        )
+        self.norm = nn.RMSNorm(size, eps=eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
-        fused_size = NUM_AUX_LAYERS * config.target_hidden_size
+        self.lm_head.requires_grad_(requires_grad=not config.target_head)
         self.register_buffer("aux_scale", torch.ones(fused_size))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    def every_layer(self) -> Iterator[DraftLayer]:
+        """Yield the decoder layers, the first one first."""
+        yield self.midlayer
+        for layer in self.layers.values():
+            assert isinstance(layer, DraftLayer)  # noqa: S101 (nothing else is put there)
+            yield layer
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Load a state dict, or what `published_tensors` returned: channels are unscaled then."""
@@ -139,30 +183,49 @@ class DraftModel(nn.Module):
         del tensors["aux_scale"]
         return {**tensors, "fc.weight": self.fusing_weight().detach()}
 
+    def target_tensors(self) -> dict[str, Tensor]:
+        """Return the frozen tensors that are the target's own, by name: checkpoints omit them."""
+        tensors: dict[str, Tensor] = {}
+        if not self.config.has_own_embedding:
+            tensors[EMBEDDING] = self.embed_tokens.weight.detach()
+        if self.config.target_head:
+            tensors[HEAD] = self.lm_head.weight.detach()
+        return tensors
+
+    @torch.no_grad()
+    def take_target_tensors(self, *, embedding: Tensor, lm_head: Tensor) -> None:
+        """Copy what is the target's own: its embedding [V, Ht] or head [V, Ht], or both."""
+        sources = {EMBEDDING: embedding, HEAD: lm_head}
+        for name, tensor in self.target_tensors().items():
+            tensor.copy_(sources[name])
+
     @torch.no_grad()
     def initialise(
         self, *, embedding: Tensor, lm_head: Tensor, vocabulary: DraftVocabulary, seed: int
     ) -> None:
-        """Copy the target's embedding [V, H] and the draft vocabulary's rows of its head [V, H].
+        """Take the target's embedding [V, Ht] and the draft vocabulary's rows of its head [V, Ht].
 
-        Other matrices are drawn from a normal distribution with deviation 0.02, seeded by `seed`.
+        For a draft of another width both are projected (`with_width`). Other matrices are drawn
+        from a normal distribution with deviation 0.02, seeded by `seed`; biases are zero.
         """
         config = self.config
-        expected = ((config.vocab_size, config.hidden_size), config.draft_vocab_size)
+        expected = ((config.vocab_size, config.target_hidden_size), config.draft_vocab_size)
         if (tuple(embedding.shape), len(vocabulary)) != expected:
             raise ConfigError(
-                f"draft with vocabulary and width {expected} got an embedding "
+                f"draft with vocabulary and target width {expected} got an embedding "
                 f"{tuple(embedding.shape)} and {len(vocabulary)} draft tokens; use the target's own"
             )
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and parameter.requires_grad:
                 parameter.normal_(std=0.02, generator=generator)
-        self.embed_tokens.weight.copy_(embedding)
+            if name.endswith(".bias"):
+                parameter.zero_()
         self.aux_scale.fill_(1)
         self.d2t.copy_(torch.from_numpy(vocabulary.d2t))
         self.t2d.copy_(torch.from_numpy(vocabulary.t2d))
-        self.lm_head.weight.copy_(lm_head[self.t2d])
+        self.embed_tokens.weight.copy_(with_width(embedding, config.hidden_size))
+        self.lm_head.weight.copy_(with_width(lm_head[self.t2d], config.hidden_size))
 
     @torch.no_grad()
     def set_aux_scale(self, scale: Tensor) -> None:
@@ -176,7 +239,9 @@ class DraftModel(nn.Module):
         return fused
 
     def fusing_inputs(self, aux: Tensor) -> Tensor:
-        """Return what `fc` reads of aux states [..., 3Ht]: normed with `fc_norm`, and scaled."""
+        """Return what `fc` reads of aux states [..., 3Ht]: normed as configured, and scaled."""
+        if self.input_norm is not None:
+            aux = self.input_norm(aux)
         if self.config.fc_norm:
             layers = aux.chunk(NUM_AUX_LAYERS, dim=-1)
             normed = [norm(layer) for norm, layer in zip(self.fc_norm, layers, strict=True)]
@@ -198,31 +263,16 @@ class DraftModel(nn.Module):
         self, input_ids: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache
     ) -> Tensor:
         """Return the pre-norm states [B, T, H] of ids [B, T] and states [B, T, H] after `cache`."""
-        cos, sin = rotary(positions, self.config)
-        output: Tensor = self.midlayer(
-            self.embed_tokens(input_ids),
-            hidden,
-            cos.unsqueeze(1).to(hidden.dtype),
-            sin.unsqueeze(1).to(hidden.dtype),
-            cache,
-        )
-        return output
+        angles = rotary(positions, self.config)
+        cos, sin = (angle.unsqueeze(1).to(hidden.dtype) for angle in angles)
+        cache.place(positions)
+        embedding: Tensor | None = self.embed_tokens(input_ids)
+        for layer in self.every_layer():
+            hidden = layer(embedding, hidden, cos, sin, cache)
+            embedding = None  # of the first layer only
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the draft's logits [..., D] for pre-norm states [..., H]."""
         logits: Tensor = self.lm_head(self.norm(hidden))
         return logits
-
-
-def rotary(positions: Tensor, config: DraftConfig) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [..., E] in float32 for positions [...]."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    angles = positions.unsqueeze(-1).float() * config.rope_theta ** -exponents.float()
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding to [..., E], halves paired as Llama does."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eagle_core.config_model import ConfigModel
 
@@ -90,6 +90,15 @@ class DraftSettings(ConfigModel):
         description="target: scale the rotary embedding as the target does (llama3, yarn, linear "
         "or dynamic); none: never.",
     )
+
+    @model_validator(mode="after")
+    def _require_known_layer(self) -> Self:
+        if self.qk_norm and self.mlp_bias:
+            raise ValueError(
+                "qk_norm and mlp_bias do not go together: engines compute drafts with qk_norm as "
+                "Qwen3 layers, whose feed-forward block has no biases; set one of them to false"
+            )
+        return self
 
     def with_moved(self, moved: Mapping[str, bool]) -> Self:
         """Return these settings with flags that older recipes set in another section."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.bfloat16 import require_finite
+from eagle_core.draft.layout import EMBEDDING
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.training.config import BestBy
@@ -35,8 +36,8 @@ _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _NO_LONGER_RECORDED = ("start_from", "fc_norm", "norm_output")
 """Settings of training in checkpoints of older versions; the draft's sizes have the norms."""
-FROZEN = "embed_tokens.weight"
-"""The target's own tensor: not stored in checkpoints."""
+_TARGETS = (EMBEDDING,)
+"""The tensors that are the target's own, in a plain draft: not stored in checkpoints."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def save(
     keep_last: int,
     best_by: BestBy = "joint_prefix",
     undecided: int | None = None,
+    omitted: Collection[str] = _TARGETS,
 ) -> Path:
     """Write a checkpoint, delete all but the newest `keep_last` and the best; return its folder.
 
@@ -85,11 +87,12 @@ def save(
     Args:
         run_path: folder of the run.
         checkpoint: its record.
-        weights: the draft's state dict; the frozen tensor is omitted.
+        weights: the draft's state dict.
         optimizer: `optimizers.state_tensors`.
         keep_last: number of newest checkpoints to keep.
         best_by: what makes a checkpoint the best.
         undecided: step of a checkpoint to keep, too: it may turn out to be the best.
+        omitted: names of the weights that are the target's own (`DraftModel.target_tensors`).
 
     Raises:
         DiskError: it cannot be written; earlier checkpoints remain.
@@ -97,7 +100,7 @@ def save(
     """
     folder = _folder_of(run_path, checkpoint.step)
     with atomic_folder(folder) as partial:
-        trained = {n: tensor.contiguous() for n, tensor in weights.items() if n != FROZEN}
+        trained = {n: tensor.contiguous() for n, tensor in weights.items() if n not in omitted}
         save_file(trained, partial / WEIGHTS_NAME)
         save_file(dict(optimizer), partial / _OPTIMIZER)
         document = {
@@ -233,7 +236,7 @@ def load_draft(draft: DraftModel, run_path: Path) -> int:
 
 
 def load_weights(draft: DraftModel, folder: Path) -> None:
-    """Load a checkpoint's weights; keep the draft's frozen embedding.
+    """Load a checkpoint's weights; keep those that are the target's own.
 
     Raises:
         CorruptError: a weight is not finite.
@@ -242,8 +245,7 @@ def load_weights(draft: DraftModel, folder: Path) -> None:
     weights = load_file(folder / WEIGHTS_NAME)
     cure = "delete this checkpoint to use the previous one"
     require_finite(weights, where=str(folder), cure=cure)
-    weights[FROZEN] = draft.embed_tokens.weight.detach().cpu()
-    draft.load_tensors(weights)
+    draft.load_tensors({**weights, **draft.target_tensors()})
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:

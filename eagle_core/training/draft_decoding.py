@@ -21,7 +21,6 @@ from torch import Tensor
 from eagle_core.draft.model import DraftModel
 from eagle_core.tracking.tracker import Tracker
 from eagle_core.training import checkpoint
-from eagle_core.training.checkpoint import FROZEN
 from eagle_core.training.decoded_points import (
     Decoded,
     DecodedPoint,
@@ -126,7 +125,8 @@ class DraftDecoding:
     def start(self, step: int, draft: DraftModel) -> None:
         """Decode with the draft of a step, unless its point is recorded; earlier ones end first."""
         self.wait()
-        tensors = {name: whole(t) for name, t in draft.state_dict().items() if name != FROZEN}
+        omitted = draft.target_tensors()
+        tensors = {name: whole(t) for name, t in draft.state_dict().items() if name not in omitted}
         if not self.has_failed:
             self._begin(step, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
         if self._is_awaited:

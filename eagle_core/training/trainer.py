@@ -124,6 +124,7 @@ class _Run:
                 head_dim=draft.config.head_dim,
                 dtype=self.dtype,
                 device=self._device,
+                window=draft.config.sliding_window,
             )
         self.module = processes.parallel(TttModule(draft, self.config), config.sharding)
         self.trained = [p for p in draft.parameters() if p.requires_grad]
@@ -372,6 +373,7 @@ class _Run:
                 keep_last=self.config.keep_last,
                 best_by=self.config.best_by,
                 undecided=undecided,
+                omitted=self.draft.target_tensors().keys(),
             )
         self.processes.wait()
         self.saved = checkpoint.newest(self.run_path)

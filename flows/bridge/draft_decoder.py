@@ -32,7 +32,6 @@ from eagle_core.target.placement import load_decoding_target, why_not_decoded
 from eagle_core.target.positions import Positions
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.training.checkpoint import FROZEN
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.decoded_points import Decoded
 
@@ -189,14 +188,14 @@ class DraftDecoder:
         self._load_target = load_target or partial(load_decoding_target, work.target)
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Decoded:
-        """Decode all prompts with the draft of these weights, which lack the frozen embedding.
+        """Decode all prompts with the draft of these weights, which lack the target's own.
 
         Raises:
             ConfigError: the device has too little memory.
 
         """
         try:
-            self._draft.load_tensors({**tensors, FROZEN: self._draft.embed_tokens.weight})
+            self._draft.load_tensors({**tensors, **self._draft.target_tensors()})
             return _decoded(self._decode())
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -224,11 +223,11 @@ class DraftDecoder:
 
     @cached_property
     def _draft(self) -> DraftModel:
-        """A draft apart from the one that trains, with the target's embedding."""
+        """A draft apart from the one that trains, with what is the target's own."""
         folder = weights.locate(self._work.target)
         draft = DraftModel(self._work.draft)
-        with torch.no_grad():
-            draft.embed_tokens.weight.copy_(load_ends(folder, dtype=torch.float32)[0])
+        embedding, lm_head = load_ends(folder, dtype=torch.float32)
+        draft.take_target_tensors(embedding=embedding, lm_head=lm_head)
         return draft.to(self._target.device)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.closed_form.refit import refit_fusing_matrix
 from eagle_core.closed_form.sampled_batches import SampledBatches
-from eagle_core.closed_form.start import solve_start, tokens_needed
+from eagle_core.closed_form.start import solve_start, tokens_needed, why_not_solved
 from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
@@ -51,8 +51,6 @@ _WEIGHTS_NAME = "draft.safetensors"
 _RECORD_NAME = "start.json"
 _SCALE_TOKENS = 16384
 """Tokens from which the sizes of the aux channels are measured if nothing is solved."""
-_FROZEN = "embed_tokens.weight"
-"""The target's own tensor: not stored."""
 _BATCH_TOKENS = 4096
 _OWN_TOKENS = 16384
 """Tokens of its own sample on which a solution is measured if nothing is held out."""
@@ -147,7 +145,7 @@ def load_first_weights(setup: DraftSetup) -> bool:
     except OSError:
         return False
     own = setup.draft.state_dict()
-    tensors[_FROZEN] = own[_FROZEN].cpu()
+    tensors |= setup.draft.target_tensors()
     if {name: part.shape for name, part in tensors.items()} != {
         name: part.shape for name, part in own.items()
     }:
@@ -170,9 +168,10 @@ def _identity(setup: DraftSetup, source: SampleSource, training: TrainingConfig)
 
 def _digest(draft: DraftModel) -> str:
     """Return a digest of a draft before its first weights: sizes, vocabulary and all weights."""
-    digest = xxhash.xxh3_128(draft.config.model_dump_json().encode())
+    digest = xxhash.xxh3_128(draft.config.identity_json().encode())
+    omitted = draft.target_tensors()
     for name, tensor in sorted(draft.state_dict().items()):
-        if name != _FROZEN:
+        if name not in omitted:
             digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
 
@@ -188,7 +187,7 @@ def _make(
 ) -> Start:
     started = time.monotonic()
     draft, refit = setup.draft, setup.refit
-    is_made = training.is_solved or refit is not None
+    is_made = refit is not None or (training.is_solved and not why_not_solved(draft.config))
     batches = SampledBatches(
         source,
         training,
@@ -218,7 +217,8 @@ def _make(
     figures: HeldOutFigures | None = None
     refused = ""
     if training.is_solved:
-        logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
+        if is_made:
+            logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
         solved = solve_start(
             draft, batches, measured, sizes, target_head, step, training, processes
         )
@@ -264,10 +264,11 @@ def _read(run_path: Path) -> _Record | None:
 
 
 def _write(run_path: Path, draft: DraftModel, identity: str, start: Start) -> None:
+    omitted = draft.target_tensors()
     tensors: dict[str, Tensor] = {
         name: tensor.cpu().contiguous()
         for name, tensor in draft.state_dict().items()
-        if name != _FROZEN
+        if name not in omitted
     }
     with atomic_folder(run_path / _FOLDER) as partial_folder:
         path = partial_folder / _WEIGHTS_NAME

@@ -1,6 +1,7 @@
 """The sizes of a draft follow from its target's configuration."""
 
 import pytest
+from pydantic import ValidationError
 from transformers import (
     CohereConfig,
     Lfm2Config,
@@ -111,3 +112,17 @@ def test_a_draft_scales_its_rotary_embedding_as_its_target_does() -> None:
     assert plain == config.model_copy(update={"rope_scaling": None})
     longer = LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     assert DraftConfig.from_target(longer, draft_vocab_size=32).rope_scaling is None
+
+
+def test_a_scaling_that_engines_do_not_agree_on_is_left_out_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    strange = {**SCALED, "rope_type": "yarn"}
+    target = LlamaConfig(**SIZES, rope_parameters=strange)
+    assert DraftConfig.from_target(target, draft_vocab_size=32).rope_scaling is None
+    assert "plain rotary embedding, unlike its target: rope_scaling of type yarn" in caplog.text
+
+
+def test_a_layer_that_no_engine_has_is_refused() -> None:
+    with pytest.raises(ValidationError, match="qk_norm and mlp_bias do not go together"):
+        DraftSettings(qk_norm=True, mlp_bias=True)
