@@ -1,6 +1,7 @@
 """Which snapshot a run learns from when data, split or store have changed since it began."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -383,6 +384,7 @@ def test_a_finished_run_that_was_extended_and_died_goes_on(
     ended = (first.run_path / TRAINING_NAME).read_text()
     with pytest.raises(eagle_core.errors.MismatchError, match=r"training\.extend=keep .*restretch"):
         data.train(max_steps=2, extend=None)
+    caplog.set_level(logging.INFO, logger="flows")
     extended = data.train(max_steps=2)
     assert "goes on at step 1 of 2: its learning rate, now" in caplog.text
     data.train(max_steps=1)
