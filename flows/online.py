@@ -24,7 +24,6 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
-from eagle_core.training.schedule import total_steps
 from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, require_start, set_up_draft
 from flows.bridge.keep_online_states import StateKeeper
 from flows.bridge.online_source import OnlineSource
@@ -44,6 +43,7 @@ from flows.reports import rows as report
 from flows.reports.run_record import StorageSize, write_settings
 from flows.reports.table import print_table
 from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
+from flows.tasks.attempt_length import attempt_length
 from flows.tasks.decoding import decoding_of_run, require_decodable
 from flows.tasks.preflight import preflight
 from flows.tasks.prepare import (
@@ -53,7 +53,7 @@ from flows.tasks.prepare import (
     prepare_weights,
     tokens_of_run,
 )
-from flows.tasks.run_training import run_training, warn_of_another_length
+from flows.tasks.run_training import run_training
 from flows.tasks.training_data import own_dataset, was_replaced
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
@@ -89,7 +89,8 @@ def online(  # noqa: PLR0917 (one parameter per section of a recipe)
         MismatchError: the data set was replaced since the run began, or the run is finished and
             its data set has changed.
         RunBusyError: another process trains the same run; names it.
-        MismatchError: with `store.keep`, the store was made with something else.
+        MismatchError: with `store.keep`, the store was made with something else; or the run is
+            longer than it was, and `training.extend` is not set.
         TrainingStoppedError: SIGTERM stopped training; the checkpoint is written.
 
     """
@@ -186,16 +187,14 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
         decoding = decoding_of_run(
             config.given_target or target, training, setup.draft.config, tokens.held_out_path
         )
-        total = total_steps(training, source.lengths, source.groups)
-        if begun:
-            warn_of_another_length(run_path, training, total, step=begun.step)
-        if begun and begun.step >= total:
+        length = attempt_length(run_path, training, begun, source.lengths, source.groups)
+        if begun and begun.step >= length.total:
             _require_same_data(begun.tokens, target, given, str(space.home), run_path)
 
         def write_record() -> None:
             write_run(run_path, record, begun=known)
             storage_size = None if keeper is None else StorageSize.of(keeper.store)
-            write_settings(run_path, record, tokens, storage_size, total_steps=total)
+            write_settings(run_path, record, tokens, storage_size, total_steps=length.total)
 
         trained = run_training(
             setup,
@@ -203,6 +202,7 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
             None,
             record,
             lock,
+            length=length,
             write_record=write_record,
             refetch_samples=False,
             decoding=decoding,

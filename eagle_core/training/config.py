@@ -14,6 +14,7 @@ LossPositions = Literal["eagle3", "predicted"]
 LossReduction = Literal["positions", "tokens", "sequence"]
 Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 Sharding = Literal["replicate", "shard"]
+Extend = Literal["keep", "restretch"]
 BestBy = Literal["joint_prefix", "decoding"]
 
 CLOSED_FORM = "closed_form"
@@ -112,6 +113,14 @@ class TrainingConfig(TttConfig):
         default=1, gt=0, description="Passes over the data; ignored if max_steps is set."
     )
     max_steps: int | None = Field(default=None, gt=0, description="Stop exactly after this step.")
+    extend: Extend | None = Field(
+        default=None,
+        description="What the learning rate of a run that resumes with more epochs or max_steps "
+        "does; needed then, unless it is constant. keep: the schedule stays as it is, and its "
+        "final rate is that of the added steps. restretch: the rate goes on from its present "
+        "value, and what is left of the decay is spread over the steps to come. After the end of "
+        "the decay both stay at the final rate.",
+    )
     batch_tokens: int = Field(
         default=8192, gt=0, description="Tokens per packed batch; a longer sample forms its own."
     )
@@ -218,7 +227,7 @@ class TrainingConfig(TttConfig):
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""
         # A checkpoint does not depend on how its run began.
-        free = {"start", "refit", "epochs", "max_steps", "gradient_checkpointing"}
+        free = {"start", "refit", "epochs", "max_steps", "extend", "gradient_checkpointing"}
         free |= {"checkpoint_every", "keep_last", "log_every", "held_out_every", "held_out_tokens"}
         free |= {"decode_every", "decode_prompts", "decode_new_tokens", "decode_device", "best_by"}
         # The number of processes may change between two runs.

@@ -97,13 +97,18 @@ def count_steps(
     *,
     seed: int,
     epochs: int,
+    after: LoaderState | None = None,
 ) -> int:
-    """Return the exact number of steps of `epochs` full epochs; batches are rarely full."""
-    total = 0
-    for epoch in range(epochs):
+    """Return the exact number of steps to the end of `epochs` epochs; batches are rarely full.
+
+    Those before `after` do not count.
+    """
+    total, first_epoch = 0, after.epoch if after else 0
+    for epoch in range(first_epoch, epochs):
         order = epoch_order(groups, seed=seed, epoch=epoch, window=shape.window)
         totals = np.cumsum(lengths[order])
-        num_batches, first, before = 0, 0, 0
+        num_batches, first = 0, after.next_sample if after and epoch == first_epoch else 0
+        before = int(totals[first - 1]) if first else 0
         while first < len(order):
             end = int(np.searchsorted(totals, before + shape.batch_tokens, side="right"))
             first = max(first + 1, end)

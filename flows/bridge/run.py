@@ -24,6 +24,8 @@ from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import require_identity
 from eagle_core.training.config import TrainingConfig
+from eagle_core.training.loader import LoaderState
+from eagle_core.training.schedule import Decay
 from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup
 from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
@@ -195,11 +197,18 @@ class BegunRun:
     """The state of a run with a checkpoint, read once: its files may be gigabytes."""
 
     step: int
-    source_id: str
+    loader: LoaderState
+    decay: Decay | None
+    """Of its learning rate; None in checkpoints of earlier versions."""
     tokens: str
     """Content digest of its token files."""
     record: Run | None
     """None for a run of an older version, without `run.json`."""
+
+    @property
+    def source_id(self) -> str:
+        """Return the id of the samples that it trains on."""
+        return self.loader.source_id
 
 
 def begun_run(run_path: Path) -> BegunRun | None:
@@ -211,4 +220,6 @@ def begun_run(run_path: Path) -> BegunRun | None:
     tokens = own_tokens(run_path, record)
     if tokens is None:
         return None
-    return BegunRun(step=found.step, source_id=found.loader.source_id, tokens=tokens, record=record)
+    return BegunRun(
+        step=found.step, loader=found.loader, decay=found.decay, tokens=tokens, record=record
+    )

@@ -26,6 +26,7 @@ from eagle_core.training.checkpoint import newest
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.distributed import ONE_PROCESS, Processes, join_processes
 from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.schedule import PlannedRun
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.trainer import train
 from flows.bridge.draft_decoder import DraftsToDecode
@@ -63,6 +64,8 @@ class TrainJob(BaseModel):
     object_cache_bytes: int
     decoding: DraftsToDecode | None = None
     """What the first rank decodes meanwhile, if anything."""
+    planned: PlannedRun | None = None
+    """What the run's files record of it, for a checkpoint of an earlier version."""
 
 
 class RankLine(BaseModel):
@@ -188,6 +191,7 @@ def _train(job: TrainJob, processes: Processes, *, is_first: bool) -> None:
             run_path=job.run_path,
             tracker=tracker,
             decoder=decoder,
+            planned=job.planned,
             on_progress=on_progress,
         )
         if is_first:

@@ -353,7 +353,9 @@ def test_the_best_measurement_has_a_checkpoint_wherever_it_falls(
     monkeypatch.setattr("eagle_core.training.trainer.measure", measured)
     every = {"held_out_every": 1, "checkpoint_every": 100, "max_steps": 6, "keep_last": 1}
     run(tmp_path, CONFIG.model_copy(update=every))
-    run(tmp_path, CONFIG.model_copy(update={**every, "max_steps": 8}))  # goes on: 0.5 is known
+    run(
+        tmp_path, CONFIG.model_copy(update={**every, "max_steps": 8, "extend": "keep"})
+    )  # goes on: 0.5 is known
     best = checkpoint.best(tmp_path)
     assert best is not None
     assert best.name == "step-00000004"
