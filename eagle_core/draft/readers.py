@@ -42,6 +42,8 @@ def _is_own_yarn(config: DraftConfig) -> bool:
     return _rope_type(config) == "yarn" and not scaling.keys() <= _YARN_SHARED
 
 
+_UNEVEN_HEADS = "num_attention_heads that does not divide hidden_size"
+"""All load `config.json` with transformers, whose Llama refuses that (5.23)."""
 _VARIANTS: Mapping[str, Callable[[DraftConfig], bool]] = {
     "num_hidden_layers above 1": lambda config: config.num_hidden_layers > 1,
     "attention_bias": lambda config: config.attention_bias,
@@ -57,6 +59,9 @@ _VARIANTS: Mapping[str, Callable[[DraftConfig], bool]] = {
     "hidden_size three times the target's": (
         lambda config: config.hidden_size == NUM_AUX_LAYERS * config.target_hidden_size
     ),
+    _UNEVEN_HEADS: lambda config: (
+        not config.qk_norm and config.hidden_size % config.num_attention_heads > 0
+    ),
     "rope_scaling of type dynamic": lambda config: _rope_type(config) == "dynamic",
     "rope_scaling of type longrope": lambda config: _rope_type(config) == "longrope",
     "rope_scaling of type yarn with more than factor, original length and betas": _is_own_yarn,
@@ -66,31 +71,36 @@ _VARIANTS: Mapping[str, Callable[[DraftConfig], bool]] = {
 _FUSED_AS_WIDE = "hidden_size three times the target's"
 """Two engines tell states that are not yet fused by their width."""
 _LACKING: Mapping[Reader, frozenset[str]] = {
-    "vllm": frozenset(),
+    "vllm": frozenset({_UNEVEN_HEADS}),
     "sglang": frozenset(
         {
             *("attention_bias", "mlp_bias", "qk_norm", "norm_before_residual", "sliding_window"),
-            *(_FUSED_AS_WIDE, "rope_scaling of type dynamic"),
+            *(_FUSED_AS_WIDE, _UNEVEN_HEADS, "rope_scaling of type dynamic"),
             "rope_scaling of type yarn with more than factor, original length and betas",
         }
     ),
     "tensorrt_llm": frozenset(
         {
             *("qk_norm", "norm_before_residual", "sliding_window", "norm_before_fc with fc_norm"),
-            *(_FUSED_AS_WIDE, "rope_scaling of type dynamic", "rope_scaling of type longrope"),
+            *(
+                _FUSED_AS_WIDE,
+                _UNEVEN_HEADS,
+                "rope_scaling of type dynamic",
+                "rope_scaling of type longrope",
+            ),
             "rope_scaling of type yarn with more than factor, original length and betas",
         }
     ),
     "llamacpp": frozenset(
         {
             *("num_hidden_layers above 1", "attention_bias", "mlp_bias", "qk_norm", "fc_norm"),
-            *("norm_output", "sliding_window", "rope_scaling of type longrope"),
+            *("norm_output", "sliding_window", "rope_scaling of type longrope", _UNEVEN_HEADS),
             "rope_scaling of type yarn with more than factor, original length and betas",
         }
     ),
     "speculators": frozenset(
         {
-            "hidden_size other than the target's",
+            *("hidden_size other than the target's", _UNEVEN_HEADS),
             *("qk_norm with attention_bias", "norm_before_fc with fc_norm"),
         }
     ),
@@ -127,4 +137,6 @@ def require_serving(config: DraftConfig) -> None:
     facts = {reader: lacking(reader, config) for reader in OF_SERVING}
     if all(facts.values()):
         listed = "; ".join(f"{TITLES[one]} has no {', '.join(facts[one])}" for one in facts)
-        raise ConfigError(f"layout serving: no engine can serve this draft: {listed}")
+        raise ConfigError(
+            f"layout serving: no engine can serve this draft: {listed}; train without one of them"
+        )

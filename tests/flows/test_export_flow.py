@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def run_with_two_checkpoints(
         record = Checkpoint(
             step=step,
             loader=LoaderState(source_id="s", seed=0),
-            identity={"draft": setup.draft.config.model_dump(mode="json")},
+            identity={"draft": setup.draft.config.identity()},
             figures={"held_out_step": step if is_measured else 0, "held_out_length": 4.0 - step},
         )
         checkpoint.save(run_path, record, state, {}, keep_last=2)
@@ -168,6 +169,10 @@ def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None
         ),
         seconds=1.0,
     )
+    lacking = replace(summary.layouts[0], lacking={"sglang": ("qk_norm", "sliding_window")})
+    refused = dict(export_rows(replace(summary, layouts=(lacking,))))
+    assert refused["not for SGLang 0.5.23"] == "it has no qk_norm and sliding_window"
+    assert "serve with SGLang" not in refused
     rows = dict(export_rows(summary))
     folder = str(tmp_path / "a b" / "serving")
     target = ["meta-llama/Llama-3.1-8B-Instruct", "--revision", "main"]

@@ -103,7 +103,7 @@ EXPECTED_KEYS: Mapping[str, Mapping[str, Any]] = {
     "norm_before_residual": {"norm_before_residual": True},
     "fc_norm": {"fc_norm": True, "norm_output": True},
     "target_head": {"draft_vocab_size": None, "tie_word_embeddings": False},
-    "wider": {"hidden_size": 96, "target_hidden_size": 64},
+    "wider": {"hidden_size": 160, "target_hidden_size": 64},
     "window": {
         "sliding_window": 8,
         "layer_types": ["sliding_attention"],
@@ -211,7 +211,7 @@ def test_a_given_draft_names_the_settings_that_it_needs(
     with pytest.raises(MismatchError) as caught:
         require_fit(plain, imported)
     for setting in (
-        *("draft.hidden_size=96", "draft.num_hidden_layers=2", "draft.attention_bias=true"),
+        *("draft.hidden_size=160", "draft.num_hidden_layers=2", "draft.attention_bias=true"),
         *("draft.mlp_bias=true", "draft.norm_output=true", "draft.sliding_window=12"),
         'draft.rope_scaling={"rope_type":"llama3","factor":8.0,',
     ):

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,17 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def main(request_path: Path, answer_path: Path) -> None:
-    """Write [{"tokens": [prompts][..], "drafted": [prompts][rounds][K]}], one for each draft."""
+    """Write {"tokens": [prompts][..], "drafted": [prompts][rounds][K]} of each draft.
+
+    Of one that does not load, {"error": ...}.
+    """
     request = json.loads(request_path.read_text())
-    answers = []
+    answers: list[dict[str, Any]] = []
     for export in request["drafts"]:
-        answers.append(_answer(request, export))
+        try:
+            answers.append(_answer(request, export))
+        except Exception:  # noqa: BLE001 (the other drafts go on)
+            answers.append({"error": traceback.format_exc()})
         gc.collect()
         cleanup_dist_env_and_memory()
         answer_path.write_text(json.dumps(answers))
