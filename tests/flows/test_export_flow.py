@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,10 @@ def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None
         ),
         seconds=1.0,
     )
+    lacking = replace(summary.layouts[0], lacking={"sglang": ("qk_norm", "sliding_window")})
+    refused = dict(export_rows(replace(summary, layouts=(lacking,))))
+    assert refused["not for SGLang 0.5.23"] == "it has no qk_norm and sliding_window"
+    assert "serve with SGLang" not in refused
     rows = dict(export_rows(summary))
     folder = str(tmp_path / "a b" / "serving")
     target = ["meta-llama/Llama-3.1-8B-Instruct", "--revision", "main"]
