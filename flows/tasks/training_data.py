@@ -199,7 +199,7 @@ class _Origin:
                 "ran with other settings, run it again with this recipe"
             )
         training = self.config.training
-        total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
+        total = total_steps(training, own.lengths, own.groups, world_size=training.world_size)
         if step >= total:
             raise MismatchError(
                 f"{what}; the run has done its {total:,} steps. To train on that data, train "
