@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ TRAINING = {
     "ttt_length": 2,
     "batch_tokens": 256,
     "warmup_steps": 2,
-    "epochs": 40,
+    "epochs": 15,
     "checkpoint_every": 1,
     "held_out_every": 1000,
 }
@@ -51,6 +52,9 @@ def write_recipe(path: Path, target: Path, conversations: Path, **training: obje
     }
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+_started: list["Machine"] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +114,19 @@ def start(
             stdout=output,
             stderr=output,
         )
-    return Machine(process=process, log=log)
+    _started.append(Machine(process=process, log=log))
+    return _started[-1]
+
+
+@contextmanager
+def none_left() -> Iterator[None]:
+    """Kill what still runs when the block ends, as after a test that failed."""
+    try:
+        yield
+    finally:
+        while _started:
+            if (one := _started.pop()).process.poll() is None:
+                one.kill()
 
 
 def run_path(recipe: Path, run: str) -> Path:

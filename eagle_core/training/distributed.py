@@ -124,7 +124,7 @@ def join_processes(
         timeout: how long processes of several machines wait for each other, each time.
 
     Raises:
-        TransientError: the machines cannot connect.
+        TransientError: the machines cannot connect, or lost each other while the block ran.
 
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -140,6 +140,15 @@ def join_processes(
         board = _connect_machines(backend, world_size, is_first_machine, timeout)
     try:
         yield Processes(rank=distributed.get_rank(), world_size=world_size, board=board)
+    except RuntimeError as error:
+        if board is None or not _is_of_connection(error):
+            raise
+        raise TransientError(
+            "the connection to another machine was lost: it, or one of its processes, is gone, "
+            f"failed (see its output), or did not answer for {timeout.total_seconds():.0f} s "
+            "(training.node_timeout_seconds). Nothing but the steps since then is lost, the last "
+            f"checkpoint is good: run the same command again on all machines ({error})"
+        ) from error
     finally:
         distributed.destroy_process_group()
         _end_threads()
@@ -173,6 +182,11 @@ def _connect_machines(
             f"network that they share ({error})"
         ) from error
     return board
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Return whether another machine did not answer; Gloo's errors have no class of their own."""
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
 
 
 def _read(board: Store, key: str) -> str:
