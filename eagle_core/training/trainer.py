@@ -221,7 +221,7 @@ class _Run:
                     decoding.start(self.step, self.draft)
             decoding.collect()
         stream.close()  # type: ignore[attr-defined]  # a generator
-        if self.saved is None or checkpoint.read(self.saved).step != self.step:
+        if self.processes.any(self._is_unsaved()):
             self._save(decoding.undecided)
         with meter.paused():
             decoding.wait()
@@ -237,6 +237,12 @@ class _Run:
             best=self._best(),
             decoded=next(reversed(read_points(self.run_path)), None),
         )
+
+    def _is_unsaved(self) -> bool:
+        """Return whether the first process has no checkpoint of this step: only it surely sees."""
+        if not self.processes.is_first:
+            return False
+        return self.saved is None or checkpoint.read(self.saved).step != self.step
 
     def _best(self) -> Best | None:
         by = self.config.best_by
@@ -391,7 +397,9 @@ class _Run:
                 omitted=self.draft.target_tensors().keys(),
             )
         self.processes.wait()
-        self.saved = checkpoint.newest(self.run_path)
+        # Another machine may see the new folder later: only the first process looks.
+        is_first, own = self.processes.is_first, checkpoint.folder_of(self.run_path, self.step)
+        self.saved = checkpoint.newest(self.run_path) if is_first else own
 
 
 def _identity(
