@@ -66,7 +66,11 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
     if not is_first_machine(training):
         title = f"{target.name}-{dataset.name}-{run}"
-        trained = train_with_first(target, training, run_path, title=title, limit_seconds=math.inf)
+        trained = train_with_first(
+            *(target, draft.with_moved(training.moved), training, run_path),
+            title=title,
+            limit_seconds=math.inf,
+        )
         return OfflineSummary(
             states=None,
             training=trained,
