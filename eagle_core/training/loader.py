@@ -5,6 +5,7 @@ size, ranks and workers: these may change between two runs without losing or rep
 One thread prepares batches ahead, and the source is asked to prefetch their samples.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -134,6 +135,20 @@ def count_steps(
     return total
 
 
+def windows_in_use(shape: StepShape, *, tokens: int, num_groups: int) -> int:
+    """Return how many windows the prepared steps of all ranks touch at most.
+
+    Args:
+        shape: of the steps.
+        tokens: of all samples.
+        num_groups: of all samples.
+
+    """
+    window_tokens = shape.window * tokens / num_groups
+    prepared = (_STEPS_AHEAD + 2) * shape.batches_of_all * shape.batch_tokens
+    return 1 + math.ceil(prepared / window_tokens)
+
+
 def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterator[LoadedStep]:
     """Yield steps from `state` on, endlessly; the caller decides when to stop.
 
@@ -148,7 +163,7 @@ def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterato
                 while len(ahead) <= _STEPS_AHEAD:
                     members, after = next(plan)
                     mine = members[shape.rank :: shape.world_size]
-                    source.prefetch(index for batch in mine for index in batch.tolist())
+                    source.prefetch(_own_first(members, shape))
                     ahead.append(reader.submit(_load, source, mine, len(members), shape, after))
                 yield ahead.popleft().result()
         finally:
@@ -182,6 +197,13 @@ def _plan(
                 ),
             )
         epoch, first = epoch + 1, 0
+
+
+def _own_first(members: Members, shape: StepShape) -> Iterator[int]:
+    """Yield the samples of a step: ranks that share what they read divide all of it."""
+    for rank in range(shape.rank, shape.rank + shape.world_size):
+        for batch in members[rank % shape.world_size :: shape.world_size]:
+            yield from batch.tolist()
 
 
 def _load(

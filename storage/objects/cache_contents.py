@@ -1,4 +1,4 @@
-"""The total size of a cache folder, and what is evicted from it first, without listing it each time.
+"""The total size of a cache folder, and what is evicted first, without listing it each time.
 
 The total is written down beside the objects. It counts only if the folder has not changed since by
 other hands, which its modification time tells, and no change was begun without being completed: a
