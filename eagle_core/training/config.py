@@ -53,6 +53,13 @@ class TttConfig(ConfigModel):
     lk_eta: float = Field(
         default=3.0, gt=0, description="For lk_hybrid: how fast it moves to the acceptance loss."
     )
+    max_positions_per_sample: int | None = Field(
+        default=None,
+        gt=0,
+        description="Compute the loss at no more supervised positions of a sample than this, drawn "
+        "anew in each epoch and weighted so that the expected gradient is that of all of them. "
+        "Less time and memory per sample, more noise in its gradient.",
+    )
     compile: bool = Field(
         default=False,
         description="Use torch.compile to fuse the loss's element-wise operations and, on a GPU, "

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from eagle_core.errors import ConfigError
 from eagle_core.samples import SampleSource
 from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.position_draws import position_draws
 
 _STEPS_AHEAD = 2
 
@@ -59,6 +60,8 @@ class StepShape:
     """Per process; gradients are accumulated over them."""
     rank: int = 0
     world_size: int = 1
+    draws_positions: bool = False
+    """Whether batches have `position_draws`."""
 
     @property
     def batches_of_all(self) -> int:
@@ -206,9 +209,17 @@ def _own_first(members: Members, shape: StepShape) -> Iterator[int]:
 def _load(
     source: SampleSource, mine: Members, num_batches: int, shape: StepShape, after: LoaderState
 ) -> LoadedStep:
-    packed = (pack([source.fetch(int(index)) for index in indices]) for indices in mine)
+    epoch = after.epoch if after.next_sample else after.epoch - 1  # of this step
+
+    def packed_batch(indices: NDArray[np.int64]) -> PackedBatch:
+        samples = [source.fetch(int(index)) for index in indices]
+        draws = None
+        if shape.draws_positions:
+            draws = position_draws(samples, seed=after.seed, epoch=epoch)
+        return pack(samples, draws)
+
     return LoadedStep(
-        batches=tuple(packed),
+        batches=tuple(map(packed_batch, mine)),
         num_batches=num_batches,
         most_batches=-(-num_batches // shape.world_size),
         after=after,

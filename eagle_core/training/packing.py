@@ -33,6 +33,8 @@ class PackedBatch:
     """[N] int64, over the target vocabulary"""
     target_logsumexp: Tensor
     """[N] float32, over the target vocabulary"""
+    draws: Tensor | None = None
+    """[N] int64, `position_draws`; None if the loss is computed at all positions"""
 
     @property
     def num_tokens(self) -> int:
@@ -50,11 +52,18 @@ class PackedBatch:
             last_hidden_state=self.last_hidden_state.to(device),
             target_argmax=self.target_argmax.to(device),
             target_logsumexp=self.target_logsumexp.to(device),
+            draws=None if self.draws is None else self.draws.to(device),
         )
 
 
-def pack(samples: Sequence[HiddenStateSample]) -> PackedBatch:
-    """Return `samples` as one batch; states stay in bfloat16, as stored, to move fewer bytes."""
+def pack(samples: Sequence[HiddenStateSample], draws: Tensor | None = None) -> PackedBatch:
+    """Return `samples` as one batch; states stay in bfloat16, as stored, to move fewer bytes.
+
+    Args:
+        samples: to concatenate.
+        draws: [N] of their N tokens, if only some positions are to be taken.
+
+    """
     aux = np.concatenate([sample.aux_hidden_states for sample in samples])
     last = np.concatenate([sample.last_hidden_state for sample in samples])
     argmax = np.concatenate([sample.target_argmax for sample in samples])
@@ -70,4 +79,5 @@ def pack(samples: Sequence[HiddenStateSample]) -> PackedBatch:
         last_hidden_state=from_bfloat16_bits(last, dtype=torch.bfloat16),
         target_argmax=torch.from_numpy(argmax.astype(np.int64)),
         target_logsumexp=torch.from_numpy(logsumexp.astype(np.float32)),
+        draws=draws,
     )
