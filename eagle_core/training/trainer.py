@@ -26,6 +26,7 @@ from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.decoded_points import read_points
+from eagle_core.training.device_copies import device_copies
 from eagle_core.training.distributed import Processes, join_processes, whole, without_sync
 from eagle_core.training.draft_decoding import Decoder, DraftDecoding
 from eagle_core.training.flex_attention import require_agreement
@@ -181,6 +182,7 @@ class _Run:
             self.source,
             self.loader,
             step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
+            device_copies(self._device),
         )
         decoding = DraftDecoding(
             decoder,
