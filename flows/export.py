@@ -11,6 +11,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.export import ExportLayout, ServedTarget
 from eagle_core.draft.export import export as write_layouts
 from eagle_core.draft.model import DraftModel
+from eagle_core.draft.readers import OF_SERVING, Reader, lacking
 from eagle_core.serving.llamacpp.draft_file import export_gguf
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.weights import locate
@@ -48,8 +49,8 @@ def export_flow(
     replaces it. `dataset` and `training` are used as in `evaluate`.
 
     Raises:
-        ConfigError: the run has no checkpoint, a folder holds files that no export wrote, or
-            llama.cpp's converter is not installed or refuses the draft.
+        ConfigError: the run has no checkpoint, a folder holds files that no export wrote,
+            llama.cpp's converter is not installed, or a layout cannot represent the draft.
         MismatchError: the run was trained for another target, tokenizer or template.
 
     """
@@ -68,7 +69,12 @@ def export_flow(
         revision=target.revision if served.name_or_path == target.model else None,
         speculative_tokens=export.speculative_tokens,
         layouts=tuple(
-            ExportedLayout(layout=layout, path=path, num_bytes=_size(path))
+            ExportedLayout(
+                layout=layout,
+                path=path,
+                num_bytes=_size(path),
+                lacking=_lacking(layout, setup.draft),
+            )
             for layout, path in written.items()
         ),
         seconds=time.monotonic() - started,
@@ -99,6 +105,13 @@ def _write(
         )
     written.update(write_layouts(draft, served, folder, config).items())
     return {layout: written[layout] for layout in config.layouts}
+
+
+def _lacking(layout: ExportLayout, draft: DraftModel) -> dict[Reader, tuple[str, ...]]:
+    """Return the engines that load a layout but lack variants of the draft, and which."""
+    readers = OF_SERVING if layout == "serving" else ()
+    found = {reader: lacking(reader, draft.config) for reader in readers}
+    return {reader: variants for reader, variants in found.items() if variants}
 
 
 def _held_out_length(figures: Mapping[str, Any], step: int) -> float | None:

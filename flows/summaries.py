@@ -9,6 +9,7 @@ from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import SourceCounts
 from eagle_core.diagnosis.finding import Finding
 from eagle_core.draft.export import ExportLayout
+from eagle_core.draft.readers import Reader
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport
 from eagle_core.evaluation.benchmarks.report import SweepReport
@@ -223,6 +224,8 @@ class ExportedLayout:
     layout: ExportLayout
     path: Path
     num_bytes: int
+    lacking: Mapping[Reader, tuple[str, ...]] = field(default_factory=dict)
+    """Engines that load this layout, but lack variants of the draft."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,13 @@
 """Read existing EAGLE-3 drafts in any published layout, to start training from them.
 
-Layouts: SpecForge, EAGLE, SGLang and vLLM (`midlayer.*`, flat config.json) and speculators
-(`layers.0.*`, `transformer_layer_config`), as safetensors, or as `pytorch_model.bin` read without
-unpickling code. Unsupported variants are refused, not read in part: biases, q and k norms, scaled
-rotary embeddings, and a residual taken after the norm.
+Layouts: SpecForge, EAGLE, ModelOpt, SGLang and vLLM (`midlayer.*` or `layers.0.*`, flat
+config.json) and speculators (`layers.0.*`, `transformer_layer_config`), as safetensors, or as
+`pytorch_model.bin` read without unpickling code. What a configuration leaves out is read as
+`eagle_core.draft.imported_config` says; what our draft does not have is refused, not read in part.
 """
 
 import json
-import re
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,32 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_core.bfloat16 import require_finite
-from eagle_core.draft.config import NUM_AUX_LAYERS, DraftConfig
-from eagle_core.draft.layout import EMBEDDING, VOCABULARY, from_any_layout, require_shapes
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.imported_config import CONFIG_NAME, imported_config
+from eagle_core.draft.layout import (
+    EMBEDDING,
+    HEAD,
+    VOCABULARY,
+    expected_shapes,
+    from_any_layout,
+    require_shapes,
+    with_one_input_norm,
+)
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.safetensors_files import weight_files
 
-_CONFIG_NAME = "config.json"
 _PICKLED_NAME = "pytorch_model.bin"
-_LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_REFUSED_FLAGS = ("norm_before_residual", "norm_before_fc")
+_OUTPUT_BIAS = "self_attn.o_proj.bias"
+_NOT_COMPARED = {"draft_vocab_size", "max_position_embeddings"}
+_OF_THE_TARGET = {"target_hidden_size", "vocab_size", "rms_norm_eps", "rope_theta"}
+"""No setting changes these."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,41 +64,74 @@ def read_draft(folder: Path) -> ImportedDraft:
             not finite.
 
     """
-    document = _read_config(folder)
-    layer = document.get("transformer_layer_config") or document
-    if not isinstance(layer, Mapping):
-        raise CorruptError(f"{folder / _CONFIG_NAME}: transformer_layer_config is not an object")
-    loaded = _load(folder)
-    _refuse_variants(document, layer, loaded, folder)
-    tensors = _renamed(loaded)
+    document, layer = _read_documents(folder)
+    tensors = with_one_input_norm(_renamed(_load(folder)), str(folder))
     require_finite(tensors, where=str(folder), cure="start from another draft")
-    if "fc.weight" not in tensors or "lm_head.weight" not in tensors:
-        raise ConfigError(f"{folder} lacks fc.weight or lm_head.weight; it is not an EAGLE-3 draft")
-    config = _draft_config(document, layer, tensors)
+    _require_fusing(tensors, folder)
+    _untie(tensors, layer, folder)
+    config = imported_config(document, tensors, str(folder))
+    if config.target_head:
+        tensors.pop(HEAD, None)
+    _complete_biases(tensors, config, folder)
     tensors.update(_vocabulary(tensors, config, folder))
-    require_shapes(tensors, config, optional=(EMBEDDING,), location=str(folder))
+    optional = {HEAD} if config.target_head else set()
+    optional |= set() if config.has_own_embedding else {EMBEDDING}
+    require_shapes(tensors, config, optional=optional, location=str(folder))
     return ImportedDraft(config=config, tensors=tensors, aux_layers=_aux_layers(document, folder))
 
 
+def read_draft_config(folder: Path) -> DraftConfig:
+    """Read the configuration of a draft in safetensors, without its weights.
+
+    Raises:
+        ConfigError: there is no draft, or a part is missing.
+        MismatchError: it is a variant that our draft model does not support.
+        CorruptError: a file is damaged.
+
+    """
+    document, layer = _read_documents(folder)
+    shapes: dict[str, Tensor] = {}
+    try:
+        for path in weight_files(folder):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    shape = file.get_slice(name).get_shape()
+                    shapes[name] = torch.empty(shape, device="meta")
+    except (SafetensorError, OSError) as error:
+        raise CorruptError(f"the weights in {folder} cannot be read: {error}") from error
+    tensors = _renamed(shapes)
+    _require_fusing(tensors, folder)
+    _untie(tensors, layer, folder)
+    return imported_config(document, tensors, str(folder))
+
+
 def require_fit(config: DraftConfig, imported: ImportedDraft) -> None:
-    """Raise MismatchError if a size other than that of the draft vocabulary differs."""
-    ours = config.model_dump(exclude={"draft_vocab_size", "max_position_embeddings"})
-    theirs = imported.config.model_dump()
+    """Raise MismatchError if a size other than that of the draft vocabulary differs.
+
+    Names the settings that make ours like the given draft.
+    """
+    ours = config.model_dump(mode="json", exclude=_NOT_COMPARED)
+    theirs = imported.config.model_dump(mode="json")
     differing = [name for name, value in ours.items() if theirs[name] != value]
     if differing:
         facts = ", ".join(f"{name} {theirs[name]} (ours {ours[name]})" for name in differing)
-        flags = [name for name in differing if isinstance(ours[name], bool)]
-        settings = ", ".join(f"training.{name}={str(theirs[name]).lower()}" for name in flags)
-        cure = f"set {settings}" if flags == differing else "start from another draft"
+        settings = " ".join(f"draft.{name}={_yaml(theirs[name])}" for name in differing)
+        can_be_set = not _OF_THE_TARGET & set(differing)
+        cure = f"set {settings}" if can_be_set else "start from another draft"
         raise MismatchError(f"the given draft does not fit this one: {facts}; {cure}")
+
+
+def _yaml(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 @torch.no_grad()
 def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
     """Copy the weights of `imported` to an initialised `draft`; return the number of head rows.
 
-    The draft keeps its own vocabulary and embedding. Head rows of tokens in both vocabularies are
-    copied; the others remain the target's own rows.
+    The draft keeps its own vocabulary, and its embedding unless its width is not the target's. Head
+    rows of tokens in both vocabularies are copied; the others remain the target's own rows. A head
+    that is the target's own stays.
 
     Raises:
         MismatchError: the two differ in a size other than that of the draft vocabulary.
@@ -95,25 +139,26 @@ def warm_start(draft: DraftModel, imported: ImportedDraft) -> int:
     """
     require_fit(draft.config, imported)
     own = dict(draft.named_parameters())
-    kept = {EMBEDDING, "lm_head.weight"}
+    kept = {HEAD} if draft.config.has_own_embedding else {EMBEDDING, HEAD}
     for name in own.keys() - kept:
         own[name].copy_(imported.tensors[name])
     draft.fc.weight.mul_(draft.aux_scale)
     common = draft.t2d.cpu() & imported.tensors["t2d"]
     rows = (draft.t2d.cpu().cumsum(0) - 1)[common].to(draft.t2d.device)
     their_rows = (imported.tensors["t2d"].cumsum(0) - 1)[common]
-    head = imported.tensors["lm_head.weight"][their_rows]
-    draft.lm_head.weight[rows] = head.to(draft.lm_head.weight)
+    if not draft.config.target_head:
+        head = imported.tensors[HEAD][their_rows]
+        draft.lm_head.weight[rows] = head.to(draft.lm_head.weight)
     return len(their_rows)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / _CONFIG_NAME
+    path = folder / CONFIG_NAME
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{folder} has no {_CONFIG_NAME}; give the folder of an EAGLE-3 draft"
+            f"{folder} has no {CONFIG_NAME}; give the folder of an EAGLE-3 draft"
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
@@ -124,33 +169,18 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return document
 
 
-def _refuse_variants(
-    document: Mapping[str, object],
-    layer: Mapping[str, object],
-    tensors: Mapping[str, Tensor],
-    folder: Path,
-) -> None:
-    flags = [name for name in _REFUSED_FLAGS if document.get(name)]
-    # Count the layers from the weights: some configurations give the target's number.
-    layers = {found[1] for name in tensors if (found := _LAYER_NUMBER.search(name))}
-    if len(layers) > 1:
-        flags.append(f"{len(layers)} layers")
-    rope = _rope(layer)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        flags.append("rope scaling")
-    if flags:
-        raise MismatchError(
-            f"{folder} uses {', '.join(flags)}, which this draft model does not support; "
-            "start from a plain EAGLE-3 draft"
-        )
+def _read_documents(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return config.json, and its part that describes the decoder layers."""
+    document = _read_config(folder)
+    layer = document.get("transformer_layer_config") or document
+    if not isinstance(layer, Mapping):
+        raise CorruptError(f"{folder / CONFIG_NAME}: transformer_layer_config is not an object")
+    return document, layer
 
 
-def _rope(layer: Mapping[str, object]) -> Mapping[str, object]:
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = layer.get(key)
-        if isinstance(rope, Mapping):
-            return rope
-    return {}
+def _require_fusing(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    if "fc.weight" not in tensors or tensors["fc.weight"].ndim != 2:
+        raise ConfigError(f"{folder} lacks fc.weight; it is not an EAGLE-3 draft")
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
@@ -177,46 +207,27 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if name is not None}
 
 
-def _draft_config(
-    document: Mapping[str, object], layer: Mapping[str, object], tensors: Mapping[str, Tensor]
-) -> DraftConfig:
-    """Return the sizes, from the tensors where possible, else from the configuration."""
-    hidden_size, fused = tensors["fc.weight"].shape
-    heads = _number(layer, "num_attention_heads")
-    attention = "midlayer.self_attn"
-    query = tensors.get(f"{attention}.q_proj.weight", tensors["fc.weight"])
-    key = tensors.get(f"{attention}.k_proj.weight", query)
-    head_dim = _number(layer, "head_dim", len(query) // heads)
-    rope = _rope(layer)
-    return DraftConfig(
-        hidden_size=hidden_size,
-        target_hidden_size=fused // NUM_AUX_LAYERS,
-        intermediate_size=_number(layer, "intermediate_size"),
-        num_attention_heads=heads,
-        num_key_value_heads=_number(layer, "num_key_value_heads", len(key) // head_dim),
-        head_dim=head_dim,
-        vocab_size=_number(layer, "vocab_size"),
-        draft_vocab_size=len(tensors["lm_head.weight"]),
-        rms_norm_eps=_real(layer, "rms_norm_eps", 1e-5),
-        rope_theta=_real(rope, "rope_theta", _real(layer, "rope_theta", 10000.0)),
-        max_position_embeddings=_number(layer, "max_position_embeddings", 2048),
-        fc_norm=bool(document.get("fc_norm")),
-        norm_output=bool(document.get("norm_output")),
-    )
+def _untie(tensors: dict[str, Tensor], layer: Mapping[str, object], folder: Path) -> None:
+    """Give the draft the head that its configuration says is its embedding."""
+    if HEAD in tensors or not layer.get("tie_word_embeddings"):
+        return
+    if EMBEDDING in tensors:
+        logger.info("%s: the head is the embedding (tie_word_embeddings)", folder)
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+    else:
+        logger.info("%s has neither head nor embedding: both are the target's", folder)
 
 
-def _number(layer: Mapping[str, object], key: str, default: int | None = None) -> int:
-    value = layer.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"the draft's {_CONFIG_NAME} has no integer above 0 for {key}")
-    return value
-
-
-def _real(mapping: Mapping[str, object], key: str, default: float) -> float:
-    value = mapping.get(key)
-    return float(value) if isinstance(value, int | float) else default
+def _complete_biases(tensors: dict[str, Tensor], config: DraftConfig, folder: Path) -> None:
+    """Add zeros if only queries, keys and values have biases, as in Qwen2."""
+    if any(name.endswith(_OUTPUT_BIAS) for name in tensors):
+        return
+    missing = [name for name in expected_shapes(config) if name.endswith(_OUTPUT_BIAS)]
+    if missing:
+        logger.info("%s has no bias of the output projection; taken as zero", folder)
+    for name in missing:
+        weight = tensors["norm.weight"] if "norm.weight" in tensors else tensors["fc.weight"]
+        tensors[name] = weight.new_zeros(config.hidden_size)
 
 
 def _vocabulary(
@@ -224,9 +235,15 @@ def _vocabulary(
 ) -> dict[str, Tensor]:
     """Return `d2t` and `t2d`; a draft over the full vocabulary may have neither."""
     num_draft, num_target = config.draft_vocab_size, config.vocab_size
-    if "d2t" not in tensors and num_draft != num_target:
-        raise ConfigError(f"{folder} has {num_draft} of {num_target} tokens but no d2t")
-    d2t = tensors.get("d2t", torch.zeros(num_draft, dtype=torch.int64)).to(torch.int64)
+    d2t = torch.zeros(num_draft, dtype=torch.int64)
+    if "d2t" in tensors:
+        d2t = tensors["d2t"].to(torch.int64)
+    elif num_draft != num_target:
+        if "t2d" not in tensors:
+            raise ConfigError(f"{folder} has {num_draft} of {num_target} tokens but no d2t")
+        logger.info("%s has no d2t; it follows from t2d", folder)
+        chosen = torch.nonzero(tensors["t2d"]).flatten()
+        d2t = chosen - torch.arange(len(chosen))
     ids = torch.arange(num_draft) + d2t
     t2d = torch.zeros(num_target, dtype=torch.bool)
     if len(d2t) != num_draft or not ((ids >= 0) & (ids < num_target)).all():
@@ -250,7 +267,7 @@ def _aux_layers(document: Mapping[str, object], folder: Path) -> tuple[int, ...]
         return None
     if not all(isinstance(layer, int) for layer in listed):
         raise CorruptError(
-            f"{folder / _CONFIG_NAME}: {key} is {listed}; expected numbers of layers; download "
+            f"{folder / CONFIG_NAME}: {key} is {listed}; expected numbers of layers; download "
             "the draft again"
         )
     return tuple(layer - first for layer in listed)

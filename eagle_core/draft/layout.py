@@ -3,10 +3,15 @@
 `DraftModel.published_tensors` have the published names (`midlayer.*`), which SGLang, vLLM,
 SpecForge and EAGLE use; speculators calls the layer `layers.0`. `d2t` holds offsets everywhere.
 
+Further layers are `layers.1` and so on. vLLM reads the norm before their attention as
+`input_layernorm`, SGLang and TensorRT-LLM as `hidden_norm`: layout `serving` has it under both
+names, and then the first layer is `layers.0` there too, where TensorRT-LLM looks for it.
+
 Shapes: H draft hidden, Ht target hidden, D draft vocabulary, V target vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -16,12 +21,20 @@ from eagle_core.errors import ConfigError, MismatchError
 EMBEDDING = "embed_tokens.weight"
 """Optional in every layout: engines share the target's."""
 HEAD = "lm_head.weight"
+INPUT_NORM = "input_norm.weight"
 VOCABULARY = ("d2t", "t2d")
-_LAYER = "midlayer."
-_SPECULATORS_LAYER = "layers.0."
+FIRST_LAYER = "midlayer."
+_NUMBERED_FIRST_LAYER = "layers.0."
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_INPUT_NORM, _HIDDEN_NORM = "input_layernorm.weight", "hidden_norm.weight"
 _WRAPPER = "model."
 _IGNORED = frozenset({"verifier_lm_head.weight", "verifier_norm.weight"})
 """Copies of the target's own tensors that speculators may save with the draft."""
+_BUFFER = "rotary_emb.inv_freq"
+"""Computed from the configuration; old files hold it."""
+_LEGACY = {f"aux_norm_{name}.": f"fc_norm.{number}." for number, name in enumerate(("low", "mid"))}
+_LEGACY["aux_norm_high."] = "fc_norm.2."
+"""Names that SGLang still reads."""
 
 
 def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
@@ -30,7 +43,7 @@ def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (config.vocab_size, size),
         "fc.weight": (size, fused),
-        **_layer_shapes(config, _LAYER, width=2 * size),
+        **_layer_shapes(config, FIRST_LAYER, width=2 * size),
         "midlayer.hidden_norm.weight": (size,),
         "norm.weight": (size,),
         HEAD: (config.draft_vocab_size, size),
@@ -72,21 +85,76 @@ def _layer_shapes(config: DraftConfig, layer: str, *, width: int) -> dict[str, t
     return shapes
 
 
-def to_speculators(name: str) -> str:
-    """Return the speculators name of our tensor `name`."""
-    if name.startswith(_LAYER):
-        return _SPECULATORS_LAYER + name.removeprefix(_LAYER)
+def to_speculators(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return our tensors by the names of speculators."""
+    return {_numbered(name): tensor for name, tensor in tensors.items()}
+
+
+def to_serving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return our tensors by the names that engines read; of a plain draft these are our own."""
+    norms = {
+        name.replace(_INPUT_NORM, _HIDDEN_NORM): tensor.clone()
+        for name, tensor in tensors.items()
+        if _LAYER.match(name) and name.endswith(_INPUT_NORM)
+    }
+    return {**to_speculators(tensors), **norms} if norms else dict(tensors)
+
+
+def _numbered(name: str) -> str:
+    if name.startswith(FIRST_LAYER):
+        return _NUMBERED_FIRST_LAYER + name.removeprefix(FIRST_LAYER)
     return name
 
 
 def from_any_layout(name: str) -> str | None:
-    """Return our name for a tensor of any layout; None for a copy of the target's own tensor."""
+    """Return our name for a tensor of any layout; None for what is not the draft's own."""
     plain = name.removeprefix(_WRAPPER)
-    if plain in _IGNORED:
+    if plain in _IGNORED or plain.endswith(_BUFFER):
         return None
-    if plain.startswith(_SPECULATORS_LAYER):
-        return _LAYER + plain.removeprefix(_SPECULATORS_LAYER)
+    for legacy, ours in _LEGACY.items():
+        plain = plain.replace(legacy, ours)
+    if plain.startswith(_NUMBERED_FIRST_LAYER):
+        return FIRST_LAYER + plain.removeprefix(_NUMBERED_FIRST_LAYER)
     return plain
+
+
+def with_one_input_norm(tensors: Mapping[str, Tensor], location: str) -> dict[str, Tensor]:
+    """Return tensors by our names, in which further layers have their norm under one name only.
+
+    Raises:
+        MismatchError: the two names have different norms, so that engines would differ.
+
+    """
+    kept = dict(tensors)
+    for name in tensors:
+        if not (_LAYER.match(name) and name.endswith(_HIDDEN_NORM)):
+            continue
+        ours = name.replace(_HIDDEN_NORM, _INPUT_NORM)
+        theirs = kept.pop(name)
+        if not kept.setdefault(ours, theirs).equal(theirs):
+            raise MismatchError(
+                f"{location}: {name} differs from {ours}; SGLang would use the first and vLLM the "
+                "second, so this draft is not the same in both; remove the one that training did "
+                "not use"
+            )
+    return kept
+
+
+def count_layers(names: Collection[str], location: str) -> int:
+    """Return the number of decoder layers among names of ours.
+
+    Raises:
+        ConfigError: a layer is missing between two others.
+
+    """
+    found = {int(match[1]) for name in names if (match := _LAYER.match(name))}
+    if found != set(range(1, len(found) + 1)):
+        listed = ", ".join(map(str, sorted(found)))
+        raise ConfigError(
+            f"{location} has the layers 0, {listed}; expected all up to the last: it is not a "
+            "complete draft"
+        )
+    return 1 + len(found)
 
 
 def require_shapes(
@@ -95,7 +163,7 @@ def require_shapes(
     """Raise unless `tensors` are exactly those of a draft; `optional` ones may be missing.
 
     Raises:
-        MismatchError: a tensor is not part of EAGLE-3 (a bias, a q_norm).
+        MismatchError: a tensor is not part of a draft of this configuration (a bias of `fc`).
         ConfigError: a tensor is missing, or its shape does not match the sizes.
 
     """
@@ -104,7 +172,7 @@ def require_shapes(
     if unknown:
         raise MismatchError(
             f"{location} has tensors that are not part of the draft: {', '.join(unknown[:6])}; "
-            "only EAGLE-3 and EAGLE-3.1 drafts can be read (no biases, no q_norm)"
+            "start from an EAGLE-3 draft of Llama or Qwen3 layers"
         )
     missing = sorted(expected.keys() - tensors.keys() - set(optional))
     if missing:

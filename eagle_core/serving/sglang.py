@@ -6,13 +6,22 @@ token, and a round verifies the chain and the token before it.
 
 from pathlib import Path
 
+from eagle_core.draft.importing import read_draft_config
+from eagle_core.draft.readers import require_reader
 from eagle_core.serving.served import Served
 from eagle_core.serving.template_file import template_file
 
 
 def command(served: Served, *, port: int) -> list[str]:
-    """Return the command, for the Python that has SGLang."""
+    """Return the command, for the Python that has SGLang.
+
+    Raises:
+        ConfigError: SGLang lacks a variant of the draft.
+
+    """
     config = served.target
+    if served.draft is not None:
+        require_reader("sglang", read_draft_config(served.draft))
     options = {
         "--model-path": str(served.weights),
         "--served-model-name": config.name,

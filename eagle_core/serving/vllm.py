@@ -9,8 +9,10 @@ from pathlib import Path
 import httpx
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import SamplingLimits
+from eagle_core.decoding.sampling import SamplingLimits, stream_seed
 from eagle_core.decoding.trace import GenerationTrace, until_stop
+from eagle_core.draft.importing import read_draft_config
+from eagle_core.draft.readers import require_reader
 from eagle_core.serving.engine import Launch
 from eagle_core.serving.events import post_stream
 from eagle_core.serving.round_counts import RoundCounts
@@ -45,7 +47,9 @@ class VllmEngine:
         self.title = f"vLLM {vllm_version(config)}"
 
     def prepare(self, served: Served) -> None:
-        """Do nothing: it reads the weights as they are."""
+        """Check the draft: vLLM reads weights as they are."""
+        if served.draft is not None:
+            require_reader("vllm", read_draft_config(served.draft))
 
     @staticmethod
     def launch(served: Served, *, port: int) -> Launch:
@@ -166,7 +170,7 @@ class VllmDecoder:
             "prompt": list(prompt),
             "max_tokens": asked,
             "temperature": config.temperature,
-            "seed": config.seed,
+            "seed": stream_seed(config.seed, prompt),
             "ignore_eos": True,  # the stop tokens are ours
             "stop_token_ids": sorted(stop_ids),
             "return_token_ids": True,

@@ -202,7 +202,7 @@ class _TttAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grouped, keys, values, own_keys, own_values, index = ctx.saved_tensors
         grad_output = _grouped(grads[0], keys.shape[0])
-        offset = widened(grad_output * ctx.attention_output).sum(dim=-1, keepdim=True)
+        offset = _row_sums(grad_output, ctx.attention_output)
         grad_query = torch.empty_like(grouped)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_own_keys = torch.empty_like(own_keys)
@@ -238,6 +238,11 @@ class _TttAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _row_sums(grad_output: Tensor, attention_output: Tensor) -> Tensor:
+    """Return [..., 1] the sums of products of two tensors [..., E], without rounding products."""
+    return (widened(grad_output) * attention_output).sum(dim=-1, keepdim=True)
 
 
 def _weights(query: Tensor, keys: Tensor, own_keys: Tensor, block: _Block) -> Tensor:

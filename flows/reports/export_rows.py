@@ -3,6 +3,7 @@
 import json
 import shlex
 
+from eagle_core.draft.readers import TITLES
 from eagle_core.serving import sglang
 from eagle_core.serving.llamacpp.draft_file import FILE_NAME
 from flows.reports.table import Row
@@ -58,4 +59,10 @@ def _serving_commands(exported: ExportedLayout, summary: ExportSummary) -> list[
     launch = ["python", "-m", "sglang.launch_server", "--model-path", *target]
     launch += sglang.draft_options(exported.path.resolve(), num_tokens)
     serve = ["vllm", "serve", *target, "--speculative-config", json.dumps(draft)]
-    return [("serve with SGLang", shlex.join(launch)), ("serve with vLLM", shlex.join(serve))]
+    rows = [("serve with vLLM", shlex.join(serve))]
+    if "sglang" not in exported.lacking:
+        rows = [("serve with SGLang", shlex.join(launch)), *rows]
+    return rows + [
+        (f"not for {TITLES[reader]}", f"it has no {' and '.join(variants)}")
+        for reader, variants in exported.lacking.items()
+    ]

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,7 @@ def run_with_two_checkpoints(
         record = Checkpoint(
             step=step,
             loader=LoaderState(source_id="s", seed=0),
-            identity={"draft": setup.draft.config.model_dump(mode="json")},
+            identity={"draft": setup.draft.config.identity()},
             figures={"held_out_step": step if is_measured else 0, "held_out_length": 4.0 - step},
         )
         checkpoint.save(run_path, record, state, {}, keep_last=2)
@@ -141,15 +143,18 @@ def test_a_draft_that_decoding_chose_has_its_decoded_length(
 
 
 def test_what_cannot_be_exported_is_named_and_leaves_nothing(
-    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, tiny_target_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="no checkpoint yet; run the train flow first"):
         export_flow(target, dataset, TRAINING, home=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
     run_with_two_checkpoints(target, dataset, tmp_path)
-    other = TRAINING.model_copy(update={"fc_norm": True})
-    with pytest.raises(MismatchError, match="fc_norm: saved False, now True"):
-        export_flow(target, dataset, other, home=str(tmp_path))
+    changed = shutil.copytree(tiny_target_path, tmp_path / "changed")
+    path = changed / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 4096}))
+    other = target.model_copy(update={"model": str(changed)})
+    with pytest.raises(MismatchError, match=r"is of a target with vocabulary \d+ \(now 4096\)"):
+        export_flow(other, dataset, TRAINING, home=str(tmp_path))
     assert not list((tmp_path / "runs").glob("*/export"))
 
 
@@ -168,6 +173,10 @@ def test_the_table_has_the_commands_that_serve_the_draft(tmp_path: Path) -> None
         ),
         seconds=1.0,
     )
+    lacking = replace(summary.layouts[0], lacking={"sglang": ("qk_norm", "sliding_window")})
+    refused = dict(export_rows(replace(summary, layouts=(lacking,))))
+    assert refused["not for SGLang 0.5.23"] == "it has no qk_norm and sliding_window"
+    assert "serve with SGLang" not in refused
     rows = dict(export_rows(summary))
     folder = str(tmp_path / "a b" / "serving")
     target = ["meta-llama/Llama-3.1-8B-Instruct", "--revision", "main"]

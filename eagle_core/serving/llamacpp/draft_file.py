@@ -1,19 +1,17 @@
 """A draft in llama.cpp's file."""
 
-import json
 import tempfile
 from pathlib import Path
 
 from eagle_core.atomic_files import atomic_folder
-from eagle_core.draft.export import CONFIG_NAME, ExportConfig, ServedTarget, export, require_own
+from eagle_core.draft.export import ExportConfig, ServedTarget, export, require_own
+from eagle_core.draft.importing import read_draft_config
 from eagle_core.draft.model import DraftModel
-from eagle_core.errors import ConfigError
+from eagle_core.draft.readers import require_reader
 from eagle_core.serving.llamacpp import gguf, installed
 
 FILE_NAME = "draft.gguf"
 _LAYOUT = "gguf"
-_UNKNOWN_FLAGS = ("fc_norm", "norm_output")
-"""Of EAGLE-3.1: the converter does not read them."""
 
 
 def export_gguf(
@@ -35,6 +33,7 @@ def export_gguf(
         CorruptError: a weight is not finite; nothing is written.
 
     """
+    require_reader("llamacpp", draft.config)
     installed.converter()
     written = folder / _LAYOUT
     require_own(written, (FILE_NAME,))
@@ -60,11 +59,5 @@ def convert_draft(
         ConfigError: llama.cpp cannot run this draft, or its converter refuses it.
 
     """
-    document = json.loads((exported / CONFIG_NAME).read_text(encoding="utf-8"))
-    flags = [name for name in _UNKNOWN_FLAGS if document.get(name)]
-    if flags:
-        raise ConfigError(
-            f"llama.cpp {installed.VERSION} has no {' and '.join(flags)}, which this draft was "
-            "trained with: choose vLLM or SGLang, or train without"
-        )
+    require_reader("llamacpp", read_draft_config(exported))
     gguf.convert(exported, path, dtype=dtype, target=target, trust_remote_code=trust_remote_code)

@@ -368,6 +368,31 @@ def test_how_far_answers_really_went_is_unknown() -> None:
     assert "may decode up to 1,124" in found.found
 
 
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_parameters": {"factor": 2.0}},
+        ),
+        ({"sliding_window": 8, "layer_types": ["sliding_attention"]}, {"sliding_window": 16}),
+        ({"num_hidden_layers": 2}, {"num_hidden_layers": 1}),
+        ({"attention_bias": True}, {"attention_bias": False}),
+        (
+            {"architectures": ["Eagle3Qwen3ForCausalLM"]},
+            {"architectures": ["LlamaForCausalLMEagle3"]},
+        ),
+    ],
+)
+def test_another_variant_in_an_export_is_a_difference(
+    written: dict[str, object], found: dict[str, object]
+) -> None:
+    assert not differences(written, written, file="serving/config.json")
+    keys = {one.key for one in differences(found, written, file="serving/config.json")}
+    assert {key.rpartition(".")[2] for key in keys} >= set(found) - {"rope_parameters"}
+    assert keys
+
+
 def test_other_rope_settings_in_an_export_are_a_problem() -> None:
     expected = {"rope_theta": 10000.0}
     other = differences({"rope_theta": 5e5}, expected, file="serving/config.json")

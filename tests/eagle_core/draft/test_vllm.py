@@ -6,7 +6,8 @@ make test-engine
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from eagle_core.decoding.chain_drafter import ChainDrafter, Proposal
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import generate_speculative
-from eagle_core.draft.export import ExportConfig, ExportLayout, ServedTarget, export
+from eagle_core.draft.export import ExportConfig, ServedTarget, TensorLayout, export
 from eagle_core.draft.model import DraftModel
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import aux_layers
 from tests.eagle_core.draft.test_export import make_draft
+from tests.eagle_core.draft.variants import VARIANTS, make_variant
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
 PROBE = Path(__file__).with_name("vllm_probe.py")
@@ -67,6 +69,15 @@ pytestmark = [
 ]
 
 
+VARIANT_PROMPTS = ([1, 2, 3, 4, 5, 6, 7], [(n * n + 3 * n) % 16 for n in range(40)], [9] * 9)
+"""Of a target of 16 tokens, of which a random draft finds some. They outgrow every window and every
+original length of a rotary embedding."""
+VARIANT_EXPORTS: tuple[tuple[str, TensorLayout], ...] = (
+    *((name, "serving") for name in VARIANTS),
+    *((name, "speculators") for name in ("layers", "norm_before_residual", "many-qwen3")),
+)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_drafts_of_every_kind_of_target(tmp_path: Path, name: str) -> None:
     target = _write_target(tmp_path / "target", name)
@@ -77,16 +88,69 @@ def test_drafts_of_every_kind_of_target(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("draft_vocab_size", [200, 512], ids=["pruned", "full"])
 @pytest.mark.parametrize("norms", [False, True], ids=["eagle3", "eagle3.1"])
 def test_every_kind_of_draft(
-    tmp_path: Path, norms: bool, draft_vocab_size: int, layout: ExportLayout
+    tmp_path: Path, norms: bool, draft_vocab_size: int, layout: TensorLayout
 ) -> None:
     target = _write_target(tmp_path / "target", "llama")
     draft = make_draft(target, draft_vocab_size=draft_vocab_size, norms=norms)
     _require_the_same(target, draft, layout, tmp_path)
 
 
-def _write_target(folder: Path, name: str) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Texts and drafted chains of each prompt: ours, and those of vLLM."""
+
+    ours: list[tuple[list[int], list[list[int]]]]
+    theirs: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Decoded]:
+    """All variants, which one vLLM process loads one after the other."""
+    folder = tmp_path_factory.mktemp("variants")
+    target = _write_target(folder / "target", "llama", vocab_size=16)
+    config, served = _described(target)
+    model = TargetModel.load(config)
+    ours, requests = {}, []
+    for name, layout in VARIANT_EXPORTS:
+        draft = make_variant(target, VARIANTS[name], draft_vocab_size=12)
+        path = _export(draft, served, folder / f"{name}-{layout}", layout)
+        requests.append(_request(target, path, layout))
+        ours[name, layout] = [_here(model, draft, prompt) for prompt in VARIANT_PROMPTS]
+    theirs = _in_vllm(requests, VARIANT_PROMPTS, folder, timeout=200 * len(requests))
+    return {
+        key: Decoded(ours=ours[key], theirs=found)
+        for key, found in zip(VARIANT_EXPORTS, theirs, strict=True)
+    }
+
+
+@pytest.mark.parametrize(("name", "layout"), VARIANT_EXPORTS)
+def test_every_variant_of_a_draft(
+    decoded: dict[tuple[str, str], Decoded], name: str, layout: str
+) -> None:
+    found = decoded[name, layout].theirs
+    assert "error" not in found, found["error"]
+    for place, (tokens, drafted) in enumerate(decoded[name, layout].ours):
+        assert found["tokens"][place] == tokens
+        # Equal texts and chains are equal rounds: as many drafted tokens are accepted in each.
+        assert len(drafted) >= DECODING.max_new_tokens / (DECODING.draft_tokens + 1) - 1
+        assert found["drafted"][place][: len(drafted)] == drafted
+
+
+def test_what_is_compared_differs_and_is_sometimes_accepted(
+    decoded: dict[tuple[str, str], Decoded],
+) -> None:
+    plain = decoded["plain", "serving"].ours
+    for name in ("window", "linear", "llama3", "yarn", "own-yarn", "norm_before_residual"):
+        assert decoded[name, "serving"].ours != plain, name  # with the same tensors
+    assert decoded["dynamic", "serving"].ours == plain  # up to max_position_embeddings
+    rounds = [[len(drafted) for _, drafted in one.ours] for one in decoded.values()]
+    is_accepting = [min(numbers) < DECODING.max_new_tokens - 1 for numbers in rounds]
+    assert sum(is_accepting) > len(rounds) / 2
+
+
+def _write_target(folder: Path, name: str, **changes: int) -> Path:
     """Write a random target whose words are far enough apart for rounding not to matter."""
-    sizes = {**SIZES, "model_type": name, **TARGETS[name]}
+    sizes = {**SIZES, "model_type": name, **TARGETS[name], **changes}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
     with torch.no_grad():
@@ -97,9 +161,7 @@ def _write_target(folder: Path, name: str) -> Path:
     return folder
 
 
-def _require_the_same(
-    target: Path, draft: DraftModel, layout: ExportLayout, tmp_path: Path
-) -> None:
+def _described(target: Path) -> tuple[TargetConfig, ServedTarget]:
     model_config: PretrainedConfig = AutoConfig.from_pretrained(target)
     config = TargetConfig(
         name="tiny",
@@ -113,11 +175,23 @@ def _require_the_same(
         name_or_path=str(target),
         aux_layers=aux_layers(config, model_config.num_hidden_layers),
     )
+    return config, served
+
+
+def _export(draft: DraftModel, served: ServedTarget, folder: Path, layout: TensorLayout) -> Path:
     settings = ExportConfig(
         dtype="float32", layouts=(layout,), speculative_tokens=DECODING.draft_tokens
     )
-    folder = export(draft, served, tmp_path / "export", settings)[layout]
-    found = _in_vllm(target, folder, layout, tmp_path)
+    return export(draft, served, folder, settings)[layout]
+
+
+def _require_the_same(
+    target: Path, draft: DraftModel, layout: TensorLayout, tmp_path: Path
+) -> None:
+    config, served = _described(target)
+    folder = _export(draft, served, tmp_path / "export", layout)
+    (found,) = _in_vllm([_request(target, folder, layout)], PROMPTS, tmp_path)
+    assert "error" not in found, found["error"]
     model = TargetModel.load(config)
     for place, prompt in enumerate(PROMPTS):
         tokens, drafted = _here(model, draft, prompt)
@@ -126,12 +200,21 @@ def _require_the_same(
         assert found["drafted"][place][: len(drafted)] == drafted
 
 
-def _in_vllm(target: Path, draft: Path, layout: ExportLayout, folder: Path) -> dict[str, Any]:
+def _request(target: Path, draft: Path, layout: TensorLayout) -> dict[str, str]:
+    loaded = draft if layout == "speculators" else target
+    return {"target": str(loaded), "draft": str(draft), "layout": layout}
+
+
+def _in_vllm(
+    drafts: Sequence[Mapping[str, str]],
+    prompts: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    timeout: int = 500,
+) -> list[dict[str, Any]]:
     request = {
-        "target": str(draft if layout == "speculators" else target),
-        "draft": str(draft),
-        "layout": layout,
-        "prompts": PROMPTS,
+        "drafts": drafts,
+        "prompts": prompts,
         "draft_tokens": DECODING.draft_tokens,
         "max_new_tokens": DECODING.max_new_tokens,
     }
@@ -142,11 +225,11 @@ def _in_vllm(target: Path, draft: Path, layout: ExportLayout, folder: Path) -> d
         check=False,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=timeout,
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
-    return answer
+    answers: list[dict[str, Any]] = json.loads((folder / "answer.json").read_text())
+    return answers
 
 
 def _here(

@@ -1,8 +1,10 @@
-"""Run by a Python that has vLLM: decodes greedily with an export and writes what was drafted."""
+"""Run by a Python that has vLLM: decodes greedily with exports and writes what was drafted."""
 
+import gc
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,34 @@ os.environ |= {
 }
 
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def main(request_path: Path, answer_path: Path) -> None:
-    """Write {"tokens": [prompts][..], "drafted": [prompts][rounds][K]}."""
+    """Write {"tokens": [prompts][..], "drafted": [prompts][rounds][K]} of each draft.
+
+    Of one that does not load, {"error": ...}.
+    """
     request = json.loads(request_path.read_text())
+    answers: list[dict[str, Any]] = []
+    for export in request["drafts"]:
+        try:
+            answers.append(_answer(request, export))
+        except Exception:  # noqa: BLE001 (the other drafts go on)
+            answers.append({"error": traceback.format_exc()})
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        answer_path.write_text(json.dumps(answers))
+
+
+def _answer(request: dict[str, Any], export: dict[str, Any]) -> dict[str, list[Any]]:
     speculation = {
         "method": "eagle3",
-        "model": request["draft"],
+        "model": export["draft"],
         "num_speculative_tokens": request["draft_tokens"],
     }
     llm = LLM(
-        model=request["target"],
+        model=export["target"],
         dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -34,7 +52,7 @@ def main(request_path: Path, answer_path: Path) -> None:
         max_num_seqs=2,
         distributed_executor_backend="uni",
         enable_prefix_caching=False,
-        **({"speculative_config": speculation} if request["layout"] == "serving" else {}),
+        **({"speculative_config": speculation} if export["layout"] == "serving" else {}),
     )
     drafted: list[list[int]] = []
     _listen(_drafter(llm), drafted)
@@ -47,7 +65,7 @@ def main(request_path: Path, answer_path: Path) -> None:
         (output,) = llm.generate(TokensPrompt(prompt_token_ids=prompt), settings, use_tqdm=False)
         answer["tokens"].append(list(output.outputs[0].token_ids))
         answer["drafted"].append(list(drafted))
-    answer_path.write_text(json.dumps(answer))
+    return answer
 
 
 def _drafter(llm: LLM) -> Any:

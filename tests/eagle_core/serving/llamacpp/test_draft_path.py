@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from eagle_core.draft.export import ExportConfig, ServedTarget, export
 from eagle_core.serving.llamacpp import gguf, installed
 from eagle_core.serving.llamacpp.server import LlamaCppEngine, draft_path
 from eagle_core.serving.served import Served
 from eagle_core.target.config import TargetConfig
+from tests.eagle_core.draft.test_export import make_draft
 from tests.eagle_core.serving.llamacpp.test_gguf import CONVERTER
 from tests.tiny import write_target
 
@@ -21,11 +24,22 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
         (installed.folder() / path).parent.mkdir(parents=True)
         (installed.folder() / path).write_text(text)
     weights = write_target(tmp_path / "target")
-    export = tmp_path / "served" / "serving"
-    export.mkdir(parents=True)
-    (export / "config.json").write_text("{}")
+    written = export(
+        make_draft(weights),
+        ServedTarget.of(
+            AutoConfig.from_pretrained(weights), name_or_path="tiny", aux_layers=(1, 3, 4)
+        ),
+        tmp_path / "served",
+        ExportConfig(layouts=("serving",)),
+    )
     target = TargetConfig(name="tiny", model=str(weights), dtype="float32", device="cpu")
-    return Served(target=target, weights=weights, draft=export, draft_tokens=2, max_length=64)
+    return Served(
+        target=target,
+        weights=weights,
+        draft=written["serving"],
+        draft_tokens=2,
+        max_length=64,
+    )
 
 
 def test_a_draft_is_converted_once(served: Served) -> None:
