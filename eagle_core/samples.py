@@ -79,7 +79,10 @@ class SampleSource(Protocol):
         """Return the origin of a sample for an error message: its shard, or the target."""
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Start reading these samples in the background, if the source can."""
+        """Start reading these samples in the background, if the source can.
+
+        They are those of all ranks, this one's first: ranks may divide the work.
+        """
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index`; raise instead of substituting anything."""

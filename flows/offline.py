@@ -5,6 +5,7 @@ import time
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.preflight import CapturedWhere
@@ -40,6 +41,7 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
     runner: RunnerConfig = RunnerConfig(),
+    draft: DraftSettings = PLAIN_DRAFT,
     training: TrainingConfig = TrainingConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
@@ -59,7 +61,7 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     require_start(training, run_path)
     started = time.monotonic()
     prepare_weights(target)
-    require_start_fits(target, training, run_path)
+    require_start_fits(target, training, run_path, draft.with_moved(training.moved))
     # Of all stages together: evaluation comes last.
     is_decoded = is_evaluated(target, evaluation)
     captured: CapturedWhere = "here" if runner.kind == "processes" else "on workers"
@@ -75,6 +77,7 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
         target=target,
         dataset=dataset,
         store=store,
+        draft=draft,
         training=training,
         tracking=tracking,
         home=home,

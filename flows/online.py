@@ -10,6 +10,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.target.capture import CapturingTarget
@@ -23,7 +24,6 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
-from eagle_core.training.schedule import total_steps
 from flows.bridge.draft_setup import DraftSetup, choose_vocabulary, require_start, set_up_draft
 from flows.bridge.keep_online_states import StateKeeper
 from flows.bridge.online_source import OnlineSource
@@ -43,6 +43,7 @@ from flows.reports import rows as report
 from flows.reports.run_record import StorageSize, write_settings
 from flows.reports.table import print_table
 from flows.summaries import OnlineSummary, TokensSummary, TrainSummary
+from flows.tasks.attempt_length import attempt_length
 from flows.tasks.decoding import decoding_of_run, require_decodable
 from flows.tasks.preflight import preflight
 from flows.tasks.prepare import (
@@ -52,7 +53,7 @@ from flows.tasks.prepare import (
     prepare_weights,
     tokens_of_run,
 )
-from flows.tasks.run_training import run_training, warn_of_another_length
+from flows.tasks.run_training import run_training
 from flows.tasks.training_data import own_dataset, was_replaced
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.store import Store
@@ -63,10 +64,11 @@ from storage.store import Store
     flow_run_name=run_name("online-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
-def online(
+def online(  # noqa: PLR0917 (one parameter per section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
+    draft: DraftSettings = PLAIN_DRAFT,
     training: TrainingConfig = TrainingConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
@@ -87,7 +89,8 @@ def online(
         MismatchError: the data set was replaced since the run began, or the run is finished and
             its data set has changed.
         RunBusyError: another process trains the same run; names it.
-        MismatchError: with `store.keep`, the store was made with something else.
+        MismatchError: with `store.keep`, the store was made with something else; or the run is
+            longer than it was, and `training.extend` is not set.
         TrainingStoppedError: SIGTERM stopped training; the checkpoint is written.
 
     """
@@ -102,7 +105,12 @@ def online(
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     require_start(training, space.run_path(run))
     config = RunConfig(
-        target=target, dataset=dataset, store=store, training=training, tracking=tracking
+        target=target,
+        dataset=dataset,
+        store=store,
+        draft=draft.with_moved(training.moved),
+        training=training,
+        tracking=tracking,
     )
     prepare_weights(target)
     is_decoded = is_evaluated(target, evaluation)
@@ -151,8 +159,8 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
     train_tokens = TokenFile(tokens.train_path)
     with ExitStack() as stack:
         lock = stack.enter_context(sole_training(run_path))
-        coverage = choose_vocabulary(target, training, train_tokens, run_path)
-        setup = set_up_draft(target, training, run_path)
+        coverage = choose_vocabulary(target, training, train_tokens, run_path, config.draft)
+        setup = set_up_draft(target, training, run_path, config.draft)
         keeper = None
         if root is not None:
             keeper = stack.enter_context(_keeper(config, root, tokens, setup))
@@ -179,16 +187,14 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
         decoding = decoding_of_run(
             config.given_target or target, training, setup.draft.config, tokens.held_out_path
         )
-        total = total_steps(training, source.lengths, source.groups)
-        if begun:
-            warn_of_another_length(run_path, training, total, step=begun.step)
-        if begun and begun.step >= total:
+        length = attempt_length(run_path, training, begun, source.lengths, source.groups)
+        if begun and begun.step >= length.total:
             _require_same_data(begun.tokens, target, given, str(space.home), run_path)
 
         def write_record() -> None:
             write_run(run_path, record, begun=known)
             storage_size = None if keeper is None else StorageSize.of(keeper.store)
-            write_settings(run_path, record, tokens, storage_size, total_steps=total)
+            write_settings(run_path, record, tokens, storage_size, total_steps=length.total)
 
         trained = run_training(
             setup,
@@ -196,6 +202,7 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
             None,
             record,
             lock,
+            length=length,
             write_record=write_record,
             refetch_samples=False,
             decoding=decoding,

@@ -7,6 +7,7 @@ import torch
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
@@ -14,7 +15,6 @@ from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.tracking.trackers import require_trackers
 from eagle_core.training.config import TrainingConfig
-from eagle_core.training.schedule import total_steps
 from flows.bridge.draft_setup import (
     VOCABULARY_NAME,
     DraftSetup,
@@ -38,9 +38,10 @@ from flows.reports.run_record import (
     write_settings,
 )
 from flows.summaries import TrainSummary
+from flows.tasks.attempt_length import attempt_length
 from flows.tasks.decoding import decoding_of_run, require_decodable
 from flows.tasks.prepare import prepare_weights
-from flows.tasks.run_training import run_attempt, run_training, warn_of_another_length
+from flows.tasks.run_training import run_attempt, run_training
 from flows.tasks.training_data import TrainingData, held_by_run, training_data
 from flows.workers.ranks import train_ranks
 from flows.workers.train_worker import TrainJob, open_sources
@@ -56,10 +57,11 @@ logger = logging.getLogger(__name__)
     flow_run_name=run_name("train-{target.name}-{dataset.name}-{run}"),
     persist_result=False,
 )
-def train_flow(
+def train_flow(  # noqa: PLR0917 (one parameter per section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
+    draft: DraftSettings = PLAIN_DRAFT,
     training: TrainingConfig = TrainingConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     home: str = DEFAULT_HOME,
@@ -74,7 +76,8 @@ def train_flow(
     Raises:
         ConfigError: there is no store, states are missing, fewer GPUs than processes, no package
             for a tracker, or a target that cannot be decoded though `training.decode_every` is set.
-        MismatchError: the store, the snapshot or the checkpoints belong to something else.
+        MismatchError: the store, the snapshot or the checkpoints belong to something else; or the
+            run is longer than it was, and `training.extend` is not set.
         CorruptError: a shard does not reproduce the recorded log-probabilities.
         ChildKilledError: one of several processes died; the last checkpoint is good.
         RunBusyError: another process trains the same run; names it.
@@ -94,6 +97,7 @@ def train_flow(
         target=target,
         dataset=dataset,
         store=store,
+        draft=draft.with_moved(training.moved),
         training=training,
         tracking=tracking,
         given_target=given,
@@ -107,6 +111,7 @@ def train_flow(
         config = dataclasses.replace(config, dataset=data.record.dataset)
     job = TrainJob(
         target=target,
+        draft=config.draft,
         training=training,
         tracking=tracking,
         title=config.title(run),
@@ -135,19 +140,23 @@ def _train(
 ) -> TrainSummary:
     """Train in this process, or in several, and report; the run's folder is locked."""
     training, run_path = config.training, job.run_path
+    lengths, groups = data.snapshot.lengths, data.snapshot.groups
+    length = attempt_length(run_path, training, data.begun, lengths, groups)
     coverage = (
         data.record.coverage
         if data.record and (run_path / VOCABULARY_NAME).exists()
-        else choose_vocabulary(config.target, training, TokenFile(data.tokens.train_path), run_path)
+        else choose_vocabulary(
+            *(config.target, training, TokenFile(data.tokens.train_path), run_path, config.draft)
+        )
     )
     if data.record:
         data.record.require_vocabulary(run_path)
     is_single = training.num_processes == 1
     here = config.target if is_single else config.target.model_copy(update={"device": "cpu"})
-    setup = set_up_draft(here, training, run_path)  # ranks need the first GPU empty
+    setup = set_up_draft(here, training, run_path, config.draft)  # ranks need the first GPU empty
     given = config.given_target or config.target
     decoding = decoding_of_run(given, training, setup.draft.config, data.tokens.held_out_path)
-    job = job.model_copy(update={"decoding": decoding})
+    job = job.model_copy(update={"decoding": decoding, "planned": length.planned})
     _require_sound(setup, here, store, data.snapshot)
     record = Run.of(
         config,
@@ -158,28 +167,27 @@ def _train(
         setup=setup,
         coverage=coverage,
     )
-    lengths, groups = data.snapshot.lengths, data.snapshot.groups
-    total = total_steps(training, lengths, groups, world_size=training.num_processes)
 
     def write_record() -> None:
         write_run(run_path, record, begun=data.record)
         storage_size, excluded = StorageSize.of(store, data.commits), data.commits.excluded
         write_settings(
-            run_path, record, data.tokens, storage_size, total_steps=total, excluded=excluded
+            run_path, record, data.tokens, storage_size, total_steps=length.total, excluded=excluded
         )
 
-    if data.begun:
-        warn_of_another_length(run_path, training, total, step=data.begun.step)
     if is_single:
         source, held_out = open_sources(job, data.commits)
         return run_training(
-            *(setup, source, held_out, record, lock), write_record=write_record, decoding=decoding
+            *(setup, source, held_out, record, lock),
+            length=length,
+            write_record=write_record,
+            decoding=decoding,
         )
     del setup
     return run_attempt(
         lambda on_progress: train_ranks(job, on_progress),
         *(run_path, record, lock),
-        total=total,
+        total=length.total,
         write_record=write_record,
     )
 

@@ -25,6 +25,7 @@ from storage.records.commit_log import CommitLog
 from storage.records.identity import StoreIdentity
 from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
+from storage.shared_shards import SharedShards
 
 CACHE_BYTES = 2 << 30
 READ_THREADS = 2
@@ -43,14 +44,21 @@ class SnapshotReader:
         snapshot: Snapshot,
         cache_bytes: int = CACHE_BYTES,
         object_cache: ObjectCache | None = None,
+        shared: SharedShards | None = None,
     ) -> None:
-        """Cache up to `cache_bytes` of decoded shards, at least one, besides those being read."""
+        """Cache up to `cache_bytes` of decoded shards, at least one, besides those being read.
+
+        With `shared`, that is what all processes have together if they read about the same shards
+        at about the same time.
+        """
         self._log = log
         self._identity = identity
         self._snapshot = snapshot
         self._cache_bytes = cache_bytes
         self._object_cache = object_cache
-        self._shards: OrderedDict[str, Future[DecodedShard]] = OrderedDict()
+        self._shared = shared
+        self._shards: OrderedDict[str, Future[DecodedShard | None]] = OrderedDict()
+        """None if another process was decoding it when it was tried."""
         self._lock = threading.Lock()
         self._memory = RecycledMemory(MOST_FREE)
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="shard-reader")
@@ -116,25 +124,42 @@ class SnapshotReader:
     def _shard(self, shard_id: str) -> DecodedShard:
         reading = self._begin(shard_id)
         try:
-            return reading.result()
+            return reading.result() or self._await_other(shard_id)
         except BaseException:
             with self._lock:  # the next fetch, perhaps after a repair, reads again
                 if self._shards.get(shard_id) is reading:
                     del self._shards[shard_id]
             raise
 
-    def _begin(self, shard_id: str) -> Future[DecodedShard]:
+    def _await_other(self, shard_id: str) -> DecodedShard:
+        """Return a shard that another process was decoding; decode it if that one failed."""
+        shard = self._read(shard_id, wait=True)
+        assert shard is not None  # noqa: S101 (only without `wait`)
+        with self._lock:
+            self._shards[shard_id] = Future()
+            self._shards[shard_id].set_result(shard)
+        return shard
+
+    def _read(self, shard_id: str, *, wait: bool) -> DecodedShard | None:
+        def decode(allocate_states: Allocate) -> DecodedShard:
+            return read_shard(
+                self._log,
+                shard_id,
+                identity=self._identity,
+                cache=self._object_cache,
+                allocate=self._memory.empty,
+                allocate_states=allocate_states,
+            )
+
+        if self._shared is None:
+            return decode(self._memory.empty)
+        return self._shared.get(shard_id, decode, wait=wait)
+
+    def _begin(self, shard_id: str) -> Future[DecodedShard | None]:
         with self._lock:
             reading = self._shards.get(shard_id)
             if reading is None:
-                reading = self._threads.submit(
-                    read_shard,
-                    self._log,
-                    shard_id,
-                    identity=self._identity,
-                    cache=self._object_cache,
-                    allocate=self._memory.empty,
-                )
+                reading = self._threads.submit(self._read, shard_id, wait=False)
                 self._shards[shard_id] = reading
             self._shards.move_to_end(shard_id)
             self._evict()
@@ -143,9 +168,10 @@ class SnapshotReader:
     def _evict(self) -> None:
         """Evict the least recently used shards, but none that is being read."""
         sizes = {
-            shard_id: reading.result().num_bytes
+            shard_id: 0 if shard is None else shard.num_bytes
             for shard_id, reading in self._shards.items()
             if reading.done() and not reading.exception()
+            for shard in (reading.result(),)
         }
         total = sum(sizes.values())
         newest = next(reversed(self._shards))
@@ -155,9 +181,11 @@ class SnapshotReader:
             if shard_id != newest:
                 del self._shards[shard_id]
                 total -= num_bytes
+                if self._shared is not None:
+                    self._shared.withdraw(shard_id)
 
     def __getstate__(self) -> Mapping[str, Any]:
-        """Pickle without the cache and the lock."""
+        """Pickle without the cache, the lock and what it shares."""
         return {
             "log": self._log,
             "identity": self._identity,
@@ -178,14 +206,18 @@ def read_shard(
     identity: StoreIdentity,
     cache: ObjectCache | None = None,
     allocate: Allocate = np.empty,
+    allocate_states: Allocate | None = None,
 ) -> DecodedShard:
-    """Return a shard; CorruptError unless every object has its committed size and digest."""
+    """Return a shard; CorruptError unless every object has its committed size and digest.
+
+    Memory comes from `allocate`, that of the states from `allocate_states` if given.
+    """
     try:
         objects = _read_objects(log, shard_id, cache, allocate)
     except ShardMissingError:  # perhaps the cached manifests are out of date
         log.drop_cached()
         objects = _read_objects(log, shard_id, cache, allocate)
-    return decode_shard(shard_id, objects, identity=identity, allocate=allocate)
+    return decode_shard(shard_id, objects, identity=identity, allocate=allocate_states or allocate)
 
 
 def _read_objects(

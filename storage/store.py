@@ -34,6 +34,7 @@ from storage.records.probe_point import ProbePoint
 from storage.records.refs import Refs
 from storage.records.snapshot import Snapshot
 from storage.samples import StoredSample
+from storage.shared_shards import SharedShards
 from storage.writer import ShardWriter
 
 logger = logging.getLogger(__name__)
@@ -272,14 +273,19 @@ class Store:
         *,
         cache_bytes: int = CACHE_BYTES,
         object_cache: ObjectCache | None = None,
+        shared: SharedShards | None = None,
     ) -> SnapshotReader:
-        """Return random access to a snapshot's samples; a remote store needs `object_cache`."""
+        """Return random access to a snapshot's samples; a remote store needs `object_cache`.
+
+        With `shared`, processes of this machine decode each shard once.
+        """
         return SnapshotReader(
             log=self.log,
             identity=self.identity,
             snapshot=snapshot,
             cache_bytes=cache_bytes,
             object_cache=object_cache,
+            shared=shared,
         )
 
     def _latest(self) -> str:

@@ -17,6 +17,8 @@ hold the embedding's part, and the rest P = 1 - Q Q^T of the stream:
 
 The remaining units keep random weights; their part is solved later (`feed_forward`).
 
+Further layers begin as the identity: their output projections are zero. Biases are zero, too.
+
 Shapes: H draft hidden, I intermediate size, E head size, K key-value heads, r kept directions.
 """
 
@@ -28,7 +30,8 @@ from torch import Tensor, nn
 
 from eagle_core.closed_form.recurrence import Recurrence
 from eagle_core.draft.config import DraftConfig
-from eagle_core.draft.model import DraftModel
+from eagle_core.draft.model import DraftLayer, DraftModel
+from eagle_core.draft.rotary import frequencies
 from eagle_core.errors import ConfigError
 
 _CONSTANT = 10.0
@@ -84,19 +87,21 @@ def write_recurrence(
     """
     config, layer = draft.config, draft.midlayer
     one = 1 / math.sqrt(config.hidden_size)
-    for norm, weight in (
-        (layer.hidden_norm, torch.ones_like(gain)),
-        (layer.post_attention_layernorm, torch.full_like(gain, _UNIT_INPUT)),
-        (draft.norm, torch.ones_like(gain) if config.norm_output else gain),
-    ):
-        norm.weight.copy_(weight * _CONSTANT)  # by which the constant makes it divide
-        norm.weight[channels.constant] = one
-        norm.weight[channels.flag] = one * _CONSTANT / _FLAG
+    ones = torch.ones_like(gain)
+    _write_norm(layer.hidden_norm, ones, channels)
+    _write_norm(layer.post_attention_layernorm, ones * _UNIT_INPUT, channels)
+    _write_norm(draft.norm, ones if config.norm_output else gain, channels)
+    for further in list(draft.every_layer())[1:]:
+        _write_identity(further, channels)
+    taken = [channels.constant, channels.flag]
     draft.norm.weight[channels.flag] = one  # it is cleared, and stays so
+    if config.target_head:  # which is frozen: the norm hides from it what is no prediction
+        draft.norm.weight[taken] = 0
+    else:
+        draft.lm_head.weight[:, taken] = 0
     if config.norm_output:  # the next step reads the norm's output: the gain is the head's
         draft.norm.weight[channels.constant] = _CONSTANT
         draft.lm_head.weight.mul_(gain)
-    draft.lm_head.weight[:, [channels.constant, channels.flag]] = 0
     rank = min(config.hidden_size // 2, config.intermediate_size // 2)
     if rank < 2:
         raise ConfigError("the draft is too small to hold a linear recurrence")
@@ -107,6 +112,23 @@ def write_recurrence(
     draft.fc.weight[channels.flag] = constant * _FLAG
     _write_attention(draft, parts, channels)
     _write_units(draft, parts, channels, flag=_FLAG / one)
+
+
+def _write_norm(norm: nn.RMSNorm, weight: Tensor, channels: Channels) -> None:
+    """Let a norm multiply the stream's prediction by `weight` [H], whatever its size."""
+    one = 1 / math.sqrt(len(weight))
+    norm.weight.copy_(weight * _CONSTANT)  # by which the constant makes it divide
+    norm.weight[channels.constant] = one
+    norm.weight[channels.flag] = one * _CONSTANT / _FLAG
+
+
+def _write_identity(layer: DraftLayer, channels: Channels) -> None:
+    """Let a further layer add nothing; what its parts read has a size that can be trained."""
+    ones = torch.ones_like(layer.input_layernorm.weight)
+    _write_norm(layer.input_layernorm, ones, channels)
+    _write_norm(layer.post_attention_layernorm, ones * _UNIT_INPUT, channels)
+    layer.self_attn.o_proj.weight.zero_()
+    layer.mlp.down_proj.weight.zero_()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -185,11 +207,16 @@ def _write_attention(draft: DraftModel, parts: _Parts, channels: Channels) -> No
 
 def _query_size(config: DraftConfig) -> float:
     """Return the size of queries, for keys of size 1, that lets a head see its own position."""
-    pairs = torch.arange(min(_PAIRS, config.head_dim // 2), dtype=torch.float64)
-    speeds = config.rope_theta ** (-2 * pairs / config.head_dim)
-    distances = torch.arange(1, min(_DISTANCES, config.max_position_embeddings) + 1)
+    speeds, factor = frequencies(config)
+    speeds = speeds[: min(_PAIRS, config.head_dim // 2)].double()
+    farthest = min(_DISTANCES, config.max_position_embeddings)
+    if config.sliding_window is not None:
+        farthest = min(farthest, config.sliding_window - 1)
+    if not farthest:  # it sees no other position
+        return 0.0
+    distances = torch.arange(1, farthest + 1)
     # Two equal components of a pair have the product 2 cos(angle).
-    fall = 2 * (1 - torch.cos(distances[:, None] * speeds)).sum(dim=1)
+    fall = 2 * factor**2 * (1 - torch.cos(distances[:, None] * speeds)).sum(dim=1)
     return _NATS * math.sqrt(config.head_dim) / float(fall.min().clamp(min=0.1))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from eagle_core.samples import SampleSource
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.distributed import Processes
-from eagle_core.training.loader import batch_end, epoch_order
+from eagle_core.training.loader import batch_borders, epoch_order
 from eagle_core.training.packing import PackedBatch, pack
 
 _MOST_KEPT_BYTES = 8 << 30
@@ -49,11 +49,7 @@ class SampledBatches:
         order = epoch_order(source.groups, seed=config.seed, epoch=0, window=config.shuffle_window)
         lengths = source.lengths[order]
         sampled = order[: int(np.searchsorted(np.cumsum(lengths), num_tokens)) + 1]
-        borders = [0]
-        while borders[-1] < len(sampled):
-            borders.append(
-                batch_end(sampled, source.lengths, first=borders[-1], batch_tokens=_BATCH_TOKENS)
-            )
+        borders = batch_borders(source.lengths[sampled], _BATCH_TOKENS)
         members = [sampled[first:end] for first, end in pairwise(borders)]
         self._members = members[processes.rank :: processes.world_size]
         self._planned_tokens = int(source.lengths[sampled].sum())

@@ -3,7 +3,8 @@
 Each part is a ridge regression: the recurrence (`recurrence`), then the feed-forward block's last
 matrix in the network that it is written into (`layer`, `feed_forward`). A solution that is not
 finite, or that agrees with the target less often than a draft that always proposes the same token,
-is refused: the draft is then left as it was drawn.
+is refused: the draft is then left as it was drawn. So is a variant of the draft for which the
+recurrence cannot be written (`why_not_solved`).
 """
 
 from collections import Counter
@@ -19,6 +20,7 @@ from eagle_core.closed_form.layer import Channels, write_recurrence
 from eagle_core.closed_form.predictions import Predictions
 from eagle_core.closed_form.recurrence import fit_recurrence
 from eagle_core.closed_form.state_sizes import StateSizes
+from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError
 from eagle_core.training.config import TttConfig
@@ -28,6 +30,24 @@ from eagle_core.training.ttt import batch_positions
 from eagle_core.training.validation import HeldOutFigures, Step, measure
 
 _TOKENS_PER_INPUT = 40
+
+
+def why_not_solved(config: DraftConfig) -> str:
+    """Return the variants that the closed form does not hold for, and why; empty if it holds."""
+    obstacles = {
+        "draft.qk_norm norms the queries and keys by which a head finds its own position": (
+            config.qk_norm
+        ),
+        "draft.norm_before_residual norms the state that each step carries on": (
+            config.norm_before_residual
+        ),
+        f"draft.hidden_size is {config.hidden_size}, but the states to predict have the target's "
+        f"{config.target_hidden_size}": config.has_own_embedding,
+        "draft.target_head is frozen, and norm_output puts what is no prediction before it": (
+            config.target_head and config.norm_output
+        ),
+    }
+    return "; ".join(why for why, is_there in obstacles.items() if is_there)
 
 
 def tokens_needed(draft: DraftModel) -> int:
@@ -73,6 +93,8 @@ def solve_start(
         processes: all of which call this; all decide alike.
 
     """
+    if obstacle := why_not_solved(draft.config):
+        return SolvedStart(refused=f"they cannot be solved for this draft: {obstacle}")
     drawn = {name: part.cpu().clone() for name, part in draft.state_dict().items()}
     figures = None
     try:

@@ -22,7 +22,12 @@ class DecodingConfig(ConfigModel):
         description="0 decodes greedily; above 0, tokens are sampled, and rejection sampling keeps "
         "the target's own distribution.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of sampling; unused at temperature 0.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seed of sampling; unused at temperature 0. Every prompt has random numbers of "
+        "its own, drawn from this and its tokens.",
+    )
 
 
 class TreeConfig(ConfigModel):

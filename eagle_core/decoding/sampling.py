@@ -6,6 +6,7 @@ then top-p.
 Shapes: V target vocabulary.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,16 @@ class SamplingLimits:
 
 
 NO_LIMITS = SamplingLimits()
+
+
+def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """Return the seed of a prompt's own random numbers: 31 bits, which every engine accepts.
+
+    It depends on nothing but these: neither on other prompts nor on their order. Prompts that share
+    random numbers would be accepted and rejected together, and an interval over them too narrow.
+    """
+    text = f"{seed} {' '.join(map(str, prompt_ids))}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def pick_token(

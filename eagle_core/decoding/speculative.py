@@ -24,7 +24,7 @@ from torch import Tensor
 
 from eagle_core.decoding.chain_drafter import ChainDrafter, DraftNetwork, Proposal
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits, pick_token
+from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits, pick_token, stream_seed
 from eagle_core.decoding.target_cache import CachedTarget, CacheT, TargetCache
 from eagle_core.decoding.trace import GenerationTrace, VerificationRound, kept_round
 from eagle_core.decoding.verification import Verdict, verify_greedy, verify_sampled
@@ -114,7 +114,7 @@ class _Text:
 
     def __init__(self, prompt: Sequence[int], seed: int) -> None:
         self.prompt = prompt
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(stream_seed(seed, prompt))
         self.tokens: list[int] = []
         self.rounds: list[VerificationRound] = []
 

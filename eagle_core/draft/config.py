@@ -1,19 +1,27 @@
 """Sizes of a draft model, and the choice of a run's checkpoint."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PretrainedConfig
 
 from eagle_core.draft.rope_scaling import checked_scaling
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
+from eagle_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 NUM_AUX_LAYERS = 3
 _NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-_LATER: tuple[str, ...] = (
-    *("num_hidden_layers", "attention_bias", "mlp_bias", "qk_norm", "sliding_window"),
-    *("rope_scaling", "norm_before_fc", "norm_before_residual", "target_head"),
-)
+_LATER = {"num_hidden_layers", "attention_bias", "mlp_bias", "qk_norm", "sliding_window"}
+_LATER |= {"rope_scaling", "norm_before_fc", "norm_before_residual", "target_head"}
 """Fields that checkpoints of older versions do not record."""
+
+_TAKEN_OVER = (_LATER - {"rope_scaling"}) | {"fc_norm", "norm_output"}
+_SCALED = ("llama3", "yarn", "linear", "dynamic")
+"""RoPE types that a draft takes over from its target."""
 
 
 class DraftConfig(BaseModel):
@@ -139,33 +147,93 @@ class DraftConfig(BaseModel):
         target: PretrainedConfig,
         *,
         draft_vocab_size: int,
-        fc_norm: bool = False,
-        norm_output: bool = False,
+        settings: DraftSettings = PLAIN_DRAFT,
     ) -> Self:
-        """Return the sizes of a one-layer draft as wide as the target.
+        """Return the sizes of a draft; what `settings` leave open follows from the target.
 
         Where the target has no `rms_norm_eps`, the draft's is its `norm_eps`, `layer_norm_eps` or
         `layer_norm_epsilon`, else 1e-6.
+
+        Raises:
+            ConfigError: sizes contradict each other; names the settings.
+
         """
-        rope = getattr(target, "rope_parameters", None) or {}
-        if "full_attention" in rope:  # models that mix attention types have one set per type
-            rope = rope["full_attention"]
-        heads = target.num_attention_heads
+        size = settings.hidden_size or target.hidden_size
+        if settings.target_head and size != target.hidden_size:
+            raise ConfigError(
+                f"draft.target_head needs a draft as wide as its target ({target.hidden_size}), "
+                f"but draft.hidden_size is {size}; leave one of them out"
+            )
+        rope = _rope(target)
         return cls(
-            hidden_size=target.hidden_size,
+            **_attention_sizes(target, size, settings),
+            hidden_size=size,
             target_hidden_size=target.hidden_size,
-            intermediate_size=target.intermediate_size,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
-            head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
+            intermediate_size=settings.intermediate_size
+            or max(1, round(target.intermediate_size * size / target.hidden_size)),
             vocab_size=target.vocab_size,
-            draft_vocab_size=min(draft_vocab_size, target.vocab_size),
+            draft_vocab_size=target.vocab_size
+            if settings.target_head
+            else min(draft_vocab_size, target.vocab_size),
             rms_norm_eps=_norm_eps(target),
             rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", 10000.0))),
+            rope_scaling=_scaling(target, rope) if settings.rope_scaling == "target" else None,
             max_position_embeddings=target.max_position_embeddings,
-            fc_norm=fc_norm,
-            norm_output=norm_output,
+            **settings.model_dump(include=_TAKEN_OVER),
         )
+
+
+def _rope(target: PretrainedConfig) -> Mapping[str, Any]:
+    rope: Mapping[str, Any] = getattr(target, "rope_parameters", None) or {}
+    # Models that mix attention types have one set for each.
+    of_full: Mapping[str, Any] = rope.get("full_attention", rope)
+    return of_full
+
+
+def _scaling(target: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the target's scaling; None, with a warning, for one that engines do not agree on."""
+    if rope.get("rope_type") not in _SCALED:
+        return None
+    # A draft rotates all of a head.
+    left_out = {"rope_theta", "partial_rotary_factor"}
+    scaling = {name: value for name, value in rope.items() if name not in left_out}
+    try:
+        return checked_scaling(
+            scaling,
+            rope_theta=rope.get("rope_theta", 1e4),
+            head_dim=2,
+            max_position_embeddings=target.max_position_embeddings,
+        )
+    except ValueError as error:
+        logger.warning("the draft has a plain rotary embedding, unlike its target: %s", error)
+        return None
+
+
+def _attention_sizes(
+    target: PretrainedConfig, size: int, settings: DraftSettings
+) -> dict[str, int]:
+    own_heads = target.num_attention_heads
+    head_dim = (
+        settings.head_dim
+        or getattr(target, "head_dim", None)
+        or target.hidden_size // target.num_attention_heads
+    )
+    heads = settings.num_attention_heads or (
+        own_heads if size == target.hidden_size else max(1, size // head_dim)
+    )
+    most = getattr(target, "num_key_value_heads", None) or own_heads
+    fitting = next(number for number in range(min(most, heads), 0, -1) if heads % number == 0)
+    groups = settings.num_key_value_heads or fitting
+    if heads % groups:
+        raise ConfigError(
+            f"a draft cannot have {groups} key-value heads for {heads} query heads; set "
+            f"draft.num_key_value_heads to a divisor of {heads}"
+        )
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+    }
 
 
 def _norm_eps(target: PretrainedConfig) -> float:

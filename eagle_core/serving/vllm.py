@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import SamplingLimits
+from eagle_core.decoding.sampling import SamplingLimits, stream_seed
 from eagle_core.decoding.trace import GenerationTrace, until_stop
 from eagle_core.draft.importing import read_draft_config
 from eagle_core.draft.readers import require_reader
@@ -170,7 +170,7 @@ class VllmDecoder:
             "prompt": list(prompt),
             "max_tokens": asked,
             "temperature": config.temperature,
-            "seed": config.seed,
+            "seed": stream_seed(config.seed, prompt),
             "ignore_eos": True,  # the stop tokens are ours
             "stop_token_ids": sorted(stop_ids),
             "return_token_ids": True,

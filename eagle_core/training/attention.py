@@ -5,8 +5,11 @@ sequence, and the i keys of its own index from steps 1..i. Scores exist for one 
 a time, against all keys that the block can see; the backward pass recomputes them (as in
 FlashAttention, arXiv 2205.14135, with the own keys as additional columns).
 
+With a sliding window a query sees keys at the last W positions. At index t of step i its own
+position is t + i, the step-0 key j is at j, and the own key of step k at t + k.
+
 Shapes: Q queries, B queries of a block, S step-0 keys of one sequence, s keys that a block sees, I
-own keys per query, N heads, K key-value heads, G = N / K, E head size.
+own keys per query, N heads, K key-value heads, G = N / K, E head size, W sliding window.
 """
 
 from collections.abc import Iterator
@@ -22,7 +25,13 @@ BLOCK_QUERIES = 256
 
 
 def ttt_attention(
-    query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, index: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    index: Tensor,
+    before: int | None = None,
 ) -> Tensor:
     """Return the attention output [Q, N, E] for the queries of one sequence.
 
@@ -33,11 +42,13 @@ def ttt_attention(
         own_keys: [Q, I, K, E], steps 1..i, oldest first.
         own_values: [Q, I, K, E]
         index: [Q] index of each query in its sequence, ascending.
+        before: how many step-0 keys before its index a query sees, at most; -1: not that of its
+            index either; None: all.
 
     """
     with torch.autocast(query.device.type, enabled=False):  # dtypes are explicit here
         attention_output: Tensor = _TttAttention.apply(
-            query, keys, values, own_keys, own_values, index
+            query, keys, values, own_keys, own_values, index, before
         )  # type: ignore[no-untyped-call]  # torch
     return attention_output
 
@@ -50,6 +61,7 @@ def packed_ttt_attention(
     own_values: Tensor,
     indices: Tensor,
     first: Tensor,
+    window: int | None = None,
 ) -> Tensor:
     """Return the attention output [A, N, E] for a packed batch, one sequence at a time.
 
@@ -61,10 +73,13 @@ def packed_ttt_attention(
         own_values: [A, I, K, E]
         indices: [A] index of each query in the batch, ascending.
         first: [A] index of the first token of its sequence.
+        window: W; None: a query sees all keys before it.
 
     """
     if not len(query):
         return no_queries(query, keys, values)
+    before = keys_before(window, own_keys.shape[1])
+    own_keys, own_values = in_window(own_keys, window), in_window(own_values, window)
     starts, counts = torch.unique_consecutive(first, return_counts=True)
     ends = counts.cumsum(0).tolist()
     attention_output = []
@@ -79,9 +94,20 @@ def packed_ttt_attention(
                 own_keys[members],
                 own_values[members],
                 indices[members] - start,
+                before,
             )
         )
     return torch.cat(attention_output)
+
+
+def keys_before(window: int | None, step: int) -> int | None:
+    """Return how many step-0 keys before its index a query of `step` sees; -1 if none at all."""
+    return None if window is None else max(window - step, 0) - 1
+
+
+def in_window(own: Tensor, window: int | None) -> Tensor:
+    """Return the own keys or values [A, I, K, E] that a query sees: at most the W newest."""
+    return own if window is None else own[:, -window:]
 
 
 def no_queries(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -98,24 +124,53 @@ class _Block:
     """Consecutive queries of a sequence."""
 
     rows: slice
-    num_keys: int
-    """s: no query of the block sees more."""
+    seen: slice
+    """The step-0 keys that any query of the block sees."""
     index: Tensor
     """[B]"""
+    before: int | None
+
+    @property
+    def num_keys(self) -> int:
+        """Return s."""
+        return int(self.seen.stop - self.seen.start)
 
     def hide(self, scores: Tensor) -> None:
-        """Set scores [K, B, G, s + I] of keys after their query to minus infinity."""
+        """Set scores [K, B, G, s + I] of keys that their query does not see to minus infinity."""
+        if not self.num_keys:
+            return
+        start, end = self.seen.start, self.seen.stop
         seen_by_all = int(self.index[0]) + 1
-        later = torch.arange(seen_by_all, self.num_keys, device=scores.device)
-        hidden = later > self.index.unsqueeze(1)  # [B, s - seen_by_all]
-        scores[..., seen_by_all : self.num_keys].masked_fill_(hidden.unsqueeze(1), float("-inf"))
+        later = torch.arange(seen_by_all, end, device=scores.device)
+        hidden = later > self.index.unsqueeze(1)  # [B, end - seen_by_all]
+        of_later = scores[..., seen_by_all - start : end - start]
+        of_later.masked_fill_(hidden.unsqueeze(1), float("-inf"))
+        if self.before is not None:
+            last_oldest = int(self.index[-1]) - self.before  # seen by all, unless it is later
+            early = torch.arange(start, max(last_oldest, start), device=scores.device)
+            hidden = early < (self.index - self.before).unsqueeze(1)
+            scores[..., : len(early)].masked_fill_(hidden.unsqueeze(1), float("-inf"))
 
 
-def _blocks(index: Tensor) -> Iterator[_Block]:
-    for first in range(0, len(index), BLOCK_QUERIES):
+def _blocks(index: Tensor, before: int | None) -> Iterator[_Block]:
+    """Yield blocks of queries.
+
+    With a window they also end where indices have a gap, so that a block sees at most
+    `BLOCK_QUERIES` + W keys.
+    """
+    first = 0
+    while first < len(index):
         members = index[first : first + BLOCK_QUERIES]
+        oldest = 0
+        if before is not None:
+            limit = members[0] + BLOCK_QUERIES
+            members = members[: int(torch.searchsorted(members, limit))]
+            oldest = max(0, int(members[0]) - before)
         rows = slice(first, first + len(members))
-        yield _Block(rows=rows, num_keys=int(members[-1]) + 1, index=members)
+        end = 0 if before == -1 else int(members[-1]) + 1
+        seen = slice(min(oldest, end), end)
+        yield _Block(rows=rows, seen=seen, index=members, before=before)
+        first = rows.stop
 
 
 class _TttAttention(torch.autograd.Function):
@@ -128,32 +183,33 @@ class _TttAttention(torch.autograd.Function):
         own_keys: Tensor,
         own_values: Tensor,
         index: Tensor,
+        before: int | None,
     ) -> Tensor:
         grouped, by_head = _grouped(query, keys.shape[1]), keys.transpose(0, 1).contiguous()
         values_by_head = values.transpose(0, 1).contiguous()
         attention_output = torch.empty_like(grouped)
-        for block in _blocks(index):
+        for block in _blocks(index, before):
             own = own_keys[block.rows].permute(2, 0, 1, 3)
             weights = _weights(grouped[:, block.rows], by_head, own, block).to(query.dtype)
             attention_output[:, block.rows] = _weighted_values(
                 weights, values_by_head, own_values[block.rows], block
             )
         ctx.save_for_backward(grouped, by_head, values_by_head, own_keys, own_values, index)
-        ctx.attention_output = attention_output
+        ctx.attention_output, ctx.before = attention_output, before
         return _ungrouped(attention_output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grouped, keys, values, own_keys, own_values, index = ctx.saved_tensors
         grad_output = _grouped(grads[0], keys.shape[0])
-        offset = widened(grad_output * ctx.attention_output).sum(dim=-1, keepdim=True)
+        offset = _row_sums(grad_output, ctx.attention_output)
         grad_query = torch.empty_like(grouped)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_own_keys = torch.empty_like(own_keys)
         grad_own_values = torch.empty_like(own_values)
         scale = grouped.shape[-1] ** -0.5
-        for block in _blocks(index):
-            rows, seen = block.rows, slice(0, block.num_keys)
+        for block in _blocks(index, ctx.before):
+            rows, seen = block.rows, block.seen
             query, grad = grouped[:, rows], grad_output[:, rows]
             own_key = own_keys[rows].permute(2, 0, 1, 3)  # [K, B, I, E]
             own_value = own_values[rows].permute(2, 0, 1, 3)
@@ -161,7 +217,9 @@ class _TttAttention(torch.autograd.Function):
             slope = _scores_of(grad, values[:, seen], own_value)
             slope.sub_(offset[:, rows]).mul_(weights).mul_(scale)
             weights, slope = weights.to(query.dtype), slope.to(query.dtype)
-            flat_weights, flat_slope = (x[..., seen].flatten(1, 2) for x in (weights, slope))
+            flat_weights, flat_slope = (
+                x[..., : block.num_keys].flatten(1, 2) for x in (weights, slope)
+            )
             flat_query, flat_grad = query.flatten(1, 2), grad.flatten(1, 2)
             grad_values[:, seen] += flat_weights.transpose(1, 2) @ flat_grad
             grad_keys[:, seen] += flat_slope.transpose(1, 2) @ flat_query
@@ -178,12 +236,18 @@ class _TttAttention(torch.autograd.Function):
             grad_own_keys,
             grad_own_values,
             None,
+            None,
         )
+
+
+def _row_sums(grad_output: Tensor, attention_output: Tensor) -> Tensor:
+    """Return [..., 1] the sums of products of two tensors [..., E], without rounding products."""
+    return (widened(grad_output) * attention_output).sum(dim=-1, keepdim=True)
 
 
 def _weights(query: Tensor, keys: Tensor, own_keys: Tensor, block: _Block) -> Tensor:
     """Return attention weights [K, B, G, s + I] in float32, 0 where a key is hidden."""
-    scores = _scores_of(query, keys[:, : block.num_keys], own_keys).mul_(query.shape[-1] ** -0.5)
+    scores = _scores_of(query, keys[:, block.seen], own_keys).mul_(query.shape[-1] ** -0.5)
     block.hide(scores)
     return scores.softmax(dim=-1)
 
@@ -198,7 +262,7 @@ def _scores_of(left: Tensor, shared: Tensor, own: Tensor) -> Tensor:
 
 def _weighted_values(weights: Tensor, values: Tensor, own_values: Tensor, block: _Block) -> Tensor:
     """Return the attention output [K, B, G, E] for weights [K, B, G, s + I]."""
-    of_shared = weights[..., : block.num_keys].flatten(1, 2) @ values[:, : block.num_keys]
+    of_shared = weights[..., : block.num_keys].flatten(1, 2) @ values[:, block.seen]
     attention_output = of_shared.view(*weights.shape[:3], -1)
     if own_values.shape[1]:
         attention_output = attention_output + weights[..., block.num_keys :] @ own_values.permute(

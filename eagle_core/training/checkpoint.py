@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle_core.atomic_files import atomic_folder, file_digest
+from eagle_core.atomic_files import atomic_folder, file_digest, write_text
 from eagle_core.bfloat16 import require_finite
 from eagle_core.draft.layout import EMBEDDING
 from eagle_core.draft.model import DraftModel
@@ -28,12 +28,15 @@ from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.training.config import BestBy
 from eagle_core.training.decoded_points import decoded_lengths
 from eagle_core.training.loader import LoaderState
+from eagle_core.training.schedule import Decay
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
 WEIGHTS_NAME = "draft.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
-_STATE = "state.json"
+STATE = "state.json"
+_NO_LONGER_RECORDED = ("start_from", "fc_norm", "norm_output")
+"""Settings of training in checkpoints of older versions; the draft's sizes have the norms."""
 _TARGETS = (EMBEDDING,)
 """The tensors that are the target's own, in a plain draft: not stored in checkpoints."""
 
@@ -50,6 +53,8 @@ class Checkpoint:
     """Data and settings of the run; a resumed run must have the same."""
     figures: Mapping[str, Any]
     """The last metrics, so that a finished run can still report them."""
+    decay: Decay | None = None
+    """Of the learning rate; None in checkpoints of earlier versions."""
 
 
 class _State(BaseModel):
@@ -64,6 +69,7 @@ class _State(BaseModel):
     figures: dict[str, Any]
     files: dict[str, tuple[int, str]]
     """Size and digest of the other two files, by name."""
+    decay: Decay | None = None
 
 
 def save(
@@ -108,7 +114,7 @@ def save(
                 name: _size_and_digest(partial / name) for name in (WEIGHTS_NAME, _OPTIMIZER)
             },
         }
-        (partial / _STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
+        (partial / STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
     spared = {folder} if undecided is None else {folder, _folder_of(run_path, undecided)}
     _drop_others(run_path, folder, spared, keep_last=keep_last, best_by=best_by)
     return folder
@@ -198,14 +204,29 @@ def read(folder: Path) -> Checkpoint:
     """Return the record of a sound checkpoint."""
     state = _read_state(folder)
     return Checkpoint(
-        step=state.step, loader=state.loader, identity=state.identity, figures=state.figures
+        step=state.step,
+        loader=state.loader,
+        identity=state.identity,
+        figures=state.figures,
+        decay=state.decay,
     )
+
+
+def add_decay(folder: Path, decay: Decay) -> None:
+    """Record the decay of a checkpoint that an earlier version wrote.
+
+    Otherwise it would be lost: the run's other files soon describe the attempt that resumes.
+    """
+    document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    document["decay"] = dataclasses.asdict(decay)
+    write_text(folder / STATE, json.dumps(document, indent=2))
 
 
 def require_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise MismatchError naming every field in which a checkpoint differs from this run."""
     old, new = dict(_flat(found)), dict(_flat(expected))
-    old.pop("training.start_from", None)  # recorded by earlier versions
+    for name in _NO_LONGER_RECORDED:
+        old.pop(f"training.{name}", None)
     differing = [
         f"{name}: saved {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -272,7 +293,7 @@ def _listed(folder: Path, prefix: str) -> Sequence[Path]:
 
 def _read_state(folder: Path) -> _State:
     """Return the content of `state.json`; OSError or ValueError if it cannot be read."""
-    return _State.model_validate(json.loads((folder / _STATE).read_text(encoding="utf-8")))
+    return _State.model_validate(json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
 def _damage(folder: Path) -> str | None:
@@ -295,16 +316,16 @@ def _find_damage(folder: Path) -> str | None:
         state = _read_state(folder)
     except ValidationError as error:
         first = error.errors()[0]
-        return f"{_STATE}: {'.'.join(map(str, first['loc'])) or 'whole file'}: {first['msg']}"
+        return f"{STATE}: {'.'.join(map(str, first['loc'])) or 'whole file'}: {first['msg']}"
     except (ValueError, RecursionError) as error:
-        return f"{_STATE}: {error}"
+        return f"{STATE}: {error}"
     if state.format_version != FORMAT_VERSION:
         return f"format version {state.format_version}, expected {FORMAT_VERSION}"
     if folder.name != f"step-{state.step:08d}":
-        return f"{_STATE} records step {state.step}"
+        return f"{STATE} records step {state.step}"
     for name in (WEIGHTS_NAME, _OPTIMIZER):
         if _size_and_digest(folder / name) != state.files.get(name):
-            return f"{name} does not match {_STATE}"
+            return f"{name} does not match {STATE}"
     return None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from eagle_core.config_model import ConfigModel
 from eagle_core.training.precision import TrainingDtype
@@ -13,6 +14,7 @@ LossPositions = Literal["eagle3", "predicted"]
 LossReduction = Literal["positions", "tokens", "sequence"]
 Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 Sharding = Literal["replicate", "shard"]
+Extend = Literal["keep", "restretch"]
 BestBy = Literal["joint_prefix", "decoding"]
 
 CLOSED_FORM = "closed_form"
@@ -68,6 +70,10 @@ class TrainingConfig(TttConfig):
     """
 
     former_keys: ClassVar[Mapping[str, str]] = {"start_from": "start"}
+    moved_keys: ClassVar[Mapping[str, str]] = {
+        "fc_norm": "draft.fc_norm",
+        "norm_output": "draft.norm_output",
+    }
 
     draft_vocab_size: int = Field(
         default=32000, gt=0, description="Tokens the draft can propose; at most the target's."
@@ -83,12 +89,8 @@ class TrainingConfig(TttConfig):
         description="Let the draft in the folder `start` read other aux layers than those it was "
         "trained on: solve its fusing matrix, for which the target runs on some samples.",
     )
-    fc_norm: bool = Field(
-        default=False, description="EAGLE-3.1: normalise each aux state before fusing them."
-    )
-    norm_output: bool = Field(
-        default=False, description="EAGLE-3.1: feed the final norm's output back to the draft."
-    )
+    fc_norm: SkipJsonSchema[bool] = Field(default=False, exclude=True, description="Moved.")
+    norm_output: SkipJsonSchema[bool] = Field(default=False, exclude=True, description="Moved.")
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
         description="AdamW, or Muon for the layer's matrices with AdamW for heads and norms.",
@@ -111,6 +113,14 @@ class TrainingConfig(TttConfig):
         default=1, gt=0, description="Passes over the data; ignored if max_steps is set."
     )
     max_steps: int | None = Field(default=None, gt=0, description="Stop exactly after this step.")
+    extend: Extend | None = Field(
+        default=None,
+        description="What the learning rate of a run that resumes with more epochs or max_steps "
+        "does; needed then, unless it is constant. keep: the schedule stays as it is, and its "
+        "final rate is that of the added steps. restretch: the rate goes on from its present "
+        "value, and what is left of the decay is spread over the steps to come. After the end of "
+        "the decay both stay at the final rate.",
+    )
     batch_tokens: int = Field(
         default=8192, gt=0, description="Tokens per packed batch; a longer sample forms its own."
     )
@@ -205,6 +215,11 @@ class TrainingConfig(TttConfig):
         return RATE_OF_DRAWN_WEIGHTS if self.start == RANDOM else RATE_OF_GIVEN_WEIGHTS
 
     @property
+    def moved(self) -> Mapping[str, bool]:
+        """Return the flags that recipes of older versions set here, for the section `draft`."""
+        return {name: getattr(self, name) for name in self.moved_keys}
+
+    @property
     def is_solved(self) -> bool:
         """Return whether the first weights are solved; so they are by default."""
         return self.start in {None, CLOSED_FORM}
@@ -212,7 +227,7 @@ class TrainingConfig(TttConfig):
     def identity(self) -> dict[str, object]:
         """Return the fields that a resumed run must share with its checkpoint."""
         # A checkpoint does not depend on how its run began.
-        free = {"start", "refit", "epochs", "max_steps", "gradient_checkpointing"}
+        free = {"start", "refit", "epochs", "max_steps", "extend", "gradient_checkpointing"}
         free |= {"checkpoint_every", "keep_last", "log_every", "held_out_every", "held_out_tokens"}
         free |= {"decode_every", "decode_prompts", "decode_new_tokens", "decode_device", "best_by"}
         # The number of processes may change between two runs.

@@ -20,10 +20,16 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from eagle_core.bfloat16 import widened
 from eagle_core.errors import ConfigError
-from eagle_core.training.attention import no_queries, packed_ttt_attention
+from eagle_core.training.attention import (
+    in_window,
+    keys_before,
+    no_queries,
+    packed_ttt_attention,
+)
 
 _CHECKED_TOKENS = 400
 _CHECKED_STARTS = (0, 170, 172)
+_CHECKED_WINDOW = 100
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
@@ -35,14 +41,21 @@ def flex_ttt_attention(
     own_values: Tensor,
     indices: Tensor,
     first: Tensor,
+    window: int | None = None,
 ) -> Tensor:
     """Compute `packed_ttt_attention`; same arguments and result."""
     if not len(query):
         return no_queries(query, keys, values)
+    before = keys_before(window, own_keys.shape[1])
+    own_keys, own_values = in_window(own_keys, window), in_window(own_values, window)
     with torch.autocast(query.device.type, enabled=False):  # dtypes are explicit here
         grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [A, K, G, E]
-        attention_output, logsumexp = _attend_shared(query, keys, values, indices, first)
         scores = torch.einsum("akge,aike->akgi", grouped, own_keys) * query.shape[-1] ** -0.5
+        if before == -1:  # nothing of step 0 is in the window
+            weights = widened(scores).softmax(dim=-1).to(query.dtype)
+            return torch.einsum("akgi,aike->akge", weights, own_values).flatten(1, 2)
+        oldest = first if before is None else torch.maximum(first, indices - before)
+        attention_output, logsumexp = _attend_shared(query, keys, values, indices, oldest)
         scores = torch.cat([logsumexp.view_as(grouped[..., :1]), widened(scores)], dim=-1)
         weights = scores.softmax(dim=-1).to(query.dtype)
         shared = weights[..., :1] * attention_output.view_as(grouped)
@@ -51,12 +64,15 @@ def flex_ttt_attention(
 
 
 def _attend_shared(
-    query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, first: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, oldest: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return [A, Hq, E] attention output over step 0, and [A, Hq] log-sum-exp of the scores."""
+    """Return [A, Hq, E] attention output over step 0, and [A, Hq] log-sum-exp of the scores.
+
+    Queries [A] see the keys from `oldest` to `indices`.
+    """
 
     def is_visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return (first[row] <= key) & (key <= indices[row])
+        return (oldest[row] <= key) & (key <= indices[row])
 
     mask = create_block_mask(is_visible, None, None, len(query), len(keys), device=query.device)
     attention_output, extra = _compiled()(
@@ -69,11 +85,18 @@ def _attend_shared(
 
 
 def require_agreement(
-    *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None = None,
 ) -> None:
     """Compare the kernel, and its gradients, with our own attention on a small case.
 
-    A kernel that is wrong for a GPU or a size would silently train a useless draft.
+    A kernel that is wrong for a GPU or a size would silently train a useless draft. A `window` is
+    compared by one that is short enough to hide keys of the small case.
 
     Raises:
         ConfigError: they differ by more than rounding.
@@ -93,8 +116,10 @@ def require_agreement(
     own_keys, own_values = (random(len(indices), 2, num_kv_heads, head_dim) for _ in range(2))
     inputs = (query, keys, values, own_keys, own_values)
     slope = random(*query.shape).detach()
+    shortened = None if window is None else min(window, _CHECKED_WINDOW)
     of_both = (
-        attend(*inputs, indices, first) for attend in (flex_ttt_attention, packed_ttt_attention)
+        attend(*inputs, indices, first, shortened)
+        for attend in (flex_ttt_attention, packed_ttt_attention)
     )
     found, expected = (
         [attention_output, *torch.autograd.grad(attention_output, inputs, slope)]

@@ -5,6 +5,7 @@ size, ranks and workers: these may change between two runs without losing or rep
 One thread prepares batches ahead, and the source is asked to prefetch their samples.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from eagle_core.errors import ConfigError
 from eagle_core.samples import SampleSource
 from eagle_core.training.packing import PackedBatch, pack
 
@@ -58,6 +60,11 @@ class StepShape:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def batches_of_all(self) -> int:
+        """Return the number of batches of a step, over all processes."""
+        return self.batches_per_step * self.world_size
+
 
 def epoch_order(
     groups: NDArray[np.int64], *, seed: int, epoch: int, window: int
@@ -72,22 +79,35 @@ def epoch_order(
 
     """
     rng = np.random.default_rng((seed, epoch))
-    borders = np.flatnonzero(np.diff(groups, prepend=-1, append=-1))
-    members = [np.arange(first, end) for first, end in pairwise(borders)]
-    shuffled = [members[number] for number in rng.permutation(len(members))]
-    windows = [
-        rng.permutation(np.concatenate(shuffled[first : first + window]))
-        for first in range(0, len(shuffled), window)
-    ]
-    return np.concatenate(windows)
+    starts = np.flatnonzero(np.diff(groups, prepend=-1, append=-1))
+    shuffled = rng.permutation(len(starts) - 1)
+    sizes = np.diff(starts)[shuffled]
+    ends = np.cumsum(sizes)
+    order = np.repeat(starts[shuffled] - (ends - sizes), sizes) + np.arange(len(groups))
+    for number in range(0, len(ends), window):
+        first = ends[number] - sizes[number]
+        rng.shuffle(order[first : ends[min(number + window, len(ends)) - 1]])
+    return order
 
 
-def batch_end(
-    order: NDArray[np.int64], lengths: NDArray[np.int64], *, first: int, batch_tokens: int
-) -> int:
-    """Return the end of the batch that starts at `first`: the budget, or at least one sample."""
-    totals = np.cumsum(lengths[order[first:]])
-    return first + max(1, int(np.searchsorted(totals, batch_tokens, side="right")))
+def batch_borders(lengths: NDArray[np.int64], batch_tokens: int) -> NDArray[np.int64]:
+    """Return [B + 1] the first sample of each batch, then N: the budget, or at least one sample.
+
+    One pass over all samples, so that an epoch is divided once and not batch by batch. A batch
+    depends only on where it starts: batches of the rest of an epoch are those of the whole.
+
+    Args:
+        lengths: [N] tokens of the samples, in the epoch's order.
+        batch_tokens: most tokens of a batch.
+
+    """
+    totals = np.concatenate([[0], np.cumsum(lengths)])
+    fitting = np.searchsorted(totals, totals[:-1] + batch_tokens, side="right") - 1
+    ends = np.maximum(fitting, np.arange(1, len(totals))).tolist()
+    borders = [0]
+    while borders[-1] < len(lengths):
+        borders.append(ends[borders[-1]])
+    return np.array(borders)
 
 
 def count_steps(
@@ -97,20 +117,33 @@ def count_steps(
     *,
     seed: int,
     epochs: int,
+    after: LoaderState | None = None,
 ) -> int:
-    """Return the exact number of steps of `epochs` full epochs; batches are rarely full."""
-    total = 0
-    for epoch in range(epochs):
+    """Return the exact number of steps to the end of `epochs` epochs; batches are rarely full.
+
+    Those before `after` do not count.
+    """
+    total, first_epoch = 0, after.epoch if after else 0
+    for epoch in range(first_epoch, epochs):
         order = epoch_order(groups, seed=seed, epoch=epoch, window=shape.window)
-        totals = np.cumsum(lengths[order])
-        num_batches, first, before = 0, 0, 0
-        while first < len(order):
-            end = int(np.searchsorted(totals, before + shape.batch_tokens, side="right"))
-            first = max(first + 1, end)
-            before = int(totals[first - 1])
-            num_batches += 1
-        total += -(-num_batches // (shape.batches_per_step * shape.world_size))
+        left = order[after.next_sample if after and epoch == first_epoch else 0 :]
+        num_batches = len(batch_borders(lengths[left], shape.batch_tokens)) - 1
+        total += -(-num_batches // shape.batches_of_all)
     return total
+
+
+def windows_in_use(shape: StepShape, *, tokens: int, num_groups: int) -> int:
+    """Return how many windows the prepared steps of all ranks touch at most.
+
+    Args:
+        shape: of the steps.
+        tokens: of all samples.
+        num_groups: of all samples.
+
+    """
+    window_tokens = shape.window * tokens / num_groups
+    prepared = (_STEPS_AHEAD + 2) * shape.batches_of_all * shape.batch_tokens
+    return 1 + math.ceil(prepared / window_tokens)
 
 
 def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterator[LoadedStep]:
@@ -127,7 +160,7 @@ def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterato
                 while len(ahead) <= _STEPS_AHEAD:
                     members, after = next(plan)
                     mine = members[shape.rank :: shape.world_size]
-                    source.prefetch(index for batch in mine for index in batch.tolist())
+                    source.prefetch(_own_first(members, shape))
                     ahead.append(reader.submit(_load, source, mine, len(members), shape, after))
                 yield ahead.popleft().result()
         finally:
@@ -142,27 +175,32 @@ def _plan(
     source: SampleSource, state: LoaderState, shape: StepShape
 ) -> Iterator[tuple[Members, LoaderState]]:
     """Yield per step the samples of each batch, for all ranks, and the state after the step."""
-    lengths, groups = source.lengths, source.groups
+    if not len(source.lengths):
+        raise ConfigError("there is no sample to train on: the snapshot is empty")
     epoch, first = state.epoch, state.next_sample
     while True:
-        order = epoch_order(groups, seed=state.seed, epoch=epoch, window=shape.window)
-        while first < len(order):
-            members: Members = []
-            while first < len(order) and len(members) < shape.batches_per_step * shape.world_size:
-                end = batch_end(order, lengths, first=first, batch_tokens=shape.batch_tokens)
-                members.append(order[first:end])
-                first = end
-            ended = first == len(order)
+        order = epoch_order(source.groups, seed=state.seed, epoch=epoch, window=shape.window)
+        borders = first + batch_borders(source.lengths[order[first:]], shape.batch_tokens)
+        for number in range(0, len(borders) - 1, shape.batches_of_all):
+            of_step = borders[number : number + shape.batches_of_all + 1].tolist()
+            ended = of_step[-1] == len(order)
             yield (
-                members,
+                [order[begin:end] for begin, end in pairwise(of_step)],
                 LoaderState(
                     source_id=state.source_id,
                     seed=state.seed,
                     epoch=epoch + ended,
-                    next_sample=0 if ended else first,
+                    next_sample=0 if ended else of_step[-1],
                 ),
             )
         epoch, first = epoch + 1, 0
+
+
+def _own_first(members: Members, shape: StepShape) -> Iterator[int]:
+    """Yield the samples of a step: ranks that share what they read divide all of it."""
+    for rank in range(shape.rank, shape.rank + shape.world_size):
+        for batch in members[rank % shape.world_size :: shape.world_size]:
+            yield from batch.tolist()
 
 
 def _load(

@@ -93,6 +93,7 @@ def distillation_loss(
         lk_eta=lk_eta,
         compiled=compiled,
         wants_gradient=torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad),
+        trains_head=head.requires_grad,
     )
     with torch.autocast(hidden.device.type, enabled=False):  # dtypes are explicit here
         loss, *metrics = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
@@ -114,6 +115,7 @@ class _Task:
     lk_eta: float
     compiled: bool
     wants_gradient: bool
+    trains_head: bool
 
     @property
     def measures_acceptance(self) -> bool:
@@ -134,7 +136,8 @@ class _ChunkedLoss(torch.autograd.Function):
         metrics = tuple(wide.new_zeros(len(hidden)) for _ in range(_NUM_METRICS))
         turn_into_gradient = _compiled() if task.compiled else _turn_into_gradient
         grad_hidden = torch.empty_like(hidden) if task.wants_gradient else None
-        grad_head = torch.zeros_like(head) if task.wants_gradient else None
+        is_trained = task.wants_gradient and task.trains_head
+        grad_head = torch.zeros_like(head) if is_trained else None
         compute_head = head.to(hidden.dtype)
         spans = _Spans(teacher.token_of_row)
         logits_buffer = hidden.new_empty(spans.longest(CHUNK_ROWS), len(head))
@@ -157,8 +160,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 )
                 for metric, values in zip(metrics, tile_metrics, strict=True):
                     metric[tile.rows] = values
-            if grad_hidden is not None and grad_head is not None:
+            if grad_hidden is not None:
                 torch.mm(logits, compute_head, out=grad_hidden[chunk.rows])
+            if grad_head is not None:
                 _add_product(grad_head, logits, states)
         ctx.gradients = grad_hidden, grad_head
         ctx.mark_non_differentiable(*metrics)
@@ -169,8 +173,9 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None  # scaled in place, so valid for one backward pass only
         if grads[0].device.type != "cpu" or grads[0] != 1:  # a GPU must not wait for the result
-            grad_hidden.mul_(grads[0])
-            grad_head.mul_(grads[0])
+            for gradient in (grad_hidden, grad_head):
+                if gradient is not None:
+                    gradient.mul_(grads[0])
         return grad_hidden, grad_head, None, None, None
 
 

@@ -1,5 +1,7 @@
 """A linear map that one step applies several times, with one product for its weight's gradient.
 
+A bias is added to each output, and its gradient summed once over all uses, too.
+
 Autograd would compute that gradient once per use and sum the results: in bfloat16 each sum is
 rounded again, the products are small, and each addition reads and writes memory as large as the
 weight.
@@ -20,10 +22,11 @@ class RepeatedLinear:
     Inputs and the gradients of outputs are kept until the last use has been differentiated.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """Take a weight [O, I]; products are computed in `dtype`."""
-        self._uses = _Uses(weight=weight.detach().to(dtype))
-        self._token: Tensor = _Weight.apply(weight, self._uses)  # type: ignore[no-untyped-call]  # torch
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        """Take a weight [O, I] and perhaps a bias [O]; products are computed in `dtype`."""
+        rounded = None if bias is None else bias.detach().to(dtype)
+        self._uses = _Uses(weight=weight.detach().to(dtype), bias=rounded)
+        self._token: Tensor = _Weight.apply(weight, bias, self._uses)  # type: ignore[no-untyped-call]  # torch
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return [R, O] for states [R, I] in the dtype of products."""
@@ -35,6 +38,8 @@ class RepeatedLinear:
 class _Uses:
     weight: Tensor
     """[O, I] in the dtype of products"""
+    bias: Tensor | None
+    """[O]"""
     inputs: list[Tensor] = field(default_factory=list)
     """[R, I] each, in the order of the backward pass"""
     gradients: list[Tensor] = field(default_factory=list)
@@ -45,17 +50,19 @@ class _Weight(torch.autograd.Function):
     """Represents the weight in the graph: its backward runs after that of all uses."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, uses: _Uses) -> Tensor:  # noqa: ANN401
-        ctx.uses, ctx.dtype = uses, weight.dtype
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, uses: _Uses) -> Tensor:  # noqa: ANN401
+        ctx.uses, ctx.dtype, ctx.has_bias = uses, weight.dtype, bias is not None
         return weight.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401
         uses: _Uses = ctx.uses
-        gradient = torch.cat(uses.gradients).T @ torch.cat(uses.inputs)
+        of_outputs = torch.cat(uses.gradients)
+        gradient = (of_outputs.T @ torch.cat(uses.inputs)).to(ctx.dtype)
+        of_bias = of_outputs.sum(dim=0, dtype=ctx.dtype) if ctx.has_bias else None
         uses.gradients.clear()
         uses.inputs.clear()
-        return gradient.to(ctx.dtype), None
+        return gradient, of_bias, None
 
 
 class _Use(torch.autograd.Function):
@@ -63,7 +70,8 @@ class _Use(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, token: Tensor, uses: _Uses) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(states, token)
         ctx.uses = uses
-        return states @ uses.weight.T
+        output = states @ uses.weight.T
+        return output if uses.bias is None else output.add_(uses.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401

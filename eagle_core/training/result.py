@@ -40,6 +40,28 @@ class Metrics:
     ] = ()
     """[L] joint-prefix accuracy: share of positions where the draft is correct up to this step."""
 
+    def scalars(self) -> dict[str, float]:
+        """Return what trackers show of the last step."""
+        return {
+            "loss": self.loss,
+            **{f"loss/step_{step}": value for step, value in enumerate(self.step_losses)},
+            **{f"accuracy/step_{step}": value for step, value in enumerate(self.step_accuracies)},
+        }
+
+    def held_out_scalars(self) -> dict[str, float]:
+        """Return what trackers show of the last measurement."""
+        named = {
+            "accuracy": self.held_out_accuracies,
+            "acceptance": self.held_out_acceptances,
+            "prefix": self.held_out_joint_prefix_accuracies,
+        }
+        scalars = {
+            f"held_out/{name}_{step}": value
+            for name, values in named.items()
+            for step, value in enumerate(values)
+        }
+        return {**scalars, "held_out/acceptance_length": self.held_out_length}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:

@@ -39,7 +39,16 @@ from eagle_core.training.optimizers import (
 from eagle_core.training.packing import PackedBatch, pack
 from eagle_core.training.precision import dtype_name, multiplying_dtype
 from eagle_core.training.result import Best, Metrics, Progress, TrainingResult
-from eagle_core.training.schedule import learning_rate, step_shape, total_steps
+from eagle_core.training.schedule import (
+    Decay,
+    PlannedRun,
+    RunSteps,
+    learning_rate,
+    new_decay,
+    recorded_decay,
+    resumed_decay,
+    step_shape,
+)
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.throughput import ThroughputMeter
 from eagle_core.training.ttt import TttModule, TttOutcome, fuses_attention, loss_totals
@@ -56,6 +65,7 @@ def train(
     run_path: Path,
     tracker: Tracker,
     decoder: Decoder | None = None,
+    planned: PlannedRun | None = None,
     on_progress: Callable[[Progress], None] = lambda _progress: None,
 ) -> TrainingResult:
     """Train `draft` in place, from the newest good checkpoint of `run_path` if there is one.
@@ -72,11 +82,13 @@ def train(
         run_path: folder of the run; checkpoints go below it.
         tracker: records the metrics.
         decoder: of the first process: decodes with drafts of the run at `config.decode_every`.
+        planned: what is known of the run, if its checkpoint is of an earlier version.
         on_progress: called after every step.
 
     Raises:
         ConfigError: `compile` needs FlexAttention, but its results are wrong on this GPU.
-        MismatchError: the checkpoint belongs to other data or settings; names the fields.
+        MismatchError: the checkpoint belongs to other data or settings, which it names; or the run
+            is longer than it was, and `config.extend` is not set.
         CorruptError: the loss or the gradient (names the samples of the batch) or a weight to save
             is not finite.
         EagleCoreError: `decoder` failed; all steps before are saved.
@@ -85,7 +97,7 @@ def train(
     with join_processes() as processes, stop_request() as stop_requested:
         # Not assigned: objects that hold a process group must be gone when the block ends.
         return _Run(
-            config, draft, target_lm_head, source, held_out, run_path, processes
+            config, draft, target_lm_head, source, held_out, run_path, processes, planned
         ).until_done(tracker, decoder, on_progress, stop_requested.is_set)
 
 
@@ -101,22 +113,20 @@ class _Run:
         held_out: SampleSource | None,
         run_path: Path,
         processes: Processes,
+        planned: PlannedRun | None,
     ) -> None:
         self.config, self.draft, self.source, self.held_out = config, draft, source, held_out
         self.run_path, self.processes = run_path, processes
         self.dtype = multiplying_dtype(config.dtype, draft.lm_head.weight.device)
         self.target_head = target_lm_head[draft.t2d].to(self.dtype)
         self.identity = _identity(config, draft, source, self.dtype)
-        self.total_steps = total_steps(
-            config, source.lengths, source.groups, world_size=processes.world_size
-        )
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
         self.metrics: Metrics | None = None
         self.saved: Path | None = None
         self.best_length = 0.0
         """Largest held-out length of the existing checkpoints."""
-        self._resume_weights()
+        self.decay = self._resume_weights(planned)
         if fuses_attention(self.config, self._device):
             require_agreement(
                 num_heads=draft.config.num_attention_heads,
@@ -124,6 +134,7 @@ class _Run:
                 head_dim=draft.config.head_dim,
                 dtype=self.dtype,
                 device=self._device,
+                window=draft.config.sliding_window,
             )
         self.module = processes.parallel(TttModule(draft, self.config), config.sharding)
         self.trained = [p for p in draft.parameters() if p.requires_grad]
@@ -131,18 +142,32 @@ class _Run:
         if self.saved is not None:
             restore_state(self.optimizers, draft, checkpoint.load_optimizer(self.saved))
 
-    def _resume_weights(self) -> None:
+    def _resume_weights(self, planned: PlannedRun | None) -> Decay:
+        """Load the weights of the newest checkpoint; return the decay of the learning rate."""
+        steps_of_run = RunSteps(
+            config=self.config,
+            lengths=self.source.lengths,
+            groups=self.source.groups,
+            world_size=self.processes.world_size,
+        )
         folder = checkpoint.newest(self.run_path)
         if folder is None:
-            return
+            return new_decay(steps_of_run)
         found = checkpoint.read(folder)
         checkpoint.require_identity(folder, found.identity, self.identity)
+        here = dataclasses.replace(steps_of_run, step=found.step, loader=found.loader)
+        before = found.decay or recorded_decay(here, planned)
+        decay = resumed_decay(here, before)
+        self.processes.wait()  # all have read it
+        if found.decay is None and self.processes.is_first and found.step < here.last():
+            checkpoint.add_decay(folder, before)
         checkpoint.load_weights(self.draft, folder)
         self.step, self.loader, self.saved = found.step, found.loader, folder
         self.metrics = TypeAdapter(Metrics).validate_python(found.figures)
         best = checkpoint.find_best(self.run_path, "joint_prefix")
         if best is not None:
             self.best_length = best.length
+        return decay
 
     def until_done(
         self,
@@ -180,7 +205,7 @@ class _Run:
             self._update_metrics(outcomes)
             on_progress(Progress(step=self.step, loss=self._last_metrics.loss))
             if self.step % self.config.log_every == 0 or self._is_done():
-                tracker.log({**_scalars(self._last_metrics), "learning_rate": rate}, step=self.step)
+                tracker.log({**self._last_metrics.scalars(), "learning_rate": rate}, step=self.step)
                 tracker.log(meter.scalars(), step=self.step)
             is_best = False
             if self.step % self.config.held_out_every == 0 or self._is_done():
@@ -233,7 +258,7 @@ class _Run:
         return self.loader.epoch >= self.config.epochs
 
     def _one_step(self, loaded: LoadedStep) -> tuple[list[TttOutcome], float]:
-        rate = learning_rate(self.config, self.step, self.total_steps)
+        rate = learning_rate(self.config, self.step, self.decay)
         set_learning_rate(self.optimizers, rate)
         own = [batch.to(self._device) for batch in loaded.batches]
         counts = [loss_totals(self.draft.t2d, batch, self.config) for batch in own]
@@ -337,17 +362,7 @@ class _Run:
             held_out_acceptances=found.acceptances,
             held_out_joint_prefix_accuracies=found.joint_prefix_accuracies,
         )
-        named = {
-            "accuracy": found.accuracies,
-            "acceptance": found.acceptances,
-            "prefix": found.joint_prefix_accuracies,
-        }
-        scalars = {
-            f"held_out/{name}_{step}": value
-            for name, values in named.items()
-            for step, value in enumerate(values)
-        }
-        tracker.log({**scalars, "held_out/acceptance_length": found.length}, step=self.step)
+        tracker.log(self._last_metrics.held_out_scalars(), step=self.step)
         is_best = self.processes.any(found.length > self.best_length)  # all processes save, or none
         self.best_length = max(self.best_length, found.length)
         return is_best
@@ -363,6 +378,7 @@ class _Run:
                 loader=self.loader,
                 identity=self.identity,
                 figures=dataclasses.asdict(self._last_metrics),
+                decay=self.decay,
             )
             checkpoint.save(
                 self.run_path,
@@ -388,12 +404,4 @@ def _identity(
         "training": {**config.identity(), "dtype": dtype_name(dtype)},
         "draft": draft.config.identity(),
         "draft_vocabulary": hashlib.sha256(vocabulary).hexdigest(),
-    }
-
-
-def _scalars(metrics: Metrics) -> dict[str, float]:
-    return {
-        "loss": metrics.loss,
-        **{f"loss/step_{step}": value for step, value in enumerate(metrics.step_losses)},
-        **{f"accuracy/step_{step}": value for step, value in enumerate(metrics.step_accuracies)},
     }

@@ -11,26 +11,22 @@ Shapes: N packed tokens, A_i indices of step i, H draft hidden, L steps.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from eagle_core.bfloat16 import widened
-from eagle_core.draft.model import DraftLayer, DraftModel, gated
-from eagle_core.draft.rotary import rotary, rotate
-from eagle_core.training.attention import packed_ttt_attention
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.model import DraftModel
+from eagle_core.draft.rotary import rotary
 from eagle_core.training.config import TttConfig
-from eagle_core.training.flex_attention import flex_ttt_attention
+from eagle_core.training.layer_steps import LayerSteps, Rows
 from eagle_core.training.loss import RowOutcome, Teacher, distillation_loss
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.positions import (
     TttPositions,
     ttt_positions,
 )
-from eagle_core.training.repeated_linear import RepeatedLinear
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,93 +166,49 @@ def chain_states(
 ) -> Iterator[Tensor]:
     """Yield the pre-norm states [A_i, H] of each step.
 
-    `on_attended` gets what the feed-forward block reads: the state [A_i, H] after attention.
+    `on_attended` gets what the first layer's feed-forward block reads: the state [A_i, H] after
+    attention.
     """
-    layer, config = draft.midlayer, draft.config
     fused = draft.fuse(widened(batch.aux_hidden_states))
-    dtype = fused.dtype  # of products; autocast would round an input of two products twice
-    inputs = _InputHalves(draft, batch, dtype)
-    output = RepeatedLinear(layer.self_attn.o_proj.weight, dtype)
-    feed_forward = _feed_forward(layer, dtype, checkpointed=options.gradient_checkpointing)
-    state = widened(fused)  # the residual stream stays wide
-    normed = layer.hidden_norm(state).to(dtype)
+    embedding: Tensor | None = draft.embed_tokens(batch.input_ids)
+    layers: list[LayerSteps] = []
+    for layer in draft.every_layer():
+        layers.append(
+            LayerSteps(
+                layer,
+                embedding,
+                fused.dtype,  # of products; autocast would round an input of two products twice
+                checkpointed=options.gradient_checkpointing,
+                fused=fuses_attention(options, fused.device),
+            )
+        )
+        embedding = None  # of the first layer only
+    state = widened(fused)[:-1]  # the residual stream stays wide; the last token has no next one
     position = _positions(batch)
-    every = torch.arange(batch.num_tokens, device=state.device)
-    keys, values = inputs.keys_values(normed[:-1], every[:-1], step=0)
-    cos, sin = (angle.to(keys.dtype).unsqueeze(1) for angle in rotary(position, config))
-    keys = rotate(keys, cos[:-1], sin[:-1])
-    own_keys = own_values = keys.new_zeros(batch.num_tokens, 0, *keys.shape[1:])
-    before, is_fused = every, fuses_attention(options, state.device)
+    before = torch.arange(len(state), device=state.device)
     for step, indices in enumerate(positions.indices):
         kept = torch.searchsorted(before, indices)
-        state, before = state[kept], indices
-        normed = layer.hidden_norm(state).to(dtype) if step else normed[kept]
-        angles = rotary(position[indices] + step, config)
-        cos, sin = (angle.to(keys.dtype).unsqueeze(1) for angle in angles)
-        query = rotate(inputs.queries(normed, indices, step=step), cos, sin)
-        own_keys, own_values = own_keys[kept], own_values[kept]
-        if step:
-            key, value = inputs.keys_values(normed, indices, step=step)
-            key, value = rotate(key, cos, sin).unsqueeze(1), value.unsqueeze(1)
-            own_keys = torch.cat([own_keys, key], dim=1)
-            own_values = torch.cat([own_values, value], dim=1)
-        attend = flex_ttt_attention if is_fused else packed_ttt_attention
-        first = indices - position[indices]
-        attention_output = attend(query, keys, values, own_keys, own_values, indices, first)
-        state = state + output(attention_output.flatten(1))
-        on_attended(state)
-        state = state + feed_forward(state)
+        rows = _rows(before if step == 0 else indices, position, step, draft.config, fused.dtype)
+        state = state[kept] if step else state
+        for number, one in enumerate(layers):
+            if step:
+                output = one.advance(state, rows, kept)
+            else:
+                output = one.begin(state, rows, kept if one is layers[-1] else None)
+            state = output.state
+            if number == 0:
+                is_partial = step > 0 or one is layers[-1]
+                on_attended(output.attended if is_partial else output.attended[kept])
         yield state
-        state = draft.recurrent(state)
+        state, before = draft.recurrent(state), indices
 
 
-def _feed_forward(
-    layer: DraftLayer, dtype: torch.dtype, *, checkpointed: bool
-) -> Callable[[Tensor], Tensor]:
-    """Return the feed-forward block for all steps: [A, H] to [A, H]."""
-    block = layer.mlp
-
-    def normed(state: Tensor) -> Tensor:
-        output: Tensor = layer.post_attention_layernorm(state)
-        return output.to(dtype)
-
-    if checkpointed:  # RepeatedLinear would keep recomputed inputs until the last backward
-        return partial(checkpoint, lambda state: block(normed(state)), use_reentrant=False)
-    gate, up, down = (
-        RepeatedLinear(part.weight, dtype)
-        for part in (block.gate_proj, block.up_proj, block.down_proj)
-    )
-    return lambda state: gated(normed(state), gate=gate, up=up, down=down)
-
-
-class _InputHalves:
-    """Halves of the query, key and value projections: embedding once, hidden state each step."""
-
-    def __init__(self, draft: DraftModel, batch: PackedBatch, dtype: torch.dtype) -> None:
-        layer, size = draft.midlayer, draft.config.hidden_size
-        attention = layer.self_attn
-        self._head_dim = draft.config.head_dim
-        embedding = layer.input_layernorm(draft.embed_tokens(batch.input_ids))
-        key_value = torch.cat([attention.k_proj.weight, attention.v_proj.weight])
-        self._query_hidden = RepeatedLinear(attention.q_proj.weight[:, size:], dtype)
-        self._key_value_hidden = RepeatedLinear(key_value[:, size:], dtype)
-        self._query_embedding = functional.linear(embedding, attention.q_proj.weight[:, :size])
-        self._key_value_embedding = functional.linear(embedding, key_value[:, :size])
-
-    def queries(self, normed: Tensor, indices: Tensor, *, step: int) -> Tensor:
-        """Return [A, N, E] for normed states [A, H] at `indices`."""
-        hidden = self._query_hidden(normed)
-        return self._split(hidden + self._query_embedding[indices + 1 + step])
-
-    def keys_values(self, normed: Tensor, indices: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values [A, K, E] for normed states at `indices`."""
-        hidden = self._key_value_hidden(normed)
-        both = hidden + self._key_value_embedding[indices + 1 + step]
-        key, value = both.chunk(2, dim=-1)
-        return self._split(key), self._split(value)
-
-    def _split(self, states: Tensor) -> Tensor:
-        return states.reshape(len(states), states.shape[-1] // self._head_dim, self._head_dim)
+def _rows(
+    indices: Tensor, position: Tensor, step: int, config: DraftConfig, dtype: torch.dtype
+) -> Rows:
+    angles = rotary(position[indices] + step, config)
+    cos, sin = (angle.to(dtype).unsqueeze(1) for angle in angles)
+    return Rows(step=step, indices=indices, first=indices - position[indices], cos=cos, sin=sin)
 
 
 def _positions(batch: PackedBatch) -> Tensor:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
 from eagle_core.training.config import TttConfig
-from eagle_core.training.loader import batch_end
+from eagle_core.training.loader import batch_borders
 from eagle_core.training.packing import PackedBatch, pack
 from eagle_core.training.ttt import TttOutcome, ttt_step
 
@@ -68,10 +69,10 @@ def held_out_batches(
     source: SampleSource, *, batch_tokens: int, max_tokens: int
 ) -> Iterator[PackedBatch]:
     """Yield the first `max_tokens` tokens of `source`, in source order."""
-    order = torch.arange(len(source.lengths)).numpy()
-    first = num_tokens = 0
-    while first < len(order) and num_tokens < max_tokens:
-        end = batch_end(order, source.lengths, first=first, batch_tokens=batch_tokens)
+    num_tokens = 0
+    for first, end in pairwise(batch_borders(source.lengths, batch_tokens).tolist()):
+        if num_tokens >= max_tokens:
+            return
         batch = pack([source.fetch(index) for index in range(first, end)])
         yield batch
-        first, num_tokens = end, num_tokens + batch.num_tokens
+        num_tokens += batch.num_tokens

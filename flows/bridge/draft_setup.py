@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.importing import ImportedDraft, read_draft, require_fit, warm_start
 from eagle_core.draft.model import DraftModel
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.draft.vocabulary import (
     Coverage,
     DraftVocabulary,
@@ -38,7 +39,7 @@ from eagle_core.target.placement import load_target
 from eagle_core.target.skeleton import reason_of
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.training.checkpoint import load_draft, newest
+from eagle_core.training.checkpoint import load_draft, newest, read
 from eagle_core.training.config import CLOSED_FORM, RANDOM, TrainingConfig
 
 VOCABULARY_NAME = "draft_vocabulary.safetensors"
@@ -68,17 +69,28 @@ class DraftSetup:
     """None unless the draft was given and reads other aux layers."""
 
 
-def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path) -> DraftSetup:
+def set_up_draft(
+    target: TargetConfig,
+    training: TrainingConfig,
+    run_path: Path,
+    settings: DraftSettings | None = None,
+) -> DraftSetup:
     """Return the untrained draft of a run whose vocabulary exists.
 
-    Reads two tensors of the target (embedding and head), not the layers between them.
+    Reads two tensors of the target (embedding and head), not the layers between them. Without
+    `settings` the draft is that of the run's checkpoint.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+        MismatchError: the run's draft is of a target of other sizes, or the given draft differs.
+
     """
     folder = weights.locate(target)
     model_config = read_model_config(target, folder)
     device = resolve_device(target.device)
     embedding, lm_head = load_ends(folder, dtype=torch.float32)
     vocabulary = DraftVocabulary.load(run_path / VOCABULARY_NAME)
-    draft = DraftModel(_draft_config(training, model_config, len(vocabulary)))
+    draft = DraftModel(_draft_config(settings, run_path, model_config, len(vocabulary)))
     draft.initialise(
         embedding=embedding, lm_head=lm_head, vocabulary=vocabulary, seed=training.seed
     )
@@ -97,7 +109,9 @@ def set_up_draft(target: TargetConfig, training: TrainingConfig, run_path: Path)
     )
 
 
-def require_start_fits(target: TargetConfig, training: TrainingConfig, run_path: Path) -> None:
+def require_start_fits(
+    target: TargetConfig, training: TrainingConfig, run_path: Path, settings: DraftSettings
+) -> None:
     """Raise MismatchError if a run that has not begun is to start from a draft that does not fit.
 
     It has other sizes, or reads other layers. The target's configuration must be at hand.
@@ -107,7 +121,8 @@ def require_start_fits(target: TargetConfig, training: TrainingConfig, run_path:
     given = read_draft(training.start_folder)
     model_config = read_model_config(target, weights.locate(target))
     _other_layers(given, target, training, model_config)
-    require_fit(_draft_config(training, model_config, given.config.draft_vocab_size), given)
+    size = given.config.draft_vocab_size
+    require_fit(_draft_config(settings, run_path, model_config, size), given)
 
 
 def require_start(training: TrainingConfig, run_path: Path) -> None:
@@ -140,14 +155,40 @@ def load_trained(setup: DraftSetup) -> DraftModel:
 
 
 def _draft_config(
-    training: TrainingConfig, model_config: PretrainedConfig, draft_vocab_size: int
+    settings: DraftSettings | None,
+    run_path: Path,
+    model_config: PretrainedConfig,
+    draft_vocab_size: int,
 ) -> DraftConfig:
-    return DraftConfig.from_target(
-        model_config,
-        draft_vocab_size=draft_vocab_size,
-        fc_norm=training.fc_norm,
-        norm_output=training.norm_output,
+    begun = begun_draft(run_path)
+    if settings is None and begun is not None:
+        return _fitting(begun, model_config, run_path)
+    wanted = DraftConfig.from_target(
+        model_config, draft_vocab_size=draft_vocab_size, settings=settings or PLAIN_DRAFT
     )
+    if begun is None or begun.rope_scaling is not None or wanted.rope_scaling is None:
+        return wanted
+    logger.info("the run in %s began with a plain rotary embedding, and keeps it", run_path)
+    return wanted.model_copy(update={"rope_scaling": None})
+
+
+def begun_draft(run_path: Path) -> DraftConfig | None:
+    """Return the sizes of a run's draft, from its newest checkpoint; None before the first."""
+    folder = newest(run_path)
+    return None if folder is None else DraftConfig.model_validate(read(folder).identity["draft"])
+
+
+def _fitting(begun: DraftConfig, model_config: PretrainedConfig, run_path: Path) -> DraftConfig:
+    """Return the sizes of the run's draft; MismatchError if the target has others than its own."""
+    own = {"width": begun.target_hidden_size, "vocabulary": begun.vocab_size}
+    now = {"width": model_config.hidden_size, "vocabulary": model_config.vocab_size}
+    facts = [f"{name} {own[name]} (now {now[name]})" for name in own if own[name] != now[name]]
+    if facts:
+        raise MismatchError(
+            f"the draft in {run_path} is of a target with {', '.join(facts)}; name the run's own "
+            "target"
+        )
+    return begun
 
 
 def _other_layers(
@@ -193,7 +234,11 @@ def _start_from(draft: DraftModel, given: ImportedDraft, folder: Path) -> None:
 
 
 def choose_vocabulary(
-    target: TargetConfig, training: TrainingConfig, tokens: TokenFile, run_path: Path
+    target: TargetConfig,
+    training: TrainingConfig,
+    tokens: TokenFile,
+    run_path: Path,
+    settings: DraftSettings = PLAIN_DRAFT,
 ) -> Coverage:
     """Choose the vocabulary of a run, once; return how much of the supervised tokens it covers.
 
@@ -202,7 +247,8 @@ def choose_vocabulary(
     """
     vocab_size = read_model_config(target, weights.locate(target)).vocab_size
     counted = _count(tokens, vocab_size)
-    path, size = run_path / VOCABULARY_NAME, min(training.draft_vocab_size, vocab_size)
+    path = run_path / VOCABULARY_NAME
+    size = vocab_size if settings.target_head else min(training.draft_vocab_size, vocab_size)
     if path.exists():
         found = DraftVocabulary.load(path)
         is_wanted = found.source_id == tokens.path.stem and len(found) == size

@@ -20,7 +20,7 @@ from torch import Tensor
 from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.closed_form.refit import refit_fusing_matrix
 from eagle_core.closed_form.sampled_batches import SampledBatches
-from eagle_core.closed_form.start import solve_start, tokens_needed
+from eagle_core.closed_form.start import solve_start, tokens_needed, why_not_solved
 from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
@@ -187,7 +187,7 @@ def _make(
 ) -> Start:
     started = time.monotonic()
     draft, refit = setup.draft, setup.refit
-    is_made = training.is_solved or refit is not None
+    is_made = refit is not None or (training.is_solved and not why_not_solved(draft.config))
     batches = SampledBatches(
         source,
         training,
@@ -217,7 +217,8 @@ def _make(
     figures: HeldOutFigures | None = None
     refused = ""
     if training.is_solved:
-        logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
+        if is_made:
+            logger.info("solving the draft's first weights on %s tokens", f"{batches.num_tokens:,}")
         solved = solve_start(
             draft, batches, measured, sizes, target_head, step, training, processes
         )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from eagle_core.atomic_files import write_text
 from eagle_core.data.config import DatasetConfig
 from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.draft.vocabulary import Coverage, DraftVocabulary, SourceCoverage
 from eagle_core.errors import ConfigError, CorruptError, MismatchError
 from eagle_core.target import weights
@@ -23,6 +24,8 @@ from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import require_identity
 from eagle_core.training.config import TrainingConfig
+from eagle_core.training.loader import LoaderState
+from eagle_core.training.schedule import Decay
 from flows.bridge.draft_setup import VOCABULARY_NAME, DraftSetup
 from flows.config.run import RunConfig
 from flows.config.store import StoreConfig
@@ -52,6 +55,8 @@ class Run(BaseModel):
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
     draft: DraftConfig
+    draft_settings: DraftSettings | None = None
+    """None in files of older versions: `settings_of_draft`."""
     draft_vocabulary: str
     """Fingerprint of `draft_vocabulary.safetensors`."""
     vocabulary_coverage: float
@@ -88,6 +93,7 @@ class Run(BaseModel):
             target_fields=fingerprint_fields(config.target, folder),
             stop_ids=tuple(sorted(conversation_tokenizer(config.target).stop_ids)),
             draft=setup.draft.config,
+            draft_settings=config.draft,
             draft_vocabulary=DraftVocabulary.load(setup.run_path / VOCABULARY_NAME).fingerprint,
             vocabulary_coverage=coverage.share,
             coverage_by_source=dict(coverage.by_source),
@@ -102,6 +108,11 @@ class Run(BaseModel):
     def coverage(self) -> Coverage:
         """How much of the supervised training tokens the draft can propose."""
         return Coverage(share=self.vocabulary_coverage, by_source=self.coverage_by_source)
+
+    @property
+    def settings_of_draft(self) -> DraftSettings:
+        """The settings of the run's draft."""
+        return self.draft_settings or PLAIN_DRAFT.with_moved(self.training.moved)
 
     def require_vocabulary(self, run_path: Path) -> None:
         """Raise MismatchError unless the run's folder has the draft vocabulary it started with."""
@@ -186,11 +197,18 @@ class BegunRun:
     """The state of a run with a checkpoint, read once: its files may be gigabytes."""
 
     step: int
-    source_id: str
+    loader: LoaderState
+    decay: Decay | None
+    """Of its learning rate; None in checkpoints of earlier versions."""
     tokens: str
     """Content digest of its token files."""
     record: Run | None
     """None for a run of an older version, without `run.json`."""
+
+    @property
+    def source_id(self) -> str:
+        """Return the id of the samples that it trains on."""
+        return self.loader.source_id
 
 
 def begun_run(run_path: Path) -> BegunRun | None:
@@ -202,4 +220,6 @@ def begun_run(run_path: Path) -> BegunRun | None:
     tokens = own_tokens(run_path, record)
     if tokens is None:
         return None
-    return BegunRun(step=found.step, source_id=found.loader.source_id, tokens=tokens, record=record)
+    return BegunRun(
+        step=found.step, loader=found.loader, decay=found.decay, tokens=tokens, record=record
+    )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training.config import TrainingConfig
@@ -18,6 +19,7 @@ class RunConfig:
     store: StoreConfig
     training: TrainingConfig
     tracking: TrackingConfig
+    draft: DraftSettings = PLAIN_DRAFT
     given_target: TargetConfig | None = None
     """As the recipe has it, where `target` has decided what that leaves open."""
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from eagle_core.samples import SampleSource
 from eagle_core.target.model import TargetModel
 from eagle_core.tracking.trackers import open_trackers
-from eagle_core.training.config import TrainingConfig
 from eagle_core.training.result import Progress, TrainingResult
-from eagle_core.training.schedule import learning_rate, total_steps
 from eagle_core.training.trainer import train
 from flows.bridge.draft_decoder import DraftsToDecode
 from flows.bridge.draft_setup import DraftSetup
-from flows.bridge.first_weights import as_begun, read_start
+from flows.bridge.first_weights import read_start
 from flows.bridge.run import Run
 from flows.bridge.run_lock import RunLock
 from flows.errors import TrainingStoppedError
@@ -30,6 +28,7 @@ from flows.reports.run_record import (
     write_stage,
 )
 from flows.summaries import TrainSummary
+from flows.tasks.attempt_length import AttemptLength
 from flows.workers.decoders import open_decoder
 from flows.workers.train_worker import begin, tracked_run
 
@@ -46,6 +45,7 @@ def run_training(
     run: Run,
     lock: RunLock,
     *,
+    length: AttemptLength,
     write_record: Callable[[], None],
     refetch_samples: bool = True,
     decoding: DraftsToDecode | None = None,
@@ -59,6 +59,7 @@ def run_training(
         held_out: samples to measure on, if any.
         run: the record of the run.
         lock: of the run's folder.
+        length: of the attempt.
         write_record: records the run's settings, once a step shows that the run accepts them.
         refetch_samples: whether samples may be read several times for the first weights.
         decoding: what is decoded meanwhile, if anything.
@@ -67,7 +68,9 @@ def run_training(
     """
 
     def attempt(on_progress: Callable[[Progress], None]) -> TrainingResult:
-        tracked = tracked_run(run.title, setup.run_path, run.training, source.source_id)
+        tracked = tracked_run(
+            *(run.title, setup.run_path, run.settings_of_draft, run.training, source.source_id)
+        )
         with (
             open_trackers(run.tracking, tracked) as tracker,
             open_decoder(decoding, setup.run_path, decoding_target) as decoder,
@@ -84,11 +87,13 @@ def run_training(
                 run_path=setup.run_path,
                 tracker=tracker,
                 decoder=decoder,
+                planned=length.planned,
                 on_progress=on_progress,
             )
 
-    total = total_steps(run.training, source.lengths, source.groups)
-    return run_attempt(attempt, setup.run_path, run, lock, total=total, write_record=write_record)
+    return run_attempt(
+        attempt, setup.run_path, run, lock, total=length.total, write_record=write_record
+    )
 
 
 def run_attempt(
@@ -142,29 +147,6 @@ def run_attempt(
     with best_effort("report.html"):
         _report(summary, run.title)
     return summary
-
-
-def warn_of_another_length(
-    run_path: Path, training: TrainingConfig, total: int, *, step: int
-) -> None:
-    """Warn if a resumed run was planned with other steps: its learning rate depends on them."""
-    before = RunRecord.read(run_path).settings
-    if before is None or before.total_steps in {None, total}:
-        return
-    if step >= total:
-        logger.warning(
-            "run %s has done %s steps, and %s are requested: there is nothing to do",
-            *(run_path.name, f"{step:,}", f"{total:,}"),
-        )
-        return
-    begun = as_begun(training, run_path)
-    was, becomes = (learning_rate(begun, step, length) for length in (before.total_steps, total))
-    logger.warning(
-        "run %s was planned with %s steps and now has %s: its learning rate jumps from %.2g to "
-        "%.2g at step %s (a new run with %s steps has no such jump)",
-        *(run_path.name, f"{before.total_steps:,}", f"{total:,}", was, becomes),
-        *(f"{step:,}", f"{total:,}"),
-    )
 
 
 def _report(summary: TrainSummary, title: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.draft.config import CheckpointChoice
+from eagle_core.draft.config import CheckpointChoice, DraftConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -131,7 +131,7 @@ def load_checkpoint(setup: DraftSetup, folder: Path) -> Checkpoint:
     found = checkpoint.read(folder)
     checkpoint.require_identity(
         folder,
-        {"draft": found.identity["draft"]},
+        {"draft": DraftConfig.model_validate(found.identity["draft"]).identity()},
         {"draft": setup.draft.config.identity()},
     )
     checkpoint.load_weights(setup.draft, folder)

@@ -11,7 +11,7 @@ from eagle_core.atomic_files import write_text
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.tokenization.token_file import TokenFile
-from eagle_core.training.schedule import total_steps
+from eagle_core.training.schedule import RunSteps
 from flows.bridge.run import BegunRun, Run, begun_run
 from flows.bridge.token_files import known_tokens
 from flows.config.run import RunConfig
@@ -70,7 +70,7 @@ def training_data(
     if begun is not None:
         data = origin.own(begun, wanted=snapshot_id)
         if snapshot_id is None:
-            origin.compare_with_now(data.snapshot, step=begun.step)
+            origin.compare_with_now(data.snapshot, begun)
     elif snapshot_id is not None:
         data = origin.asked_for(snapshot_id)
     else:
@@ -176,7 +176,7 @@ class _Origin:
             "snapshot, or train another run (--run)"
         )
 
-    def compare_with_now(self, own: Snapshot, *, step: int) -> None:
+    def compare_with_now(self, own: Snapshot, begun: BegunRun) -> None:
         """Warn if the data set is newer than the run's data; refuse if it was surely meant."""
         try:
             now = self.store.refs.get(self.space.snapshot_name("train"))
@@ -199,8 +199,15 @@ class _Origin:
                 "ran with other settings, run it again with this recipe"
             )
         training = self.config.training
-        total = total_steps(training, own.lengths, own.groups, world_size=training.num_processes)
-        if step >= total:
+        total = RunSteps(
+            config=training,
+            lengths=own.lengths,
+            groups=own.groups,
+            world_size=training.num_processes,
+            step=begun.step,
+            loader=begun.loader,
+        ).last()
+        if begun.step >= total:
             raise MismatchError(
                 f"{what}; the run has done its {total:,} steps. To train on that data, train "
                 "another run (--run), which may start from this run's draft (training.start)"

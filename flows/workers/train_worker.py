@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from eagle_core.draft.settings import DraftSettings
 from eagle_core.samples import SampleSource
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
@@ -24,7 +25,9 @@ from eagle_core.tracking.trackers import open_trackers
 from eagle_core.training.checkpoint import newest
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.distributed import ONE_PROCESS, Processes, join_processes
+from eagle_core.training.loader import windows_in_use
 from eagle_core.training.result import Progress, TrainingResult
+from eagle_core.training.schedule import PlannedRun, step_shape
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.trainer import train
 from flows.bridge.draft_decoder import DraftsToDecode
@@ -37,6 +40,7 @@ from flows.workers.decoders import open_decoder
 from storage.objects.object_cache import ObjectCache
 from storage.records.commits import Commits
 from storage.records.snapshot import Snapshot
+from storage.shared_shards import SharedShards
 from storage.store import Store
 
 OWN_LOGGERS = ("eagle_core", "storage", "flows")
@@ -48,6 +52,7 @@ class TrainJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target: TargetConfig
+    draft: DraftSettings
     training: TrainingConfig
     tracking: TrackingConfig
     title: str
@@ -61,6 +66,8 @@ class TrainJob(BaseModel):
     object_cache_bytes: int
     decoding: DraftsToDecode | None = None
     """What the first rank decodes meanwhile, if anything."""
+    planned: PlannedRun | None = None
+    """What the run's files record of it, for a checkpoint of an earlier version."""
 
 
 class RankLine(BaseModel):
@@ -87,34 +94,46 @@ class Warnings(logging.Handler):
 
 
 def open_sources(
-    job: TrainJob, commits: Commits | None = None
+    job: TrainJob, commits: Commits | None = None, shared: SharedShards | None = None
 ) -> tuple[StoredSource, StoredSource | None]:
     """Return the samples to train on, and the held-out ones if there are any.
 
-    With `commits`, the store's records are not read again.
+    With `commits`, the store's records are not read again. With `shared`, ranks decode different
+    shards, and have them in memory once.
     """
     store = Store.open(job.store_root)
     commits = store.commits() if commits is None else commits
-    # Samples are shuffled inside a window of shards: with less memory, every sample would need its
-    # whole shard decoded.
-    cache_bytes = job.training.shuffle_window * commits.totals.largest_raw_bytes
     objects = None
     if job.object_cache is not None:
         objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
     snapshot = store.snapshot(job.snapshot_id)
-    reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects)
+    # Samples are shuffled inside a window of shards: with less memory, every sample would need its
+    # whole shard decoded. No rank drops a shard that another one still has to map.
+    windows = 1 if shared is None else _windows_in_use(job.training, snapshot)
+    cache_bytes = windows * job.training.shuffle_window * commits.totals.largest_raw_bytes
+    reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects, shared=shared)
     recompute_model = load_recompute_model(job.target, store.identity)
     source = StoredSource(reader, recompute_model)
     held_out_ids = commits.usable(TokenFile(job.held_out_tokens).sample_ids)
     if not held_out_ids:
         return source, None
     held_out = Snapshot.of(held_out_ids, commits)
-    return source, StoredSource(store.reader(held_out, object_cache=objects), recompute_model)
+    held_out_reader = store.reader(held_out, object_cache=objects, shared=shared)
+    return source, StoredSource(held_out_reader, recompute_model)
 
 
-def tracked_run(title: str, run_path: Path, training: TrainingConfig, source_id: str) -> TrackedRun:
+def _windows_in_use(training: TrainingConfig, snapshot: Snapshot) -> int:
+    shape = step_shape(training, world_size=training.num_processes)
+    num_tokens, num_shards = int(snapshot.lengths.sum()), len(snapshot.shard_ids)
+    return windows_in_use(shape, tokens=num_tokens, num_groups=num_shards)
+
+
+def tracked_run(
+    title: str, run_path: Path, draft: DraftSettings, training: TrainingConfig, source_id: str
+) -> TrackedRun:
     """Return the description of a run for trackers."""
     settings: dict[str, JsonValue] = {
+        "draft": draft.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
         "source_id": source_id,
     }
@@ -151,18 +170,21 @@ def main() -> int:
     if is_first:
         for name in OWN_LOGGERS:
             logging.getLogger(name).addHandler(Warnings())
-    return report_errors(lambda: _train_joined(job, is_first=is_first))
+    shared = SharedShards.where_possible(Path(sys.argv[1]).parent / "shards")
+    return report_errors(lambda: _train_joined(job, shared, is_first=is_first))
 
 
-def _train_joined(job: TrainJob, *, is_first: bool) -> None:
+def _train_joined(job: TrainJob, shared: SharedShards | None, *, is_first: bool) -> None:
     target = job.target.model_copy(update={"device": _own_device(job.target)})
     with join_processes() as processes:  # the draft must be gone when the block ends
-        _train(job.model_copy(update={"target": target}), processes, is_first=is_first)
+        _train(job.model_copy(update={"target": target}), shared, processes, is_first=is_first)
 
 
-def _train(job: TrainJob, processes: Processes, *, is_first: bool) -> None:
-    source, held_out = open_sources(job)
-    setup = set_up_draft(job.target, job.training, job.run_path)
+def _train(
+    job: TrainJob, shared: SharedShards | None, processes: Processes, *, is_first: bool
+) -> None:
+    source, held_out = open_sources(job, shared=shared)
+    setup = set_up_draft(job.target, job.training, job.run_path, job.draft)
 
     def on_progress(progress: Progress) -> None:
         if is_first:
@@ -183,6 +205,7 @@ def _train(job: TrainJob, processes: Processes, *, is_first: bool) -> None:
             run_path=job.run_path,
             tracker=tracker,
             decoder=decoder,
+            planned=job.planned,
             on_progress=on_progress,
         )
         if is_first:
@@ -202,7 +225,7 @@ def _own_device(target: TargetConfig) -> str:
 def _tracker(job: TrainJob, *, is_first: bool) -> AbstractContextManager[Tracker]:
     if not is_first:
         return nullcontext(NoTracker())
-    run = tracked_run(job.title, job.run_path, job.training, job.snapshot_id)
+    run = tracked_run(job.title, job.run_path, job.draft, job.training, job.snapshot_id)
     return open_trackers(job.tracking, run)
 
 

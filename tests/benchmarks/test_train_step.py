@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.eyas_step import new_draft, options, packed_batch
 from benchmarks.plain_step import Attention, plain_loss
+from benchmarks.published_cases import PUBLISHED, published_table
 from benchmarks.sharegpt_masks import PackedMask, typical_pack
 from benchmarks.step_arithmetic import needed_operations
 from benchmarks.step_case import (
@@ -23,6 +24,7 @@ from benchmarks.step_case import (
     whole_target_head,
 )
 from benchmarks.step_worker import PeerFailedError, Worker
+from benchmarks.train_step import cases_of, parse
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.training.ttt import ttt_step
 from tests.eagle_core.pretend_device import pretend_device
@@ -162,3 +164,22 @@ def test_a_worker_that_needs_too_much_memory_says_so(tmp_path: Path) -> None:
         pytest.raises(PeerFailedError, match="does not fit into memory"),
     ):
         worker.ready(120)
+
+
+def test_published_shapes_stand_beside_our_speed_on_them() -> None:
+    small, large = (one.case(dtype="bfloat16", device="cuda") for one in PUBLISHED)
+    assert (small.num_tokens, small.shape.hidden_size, small.ttt_length) == (4096, 2048, 7)
+    assert (large.num_tokens, large.shape.intermediate_size) == (2944, 14336)
+    assert all(small.loss_mask)
+    _, _, first, *others = published_table([(small, 106_838.0), (CASE, 1.0)])
+    assert first.endswith("| 53,419 | 106,838 | 2.00 |")
+    assert others == []
+
+
+def test_shapes_and_published_ones_are_measured_in_one_run() -> None:
+    arguments = parse(["--shape", "--published", "--device", "cpu"])
+    assert [case.shape.name for case in cases_of(arguments)] == [
+        one.shape.name for one in PUBLISHED
+    ]
+    plain = parse(["--shape", "tiny", "--tokens", "64", "--ttt", "3"])
+    assert [(case.shape.name, case.num_tokens) for case in cases_of(plain)] == [("tiny", 64)]

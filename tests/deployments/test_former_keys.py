@@ -6,13 +6,21 @@ from pydantic import BaseModel
 
 from deployments.recipe import Recipe, load_recipe
 from eagle_core.config_model import ConfigModel
+from eagle_core.draft.settings import DraftSettings
 from eagle_core.errors import ConfigError
+from eagle_core.training.config import TrainingConfig
+from flows.bridge.run import Run
 
 FORMER_KEYS = {
     "runner.silence_seconds": "runner.inactivity_timeout_seconds",
     "training.start_from": "training.start",
 }
 """All of them, so that none is dropped or added unseen."""
+MOVED_KEYS = {
+    "training.fc_norm": "draft.fc_norm",
+    "training.norm_output": "draft.norm_output",
+}
+"""Keys that are in another section now."""
 
 
 def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
@@ -26,13 +34,30 @@ def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseMo
 
 def test_the_former_keys_are_these() -> None:
     found: dict[str, str] = {}
+    moved: dict[str, str] = {}
     for section, model in _sections(Recipe).items():
         assert issubclass(model, ConfigModel), section
         for former, now in model.former_keys.items():
             assert now in model.model_fields
             assert former not in model.model_fields
             found[f"{section}.{former}"] = f"{section}.{now}"
+        moved |= {f"{section}.{key}": now for key, now in model.moved_keys.items()}
     assert found == FORMER_KEYS
+    assert moved == MOVED_KEYS
+
+
+@pytest.mark.parametrize(("key", "now"), MOVED_KEYS.items())
+def test_a_key_that_moved_counts_in_its_new_section_with_a_warning(
+    key: str, now: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe("smollm2", [f"{key}=true"])
+    (message,) = caplog.messages
+    assert message.startswith(f"the key {key.partition('.')[2]} is now {now};")
+    name = now.removeprefix("draft.")
+    assert not getattr(recipe.draft, name)
+    settings = recipe.draft.with_moved(recipe.training.moved)
+    assert settings == DraftSettings.model_validate({name: True})
+    assert key.partition(".")[2] not in recipe.training.model_dump()
 
 
 @pytest.mark.parametrize(("former", "now"), FORMER_KEYS.items())
@@ -49,6 +74,14 @@ def test_a_former_key_is_read_with_a_warning(
     assert message.startswith(f"the key {former.partition(chr(46))[2]} is now called {key};")
 
 
+def test_a_run_of_an_older_version_has_the_settings_of_its_draft() -> None:
+    training = TrainingConfig.model_validate({"norm_output": True})
+    older = Run.model_construct(draft_settings=None, training=training)
+    assert older.settings_of_draft == DraftSettings(norm_output=True)
+    own = DraftSettings(num_hidden_layers=2)
+    assert older.model_copy(update={"draft_settings": own}).settings_of_draft == own
+
+
 def test_a_server_accepts_former_keys_in_stored_parameters() -> None:
     """Deployments that were registered anew check the parameters of old schedules and triggers."""
     schema = Recipe.model_json_schema()
@@ -57,6 +90,8 @@ def test_a_server_accepts_former_keys_in_stored_parameters() -> None:
         section, _, key = now.partition(".")
         value = document[section].pop(key)
         document[section][former.partition(".")[2]] = value
+    for key in MOVED_KEYS:
+        document[key.partition(".")[0]][key.partition(".")[2]] = True
     validate(document, schema, raise_on_error=True)
     for former in FORMER_KEYS:
         section, _, key = former.partition(".")

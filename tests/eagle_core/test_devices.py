@@ -60,7 +60,7 @@ def test_tensors_of_two_places_do_not_mix() -> None:
 )
 def test_the_step_takes_all_tensors_along(change: dict[str, Any]) -> None:
     options = TttConfig(**change)
-    draft, batch, head = random_case(4, [21, 2, 12], norms=True)
+    draft, batch, head = random_case(4, [21, 2, 12], fc_norm=True, norm_output=True)
     elsewhere = copy.deepcopy(draft)
     expected = ttt_step(draft, batch, head[draft.t2d], options)
     expected.loss.backward()

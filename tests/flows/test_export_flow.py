@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,15 +143,18 @@ def test_a_draft_that_decoding_chose_has_its_decoded_length(
 
 
 def test_what_cannot_be_exported_is_named_and_leaves_nothing(
-    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig
+    tmp_path: Path, target: TargetConfig, dataset: DatasetConfig, tiny_target_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="no checkpoint yet; run the train flow first"):
         export_flow(target, dataset, TRAINING, home=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
     run_with_two_checkpoints(target, dataset, tmp_path)
-    other = TRAINING.model_copy(update={"fc_norm": True})
-    with pytest.raises(MismatchError, match="fc_norm: saved False, now True"):
-        export_flow(target, dataset, other, home=str(tmp_path))
+    changed = shutil.copytree(tiny_target_path, tmp_path / "changed")
+    path = changed / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 4096}))
+    other = target.model_copy(update={"model": str(changed)})
+    with pytest.raises(MismatchError, match=r"is of a target with vocabulary \d+ \(now 4096\)"):
+        export_flow(other, dataset, TRAINING, home=str(tmp_path))
     assert not list((tmp_path / "runs").glob("*/export"))
 
 

@@ -121,7 +121,7 @@ def test_an_unfinished_run_notices_that_its_data_set_has_changed(
     dataset = DatasetConfig(name="facts", source=str(source), held_out_fraction=0.2, max_length=256)
 
     def go_on(steps: int) -> int:
-        training = TRAINING.model_copy(update={"max_steps": steps})
+        training = TRAINING.model_copy(update={"max_steps": steps, "extend": "keep"})
         return online(
             target, dataset, store, training, evaluation=SHORT, home=str(tmp_path), run="main"
         ).training.num_steps

@@ -1,9 +1,10 @@
 """Which snapshot a run learns from when data, split or store have changed since it began."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -106,9 +107,14 @@ class _Data:
         run: str = "main",
         name: str = "grows",
         snapshot_id: str | None = None,
+        extend: Literal["keep", "restretch"] | None = "keep",
     ) -> TrainSummary:
         training = TrainingConfig(
-            dtype="float32", draft_vocab_size=300, ttt_length=2, max_steps=max_steps
+            dtype="float32",
+            draft_vocab_size=300,
+            ttt_length=2,
+            max_steps=max_steps,
+            extend=extend,
         )
         return train_flow(
             target=self.target,
@@ -376,8 +382,11 @@ def test_a_finished_run_that_was_extended_and_died_goes_on(
     data.grow_to(20)
     first = data.train(max_steps=1)
     ended = (first.run_path / TRAINING_NAME).read_text()
+    with pytest.raises(eagle_core.errors.MismatchError, match=r"training\.extend=keep .*restretch"):
+        data.train(max_steps=2, extend=None)
+    caplog.set_level(logging.INFO, logger="flows")
     extended = data.train(max_steps=2)
-    assert "was planned with 1 steps and now has 2: its learning rate jumps from" in caplog.text
+    assert "goes on at step 1 of 2: its learning rate, now" in caplog.text
     data.train(max_steps=1)
     assert "has done 2 steps, and 1 are requested: there is nothing to do" in caplog.text
     (first.run_path / TRAINING_NAME).write_text(ended)

@@ -12,7 +12,7 @@ import httpx
 import torch
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import SamplingLimits
+from eagle_core.decoding.sampling import SamplingLimits, stream_seed
 from eagle_core.decoding.trace import GenerationTrace, until_stop
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch
@@ -162,7 +162,7 @@ class LlamaCppDecoder:
             ),
             "temperature": config.temperature,
             **_NO_LIMITS,
-            "seed": config.seed,
+            "seed": stream_seed(config.seed, prompt),
             "cache_prompt": False,
             "return_tokens": True,
         }

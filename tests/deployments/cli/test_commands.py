@@ -123,12 +123,16 @@ def test_the_folder_of_a_run_is_all_that_a_command_needs(
     recipe.unlink()
     source.unlink()
     folder = home / "runs" / "tiny-facts-one"
-    ended = eyas_here("run", "train", str(folder), "--set", "training.max_steps=2")
+    longer = ("run", "train", str(folder), "--set", "training.max_steps=2")
+    ended = eyas_here(*longer)
+    assert ended.returncode != 0
+    assert "training.extend=keep" in ended.stderr
+    assert "training.extend=restretch" in ended.stderr
+    ended = eyas_here(*longer, "--set", "training.extend=restretch")
     assert ended.returncode == 0, ended.stderr
     trained = RunRecord.read(folder).training
     assert trained is not None
     assert trained.num_steps == 2
-    assert "WARNING: run tiny-facts-one was planned with 1 steps and now has 2" in ended.stderr
     assert eyas_here("run", "export", str(folder)).returncode == 0
     assert (folder / "export" / "serving").is_dir()
     copied, old = folder.with_name("backup"), folder.with_name("tiny-facts-old")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,25 +32,26 @@ def small_draft(
     seed: int = 0,
     num_aux: int | None = None,
     intermediate_size: int = 96,
-    **settings: bool,
+    **settings: Any,
 ) -> DraftModel:
-    """Return a drawn draft for `LinearSource`."""
-    config = DraftConfig(
-        hidden_size=HIDDEN_SIZE,
-        target_hidden_size=HIDDEN_SIZE,
-        intermediate_size=intermediate_size,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        vocab_size=VOCAB_SIZE,
-        draft_vocab_size=DRAFT_VOCAB_SIZE,
-        fc_norm=settings.get("fc_norm", False),
-        norm_output=settings.get("norm_output", False),
-    )
+    """Return a drawn draft for `LinearSource`; `settings` are fields of its configuration."""
+    sizes = {
+        "hidden_size": HIDDEN_SIZE,
+        "target_hidden_size": HIDDEN_SIZE,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 8,
+        "vocab_size": VOCAB_SIZE,
+        "draft_vocab_size": DRAFT_VOCAB_SIZE,
+    }
+    config = DraftConfig.model_validate({**sizes, **settings})
     draft = DraftModel(config)
     if num_aux is not None:
         draft.fc = torch.nn.Linear(num_aux, HIDDEN_SIZE, bias=False)
-    vocabulary = DraftVocabulary.build(np.arange(VOCAB_SIZE, dtype=np.int64), size=DRAFT_VOCAB_SIZE)
+    vocabulary = DraftVocabulary.build(
+        np.arange(VOCAB_SIZE, dtype=np.int64), size=config.draft_vocab_size
+    )
     draft.initialise(embedding=EMBEDDING, lm_head=HEAD, vocabulary=vocabulary, seed=seed)
     return draft
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits, pick_token
+from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits, pick_token, stream_seed
 from eagle_core.decoding.speculative import generate_plain
 from tests.eagle_core.decoding.float64_target import load_float64_target
 
@@ -40,6 +40,15 @@ def test_without_limits_every_token_is_drawn() -> None:
 )
 def test_a_limit_leaves_the_most_likely(limits: SamplingLimits, expected: set[int]) -> None:
     assert picked(limits, ids=(1,)) == expected
+
+
+def test_every_prompt_and_seed_has_a_stream_of_its_own() -> None:
+    """And always the same: a stored text can be decoded again."""
+    prompts = [(1,), (1, 2), (12,), (2, 1), (1, 2, 3)]
+    seeds = {stream_seed(seed, prompt) for seed in (0, 1, 11) for prompt in prompts}
+    assert len(seeds) == 15
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert stream_seed(7, [5, 17, 90]) == 769927918
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])

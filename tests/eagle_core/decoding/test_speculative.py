@@ -256,7 +256,7 @@ def test_a_batch_gives_every_prompt_its_own_text(
     target: TargetModel, changeable_draft: DraftModel, temperature: float
 ) -> None:
     """Ragged prompts, ragged acceptance, texts that end at different times: nothing leaks."""
-    config = DecodingConfig(max_new_tokens=30, draft_tokens=4, temperature=temperature, seed=3)
+    config = DecodingConfig(max_new_tokens=30, draft_tokens=4, temperature=temperature, seed=12)
     alone = [generate_speculative(target, changeable_draft, ids, config) for ids in PROMPTS]
     stop_ids = {alone[1].tokens[4], alone[3].tokens[17]}
     alone = [
@@ -273,6 +273,36 @@ def test_a_batch_gives_every_prompt_its_own_text(
     assert [trace.tokens for trace in batch] == plain
     if not temperature:
         assert [trace.tokens for trace in together] == plain
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_sampled_text_depends_on_no_other_prompt(
+    tiny_target_path: Path, random_draft: DraftModel, temperature: float
+) -> None:
+    """In float32, alone and in batches of four, in any order and company, drafted and plain."""
+    target = TargetModel.load(
+        TargetConfig(name="tiny", model=str(tiny_target_path), dtype="float32", device="cpu")
+    )
+    config = DecodingConfig(max_new_tokens=16, draft_tokens=3, temperature=temperature, seed=12)
+    prompts = [*PROMPTS, [5, 17], [90, 33, 8]]
+    alone = [generate_speculative(target, random_draft, ids, config) for ids in prompts]
+    plain = [generate_plain(target, ids, config) for ids in prompts]
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (5, 1, 4, 0), (2, 0, 5, 4)):
+        batch = [prompts[number] for number in order]
+        drafted = generate_speculative_batch(target, random_draft, batch, config)
+        written = generate_plain_batch(target, batch, config)
+        for number, text, other in zip(order, drafted, written, strict=True):
+            assert text.tokens == alone[number].tokens
+            assert text.rounds == alone[number].rounds
+            assert other.tokens == plain[number].tokens
+
+
+def test_prompts_do_not_share_their_random_numbers(target: TargetModel) -> None:
+    """Of many prompts whose first token has the same two candidates, some take each."""
+    config = DecodingConfig(max_new_tokens=1, temperature=1e6)  # every token is as likely
+    prompts = [[token] for token in range(20, 60)]
+    chosen = {text.tokens for text in generate_plain_batch(target, prompts, config)}
+    assert len(chosen) > 20
 
 
 def test_texts_decoded_side_by_side_share_the_time(

@@ -38,6 +38,15 @@ def oracle(target: TargetModel) -> OracleDraft:
     return OracleDraft(text, target.model_config.vocab_size, wrong_at={9})
 
 
+@pytest.fixture(scope="module")
+def random_draft(target: TargetModel) -> DraftModel:
+    vocabulary = DraftVocabulary.build(np.arange(target.model_config.vocab_size), size=100)
+    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=100)).double()
+    head = target.lm_head_weight
+    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=1)
+    return draft
+
+
 def evaluate(
     target: TargetModel,
     draft: OracleDraft,
@@ -48,6 +57,24 @@ def evaluate(
     """Decode and sum up, as the flow does."""
     results = list(decode_prompts(target, draft, prompts, config, on_progress=on_progress))
     return summarise(results, draft_tokens=config.draft_tokens)
+
+
+def test_sampled_results_depend_neither_on_the_batch_nor_on_the_order(
+    target: TargetModel, random_draft: DraftModel
+) -> None:
+    prompts = [Prompt(input_ids=ids) for ids in ((5, 17), (7,), (60, 61, 62), (44, 45, 3), (9, 9))]
+    found = {}
+    for batch_prompts, given in ((1, prompts), (4, prompts), (3, prompts[::-1])):
+        config = EvaluationConfig(
+            max_new_tokens=12, draft_tokens=3, temperature=0.7, batch_prompts=batch_prompts, seed=2
+        )
+        results = list(decode_prompts(target, random_draft, given, config))
+        found[batch_prompts] = {
+            prompt: (result.speculative.tokens, result.plain and result.plain.tokens)
+            for prompt, result in zip(given, results, strict=True)
+        }
+    assert found[1] == found[4] == found[3]
+    assert len(set(found[1].values())) == 5
 
 
 def test_a_report_counts_both_decodings(target: TargetModel, oracle: OracleDraft) -> None:
@@ -64,18 +91,15 @@ def test_a_report_counts_both_decodings(target: TargetModel, oracle: OracleDraft
     assert report.speedup is not None
 
 
-def test_batches_of_prompts_give_the_same_report(target: TargetModel) -> None:
-    counts = np.arange(target.model_config.vocab_size)
-    vocabulary = DraftVocabulary.build(counts, size=100)
-    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=100)).double()
-    head = target.lm_head_weight
-    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=1)
+def test_batches_of_prompts_give_the_same_report(
+    target: TargetModel, random_draft: DraftModel
+) -> None:
     prompts = [Prompt(input_ids=tuple(range(9, 12 + 3 * n))) for n in range(5)]
     config = EvaluationConfig(num_plain_prompts=3, max_new_tokens=8, draft_tokens=3)
     told: list[EvaluationProgress] = []
-    alone = list(decode_prompts(target, draft, prompts, config))
+    alone = list(decode_prompts(target, random_draft, prompts, config))
     batched = config.model_copy(update={"batch_prompts": 2})
-    found = list(decode_prompts(target, draft, prompts, batched, on_progress=told.append))
+    found = list(decode_prompts(target, random_draft, prompts, batched, on_progress=told.append))
     assert [progress.num_done for progress in told] == [1, 2, 3, 4, 5]
     for one, other in zip(alone, found, strict=True):
         assert one.speculative.tokens == other.speculative.tokens
@@ -123,15 +147,13 @@ def test_the_margin_is_taken_where_two_texts_first_differ(target: TargetModel) -
     assert mismatch_margin(target, PROMPT.input_ids, text, text[:4]) == float("inf")
 
 
-def test_trees_are_decoded_if_they_are_asked_for(target: TargetModel) -> None:
-    draft = DraftModel(DraftConfig.from_target(target.model_config, draft_vocab_size=100)).double()
-    head = target.lm_head_weight
-    vocabulary = DraftVocabulary.build(np.arange(target.model_config.vocab_size), size=100)
-    draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=1)
+def test_trees_are_decoded_if_they_are_asked_for(
+    target: TargetModel, random_draft: DraftModel
+) -> None:
     tree = TreeConfig(depth=2, top_k=10, nodes=200)
     config = EvaluationConfig(num_prompts=2, max_new_tokens=6, tree=tree)
     prompts = [Prompt(input_ids=tuple(range(9, 12 + 3 * n))) for n in range(2)]
-    results = list(decode_prompts(target, draft, prompts, config))
+    results = list(decode_prompts(target, random_draft, prompts, config))
     report = summarise(results, draft_tokens=config.drafted_depth)
     assert report.matches_plain
     assert len(report.acceptance_by_depth) == 2

@@ -41,6 +41,28 @@ def test_an_answer_that_reaches_max_tokens_is_cut(tiny_target_path: Path) -> Non
     assert asked(tiny_target_path, max_tokens=3, cut_answers="keep").num_tokens == 3
 
 
+def test_a_sampled_answer_depends_on_no_other_question(tiny_target_path: Path) -> None:
+    target = TargetConfig(name="tiny", model=str(tiny_target_path), dtype="float32", device="cpu")
+    config = RegenerationConfig(max_tokens=6, temperature=1.0, cut_answers="keep")
+    questions = [
+        Question(messages=(Message(role="user", content=text),), tools="", seed=seed)
+        for text, seed in (("Rivers?", 3), ("Seas?", 3), ("Rivers?", 4))
+    ]
+
+    def answers(order: tuple[int, ...]) -> dict[int, str]:
+        local = LocalAnswers(target, config)
+        with local.ready():
+            return {
+                number: asyncio.run(local.ask(questions[number])).message.content
+                for number in order
+            }
+
+    together = answers((0, 1, 2))
+    assert together == answers((2, 0, 1))
+    assert together[1] == answers((1,))[1]
+    assert together[0] != together[2], "another seed"
+
+
 @pytest.mark.parametrize("cut_answers", ["drop", "keep"])
 def test_reasoning_that_the_template_opened_is_no_answer(
     tiny_target_path: Path, cut_answers: str

@@ -381,7 +381,9 @@ def others(*lengths: float) -> Scripted:
 
 
 def test_lengths_of_other_prompts_do_not_compare(tmp_path: Path) -> None:
-    config = DECODING.model_copy(update={"best_by": "decoding", "keep_last": 9})
+    config = DECODING.model_copy(
+        update={"best_by": "decoding", "keep_last": 9, "extend": "restretch"}
+    )
     long = Scripted(9.0, 9.0)
     run(tmp_path, long, config.model_copy(update={"max_steps": 6}))
     _, result = run(tmp_path, others(1.1, 1.2, 1.3, 1.7, 1.6), config)

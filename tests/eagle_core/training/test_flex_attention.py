@@ -44,17 +44,34 @@ def _not_a_number(mixed: torch.Tensor, extra: Any) -> tuple[torch.Tensor, Any]:
     return mixed * float("nan"), extra
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_it_equals_the_plain_formulation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seed", "variant"),
+    [
+        *((seed, {}) for seed in range(4)),
+        (0, {"sliding_window": 2}),
+        (1, {"sliding_window": 9, "num_hidden_layers": 2, "qk_norm": True}),
+    ],
+)
+def test_it_equals_the_plain_formulation(
+    seed: int, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("eagle_core.training.ttt.fuses_attention", lambda *_: True)
-    require_equal_to_plain(seed, [9, 2, 24, 7], TttConfig(), norms=False)
+    require_equal_to_plain(seed, [9, 2, 24, 7], TttConfig(), **variant)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (2, 1)])
-def test_a_right_kernel_is_taken(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 5000])
+def test_a_right_kernel_is_taken(
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, window: int | None
+) -> None:
     require_agreement(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, dtype=dtype, device=CPU
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=16,
+        dtype=dtype,
+        device=CPU,
+        window=window,
     )
 
 

@@ -3,13 +3,15 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle_core.errors import ConfigError
 from eagle_core.training.loader import (
     LoaderState,
     StepShape,
-    batch_end,
+    batch_borders,
     count_steps,
     epoch_order,
     steps,
@@ -48,15 +50,57 @@ def test_another_epoch_or_seed_is_another_order() -> None:
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), budget=st.integers(1, 120))
 def test_a_batch_fits_the_budget_or_is_one_sample(lengths: list[int], budget: int) -> None:
-    order, array = np.arange(len(lengths)), np.array(lengths)
-    first = 0
-    while first < len(lengths):
-        end = batch_end(order, array, first=first, batch_tokens=budget)
+    array = np.array(lengths)
+    borders = batch_borders(array, budget).tolist()
+    assert borders[0] == 0
+    assert borders[-1] == len(lengths)
+    for first, end in itertools.pairwise(borders):
         assert end > first
         assert end == first + 1 or array[first:end].sum() <= budget
         if end < len(lengths):
             assert array[first : end + 1].sum() > budget
-        first = end
+
+
+def plain_order(groups: np.ndarray, *, seed: int, epoch: int, window: int) -> np.ndarray:
+    """Return the order as the first version computed it: runs that began with it go on."""
+    rng = np.random.default_rng((seed, epoch))
+    borders = np.flatnonzero(np.diff(groups, prepend=-1, append=-1))
+    members = [np.arange(first, end) for first, end in itertools.pairwise(borders)]
+    shuffled = [members[number] for number in rng.permutation(len(members))]
+    return np.concatenate(
+        [
+            rng.permutation(np.concatenate(shuffled[first : first + window]))
+            for first in range(0, len(shuffled), window)
+        ]
+    )
+
+
+def plain_batch_end(order: np.ndarray, lengths: np.ndarray, first: int, batch_tokens: int) -> int:
+    """Return the end of one batch as the first version computed it, from all samples after it."""
+    totals = np.cumsum(lengths[order[first:]])
+    return first + max(1, int(np.searchsorted(totals, batch_tokens, side="right")))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    seed=st.integers(0, 2**32 - 1),
+    window=st.integers(1, 14),
+    budget=st.integers(1, 120),
+    data=st.data(),
+)
+def test_order_and_batches_are_those_of_the_first_version(
+    sizes: list[int], seed: int, window: int, budget: int, data: st.DataObject
+) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    lengths = np.random.default_rng(seed).integers(1, 60, len(groups))
+    order = epoch_order(groups, seed=seed, epoch=3, window=window)
+    assert order.tolist() == plain_order(groups, seed=seed, epoch=3, window=window).tolist()
+    resumed_at = data.draw(st.integers(0, len(order) - 1))
+    expected = [resumed_at]
+    while expected[-1] < len(order):
+        expected.append(plain_batch_end(order, lengths, expected[-1], budget))
+    found = resumed_at + batch_borders(lengths[order[resumed_at:]], budget)
+    assert found.tolist() == expected
 
 
 @settings(deadline=None, max_examples=20)
@@ -136,3 +180,10 @@ def test_ranks_may_change_without_a_sample_lost_or_repeated(
         for stream in streams:
             stream.close()
     assert sorted(seen) == sorted(source.fetch(i).sample_id for i in range(len(source.lengths)))
+
+
+def test_a_source_without_samples_is_refused() -> None:
+    source = RandomSource(num_samples=0)
+    state = LoaderState(source_id=source.source_id, seed=3)
+    with pytest.raises(ConfigError, match="no sample to train on"):
+        next(steps(source, state, StepShape(window=2, batch_tokens=40)))

@@ -46,6 +46,16 @@ def test_the_weight_gradient_is_rounded_once() -> None:
     assert ((found - expected).abs() <= expected.abs() * 2**-8 + 1e-5).all()
 
 
+def test_the_gradient_of_a_bias_is_the_sum_over_all_uses() -> None:
+    weight, bias = torch.ones(2, 3), torch.tensor([0.5, -1.0], requires_grad=True)
+    linear = RepeatedLinear(weight, torch.bfloat16, bias)
+    outputs = [linear(torch.ones(rows, 3, dtype=torch.bfloat16)) for rows in _ROWS]
+    assert outputs[0].tolist() == [[3.5, 2.0]] * 3
+    torch.cat(outputs).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [sum(_ROWS)] * 2
+
+
 def test_a_weight_that_is_not_trained_gets_no_gradient() -> None:
     weight, states = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
     RepeatedLinear(weight, torch.float32)(states).sum().backward()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,26 +48,59 @@ def test_golden_tool_fails_on_a_changed_vector(tmp_path: Path) -> None:
     assert golden.main([str(GOLDEN[0])]) == 0
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"fc_norm": True, "norm_output": True},
+    {"num_hidden_layers": 2},
+    {"attention_bias": True, "num_hidden_layers": 2},
+    {"mlp_bias": True, "num_hidden_layers": 2},
+    {"qk_norm": True},
+    {"sliding_window": 1},
+    {"sliding_window": 3},
+    {"sliding_window": 6, "num_hidden_layers": 3},
+    {"rope_scaling": YARN},
+    {"norm_before_fc": True},
+    {"norm_before_residual": True},
+    {"target_head": True, "draft_vocab_size": 60, "hidden_size": 20},
+    {
+        "num_hidden_layers": 4,
+        "attention_bias": True,
+        "qk_norm": True,
+        "sliding_window": 4,
+        "rope_scaling": YARN,
+        "norm_before_fc": True,
+        "fc_norm": True,
+        "norm_output": True,
+        "norm_before_residual": True,
+        "target_head": True,
+        "draft_vocab_size": 60,
+        "hidden_size": 20,
+    },
+]
+
+
 def random_case(
-    seed: int, lengths: list[int], *, norms: bool = False
+    seed: int, lengths: list[int], **variant: Any
 ) -> tuple[DraftModel, PackedBatch, torch.Tensor]:
-    """Return a draft, a batch of sequences of `lengths`, and the target's head, in float64."""
+    """Return a draft, a batch of sequences of `lengths`, and the target's head, in float64.
+
+    `variant` are fields of the draft's configuration.
+    """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     heads, kv_heads = [(4, 4), (4, 2), (2, 1)][seed % 3]
-    config = DraftConfig(
-        hidden_size=24,
-        target_hidden_size=20,
-        intermediate_size=40,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        vocab_size=60,
-        draft_vocab_size=25 + seed % 36,
-        rope_theta=10000.0,
-        fc_norm=norms,
-        norm_output=norms,
-    )
+    sizes = {
+        "hidden_size": 24,
+        "target_hidden_size": 20,
+        "intermediate_size": 40,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 8,
+        "vocab_size": 60,
+        "draft_vocab_size": 25 + seed % 36,
+    }
+    config = DraftConfig.model_validate({**sizes, **variant})
     draft = DraftModel(config).double()
     for parameter in draft.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -98,7 +132,7 @@ def random_case(
     positions=st.sampled_from(["eagle3", "predicted"]),
     reduction=st.sampled_from(["positions", "tokens", "sequence"]),
     objective=st.sampled_from(["cross_entropy", "lk_alpha", "lk_hybrid"]),
-    norms=st.booleans(),
+    variant=st.sampled_from(VARIANTS),
     checkpointing=st.booleans(),
     block=st.sampled_from([1, 3, 256]),
 )
@@ -110,7 +144,7 @@ def test_equals_the_plain_formulation(
     positions: str,
     reduction: str,
     objective: str,
-    norms: bool,
+    variant: dict[str, Any],
     checkpointing: bool,
     block: int,
 ) -> None:
@@ -125,14 +159,25 @@ def test_equals_the_plain_formulation(
         patch.setattr("eagle_core.training.attention.BLOCK_QUERIES", block)
         patch.setattr("eagle_core.training.loss.CHUNK_ROWS", 4 * block)
         patch.setattr("eagle_core.training.loss.TILE_BYTES", 400 * block)
-        require_equal_to_plain(seed, lengths, options, norms=norms)
+        require_equal_to_plain(seed, lengths, options, **variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant) or "plain")
+@pytest.mark.parametrize("block", [2, 256])
+def test_every_variant_equals_the_plain_formulation(
+    variant: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eagle_core.training.attention.BLOCK_QUERIES", block)
+    for seed, checkpointing in ((0, False), (1, True), (2, False)):
+        options = TttConfig(ttt_length=5, gradient_checkpointing=checkpointing)
+        require_equal_to_plain(seed, [17, 9, 23], options, **variant)
 
 
 def require_equal_to_plain(
-    seed: int, lengths: list[int], options: TttConfig, *, norms: bool
+    seed: int, lengths: list[int], options: TttConfig, **variant: Any
 ) -> None:
     """Compare loss and gradients of a random case with those of the plain formulation."""
-    draft, batch, target_lm_head = random_case(seed, lengths, norms=norms)
+    draft, batch, target_lm_head = random_case(seed, lengths, **variant)
     expected = plain_loss(draft, batch, target_lm_head, options)
     expected.backward()
     gradients = {name: p.grad for name, p in draft.named_parameters() if p.requires_grad}
@@ -149,8 +194,11 @@ def require_equal_to_plain(
             torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-7)
 
 
-def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan() -> None:
-    draft, batch, target_lm_head = random_case(3, [9, 5])
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1], {"sliding_window": 2}])
+def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan(
+    variant: dict[str, Any],
+) -> None:
+    draft, batch, target_lm_head = random_case(3, [9, 5], **variant)
     batch.loss_mask.fill_(value=False)
     outcome = ttt_step(draft, batch, target_lm_head[draft.t2d], TttConfig())
     assert outcome.loss.item() == 0
@@ -160,10 +208,21 @@ def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan() -> None:
         assert not parameter.requires_grad or torch.count_nonzero(parameter.grad) == 0, name
 
 
-@pytest.mark.parametrize("added_rows", [7, 500])
-def test_bfloat16_comes_near_float32(added_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("added_rows", "variant"),
+    [
+        (7, {}),
+        (500, {}),
+        (500, {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}),
+        (500, {"qk_norm": True, "sliding_window": 4, "rope_scaling": YARN}),
+        (500, {"norm_before_fc": True, "norm_before_residual": True}),
+    ],
+)
+def test_bfloat16_comes_near_float32(
+    added_rows: int, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("eagle_core.training.loss._ADDED_ROWS", added_rows)
-    draft, batch, head = random_case(5, [20, 13])
+    draft, batch, head = random_case(5, [20, 13], **variant)
     draft, head = draft.float(), head.float()
     for parameter in draft.parameters():
         parameter.data *= 0.3  # nearer to a model's: no state explodes over the steps

@@ -1,12 +1,17 @@
-"""The draft's vocabulary belongs to the data of its run."""
+"""The draft of a run: its vocabulary belongs to the data, its sizes to the first checkpoint."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from transformers import AutoTokenizer
 
+from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.settings import DraftSettings
 from eagle_core.draft.vocabulary import Coverage, DraftVocabulary, SourceCoverage
+from eagle_core.errors import MismatchError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -14,7 +19,7 @@ from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState
-from flows.bridge.draft_setup import VOCABULARY_NAME, choose_vocabulary
+from flows.bridge.draft_setup import VOCABULARY_NAME, choose_vocabulary, set_up_draft
 
 TRAINING = TrainingConfig(draft_vocab_size=10)
 
@@ -100,3 +105,75 @@ def test_each_source_has_its_share_of_the_vocabulary(tmp_path: Path, target: Tar
     assert same == Coverage(share=0.6)
     both = [DraftVocabulary.load(tmp_path / run / VOCABULARY_NAME) for run in ("run", "other")]
     assert both[0].fingerprint == both[1].fingerprint
+
+
+def changed_target(path: Path, folder: Path, **changes: object) -> TargetConfig:
+    """Return a copy of a target in `folder` with another configuration."""
+    shutil.copytree(path, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return TargetConfig(name="changed", model=str(folder), dtype="float32", device="cpu")
+
+
+def begin(run_path: Path, draft: DraftConfig, *, version: str) -> None:
+    """Write a checkpoint as this version does, or one that recorded only the first fields."""
+    identity = draft.identity() if version == "this" else draft.model_dump(include=FIRST)
+    checkpoint.save(
+        run_path,
+        checkpoint.Checkpoint(
+            step=1,
+            loader=LoaderState(source_id="s", seed=0),
+            identity={"draft": identity},
+            figures={},
+        ),
+        *({}, {}),
+        keep_last=1,
+    )
+
+
+FIRST = {"hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads"}
+FIRST |= {"num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size", "rms_norm_eps"}
+FIRST |= {"rope_theta", "max_position_embeddings", "fc_norm", "norm_output"}
+SCALING = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
+
+def test_a_run_keeps_the_draft_that_it_began_with(
+    tmp_path: Path, target: TargetConfig, tiny_target_path: Path
+) -> None:
+    run_path = tmp_path / "run"
+    choose_vocabulary(target, TRAINING, token_file(tmp_path / "train.arrow", 100), run_path)
+    settings = DraftSettings(fc_norm=True)
+    first = set_up_draft(target, TRAINING, run_path, settings).draft.config
+    assert first.fc_norm
+    begin(run_path, first, version="this")
+    assert set_up_draft(target, TRAINING, run_path).draft.config == first
+    others = set_up_draft(target, TRAINING, run_path, DraftSettings()).draft.config
+    assert others != first  # for the trainer to refuse, field by field
+    wide = changed_target(tiny_target_path, tmp_path / "wide", vocab_size=4096)
+    with pytest.raises(MismatchError, match=r"is of a target with vocabulary \d+ \(now 4096\)"):
+        set_up_draft(wide, TRAINING, run_path)
+
+
+@pytest.mark.parametrize("version", ["this", "older"])
+def test_a_run_that_began_with_a_plain_rotary_embedding_keeps_it(
+    tmp_path: Path, target: TargetConfig, tiny_target_path: Path, version: str
+) -> None:
+    run_path = tmp_path / "run"
+    choose_vocabulary(target, TRAINING, token_file(tmp_path / "train.arrow", 100), run_path)
+    scaled = changed_target(tiny_target_path, tmp_path / "scaled", rope_parameters=SCALING)
+    fresh = set_up_draft(scaled, TRAINING, run_path, DraftSettings()).draft.config
+    assert fresh.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    plain = DraftSettings(rope_scaling="none")
+    begun = set_up_draft(scaled, TRAINING, run_path, plain).draft.config
+    begin(run_path, begun, version=version)
+    for settings in (None, DraftSettings(), plain):
+        assert set_up_draft(scaled, TRAINING, run_path, settings).draft.config == begun
+
+
+def test_with_the_targets_head_the_vocabulary_is_the_targets(
+    tmp_path: Path, target: TargetConfig
+) -> None:
+    settings = DraftSettings(target_head=True)
+    tokens = token_file(tmp_path / "train.arrow", 100)
+    coverage = choose_vocabulary(target, TRAINING, tokens, tmp_path / "run", settings)
+    assert coverage.share == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_core.errors import ConfigError
@@ -226,6 +227,43 @@ def test_a_refused_solution_says_why_and_leaves_drawn_weights(
     assert len(made.draft.aux_scale.unique()) > 5
     assert as_begun(TRAINING, tmp_path).peak_learning_rate == 1e-3
     assert found.accuracies == ()
+
+
+def test_a_draft_that_cannot_be_solved_names_its_variant_and_trains_as_drawn_weights_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, again = (
+        DraftSetup(
+            run_path=tmp_path, draft=small_draft(qk_norm=True, hidden_size=24), target_lm_head=HEAD
+        )
+        for _ in range(2)
+    )
+    found = first_weights(made, LinearSource(), None, TRAINING)
+    assert found is not None
+    assert found.is_drawn
+    assert "starts from random weights" in caplog.text
+    assert "draft.qk_norm norms the queries" in caplog.text
+    assert "draft.hidden_size is 24" in caplog.text
+    assert as_begun(TRAINING, tmp_path).peak_learning_rate == 1e-3
+    kept = load_file(tmp_path / "start" / "draft.safetensors")
+    assert torch.equal(kept["embed_tokens.weight"], made.draft.embed_tokens.weight)
+    assert first_weights(again, LinearSource(), None, TRAINING) == found
+    assert equal(weights(made), weights(again))
+
+
+def test_a_run_keeps_the_solved_weights_of_a_draft_with_the_targets_head(tmp_path: Path) -> None:
+    variant = {"num_hidden_layers": 2, "target_head": True, "draft_vocab_size": 60}
+    first, second = (
+        DraftSetup(run_path=tmp_path, draft=small_draft(**variant), target_lm_head=HEAD)
+        for _ in range(2)
+    )
+    found = first_weights(first, LinearSource(), None, TRAINING)
+    assert found is not None
+    assert not found.is_drawn
+    assert "lm_head.weight" not in load_file(tmp_path / "start" / "draft.safetensors")
+    assert load_first_weights(second)
+    assert equal(weights(first), weights(second))
+    assert torch.equal(second.draft.lm_head.weight, HEAD)
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_other_choices(tmp_path: Path) -> None:
