@@ -40,6 +40,7 @@ _OUTPUT_BIAS = "self_attn.o_proj.bias"
 _NOT_COMPARED = {"draft_vocab_size", "max_position_embeddings"}
 _OF_THE_TARGET = {"target_hidden_size", "vocab_size", "rms_norm_eps", "rope_theta"}
 """No setting changes these."""
+_ROPE = "rope_scaling"
 logger = logging.getLogger(__name__)
 
 
@@ -115,14 +116,22 @@ def require_fit(config: DraftConfig, imported: ImportedDraft) -> None:
     differing = [name for name, value in ours.items() if theirs[name] != value]
     if differing:
         facts = ", ".join(f"{name} {theirs[name]} (ours {ours[name]})" for name in differing)
-        settings = " ".join(f"draft.{name}={_yaml(theirs[name])}" for name in differing)
-        can_be_set = not _OF_THE_TARGET & set(differing)
-        cure = f"set {settings}" if can_be_set else "start from another draft"
+        settings = [_setting(name, ours[name], theirs[name]) for name in differing]
+        cure = "start from another draft"
+        if None not in settings:
+            cure = "set " + " ".join(f"draft.{setting}" for setting in settings)
         raise MismatchError(f"the given draft does not fit this one: {facts}; {cure}")
 
 
-def _yaml(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+def _setting(name: str, ours: object, theirs: object) -> str | None:
+    """Return the setting that makes ours like theirs; None if none does."""
+    if name in _OF_THE_TARGET:
+        return None
+    if name != _ROPE:
+        return f"{name}={json.dumps(theirs)}"
+    if theirs is None:
+        return f"{_ROPE}=none"
+    return None if ours is not None else f"{_ROPE}=target (if the target is scaled like that)"
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ class DraftSettings(ConfigModel):
         ge=1,
         le=4,
         description="Decoder layers. Each makes the draft better and every drafted token slower; "
-        "SGLang loads drafts of one layer.",
+        "llama.cpp loads drafts of one layer only.",
     )
     hidden_size: int | None = Field(
         default=None,

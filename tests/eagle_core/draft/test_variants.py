@@ -16,7 +16,7 @@ from eagle_core.draft.layout import EMBEDDING, HEAD
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.readers import Reader, lacking, readers_of, require_reader, require_serving
 from eagle_core.errors import ConfigError, MismatchError
-from tests.eagle_core.draft.variants import FULL, VARIANTS, make_variant
+from tests.eagle_core.draft.variants import FULL, LLAMA3, VARIANTS, YARN, make_variant
 
 AUX_LAYERS = (1, 3, 4)
 LAYOUTS: tuple[TensorLayout, ...] = ("serving", "speculators")
@@ -213,13 +213,31 @@ def test_a_given_draft_names_the_settings_that_it_needs(
     for setting in (
         *("draft.hidden_size=160", "draft.num_hidden_layers=2", "draft.attention_bias=true"),
         *("draft.mlp_bias=true", "draft.norm_output=true", "draft.sliding_window=12"),
-        'draft.rope_scaling={"rope_type":"llama3","factor":8.0,',
+        "draft.rope_scaling=target (if the target is scaled like that)",
     ):
         assert setting in str(caught.value)
     require_fit(imported.config, imported)
+    with pytest.raises(MismatchError, match=r"set draft\.rope_scaling=none$"):
+        require_fit(
+            plain.model_copy(update={"rope_scaling": LLAMA3}),
+            read_draft(write(make_variant(tiny_target_path, {}), served, tmp_path / "plain")),
+        )
+    scaled = imported.config.model_copy(update={"rope_scaling": YARN})
+    with pytest.raises(MismatchError, match=r"rope_scaling .*; start from another draft$"):
+        require_fit(scaled, imported)
     other = plain.model_copy(update={"rope_theta": 5.0, "sliding_window": 4})
     with pytest.raises(MismatchError, match=r"rope_theta 10000\.0 \(ours 5\.0\).*from another"):
         require_fit(other, read_draft(write(make_variant(tiny_target_path, {}), served, tmp_path)))
+
+
+def test_heads_that_transformers_refuses_are_refused_here(tiny_target_path: Path) -> None:
+    uneven = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+    config = make_variant(tiny_target_path, uneven).config
+    with pytest.raises(
+        ConfigError, match=r"no engine can serve .*: vLLM 0\.32 has no num_attention"
+    ):
+        require_serving(config)
+    require_serving(make_variant(tiny_target_path, {**uneven, "qk_norm": True}).config)
 
 
 def test_a_draft_with_its_own_head_says_so_to_one_with_the_targets(

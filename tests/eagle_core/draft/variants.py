@@ -1,6 +1,6 @@
 """Drafts of every variant, in which no weight is trivial."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,25 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def make_variant(
-    target_path: Path, changes: Mapping[str, Any], *, draft_vocab_size: int = 200, seed: int = 0
+    target_path: Path,
+    changes: Mapping[str, Any],
+    *,
+    draft_vocab_size: int = 200,
+    seed: int = 0,
+    tokens: Sequence[int] | None = None,
 ) -> DraftModel:
-    """Return a draft of the tiny target with other fields of its configuration."""
+    """Return a draft of a target with other fields of its configuration.
+
+    The draft vocabulary is `tokens`, by default a random part of the target's.
+    """
     target = AutoConfig.from_pretrained(target_path)
     size = changes.get("draft_vocab_size", draft_vocab_size) or target.vocab_size
     plain = DraftConfig.from_target(target, draft_vocab_size=size)
     config = DraftConfig(**{**plain.model_dump(), **changes, "draft_vocab_size": size})
     embedding, head = load_ends(target_path, dtype=torch.float32)
     counts = torch.randperm(len(head), generator=torch.Generator().manual_seed(seed)).numpy()
+    if tokens is not None:
+        counts[list(tokens)] = 2 * len(head)
     vocabulary = DraftVocabulary.build(counts, size=size)
     draft = DraftModel(config)
     draft.initialise(embedding=embedding, lm_head=head, vocabulary=vocabulary, seed=seed)

