@@ -25,6 +25,10 @@ class RunBusyError(FlowError):
     """Another process trains the same run."""
 
 
+class MachinesApartError(FlowError):
+    """The machines of a run did not meet in time."""
+
+
 class TrainingStoppedError(FlowError):
     """Training stopped on request and wrote a checkpoint; later stages must not run."""
 

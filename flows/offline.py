@@ -1,5 +1,6 @@
 """`offline`: hidden states, training, estimate and evaluation in one flow."""
 
+import math
 import time
 
 from prefect import flow
@@ -26,8 +27,10 @@ from flows.reports import rows as report
 from flows.reports.table import print_table
 from flows.summaries import OfflineSummary
 from flows.tasks.decoding import require_decodable
+from flows.tasks.other_machine import train_with_first
 from flows.tasks.prepare import check_runnable, is_evaluated, prepare_weights
 from flows.train import train_flow
+from flows.workers.machines import is_first_machine
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 
 
@@ -53,13 +56,30 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     A target that this machine cannot decode, such as a streamed one, is not evaluated: the estimate
     from stored states says what the draft is worth.
 
+    With `training.nodes`, the machine that the rendezvous names does this. Each other waits until
+    the first one trains, however long that takes, and trains with it.
+
     Every stage checks what exists: a retry repeats no finished work. Only the first stage reads the
     data set; the others use its snapshot, or the run's own if the run has begun.
     """
-    require_trackers(tracking)  # fail now, not after hours of hidden states
-    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
-    require_start(training, run_path)
     started = time.monotonic()
+    run_path = Workspace.at(home, target=target.name, dataset=dataset.name).run_path(run)
+    if not is_first_machine(training):
+        title = f"{target.name}-{dataset.name}-{run}"
+        trained = train_with_first(
+            *(target, draft.with_moved(training.moved), training, run_path),
+            title=title,
+            limit_seconds=math.inf,
+        )
+        return OfflineSummary(
+            states=None,
+            training=trained,
+            estimate=None,
+            acceptance=None,
+            seconds=time.monotonic() - started,
+        )
+    require_trackers(tracking)  # fail now, not after hours of hidden states
+    require_start(training, run_path)
     prepare_weights(target)
     require_start_fits(target, training, run_path, draft.with_moved(training.moved))
     # Of all stages together: evaluation comes last.

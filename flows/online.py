@@ -84,7 +84,8 @@ def online(  # noqa: PLR0917 (one parameter per section of a recipe)
     epoch and every later run read them.
 
     Raises:
-        ConfigError: several processes are requested, or the package of a tracker is not installed.
+        ConfigError: several processes or machines are requested, or the package of a tracker is not
+            installed.
         DoesNotFitError: with `store.keep`, there is no room for the states.
         MismatchError: the data set was replaced since the run began, or the run is finished and
             its data set has changed.
@@ -100,6 +101,11 @@ def online(  # noqa: PLR0917 (one parameter per section of a recipe)
             f"training.num_processes is {training.num_processes}, but online training uses one "
             "process: each would load its own target. Set training.num_processes=1, or run the "
             "offline flow, where several processes read stored states"
+        )
+    if training.nodes > 1:
+        raise ConfigError(
+            f"training.nodes is {training.nodes}, but online training uses one machine. Set "
+            "training.nodes=1, or run the offline flow, where several machines read stored states"
         )
     require_trackers(tracking)
     space = Workspace.at(home, target=target.name, dataset=dataset.name)

@@ -198,7 +198,8 @@ class DoctorSummary:
 class OfflineSummary:
     """The results of all stages of `offline`."""
 
-    states: HiddenStatesSummary
+    states: HiddenStatesSummary | None
+    """None on a machine that only trained with the first one."""
     training: TrainSummary
     estimate: EstimateSummary | None
     """None if no samples are held out."""

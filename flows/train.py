@@ -40,11 +40,13 @@ from flows.reports.run_record import (
 from flows.summaries import TrainSummary
 from flows.tasks.attempt_length import attempt_length
 from flows.tasks.decoding import decoding_of_run, require_decodable
+from flows.tasks.other_machine import train_with_first
 from flows.tasks.prepare import prepare_weights
 from flows.tasks.run_training import run_attempt, run_training
 from flows.tasks.training_data import TrainingData, held_by_run, training_data
+from flows.workers.machines import is_first_machine, open_meeting
 from flows.workers.ranks import train_ranks
-from flows.workers.train_worker import TrainJob, open_sources
+from flows.workers.train_worker import RunOfMachines, TrainJob, open_sources
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.records.snapshot import Snapshot
 from storage.store import Store
@@ -70,6 +72,9 @@ def train_flow(  # noqa: PLR0917 (one parameter per section of a recipe)
 ) -> TrainSummary:
     """Train the draft of run `run` on the snapshot of its data set, or on `snapshot_id`.
 
+    With `training.nodes`, the machine that the rendezvous names does this. Each other waits for it,
+    trains with it, and writes nothing.
+
     A run that has begun resumes from its newest checkpoint with its own snapshot, whatever was
     published since. It reads no data set, and ends in the same bits as an uninterrupted run.
 
@@ -80,14 +85,20 @@ def train_flow(  # noqa: PLR0917 (one parameter per section of a recipe)
             run is longer than it was, and `training.extend` is not set.
         CorruptError: a shard does not reproduce the recorded log-probabilities.
         ChildKilledError: one of several processes died; the last checkpoint is good.
+        MachinesApartError: several machines did not meet in time.
         RunBusyError: another process trains the same run; names it.
         TrainingStoppedError: SIGTERM stopped training; the checkpoint is written.
 
     """
     _require_devices(target, training.num_processes)
-    require_trackers(tracking)
     space = Workspace.at(home, target=target.name, dataset=dataset.name)
     run_path = space.run_path(run)
+    if not is_first_machine(training):
+        title = f"{space.target}-{space.dataset}-{run}"
+        return train_with_first(
+            *(target, draft.with_moved(training.moved), training, run_path), title=title
+        )
+    require_trackers(tracking)
     require_start(training, run_path)
     prepare_weights(target)
     require_decodable(target, training)
@@ -122,7 +133,10 @@ def train_flow(  # noqa: PLR0917 (one parameter per section of a recipe)
         object_cache=None if opened.is_local else space.object_cache_path,
         object_cache_bytes=store.cache_bytes,
     )
-    with sole_training(run_path) as lock, held_by_run(opened, run_path, data):
+    with (
+        sole_training(run_path, nodes=training.nodes, rendezvous=training.rendezvous) as lock,
+        held_by_run(opened, run_path, data),
+    ):
         summary = _train(job, config, opened, data, lock)
     print_stage(
         f"Training: {config.title(run)}",
@@ -151,12 +165,14 @@ def _train(
     )
     if data.record:
         data.record.require_vocabulary(run_path)
-    is_single = training.num_processes == 1
+    is_single = training.world_size == 1
     here = config.target if is_single else config.target.model_copy(update={"device": "cpu"})
     setup = set_up_draft(here, training, run_path, config.draft)  # ranks need the first GPU empty
     given = config.given_target or config.target
     decoding = decoding_of_run(given, training, setup.draft.config, data.tokens.held_out_path)
-    job = job.model_copy(update={"decoding": decoding, "planned": length.planned})
+    job = job.model_copy(
+        update={"decoding": decoding, "coverage": coverage, "planned": length.planned}
+    )
     _require_sound(setup, here, store, data.snapshot)
     record = Run.of(
         config,
@@ -184,8 +200,12 @@ def _train(
             decoding=decoding,
         )
     del setup
+    meeting = open_meeting(training, lock)
+    together = (
+        RunOfMachines.here(job.title, given, job.draft, training, run_path) if meeting else None
+    )
     return run_attempt(
-        lambda on_progress: train_ranks(job, on_progress),
+        lambda on_progress: train_ranks(job, on_progress, meeting=meeting, run=together),
         *(run_path, record, lock),
         total=length.total,
         write_record=write_record,

@@ -220,6 +220,7 @@ def _training(
             "batch_tokens": int(source.lengths.sum()),
             "batches_per_step": 1,
             "num_processes": 1,
+            "nodes": 1,
             "compile": False,
             "checkpoint_every": MOST_STEPS,
             "keep_last": 1,

@@ -102,7 +102,7 @@ def save(
         DiskError: it cannot be written; earlier checkpoints remain.
 
     """
-    folder = _folder_of(run_path, checkpoint.step)
+    folder = folder_of(run_path, checkpoint.step)
     with atomic_folder(folder) as partial:
         trained = {n: tensor.contiguous() for n, tensor in weights.items() if n not in omitted}
         save_file(trained, partial / WEIGHTS_NAME)
@@ -115,7 +115,7 @@ def save(
             },
         }
         (partial / STATE).write_text(json.dumps(document, indent=2), encoding="utf-8")
-    spared = {folder} if undecided is None else {folder, _folder_of(run_path, undecided)}
+    spared = {folder} if undecided is None else {folder, folder_of(run_path, undecided)}
     _drop_others(run_path, folder, spared, keep_last=keep_last, best_by=best_by)
     return folder
 
@@ -272,7 +272,8 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _folder_of(run_path: Path, step: int) -> Path:
+def folder_of(run_path: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, whether it is there or not."""
     return run_path / _FOLDER / f"step-{step:08d}"
 
 

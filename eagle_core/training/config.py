@@ -53,6 +53,13 @@ class TttConfig(ConfigModel):
     lk_eta: float = Field(
         default=3.0, gt=0, description="For lk_hybrid: how fast it moves to the acceptance loss."
     )
+    max_positions_per_sample: int | None = Field(
+        default=None,
+        gt=0,
+        description="Compute the loss at no more supervised positions of a sample than this, drawn "
+        "anew in each epoch and weighted so that the expected gradient is that of all of them. "
+        "Less time and memory per sample, more noise in its gradient.",
+    )
     compile: bool = Field(
         default=False,
         description="Use torch.compile to fuse the loss's element-wise operations and, on a GPU, "
@@ -138,6 +145,24 @@ class TrainingConfig(TttConfig):
         gt=0,
         description="Processes that train in parallel on this machine, one per GPU.",
     )
+    nodes: int = Field(
+        default=1,
+        gt=0,
+        description="Machines that train one draft, each with num_processes processes. Run the "
+        "same command on all of them; they share `home` and the store.",
+    )
+    rendezvous: str | None = Field(
+        default=None,
+        pattern=r"^[^\s:/]+:[0-9]{1,5}$",
+        description="HOST:PORT where the machines meet. The machine with this address is the first "
+        "one: it owns the run, writes checkpoints and reports, and opens the port.",
+    )
+    node_timeout_seconds: int = Field(
+        default=600,
+        gt=0,
+        description="How long a machine waits for the others, before the first step and within a "
+        "step, until it ends with an error.",
+    )
     sharding: Sharding = Field(
         default="replicate",
         description="With several processes: each holds the full draft (DDP) or a shard (FSDP2).",
@@ -202,6 +227,23 @@ class TrainingConfig(TttConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _machines_meet(self) -> Self:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError(
+                f"nodes is {self.nodes}, but rendezvous is not set: the machines would not find "
+                "each other. Set it to HOST:PORT of one of them, such as host0:29500, the same on "
+                "all"
+            )
+        if self.rendezvous is not None and not 0 < int(self.rendezvous.split(":")[1]) < 1 << 16:
+            raise ValueError(f"rendezvous is {self.rendezvous}: a port is a number from 1 to 65535")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes on all machines."""
+        return self.nodes * self.num_processes
+
     @property
     def start_folder(self) -> Path | None:
         """The folder of the draft to start from, if there is one."""
@@ -232,5 +274,6 @@ class TrainingConfig(TttConfig):
         free |= {"decode_every", "decode_prompts", "decode_new_tokens", "decode_device", "best_by"}
         # The number of processes may change between two runs.
         free |= {"num_processes", "sharding", "batches_per_step"}
+        free |= {"nodes", "rendezvous", "node_timeout_seconds"}
         fields = self.model_dump(mode="json", exclude=free)
         return {**fields, "learning_rate": self.peak_learning_rate}

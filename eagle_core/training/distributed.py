@@ -1,23 +1,31 @@
 """The processes of one training run: one by default, several under torchrun.
 
 Ranks share the packed batches of a step; weights and gradients are the same as if one process had
-computed all of them, up to the rounding of float32 sums.
+computed all of them, up to the rounding of float32 sums. Rank 0 is on the first machine, whatever
+order the machines came in.
 """
 
 import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, typed
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from eagle_core.errors import TransientError
 from eagle_core.training.config import Sharding
+
+_OWN_KEYS = "eyas"
+_FIRST_RANK = "rank of the first machine"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +34,8 @@ class Processes:
 
     rank: int = 0
     world_size: int = 1
+    board: Store | None = field(default=None, compare=False)
+    """What processes on several machines read and write before the first step; None on one."""
 
     @property
     def is_first(self) -> bool:
@@ -61,6 +71,37 @@ class Processes:
         flags = torch.tensor(float(flag), device=_device())
         return bool(self.total(flags) > 0)
 
+    def from_first(self, what: str, text: str | None) -> str:
+        """Return the first process's `text`; the others pass None. Each `what` may be used once.
+
+        Raises:
+            TransientError: another machine ended before.
+
+        """
+        if self.board is None:
+            assert text is not None  # noqa: S101 (one machine knows it)
+            return text
+        if text is not None:
+            self.board.set(what, text)
+        return _read(self.board, what)
+
+    def tell(self, what: str, text: str) -> None:
+        """Let the other processes read this process's `text` with `from_all`."""
+        if self.board is not None:
+            self.board.set(f"{what} of {self.rank}", text)
+
+    def from_all(self, what: str, text: str) -> list[str]:
+        """Return the `text` of each process, in the order of ranks. Each `what` may be used once.
+
+        Raises:
+            TransientError: another machine ended before.
+
+        """
+        if self.board is None:
+            return [text]
+        self.tell(what, text)
+        return [_read(self.board, f"{what} of {rank}") for rank in range(self.world_size)]
+
     def wait(self) -> None:
         """Wait until all processes have called this."""
         if self.world_size > 1:
@@ -71,22 +112,91 @@ ONE_PROCESS = Processes()
 
 
 @contextmanager
-def join_processes() -> Iterator[Processes]:
+def join_processes(
+    *, is_first_machine: bool = True, timeout: timedelta = default_pg_timeout
+) -> Iterator[Processes]:
     """Yield rank and world size; under torchrun, connect the processes while the block runs.
 
     Modules wrapped by `parallel` should not outlive the block: they hold the connections.
+
+    Args:
+        is_first_machine: whether rank 0 is on this machine, of several.
+        timeout: how long processes of several machines wait for each other, each time.
+
+    Raises:
+        TransientError: the machines cannot connect, or lost each other while the block ran.
+
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or distributed.is_initialized():
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         yield Processes(rank=rank, world_size=world_size)
         return
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    board: Store | None = None
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
+        distributed.init_process_group(backend)
+    else:
+        board = _connect_machines(backend, world_size, is_first_machine, timeout)
     try:
-        yield Processes(rank=distributed.get_rank(), world_size=world_size)
+        yield Processes(rank=distributed.get_rank(), world_size=world_size, board=board)
+    except RuntimeError as error:
+        if board is None or not _is_of_connection(error):
+            raise
+        raise TransientError(
+            "the connection to another machine was lost: it, or one of its processes, is gone, "
+            f"failed (see its output), or did not answer for {timeout.total_seconds():.0f} s "
+            "(training.node_timeout_seconds). Nothing but the steps since then is lost, the last "
+            f"checkpoint is good: run the same command again on all machines ({error})"
+        ) from error
     finally:
         distributed.destroy_process_group()
         _end_threads()
+
+
+def _connect_machines(
+    backend: str, world_size: int, is_first_machine: bool, timeout: timedelta
+) -> Store:
+    """Connect the processes of several machines, and return what they can all write on.
+
+    torchrun orders machines by their addresses: ranks are turned so that the first machine has 0.
+    """
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timeout,
+        )
+        board = PrefixStore(_OWN_KEYS, store)
+        if is_first_machine and os.environ["LOCAL_RANK"] == "0":
+            board.set(_FIRST_RANK, os.environ["RANK"])
+        rank = (int(os.environ["RANK"]) - int(board.get(_FIRST_RANK))) % world_size
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except RuntimeError as error:  # of the store, of Gloo or of NCCL
+        raise TransientError(
+            "the machines met, but their processes cannot connect: all TCP ports must be open "
+            "between them, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set, must name the "
+            f"network that they share ({error})"
+        ) from error
+    return board
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Return whether another machine did not answer; Gloo's errors have no class of their own."""
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+
+
+def _read(board: Store, key: str) -> str:
+    try:
+        return str(board.get(key), "utf-8")
+    except RuntimeError as error:
+        raise TransientError(
+            f"another machine ended before the first step, or does not answer; see its output "
+            f"({error})"
+        ) from error
 
 
 def _end_threads() -> None:

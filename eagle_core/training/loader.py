@@ -2,14 +2,16 @@
 
 The state between two steps is (source id, seed, epoch, next sample). It is independent of batch
 size, ranks and workers: these may change between two runs without losing or repeating a sample.
-One thread prepares batches ahead, and the source is asked to prefetch their samples.
+One thread prepares batches ahead, and the source is asked to prefetch their samples. For a CUDA
+device they are also copied, one step ahead.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +19,9 @@ from numpy.typing import NDArray
 
 from eagle_core.errors import ConfigError
 from eagle_core.samples import SampleSource
+from eagle_core.training.device_copies import Batches, DeviceCopies
 from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.position_draws import position_draws
 
 _STEPS_AHEAD = 2
 
@@ -43,6 +47,8 @@ class LoadedStep:
     """Number over all processes."""
     most_batches: int
     """Largest number on one process."""
+    num_supervised: int
+    """Supervised tokens of this process."""
     after: LoaderState
     """The same on all processes."""
 
@@ -59,6 +65,8 @@ class StepShape:
     """Per process; gradients are accumulated over them."""
     rank: int = 0
     world_size: int = 1
+    draws_positions: bool = False
+    """Whether batches have `position_draws`."""
 
     @property
     def batches_of_all(self) -> int:
@@ -146,23 +154,56 @@ def windows_in_use(shape: StepShape, *, tokens: int, num_groups: int) -> int:
     return 1 + math.ceil(prepared / window_tokens)
 
 
-def steps(source: SampleSource, state: LoaderState, shape: StepShape) -> Iterator[LoadedStep]:
+def steps(
+    source: SampleSource,
+    state: LoaderState,
+    shape: StepShape,
+    copies: DeviceCopies | None = None,
+) -> Iterator[LoadedStep]:
     """Yield steps from `state` on, endlessly; the caller decides when to stop.
 
     Each step has consecutive batches of the epoch's order, assigned to the ranks in turn. A step
-    never crosses the end of an epoch.
+    never crosses the end of an epoch. With `copies`, the batches of a step are pinned, and copied
+    while the caller works on the step before; without, they are on the CPU.
     """
+    with closing(_loading(source, state, shape, copies)) as loading:
+        if copies is None:
+            for step in loading:
+                yield step.result()
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies") as copier:
+            following = copier.submit(_begin_copy, next(loading), copies)
+            while True:
+                loaded, finish = following.result()
+                following = copier.submit(_begin_copy, next(loading), copies)
+                yield replace(loaded, batches=finish())
+
+
+def _begin_copy(
+    step: Future[LoadedStep], copies: DeviceCopies
+) -> tuple[LoadedStep, Callable[[], Batches]]:
+    loaded = step.result()
+    return loaded, copies.begin(loaded.batches)
+
+
+def _loading(
+    source: SampleSource, state: LoaderState, shape: StepShape, copies: DeviceCopies | None
+) -> Generator[Future[LoadedStep]]:
+    """Yield the steps from `state` on, which one thread loads ahead."""
     plan = _plan(source, state, shape)
+    most_ahead = _STEPS_AHEAD if copies is None else _STEPS_AHEAD - 1  # one is being copied
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as reader:
         ahead: deque[Future[LoadedStep]] = deque()
         try:
             while True:
-                while len(ahead) <= _STEPS_AHEAD:
+                while len(ahead) <= most_ahead:
                     members, after = next(plan)
-                    mine = members[shape.rank :: shape.world_size]
                     source.prefetch(_own_first(members, shape))
-                    ahead.append(reader.submit(_load, source, mine, len(members), shape, after))
-                yield ahead.popleft().result()
+                    pin_memory = copies is not None
+                    ahead.append(
+                        reader.submit(_load, source, members, shape, after, pin_memory=pin_memory)
+                    )
+                yield ahead.popleft()
         finally:
             for future in ahead:
                 future.cancel()
@@ -204,12 +245,27 @@ def _own_first(members: Members, shape: StepShape) -> Iterator[int]:
 
 
 def _load(
-    source: SampleSource, mine: Members, num_batches: int, shape: StepShape, after: LoaderState
+    source: SampleSource,
+    members: Members,
+    shape: StepShape,
+    after: LoaderState,
+    *,
+    pin_memory: bool,
 ) -> LoadedStep:
-    packed = (pack([source.fetch(int(index)) for index in indices]) for indices in mine)
+    epoch = after.epoch if after.next_sample else after.epoch - 1  # of this step
+
+    def packed_batch(indices: NDArray[np.int64]) -> PackedBatch:
+        samples = [source.fetch(int(index)) for index in indices]
+        draws = None
+        if shape.draws_positions:
+            draws = position_draws(samples, seed=after.seed, epoch=epoch)
+        return pack(samples, draws, pin_memory=pin_memory)
+
+    batches = tuple(map(packed_batch, members[shape.rank :: shape.world_size]))
     return LoadedStep(
-        batches=tuple(packed),
-        num_batches=num_batches,
-        most_batches=-(-num_batches // shape.world_size),
+        batches=batches,
+        num_batches=len(members),
+        most_batches=-(-len(members) // shape.world_size),
+        num_supervised=sum(int(batch.loss_mask.sum()) for batch in batches),
         after=after,
     )

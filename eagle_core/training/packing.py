@@ -3,14 +3,14 @@
 Shapes: N tokens of the batch, A aux layers (3), Ht target hidden size, S sequences.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_core.bfloat16 import from_bfloat16_bits
 from eagle_core.samples import HiddenStateSample
 
 
@@ -33,41 +33,58 @@ class PackedBatch:
     """[N] int64, over the target vocabulary"""
     target_logsumexp: Tensor
     """[N] float32, over the target vocabulary"""
+    draws: Tensor | None = None
+    """[N] int64, `position_draws`; None if the loss is computed at all positions"""
 
     @property
     def num_tokens(self) -> int:
         """Return N."""
         return self.starts[-1]
 
-    def to(self, device: torch.device) -> "PackedBatch":
-        """Return the batch with its tensors on `device`."""
-        return PackedBatch(
-            sample_ids=self.sample_ids,
-            starts=self.starts,
-            input_ids=self.input_ids.to(device),
-            loss_mask=self.loss_mask.to(device),
-            aux_hidden_states=self.aux_hidden_states.to(device),
-            last_hidden_state=self.last_hidden_state.to(device),
-            target_argmax=self.target_argmax.to(device),
-            target_logsumexp=self.target_logsumexp.to(device),
-        )
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors by field."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in values if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "PackedBatch":
+        """Return the batch with its tensors on `device`.
+
+        With `non_blocking`, the copy of a batch in pinned memory is only begun.
+        """
+        moved = {
+            name: tensor.to(device, non_blocking=non_blocking)
+            for name, tensor in self.tensors().items()
+        }
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]  # all are tensors
 
 
-def pack(samples: Sequence[HiddenStateSample]) -> PackedBatch:
-    """Return `samples` as one batch; states stay in bfloat16, as stored, to move fewer bytes."""
-    aux = np.concatenate([sample.aux_hidden_states for sample in samples])
-    last = np.concatenate([sample.last_hidden_state for sample in samples])
-    argmax = np.concatenate([sample.target_argmax for sample in samples])
-    logsumexp = np.concatenate([sample.target_logsumexp for sample in samples])
-    ids = np.concatenate([sample.input_ids for sample in samples])
-    mask = np.concatenate([sample.loss_mask for sample in samples])
+def pack(
+    samples: Sequence[HiddenStateSample], draws: Tensor | None = None, *, pin_memory: bool = False
+) -> PackedBatch:
+    """Return `samples` as one batch; states stay in bfloat16, as stored, to move fewer bytes.
+
+    Args:
+        samples: to concatenate.
+        draws: [N] of their N tokens, if only some positions are to be taken.
+        pin_memory: whether a CUDA device is to copy the batch while it computes.
+
+    """
+
+    def joined(name: str, dtype: torch.dtype) -> Tensor:
+        parts = [getattr(sample, name) for sample in samples]
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        whole = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+        np.concatenate(parts, out=whole.numpy(), casting="unsafe")
+        return whole
+
     return PackedBatch(
         sample_ids=tuple(sample.sample_id for sample in samples),
         starts=(0, *np.cumsum([len(sample) for sample in samples]).tolist()),
-        input_ids=torch.from_numpy(ids.astype(np.int64)),
-        loss_mask=torch.from_numpy(mask.astype(np.bool_)),
-        aux_hidden_states=from_bfloat16_bits(aux, dtype=torch.bfloat16).flatten(1),
-        last_hidden_state=from_bfloat16_bits(last, dtype=torch.bfloat16),
-        target_argmax=torch.from_numpy(argmax.astype(np.int64)),
-        target_logsumexp=torch.from_numpy(logsumexp.astype(np.float32)),
+        input_ids=joined("input_ids", torch.int64),
+        loss_mask=joined("loss_mask", torch.bool),
+        aux_hidden_states=joined("aux_hidden_states", torch.uint16).view(torch.bfloat16).flatten(1),
+        last_hidden_state=joined("last_hidden_state", torch.uint16).view(torch.bfloat16),
+        target_argmax=joined("target_argmax", torch.int64),
+        target_logsumexp=joined("target_logsumexp", torch.float32),
+        draws=draws.pin_memory() if draws is not None and pin_memory else draws,
     )

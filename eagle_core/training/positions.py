@@ -1,7 +1,7 @@
 """Which positions take part in which training-time-test step, and the weight of each loss.
 
 An index takes part in step i only if the loss of step i or of a later one counts there. The others
-contribute only step-0 keys and values.
+contribute only step-0 keys and values, as do those that are not drawn where only some are taken.
 
 Shapes: N packed tokens, L training-time-test steps.
 """
@@ -50,6 +50,8 @@ def ttt_positions(
     ttt_length: int,
     positions: LossPositions,
     reduction: LossReduction,
+    draws: Tensor | None = None,
+    limit: int | None = None,
 ) -> TttPositions:
     """Return the positions that take part in each step.
 
@@ -60,6 +62,8 @@ def ttt_positions(
         ttt_length: L.
         positions: "eagle3" requires loss_mask[t + i], "predicted" loss_mask[t + 2 + i].
         reduction: divisor of the sum of a step's losses.
+        draws: [N] int64, a random permutation of each sequence; None takes all positions.
+        limit: most supervised indices to take of a sequence, those with the smallest draws.
 
     """
     ends = torch.zeros_like(loss_mask)
@@ -77,8 +81,11 @@ def ttt_positions(
     )
     known = torch.stack([_shifted(in_vocabulary, sequence, step + 1) for step in range(ttt_length)])
     counted = supervised & known
-    takes_part = counted.flip(0).cumsum(0).flip(0) > 0
     shares, totals = _shares(counted, sequence, len(starts) - 1, reduction)
+    if draws is not None and limit is not None:
+        is_drawn, factor = _drawn(supervised.any(dim=0), sequence, starts, draws, limit)
+        supervised, counted, shares = supervised & is_drawn, counted & is_drawn, shares * factor
+    takes_part = counted.flip(0).cumsum(0).flip(0) > 0
     return TttPositions(
         supervised=supervised,
         counted=counted,
@@ -117,3 +124,23 @@ def _shares(
     of_sequence.index_add_(1, sequence, counts)
     contributing = (of_sequence > 0).sum(dim=1).float()
     return counts / of_sequence[:, sequence].clamp(min=1), contributing
+
+
+def _drawn(
+    pool: Tensor, sequence: Tensor, starts: Sequence[int], draws: Tensor, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Return [N] whether an index of the pool [N] is taken, and [N] the factor of its weight.
+
+    Of n indices in a sequence, k are taken, each as likely as any other. The loss at one depends on
+    no other that is taken, so with factor n / k its expected gradient is that of all: the divisors
+    count all of them, too.
+    """
+    size, device = len(pool), pool.device
+    order = torch.argsort(sequence * (2 * size) + (~pool) * size + draws)
+    first = torch.tensor(starts, device=device)[sequence[order]]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(size, device=device) - first
+    is_drawn = pool & (place < limit)
+    in_pool = torch.bincount(sequence[pool], minlength=len(starts) - 1)
+    factor = in_pool / in_pool.clamp(min=1, max=limit)
+    return is_drawn, factor[sequence] * is_drawn

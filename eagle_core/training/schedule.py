@@ -120,6 +120,7 @@ def step_shape(config: TrainingConfig, *, rank: int = 0, world_size: int = 1) ->
         batches_per_step=config.batches_per_step,
         rank=rank,
         world_size=world_size,
+        draws_positions=config.max_positions_per_sample is not None,
     )
 
 

@@ -37,9 +37,8 @@ class ThroughputMeter:
 
     def add(self, loaded: LoadedStep) -> None:
         """Count the tokens of a step."""
-        for batch in loaded.batches:
-            self._num_tokens += batch.num_tokens
-            self._num_supervised += int(batch.loss_mask.sum())
+        self._num_tokens += sum(batch.num_tokens for batch in loaded.batches)
+        self._num_supervised += loaded.num_supervised
 
     @property
     def tokens_per_second(self) -> float:

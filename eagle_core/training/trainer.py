@@ -26,6 +26,7 @@ from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.decoded_points import read_points
+from eagle_core.training.device_copies import device_copies
 from eagle_core.training.distributed import Processes, join_processes, whole, without_sync
 from eagle_core.training.draft_decoding import Decoder, DraftDecoding
 from eagle_core.training.flex_attention import require_agreement
@@ -181,6 +182,7 @@ class _Run:
             self.source,
             self.loader,
             step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
+            device_copies(self._device),
         )
         decoding = DraftDecoding(
             decoder,
@@ -221,7 +223,7 @@ class _Run:
                     decoding.start(self.step, self.draft)
             decoding.collect()
         stream.close()  # type: ignore[attr-defined]  # a generator
-        if self.saved is None or checkpoint.read(self.saved).step != self.step:
+        if self.processes.any(self._is_unsaved()):
             self._save(decoding.undecided)
         with meter.paused():
             decoding.wait()
@@ -237,6 +239,12 @@ class _Run:
             best=self._best(),
             decoded=next(reversed(read_points(self.run_path)), None),
         )
+
+    def _is_unsaved(self) -> bool:
+        """Return whether the first process has no checkpoint of this step: only it surely sees."""
+        if not self.processes.is_first:
+            return False
+        return self.saved is None or checkpoint.read(self.saved).step != self.step
 
     def _best(self) -> Best | None:
         by = self.config.best_by
@@ -391,7 +399,9 @@ class _Run:
                 omitted=self.draft.target_tensors().keys(),
             )
         self.processes.wait()
-        self.saved = checkpoint.newest(self.run_path)
+        # Another machine may see the new folder later: only the first process looks.
+        is_first, own = self.processes.is_first, checkpoint.folder_of(self.run_path, self.step)
+        self.saved = checkpoint.newest(self.run_path) if is_first else own
 
 
 def _identity(

@@ -87,6 +87,8 @@ def batch_positions(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> TttP
         ttt_length=options.ttt_length,
         positions=options.loss_positions,
         reduction=options.loss_reduction,
+        draws=batch.draws,
+        limit=options.max_positions_per_sample,
     )
 
 

@@ -141,11 +141,11 @@ def decoding_place(target: TargetConfig, training: TrainingConfig) -> DecodingPl
     """Return where drafts of a run are decoded on this machine."""
     if training.decode_device != "auto":
         return DecodingPlace(device=training.decode_device, is_child=True, is_awaited=False)
-    device = _unused_gpu(target, training.num_processes)
+    device = _unused_gpu(target, training)
     if device is not None:
         return DecodingPlace(device=device, is_child=True, is_awaited=False)
     # With several processes, this one must go on telling the others that it is alive.
-    is_child = training.num_processes > 1
+    is_child = training.world_size > 1
     return DecodingPlace(device=target.device, is_child=is_child, is_awaited=True)
 
 
@@ -164,12 +164,13 @@ def require_decoding_place(target: TargetConfig, training: TrainingConfig) -> No
         raise ConfigError(f"target {target.name}: {obstacle}")
 
 
-def _unused_gpu(target: TargetConfig, num_processes: int) -> str | None:
+def _unused_gpu(target: TargetConfig, training: TrainingConfig) -> str | None:
     """Return a GPU that training leaves free and that can decode the target, if there is one."""
     device = resolve_device(target.device)
     if device.type != "cuda":
         return None
-    used = set(range(num_processes)) if num_processes > 1 else {device.index or 0}
+    is_single = training.world_size == 1
+    used = {device.index or 0} if is_single else set(range(training.num_processes))
     for number in range(torch.cuda.device_count()):
         name = f"cuda:{number}"
         if number not in used and not why_not_decoded(target.model_copy(update={"device": name})):

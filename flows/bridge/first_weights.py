@@ -23,6 +23,7 @@ from eagle_core.closed_form.sampled_batches import SampledBatches
 from eagle_core.closed_form.start import solve_start, tokens_needed, why_not_solved
 from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.draft.model import DraftModel
+from eagle_core.errors import DiskError
 from eagle_core.samples import SampleSource
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import newest
@@ -46,6 +47,8 @@ from eagle_core.training.validation import (
 from flows.bridge.draft_setup import DraftSetup
 from flows.bridge.known_aux import known_aux
 
+SHARED_SECONDS = 90.0
+"""After this, even a network file system shows what another machine has written."""
 _FOLDER = "start"
 _WEIGHTS_NAME = "draft.safetensors"
 _RECORD_NAME = "start.json"
@@ -109,7 +112,7 @@ def first_weights(
             _write(setup.run_path, setup.draft, identity, start)
             _log(start, training)
         processes.wait()
-        load_first_weights(setup)  # that of the first process, on all
+        _load_those_of_first(setup, identity)
     return read_start(setup.run_path)
 
 
@@ -152,6 +155,25 @@ def load_first_weights(setup: DraftSetup) -> bool:
         return False
     setup.draft.load_tensors(tensors)
     return True
+
+
+def _load_those_of_first(setup: DraftSetup, identity: str) -> None:
+    """Load what the first process wrote; a network file system may show it later.
+
+    Raises:
+        DiskError: it does not appear.
+
+    """
+    deadline = time.monotonic() + SHARED_SECONDS
+    while time.monotonic() < deadline:
+        found = _read(setup.run_path)
+        if found is not None and found.identity == identity and load_first_weights(setup):
+            return
+        time.sleep(1.0)
+    raise DiskError(
+        f"the first weights in {setup.run_path / _FOLDER} are damaged, or written by another "
+        f"machine and not seen on this one after {SHARED_SECONDS:.0f} s: check the file system"
+    )
 
 
 def _identity(setup: DraftSetup, source: SampleSource, training: TrainingConfig) -> str:

@@ -1,9 +1,12 @@
-"""One training process per run: two would mix their checkpoints and curves in one folder.
+"""One owner per run: two would mix their checkpoints and curves in one folder.
 
 The training process locks a file in the run's folder, which also names the owner. On one machine
 the kernel knows whether the owner is alive. A network file system may keep the lock local to each
 host: there the owner must keep changing the file, timed by the clock of the waiting process. Clocks
 of two machines are never compared. A dead owner is replaced at once, or after a minute.
+
+Of several machines that train one run together, the first one is the owner. The others lock
+nothing: what the owner wrote tells them whom to join.
 """
 
 import fcntl
@@ -50,6 +53,10 @@ class Owner(BaseModel):
     user: str
     since: datetime
     beat: int = 0
+    nodes: int = 1
+    """Machines that train the run together; the owner is the first."""
+    rendezvous: str | None = None
+    """HOST:PORT where the owner waits for the others, if there are several."""
 
     def __str__(self) -> str:
         """Return a description of the owner for a message."""
@@ -58,6 +65,11 @@ class Owner(BaseModel):
 
 class RunLock:
     """A run's folder, locked by this process."""
+
+    @property
+    def token(self) -> str:
+        """Identify this attempt."""
+        return self._owner.token
 
     def __init__(self, file: IO[bytes], owner: Owner) -> None:
         self._file = file
@@ -102,8 +114,15 @@ class RunLock:
 
 
 @contextmanager
-def sole_training(run_path: Path) -> Iterator[RunLock]:
+def sole_training(
+    run_path: Path, *, nodes: int = 1, rendezvous: str | None = None
+) -> Iterator[RunLock]:
     """Lock a run's folder while the block trains in it; a kill releases the lock too.
+
+    Args:
+        run_path: the folder.
+        nodes: number of machines that train together, of which this is the first.
+        rendezvous: HOST:PORT where it waits for the others.
 
     Raises:
         RunBusyError: another process trains this run; names it.
@@ -126,10 +145,21 @@ def sole_training(run_path: Path) -> Iterator[RunLock]:
             pid=os.getpid(),
             user=_user(),
             since=datetime.now(UTC),
+            nodes=nodes,
+            rendezvous=rendezvous if nodes > 1 else None,
         )
         lock = RunLock(file, owner)
         with lock.held():
             yield lock
+
+
+def owner_of(run_path: Path) -> Owner | None:
+    """Return who trains a run, or did when it was killed; None if nobody does."""
+    try:
+        with (run_path / LOCK_NAME).open("rb") as file:  # opened anew: see _require_dead
+            return _read(file)
+    except OSError:
+        return None
 
 
 def _lock(file: IO[bytes], run_path: Path) -> bool:

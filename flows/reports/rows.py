@@ -251,10 +251,10 @@ def offline_rows(summary: OfflineSummary) -> list[Row]:
     """Return the figures of all stages: one table, no row twice."""
     states, training, acceptance = summary.states, summary.training, summary.acceptance
     return [
-        *_without_seconds(hidden_states_rows(states)),
+        *(_without_seconds(hidden_states_rows(states)) if states else ()),
         *_without_seconds(train_rows(training)),
         *_evaluated(acceptance, summary.estimate),
-        ("seconds: hidden states", f"{states.seconds:.1f}"),
+        *([("seconds: hidden states", f"{states.seconds:.1f}")] if states else ()),
         ("seconds: training", f"{training.seconds:.1f}"),
         *_evaluation_seconds(acceptance),
         ("seconds: total", f"{summary.seconds:.1f}"),

@@ -51,7 +51,7 @@ def attempt_length(
         config=as_begun(training, run_path),
         lengths=lengths,
         groups=groups,
-        world_size=training.num_processes,
+        world_size=training.world_size,
         step=begun.step if begun else 0,
         loader=begun.loader if begun else None,
     )

@@ -203,7 +203,7 @@ class _Origin:
             config=training,
             lengths=own.lengths,
             groups=own.groups,
-            world_size=training.num_processes,
+            world_size=training.world_size,
             step=begun.step,
             loader=begun.loader,
         ).last()

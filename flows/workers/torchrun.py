@@ -1,4 +1,4 @@
-"""Parallel ranks on this machine, under torchrun."""
+"""Parallel ranks under torchrun: of this machine alone, or together with other machines."""
 
 import os
 import subprocess
@@ -13,10 +13,20 @@ from pydantic import BaseModel
 from flows.errors import ChildKilledError
 from flows.workers.channel import FAILURE_PREFIX, Channel, Failure
 from flows.workers.child_errors import as_raised, how_it_ended, last_output
+from flows.workers.machines import Meeting
+
+_STORE_SECONDS = 60
+"""How long an operation on torchrun's store may take; its default."""
 
 
 def run_ranks(
-    module: str, request: BaseModel, *, num_ranks: int, environment: Mapping[str, str], what: str
+    module: str,
+    request: BaseModel,
+    *,
+    num_ranks: int,
+    environment: Mapping[str, str],
+    what: str,
+    meeting: Meeting | None = None,
 ) -> Iterator[str]:
     """Run `module` in parallel processes on this machine and yield the lines of all of them.
 
@@ -26,9 +36,10 @@ def run_ranks(
     Args:
         module: dotted name; its main reads the request from the file that its argument names.
         request: passed to all ranks.
-        num_ranks: number of processes; torchrun assigns their ranks.
+        num_ranks: number of processes on this machine; torchrun assigns their ranks.
         environment: added to the environment of this process.
         what: name of the ranks in error messages.
+        meeting: with which other machines; each runs as many processes.
 
     Raises:
         ChildKilledError: one died without a result; torchrun has then ended the others.
@@ -42,8 +53,8 @@ def run_ranks(
         path = Path(folder) / "request.json"
         path.write_text(request.model_dump_json(), encoding="utf-8")
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
+            *(sys.executable, "-m", "torch.distributed.run", *_where(meeting)),
+            *("--nproc-per-node", str(num_ranks)),
             *("--log-dir", folder, "-m", module, str(path)),
         ]
         channel = Channel()
@@ -63,6 +74,22 @@ def run_ranks(
                     child.terminate()
                     child.wait()
                 channel.close()
+
+
+def _where(meeting: Meeting | None) -> list[str]:
+    """Return torchrun's arguments for the machines."""
+    if meeting is None:
+        return ["--standalone", "--local-addr", "127.0.0.1"]
+    seconds = meeting.timeout_seconds
+    settings = (
+        f"is_host={str(meeting.is_first).lower()},join_timeout={seconds},"
+        f"read_timeout={min(seconds, _STORE_SECONDS)}"
+    )
+    return [
+        *("--nnodes", str(meeting.num_machines), "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", meeting.rendezvous, "--rdzv-id", meeting.meeting_id),
+        *("--rdzv-conf", settings, "--local-addr", meeting.local_address),
+    ]
 
 
 def _lines(

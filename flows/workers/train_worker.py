@@ -1,20 +1,24 @@
 """One of the processes that train a draft in parallel, a rank under torchrun.
 
-Its argument names a file with one `TrainJob` (JSON). All ranks do the same work on their share of
-each step. Only the first one sends `RankLine`s, but any may report an error.
+Its argument names a file with one `RankRequest` (JSON). All ranks do the same work on their share
+of each step. Only the first one of each machine sends `RankLine`s, but any may report an error. Of
+several machines, the first one has the job and sends it to the others.
 """
 
 import logging
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from eagle_core.draft.settings import DraftSettings
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
+from eagle_core.draft.vocabulary import Coverage
+from eagle_core.errors import MismatchError
 from eagle_core.samples import SampleSource
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import resolve_device
@@ -33,6 +37,7 @@ from eagle_core.training.trainer import train
 from flows.bridge.draft_decoder import DraftsToDecode
 from flows.bridge.draft_setup import DraftSetup, set_up_draft
 from flows.bridge.first_weights import as_begun, first_weights
+from flows.bridge.machines_agree import on_all_or_none, require_same_files, require_same_start
 from flows.bridge.recompute import load_recompute_model
 from flows.bridge.stored_source import StoredSource
 from flows.workers.channel import channel_writer, report_errors, send
@@ -68,15 +73,98 @@ class TrainJob(BaseModel):
     """What the first rank decodes meanwhile, if anything."""
     planned: PlannedRun | None = None
     """What the run's files record of it, for a checkpoint of an earlier version."""
+    coverage: Coverage = Coverage(share=0.0)
+    """How much of the training tokens the draft can propose."""
+
+
+class RunOfMachines(BaseModel):
+    """What a run of several machines is, by the command of one of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    target: TargetConfig
+    draft: DraftSettings = PLAIN_DRAFT
+    training: TrainingConfig
+    run_path: Path
+    working_folder: Path | None = None
+    """To which `run_path` is relative; None if it is absolute."""
+
+    @classmethod
+    def here(
+        cls,
+        title: str,
+        target: TargetConfig,
+        draft: DraftSettings,
+        training: TrainingConfig,
+        run_path: Path,
+    ) -> "RunOfMachines":
+        """Return the run as this process has it."""
+        folder = None if run_path.is_absolute() else Path.cwd()
+        return cls(
+            title=title,
+            target=target,
+            draft=draft,
+            training=training,
+            run_path=run_path,
+            working_folder=folder,
+        )
+
+    def require_same(self, first: "RunOfMachines") -> None:
+        """Raise MismatchError, naming the settings, unless the first machine has the same run."""
+        own, theirs = self.settings(), first.settings()
+        differing = [
+            f"{name} is {value!r} here and {theirs.get(name)!r} on the first machine"
+            for name, value in own.items()
+            if theirs.get(name) != value
+        ]
+        if differing:
+            raise MismatchError(
+                f"run {self.title}: {'; '.join(differing)}; run the same command on all machines"
+            )
+
+    def settings(self) -> dict[str, JsonValue]:
+        """Return everything by name."""
+        found: dict[str, JsonValue] = {
+            "the run": self.title,
+            "its folder": str(self.run_path),
+            "the working folder": str(self.working_folder),
+        }
+        for section in ("target", "draft", "training"):
+            fields = getattr(self, section).model_dump(mode="json")
+            found |= {f"{section}.{name}": value for name, value in fields.items()}
+        return found
+
+
+class RankRequest(BaseModel):
+    """What the ranks of one machine are started with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: TrainJob | None
+    """None on all machines but the first."""
+    run: RunOfMachines | None = None
+    """None on one machine."""
+    meeting_id: str = ""
+    """Of this attempt; "" on one machine."""
+
+    @property
+    def known(self) -> TrainJob | RunOfMachines:
+        """What is known before the machines meet."""
+        found = self.job or self.run
+        assert found is not None  # noqa: S101 (one of both is given)
+        return found
 
 
 class RankLine(BaseModel):
-    """One line from the first rank: a step, a warning or the result."""
+    """One line from the first rank of a machine: a step, a warning or the result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     pid: int
     """The process that makes all ranks stop when it gets SIGTERM, from its first step on."""
+    joined: TrainJob | None = None
+    """Sent first by each of several machines, when all have met."""
     progress: Progress | None = None
     warning: str = ""
     result: TrainingResult | None = None
@@ -123,7 +211,7 @@ def open_sources(
 
 
 def _windows_in_use(training: TrainingConfig, snapshot: Snapshot) -> int:
-    shape = step_shape(training, world_size=training.num_processes)
+    shape = step_shape(training, world_size=training.world_size)
     num_tokens, num_shards = int(snapshot.lengths.sum()), len(snapshot.shard_ids)
     return windows_in_use(shape, tokens=num_tokens, num_groups=num_shards)
 
@@ -165,29 +253,61 @@ def begin(
 def main() -> int:
     """Run one rank of the job that the argument names; return the exit status."""
     channel_writer()  # before a library prints
-    job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    is_first = os.environ["RANK"] == "0"
-    if is_first:
+    request = RankRequest.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if _speaks():
         for name in OWN_LOGGERS:
             logging.getLogger(name).addHandler(Warnings())
     shared = SharedShards.where_possible(Path(sys.argv[1]).parent / "shards")
-    return report_errors(lambda: _train_joined(job, shared, is_first=is_first))
+    return report_errors(lambda: _train_joined(request, shared))
 
 
-def _train_joined(job: TrainJob, shared: SharedShards | None, *, is_first: bool) -> None:
-    target = job.target.model_copy(update={"device": _own_device(job.target)})
-    with join_processes() as processes:  # the draft must be gone when the block ends
-        _train(job.model_copy(update={"target": target}), shared, processes, is_first=is_first)
+def _train_joined(request: RankRequest, shared: SharedShards | None) -> None:
+    device = _own_device(request.known.target)
+    timeout = timedelta(seconds=request.known.training.node_timeout_seconds)
+    is_first = request.job is not None
+    with join_processes(
+        is_first_machine=is_first, timeout=timeout
+    ) as processes:  # the draft must be gone when the block ends
+        job = _job_of_all(request, processes)
+        target = job.target.model_copy(update={"device": device})
+        _train(job.model_copy(update={"target": target}), shared, processes)
 
 
-def _train(
-    job: TrainJob, shared: SharedShards | None, processes: Processes, *, is_first: bool
-) -> None:
-    source, held_out = open_sources(job, shared=shared)
-    setup = set_up_draft(job.target, job.training, job.run_path, job.draft)
+def _job_of_all(request: RankRequest, processes: Processes) -> TrainJob:
+    """Return the first machine's job, which fits this machine; checked on all of several."""
+    if request.run is None:
+        assert request.job is not None  # noqa: S101 (one machine has it)
+        return request.job
+    own_job = request.job if processes.is_first else None
+    own_run = request.run if processes.is_first else None
+    job = TrainJob.model_validate_json(processes.from_first("job", _json(own_job)))
+    run = RunOfMachines.model_validate_json(processes.from_first("run", _json(own_run)))
+    with on_all_or_none(processes, "command"):
+        request.run.require_same(run)
+        if processes.world_size != job.training.world_size:
+            raise MismatchError(
+                f"{processes.world_size} processes came, and {job.training.world_size} are "
+                "expected: run the same command on all machines"
+            )
+    files = {f"the held-out tokens {job.held_out_tokens}": job.held_out_tokens}
+    require_same_files(processes, job.run_path, files, meeting_id=request.meeting_id)
+    if _speaks():
+        send(RankLine(pid=os.getpid(), joined=job))
+    return job
+
+
+def _json(value: BaseModel | None) -> str | None:
+    return None if value is None else value.model_dump_json()
+
+
+def _train(job: TrainJob, shared: SharedShards | None, processes: Processes) -> None:
+    is_first = processes.is_first
+    with on_all_or_none(processes, "data and draft"):
+        source, held_out = open_sources(job, shared=shared)
+        setup = set_up_draft(job.target, job.training, job.run_path, job.draft)
 
     def on_progress(progress: Progress) -> None:
-        if is_first:
+        if _speaks():
             send(RankLine(pid=os.getpid(), progress=progress))
 
     with (
@@ -196,6 +316,8 @@ def _train(
         stop_request(),  # one after the last step must not suppress the result
     ):
         training = begin(setup, source, held_out, job.training, tracker, processes)
+        if processes.board is not None:
+            require_same_start(processes, setup, training)
         result = train(
             config=training,
             draft=setup.draft,
@@ -208,8 +330,13 @@ def _train(
             planned=job.planned,
             on_progress=on_progress,
         )
-        if is_first:
+        if _speaks():
             send(RankLine(pid=os.getpid(), result=result))
+
+
+def _speaks() -> bool:
+    """Return whether this is the first rank of its machine."""
+    return os.environ["LOCAL_RANK"] == "0"
 
 
 def _own_device(target: TargetConfig) -> str:

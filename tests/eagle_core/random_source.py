@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +23,22 @@ def random_head(seed: int = 0) -> Tensor:
     return torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def random_draft(seed: int = 0) -> tuple[DraftModel, Tensor]:
-    """Return an initialised draft and the target's head."""
+def random_draft(seed: int = 0, **variant: Any) -> tuple[DraftModel, Tensor]:
+    """Return an initialised draft and the target's head; `variant`: fields of its configuration."""
     head = random_head(seed)
-    draft = DraftModel(
-        DraftConfig(
-            hidden_size=HIDDEN_SIZE,
-            target_hidden_size=HIDDEN_SIZE,
-            intermediate_size=24,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            vocab_size=VOCAB_SIZE,
-            draft_vocab_size=30,
-        )
-    )
+    sizes = {
+        "hidden_size": HIDDEN_SIZE,
+        "target_hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": VOCAB_SIZE,
+        "draft_vocab_size": 30,
+    }
+    draft = DraftModel(DraftConfig.model_validate({**sizes, **variant}))
     counts = np.arange(VOCAB_SIZE, dtype=np.int64)
-    vocabulary = DraftVocabulary.build(counts, size=30)
+    vocabulary = DraftVocabulary.build(counts, size=draft.config.draft_vocab_size)
     draft.initialise(embedding=head, lm_head=head, vocabulary=vocabulary, seed=seed)
     return draft, head
 

@@ -18,8 +18,11 @@ from eagle_core.target.layerwise.streamed import StreamedTarget
 from eagle_core.target.model import TargetModel
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TttConfig
+from eagle_core.training.device_copies import device_copies
+from eagle_core.training.packing import pack
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.ttt import ttt_step
+from tests.eagle_core.random_source import RandomSource
 from tests.eagle_core.target.layerwise.test_streamed import samples, write
 from tests.eagle_core.training.test_trainer import CONFIG, InterruptedHereError, interrupt_at, run
 from tests.paths import GOLDEN, ROOT
@@ -151,3 +154,16 @@ def test_two_gpus_make_the_steps_of_one(tmp_path: Path, sharding: str) -> None:
     folder = checkpoint.newest(tmp_path / "two")
     assert folder is not None
     assert checkpoint.read(folder).figures["loss"] == pytest.approx(expected.figures.loss, rel=1e-3)
+
+
+def test_batches_are_copied_from_pinned_memory_on_a_stream_of_their_own() -> None:
+    source, device = RandomSource(), torch.device("cuda")
+    samples_of_batch = [source.fetch(index) for index in range(4)]
+    expected, pinned = pack(samples_of_batch), pack(samples_of_batch, pin_memory=True)
+    assert all(tensor.is_pinned() for tensor in pinned.tensors().values())
+    copies = device_copies(device)
+    assert copies is not None
+    (found,) = copies.begin((pinned,))()
+    for name, tensor in found.tensors().items():
+        assert tensor.device.type == "cuda"
+        assert torch.equal(tensor.cpu(), expected.tensors()[name])

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from eagle_core.closed_form.state_sizes import StateSizes
 from eagle_core.draft.model import DraftModel
+from eagle_core.errors import MismatchError
 from eagle_core.training.config import RANDOM
 from flows.evaluate import evaluate_flow
 from flows.gc import gc_flow
@@ -73,7 +74,10 @@ def test_a_run_goes_on_and_is_evaluated(old: Path, monkeypatch: pytest.MonkeyPat
     """It ends as one that this release made from the first step on."""
     assert verify_store(_store(), deep=True) == []
     begun = json.loads(Path("home/runs/tiny-grows-main/run.json").read_text())["source_id"]
-    done = train_flow(**recipe(old), training=training(STEPS), run="main")
+    with pytest.raises(MismatchError, match=r"\(training\.max_steps=2\), and 4 are asked for"):
+        train_flow(**recipe(old), training=training(STEPS), run="main")
+    longer = training(STEPS).model_copy(update={"extend": "restretch"})
+    done = train_flow(**recipe(old), training=longer, run="main")
     assert done.num_steps == STEPS
     assert json.loads(Path("home/runs/tiny-grows-main/run.json").read_text())["source_id"] == begun
 

@@ -1,16 +1,22 @@
 """The rotary embedding of a draft is that of transformers, at every position."""
 
+import json
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.rotary import frequencies, rotary
 
+PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
 HEAD_DIM = 64
 POSITIONS = 65536
 ORIGINAL = {"original_max_position_embeddings": 8192}
@@ -67,6 +73,28 @@ def test_angles_are_those_of_transformers(scaling: dict[str, Any] | None) -> Non
         # One unit in the last place of a frequency is 65536 * 6e-8 radians at the last position.
         torch.testing.assert_close(found, wanted[0], rtol=0, atol=1e-2 if scaling is None else 1e-5)
     assert frequencies(config)[1] == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(PYTHON is None, reason="needs vLLM; see CONTRIBUTING.md: make test-engine")
+def test_angles_are_those_of_vllm_to_the_bit(tmp_path: Path) -> None:
+    configs = [
+        DraftConfig.model_validate({**SIZES, "rope_theta": 500000.0, "rope_scaling": scaling})
+        for scaling in SCALINGS
+    ]
+    cases = [{**(config.rope_scaling or {}), "rope_theta": 500000.0} for config in configs]
+    request, answer = tmp_path / "request.json", tmp_path / "answer.safetensors"
+    request.write_text(
+        json.dumps({"head_dim": HEAD_DIM, "positions": POSITIONS, "cases": cases}), "utf-8"
+    )
+    probe = Path(__file__).with_name("vllm_rope_probe.py")
+    subprocess.run([str(PYTHON), str(probe), str(request), str(answer)], check=True, cwd=tmp_path)
+    tables = load_file(answer)
+    assert len(tables) == len(SCALINGS)
+    for number, config in enumerate(configs):
+        halves = (angle[:, : HEAD_DIM // 2] for angle in rotary(torch.arange(POSITIONS), config))
+        assert torch.equal(torch.cat([*halves], dim=1), tables[str(number)]), config.rope_scaling
 
 
 def test_the_checked_scalings_differ_from_the_plain_embedding() -> None:

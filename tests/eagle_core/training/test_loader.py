@@ -1,13 +1,20 @@
 """The order of an epoch, and batches that resume anywhere."""
 
 import itertools
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_core.errors import ConfigError
+from eagle_core.samples import HiddenStateSample
+from eagle_core.training.device_copies import Batches, device_copies
 from eagle_core.training.loader import (
     LoaderState,
     StepShape,
@@ -17,6 +24,7 @@ from eagle_core.training.loader import (
     steps,
 )
 from tests.eagle_core.random_source import RandomSource
+from tests.waiting import wait_for
 
 
 @given(
@@ -187,3 +195,76 @@ def test_a_source_without_samples_is_refused() -> None:
     state = LoaderState(source_id=source.source_id, seed=3)
     with pytest.raises(ConfigError, match="no sample to train on"):
         next(steps(source, state, StepShape(window=2, batch_tokens=40)))
+
+
+class RecordedCopies:
+    """Stands where a device would copy, and records what is asked of it, and in which thread."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, ...]] = []
+        self.finished: list[tuple[str, ...]] = []
+        self.threads: list[set[str]] = [set(), set()]
+
+    def begin(self, batches: Batches) -> Callable[[], Batches]:
+        names = tuple(name for batch in batches for name in batch.sample_ids)
+        self.begun.append(names)
+        self.threads[0].add(threading.current_thread().name)
+
+        def finish() -> Batches:
+            self.finished.append(names)
+            self.threads[1].add(threading.current_thread().name)
+            return batches
+
+        return finish
+
+
+def test_the_next_step_is_copied_while_the_caller_works_on_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty = torch.empty
+    pinned: list[bool] = []
+
+    def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        pinned.append(pin_memory)  # a machine without a GPU cannot pin
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr("eagle_core.training.packing.torch.empty", unpinned)
+    source, copies = RandomSource(), RecordedCopies()
+    state, shape = LoaderState(source_id="random", seed=7), StepShape(window=2, batch_tokens=40)
+    plain = list(itertools.islice(steps(source, state, shape), 6))
+    assert not any(pinned)
+    pinned.clear()
+    with closing(steps(source, state, shape, copies)) as stream:  # type: ignore[type-var]
+        for number, expected in enumerate(plain):
+            loaded = next(stream)
+            assert loaded.after == expected.after
+            assert loaded.num_supervised == expected.num_supervised
+            (batch,), (same,) = loaded.batches, expected.batches
+            for name, tensor in same.tensors().items():
+                assert torch.equal(batch.tensors()[name], tensor)
+            wait_for(
+                lambda number=number: len(copies.begun) == number + 2,  # type: ignore[misc]
+                what="the copy of the next step",
+                every_seconds=0.001,
+            )
+            assert len(copies.finished) == number + 1
+    assert copies.begun[:6] == copies.finished == [step.batches[0].sample_ids for step in plain]
+    assert copies.threads[0].isdisjoint(copies.threads[1])
+    assert copies.threads[1] == {threading.current_thread().name}
+    assert pinned
+    assert all(pinned)
+
+
+def test_an_error_of_the_source_reaches_the_caller_of_a_copied_step() -> None:
+    class FailingSource(RandomSource):
+        def fetch(self, index: int) -> HiddenStateSample:
+            raise ConfigError(f"sample {index} cannot be read")
+
+    state, shape = LoaderState(source_id="random", seed=7), StepShape(window=2, batch_tokens=40)
+    for copies in (None, RecordedCopies()):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            next(steps(FailingSource(), state, shape, copies))
+
+
+def test_a_cpu_needs_no_copies() -> None:
+    assert device_copies(torch.device("cpu")) is None

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -51,9 +53,10 @@ def run(
     source: RandomSource | None = None,
     on_progress: Callable[[Progress], None] = lambda _progress: None,
     device: torch.device = CPU,
+    variant: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], TrainingResult]:
     """Train a small draft below `path`, on `device`; return its weights and the result."""
-    draft, head = random_draft()
+    draft, head = random_draft(**variant)
     with TensorBoardTracker(path / "tensorboard") as tracker:
         result = train(
             config=config,
@@ -286,6 +289,59 @@ def test_every_kind_of_run_resumes_exactly(tmp_path: Path, change: dict[str, obj
     assert result.figures.loss < result.figures.first_loss
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        (
+            {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True, "sliding_window": 3},
+            {"gradient_checkpointing": True},
+        ),
+        ({"num_hidden_layers": 3, "qk_norm": True, "norm_before_fc": True}, {"optimizer": "muon"}),
+        ({"norm_before_residual": True, "rope_scaling": YARN}, {"dtype": "bfloat16"}),
+        ({"target_head": True, "draft_vocab_size": 50}, {"optimizer": "muon"}),
+        ({"hidden_size": 12, "num_hidden_layers": 2}, {}),
+        ({"hidden_size": 20, "qk_norm": True, "attention_bias": True}, {"dtype": "bfloat16"}),
+    ],
+    ids="-".join,
+)
+def test_every_variant_resumes_exactly(
+    tmp_path: Path, variant: dict[str, Any], change: dict[str, Any]
+) -> None:
+    config = CONFIG.model_copy(update={**change, "max_steps": 7})
+    expected, result = run(tmp_path / "whole", config, variant=variant)
+    with pytest.raises(InterruptedHereError):
+        run(tmp_path / "broken", config, on_progress=interrupt_at(5), variant=variant)
+    found, _ = run(tmp_path / "broken", config, variant=variant)
+    assert_equal_bits(found, expected)
+    assert result.figures.loss < result.figures.first_loss
+    drawn, _ = random_draft(**variant)
+    kept = load_file(result.checkpoint_path / "draft.safetensors")
+    assert ("embed_tokens.weight" in kept) == drawn.config.has_own_embedding
+    assert ("lm_head.weight" in kept) != drawn.config.target_head
+    frozen = {name for name, p in drawn.named_parameters() if not p.requires_grad}
+    for name, parameter in drawn.named_parameters():
+        assert torch.equal(parameter, expected[name]) == (name in frozen), name
+    trained = {name.split("/")[0] for name in moments(tmp_path / "whole")}
+    assert trained == {name for name, _ in drawn.named_parameters()} - frozen
+
+
+def test_an_embedding_of_the_drafts_own_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    """Another machine may find other principal directions: the trained ones must stay."""
+    expected, result = run(tmp_path, variant={"hidden_size": 12})
+    elsewhere, _ = random_draft(seed=5, hidden_size=12)
+    checkpoint.load_weights(elsewhere, result.checkpoint_path)
+    assert_equal_bits(elsewhere.state_dict(), expected)
+
+
+def test_a_checkpoint_of_another_variant_is_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path, variant={"sliding_window": 3})
+    with pytest.raises(MismatchError, match=r"draft\.sliding_window: saved 3, now None"):
+        run(tmp_path)
+
+
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path: Path) -> None:
     changes = {"max_steps": 1, "batch_tokens": 10**6, "max_grad_norm": 1e9}
     whole = CONFIG.model_copy(update=changes)
@@ -371,23 +427,43 @@ from pathlib import Path
 from eagle_core.training.distributed import join_processes
 from tests.eagle_core.training import test_trainer
 with join_processes():
-    for folder, config in json.loads(sys.argv[1]):
+    for folder, config, variant in json.loads(sys.argv[1]):
         config = test_trainer.CONFIG.model_validate(config)
-        test_trainer.run(Path(folder), config, source=test_trainer.HALF_SILENT)
+        test_trainer.run(Path(folder), config, source=test_trainer.HALF_SILENT, variant=variant)
 threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 assert not [name for name in threads if "gloo" in name], threads  # may abort Python's end
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_steps_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"num_hidden_layers": 2, "attention_bias": True, "qk_norm": True, "norm_before_fc": True},
+        {
+            "num_hidden_layers": 2,
+            "mlp_bias": True,
+            "sliding_window": 3,
+            "target_head": True,
+            "draft_vocab_size": 50,
+        },
+        {"hidden_size": 12, "norm_before_residual": True},
+    ],
+    ids=lambda variant: "-".join(variant) or "plain",
+)
+def test_two_ranks_make_the_steps_of_one(tmp_path: Path, variant: dict[str, Any]) -> None:
     """The same global batches, an epoch that ends in the middle of a step, and a resumed run."""
     changes = {"max_steps": 8, "checkpoint_every": 4, "schedule": "constant", "max_grad_norm": 1e9}
     config = CONFIG.model_copy(update=changes)
     in_turns = config.model_copy(update={"batches_per_step": 2})
-    one, result = run(tmp_path / "one", in_turns, source=HALF_SILENT)
+    one, result = run(tmp_path / "one", in_turns, source=HALF_SILENT, variant=variant)
     runs = [
-        (str(tmp_path / sharding), config.model_copy(update=changes).model_dump(mode="json"))
+        (
+            str(tmp_path / sharding),
+            config.model_copy(update=changes).model_dump(mode="json"),
+            variant,
+        )
         for sharding in ("replicate", "shard")
         for changes in ({"sharding": sharding, "max_steps": steps} for steps in (4, 8))
     ]  # each second run goes on from the checkpoint of the first
@@ -403,7 +479,7 @@ def test_two_ranks_make_the_steps_of_one(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     for sharding in ("replicate", "shard"):
-        draft, _ = random_draft()
+        draft, _ = random_draft(**variant)
         folder = checkpoint.newest(tmp_path / sharding)
         assert folder is not None
         checkpoint.load_weights(draft, folder)

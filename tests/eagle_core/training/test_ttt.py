@@ -245,7 +245,8 @@ def test_bfloat16_comes_near_float32(
         if parameter.requires_grad:
             assert parameter.grad.dtype == torch.float32  # masters stay wide
             deviation = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
-            assert deviation < 0.05, name
+            # Softmax does not see a shift of all keys, but for their rotation: little is left.
+            assert deviation < (0.1 if name.endswith("k_proj.bias") else 0.05), name
 
 
 def test_of_equal_logits_only_the_first_is_a_hit_where_accuracy_is_measured() -> None:
