@@ -70,11 +70,11 @@ def given(tiny_target_path: Path, tmp_path: Path) -> Given:
 
 
 def test_sizes_that_are_missing_follow_from_the_weights(given: Given) -> None:
-    given.make({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
+    given.make({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16})
     for key in ("num_key_value_heads", "head_dim", "intermediate_size", "target_hidden_size"):
         given.document.pop(key, None)
     assert given.read().config == given.config
-    given.document |= {"head_dim": 8}
+    given.document |= {"head_dim": 16}
     for key in ("num_attention_heads", "vocab_size"):
         del given.document[key]
     assert given.read().config == given.config
