@@ -219,11 +219,16 @@ def _attention_sizes(
         or target.hidden_size // target.num_attention_heads
     )
     heads = settings.num_attention_heads or (
-        own_heads if size == target.hidden_size else max(1, size // head_dim)
+        own_heads if size == target.hidden_size else _divisor_up_to(max(1, size // head_dim), size)
     )
+    if settings.num_attention_heads and size % heads:
+        raise ConfigError(
+            f"a draft of width {size} cannot have {heads} query heads: engines refuse a width that "
+            f"is no multiple of them; set draft.num_attention_heads to "
+            f"{_divisor_up_to(heads, size)}, or another draft.hidden_size"
+        )
     most = getattr(target, "num_key_value_heads", None) or own_heads
-    fitting = next(number for number in range(min(most, heads), 0, -1) if heads % number == 0)
-    groups = settings.num_key_value_heads or fitting
+    groups = settings.num_key_value_heads or _divisor_up_to(min(most, heads), heads)
     if heads % groups:
         raise ConfigError(
             f"a draft cannot have {groups} key-value heads for {heads} query heads; set "
@@ -234,6 +239,11 @@ def _attention_sizes(
         "num_key_value_heads": groups,
         "head_dim": head_dim,
     }
+
+
+def _divisor_up_to(most: int, number: int) -> int:
+    """Return the largest divisor of `number` that is at most `most`."""
+    return next(divisor for divisor in range(most, 0, -1) if number % divisor == 0)
 
 
 def _norm_eps(target: PretrainedConfig) -> float:

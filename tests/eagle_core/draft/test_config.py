@@ -72,13 +72,17 @@ def test_what_settings_leave_open_follows_from_the_target() -> None:
     assert sizes(hidden_size=256) == (256, feed_forward // 2, 4, 4, 64)
     assert sizes(hidden_size=192) == (192, round(feed_forward * 192 / 512), 3, 3, 64)
     assert sizes(hidden_size=32) == (32, feed_forward // 16, 1, 1, 64)
-    assert sizes(num_attention_heads=6) == (512, feed_forward, 6, 3, 64)
+    assert sizes(num_attention_heads=2) == (512, feed_forward, 2, 2, 64)
+    assert sizes(hidden_size=448, head_dim=128) == (448, round(feed_forward * 448 / 512), 2, 2, 128)
+    assert sizes(hidden_size=200) == (200, round(feed_forward * 200 / 512), 2, 2, 64)
     assert sizes(head_dim=32, intermediate_size=100) == (512, 100, 8, 4, 32)
 
 
 def test_sizes_that_contradict_each_other_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"3 key-value heads for 8 .* draft.num_key_value_heads"):
         sizes(num_key_value_heads=3)
+    with pytest.raises(ConfigError, match=r"512 cannot have 6 .* draft.num_attention_heads to 4"):
+        sizes(num_attention_heads=6)
     with pytest.raises(ConfigError, match=r"target_head .* \(512\), but draft.hidden_size is 256"):
         sizes(target_head=True, hidden_size=256)
 
