@@ -8,8 +8,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eagle_core.draft.config import DraftConfig
 
@@ -48,6 +46,9 @@ def frequencies(config: DraftConfig) -> tuple[Tensor, float]:
 def _scaled(
     scaling: str, rope_theta: float, head_dim: int, max_position_embeddings: int
 ) -> tuple[Tensor, float]:
+    from transformers import LlamaConfig  # noqa: PLC0415 (loads torch.distributed)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
+
     parameters = {**json.loads(scaling), "rope_theta": rope_theta}
     config = LlamaConfig(
         hidden_size=head_dim,

@@ -129,7 +129,7 @@ def test_samples_shorter_than_the_ttt_length(
     loss: tuple[str, str, str], lengths: list[int]
 ) -> None:
     for seed in (2, 8):
-        require_equal_to_plain(seed, lengths, options(loss), norms=False)
+        require_equal_to_plain(seed, lengths, options(loss))
 
 
 SILENT = RandomSource(silent=frozenset(range(20)))
