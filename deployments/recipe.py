@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.automation import AutomationConfig
 from eagle_core.data.config import DatasetConfig
@@ -45,6 +45,13 @@ class Recipe(BaseModel):
     bench: BenchConfig = Field(default_factory=BenchConfig)
     export: RunExportConfig = Field(default_factory=RunExportConfig)
     automation: AutomationConfig = Field(default_factory=AutomationConfig)
+
+    @model_validator(mode="after")
+    def _move_to_draft(self) -> Self:
+        """Let keys that older recipes have in `training` count where they are now."""
+        draft = self.draft.with_moved(self.training.moved)
+        object.__setattr__(self, "draft", draft)  # frozen from here on
+        return self
 
 
 def recipe_names() -> list[str]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
@@ -24,8 +25,10 @@ from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.prompts import sample_prompts
 from eagle_core.target.config import TargetConfig
+from eagle_core.target.end_weights import load_ends
 from eagle_core.target.placement import load_decoding_target, why_not_decoded
 from eagle_core.target.tokenizer import conversation_tokenizer
+from eagle_core.target.weights import locate
 from flows.bridge.store_identity import as_in_store
 from flows.bridge.stored_figures import StoredFigures
 from flows.config.store import StoreConfig
@@ -147,9 +150,10 @@ def _with_target(examined: ExaminedRun, figures: RunFigures, stored: StoredFigur
     if stored.shortest is not None and stored.aux_layers is not None:
         errors = layer_errors(model, stored.shortest, stored.aux_layers)
     setup = examined.setup
-    ends = TargetEnds(
-        embedding=setup.draft.embed_tokens.weight.detach(), lm_head=setup.target_lm_head
-    )
+    embedding = setup.draft.embed_tokens.weight.detach()
+    if setup.draft.config.has_own_embedding:
+        embedding = load_ends(locate(target), dtype=torch.float32)[0].to(embedding.device)
+    ends = TargetEnds(embedding=embedding, lm_head=setup.target_lm_head)
     key = artifact_key("doctor-overfit")
     with (
         stage_progress("overfitting", key=key, total=MOST_STEPS, unit="steps") as bar,

@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PretrainedConfig
 
 from eagle_core.draft.rope_scaling import checked_scaling
 from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, MismatchError
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class DraftConfig(BaseModel):
             )
         if self.target_head and self.draft_vocab_size != self.vocab_size:
             raise ValueError(
-                f"target_head needs the target's full vocabulary: set draft_vocab_size to "
+                f"target_head needs the target's full vocabulary: set training.draft_vocab_size to "
                 f"{self.vocab_size} (it is {self.draft_vocab_size}), or target_head to false"
             )
         if self.target_head and self.hidden_size != self.target_hidden_size:
@@ -140,6 +141,24 @@ class DraftConfig(BaseModel):
     def _unset(self) -> set[str]:
         fields = type(self).model_fields
         return {name for name in _LATER if getattr(self, name) == fields[name].default}
+
+    @classmethod
+    def of_identity(cls, fields: Mapping[str, Any], *, where: Path) -> Self:
+        """Return the sizes that a checkpoint records (`identity`).
+
+        Raises:
+            MismatchError: it is of a newer version of Eyas, or not a draft's.
+
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(map(str, first["loc"]))
+            raise MismatchError(
+                f"{where} records a draft that this version of Eyas does not know ({name}: "
+                f"{first['msg']}); use the version that wrote it"
+            ) from error
 
     @classmethod
     def from_target(
@@ -192,7 +211,10 @@ def _rope(target: PretrainedConfig) -> Mapping[str, Any]:
 
 def _scaling(target: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the target's scaling; None, with a warning, for one that engines do not agree on."""
-    if rope.get("rope_type") not in _SCALED:
+    kind = rope.get("rope_type", "default")
+    if kind not in _SCALED:
+        if kind != "default":
+            logger.warning("the draft has a plain rotary embedding, and its target %s", kind)
         return None
     # A draft rotates all of a head.
     left_out = {"rope_theta", "partial_rotary_factor"}
@@ -218,17 +240,18 @@ def _attention_sizes(
         or getattr(target, "head_dim", None)
         or target.hidden_size // target.num_attention_heads
     )
-    heads = settings.num_attention_heads or (
-        own_heads if size == target.hidden_size else _divisor_up_to(max(1, size // head_dim), size)
-    )
-    if settings.num_attention_heads and size % heads:
+    most = own_heads if size == target.hidden_size else max(1, size // head_dim)
+    # Engines refuse a width that is no multiple of the heads, but for layers as Qwen3 has them.
+    default = most if settings.qk_norm else _divisor_up_to(most, size)
+    heads = settings.num_attention_heads or default
+    if not settings.qk_norm and size % heads:
         raise ConfigError(
             f"a draft of width {size} cannot have {heads} query heads: engines refuse a width that "
             f"is no multiple of them; set draft.num_attention_heads to "
             f"{_divisor_up_to(heads, size)}, or another draft.hidden_size"
         )
-    most = getattr(target, "num_key_value_heads", None) or own_heads
-    groups = settings.num_key_value_heads or _divisor_up_to(min(most, heads), heads)
+    own_groups = getattr(target, "num_key_value_heads", None) or own_heads
+    groups = settings.num_key_value_heads or _divisor_up_to(min(own_groups, heads), heads)
     if heads % groups:
         raise ConfigError(
             f"a draft cannot have {groups} key-value heads for {heads} query heads; set "

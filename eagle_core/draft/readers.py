@@ -126,6 +126,12 @@ def require_reader(reader: Reader, config: DraftConfig) -> None:
         return
     others = [TITLES[other] for other in readers_of(config) if other != "speculators"]
     choice = f"choose {' or '.join(others)}, or train without" if others else "train without"
+    if reader == "speculators" and others:
+        choice = "set export.layouts=[serving], or train without"
+    if any(name.startswith("rope_scaling") for name in variants):
+        choice += " (draft.rope_scaling=none)"
+    if _UNEVEN_HEADS in variants:
+        choice += " (draft.num_attention_heads)"
     raise ConfigError(
         f"{TITLES[reader]} has no {' and '.join(variants)}, which this draft was trained with: "
         f"{choice}"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,10 +117,15 @@ def require_start_fits(
 
     It has other sizes, or reads other layers. The target's configuration must be at hand.
     """
-    if training.start_folder is None or newest(run_path) is not None:
+    if newest(run_path) is not None:
+        return
+    model_config = read_model_config(target, weights.locate(target))
+    DraftConfig.from_target(
+        model_config, draft_vocab_size=training.draft_vocab_size, settings=settings
+    )
+    if training.start_folder is None:
         return
     given = read_draft(training.start_folder)
-    model_config = read_model_config(target, weights.locate(target))
     _other_layers(given, target, training, model_config)
     size = given.config.draft_vocab_size
     require_fit(_draft_config(settings, run_path, model_config, size), given)
@@ -166,16 +172,34 @@ def _draft_config(
     wanted = DraftConfig.from_target(
         model_config, draft_vocab_size=draft_vocab_size, settings=settings or PLAIN_DRAFT
     )
-    if begun is None or begun.rope_scaling is not None or wanted.rope_scaling is None:
+    if begun is None:
         return wanted
-    logger.info("the run in %s began with a plain rotary embedding, and keeps it", run_path)
-    return wanted.model_copy(update={"rope_scaling": None})
+    if wanted.target_head != begun.target_head:
+        raise MismatchError(
+            f"the run in {run_path} began with draft.target_head={str(begun.target_head).lower()}; "
+            "restore it, or train under another run name"
+        )
+    return wanted.model_copy(update=_kept(begun, wanted, settings or PLAIN_DRAFT))
+
+
+def _kept(begun: DraftConfig, wanted: DraftConfig, settings: DraftSettings) -> dict[str, Any]:
+    """Return what a run that has begun keeps, where older versions chose something else."""
+    kept: dict[str, Any] = {}
+    if begun.rope_scaling is None and wanted.rope_scaling is not None:
+        logger.info("the draft of the run began with a plain rotary embedding, and keeps it")
+        kept["rope_scaling"] = None
+    if settings.num_attention_heads is None and settings.num_key_value_heads is None:
+        heads = ("num_attention_heads", "num_key_value_heads")
+        kept |= {name: getattr(begun, name) for name in heads}
+    return kept
 
 
 def begun_draft(run_path: Path) -> DraftConfig | None:
     """Return the sizes of a run's draft, from its newest checkpoint; None before the first."""
     folder = newest(run_path)
-    return None if folder is None else DraftConfig.model_validate(read(folder).identity["draft"])
+    if folder is None:
+        return None
+    return DraftConfig.of_identity(read(folder).identity["draft"], where=folder)
 
 
 def _fitting(begun: DraftConfig, model_config: PretrainedConfig, run_path: Path) -> DraftConfig:

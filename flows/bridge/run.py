@@ -175,6 +175,8 @@ def write_run(run_path: Path, run: Run, *, begun: Run | None) -> None:
     """Write the record of a run; if it had `begun`, update only what attempts may change."""
     if begun is not None:
         changed = {name: getattr(run, name) for name in ("training", "store", "tracking")}
+        # Older versions recorded flags of the draft in `training`, which no longer holds them.
+        changed["draft_settings"] = begun.settings_of_draft
         run = begun.model_copy(update=changed)
     write_text(run_path / RUN_NAME, run.model_dump_json(indent=2) + "\n")
 

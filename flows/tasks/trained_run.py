@@ -131,7 +131,7 @@ def load_checkpoint(setup: DraftSetup, folder: Path) -> Checkpoint:
     found = checkpoint.read(folder)
     checkpoint.require_identity(
         folder,
-        {"draft": DraftConfig.model_validate(found.identity["draft"]).identity()},
+        {"draft": DraftConfig.of_identity(found.identity["draft"], where=folder).identity()},
         {"draft": setup.draft.config.identity()},
     )
     checkpoint.load_weights(setup.draft, folder)

@@ -1,5 +1,8 @@
 """Keys of a recipe that have another name now: the former one is read, with a warning."""
 
+import json
+from pathlib import Path
+
 import pytest
 from prefect.utilities.schema_tools.validation import ValidationError, validate
 from pydantic import BaseModel
@@ -9,7 +12,8 @@ from eagle_core.config_model import ConfigModel
 from eagle_core.draft.settings import DraftSettings
 from eagle_core.errors import ConfigError
 from eagle_core.training.config import TrainingConfig
-from flows.bridge.run import Run
+from flows.bridge.run import Run, write_run
+from flows.config.store import StoreConfig
 
 FORMER_KEYS = {
     "runner.silence_seconds": "runner.inactivity_timeout_seconds",
@@ -54,10 +58,10 @@ def test_a_key_that_moved_counts_in_its_new_section_with_a_warning(
     (message,) = caplog.messages
     assert message.startswith(f"the key {key.partition('.')[2]} is now {now};")
     name = now.removeprefix("draft.")
-    assert not getattr(recipe.draft, name)
-    settings = recipe.draft.with_moved(recipe.training.moved)
-    assert settings == DraftSettings.model_validate({name: True})
+    assert recipe.draft == DraftSettings.model_validate({name: True})
     assert key.partition(".")[2] not in recipe.training.model_dump()
+    again = Recipe.model_validate(recipe.model_dump(mode="json"))  # as a deployment has it
+    assert again.draft == recipe.draft
 
 
 @pytest.mark.parametrize(("former", "now"), FORMER_KEYS.items())
@@ -80,6 +84,14 @@ def test_a_run_of_an_older_version_has_the_settings_of_its_draft() -> None:
     assert older.settings_of_draft == DraftSettings(norm_output=True)
     own = DraftSettings(num_hidden_layers=2)
     assert older.model_copy(update={"draft_settings": own}).settings_of_draft == own
+
+
+def test_a_run_of_an_older_version_keeps_the_settings_of_its_draft(tmp_path: Path) -> None:
+    training = TrainingConfig.model_validate({"fc_norm": True})
+    older = Run.model_construct(draft_settings=None, training=training)
+    now = Run.model_construct(training=TrainingConfig(), store=StoreConfig(), tracking=None)
+    write_run(tmp_path, now, begun=older)
+    assert json.loads((tmp_path / "run.json").read_text())["draft_settings"]["fc_norm"] is True
 
 
 def test_a_server_accepts_former_keys_in_stored_parameters() -> None:

@@ -1,5 +1,7 @@
 """The sizes of a draft follow from its target's configuration."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from transformers import (
@@ -13,7 +15,7 @@ from transformers import (
 
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.settings import DraftSettings
-from eagle_core.errors import ConfigError
+from eagle_core.errors import ConfigError, MismatchError
 from tests.tiny import SIZES
 
 
@@ -85,6 +87,25 @@ def test_sizes_that_contradict_each_other_are_refused_by_name() -> None:
         sizes(num_attention_heads=6)
     with pytest.raises(ConfigError, match=r"target_head .* \(512\), but draft.hidden_size is 256"):
         sizes(target_head=True, hidden_size=256)
+
+
+def test_heads_that_engines_refuse_are_chosen_only_with_norms_of_queries_and_keys() -> None:
+    uneven = PretrainedConfig(
+        **SIZES | {"hidden_size": 4096, "num_attention_heads": 96, "num_key_value_heads": 8},
+        head_dim=128,
+    )
+    plain = DraftConfig.from_target(uneven, draft_vocab_size=32)
+    assert (plain.num_attention_heads, plain.num_key_value_heads) == (64, 8)
+    normed = DraftConfig.from_target(
+        uneven, draft_vocab_size=32, settings=DraftSettings(qk_norm=True)
+    )
+    assert (normed.num_attention_heads, normed.num_key_value_heads) == (96, 8)
+
+
+def test_a_checkpoint_of_a_newer_version_is_named() -> None:
+    plain = DraftConfig.from_target(LlamaConfig(**SIZES), draft_vocab_size=32)
+    with pytest.raises(MismatchError, match=r"step-7 records a draft .* know \(experts: Extra"):
+        DraftConfig.of_identity({**plain.identity(), "experts": 4}, where=Path("step-7"))
 
 
 def test_a_head_of_the_target_has_its_whole_vocabulary() -> None:

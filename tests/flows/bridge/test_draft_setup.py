@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.settings import DraftSettings
 from eagle_core.draft.vocabulary import Coverage, DraftVocabulary, SourceCoverage
-from eagle_core.errors import MismatchError
+from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.samples import TokenizedSample, sample_id
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.tokenizer import conversation_tokenizer
@@ -19,7 +19,12 @@ from eagle_core.tokenization.token_file import TokenFile, write_token_file
 from eagle_core.training import checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState
-from flows.bridge.draft_setup import VOCABULARY_NAME, choose_vocabulary, set_up_draft
+from flows.bridge.draft_setup import (
+    VOCABULARY_NAME,
+    choose_vocabulary,
+    require_start_fits,
+    set_up_draft,
+)
 
 TRAINING = TrainingConfig(draft_vocab_size=10)
 
@@ -152,6 +157,32 @@ def test_a_run_keeps_the_draft_that_it_began_with(
     wide = changed_target(tiny_target_path, tmp_path / "wide", vocab_size=4096)
     with pytest.raises(MismatchError, match=r"is of a target with vocabulary \d+ \(now 4096\)"):
         set_up_draft(wide, TRAINING, run_path)
+
+
+def test_a_run_keeps_heads_that_are_no_longer_chosen(tmp_path: Path, target: TargetConfig) -> None:
+    run_path = tmp_path / "run"
+    choose_vocabulary(target, TRAINING, token_file(tmp_path / "train.arrow", 100), run_path)
+    heads = DraftSettings(num_attention_heads=2, num_key_value_heads=1)
+    begun = set_up_draft(target, TRAINING, run_path, heads).draft.config
+    begin(run_path, begun, version="older")
+    assert set_up_draft(target, TRAINING, run_path, DraftSettings()).draft.config == begun
+
+
+def test_another_head_than_at_the_beginning_is_named(tmp_path: Path, target: TargetConfig) -> None:
+    run_path = tmp_path / "run"
+    choose_vocabulary(target, TRAINING, token_file(tmp_path / "train.arrow", 100), run_path)
+    begun = set_up_draft(target, TRAINING, run_path, DraftSettings()).draft.config
+    begin(run_path, begun, version="this")
+    with pytest.raises(MismatchError, match=r"began with draft\.target_head=false; restore it"):
+        set_up_draft(target, TRAINING, run_path, DraftSettings(target_head=True))
+
+
+def test_settings_that_contradict_each_other_are_refused_before_states_are_made(
+    tmp_path: Path, target: TargetConfig
+) -> None:
+    wrong = DraftSettings(num_key_value_heads=3)
+    with pytest.raises(ConfigError, match=r"set draft\.num_key_value_heads to a divisor"):
+        require_start_fits(target, TRAINING, tmp_path / "run", wrong)
 
 
 @pytest.mark.parametrize("version", ["this", "older"])
