@@ -7,6 +7,7 @@ several machines, the first one has the job and sends it to the others.
 
 import logging
 import os
+import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -67,7 +68,10 @@ class TrainJob(BaseModel):
     held_out_tokens: Path
     run_path: Path
     object_cache: Path | None
-    """Folder that caches objects of a remote store; None if the store is on a local disk."""
+    """Folder that caches objects of a remote store; None if the store is on a local disk.
+
+    Of several machines, each has a folder below it: see `own_object_cache`.
+    """
     object_cache_bytes: int
     decoding: DraftsToDecode | None = None
     """What the first rank decodes meanwhile, if anything."""
@@ -192,8 +196,8 @@ def open_sources(
     store = Store.open(job.store_root)
     commits = store.commits() if commits is None else commits
     objects = None
-    if job.object_cache is not None:
-        objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
+    if (folder := own_object_cache(job)) is not None:
+        objects = ObjectCache(folder=folder, limit_bytes=job.object_cache_bytes)
     snapshot = store.snapshot(job.snapshot_id)
     # Samples are shuffled inside a window of shards: with less memory, every sample would need its
     # whole shard decoded. No rank drops a shard that another one still has to map.
@@ -208,6 +212,16 @@ def open_sources(
     held_out = Snapshot.of(held_out_ids, commits)
     held_out_reader = store.reader(held_out, object_cache=objects, shared=shared)
     return source, StoredSource(held_out_reader, recompute_model)
+
+
+def own_object_cache(job: TrainJob) -> Path | None:
+    """Return the folder where this machine, which need not have made the job, caches objects.
+
+    Several machines share the home, but the cache relies on locks that other machines may not see.
+    """
+    if job.object_cache is None or job.training.nodes == 1:
+        return job.object_cache
+    return job.object_cache / f"machine-{socket.gethostname()}"
 
 
 def _windows_in_use(training: TrainingConfig, snapshot: Snapshot) -> int:
