@@ -1,5 +1,6 @@
 """What a rank decides for the machine that it runs on."""
 
+import resource
 import socket
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from eagle_core.draft.settings import PLAIN_DRAFT
 from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training.config import TrainingConfig
-from flows.workers.train_worker import TrainJob, own_object_cache
+from flows.workers.train_worker import TrainJob, allow_open_files, own_object_cache
 
 
 def make_job(training: TrainingConfig, object_cache: Path | None = None) -> TrainJob:
@@ -44,3 +45,13 @@ def test_one_machine_keeps_the_object_cache_that_it_has() -> None:
     assert own_object_cache(make_job(TrainingConfig(num_processes=2), cache)) == cache
     several = TrainingConfig(nodes=2, rendezvous="first:29500")
     assert own_object_cache(make_job(several)) is None
+
+
+def test_a_rank_may_open_as_many_files_as_the_system_allows() -> None:
+    own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(own, 512), most))
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (own, most))
