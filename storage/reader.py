@@ -98,7 +98,8 @@ class SnapshotReader:
     def prefetch(self, indices: Iterable[int]) -> None:
         """Start reading the shards of samples that will be fetched soon.
 
-        A read error is raised when a sample of that shard is fetched.
+        No read error is raised here. A shard that could not be read is read again by the next
+        call that needs it.
         """
         for group in dict.fromkeys(int(self.groups[index]) for index in indices):
             self._begin(self._snapshot.shard_ids[group])
@@ -158,7 +159,7 @@ class SnapshotReader:
     def _begin(self, shard_id: str) -> Future[DecodedShard | None]:
         with self._lock:
             reading = self._shards.get(shard_id)
-            if reading is None:
+            if reading is None or _has_failed(reading):  # perhaps what failed works by now
                 reading = self._threads.submit(self._read, shard_id, wait=False)
                 self._shards[shard_id] = reading
             self._shards.move_to_end(shard_id)
@@ -170,7 +171,7 @@ class SnapshotReader:
         sizes = {
             shard_id: 0 if shard is None else shard.num_bytes
             for shard_id, reading in self._shards.items()
-            if reading.done() and not reading.exception()
+            if reading.done() and not _has_failed(reading)
             for shard in (reading.result(),)
         }
         total = sum(sizes.values())
@@ -197,6 +198,10 @@ class SnapshotReader:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Start with an empty cache."""
         self.__init__(**state)  # type: ignore[misc]
+
+
+def _has_failed(reading: Future[DecodedShard | None]) -> bool:
+    return reading.done() and reading.exception() is not None
 
 
 def read_shard(

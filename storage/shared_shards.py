@@ -5,14 +5,20 @@ the place of its arrays; the others map the same memory, read-only. A note whose
 or has withdrawn the shard counts as none, and the shard is decoded again. The system frees the
 memory when the last process that maps it drops it or ends, killed ones too: nothing is left behind
 but small files in the folder.
+
+Each shard takes a few file descriptors. Where the system gives no more of them, or no memory to
+share, a process decodes for itself.
 """
 
+import errno
 import json
+import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,11 +31,20 @@ from storage.objects.buffer_pool import Allocate
 from storage.objects.claims import Claims
 
 _OWN_FILES = Path("/proc/self/fd")
+_SPARE_DESCRIPTORS = 64
+"""That are left for everything else that a process does, reading shards included."""
 _OFFSETS, _LAST_OFFSETS = "/offsets", "/last_offsets"
 """Names of the arrays that are not of a sample's fields."""
 
 Decode = Callable[[Allocate], DecodedShard]
 """Decodes a shard with its large arrays in the memory that it is given."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class _NotSharedError(Exception):
+    """The system gives no more memory to share."""
 
 
 class SharedShards:
@@ -40,6 +55,7 @@ class SharedShards:
         self._folder = folder
         self._claims = Claims(folder=folder / "claims")
         self._own: dict[str, _SharedMemory] = {}
+        self._has_warned = False
 
     @classmethod
     def where_possible(cls, folder: Path) -> Self | None:
@@ -50,7 +66,8 @@ class SharedShards:
         """Return a shard that another process has decoded, else decode it for all.
 
         Without `wait`, return None if another process is decoding it. Errors are those of `decode`:
-        a shard that one process could not decode is tried by the next.
+        a shard that one process could not decode is tried by the next. If the system gives no
+        memory to share, the shard is decoded for this process only.
         """
         found = self._find(shard_id)
         if found is not None:
@@ -58,7 +75,14 @@ class SharedShards:
         with self._claims.claim(shard_id, wait=wait) as is_held:
             if not is_held:
                 return None
-            return self._find(shard_id) or self._decode(shard_id, decode)
+            found = self._find(shard_id)
+            if found is not None:
+                return found
+            try:
+                return self._decode(shard_id, decode)
+            except _NotSharedError as error:
+                self._warn(error)
+            return decode(np.empty)
 
     def withdraw(self, shard_id: str) -> None:
         """Give a shard to no further process, if this one decoded it; arrays remain valid."""
@@ -84,6 +108,16 @@ class SharedShards:
             partial.replace(path)
         return shard
 
+    def _warn(self, error: _NotSharedError) -> None:
+        if not self._has_warned:
+            logger.warning(
+                "the processes of this machine cannot share all decoded shards (%s): each decodes "
+                "those for itself, which takes more time and memory. Allow more open files "
+                "(ulimit -n), or take smaller training.shuffle_window or training.batch_tokens",
+                error,
+            )
+        self._has_warned = True
+
     def _find(self, shard_id: str) -> DecodedShard | None:
         try:
             note = _Note(**json.loads(self._note(shard_id).read_text(encoding="utf-8")))
@@ -93,6 +127,8 @@ class SharedShards:
         try:  # the number may be that of another file by now
             is_same = os.fstat(descriptor).st_ino == note.inode
             return _mapped(descriptor, note, shard_id) if is_same else None
+        except _NotSharedError:  # decoding will say so
+            return None
         finally:
             os.close(descriptor)
 
@@ -117,7 +153,8 @@ class _SharedMemory:
     """Memory that other processes can map as long as this one keeps it open."""
 
     def __init__(self, name: str) -> None:
-        self.descriptor = os.memfd_create(name)
+        with _translated():
+            self.descriptor = os.memfd_create(name)
         self._num_bytes = 0
         self._parts: list[tuple[int, int, int]] = []
         """First address, size and offset of each part."""
@@ -130,8 +167,10 @@ class _SharedMemory:
             return np.empty(shape, dtype)
         offset = self._num_bytes
         self._num_bytes += -(-num_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        os.ftruncate(self.descriptor, self._num_bytes)
-        part = mmap.mmap(self.descriptor, num_bytes, offset=offset)
+        with _translated():
+            os.ftruncate(self.descriptor, self._num_bytes)
+            _require_spare(self.descriptor)
+            part = mmap.mmap(self.descriptor, num_bytes, offset=offset)
         array = np.frombuffer(part, dtype).reshape(shape)
         self._parts.append((_address(array), num_bytes, offset))
         return array
@@ -182,7 +221,9 @@ class _SharedMemory:
 
 def _mapped(descriptor: int, note: _Note, shard_id: str) -> DecodedShard:
     """Return a shard whose arrays are views of shared memory, read-only."""
-    memory = mmap.mmap(descriptor, note.num_bytes, access=mmap.ACCESS_READ)
+    with _translated():
+        _require_spare(descriptor)
+        memory = mmap.mmap(descriptor, note.num_bytes, access=mmap.ACCESS_READ)
     arrays = {
         name: np.ndarray(tuple(shape), np.dtype(dtype), memory, offset, tuple(strides))
         for name, (dtype, shape, strides, offset) in note.arrays.items()
@@ -195,6 +236,22 @@ def _mapped(descriptor: int, note: _Note, shard_id: str) -> DecodedShard:
         arrays=arrays,
         last_offsets=last_offsets,
     )
+
+
+def _require_spare(newest: int) -> None:
+    """Raise OSError if few descriptors are left; `newest`, just opened, was the lowest free one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and newest >= limit - _SPARE_DESCRIPTORS:
+        raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}, {limit} are allowed")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise _NotSharedError if the system refuses: other errors of a decoder are its own."""
+    try:
+        yield
+    except OSError as error:
+        raise _NotSharedError(str(error)) from error
 
 
 def _address(array: NDArray[Any]) -> int:

@@ -4,13 +4,12 @@ They are kept in memory up to a limit and read again for each pass beyond it. Tr
 first, so what a cache holds of them is used twice.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
+from eagle_core.machine_memory import memory_bytes
 from eagle_core.samples import SampleSource
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.distributed import Processes
@@ -53,7 +52,7 @@ class SampledBatches:
         members = [sampled[first:end] for first, end in pairwise(borders)]
         self._members = members[processes.rank :: processes.world_size]
         self._planned_tokens = int(source.lengths[sampled].sum())
-        self.kept_bytes = min(_MOST_KEPT_BYTES, int(_memory_bytes() * _SHARE_OF_MEMORY))
+        self.kept_bytes = min(_MOST_KEPT_BYTES, int(memory_bytes() * _SHARE_OF_MEMORY))
         self.kept_bytes //= processes.world_size
         """Bytes of packed batches that this process keeps in memory."""
         self._kept: list[PackedBatch] = []
@@ -90,13 +89,3 @@ class SampledBatches:
         for members in self._members[number : number + 2]:  # the next one meanwhile
             self._source.prefetch(members.tolist())
         return pack([self._source.fetch(index) for index in self._members[number].tolist()])
-
-
-def _memory_bytes() -> int:
-    """Return the memory of this machine, or of its container if that has less."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no limit, or another system
-        return machine
-    return min(machine, limit)

@@ -160,7 +160,8 @@ class _Run:
         before = found.decay or recorded_decay(here, planned)
         decay = resumed_decay(here, before)
         self.processes.wait()  # all have read it
-        if found.decay is None and self.processes.is_first and found.step < here.last():
+        is_known = planned is not None or found.step < here.last()
+        if found.decay is None and is_known and self.processes.is_first:
             checkpoint.add_decay(folder, before)
         checkpoint.load_weights(self.draft, folder)
         self.step, self.loader, self.saved = found.step, found.loader, folder

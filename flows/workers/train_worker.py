@@ -7,8 +7,10 @@ several machines, the first one has the job and sends it to the others.
 
 import logging
 import os
+import resource
+import socket
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,9 +31,8 @@ from eagle_core.tracking.trackers import open_trackers
 from eagle_core.training.checkpoint import newest
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.distributed import ONE_PROCESS, Processes, join_processes
-from eagle_core.training.loader import windows_in_use
 from eagle_core.training.result import Progress, TrainingResult
-from eagle_core.training.schedule import PlannedRun, step_shape
+from eagle_core.training.schedule import PlannedRun
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.trainer import train
 from flows.bridge.draft_decoder import DraftsToDecode
@@ -39,6 +40,7 @@ from flows.bridge.draft_setup import DraftSetup, set_up_draft
 from flows.bridge.first_weights import as_begun, first_weights
 from flows.bridge.machines_agree import on_all_or_none, require_same_files, require_same_start
 from flows.bridge.recompute import load_recompute_model
+from flows.bridge.shard_memory import decoded_bytes
 from flows.bridge.stored_source import StoredSource
 from flows.workers.channel import channel_writer, report_errors, send
 from flows.workers.decoders import open_decoder
@@ -67,7 +69,10 @@ class TrainJob(BaseModel):
     held_out_tokens: Path
     run_path: Path
     object_cache: Path | None
-    """Folder that caches objects of a remote store; None if the store is on a local disk."""
+    """Folder that caches objects of a remote store; None if the store is on a local disk.
+
+    Of several machines, each has a folder below it: see `own_object_cache`.
+    """
     object_cache_bytes: int
     decoding: DraftsToDecode | None = None
     """What the first rank decodes meanwhile, if anything."""
@@ -192,13 +197,15 @@ def open_sources(
     store = Store.open(job.store_root)
     commits = store.commits() if commits is None else commits
     objects = None
-    if job.object_cache is not None:
-        objects = ObjectCache(folder=job.object_cache, limit_bytes=job.object_cache_bytes)
+    if (folder := own_object_cache(job)) is not None:
+        objects = ObjectCache(folder=folder, limit_bytes=job.object_cache_bytes)
     snapshot = store.snapshot(job.snapshot_id)
-    # Samples are shuffled inside a window of shards: with less memory, every sample would need its
-    # whole shard decoded. No rank drops a shard that another one still has to map.
-    windows = 1 if shared is None else _windows_in_use(job.training, snapshot)
-    cache_bytes = windows * job.training.shuffle_window * commits.totals.largest_raw_bytes
+    cache_bytes = decoded_bytes(
+        job.training,
+        snapshot,
+        shard_bytes=commits.totals.largest_raw_bytes,
+        is_shared=shared is not None,
+    )
     reader = store.reader(snapshot, cache_bytes=cache_bytes, object_cache=objects, shared=shared)
     recompute_model = load_recompute_model(job.target, store.identity)
     source = StoredSource(reader, recompute_model)
@@ -210,10 +217,14 @@ def open_sources(
     return source, StoredSource(held_out_reader, recompute_model)
 
 
-def _windows_in_use(training: TrainingConfig, snapshot: Snapshot) -> int:
-    shape = step_shape(training, world_size=training.world_size)
-    num_tokens, num_shards = int(snapshot.lengths.sum()), len(snapshot.shard_ids)
-    return windows_in_use(shape, tokens=num_tokens, num_groups=num_shards)
+def own_object_cache(job: TrainJob) -> Path | None:
+    """Return the folder where this machine, which need not have made the job, caches objects.
+
+    Several machines share the home, but the cache relies on locks that other machines may not see.
+    """
+    if job.object_cache is None or job.training.nodes == 1:
+        return job.object_cache
+    return job.object_cache / f"machine-{socket.gethostname()}"
 
 
 def tracked_run(
@@ -249,10 +260,18 @@ def begin(
     return as_begun(training, setup.run_path)
 
 
+def allow_open_files() -> None:
+    """Raise the limit of open files to what the system allows: each shared shard takes two."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 @record  # torchrun's last output has the traceback of an unexpected error
 def main() -> int:
     """Run one rank of the job that the argument names; return the exit status."""
     channel_writer()  # before a library prints
+    allow_open_files()
     request = RankRequest.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if _speaks():
         for name in OWN_LOGGERS:

@@ -11,6 +11,7 @@ from storage.errors import ShardCorruptError
 from storage.objects.cache_contents import BOOKS
 from storage.objects.object_cache import ObjectCache
 from storage.store import Store
+from tests.storage.synthetic import data_key
 
 
 def test_pickled_reader_reads_the_same(filled: Store) -> None:
@@ -66,6 +67,20 @@ def test_prefetch_reads_beside_and_hides_no_damage(filled: Store) -> None:
     with pytest.raises(ShardCorruptError, match="eyas repair"):
         reader.fetch(0)
     path.write_bytes(whole)
+    assert reader.fetch(0).sample_id == snapshot.sample_id(0)
+
+
+def test_an_old_error_of_a_prefetch_is_not_raised(filled: Store) -> None:
+    """The sample may have been another rank's, and be fetched hours later."""
+    snapshot = filled.snapshot()
+    reader = filled.reader(snapshot)
+    key = data_key(filled, snapshot.shard_ids[0])
+    whole = filled.root.read(key)
+    filled.root.write(key, whole[:-1])
+    reader.prefetch([0])
+    (reading,) = reader._shards.values()
+    assert isinstance(reading.exception(), ShardCorruptError)
+    filled.root.write(key, whole)
     assert reader.fetch(0).sample_id == snapshot.sample_id(0)
 
 

@@ -1,6 +1,8 @@
 """Processes of one machine decode each shard once, and find what the others decoded."""
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 import storage.reader
 from storage.encoding.shard import DecodedShard, decode_shard
 from storage.errors import ShardCorruptError
-from storage.shared_shards import SharedShards
+from storage.shared_shards import _SPARE_DESCRIPTORS, SharedShards
 from storage.store import Store
 from tests.storage.synthetic import data_key
 from tests.waiting import wait_for
@@ -159,6 +161,33 @@ def test_a_shard_that_another_decodes_is_awaited_only_when_it_is_needed(
     assert reader.fetch(0).sample_id == snapshot.sample_id(0)
     other.join()
     assert sorted(decoded) == sorted(snapshot.shard_ids)
+
+
+def test_without_descriptors_each_decodes_for_itself(
+    filled: Store,
+    tmp_path: Path,
+    decoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    snapshot = filled.snapshot()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    scarce = (num_open_files() + _SPARE_DESCRIPTORS + 4, most)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: scarce)
+    for _ in range(2):
+        require_equal(filled, SharedShards(tmp_path))
+    assert 0 < len(list(tmp_path.glob("*.json"))) < len(snapshot.shard_ids)
+    assert "ulimit -n" in caplog.text
+    num_before = len(decoded)
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    caplog.clear()
+    require_equal(filled, SharedShards(tmp_path / "none"))
+    assert len(decoded) == num_before + 2 * len(snapshot.shard_ids)
+    assert caplog.text.count("Too many open files") == 1
+
+
+def refuse(_: str) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_damage_is_an_error_for_each_and_mends(filled: Store, tmp_path: Path) -> None:

@@ -303,6 +303,29 @@ def test_what_an_earlier_version_planned_is_kept_before_its_files_change(
     )
 
 
+def test_an_attempt_with_nothing_to_do_keeps_what_an_earlier_version_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's other files say how long that attempt was, from then on."""
+    with pytest.raises(InterruptedHereError):
+        run(tmp_path, CONFIG.model_copy(update={"max_steps": 8}), on_progress=interrupt_at(5))
+    without_decay(tmp_path)
+    planned = PlannedRun(length=RunLength(epochs=1, max_steps=8), num_steps=8)
+    train = trainer.train
+    monkeypatch.setattr(
+        "tests.eagle_core.training.test_trainer.train",
+        lambda **given: train(**given, planned=planned),
+    )
+    run(tmp_path, CONFIG.model_copy(update={"max_steps": 2}))
+    folder = checkpoint.newest(tmp_path)
+    assert folder is not None
+    found = checkpoint.read(folder)
+    assert found.step == 4
+    assert found.decay == Decay(
+        length=planned.length, horizon=8, first_step=2, allowed=planned.length
+    )
+
+
 def test_a_finished_run_of_an_earlier_version_is_left_alone(tmp_path: Path) -> None:
     run(tmp_path)
     without_decay(tmp_path)
