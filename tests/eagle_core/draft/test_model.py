@@ -66,7 +66,7 @@ def test_the_target_must_have_the_width_that_the_draft_expects() -> None:
     ("variant", "reason"),
     [
         ({"qk_norm": True, "mlp_bias": True}, "do not go together"),
-        ({"target_head": True}, "set draft_vocab_size to 50"),
+        ({"target_head": True}, r"set training\.draft_vocab_size to 50"),
         (
             {"target_head": True, "draft_vocab_size": 50, "hidden_size": 12},
             "set hidden_size to 16",
