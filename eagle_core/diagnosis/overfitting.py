@@ -219,6 +219,7 @@ def _training(
             "schedule": "constant",
             "batch_tokens": int(source.lengths.sum()),
             "batches_per_step": 1,
+            "max_positions_per_sample": None,
             "num_processes": 1,
             "nodes": 1,
             "compile": False,

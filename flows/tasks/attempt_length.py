@@ -83,6 +83,8 @@ def _planned(run_path: Path, begun: BegunRun) -> PlannedRun | None:
 
 def _tell(name: str, steps: RunSteps, before: Decay, after: Decay) -> None:
     """Say where the learning rate jumps or decays over other steps than before."""
+    if steps.config.schedule == "constant":
+        return
     rates = [learning_rate(steps.config, steps.step, decay) for decay in (before, after)]
     if rates[0] != rates[1]:
         logger.warning(
