@@ -1,6 +1,7 @@
 """`eagle_core.training.ttt` as the trainer calls it, as a peer of `benchmarks.train_step`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +28,28 @@ from eagle_core.training.ttt import ttt_step
 _ROWS = 256
 
 
-def new_draft(shape: Shape) -> DraftModel:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """Settings of our step: `compile`, `window=W` and `positions=N`, separated by commas."""
+
+    compiled: bool = False
+    window: int | None = None
+    """`draft.sliding_window`"""
+    positions: int | None = None
+    """`training.max_positions_per_sample`"""
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        """Return the settings that `text` names."""
+        named = dict(part.partition("=")[::2] for part in text.split(",") if part)
+        numbers = {name: int(named[name]) for name in ("window", "positions") if name in named}
+        return cls(compiled="compile" in named, **numbers)
+
+
+PLAIN = Variant()
+
+
+def new_draft(shape: Shape, *, window: int | None = None) -> DraftModel:
     """Return a draft with the same weights as every peer."""
     config = DraftConfig(
         hidden_size=shape.hidden_size,
@@ -40,6 +62,7 @@ def new_draft(shape: Shape) -> DraftModel:
         draft_vocab_size=shape.draft_vocab_size,
         rms_norm_eps=RMS_NORM_EPS,
         rope_theta=ROPE_THETA,
+        sliding_window=window,
     )
     with torch.device("meta"):
         draft = DraftModel(config)
@@ -54,8 +77,11 @@ def new_draft(shape: Shape) -> DraftModel:
     return draft
 
 
-def packed_batch(case: StepCase) -> PackedBatch:
-    """Return the batch; the logsumexp, which no gradient needs, is over the draft vocabulary."""
+def packed_batch(case: StepCase, *, draws: bool = False) -> PackedBatch:
+    """Return the batch; the logsumexp, which no gradient needs, is over the draft vocabulary.
+
+    With `draws`, each sequence has a random order of its positions.
+    """
     head = draft_rows_of_target_head(case.shape)
     tensors = step_tensors(case, head)
     parts = torch.split(tensors.last_hidden_state, _ROWS)
@@ -68,24 +94,30 @@ def packed_batch(case: StepCase) -> PackedBatch:
         last_hidden_state=tensors.last_hidden_state,
         target_argmax=draft_ids(case.shape)[tensors.draft_choice],
         target_logsumexp=torch.cat([(part @ head.T).logsumexp(dim=-1) for part in parts]),
+        draws=torch.cat([torch.randperm(length) for length in case.lengths]) if draws else None,
     )
 
 
-def options(case: StepCase, *, compiled: bool = False) -> TttConfig:
+def options(case: StepCase, variant: Variant = PLAIN) -> TttConfig:
     """Return the trainer's defaults with the case's length."""
-    return TttConfig(ttt_length=case.ttt_length, step_decay=STEP_DECAY, compile=compiled)
+    return TttConfig(
+        ttt_length=case.ttt_length,
+        step_decay=STEP_DECAY,
+        compile=variant.compiled,
+        max_positions_per_sample=variant.positions,
+    )
 
 
 def load(case: StepCase, variant: str) -> Peer:
-    """Return our step as a peer; `variant` may be "compile"."""
-    device = torch.device(case.device)
-    draft = new_draft(case.shape).to(device)
+    """Return our step as a peer, with the settings of a `Variant`."""
+    device, settings = torch.device(case.device), Variant.parse(variant)
+    draft = new_draft(case.shape, window=settings.window).to(device)
     head = draft_rows_of_target_head(case.shape).to(device, DTYPES[case.dtype])
 
     def prepare(wanted: StepCase) -> Callable[[], Tensor]:
-        batch = packed_batch(wanted).to(device)
-        settings = options(wanted, compiled=variant == "compile")
-        return lambda: ttt_step(draft, batch, head, settings).loss
+        batch = packed_batch(wanted, draws=settings.positions is not None).to(device)
+        chosen = options(wanted, settings)
+        return lambda: ttt_step(draft, batch, head, chosen).loss
 
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     return Peer(
