@@ -78,10 +78,14 @@ class SampleSource(Protocol):
     def origin(self, sample_id: str) -> str:
         """Return the origin of a sample for an error message: its shard, or the target."""
 
-    def prefetch(self, indices: Iterable[int]) -> None:
+    def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:
         """Start reading these samples in the background, if the source can.
 
-        They are those of all ranks, this one's first: ranks may divide the work.
+        Args:
+            indices: samples that this rank will fetch.
+            others: those that other ranks will fetch. Ranks that share what they read divide the
+                work; without sharing, a source passes over them.
+
         """
 
     def fetch(self, index: int) -> HiddenStateSample:

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -95,13 +96,15 @@ class SnapshotReader:
             raise KeyError(f"snapshot {self.snapshot_id} has no sample {sample_id}")
         return self._snapshot.shard_ids[int(self.groups[found[0]])]
 
-    def prefetch(self, indices: Iterable[int]) -> None:
+    def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:
         """Start reading the shards of samples that will be fetched soon.
 
+        If processes share shards, they divide those of `others`, which other processes will fetch.
         No read error is raised here. A shard that could not be read is read again by the next
         call that needs it.
         """
-        for group in dict.fromkeys(int(self.groups[index]) for index in indices):
+        wanted = indices if self._shared is None else chain(indices, others)
+        for group in dict.fromkeys(int(self.groups[index]) for index in wanted):
             self._begin(self._snapshot.shard_ids[group])
 
     def fetch(self, index: int) -> StoredSample:

@@ -75,7 +75,7 @@ class _InMemory:
     def origin(self, sample_id: str) -> str:
         return f"text {sample_id[:8]}"
 
-    def prefetch(self, indices: Iterable[int]) -> None:
+    def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:
         pass
 
     def fetch(self, index: int) -> HiddenStateSample:

@@ -198,7 +198,10 @@ def _loading(
             while True:
                 while len(ahead) <= most_ahead:
                     members, after = next(plan)
-                    source.prefetch(_own_first(members, shape))
+                    source.prefetch(
+                        _of_ranks(members, shape, 0, 1),
+                        _of_ranks(members, shape, 1, shape.world_size),
+                    )
                     pin_memory = copies is not None
                     ahead.append(
                         reader.submit(_load, source, members, shape, after, pin_memory=pin_memory)
@@ -237,9 +240,9 @@ def _plan(
         epoch, first = epoch + 1, 0
 
 
-def _own_first(members: Members, shape: StepShape) -> Iterator[int]:
-    """Yield the samples of a step: ranks that share what they read divide all of it."""
-    for rank in range(shape.rank, shape.rank + shape.world_size):
+def _of_ranks(members: Members, shape: StepShape, first: int, end: int) -> Iterator[int]:
+    """Yield the samples of the ranks from `first` on, counted from this one."""
+    for rank in range(shape.rank + first, shape.rank + end):
         for batch in members[rank % shape.world_size :: shape.world_size]:
             yield from batch.tolist()
 

@@ -78,7 +78,7 @@ class OnlineSource:
         """Return where the states come from."""
         return "computed by the target"
 
-    def prefetch(self, indices: Iterable[int]) -> None:
+    def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:  # noqa: ARG002 (of the protocol)
         """Start reading the stored samples.
 
         Nothing is computed ahead: target and draft share the device, so overlap is no faster.

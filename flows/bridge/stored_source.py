@@ -45,9 +45,9 @@ class StoredSource:
         """Return the name of a sample's shard."""
         return f"shard {self._reader.shard_of(sample_id)}"
 
-    def prefetch(self, indices: Iterable[int]) -> None:
-        """Start reading the shards of these samples."""
-        self._reader.prefetch(indices)
+    def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:
+        """Start reading the shards of these samples; of others' too if processes share them."""
+        self._reader.prefetch(indices, others)
 
     def fetch(self, index: int) -> HiddenStateSample:
         """Return sample `index` with its bytes verified."""

@@ -84,6 +84,15 @@ def test_an_old_error_of_a_prefetch_is_not_raised(filled: Store) -> None:
     assert reader.fetch(0).sample_id == snapshot.sample_id(0)
 
 
+def test_only_what_is_fetched_here_is_read_ahead_where_processes_share_nothing(
+    filled: Store,
+) -> None:
+    snapshot = filled.snapshot()
+    reader = filled.reader(snapshot)
+    reader.prefetch([0], others=range(1, len(reader)))
+    assert list(reader._shards) == [snapshot.shard_ids[0]]
+
+
 def test_samples_are_read_only(filled: Store) -> None:
     """They are views of a shard that serves other samples too."""
     sample = filled.reader(filled.snapshot()).fetch(0)

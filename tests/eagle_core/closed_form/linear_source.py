@@ -85,7 +85,7 @@ class LinearSource:
     def origin(self, sample_id: str) -> str:
         return f"memory, as {sample_id[:8]}"
 
-    def prefetch(self, indices: Iterable[int]) -> None:
+    def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:
         """Do nothing: all is in memory."""
 
     def fetch(self, index: int) -> HiddenStateSample:

@@ -2,8 +2,9 @@
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,31 @@ def test_ranks_may_change_without_a_sample_lost_or_repeated(
         for stream in streams:
             stream.close()
     assert sorted(seen) == sorted(source.fetch(i).sample_id for i in range(len(source.lengths)))
+
+
+def test_a_rank_tells_its_own_samples_from_those_of_others() -> None:
+    """Without shared memory, only its own are worth reading ahead."""
+
+    @dataclass
+    class AskedSource(RandomSource):
+        asked: list[tuple[list[int], list[int]]] = field(default_factory=list)
+        fetched: list[int] = field(default_factory=list)
+
+        def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:
+            self.asked.append((list(indices), list(others)))
+
+        def fetch(self, index: int) -> HiddenStateSample:
+            self.fetched.append(index)
+            return super().fetch(index)
+
+    sources = [AskedSource() for _ in range(3)]
+    for rank, source in enumerate(sources):
+        shape = StepShape(window=2, batch_tokens=20, rank=rank, world_size=3)
+        next(steps(source, LoaderState(source_id="random", seed=7), shape))
+        own, others = source.asked[0]
+        assert own == source.fetched[: len(own)]
+        assert own
+    assert others == [index for one in sources[:2] for index in one.asked[0][0]]
 
 
 def test_a_source_without_samples_is_refused() -> None:

@@ -157,8 +157,8 @@ def test_sigterm_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path) -> None:
 
 def test_sigterm_before_the_first_step_is_answered_after_it(tmp_path: Path) -> None:
     class Terminating(RandomSource):
-        def prefetch(self, indices: Iterable[int]) -> None:
-            super().prefetch(indices)
+        def prefetch(self, indices: Iterable[int], others: Iterable[int] = ()) -> None:
+            super().prefetch(indices, others)
             os.kill(os.getpid(), signal.SIGTERM)
 
     _, stopped = run(tmp_path, source=Terminating())
