@@ -20,8 +20,8 @@ def decoded_bytes(
     """Return the bytes of decoded shards to hold, by one process or by all that share them.
 
     Samples are shuffled inside a window of shards: with less memory, a shard is decoded more than
-    once. No rank drops a shard that another one still has to map. Warns if the machine's memory
-    is too small for that.
+    once. No rank drops a shard that another one still has to map. One window is always held. Warns
+    if the machine's memory is too small for more.
 
     Args:
         training: its steps decide which shards are used at a time.
@@ -34,11 +34,14 @@ def decoded_bytes(
     num_shards = min(windows * training.shuffle_window, len(snapshot.shard_ids))
     wanted = num_shards * shard_bytes
     num_copies = 1 if is_shared else training.num_processes
-    most = int(memory_bytes() * SHARE_OF_MEMORY) // num_copies
+    window = min(training.shuffle_window, len(snapshot.shard_ids)) * shard_bytes
+    # A window that is not held whole is decoded again for each batch.
+    most = max(int(memory_bytes() * SHARE_OF_MEMORY) // num_copies, window)
     if wanted > most:
         logger.warning(
-            "the decoded shards that training uses at a time have %.1f GB, and a third of this "
-            "machine's memory is %.1f GB%s: no more is held, so that shards are decoded more than "
+            "the decoded shards that training uses at a time have %.1f GB, and the larger of one "
+            "window and a third of this machine's memory is %.1f GB%s: no more is held, so that "
+            "shards are decoded more than "
             "once per epoch and training may wait for them. More memory helps; so do a smaller "
             "training.shuffle_window or training.batch_tokens in a new run, and smaller shards "
             "(store.shard_tokens) in a new store",
