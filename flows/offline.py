@@ -44,10 +44,10 @@ def offline(  # noqa: PLR0917 (one parameter per section of a recipe)
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
     runner: RunnerConfig = RunnerConfig(),
-    draft: DraftSettings = PLAIN_DRAFT,
     training: TrainingConfig = TrainingConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
+    draft: DraftSettings = PLAIN_DRAFT,
     home: str = DEFAULT_HOME,
     run: RunName = "main",
 ) -> OfflineSummary:

@@ -68,10 +68,10 @@ def online(  # noqa: PLR0917 (one parameter per section of a recipe)
     target: TargetConfig,
     dataset: DatasetConfig,
     store: StoreConfig = StoreConfig(),
-    draft: DraftSettings = PLAIN_DRAFT,
     training: TrainingConfig = TrainingConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
+    draft: DraftSettings = PLAIN_DRAFT,
     home: str = DEFAULT_HOME,
     run: RunName = "online",
 ) -> OnlineSummary:
