@@ -204,11 +204,14 @@ def _end_threads() -> None:
 
     A thread that still holds a tensor when Python ends aborts the process ("terminate called
     without an active exception"; https://github.com/pytorch/pytorch/pull/179291), and torchrun then
-    stops all others. DTensor's caches keep device meshes forever, and these keep their groups.
+    stops all others. DTensor's caches keep device meshes forever, and these keep their groups. So
+    does an FSDP2 module that is still referred to: it has been seen to stay on one of two ranks.
     """
     for found in gc.get_objects():
         if type(found) is DeviceMesh:
             vars(found).get("_pg_registry", {}).clear()
+        elif type(found).__name__ == "FSDPMeshInfo":
+            found.shard_process_group = None
     gc.collect()
 
 
