@@ -19,7 +19,7 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.training.config import TttConfig
 from eagle_core.training.distributed import Processes
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.ttt import batch_positions, chain_states
+from eagle_core.training.ttt import batch_plan, chain_states
 
 _ROUNDS = 1
 _UNIT_SIZE = 0.1
@@ -76,8 +76,8 @@ def _add_rows(
     channels: Channels,
 ) -> None:
     attended: list[Tensor] = []
-    positions = batch_positions(draft.t2d, batch, options)
-    states = chain_states(draft, batch, positions, options, on_attended=attended.append)
+    plan = batch_plan(draft.t2d, batch, options)
+    states = chain_states(draft, batch, plan, options, on_attended=attended.append)
     for step, _ in enumerate(states):
         counted = rows.is_counted[step]
         residual = attended[step][counted]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eagle_core.bfloat16 import widened
+from eagle_core.training.step_plan import HostRows
 
 BLOCK_QUERIES = 256
 
@@ -32,6 +33,7 @@ def ttt_attention(
     own_values: Tensor,
     index: Tensor,
     before: int | None = None,
+    host_index: Tensor | None = None,
 ) -> Tensor:
     """Return the attention output [Q, N, E] for the queries of one sequence.
 
@@ -44,11 +46,13 @@ def ttt_attention(
         index: [Q] index of each query in its sequence, ascending.
         before: how many step-0 keys before its index a query sees, at most; -1: not that of its
             index either; None: all.
+        host_index: `index` on the host, if it is there: else it is copied, which waits for it.
 
     """
+    host_index = index.cpu() if host_index is None else host_index
     with torch.autocast(query.device.type, enabled=False):  # dtypes are explicit here
         attention_output: Tensor = _TttAttention.apply(
-            query, keys, values, own_keys, own_values, index, before
+            query, keys, values, own_keys, own_values, _Queries(index, host_index, before)
         )  # type: ignore[no-untyped-call]  # torch
     return attention_output
 
@@ -62,6 +66,8 @@ def packed_ttt_attention(
     indices: Tensor,
     first: Tensor,
     window: int | None = None,
+    *,
+    host: HostRows | None = None,
 ) -> Tensor:
     """Return the attention output [A, N, E] for a packed batch, one sequence at a time.
 
@@ -74,18 +80,20 @@ def packed_ttt_attention(
         indices: [A] index of each query in the batch, ascending.
         first: [A] index of the first token of its sequence.
         window: W; None: a query sees all keys before it.
+        host: `indices` and `first` on the host, if they are there.
 
     """
     if not len(query):
         return no_queries(query, keys, values)
+    host = HostRows.of(indices, first) if host is None else host
     before = keys_before(window, own_keys.shape[1])
     own_keys, own_values = in_window(own_keys, window), in_window(own_values, window)
-    starts, counts = torch.unique_consecutive(first, return_counts=True)
+    starts, counts = torch.unique_consecutive(host.first, return_counts=True)
     ends = counts.cumsum(0).tolist()
     attention_output = []
     for start, begin, end in zip(starts.tolist(), [0, *ends], ends, strict=False):
         members = slice(begin, end)
-        visible = slice(start, int(indices[end - 1]) + 1)  # omit keys after the last query
+        visible = slice(start, int(host.indices[end - 1]) + 1)  # omit keys after the last query
         attention_output.append(
             ttt_attention(
                 query[members],
@@ -95,6 +103,7 @@ def packed_ttt_attention(
                 own_values[members],
                 indices[members] - start,
                 before,
+                host.indices[members] - start,
             )
         )
     return torch.cat(attention_output)
@@ -128,6 +137,9 @@ class _Block:
     """The step-0 keys that any query of the block sees."""
     index: Tensor
     """[B]"""
+    first: int
+    """That of the first query."""
+    last: int
     before: int | None
 
     @property
@@ -140,37 +152,53 @@ class _Block:
         if not self.num_keys:
             return
         start, end = self.seen.start, self.seen.stop
-        seen_by_all = int(self.index[0]) + 1
+        seen_by_all = self.first + 1
         later = torch.arange(seen_by_all, end, device=scores.device)
         hidden = later > self.index.unsqueeze(1)  # [B, end - seen_by_all]
         of_later = scores[..., seen_by_all - start : end - start]
         of_later.masked_fill_(hidden.unsqueeze(1), float("-inf"))
         if self.before is not None:
-            last_oldest = int(self.index[-1]) - self.before  # seen by all, unless it is later
+            last_oldest = self.last - self.before  # seen by all, unless it is later
             early = torch.arange(start, max(last_oldest, start), device=scores.device)
             hidden = early < (self.index - self.before).unsqueeze(1)
             scores[..., : len(early)].masked_fill_(hidden.unsqueeze(1), float("-inf"))
 
 
-def _blocks(index: Tensor, before: int | None) -> Iterator[_Block]:
-    """Yield blocks of queries.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Queries:
+    """The queries of a sequence."""
 
-    With a window they also end where indices have a gap, so that a block sees at most
-    `BLOCK_QUERIES` + W keys.
-    """
-    first = 0
-    while first < len(index):
-        members = index[first : first + BLOCK_QUERIES]
-        oldest = 0
-        if before is not None:
-            limit = members[0] + BLOCK_QUERIES
-            members = members[: int(torch.searchsorted(members, limit))]
-            oldest = max(0, int(members[0]) - before)
-        rows = slice(first, first + len(members))
-        end = 0 if before == -1 else int(members[-1]) + 1
-        seen = slice(min(oldest, end), end)
-        yield _Block(rows=rows, seen=seen, index=members, before=before)
-        first = rows.stop
+    index: Tensor
+    """[Q]"""
+    host_index: Tensor
+    """The same on the host"""
+    before: int | None
+
+    def blocks(self) -> Iterator[_Block]:
+        """Yield blocks of queries.
+
+        With a window they also end where indices have a gap, so that a block sees at most
+        `BLOCK_QUERIES` + W keys.
+        """
+        first = 0
+        while first < len(self.host_index):
+            members = self.host_index[first : first + BLOCK_QUERIES]
+            oldest = 0
+            if self.before is not None:
+                limit = members[0] + BLOCK_QUERIES
+                members = members[: int(torch.searchsorted(members, limit))]
+                oldest = max(0, int(members[0]) - self.before)
+            rows = slice(first, first + len(members))
+            end = 0 if self.before == -1 else int(members[-1]) + 1
+            yield _Block(
+                rows=rows,
+                seen=slice(min(oldest, end), end),
+                index=self.index[rows],
+                first=int(members[0]),
+                last=int(members[-1]),
+                before=self.before,
+            )
+            first = rows.stop
 
 
 class _TttAttention(torch.autograd.Function):
@@ -182,25 +210,24 @@ class _TttAttention(torch.autograd.Function):
         values: Tensor,
         own_keys: Tensor,
         own_values: Tensor,
-        index: Tensor,
-        before: int | None,
+        queries: _Queries,
     ) -> Tensor:
         grouped, by_head = _grouped(query, keys.shape[1]), keys.transpose(0, 1).contiguous()
         values_by_head = values.transpose(0, 1).contiguous()
         attention_output = torch.empty_like(grouped)
-        for block in _blocks(index, before):
+        for block in queries.blocks():
             own = own_keys[block.rows].permute(2, 0, 1, 3)
             weights = _weights(grouped[:, block.rows], by_head, own, block).to(query.dtype)
             attention_output[:, block.rows] = _weighted_values(
                 weights, values_by_head, own_values[block.rows], block
             )
-        ctx.save_for_backward(grouped, by_head, values_by_head, own_keys, own_values, index)
-        ctx.attention_output, ctx.before = attention_output, before
+        ctx.save_for_backward(grouped, by_head, values_by_head, own_keys, own_values)
+        ctx.attention_output, ctx.queries = attention_output, queries
         return _ungrouped(attention_output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        grouped, keys, values, own_keys, own_values, index = ctx.saved_tensors
+        grouped, keys, values, own_keys, own_values = ctx.saved_tensors
         grad_output = _grouped(grads[0], keys.shape[0])
         offset = _row_sums(grad_output, ctx.attention_output)
         grad_query = torch.empty_like(grouped)
@@ -208,7 +235,7 @@ class _TttAttention(torch.autograd.Function):
         grad_own_keys = torch.empty_like(own_keys)
         grad_own_values = torch.empty_like(own_values)
         scale = grouped.shape[-1] ** -0.5
-        for block in _blocks(index, ctx.before):
+        for block in ctx.queries.blocks():
             rows, seen = block.rows, block.seen
             query, grad = grouped[:, rows], grad_output[:, rows]
             own_key = own_keys[rows].permute(2, 0, 1, 3)  # [K, B, I, E]
@@ -235,7 +262,6 @@ class _TttAttention(torch.autograd.Function):
             grad_values.transpose(0, 1),
             grad_own_keys,
             grad_own_values,
-            None,
             None,
         )
 

@@ -55,4 +55,5 @@ def device_copies(device: torch.device) -> DeviceCopies | None:
 
 
 def _tensors(batches: Batches) -> Sequence[torch.Tensor]:
-    return [tensor for batch in batches for tensor in batch.tensors().values()]
+    own = [tensor for batch in batches for tensor in batch.tensors().values()]
+    return own + [tensor for batch in batches if batch.plan for tensor in batch.plan.tensors()]

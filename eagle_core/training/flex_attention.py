@@ -26,6 +26,7 @@ from eagle_core.training.attention import (
     no_queries,
     packed_ttt_attention,
 )
+from eagle_core.training.step_plan import HostRows
 
 _CHECKED_TOKENS = 400
 _CHECKED_STARTS = (0, 170, 172)
@@ -42,6 +43,8 @@ def flex_ttt_attention(
     indices: Tensor,
     first: Tensor,
     window: int | None = None,
+    *,
+    host: HostRows | None = None,  # noqa: ARG001 (the same arguments)
 ) -> Tensor:
     """Compute `packed_ttt_attention`; same arguments and result."""
     if not len(query):

@@ -23,6 +23,7 @@ from eagle_core.draft.rotary import rotate
 from eagle_core.training.attention import packed_ttt_attention
 from eagle_core.training.flex_attention import flex_ttt_attention
 from eagle_core.training.repeated_linear import RepeatedLinear
+from eagle_core.training.step_plan import HostRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,10 +39,13 @@ class Rows:
     """[A, 1, E]"""
     sin: Tensor
     """[A, 1, E]"""
+    host: HostRows
+    """Indices and first tokens on the host"""
 
-    def at(self, kept: Tensor) -> "Rows":
-        """Return those at `kept`, places among the indices."""
+    def at(self, kept: Tensor, host: HostRows) -> "Rows":
+        """Return those at `kept`, places among the indices; `host` has the same on the host."""
         return Rows(
+            host=host,
             step=self.step,
             indices=self.indices[kept],
             first=self.first[kept],
@@ -95,14 +99,17 @@ class LayerSteps:
         self._keys, self._values = torch.empty(0), torch.empty(0)
         self._own: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, state: Tensor, every: Rows, kept: Tensor | None) -> LayerOutput:
-        """Compute step 0 for states [X, H] of `every` index; only at `kept`, if it is given."""
+    def begin(self, state: Tensor, every: Rows, kept: Tensor | None, host: HostRows) -> LayerOutput:
+        """Compute step 0 for states [X, H] of `every` index; only at `kept`, if it is given.
+
+        `host` has the indices that are kept.
+        """
         normed, residual = self._normed(state)
         keys, self._values = self._project.keys_values(normed, every)
         self._keys = rotate(keys, every.cos, every.sin)
         if kept is None:
             return self._attended(normed, residual, every)
-        return self._attended(normed[kept], residual[kept], every.at(kept))
+        return self._attended(normed[kept], residual[kept], every.at(kept, host))
 
     def advance(self, state: Tensor, rows: Rows, kept: Tensor) -> LayerOutput:
         """Compute a later step for states [A, H], which are at `kept` among those before."""
@@ -136,6 +143,7 @@ class LayerSteps:
             rows.indices,
             rows.first,
             self._layer.self_attn.window,
+            host=rows.host,
         )
         attended = residual + self._output(attention_output.flatten(1))
         return LayerOutput(attended=attended, state=attended + self._feed_forward(attended))

@@ -154,19 +154,25 @@ def windows_in_use(shape: StepShape, *, tokens: int, num_groups: int) -> int:
     return 1 + math.ceil(prepared / window_tokens)
 
 
+def _unchanged(batch: PackedBatch) -> PackedBatch:
+    return batch
+
+
 def steps(
     source: SampleSource,
     state: LoaderState,
     shape: StepShape,
     copies: DeviceCopies | None = None,
+    prepare: Callable[[PackedBatch], PackedBatch] = _unchanged,
 ) -> Iterator[LoadedStep]:
     """Yield steps from `state` on, endlessly; the caller decides when to stop.
 
     Each step has consecutive batches of the epoch's order, assigned to the ranks in turn. A step
     never crosses the end of an epoch. With `copies`, the batches of a step are pinned, and copied
-    while the caller works on the step before; without, they are on the CPU.
+    while the caller works on the step before; without, they are on the CPU. The thread that loads
+    them lets `prepare` work on each.
     """
-    with closing(_loading(source, state, shape, copies)) as loading:
+    with closing(_loading(source, state, shape, copies, prepare)) as loading:
         if copies is None:
             for step in loading:
                 yield step.result()
@@ -187,7 +193,11 @@ def _begin_copy(
 
 
 def _loading(
-    source: SampleSource, state: LoaderState, shape: StepShape, copies: DeviceCopies | None
+    source: SampleSource,
+    state: LoaderState,
+    shape: StepShape,
+    copies: DeviceCopies | None,
+    prepare: Callable[[PackedBatch], PackedBatch],
 ) -> Generator[Future[LoadedStep]]:
     """Yield the steps from `state` on, which one thread loads ahead."""
     plan = _plan(source, state, shape)
@@ -202,9 +212,16 @@ def _loading(
                         _of_ranks(members, shape, 0, 1),
                         _of_ranks(members, shape, 1, shape.world_size),
                     )
-                    pin_memory = copies is not None
                     ahead.append(
-                        reader.submit(_load, source, members, shape, after, pin_memory=pin_memory)
+                        reader.submit(
+                            _load,
+                            source,
+                            members,
+                            shape,
+                            after,
+                            pin_memory=copies is not None,
+                            prepare=prepare,
+                        )
                     )
                 yield ahead.popleft()
         finally:
@@ -254,6 +271,7 @@ def _load(
     after: LoaderState,
     *,
     pin_memory: bool,
+    prepare: Callable[[PackedBatch], PackedBatch],
 ) -> LoadedStep:
     epoch = after.epoch if after.next_sample else after.epoch - 1  # of this step
 
@@ -262,7 +280,7 @@ def _load(
         draws = None
         if shape.draws_positions:
             draws = position_draws(samples, seed=after.seed, epoch=epoch)
-        return pack(samples, draws, pin_memory=pin_memory)
+        return prepare(pack(samples, draws, pin_memory=pin_memory))
 
     batches = tuple(map(packed_batch, members[shape.rank :: shape.world_size]))
     return LoadedStep(

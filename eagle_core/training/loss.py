@@ -9,7 +9,8 @@ vocabulary.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -40,6 +41,8 @@ class Teacher:
     """[U] int64 draft id of the target's argmax; -1 if the draft vocabulary lacks it"""
     token_of_row: Tensor
     """[R] int64, non-decreasing: index of the row's teacher token"""
+    rows_of_token: Sequence[int] | None = None
+    """[U] number of rows by token, on the host; None: they are counted, which waits for them"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
         is_trained = task.wants_gradient and task.trains_head
         grad_head = torch.zeros_like(head) if is_trained else None
         compute_head = head.to(hidden.dtype)
-        spans = _Spans(teacher.token_of_row)
+        spans = _Spans(teacher)
         logits_buffer = hidden.new_empty(spans.longest(CHUNK_ROWS), len(head))
         for chunk in spans.of(spans.everything, max_rows=CHUNK_ROWS):
             states = hidden[chunk.rows]
@@ -298,10 +301,12 @@ class _Span:
 class _Spans:
     """Splits rows at the borders between teacher tokens."""
 
-    def __init__(self, token_of_row: Tensor) -> None:
-        counts = torch.bincount(token_of_row).cpu()
-        self._ends = [0, *counts.cumsum(0).tolist()]
-        self.everything = _Span(rows=slice(0, len(token_of_row)), tokens=slice(0, len(counts)))
+    def __init__(self, teacher: Teacher) -> None:
+        counts = teacher.rows_of_token
+        if counts is None:
+            counts = torch.bincount(teacher.token_of_row).tolist()
+        self._ends = [0, *itertools.accumulate(counts)]
+        self.everything = _Span(rows=slice(0, self._ends[-1]), tokens=slice(0, len(counts)))
 
     def of(self, whole: _Span, *, max_rows: int) -> Iterator[_Span]:
         """Yield parts of `whole` with at most `max_rows` rows, or with a single teacher token."""

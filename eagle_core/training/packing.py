@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eagle_core.samples import HiddenStateSample
+from eagle_core.training.step_plan import StepPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ class PackedBatch:
     """[N] float32, over the target vocabulary"""
     draws: Tensor | None = None
     """[N] int64, `position_draws`; None if the loss is computed at all positions"""
+    plan: StepPlan | None = None
+    """Where a step computes; None if the step is to work that out"""
 
     @property
     def num_tokens(self) -> int:
@@ -42,7 +45,7 @@ class PackedBatch:
         return self.starts[-1]
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors by field."""
+        """Return the tensors by field, without those of the plan."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in values if isinstance(value, Tensor)}
 
@@ -55,7 +58,8 @@ class PackedBatch:
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self.tensors().items()
         }
-        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]  # all are tensors
+        plan = None if self.plan is None else self.plan.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(self, plan=plan, **moved)  # type: ignore[arg-type]  # tensors
 
 
 def pack(

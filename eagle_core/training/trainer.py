@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from eagle_core.training.schedule import (
 )
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.throughput import ThroughputMeter
-from eagle_core.training.ttt import TttModule, TttOutcome, fuses_attention, loss_totals
+from eagle_core.training.ttt import TttModule, TttOutcome, fuses_attention, loss_totals, with_plan
 from eagle_core.training.validation import held_out_batches, measure
 
 
@@ -184,6 +184,7 @@ class _Run:
             self.loader,
             step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
             device_copies(self._device),
+            self._planned,
         )
         decoding = DraftDecoding(
             decoder,
@@ -281,8 +282,7 @@ class _Run:
             # times zero.
             self._backward(self._filler, None, is_last=number == loaded.most_batches - 1)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        if self.processes.any(not torch.isfinite(whole(norm))):
-            self._raise_not_finite(own, f"the gradient has norm {whole(norm).item()}")
+        self._require_finite(own, [outcome.loss for outcome in outcomes], whole(norm))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -293,8 +293,6 @@ class _Run:
     def _backward(self, batch: PackedBatch, totals: Tensor | None, *, is_last: bool) -> TttOutcome:
         with nullcontext() if is_last else without_sync(self.module):
             outcome = self._forward(batch, self.target_head, totals)
-            if self.processes.any(not torch.isfinite(outcome.loss)):
-                self._raise_not_finite([batch], f"the loss is {outcome.loss.item()}")
             factor = 0 if totals is None else self.processes.world_size  # gradients are averaged
             (outcome.loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
         return outcome
@@ -306,6 +304,21 @@ class _Run:
         with torch.autocast(self._device.type, dtype=self.dtype, enabled=is_mixed):
             outcome: TttOutcome = self.module(batch, target_head, totals)
         return outcome
+
+    def _require_finite(
+        self, batches: Sequence[PackedBatch], losses: Sequence[Tensor], norm: Tensor
+    ) -> None:
+        """Raise unless losses and gradient are finite on all processes, before a weight changes.
+
+        All are looked at once: on a GPU it is the only value of a step that is waited for.
+        """
+        finite = torch.stack([torch.isfinite(value.detach()) for value in (norm, *losses)])
+        if not self.processes.any(not finite.all()):
+            return
+        for batch, loss in zip(batches, losses, strict=True):
+            if not torch.isfinite(loss):
+                self._raise_not_finite([batch], f"the loss is {loss.item()}")
+        self._raise_not_finite(batches, f"the gradient has norm {norm.item()}")
 
     def _raise_not_finite(self, batches: Sequence[PackedBatch], what: str) -> None:
         names = [name for batch in batches for name in batch.sample_ids]
@@ -329,8 +342,13 @@ class _Run:
         return self.target_head.device
 
     @cached_property
+    def _planned(self) -> Callable[[PackedBatch], PackedBatch]:
+        """Returns a batch with the plan of its step."""
+        return partial(with_plan, t2d=self.draft.t2d.cpu(), options=self.config)
+
+    @cached_property
     def _filler(self) -> PackedBatch:
-        return pack([self.source.fetch(0)]).to(self._device)
+        return self._planned(pack([self.source.fetch(0)])).to(self._device)
 
     @cached_property
     def _zeros(self) -> Tensor:

@@ -9,6 +9,7 @@ one chunk of rows at a time.
 Shapes: N packed tokens, A_i indices of step i, H draft hidden, L steps.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,10 +24,8 @@ from eagle_core.training.config import TttConfig
 from eagle_core.training.layer_steps import LayerSteps, Rows
 from eagle_core.training.loss import RowOutcome, Teacher, distillation_loss
 from eagle_core.training.packing import PackedBatch
-from eagle_core.training.positions import (
-    TttPositions,
-    ttt_positions,
-)
+from eagle_core.training.positions import TttPositions
+from eagle_core.training.step_plan import HostRows, LossRows, StepPlan, plan_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,21 +74,36 @@ def loss_totals(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> Tensor:
     If `ttt_step` gets their sum over several batches, the losses of the batches add up to that of
     one large batch.
     """
-    return batch_positions(t2d, batch, options).totals
+    return batch_plan(t2d, batch, options).positions.totals
+
+
+def with_plan(batch: PackedBatch, t2d: Tensor, options: TttConfig) -> PackedBatch:
+    """Return the batch with its plan, in pinned memory if the batch is; all is on the CPU."""
+    plan = batch_plan(t2d, batch, options)
+    plan = plan.pinned() if batch.input_ids.is_pinned() else plan
+    return dataclasses.replace(batch, plan=plan)
+
+
+def batch_plan(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> StepPlan:
+    """Return where each step computes and counts, for the draft vocabulary `t2d` [V].
+
+    That is the batch's own plan, if it has one.
+    """
+    if batch.plan is not None:
+        return batch.plan
+    plan = plan_step(
+        loss_mask=batch.loss_mask.cpu(),
+        in_vocabulary=t2d[batch.target_argmax].cpu(),
+        starts=batch.starts,
+        options=options,
+        draws=None if batch.draws is None else batch.draws.cpu(),
+    )
+    return plan.to(batch.input_ids.device)
 
 
 def batch_positions(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> TttPositions:
-    """Return where each step computes and counts, for the draft vocabulary `t2d` [V]."""
-    return ttt_positions(
-        loss_mask=batch.loss_mask,
-        in_vocabulary=t2d[batch.target_argmax],
-        starts=batch.starts,
-        ttt_length=options.ttt_length,
-        positions=options.loss_positions,
-        reduction=options.loss_reduction,
-        draws=batch.draws,
-        limit=options.max_positions_per_sample,
-    )
+    """Return the positions of `batch_plan`."""
+    return batch_plan(t2d, batch, options).positions
 
 
 def ttt_step(
@@ -110,17 +124,15 @@ def ttt_step(
         totals: [L] divisors of the losses, if this is one of several batches of a step.
 
     """
-    positions = batch_positions(draft.t2d, batch, options)
+    plan = batch_plan(draft.t2d, batch, options)
+    positions, order = plan.positions, plan.loss
     share_of_step = positions.weights(totals)
-    rows, hidden = [], []
-    for step, state in enumerate(chain_states(draft, batch, positions, options)):
-        indices = positions.indices[step]
-        counted = positions.counted[step, indices]
-        rows.append(indices[counted])
-        hidden.append(draft.norm(state[counted]).to(target_head.dtype))
+    hidden = [
+        draft.norm(state[plan.counted[step]]).to(target_head.dtype)
+        for step, state in enumerate(chain_states(draft, batch, plan, options))
+    ]
     decay = options.step_decay ** torch.arange(options.ttt_length, device=share_of_step.device)
     weights = share_of_step * decay.unsqueeze(1)
-    order = _RowOrder.of(rows, step_of_row=torch.arange(len(rows)))
     loss, outcome = distillation_loss(
         torch.cat(hidden)[order.rows],
         draft.lm_head.weight,
@@ -133,35 +145,10 @@ def ttt_step(
     return _outcome(loss, outcome, order, positions, share_of_step)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _RowOrder:
-    """The loss rows of all steps, sorted by teacher token."""
-
-    rows: Tensor
-    """[R] index of each row in the concatenation of all steps"""
-    step: Tensor
-    """[R]"""
-    index: Tensor
-    """[R] index t in the packed batch"""
-
-    @classmethod
-    def of(cls, rows: list[Tensor], *, step_of_row: Tensor) -> "_RowOrder":
-        index = torch.cat(rows)
-        counts = torch.tensor([len(row) for row in rows])
-        step = step_of_row.repeat_interleave(counts).to(index.device)
-        order = torch.argsort(index + 1 + step, stable=True)
-        return cls(rows=order, step=step[order], index=index[order])
-
-    @property
-    def teacher_token(self) -> Tensor:
-        """[R] the token after which the target's distribution is the teacher; non-decreasing."""
-        return self.index + 1 + self.step
-
-
 def chain_states(
     draft: DraftModel,
     batch: PackedBatch,
-    positions: TttPositions,
+    plan: StepPlan,
     options: TttConfig,
     *,
     on_attended: Callable[[Tensor], None] = lambda _state: None,
@@ -186,59 +173,59 @@ def chain_states(
         )
         embedding = None  # of the first layer only
     state = widened(fused)[:-1]  # the residual stream stays wide; the last token has no next one
-    position = _positions(batch)
-    before = torch.arange(len(state), device=state.device)
-    for step, indices in enumerate(positions.indices):
-        kept = torch.searchsorted(before, indices)
-        rows = _rows(before if step == 0 else indices, position, step, draft.config, fused.dtype)
+    every = torch.arange(len(state), device=state.device)
+    for step, indices in enumerate(plan.positions.indices):
+        kept = plan.kept[step]
+        computed, host = (indices, plan.by_step[step]) if step else (every, plan.every)
+        rows = _rows(computed, host, plan, step, draft.config, fused.dtype)
         state = state[kept] if step else state
         for number, one in enumerate(layers):
             if step:
                 output = one.advance(state, rows, kept)
             else:
-                output = one.begin(state, rows, kept if one is layers[-1] else None)
+                is_last = one is layers[-1]
+                output = one.begin(state, rows, kept if is_last else None, plan.by_step[0])
             state = output.state
             if number == 0:
                 is_partial = step > 0 or one is layers[-1]
                 on_attended(output.attended if is_partial else output.attended[kept])
         yield state
-        state, before = draft.recurrent(state), indices
+        state = draft.recurrent(state)
 
 
 def _rows(
-    indices: Tensor, position: Tensor, step: int, config: DraftConfig, dtype: torch.dtype
+    indices: Tensor,
+    host: HostRows,
+    plan: StepPlan,
+    step: int,
+    config: DraftConfig,
+    dtype: torch.dtype,
 ) -> Rows:
-    angles = rotary(position[indices] + step, config)
+    position = plan.position[indices]
+    angles = rotary(position + step, config)
     cos, sin = (angle.to(dtype).unsqueeze(1) for angle in angles)
-    return Rows(step=step, indices=indices, first=indices - position[indices], cos=cos, sin=sin)
-
-
-def _positions(batch: PackedBatch) -> Tensor:
-    """[N] index of each token in its own sequence."""
-    starts = torch.tensor(batch.starts, device=batch.input_ids.device)
-    every = torch.arange(batch.num_tokens, device=starts.device)
-    return every - starts[torch.searchsorted(starts, every, right=True) - 1]
+    return Rows(step=step, indices=indices, first=indices - position, cos=cos, sin=sin, host=host)
 
 
 def _teacher(
-    draft: DraftModel, batch: PackedBatch, target_head: Tensor, order: _RowOrder
+    draft: DraftModel, batch: PackedBatch, target_head: Tensor, order: LossRows
 ) -> Teacher:
-    tokens, token_of_row = torch.unique_consecutive(order.teacher_token, return_inverse=True)
-    argmax = batch.target_argmax[tokens]
+    argmax = batch.target_argmax[order.tokens]
     draft_id = draft.t2d.cumsum(0)[argmax] - 1
     return Teacher(
-        last_hidden_state=batch.last_hidden_state[tokens].to(target_head.dtype),
+        last_hidden_state=batch.last_hidden_state[order.tokens].to(target_head.dtype),
         head=target_head,
-        logsumexp=batch.target_logsumexp[tokens],
+        logsumexp=batch.target_logsumexp[order.tokens],
         draft_argmax=torch.where(draft.t2d[argmax], draft_id, -1),
-        token_of_row=token_of_row,
+        token_of_row=order.token_of_row,
+        rows_of_token=order.rows_of_token,
     )
 
 
 def _outcome(
     loss: Tensor,
     outcome: RowOutcome,
-    order: _RowOrder,
+    order: LossRows,
     positions: TttPositions,
     share_of_step: Tensor,
 ) -> TttOutcome:
@@ -258,7 +245,7 @@ def _outcome(
     )
 
 
-def _prefix(correct: Tensor, order: _RowOrder, positions: TttPositions) -> Tensor:
+def _prefix(correct: Tensor, order: LossRows, positions: TttPositions) -> Tensor:
     is_correct = torch.zeros_like(positions.counted)
     is_correct[order.step, order.index] = correct
     return is_correct.cumprod(dim=0).sum(dim=1)

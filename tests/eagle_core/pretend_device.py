@@ -22,8 +22,21 @@ _aten = torch.ops.aten
 _COPIES = (_aten._to_copy, _aten.copy_, _aten.to)
 
 
+_WAITING = {
+    *(_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal),
+    *(_aten.unique_consecutive, _aten._unique2, _aten.unique_dim, _aten.bincount),
+    _aten.repeat_interleave,
+}
+"""Operations whose result, or its size, the host has to know."""
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_}
+
+
 class MixedDevicesError(RuntimeError):
     """Tensors here and elsewhere met in one operation."""
+
+
+class WaitedForError(RuntimeError):
+    """The host would have waited for a value that is elsewhere."""
 
 
 class TensorElsewhere(Tensor):
@@ -120,3 +133,35 @@ def pretend_device() -> Iterator[torch.device]:
         optimizer = sys.modules["torch.optim.optimizer"]  # torch.optim has another of that name
         patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
         yield ELSEWHERE
+
+
+class _Unasked(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        leaves = tree_flatten((args, named))[0]
+        packet = func.overloadpacket
+        if any(isinstance(leaf, TensorElsewhere) for leaf in leaves):
+            masks = tree_flatten(args[1])[0] if packet in _INDEXING else []
+            is_masked = any(isinstance(m, Tensor) and m.dtype == torch.bool for m in masks)
+            is_fetched = packet in _COPIES and torch.device("cpu") in leaves
+            if packet in _WAITING or is_masked or is_fetched:
+                raise WaitedForError(str(func))
+        return func(*args, **named)
+
+
+class _UnaskedNumbers(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.tolist and isinstance(args[0], TensorElsewhere):
+            raise WaitedForError("tolist")
+        return func(*args, **dict(kwargs or {}))
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """Refuse, inside of `pretend_device`, what makes the host wait for values elsewhere."""
+    with _Unasked(), _UnaskedNumbers():
+        yield

@@ -14,7 +14,7 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.training.config import TttConfig
 from eagle_core.training.distributed import ONE_PROCESS
 from eagle_core.training.packing import PackedBatch, pack
-from eagle_core.training.ttt import batch_positions, chain_states
+from eagle_core.training.ttt import batch_plan, chain_states
 from tests.eagle_core.closed_form.linear_source import (
     HIDDEN_SIZE,
     LinearSource,
@@ -64,8 +64,8 @@ def written(
     channels = Channels.of(draft, gain)
     write_recurrence(draft, found, gain=gain, channels=channels)
     with torch.no_grad():
-        positions = batch_positions(draft.t2d, batch, OPTIONS)
-        network = list(chain_states(draft, batch, positions, OPTIONS))
+        plan = batch_plan(draft.t2d, batch, OPTIONS)
+        network = list(chain_states(draft, batch, plan, OPTIONS))
     without = replace(  # what the network does not hold is not carried
         found,
         fusing=channels.without(found.fusing),
