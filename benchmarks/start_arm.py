@@ -202,10 +202,10 @@ def _unscale(draft: DraftModel, *, is_drawn: bool) -> None:
 def _measured(
     experiment: Experiment, setup: DraftSetup, training: TrainingConfig
 ) -> HeldOutFigures:
-    dtype = multiplying_dtype(training.dtype, setup.target_lm_head.device)
+    dtype = multiplying_dtype(training.dtype, setup.draft.fc.weight.device)
 
     batches = held_out_batches(
         experiment.held_out, batch_tokens=2048, max_tokens=training.held_out_tokens
     )
     step = measuring_step(setup.draft, training, dtype)
-    return measure(step, batches, setup.target_lm_head[setup.draft.t2d].to(dtype))
+    return measure(step, batches, setup.draft.draft_rows(setup.target_lm_head, dtype))

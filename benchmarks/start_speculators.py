@@ -73,7 +73,7 @@ def _write_case(folder: Path, setup: DraftSetup, training: TrainingConfig, num_s
     (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     tensors = {
         "embedding": draft.embed_tokens.weight.detach(),
-        "head": setup.target_lm_head[draft.t2d],
+        "head": draft.draft_rows(setup.target_lm_head, torch.float32),
         "t2d": draft.t2d,
         "d2t": draft.d2t,
     }

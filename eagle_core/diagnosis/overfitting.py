@@ -51,9 +51,9 @@ class TargetEnds:
     """The two matrices of the target that a draft begins with."""
 
     embedding: Tensor
-    """[V, H]"""
+    """[V, H], on the device to train on"""
     lm_head: Tensor
-    """[V, H]"""
+    """[V, H], on any device"""
 
 
 class _InMemory:
@@ -194,7 +194,7 @@ def _fresh_draft(
         vocabulary=DraftVocabulary.build(counts, size=size),
         seed=training.seed,
     )
-    draft = draft.to(ends.lm_head.device)
+    draft = draft.to(ends.embedding.device)
     sizes = measure_state_sizes(draft, [pack(states)], training, ONE_PROCESS)
     draft.aux_scale.copy_(sizes.aux_scale)
     return draft

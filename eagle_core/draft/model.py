@@ -199,6 +199,14 @@ class DraftModel(nn.Module):
         for name, tensor in self.target_tensors().items():
             tensor.copy_(sources[name])
 
+    def draft_rows(self, lm_head: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [D, Ht] the draft vocabulary's rows of the target's head [V, Ht].
+
+        They are on the draft's device; the whole head need not be.
+        """
+        rows = lm_head[self.t2d.to(lm_head.device)]
+        return rows.to(self.t2d.device, dtype)
+
     @torch.no_grad()
     def initialise(
         self, *, embedding: Tensor, lm_head: Tensor, vocabulary: DraftVocabulary, seed: int

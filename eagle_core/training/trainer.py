@@ -77,7 +77,7 @@ def train(
     Args:
         config: settings; their `identity` must equal that of the checkpoint.
         draft: initialised draft on the device to train on, the same on all processes.
-        target_lm_head: [V, Ht] the target's head.
+        target_lm_head: [V, Ht] the target's head, on any device.
         source: training samples.
         held_out: samples to measure on, if any.
         run_path: folder of the run; checkpoints go below it.
@@ -119,7 +119,7 @@ class _Run:
         self.config, self.draft, self.source, self.held_out = config, draft, source, held_out
         self.run_path, self.processes = run_path, processes
         self.dtype = multiplying_dtype(config.dtype, draft.lm_head.weight.device)
-        self.target_head = target_lm_head[draft.t2d].to(self.dtype)
+        self.target_head = draft.draft_rows(target_lm_head, self.dtype)
         self.identity = _identity(config, draft, source, self.dtype)
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)

@@ -65,7 +65,7 @@ class DraftSetup:
     run_path: Path
     draft: DraftModel
     target_lm_head: Tensor
-    """[V, H] the target's head, frozen."""
+    """[V, H] the target's head, frozen, on the CPU: training needs only some of its rows."""
     refit: Refit | None = None
     """None unless the draft was given and reads other aux layers."""
 
@@ -105,7 +105,7 @@ def set_up_draft(
     return DraftSetup(
         run_path=run_path,
         draft=draft.to(device),
-        target_lm_head=lm_head.to(device),
+        target_lm_head=lm_head,
         refit=refit,
     )
 

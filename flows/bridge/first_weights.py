@@ -233,7 +233,7 @@ def _make(
     else:
         draft.aux_scale.copy_(sizes.aux_scale)
     dtype = multiplying_dtype(training.dtype, draft.fc.weight.device)
-    target_head = setup.target_lm_head[draft.t2d].to(dtype)
+    target_head = draft.draft_rows(setup.target_lm_head, dtype)
     measured = _measured(held_out, source, batches, training, processes)
     step = measuring_step(draft, training, dtype)
     figures: HeldOutFigures | None = None

@@ -143,5 +143,5 @@ def _measured(
     return measure(
         measuring_step(setup.draft, training, dtype),
         (pack([sample]) for sample in samples),
-        setup.target_lm_head[setup.draft.t2d].to(dtype),
+        setup.draft.draft_rows(setup.target_lm_head, dtype),
     )

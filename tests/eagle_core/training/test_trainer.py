@@ -61,7 +61,7 @@ def run(
         result = train(
             config=config,
             draft=draft.to(device),
-            target_lm_head=head.to(device),
+            target_lm_head=head,
             source=source or RandomSource(),
             held_out=RandomSource(num_samples=4, seed=1),
             run_path=path,
