@@ -53,7 +53,7 @@ FLOWS = (
     FlowEntry(
         name="plan",
         entrypoint="flows/plan.py:plan",
-        sections=("target", "dataset", "store", "training"),
+        sections=("target", "dataset", "store", "training", "draft"),
         description="Estimate the cost of hidden-states: bytes per profile, time, whether it fits",
     ),
     FlowEntry(

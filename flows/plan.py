@@ -6,6 +6,7 @@ On request it also compares candidates: other aux layers, and other sizes of the
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
+from eagle_core.draft.settings import PLAIN_DRAFT, DraftSettings
 from eagle_core.target import weights
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model_config import aux_layers, read_model_config
@@ -20,6 +21,7 @@ from flows.orchestration.stage_report import report_stage
 from flows.reports.candidate_tables import layer_rows, next_rows, vocabulary_rows
 from flows.reports.cost import CostEstimate, require_fits
 from flows.reports.store_tables import cost_rows
+from flows.reports.training_memory import training_memory_row
 from flows.summaries import TokensSummary
 from flows.tasks.candidates import compare_on_sample, eagle3_layers
 from flows.tasks.preflight import estimate_cost
@@ -38,15 +40,18 @@ def plan(
     training: TrainingConfig = TrainingConfig(),
     home: str = DEFAULT_HOME,
     candidates: bool = False,
+    draft: DraftSettings = PLAIN_DRAFT,
 ) -> CostEstimate:
     """Estimate what `hidden-states` would compute and what it would cost; store nothing.
+
+    Also say how much memory the training of `draft` needs.
 
     If the weights are not on this machine, they are not fetched: sizes are those of config.json,
     and the time is that of one layer of each kind with random weights.
 
     With `candidates`, fetch them in any case, run the target on about 40,000 tokens, and report how
     well linear predictions from other aux layers and with other draft vocabularies agree with it.
-    Of `training` only `draft_vocab_size` is used.
+    Of `training` that uses only `draft_vocab_size`.
 
     Raises:
         ConfigError: the target cannot be run, such as for its architecture; or there is too little
@@ -62,7 +67,7 @@ def plan(
     root = store_root(store, space)
     target = as_in_store(target, root)
     estimate = estimate_cost(target, store, tokens, root, runner, weights_are_here=weights_are_here)
-    rows = cost_rows(estimate)
+    rows = [*cost_rows(estimate), training_memory_row(target, draft, training)]
     title = f"Plan: {target.name} on {dataset.name}"
     report_stage(title, rows, key=artifact_key("plan", target.name, dataset.name))
     if candidates:

@@ -35,6 +35,7 @@ def test_the_estimate_is_what_generation_then_takes(
     assert "recompute during training" in printed
     assert f"{estimate.recompute.tokens_per_second:,.0f} tokens per second" in printed
     assert f"{estimate.missing_tokens:,} tokens, {estimate.num_shards} shards" in printed
+    assert "memory for training" in printed
     assert estimate.tokens_per_second > 0
     assert estimate.free_bytes is not None
 
