@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from eagle_core.draft.config import DraftConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.training.config import TttConfig
 from eagle_core.training.packing import PackedBatch
+from eagle_core.training.position_draws import PositionDraws
 from eagle_core.training.ttt import ttt_step
 
 _ROWS = 256
@@ -77,10 +80,10 @@ def new_draft(shape: Shape, *, window: int | None = None) -> DraftModel:
     return draft
 
 
-def packed_batch(case: StepCase, *, draws: bool = False) -> PackedBatch:
+def packed_batch(case: StepCase, draws: PositionDraws | None = None) -> PackedBatch:
     """Return the batch; the logsumexp, which no gradient needs, is over the draft vocabulary.
 
-    With `draws`, each sequence has a random order of its positions.
+    With `draws`, some positions of each sequence are taken.
     """
     head = draft_rows_of_target_head(case.shape)
     tensors = step_tensors(case, head)
@@ -94,8 +97,15 @@ def packed_batch(case: StepCase, *, draws: bool = False) -> PackedBatch:
         last_hidden_state=tensors.last_hidden_state,
         target_argmax=draft_ids(case.shape)[tensors.draft_choice],
         target_logsumexp=torch.cat([(part @ head.T).logsumexp(dim=-1) for part in parts]),
-        draws=torch.cat([torch.randperm(length) for length in case.lengths]) if draws else None,
+        position_weights=None if draws is None else _weights(case, draws),
     )
+
+
+def _weights(case: StepCase, draws: PositionDraws) -> Tensor:
+    mask, weights = np.array(case.loss_mask), []
+    for number, (start, end) in enumerate(pairwise(case.starts)):
+        weights.append(draws.weights(str(number), mask[start:end], seed=0, epoch=0))
+    return torch.from_numpy(np.concatenate(weights))
 
 
 def options(case: StepCase, variant: Variant = PLAIN) -> TttConfig:
@@ -115,8 +125,8 @@ def load(case: StepCase, variant: str) -> Peer:
     head = draft_rows_of_target_head(case.shape).to(device, DTYPES[case.dtype])
 
     def prepare(wanted: StepCase) -> Callable[[], Tensor]:
-        batch = packed_batch(wanted, draws=settings.positions is not None).to(device)
         chosen = options(wanted, settings)
+        batch = packed_batch(wanted, PositionDraws.of(chosen)).to(device)
         return lambda: ttt_step(draft, batch, head, chosen).loss
 
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]

@@ -22,6 +22,7 @@ from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.tracking.tracker import NoTracker
 from eagle_core.training.config import RANDOM, TrainingConfig
+from eagle_core.training.pieces import Windows
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.trainer import train
 from eagle_core.training.validation import (
@@ -205,7 +206,10 @@ def _measured(
     dtype = multiplying_dtype(training.dtype, setup.draft.fc.weight.device)
 
     batches = held_out_batches(
-        experiment.held_out, batch_tokens=2048, max_tokens=training.held_out_tokens
+        experiment.held_out,
+        Windows.of(training, setup.draft.config),
+        batch_tokens=2048,
+        max_tokens=training.held_out_tokens,
     )
     step = measuring_step(setup.draft, training, dtype)
     return measure(step, batches, setup.draft.draft_rows(setup.target_lm_head, dtype))

@@ -15,6 +15,7 @@ from eagle_core.samples import SampleSource
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState, steps
 from eagle_core.training.packing import PackedBatch
+from eagle_core.training.pieces import WHOLE
 from eagle_core.training.schedule import step_shape
 from flows.bridge.draft_setup import DraftSetup
 
@@ -38,7 +39,7 @@ def train_speculators(
         stream = steps(
             source,
             LoaderState(source_id=source.source_id, seed=training.seed),
-            step_shape(training),
+            step_shape(training, WHOLE),  # as the peer, which knows no pieces
         )
         with (
             closing(stream),  # type: ignore[type-var]  # a generator

@@ -5,8 +5,8 @@ in uint16, because NumPy has no bfloat16; `eagle_core.bfloat16` converts it to a
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 import numpy as np
 import xxhash
@@ -54,6 +54,22 @@ class HiddenStateSample:
     def __len__(self) -> int:
         """Return the number of tokens."""
         return len(self.input_ids)
+
+    def part(self, start: int, end: int) -> Self:
+        """Return the tokens from `start` to before `end`; the memory is shared."""
+        if (start, end) == (0, len(self)):
+            return self
+        logprob = self.argmax_logprob
+        return replace(
+            self,
+            input_ids=self.input_ids[start:end],
+            loss_mask=self.loss_mask[start:end],
+            aux_hidden_states=self.aux_hidden_states[start:end],
+            last_hidden_state=self.last_hidden_state[start:end],
+            target_argmax=self.target_argmax[start:end],
+            target_logsumexp=self.target_logsumexp[start:end],
+            argmax_logprob=None if logprob is None else logprob[start:end],
+        )
 
 
 class SampleSource(Protocol):

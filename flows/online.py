@@ -193,7 +193,9 @@ def _train(config: RunConfig, space: Workspace, run: str, *, rolls_back: bool) -
         decoding = decoding_of_run(
             config.given_target or target, training, setup.draft.config, tokens.held_out_path
         )
-        length = attempt_length(run_path, training, begun, source.lengths, source.groups)
+        length = attempt_length(
+            *(run_path, training, setup.draft.config, begun, source.lengths, source.groups)
+        )
         if begun and begun.step >= length.total:
             _require_same_data(begun.tokens, target, given, str(space.home), run_path)
 

@@ -155,7 +155,6 @@ def _train(
     """Train in this process, or in several, and report; the run's folder is locked."""
     training, run_path = config.training, job.run_path
     lengths, groups = data.snapshot.lengths, data.snapshot.groups
-    length = attempt_length(run_path, training, data.begun, lengths, groups)
     coverage = (
         data.record.coverage
         if data.record and (run_path / VOCABULARY_NAME).exists()
@@ -168,8 +167,10 @@ def _train(
     is_single = training.world_size == 1
     here = config.target if is_single else config.target.model_copy(update={"device": "cpu"})
     setup = set_up_draft(here, training, run_path, config.draft)  # ranks need the first GPU empty
+    draft = setup.draft.config
+    length = attempt_length(run_path, training, draft, data.begun, lengths, groups)
     given = config.given_target or config.target
-    decoding = decoding_of_run(given, training, setup.draft.config, data.tokens.held_out_path)
+    decoding = decoding_of_run(given, training, draft, data.tokens.held_out_path)
     job = job.model_copy(
         update={"decoding": decoding, "coverage": coverage, "planned": length.planned}
     )

@@ -14,7 +14,8 @@ from eagle_core.samples import SampleSource
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.distributed import Processes
 from eagle_core.training.loader import batch_borders, epoch_order
-from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.pieces import PieceReader, Windows
 
 _MOST_KEPT_BYTES = 8 << 30
 _SHARE_OF_MEMORY = 0.25
@@ -28,6 +29,7 @@ class SampledBatches:
         self,
         source: SampleSource,
         config: TrainingConfig,
+        windows: Windows,
         processes: Processes,
         *,
         num_tokens: int,
@@ -37,7 +39,8 @@ class SampledBatches:
 
         Args:
             source: the training samples.
-            config: its seed and window give the order.
+            config: its seed and shuffle window give the order.
+            windows: how samples are divided.
             processes: every process takes another share.
             num_tokens: about how many tokens to read; all of the epoch if it has fewer.
             refetch: whether batches beyond `kept_bytes` may be read once per pass. If not, the
@@ -45,11 +48,13 @@ class SampledBatches:
 
         """
         self._source, self._refetch = source, refetch
+        self._reader = PieceReader(source)
         order = epoch_order(source.groups, seed=config.seed, epoch=0, window=config.shuffle_window)
         lengths = source.lengths[order]
         sampled = order[: int(np.searchsorted(np.cumsum(lengths), num_tokens)) + 1]
-        borders = batch_borders(source.lengths[sampled], _BATCH_TOKENS)
-        members = [sampled[first:end] for first, end in pairwise(borders)]
+        pieces = windows.pieces(source.lengths[sampled]).of(sampled)
+        borders = batch_borders(pieces.sizes, _BATCH_TOKENS)
+        members = [pieces[first:end] for first, end in pairwise(borders)]
         self._members = members[processes.rank :: processes.world_size]
         self._planned_tokens = int(source.lengths[sampled].sum())
         self.kept_bytes = min(_MOST_KEPT_BYTES, int(memory_bytes() * _SHARE_OF_MEMORY))
@@ -63,7 +68,7 @@ class SampledBatches:
         """Tokens of the sample, over all processes; without `refetch` those that are kept."""
         if self._refetch:
             return self._planned_tokens
-        return sum(batch.num_tokens for batch in self._kept)
+        return sum(batch.num_own_tokens for batch in self._kept)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yield the batches, on the CPU, in the same order each time."""
@@ -81,11 +86,11 @@ class SampledBatches:
         found: list[PackedBatch] = []
         for batch in self:
             found.append(batch)
-            if sum(one.num_tokens for one in found) >= num_tokens:
+            if sum(one.num_own_tokens for one in found) >= num_tokens:
                 break
         return found
 
     def _read(self, number: int) -> PackedBatch:
         for members in self._members[number : number + 2]:  # the next one meanwhile
-            self._source.prefetch(members.tolist())
-        return pack([self._source.fetch(index) for index in self._members[number].tolist()])
+            self._source.prefetch(members.sample.tolist())
+        return self._reader.read(self._members[number])

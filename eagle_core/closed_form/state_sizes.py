@@ -47,6 +47,8 @@ def measure_state_sizes(
         counted = batch_positions(draft.t2d, batch.to(device), options).counted[0]
         read = batch.last_hidden_state.to(device)[counted.nonzero().squeeze(1) + 1]
         add_norms(norms, read)
+        if batch.own is not None:
+            aux = aux[batch.is_own().to(device)]
         squares += aux.square().sum(dim=0)
         num_tokens += len(aux)
     norms.sum_over(processes)

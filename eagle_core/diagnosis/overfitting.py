@@ -218,6 +218,7 @@ def _training(
             "learning_rate": RATE_OF_DRAWN_WEIGHTS,
             "schedule": "constant",
             "batch_tokens": int(source.lengths.sum()),
+            "window_tokens": None,
             "batches_per_step": 1,
             "max_positions_per_sample": None,
             "num_processes": 1,

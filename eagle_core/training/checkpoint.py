@@ -25,7 +25,7 @@ from eagle_core.bfloat16 import require_finite
 from eagle_core.draft.layout import EMBEDDING
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
-from eagle_core.training.config import BestBy
+from eagle_core.training.config import WHOLE_SAMPLES, BestBy
 from eagle_core.training.decoded_points import decoded_lengths
 from eagle_core.training.loader import LoaderState
 from eagle_core.training.schedule import Decay
@@ -37,6 +37,8 @@ _OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 _NO_LONGER_RECORDED = ("start_from", "fc_norm", "norm_output")
 """Settings of training in checkpoints of older versions; the draft's sizes have the norms."""
+_BEFORE = {"training.window_tokens": WHOLE_SAMPLES}
+"""What settings were that checkpoints of older versions do not name."""
 _TARGETS = (EMBEDDING,)
 """The tensors that are the target's own, in a plain draft: not stored in checkpoints."""
 
@@ -227,6 +229,7 @@ def require_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[s
     old, new = dict(_flat(found)), dict(_flat(expected))
     for name in _NO_LONGER_RECORDED:
         old.pop(f"training.{name}", None)
+    old = {name: value for name, value in _BEFORE.items() if name in new} | old
     differing = [
         f"{name}: saved {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

@@ -22,6 +22,14 @@ RANDOM = "random"
 RATE_OF_DRAWN_WEIGHTS, RATE_OF_GIVEN_WEIGHTS = 1e-3, 3e-4
 """Peak learning rates. Measured on SmolLM2 (docs/lab-log.md)."""
 
+WHOLE_SAMPLES = 2**31 - 1
+"""`window_tokens` of a run that divides no sample; those of earlier versions are such."""
+
+
+def smallest_window(ttt_length: int) -> int:
+    """Return the least `window_tokens`: the steps of its last positions take a quarter of it."""
+    return 4 * (ttt_length + 1)
+
 
 class TttConfig(ConfigModel):
     """Settings of one training-time-test step: length, loss and memory."""
@@ -43,7 +51,7 @@ class TttConfig(ConfigModel):
     loss_reduction: LossReduction = Field(
         default="tokens",
         description="Divide the loss by all positions or by the supervised ones (tokens), or "
-        "average the means of the sequences.",
+        "average the means of the sequences; a piece of a sample (window_tokens) is a sequence.",
     )
     objective: Objective = Field(
         default="cross_entropy",
@@ -129,7 +137,15 @@ class TrainingConfig(TttConfig):
         "the decay both stay at the final rate.",
     )
     batch_tokens: int = Field(
-        default=8192, gt=0, description="Tokens per packed batch; a longer sample forms its own."
+        default=8192, gt=0, description="Tokens per packed batch: samples, and pieces of long ones."
+    )
+    window_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Longest piece of a sample that is trained on at once. A longer sample is "
+        "divided: each piece trains its own positions, and reads tokens before and after them, so "
+        "that each counts once. None: batch_tokens. A larger number than the longest sample "
+        "divides none, and gives a sample longer than batch_tokens a batch of its own.",
     )
     batches_per_step: int = Field(
         default=1, gt=0, description="Packed batches per process whose gradients form one step."
@@ -211,6 +227,17 @@ class TrainingConfig(TttConfig):
     log_every: int = Field(default=5, gt=0, description="Steps between logged metrics.")
 
     @model_validator(mode="after")
+    def _window_has_own_positions(self) -> Self:
+        least = smallest_window(self.ttt_length)
+        if self.window_tokens is not None and self.window_tokens < least:
+            raise ValueError(
+                f"window_tokens is {self.window_tokens}, but with ttt_length {self.ttt_length} a "
+                f"window needs {least} tokens or more: besides its own positions it has those that "
+                "they read"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refits_a_draft(self) -> Self:
         if self.refit and self.start_folder is None:
             raise ValueError(
@@ -257,6 +284,13 @@ class TrainingConfig(TttConfig):
         return RATE_OF_DRAWN_WEIGHTS if self.start == RANDOM else RATE_OF_GIVEN_WEIGHTS
 
     @property
+    def piece_tokens(self) -> int:
+        """Return `window_tokens`, or its default."""
+        if self.window_tokens is not None:
+            return self.window_tokens
+        return max(self.batch_tokens, smallest_window(self.ttt_length))
+
+    @property
     def moved(self) -> Mapping[str, bool]:
         """Return the flags that recipes of older versions set here, for the section `draft`."""
         return {name: getattr(self, name) for name in self.moved_keys}
@@ -276,4 +310,5 @@ class TrainingConfig(TttConfig):
         free |= {"num_processes", "sharding", "batches_per_step"}
         free |= {"nodes", "rendezvous", "node_timeout_seconds"}
         fields = self.model_dump(mode="json", exclude=free)
-        return {**fields, "learning_rate": self.peak_learning_rate}
+        decided = {"learning_rate": self.peak_learning_rate, "window_tokens": self.piece_tokens}
+        return {**fields, **decided}

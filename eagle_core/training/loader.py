@@ -1,7 +1,8 @@
 """Batches in an order that is a pure function of (seed, epoch), resumable at any sample.
 
-The state between two steps is (source id, seed, epoch, next sample). It is independent of batch
-size, ranks and workers: these may change between two runs without losing or repeating a sample.
+The state between two steps is (source id, seed, epoch, next sample, next token). It is independent
+of batch size, windows, ranks and workers: these may change between two runs without losing or
+repeating a position.
 One thread prepares batches ahead, and the source is asked to prefetch their samples. For a CUDA
 device they are also copied, one step ahead.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,8 +22,9 @@ from numpy.typing import NDArray
 from eagle_core.errors import ConfigError
 from eagle_core.samples import SampleSource
 from eagle_core.training.device_copies import Batches, DeviceCopies
-from eagle_core.training.packing import PackedBatch, pack
-from eagle_core.training.position_draws import position_draws
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.pieces import WHOLE, PieceReader, Pieces, Weights, Windows
+from eagle_core.training.position_draws import PositionDraws
 
 _STEPS_AHEAD = 2
 
@@ -34,7 +37,9 @@ class LoaderState:
     seed: int
     epoch: int = 0
     next_sample: int = 0
-    """Index in the epoch's order of the first sample that was not trained on."""
+    """Index in the epoch's order of the first sample that was not trained on to its end."""
+    next_token: int = 0
+    """Its first position that was not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +53,7 @@ class LoadedStep:
     most_batches: int
     """Largest number on one process."""
     num_supervised: int
-    """Supervised tokens of this process."""
+    """Supervised tokens of this process, without context."""
     after: LoaderState
     """The same on all processes."""
 
@@ -60,13 +65,15 @@ class StepShape:
     window: int
     """Groups whose samples are shuffled together."""
     batch_tokens: int
-    """Tokens of one packed batch."""
+    """Most tokens of one packed batch, unless a piece of a sample has more."""
+    windows: Windows = WHOLE
+    """How long samples are divided."""
     batches_per_step: int = 1
     """Per process; gradients are accumulated over them."""
     rank: int = 0
     world_size: int = 1
-    draws_positions: bool = False
-    """Whether batches have `position_draws`."""
+    draws: PositionDraws | None = None
+    """Which positions are taken; None: all."""
 
     @property
     def batches_of_all(self) -> int:
@@ -99,13 +106,13 @@ def epoch_order(
 
 
 def batch_borders(lengths: NDArray[np.int64], batch_tokens: int) -> NDArray[np.int64]:
-    """Return [B + 1] the first sample of each batch, then N: the budget, or at least one sample.
+    """Return [B + 1] the first piece of each batch, then N: the budget, or at least one piece.
 
-    One pass over all samples, so that an epoch is divided once and not batch by batch. A batch
+    One pass over all pieces, so that an epoch is divided once and not batch by batch. A batch
     depends only on where it starts: batches of the rest of an epoch are those of the whole.
 
     Args:
-        lengths: [N] tokens of the samples, in the epoch's order.
+        lengths: [N] tokens of the pieces of samples, in the epoch's order.
         batch_tokens: most tokens of a batch.
 
     """
@@ -131,13 +138,26 @@ def count_steps(
 
     Those before `after` do not count.
     """
-    total, first_epoch = 0, after.epoch if after else 0
-    for epoch in range(first_epoch, epochs):
-        order = epoch_order(groups, seed=seed, epoch=epoch, window=shape.window)
-        left = order[after.next_sample if after and epoch == first_epoch else 0 :]
-        num_batches = len(batch_borders(lengths[left], shape.batch_tokens)) - 1
+    state = after or LoaderState(source_id="", seed=seed)
+    total = 0
+    while state.epoch < epochs:
+        order = epoch_order(groups, seed=seed, epoch=state.epoch, window=shape.window)
+        pieces = _pieces_left(lengths, order, state, shape)
+        num_batches = len(batch_borders(pieces.sizes, shape.batch_tokens)) - 1
         total += -(-num_batches // shape.batches_of_all)
+        state = _next_epoch(state)
     return total
+
+
+def _pieces_left(
+    lengths: NDArray[np.int64], order: NDArray[np.int64], state: LoaderState, shape: StepShape
+) -> Pieces:
+    """Return the pieces of an epoch that follow `state`; samples count from its next one."""
+    return shape.windows.pieces(lengths[order[state.next_sample :]], state.next_token)
+
+
+def _next_epoch(state: LoaderState) -> LoaderState:
+    return replace(state, epoch=state.epoch + 1, next_sample=0, next_token=0)
 
 
 def windows_in_use(shape: StepShape, *, tokens: int, num_groups: int) -> int:
@@ -200,25 +220,29 @@ def _loading(
     prepare: Callable[[PackedBatch], PackedBatch],
 ) -> Generator[Future[LoadedStep]]:
     """Yield the steps from `state` on, which one thread loads ahead."""
-    plan = _plan(source, state, shape)
+    plan, pieces = _plan(source, state, shape), PieceReader(source)
     most_ahead = _STEPS_AHEAD if copies is None else _STEPS_AHEAD - 1  # one is being copied
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as reader:
         ahead: deque[Future[LoadedStep]] = deque()
         try:
             while True:
                 while len(ahead) <= most_ahead:
-                    members, after = next(plan)
+                    members, epoch, after = next(plan)
                     source.prefetch(
                         _of_ranks(members, shape, 0, 1),
                         _of_ranks(members, shape, 1, shape.world_size),
                     )
+                    weights_of = None
+                    if shape.draws is not None:
+                        weights_of = partial(shape.draws.weights, seed=state.seed, epoch=epoch)
                     ahead.append(
                         reader.submit(
                             _load,
-                            source,
+                            pieces,
                             members,
                             shape,
                             after,
+                            weights_of,
                             pin_memory=copies is not None,
                             prepare=prepare,
                         )
@@ -229,64 +253,60 @@ def _loading(
                 future.cancel()
 
 
-Members = list[NDArray[np.int64]]
+Members = list[Pieces]
 
 
 def _plan(
     source: SampleSource, state: LoaderState, shape: StepShape
-) -> Iterator[tuple[Members, LoaderState]]:
-    """Yield per step the samples of each batch, for all ranks, and the state after the step."""
+) -> Iterator[tuple[Members, int, LoaderState]]:
+    """Yield per step the pieces of each batch, for all ranks, its epoch, and the state after it."""
     if not len(source.lengths):
         raise ConfigError("there is no sample to train on: the snapshot is empty")
-    epoch, first = state.epoch, state.next_sample
     while True:
-        order = epoch_order(source.groups, seed=state.seed, epoch=epoch, window=shape.window)
-        borders = first + batch_borders(source.lengths[order[first:]], shape.batch_tokens)
+        order = epoch_order(source.groups, seed=state.seed, epoch=state.epoch, window=shape.window)
+        first = state.next_sample
+        left = _pieces_left(source.lengths, order, state, shape)
+        pieces = left.of(order[first:])
+        borders = batch_borders(left.sizes, shape.batch_tokens)
+        following = _next_epoch(state)
         for number in range(0, len(borders) - 1, shape.batches_of_all):
             of_step = borders[number : number + shape.batches_of_all + 1].tolist()
-            ended = of_step[-1] == len(order)
-            yield (
-                [order[begin:end] for begin, end in pairwise(of_step)],
-                LoaderState(
-                    source_id=state.source_id,
-                    seed=state.seed,
-                    epoch=epoch + ended,
-                    next_sample=0 if ended else of_step[-1],
-                ),
-            )
-        epoch, first = epoch + 1, 0
+            after = following
+            if of_step[-1] < len(left):
+                after = replace(
+                    state,
+                    next_sample=first + int(left.sample[of_step[-1]]),
+                    next_token=int(left.own_start[of_step[-1]]),
+                )
+            yield [pieces[begin:end] for begin, end in pairwise(of_step)], state.epoch, after
+        state = following
 
 
 def _of_ranks(members: Members, shape: StepShape, first: int, end: int) -> Iterator[int]:
     """Yield the samples of the ranks from `first` on, counted from this one."""
     for rank in range(shape.rank + first, shape.rank + end):
         for batch in members[rank % shape.world_size :: shape.world_size]:
-            yield from batch.tolist()
+            yield from dict.fromkeys(batch.sample.tolist())
 
 
 def _load(
-    source: SampleSource,
+    reader: PieceReader,
     members: Members,
     shape: StepShape,
     after: LoaderState,
+    weights_of: Weights | None,
     *,
     pin_memory: bool,
     prepare: Callable[[PackedBatch], PackedBatch],
 ) -> LoadedStep:
-    epoch = after.epoch if after.next_sample else after.epoch - 1  # of this step
-
-    def packed_batch(indices: NDArray[np.int64]) -> PackedBatch:
-        samples = [source.fetch(int(index)) for index in indices]
-        draws = None
-        if shape.draws_positions:
-            draws = position_draws(samples, seed=after.seed, epoch=epoch)
-        return prepare(pack(samples, draws, pin_memory=pin_memory))
-
-    batches = tuple(map(packed_batch, members[shape.rank :: shape.world_size]))
+    batches = tuple(
+        prepare(reader.read(pieces, weights_of, pin_memory=pin_memory))
+        for pieces in members[shape.rank :: shape.world_size]
+    )
     return LoadedStep(
         batches=batches,
         num_batches=len(members),
         most_batches=-(-len(members) // shape.world_size),
-        num_supervised=sum(int(batch.loss_mask.sum()) for batch in batches),
+        num_supervised=sum(int((batch.loss_mask & batch.is_own()).sum()) for batch in batches),
         after=after,
     )

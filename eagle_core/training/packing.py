@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eagle_core.samples import HiddenStateSample
+from eagle_core.training.positions import own_mask
 from eagle_core.training.step_plan import StepPlan
 
 
@@ -34,8 +36,10 @@ class PackedBatch:
     """[N] int64, over the target vocabulary"""
     target_logsumexp: Tensor
     """[N] float32, over the target vocabulary"""
-    draws: Tensor | None = None
-    """[N] int64, `position_draws`; None if the loss is computed at all positions"""
+    position_weights: Tensor | None = None
+    """[N] float32 factor of each position in the loss, 0 where none is computed; None: all 1"""
+    own: tuple[range, ...] | None = None
+    """[S] the positions of the batch whose loss counts here; None: all. The others are context."""
     plan: StepPlan | None = None
     """Where a step computes; None if the step is to work that out"""
 
@@ -43,6 +47,15 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """Return N."""
         return self.starts[-1]
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Return how many of the tokens are no context."""
+        return self.num_tokens if self.own is None else sum(map(len, self.own))
+
+    def is_own(self) -> Tensor:
+        """Return [N] bool, on the CPU: whether a token is no context."""
+        return own_mask(self.own, self.num_tokens)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors by field, without those of the plan."""
@@ -63,16 +76,23 @@ class PackedBatch:
 
 
 def pack(
-    samples: Sequence[HiddenStateSample], draws: Tensor | None = None, *, pin_memory: bool = False
+    samples: Sequence[HiddenStateSample],
+    *,
+    own: Sequence[range] | None = None,
+    position_weights: NDArray[np.float32] | None = None,
+    pin_memory: bool = False,
 ) -> PackedBatch:
     """Return `samples` as one batch; states stay in bfloat16, as stored, to move fewer bytes.
 
     Args:
         samples: to concatenate.
-        draws: [N] of their N tokens, if only some positions are to be taken.
+        own: the positions of each whose loss counts; by default all.
+        position_weights: [N] factors of their N positions in the loss; by default 1.
         pin_memory: whether a CUDA device is to copy the batch while it computes.
 
     """
+    starts = (0, *np.cumsum([len(sample) for sample in samples]).tolist())
+    weights = None if position_weights is None else torch.from_numpy(position_weights)
 
     def joined(name: str, dtype: torch.dtype) -> Tensor:
         parts = [getattr(sample, name) for sample in samples]
@@ -83,12 +103,23 @@ def pack(
 
     return PackedBatch(
         sample_ids=tuple(sample.sample_id for sample in samples),
-        starts=(0, *np.cumsum([len(sample) for sample in samples]).tolist()),
+        starts=starts,
         input_ids=joined("input_ids", torch.int64),
         loss_mask=joined("loss_mask", torch.bool),
         aux_hidden_states=joined("aux_hidden_states", torch.uint16).view(torch.bfloat16).flatten(1),
         last_hidden_state=joined("last_hidden_state", torch.uint16).view(torch.bfloat16),
         target_argmax=joined("target_argmax", torch.int64),
         target_logsumexp=joined("target_logsumexp", torch.float32),
-        draws=draws.pin_memory() if draws is not None and pin_memory else draws,
+        position_weights=weights.pin_memory() if weights is not None and pin_memory else weights,
+        own=None if own is None else _in_batch(own, starts),
+    )
+
+
+def _in_batch(own: Sequence[range], starts: Sequence[int]) -> tuple[range, ...] | None:
+    """Return the own positions of each sample in the batch; None if there are no others."""
+    if list(map(len, own)) == np.diff(starts).tolist():
+        return None
+    return tuple(
+        range(start + one.start, start + one.stop)
+        for start, one in zip(starts[:-1], own, strict=True)
     )

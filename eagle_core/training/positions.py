@@ -1,14 +1,14 @@
 """Which positions take part in which training-time-test step, and the weight of each loss.
 
 An index takes part in step i only if the loss of step i or of a later one counts there. The others
-contribute only step-0 keys and values, as do those that are not drawn where only some are taken.
+contribute only step-0 keys and values, as do those that are not drawn where only some are taken,
+and the context of a piece of a sample.
 
 Shapes: N packed tokens, L training-time-test steps.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ def ttt_positions(
     ttt_length: int,
     positions: LossPositions,
     reduction: LossReduction,
-    draws: Tensor | None = None,
-    limit: int | None = None,
+    own: Sequence[range] | None = None,
+    position_weights: Tensor | None = None,
 ) -> TttPositions:
     """Return the positions that take part in each step.
 
@@ -62,29 +62,24 @@ def ttt_positions(
         ttt_length: L.
         positions: "eagle3" requires loss_mask[t + i], "predicted" loss_mask[t + 2 + i].
         reduction: divisor of the sum of a step's losses.
-        draws: [N] int64, a random permutation of each sequence; None takes all positions.
-        limit: most supervised indices to take of a sequence, those with the smallest draws.
+        own: [S] the indices of each sequence whose loss counts; None: all.
+        position_weights: [N] float32 factor of each index in the loss; where it is 0, none is
+            computed. The divisors count all. None: 1 everywhere.
 
     """
-    ends = torch.zeros_like(loss_mask)
-    sequence = torch.zeros_like(loss_mask, dtype=torch.int64)
-    for number, (start, end) in enumerate(pairwise(starts)):
-        ends[end - 1] = True
-        sequence[start:end] = number
-    mask = loss_mask & ~ends if positions == "eagle3" else loss_mask
-    ahead = 0 if positions == "eagle3" else 2
-    supervised = torch.stack(
-        [
-            _shifted(mask, sequence, ahead + step) & _exists(sequence, step + 1)
-            for step in range(ttt_length)
-        ]
+    sequence = _sequence(starts)
+    is_own = own_mask(own, len(loss_mask))
+    supervised = is_own & supervised_steps(
+        loss_mask, starts, ttt_length=ttt_length, positions=positions
     )
     known = torch.stack([_shifted(in_vocabulary, sequence, step + 1) for step in range(ttt_length)])
     counted = supervised & known
-    shares, totals = _shares(counted, sequence, len(starts) - 1, reduction)
-    if draws is not None and limit is not None:
-        is_drawn, factor = _drawn(supervised.any(dim=0), sequence, starts, draws, limit)
-        supervised, counted, shares = supervised & is_drawn, counted & is_drawn, shares * factor
+    num_own = len(loss_mask) if own is None else sum(map(len, own))
+    shares, totals = _shares(counted, sequence, len(starts) - 1, num_own, reduction)
+    if position_weights is not None:
+        is_drawn = position_weights > 0
+        supervised, counted = supervised & is_drawn, counted & is_drawn
+        shares = shares * position_weights
     takes_part = counted.flip(0).cumsum(0).flip(0) > 0
     return TttPositions(
         supervised=supervised,
@@ -93,6 +88,42 @@ def ttt_positions(
         shares=shares,
         totals=totals,
     )
+
+
+def own_mask(own: Sequence[range] | None, size: int) -> Tensor:
+    """Return [N] bool: whether an index is among `own`; True everywhere for None."""
+    if own is None:
+        return torch.ones(size, dtype=torch.bool)
+    mask = torch.zeros(size, dtype=torch.bool)
+    for one in own:
+        mask[one.start : one.stop] = True
+    return mask
+
+
+def supervised_steps(
+    loss_mask: Tensor, starts: Sequence[int], *, ttt_length: int, positions: LossPositions
+) -> Tensor:
+    """Return [L, N] bool: the loss mask is set and the target's next distribution exists.
+
+    For the arguments see `ttt_positions`.
+    """
+    sequence = _sequence(starts)
+    mask, ahead = loss_mask, 2
+    if positions == "eagle3":
+        mask, ahead = loss_mask.clone(), 0
+        mask[torch.tensor(starts[1:]) - 1] = False
+    return torch.stack(
+        [
+            _shifted(mask, sequence, ahead + step) & _exists(sequence, step + 1)
+            for step in range(ttt_length)
+        ]
+    )
+
+
+def _sequence(starts: Sequence[int]) -> Tensor:
+    """Return [N] int64 the number of the sequence of each token."""
+    sizes = torch.tensor(starts).diff()
+    return torch.arange(len(sizes)).repeat_interleave(sizes)
 
 
 def _exists(sequence: Tensor, shift: int) -> Tensor:
@@ -112,35 +143,15 @@ def _shifted(flags: Tensor, sequence: Tensor, shift: int) -> Tensor:
 
 
 def _shares(
-    counted: Tensor, sequence: Tensor, num_sequences: int, reduction: LossReduction
+    counted: Tensor, sequence: Tensor, num_sequences: int, num_own: int, reduction: LossReduction
 ) -> tuple[Tensor, Tensor]:
     """Return shares [L, N] and their divisor in each step [L]."""
     counts = counted.float()
     if reduction == "positions":
-        return counts, torch.full_like(counts[:, 0], counted.shape[1])
+        return counts, torch.full_like(counts[:, 0], num_own)
     if reduction == "tokens":
         return counts, counts.sum(dim=1)
     of_sequence = counts.new_zeros(len(counts), num_sequences)
     of_sequence.index_add_(1, sequence, counts)
     contributing = (of_sequence > 0).sum(dim=1).float()
     return counts / of_sequence[:, sequence].clamp(min=1), contributing
-
-
-def _drawn(
-    pool: Tensor, sequence: Tensor, starts: Sequence[int], draws: Tensor, limit: int
-) -> tuple[Tensor, Tensor]:
-    """Return [N] whether an index of the pool [N] is taken, and [N] the factor of its weight.
-
-    Of n indices in a sequence, k are taken, each as likely as any other. The loss at one depends on
-    no other that is taken, so with factor n / k its expected gradient is that of all: the divisors
-    count all of them, too.
-    """
-    size, device = len(pool), pool.device
-    order = torch.argsort(sequence * (2 * size) + (~pool) * size + draws)
-    first = torch.tensor(starts, device=device)[sequence[order]]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(size, device=device) - first
-    is_drawn = pool & (place < limit)
-    in_pool = torch.bincount(sequence[pool], minlength=len(starts) - 1)
-    factor = in_pool / in_pool.clamp(min=1, max=limit)
-    return is_drawn, factor[sequence] * is_drawn

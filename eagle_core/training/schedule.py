@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from eagle_core.errors import MismatchError
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState, StepShape, count_steps
+from eagle_core.training.pieces import Windows
+from eagle_core.training.position_draws import PositionDraws
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +87,8 @@ class RunSteps:
     """[N] of the samples"""
     groups: NDArray[np.int64]
     """[N]"""
+    windows: Windows
+    """How samples are divided."""
     world_size: int = 1
     step: int = 0
     """Steps that are done."""
@@ -101,7 +105,7 @@ class RunSteps:
         length = RunLength.of(self.config) if length is None else length
         if length.max_steps is not None:
             return length.max_steps
-        shape = step_shape(self.config, world_size=self.world_size)
+        shape = step_shape(self.config, self.windows, world_size=self.world_size)
         return self.step + count_steps(
             self.lengths,
             self.groups,
@@ -112,15 +116,18 @@ class RunSteps:
         )
 
 
-def step_shape(config: TrainingConfig, *, rank: int = 0, world_size: int = 1) -> StepShape:
+def step_shape(
+    config: TrainingConfig, windows: Windows, *, rank: int = 0, world_size: int = 1
+) -> StepShape:
     """Return how the batches of a run's steps are formed and distributed."""
     return StepShape(
         window=config.shuffle_window,
         batch_tokens=config.batch_tokens,
+        windows=windows,
         batches_per_step=config.batches_per_step,
         rank=rank,
         world_size=world_size,
-        draws_positions=config.max_positions_per_sample is not None,
+        draws=PositionDraws.of(config),
     )
 
 

@@ -113,7 +113,8 @@ def plan_step(
     in_vocabulary: Tensor,
     starts: Sequence[int],
     options: TttConfig,
-    draws: Tensor | None = None,
+    own: Sequence[range] | None = None,
+    position_weights: Tensor | None = None,
 ) -> StepPlan:
     """Return the plan of a batch; all tensors are on the CPU.
 
@@ -122,7 +123,8 @@ def plan_step(
         in_vocabulary: [N] bool, the target's argmax after this token is in the draft vocabulary.
         starts: [S + 1] borders of the sequences.
         options: settings of the step.
-        draws: [N] int64, a random permutation of each sequence; None takes all positions.
+        own: [S] the indices of each sequence whose loss counts; None: all.
+        position_weights: [N] float32 factor of each index in the loss; None: 1 everywhere.
 
     """
     positions = ttt_positions(
@@ -132,8 +134,8 @@ def plan_step(
         ttt_length=options.ttt_length,
         positions=options.loss_positions,
         reduction=options.loss_reduction,
-        draws=draws,
-        limit=options.max_positions_per_sample,
+        own=own,
+        position_weights=position_weights,
     )
     token = torch.arange(len(loss_mask))
     borders = torch.tensor(starts)

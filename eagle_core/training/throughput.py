@@ -36,8 +36,8 @@ class ThroughputMeter:
         self._started += time.monotonic() - begun
 
     def add(self, loaded: LoadedStep) -> None:
-        """Count the tokens of a step."""
-        self._num_tokens += sum(batch.num_tokens for batch in loaded.batches)
+        """Count the tokens of a step, without context."""
+        self._num_tokens += sum(batch.num_own_tokens for batch in loaded.batches)
         self._num_supervised += loaded.num_supervised
 
     @property

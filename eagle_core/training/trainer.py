@@ -37,7 +37,8 @@ from eagle_core.training.optimizers import (
     set_learning_rate,
     state_tensors,
 )
-from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.pieces import PieceReader, Windows
 from eagle_core.training.precision import dtype_name, multiplying_dtype
 from eagle_core.training.result import Best, Metrics, Progress, TrainingResult
 from eagle_core.training.schedule import (
@@ -120,6 +121,7 @@ class _Run:
         self.run_path, self.processes = run_path, processes
         self.dtype = multiplying_dtype(config.dtype, draft.lm_head.weight.device)
         self.target_head = draft.draft_rows(target_lm_head, self.dtype)
+        self.windows = Windows.of(config, draft.config)
         self.identity = _identity(config, draft, source, self.dtype)
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
@@ -149,6 +151,7 @@ class _Run:
             config=self.config,
             lengths=self.source.lengths,
             groups=self.source.groups,
+            windows=self.windows,
             world_size=self.processes.world_size,
         )
         folder = checkpoint.newest(self.run_path)
@@ -182,7 +185,12 @@ class _Run:
         stream = steps(
             self.source,
             self.loader,
-            step_shape(self.config, rank=self.processes.rank, world_size=self.processes.world_size),
+            step_shape(
+                self.config,
+                self.windows,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
+            ),
             device_copies(self._device),
             self._planned,
         )
@@ -321,7 +329,7 @@ class _Run:
         self._raise_not_finite(batches, f"the gradient has norm {norm.item()}")
 
     def _raise_not_finite(self, batches: Sequence[PackedBatch], what: str) -> None:
-        names = [name for batch in batches for name in batch.sample_ids]
+        names = dict.fromkeys(name for batch in batches for name in batch.sample_ids)
         origins = ", ".join(f"{name} ({self.source.origin(name)})" for name in names)
         raise CorruptError(
             f"step {self.step + 1}: {what} on samples {origins}, or is not finite on another "
@@ -348,7 +356,8 @@ class _Run:
 
     @cached_property
     def _filler(self) -> PackedBatch:
-        return self._planned(pack([self.source.fetch(0)])).to(self._device)
+        piece = self.windows.pieces(self.source.lengths[:1])[:1]
+        return self._planned(PieceReader(self.source).read(piece)).to(self._device)
 
     @cached_property
     def _zeros(self) -> Tensor:
@@ -377,6 +386,7 @@ class _Run:
             return False
         batches = held_out_batches(
             self.held_out,
+            self.windows,
             batch_tokens=self.config.batch_tokens,
             max_tokens=self.config.held_out_tokens,
         )

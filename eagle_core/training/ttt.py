@@ -96,7 +96,8 @@ def batch_plan(t2d: Tensor, batch: PackedBatch, options: TttConfig) -> StepPlan:
         in_vocabulary=t2d[batch.target_argmax].cpu(),
         starts=batch.starts,
         options=options,
-        draws=None if batch.draws is None else batch.draws.cpu(),
+        own=batch.own,
+        position_weights=None if batch.position_weights is None else batch.position_weights.cpu(),
     )
     return plan.to(batch.input_ids.device)
 

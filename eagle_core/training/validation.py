@@ -10,7 +10,8 @@ from eagle_core.draft.model import DraftModel
 from eagle_core.samples import SampleSource
 from eagle_core.training.config import TttConfig
 from eagle_core.training.loader import batch_borders
-from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.packing import PackedBatch
+from eagle_core.training.pieces import PieceReader, Windows
 from eagle_core.training.ttt import TttOutcome, ttt_step
 
 Step = Callable[[PackedBatch, torch.Tensor], TttOutcome]
@@ -66,13 +67,14 @@ def measure(
 
 
 def held_out_batches(
-    source: SampleSource, *, batch_tokens: int, max_tokens: int
+    source: SampleSource, windows: Windows, *, batch_tokens: int, max_tokens: int
 ) -> Iterator[PackedBatch]:
-    """Yield the first `max_tokens` tokens of `source`, in source order."""
-    num_tokens = 0
-    for first, end in pairwise(batch_borders(source.lengths, batch_tokens).tolist()):
+    """Yield the first `max_tokens` tokens of `source`, in source order, divided as in training."""
+    num_tokens, reader = 0, PieceReader(source)
+    pieces = windows.pieces(source.lengths)
+    for first, end in pairwise(batch_borders(pieces.sizes, batch_tokens).tolist()):
         if num_tokens >= max_tokens:
             return
-        batch = pack([source.fetch(index) for index in range(first, end)])
+        batch = reader.read(pieces[first:end])
         yield batch
-        num_tokens += batch.num_tokens
+        num_tokens += batch.num_own_tokens

@@ -4,6 +4,7 @@
 (`start.json`). A run of an earlier version has no such folder; its first weights were drawn.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -32,10 +33,12 @@ from eagle_core.training.config import (
     RANDOM,
     RATE_OF_DRAWN_WEIGHTS,
     RATE_OF_GIVEN_WEIGHTS,
+    WHOLE_SAMPLES,
     TrainingConfig,
 )
 from eagle_core.training.distributed import ONE_PROCESS, Processes
 from eagle_core.training.packing import PackedBatch
+from eagle_core.training.pieces import WHOLE, Windows
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.result import Start
 from eagle_core.training.validation import (
@@ -123,19 +126,21 @@ def read_start(run_path: Path) -> Start | None:
 
 
 def as_begun(training: TrainingConfig, run_path: Path) -> TrainingConfig:
-    """Return the settings with the peak learning rate of a run that names none.
+    """Return the settings with the peak learning rate and the window of a run that names none.
 
-    It is that of its checkpoint, or else the default for the first weights that it really has.
+    They are those of its checkpoint. Without one, the rate is the default for the first weights
+    that the run really has. Earlier versions divided no sample.
     """
-    if training.learning_rate is not None:
-        return training
     folder, start = newest(run_path), read_start(run_path)
-    rate = training.peak_learning_rate
-    if folder is not None:
-        rate = checkpoint.read(folder).identity.get("training", {}).get("learning_rate", rate)
-    elif start is not None and start.refused:
-        rate = RATE_OF_DRAWN_WEIGHTS
-    return training.model_copy(update={"learning_rate": rate})
+    own = {} if folder is None else checkpoint.read(folder).identity.get("training", {})
+    changes: dict[str, float] = {}
+    if training.learning_rate is None:
+        is_drawn = folder is None and start is not None and bool(start.refused)
+        rate = RATE_OF_DRAWN_WEIGHTS if is_drawn else training.peak_learning_rate
+        changes["learning_rate"] = own.get("learning_rate", rate)
+    if training.window_tokens is None and folder is not None:
+        changes["window_tokens"] = own.get("window_tokens", WHOLE_SAMPLES)
+    return training.model_copy(update=changes)
 
 
 def load_first_weights(setup: DraftSetup) -> bool:
@@ -185,6 +190,8 @@ def _identity(setup: DraftSetup, source: SampleSource, training: TrainingConfig)
     }
     if setup.refit is not None:
         content["refit_from"] = setup.refit.layers
+    elif (source.lengths > training.piece_tokens).any():
+        content["windows"] = dataclasses.asdict(Windows.of(training, setup.draft.config))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -209,10 +216,13 @@ def _make(
 ) -> Start:
     started = time.monotonic()
     draft, refit = setup.draft, setup.refit
+    # The target reads whole samples, from their first token.
+    windows = Windows.of(training, draft.config) if refit is None else WHOLE
     is_made = refit is not None or (training.is_solved and not why_not_solved(draft.config))
     batches = SampledBatches(
         source,
         training,
+        windows,
         processes,
         num_tokens=tokens_needed(draft) if is_made else _SCALE_TOKENS,
         refetch=refetch,
@@ -234,7 +244,7 @@ def _make(
         draft.aux_scale.copy_(sizes.aux_scale)
     dtype = multiplying_dtype(training.dtype, draft.fc.weight.device)
     target_head = draft.draft_rows(setup.target_lm_head, dtype)
-    measured = _measured(held_out, source, batches, training, processes)
+    measured = _measured(held_out, source, batches, training, windows, processes)
     step = measuring_step(draft, training, dtype)
     figures: HeldOutFigures | None = None
     refused = ""
@@ -265,15 +275,18 @@ def _measured(
     source: SampleSource,
     batches: SampledBatches,
     training: TrainingConfig,
+    windows: Windows,
     processes: Processes,
 ) -> Callable[[], Iterable[PackedBatch]]:
     """Return what gives the batches to measure on: held out, or else the first of the sample."""
     most = training.held_out_tokens
     if held_out is not None:
-        return partial(held_out_batches, held_out, batch_tokens=_BATCH_TOKENS, max_tokens=most)
+        return partial(
+            held_out_batches, held_out, windows, batch_tokens=_BATCH_TOKENS, max_tokens=most
+        )
     most = min(most, _OWN_TOKENS)
     if processes.world_size > 1:  # the same on all, whatever their shares
-        batches = SampledBatches(source, training, ONE_PROCESS, num_tokens=most)
+        batches = SampledBatches(source, training, windows, ONE_PROCESS, num_tokens=most)
     return partial(batches.first, most)
 
 

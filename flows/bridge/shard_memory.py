@@ -5,6 +5,7 @@ import logging
 from eagle_core.machine_memory import memory_bytes
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import windows_in_use
+from eagle_core.training.pieces import WHOLE
 from eagle_core.training.schedule import step_shape
 from storage.records.snapshot import Snapshot
 
@@ -52,6 +53,6 @@ def decoded_bytes(
 
 
 def _windows_in_use(training: TrainingConfig, snapshot: Snapshot) -> int:
-    shape = step_shape(training, world_size=training.world_size)
+    shape = step_shape(training, WHOLE, world_size=training.world_size)  # pieces use no more
     num_tokens, num_shards = int(snapshot.lengths.sum()), len(snapshot.shard_ids)
     return windows_in_use(shape, tokens=num_tokens, num_groups=num_shards)

@@ -12,10 +12,11 @@ from eagle_core.samples import HiddenStateSample, SampleSource
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training.config import TrainingConfig
-from eagle_core.training.packing import pack
+from eagle_core.training.pieces import Windows, piece_batches
 from eagle_core.training.precision import multiplying_dtype
 from eagle_core.training.validation import HeldOutFigures, measure, measuring_step
 from flows.bridge.draft_setup import DraftSetup
+from flows.bridge.first_weights import as_begun
 from flows.bridge.recompute import TargetRecompute, load_recompute_model
 from flows.bridge.run import Run
 from flows.bridge.semantic_probe import require_sound
@@ -126,8 +127,9 @@ def _accuracies(
     training: Sequence[HiddenStateSample],
     held_out: Sequence[HiddenStateSample],
 ) -> Accuracies:
-    on_training = _measured(setup, run.training, training)
-    on_held_out = _measured(setup, run.training, held_out)
+    settings = as_begun(run.training, setup.run_path)
+    on_training = _measured(setup, settings, training)
+    on_held_out = _measured(setup, settings, held_out)
     return Accuracies(
         training=on_training.accuracies[0],
         held_out=on_held_out.accuracies[0],
@@ -142,6 +144,6 @@ def _measured(
     dtype: torch.dtype = multiplying_dtype(training.dtype, setup.draft.fc.weight.device)
     return measure(
         measuring_step(setup.draft, training, dtype),
-        (pack([sample]) for sample in samples),
+        piece_batches(samples, Windows.of(training, setup.draft.config)),
         setup.draft.draft_rows(setup.target_lm_head, dtype),
     )

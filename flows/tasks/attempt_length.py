@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from eagle_core.draft.config import DraftConfig
 from eagle_core.training.config import TrainingConfig
+from eagle_core.training.pieces import Windows
 from eagle_core.training.schedule import (
     Decay,
     PlannedRun,
@@ -37,6 +39,7 @@ class AttemptLength:
 def attempt_length(
     run_path: Path,
     training: TrainingConfig,
+    draft: DraftConfig,
     begun: BegunRun | None,
     lengths: NDArray[np.int64],
     groups: NDArray[np.int64],
@@ -47,10 +50,12 @@ def attempt_length(
         MismatchError: the run is longer than it was, and `training.extend` is not set.
 
     """
+    config = as_begun(training, run_path)
     steps = RunSteps(
-        config=as_begun(training, run_path),
+        config=config,
         lengths=lengths,
         groups=groups,
+        windows=Windows.of(config, draft),
         world_size=training.world_size,
         step=begun.step if begun else 0,
         loader=begun.loader if begun else None,

@@ -11,7 +11,10 @@ from eagle_core.atomic_files import write_text
 from eagle_core.data.config import DatasetConfig
 from eagle_core.errors import ConfigError, MismatchError
 from eagle_core.tokenization.token_file import TokenFile
+from eagle_core.training.pieces import Windows
 from eagle_core.training.schedule import RunSteps
+from flows.bridge.draft_setup import begun_draft
+from flows.bridge.first_weights import as_begun
 from flows.bridge.run import BegunRun, Run, begun_run
 from flows.bridge.token_files import known_tokens
 from flows.config.run import RunConfig
@@ -198,11 +201,13 @@ class _Origin:
                 "another run (--run), or delete this run's folder to start over; if hidden-states "
                 "ran with other settings, run it again with this recipe"
             )
-        training = self.config.training
+        training, draft = as_begun(self.config.training, self.run_path), begun_draft(self.run_path)
+        assert draft is not None  # noqa: S101 (the run has begun)
         total = RunSteps(
             config=training,
             lengths=own.lengths,
             groups=own.groups,
+            windows=Windows.of(training, draft),
             world_size=training.world_size,
             step=begun.step,
             loader=begun.loader,

@@ -10,6 +10,7 @@ from eagle_core.closed_form.state_sizes import measure_state_sizes
 from eagle_core.training.config import TttConfig
 from eagle_core.training.distributed import ONE_PROCESS
 from eagle_core.training.packing import PackedBatch, pack
+from eagle_core.training.pieces import Windows, piece_batches
 from eagle_core.training.ttt import batch_positions
 from tests.eagle_core.closed_form.linear_source import (
     CHANNEL_SIZES,
@@ -43,6 +44,19 @@ def test_states_that_a_store_omits_do_not_count() -> None:
         for states in (whole.last_hidden_state, last)
     )
     assert torch.equal(kept.final_gain, omitted.final_gain)
+
+
+def test_context_of_pieces_does_not_count_twice() -> None:
+    source, windows = LinearSource(), Windows(tokens=20, before=6, after=4)
+    samples = [source.fetch(index) for index in range(len(source.lengths))]
+    pieces = list(piece_batches(samples, windows))
+    assert len(pieces) > len(samples)
+    for piece in pieces:
+        piece.aux_hidden_states[~piece.is_own()] *= 1000
+    found = measure_state_sizes(small_draft(), pieces, OPTIONS, ONE_PROCESS)
+    expected = measure_state_sizes(small_draft(), [batch()], OPTIONS, ONE_PROCESS)
+    assert torch.equal(found.aux_scale, expected.aux_scale)
+    torch.testing.assert_close(found.final_gain, expected.final_gain, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("what", ["silent", "not finite"])

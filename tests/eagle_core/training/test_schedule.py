@@ -19,6 +19,7 @@ from eagle_core.training import checkpoint, trainer
 from eagle_core.training.checkpoint import STATE
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loader import LoaderState, steps
+from eagle_core.training.pieces import WHOLE
 from eagle_core.training.schedule import (
     Decay,
     PlannedRun,
@@ -50,13 +51,14 @@ def run_steps(
 ) -> RunSteps:
     """Return a run after so many steps of one process with the settings `trained`."""
     state = LoaderState(source_id="random", seed=config.seed)
-    stream = steps(SOURCE, state, step_shape(trained))
+    stream = steps(SOURCE, state, step_shape(trained, WHOLE))
     for loaded in itertools.islice(stream, done):
         state = loaded.after
     return RunSteps(
         config=config,
         lengths=SOURCE.lengths,
         groups=SOURCE.groups,
+        windows=WHOLE,
         world_size=world_size,
         step=done,
         loader=state,
@@ -84,7 +86,7 @@ def test_the_horizon_is_what_is_done_and_what_is_left(
     config = first.model_copy(update={"batches_per_step": batches})
     resumed = run_steps(config, done=done, world_size=ranks, trained=first)
     assert resumed.loader is not None
-    stream = steps(SOURCE, resumed.loader, step_shape(config, world_size=ranks))
+    stream = steps(SOURCE, resumed.loader, step_shape(config, WHOLE, world_size=ranks))
     left = itertools.takewhile(lambda loaded: loaded.after.epoch < epochs, stream)
     last = done + sum(1 for _ in left) + 1
     assert resumed.last() == last

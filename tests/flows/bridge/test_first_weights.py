@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,12 @@ from torch import Tensor
 from eagle_core.errors import ConfigError
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
-from eagle_core.training.config import TrainingConfig
+from eagle_core.training.config import WHOLE_SAMPLES, TrainingConfig
 from eagle_core.training.loader import LoaderState
-from eagle_core.training.packing import pack
+from eagle_core.training.packing import PackedBatch, pack
 from eagle_core.training.result import Metrics, Start
 from eagle_core.training.ttt import ttt_step
+from eagle_core.training.validation import measure
 from flows.bridge.draft_setup import DraftSetup, require_start
 from flows.bridge.first_weights import as_begun, first_weights, load_first_weights, read_start
 from flows.reports.rows import train_rows
@@ -167,12 +168,12 @@ def test_settings_that_do_not_matter_change_nothing(tmp_path: Path) -> None:
     assert source.num_fetched == 0
 
 
-def begin(path: Path, rate: float) -> None:
-    """Write a checkpoint of a run with this peak learning rate."""
+def begin(path: Path, rate: float, **training: object) -> None:
+    """Write a checkpoint of a run with this peak learning rate and other settings."""
     record = Checkpoint(
         step=1,
         loader=LoaderState(source_id="linear", seed=0),
-        identity={"training": {"learning_rate": rate}},
+        identity={"training": {"learning_rate": rate, **training}},
         figures={},
     )
     checkpoint.save(path, record, {}, {}, keep_last=1)
@@ -197,6 +198,52 @@ def test_a_rate_that_is_not_named_stays_that_of_the_run(
     assert found.identity()["learning_rate"] == expected
     named = start.model_copy(update={"learning_rate": 2e-3})
     assert as_begun(named, tmp_path).peak_learning_rate == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "expected"),
+    [
+        ({}, None, WHOLE_SAMPLES),  # of an earlier version
+        ({"window_tokens": 4096}, None, 4096),
+        ({"window_tokens": 4096}, 512, 512),  # which the checkpoint refuses
+        (None, None, 8192),  # a new run
+    ],
+)
+def test_a_window_that_is_not_named_stays_that_of_the_run(
+    tmp_path: Path, recorded: dict[str, int] | None, given: int | None, expected: int
+) -> None:
+    if recorded is not None:
+        begin(tmp_path, 3e-4, **recorded)
+    found = as_begun(TRAINING.model_copy(update={"window_tokens": given}), tmp_path)
+    assert found.piece_tokens == found.identity()["window_tokens"] == expected
+
+
+def test_weights_are_solved_from_long_samples_within_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("eagle_core.closed_form.sampled_batches", "flows.bridge.first_weights"):
+        monkeypatch.setattr(f"{module}._BATCH_TOKENS", 100)
+    sizes: list[int] = []
+
+    def measured(step: object, batches: Iterable[PackedBatch], head: Tensor) -> object:
+        kept = list(batches)
+        sizes.extend(batch.num_tokens for batch in kept)
+        return measure(step, kept, head)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("eagle_core.closed_form.start.measure", measured)
+    training = TRAINING.model_copy(update={"batch_tokens": 100})
+    source, held_out = LinearSource(longest=300), LinearSource(longest=300, num_samples=5, seed=1)
+    found = first_weights(setup(tmp_path), source, held_out, training)
+    assert found is not None
+    assert 5120 <= found.num_tokens < 5120 + 300
+    assert found.acceptance_length > 2
+    assert max(sizes) <= 100
+    again = setup(tmp_path)
+    source.num_fetched = 0
+    first_weights(again, source, held_out, training)
+    assert source.num_fetched == 0
+    first_weights(again, source, held_out, training.model_copy(update={"window_tokens": 50}))
+    assert source.num_fetched > 0, "what is solved depends on the window a little"
 
 
 def test_a_rate_that_destroys_solved_weights_is_named(
