@@ -22,6 +22,9 @@ class PositionRange:
     """`max_position_embeddings`; None if its configuration names none."""
     is_scaled: bool
     """Whether the target's RoPE is scaled; a draft's never is."""
+    window: int | None = None
+    """Tokens of the longest piece of a sample in training (`training.window_tokens`); None if no
+    distance is longer in decoding either, because the draft has a sliding window."""
 
 
 def check_positions(positions: PositionRange, exports: Exports | str) -> Finding:
@@ -43,10 +46,14 @@ def check_positions(positions: PositionRange, exports: Exports | str) -> Finding
             what_to_do="export the run again (eyas run export RECIPE)",
         )
     decoded = positions.longest_decoded
-    found = f"trained on up to {trained:,} tokens" + (
+    longer = "compute states of longer conversations (dataset.max_length), and train on them"
+    pieces = ""
+    if positions.window is not None and positions.window < trained:
+        trained, pieces = positions.window, " at a time"
+        longer = "train another run with a larger training.window_tokens, or draft.sliding_window"
+    found = f"trained on up to {trained:,} tokens{pieces}" + (
         f", evaluate may decode up to {decoded:,}" if decoded is not None else ""
     )
-    longer = "compute states of longer conversations (dataset.max_length), and train on them"
     if decoded is not None and decoded > trained:
         return Finding(
             check=POSITIONS,

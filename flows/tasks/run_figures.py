@@ -34,7 +34,7 @@ from eagle_core.training.checkpoint import Checkpoint
 from flows.bridge.conversation_form import conversation_form
 from flows.bridge.draft_setup import DraftSetup, set_up_draft
 from flows.bridge.exported_drafts import compare_exports, exported_folders
-from flows.bridge.first_weights import read_start
+from flows.bridge.first_weights import as_begun, read_start
 from flows.bridge.run import Run, read_run
 from flows.bridge.stored_figures import StoredFigures, stored_figures
 from flows.reports.run_record import ENGINES, RunRecord, evaluation_name
@@ -180,6 +180,9 @@ def run_figures(
             longest_decoded=_longest_decoded(examined, decoded, held_out),
             target_limit=positions.limit,
             is_scaled=positions.is_scaled,
+            window=None
+            if setup.draft.config.sliding_window is not None
+            else as_begun(run.training, examined.path).piece_tokens,
         ),
         decoded=None if decoded is None else _length(decoded.trained),
         replayed=_replayed(record, found.step, draft_tokens),

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from eagle_core.closed_form.state_sizes import StateSizes
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import MismatchError
-from eagle_core.training.config import RANDOM
+from eagle_core.training.config import RANDOM, WHOLE_SAMPLES
 from flows.evaluate import evaluate_flow
 from flows.gc import gc_flow
 from flows.hidden_states import hidden_states
@@ -79,6 +79,9 @@ def test_a_run_goes_on_and_is_evaluated(old: Path, monkeypatch: pytest.MonkeyPat
     longer = training(STEPS).model_copy(update={"extend": "restretch"})
     done = train_flow(**recipe(old), training=longer, run="main")
     assert done.num_steps == STEPS
+    state = Path(f"home/runs/tiny-grows-main/checkpoints/step-{STEPS:08d}/state.json")
+    own = json.loads(state.read_text())["identity"]["training"]
+    assert own["window_tokens"] == WHOLE_SAMPLES, "it divides no sample, as it began"
     assert json.loads(Path("home/runs/tiny-grows-main/run.json").read_text())["source_id"] == begun
 
     # A data set of this release would hold out other conversations than the run began with, and

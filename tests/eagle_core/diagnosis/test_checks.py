@@ -355,11 +355,19 @@ def test_a_draft_that_knows_its_texts_must_have_them_accepted() -> None:
         ({"is_scaled": True}, "notice"),
         ({"target_limit": 131_072}, "notice"),
         ({"longest_trained": "gone"}, "unknown"),
+        ({"window": 4096}, "ok"),
+        ({"window": 1024}, "notice"),
     ],
 )
 def test_positions(changes: dict[str, object], state: State) -> None:
     found = check_positions(replace(POSITIONS, **changes), SOUND)  # type: ignore[arg-type]
     assert found.state == state
+
+
+def test_longer_windows_are_what_divided_samples_need() -> None:
+    found = check_positions(replace(POSITIONS, window=1024), SOUND)
+    assert found.found.startswith("trained on up to 1,024 tokens at a time, evaluate may decode")
+    assert "training.window_tokens" in found.what_to_do
 
 
 def test_how_far_answers_really_went_is_unknown() -> None:

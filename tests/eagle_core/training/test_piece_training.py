@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from tests.eagle_core.training.test_trainer import (
     moments,
     run,
 )
+from tests.paths import ROOT
+from tests.waiting import LIMIT_SECONDS
 
 SOURCE = long_source([9, 70, 3, 30, 31, 12, 150, 5, 8, 44, 29, 6])
 LONG = CONFIG.model_copy(update={"batch_tokens": 32, "max_steps": None, "epochs": 2})
@@ -150,3 +155,45 @@ def test_context_is_no_trained_token(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (meter,) = meters
     assert meter._num_tokens == sum(SOURCE.lengths)
     assert meter._num_supervised == sum(SOURCE.lengths) - 2 * len(SOURCE.lengths)
+
+
+_RANKS = """
+import json, sys
+from pathlib import Path
+from eagle_core.training.distributed import join_processes
+from tests.eagle_core.training import test_piece_training as test
+with join_processes():
+    for config in json.loads(sys.argv[2]):
+        config = test.TrainingConfig.model_validate(config)
+        test.run(Path(sys.argv[1]), config, source=test.SOURCE)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_pieces_of_a_sample(tmp_path: Path) -> None:
+    """The same steps as one process, also after an interruption in the middle of a sample."""
+    changes = {"max_steps": 20, "checkpoint_every": 100, "schedule": "constant"}
+    config = LONG.model_copy(update={**changes, "max_grad_norm": 1e9})
+    in_turns = config.model_copy(update={"batches_per_step": 2})
+    one, result = run(tmp_path / "one", in_turns, source=SOURCE)
+    attempts = [config.model_copy(update={"max_steps": steps}) for steps in (7, 20)]
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(script), str(tmp_path / "two")),
+            json.dumps([attempt.model_dump(mode="json") for attempt in attempts]),
+        ],
+        check=True,
+        timeout=LIMIT_SECONDS,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    folders = [checkpoint.folder_of(tmp_path / "two", step) for step in (7, 20)]
+    assert checkpoint.read(folders[0]).loader.next_token > 0
+    draft, _ = random_draft()
+    checkpoint.load_weights(draft, folders[1])
+    assert_close(draft.state_dict(), one)
+    assert_close(moments(tmp_path / "two"), moments(tmp_path / "one"))
+    found = checkpoint.read(folders[1])
+    assert found.figures["loss"] == pytest.approx(result.figures.loss, rel=1e-4)
