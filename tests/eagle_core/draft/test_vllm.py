@@ -6,10 +6,11 @@ make test-engine
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -62,6 +63,9 @@ TARGETS: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 }
 
+Decoded = tuple[list[int], list[list[int]]]
+"""The new tokens after a prompt, and every chain that was drafted."""
+
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
@@ -78,72 +82,136 @@ VARIANT_EXPORTS: tuple[tuple[str, TensorLayout], ...] = (
 )
 
 
+class Vllm:
+    """A process that loads one export after the other: to start it takes longer than a draft does.
+
+    A new one comes for one that died.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: IO[str] | None = None
+
+    def decode(
+        self, target: Path, draft: Path, layout: TensorLayout, prompts: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return the tokens and every chain that was drafted, by prompt; or the error."""
+        if self._process is None or self._answers is None:
+            self._process, self._answers = self._started()
+        request = {
+            "target": str(draft if layout == "speculators" else target),
+            "draft": str(draft),
+            "layout": layout,
+            "prompts": prompts,
+            "draft_tokens": DECODING.draft_tokens,
+            "max_new_tokens": DECODING.max_new_tokens,
+        }
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead: no answer will come
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._answers.readline()
+        if not line:
+            status = self._process.wait()
+            self.close()
+            return {"error": f"vLLM ended with {status}: {self._log.read_text()[-8000:]}"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _started(self) -> tuple["subprocess.Popen[str]", IO[str]]:
+        assert PYTHON is not None
+        reading, writing = os.pipe()
+        with self._log.open("w") as log:
+            process = subprocess.Popen(
+                [PYTHON, PROBE, str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                pass_fds=[writing],
+            )
+        os.close(writing)
+        return process, os.fdopen(reading)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None and self._answers is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._answers.close()
+        self._process = self._answers = None
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    """The vLLM of all tests here."""
+    started = Vllm(tmp_path_factory.mktemp("vllm") / "log.txt")
+    yield started
+    started.close()
+
+
 @pytest.mark.parametrize("name", TARGETS)
-def test_drafts_of_every_kind_of_target(tmp_path: Path, name: str) -> None:
+def test_drafts_of_every_kind_of_target(vllm: Vllm, tmp_path: Path, name: str) -> None:
     target = _write_target(tmp_path / "target", name)
-    _require_the_same(target, make_draft(target), "serving", tmp_path)
+    _require_the_same(vllm, target, make_draft(target), "serving", tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["serving", "speculators"])
 @pytest.mark.parametrize("draft_vocab_size", [200, 512], ids=["pruned", "full"])
 @pytest.mark.parametrize("norms", [False, True], ids=["eagle3", "eagle3.1"])
 def test_every_kind_of_draft(
-    tmp_path: Path, norms: bool, draft_vocab_size: int, layout: TensorLayout
+    vllm: Vllm, tmp_path: Path, norms: bool, draft_vocab_size: int, layout: TensorLayout
 ) -> None:
     target = _write_target(tmp_path / "target", "llama")
     draft = make_draft(target, draft_vocab_size=draft_vocab_size, norms=norms)
-    _require_the_same(target, draft, layout, tmp_path)
+    _require_the_same(vllm, target, draft, layout, tmp_path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoded:
-    """Texts and drafted chains of each prompt: ours, and those of vLLM."""
+class Variant:
+    """An export of a variant, and what we decode with it after each prompt."""
 
-    ours: list[tuple[list[int], list[list[int]]]]
-    theirs: dict[str, Any]
+    target: Path
+    export: Path
+    ours: list[Decoded]
 
 
 @pytest.fixture(scope="module")
-def decoded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Decoded]:
-    """All variants, which one vLLM process loads one after the other."""
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Variant]:
+    """All variants by name and layout."""
     folder = tmp_path_factory.mktemp("variants")
     target = _write_target(folder / "target", "llama", vocab_size=16)
     config, served = _described(target)
     model = TargetModel.load(config)
-    ours, requests = {}, []
+    made = {}
     for name, layout in VARIANT_EXPORTS:
         draft = make_variant(target, VARIANTS[name], draft_vocab_size=12)
-        path = _export(draft, served, folder / f"{name}-{layout}", layout)
-        requests.append(_request(target, path, layout))
-        ours[name, layout] = [_here(model, draft, prompt) for prompt in VARIANT_PROMPTS]
-    theirs = _in_vllm(requests, VARIANT_PROMPTS, folder, timeout=200 * len(requests))
-    return {
-        key: Decoded(ours=ours[key], theirs=found)
-        for key, found in zip(VARIANT_EXPORTS, theirs, strict=True)
-    }
+        made[name, str(layout)] = Variant(
+            target=target,
+            export=_export(draft, served, folder / f"{name}-{layout}", layout),
+            ours=[_here(model, draft, prompt) for prompt in VARIANT_PROMPTS],
+        )
+    return made
 
 
 @pytest.mark.parametrize(("name", "layout"), VARIANT_EXPORTS)
 def test_every_variant_of_a_draft(
-    decoded: dict[tuple[str, str], Decoded], name: str, layout: str
+    vllm: Vllm, variants: dict[tuple[str, str], Variant], name: str, layout: TensorLayout
 ) -> None:
-    found = decoded[name, layout].theirs
-    assert "error" not in found, found["error"]
-    for place, (tokens, drafted) in enumerate(decoded[name, layout].ours):
-        assert found["tokens"][place] == tokens
-        # Equal texts and chains are equal rounds: as many drafted tokens are accepted in each.
-        assert len(drafted) >= DECODING.max_new_tokens / (DECODING.draft_tokens + 1) - 1
-        assert found["drafted"][place][: len(drafted)] == drafted
+    variant = variants[name, layout]
+    found = vllm.decode(variant.target, variant.export, layout, VARIANT_PROMPTS)
+    _require_equal(found, variant.ours)
 
 
 def test_what_is_compared_differs_and_is_sometimes_accepted(
-    decoded: dict[tuple[str, str], Decoded],
+    variants: dict[tuple[str, str], Variant],
 ) -> None:
-    plain = decoded["plain", "serving"].ours
+    plain = variants["plain", "serving"].ours
     for name in ("window", "linear", "llama3", "yarn", "own-yarn", "norm_before_residual"):
-        assert decoded[name, "serving"].ours != plain, name  # with the same tensors
-    assert decoded["dynamic", "serving"].ours == plain  # up to max_position_embeddings
-    rounds = [[len(drafted) for _, drafted in one.ours] for one in decoded.values()]
+        assert variants[name, "serving"].ours != plain, name  # with the same tensors
+    assert variants["dynamic", "serving"].ours == plain  # up to max_position_embeddings
+    rounds = [[len(drafted) for _, drafted in one.ours] for one in variants.values()]
     is_accepting = [min(numbers) < DECODING.max_new_tokens - 1 for numbers in rounds]
     assert sum(is_accepting) > len(rounds) / 2
 
@@ -186,55 +254,25 @@ def _export(draft: DraftModel, served: ServedTarget, folder: Path, layout: Tenso
 
 
 def _require_the_same(
-    target: Path, draft: DraftModel, layout: TensorLayout, tmp_path: Path
+    vllm: Vllm, target: Path, draft: DraftModel, layout: TensorLayout, tmp_path: Path
 ) -> None:
     config, served = _described(target)
     folder = _export(draft, served, tmp_path / "export", layout)
-    (found,) = _in_vllm([_request(target, folder, layout)], PROMPTS, tmp_path)
-    assert "error" not in found, found["error"]
+    found = vllm.decode(target, folder, layout, PROMPTS)
     model = TargetModel.load(config)
-    for place, prompt in enumerate(PROMPTS):
-        tokens, drafted = _here(model, draft, prompt)
+    _require_equal(found, [_here(model, draft, prompt) for prompt in PROMPTS])
+
+
+def _require_equal(found: Mapping[str, Any], ours: Sequence[Decoded]) -> None:
+    assert "error" not in found, found["error"]
+    for place, (tokens, drafted) in enumerate(ours):
         assert found["tokens"][place] == tokens
+        # Equal texts and chains are equal rounds: as many drafted tokens are accepted in each.
         assert len(drafted) >= DECODING.max_new_tokens / (DECODING.draft_tokens + 1) - 1
         assert found["drafted"][place][: len(drafted)] == drafted
 
 
-def _request(target: Path, draft: Path, layout: TensorLayout) -> dict[str, str]:
-    loaded = draft if layout == "speculators" else target
-    return {"target": str(loaded), "draft": str(draft), "layout": layout}
-
-
-def _in_vllm(
-    drafts: Sequence[Mapping[str, str]],
-    prompts: Sequence[Sequence[int]],
-    folder: Path,
-    *,
-    timeout: int = 500,
-) -> list[dict[str, Any]]:
-    request = {
-        "drafts": drafts,
-        "prompts": prompts,
-        "draft_tokens": DECODING.draft_tokens,
-        "max_new_tokens": DECODING.max_new_tokens,
-    }
-    (folder / "request.json").write_text(json.dumps(request))
-    assert PYTHON is not None
-    done = subprocess.run(
-        [PYTHON, PROBE, folder / "request.json", folder / "answer.json"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    answers: list[dict[str, Any]] = json.loads((folder / "answer.json").read_text())
-    return answers
-
-
-def _here(
-    target: TargetModel, draft: DraftModel, prompt: Sequence[int]
-) -> tuple[list[int], list[list[int]]]:
+def _here(target: TargetModel, draft: DraftModel, prompt: Sequence[int]) -> Decoded:
     """Return the new tokens and every chain that was drafted."""
     drafted: list[list[int]] = []
     propose = ChainDrafter.propose

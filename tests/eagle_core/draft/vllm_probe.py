@@ -1,12 +1,14 @@
-"""Run by a Python that has vLLM: decodes greedily with exports and writes what was drafted."""
+"""Run by a Python that has vLLM: decodes greedily with exports and writes what was drafted.
+
+It reads a line per export and writes a line per answer, until nobody asks any more.
+"""
 
 import gc
 import json
 import os
 import sys
 import traceback
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the drafter must be in this process
@@ -20,31 +22,30 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def main(request_path: Path, answer_path: Path) -> None:
-    """Write {"tokens": [prompts][..], "drafted": [prompts][rounds][K]} of each draft.
+def main(answers: TextIO) -> None:
+    """Write {"tokens": [prompts][..], "drafted": [prompts][rounds][K]} for each request.
 
-    Of one that does not load, {"error": ...}.
+    For one that does not load, {"error": ...}.
     """
-    request = json.loads(request_path.read_text())
-    answers: list[dict[str, Any]] = []
-    for export in request["drafts"]:
+    gc.freeze()  # else each collection looks at all that the imports made
+    for line in sys.stdin:
         try:
-            answers.append(_answer(request, export))
+            answer = _answer(json.loads(line))
         except Exception:  # noqa: BLE001 (the other drafts go on)
-            answers.append({"error": traceback.format_exc()})
-        gc.collect()
+            answer = {"error": traceback.format_exc()}
         cleanup_dist_env_and_memory()
-        answer_path.write_text(json.dumps(answers))
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
-def _answer(request: dict[str, Any], export: dict[str, Any]) -> dict[str, list[Any]]:
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     speculation = {
         "method": "eagle3",
-        "model": export["draft"],
+        "model": request["draft"],
         "num_speculative_tokens": request["draft_tokens"],
     }
     llm = LLM(
-        model=export["target"],
+        model=request["target"],
         dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -52,14 +53,14 @@ def _answer(request: dict[str, Any], export: dict[str, Any]) -> dict[str, list[A
         max_num_seqs=2,
         distributed_executor_backend="uni",
         enable_prefix_caching=False,
-        **({"speculative_config": speculation} if export["layout"] == "serving" else {}),
+        **({"speculative_config": speculation} if request["layout"] == "serving" else {}),
     )
     drafted: list[list[int]] = []
     _listen(_drafter(llm), drafted)
     settings = SamplingParams(
         temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False
     )
-    answer: dict[str, list[Any]] = {"tokens": [], "drafted": []}
+    answer: dict[str, Any] = {"tokens": [], "drafted": []}
     for prompt in request["prompts"]:
         drafted.clear()
         (output,) = llm.generate(TokensPrompt(prompt_token_ids=prompt), settings, use_tqdm=False)
@@ -86,4 +87,5 @@ def _listen(drafter: Any, drafted: list[list[int]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with os.fdopen(int(sys.argv[1]), "w") as opened:
+        main(opened)
