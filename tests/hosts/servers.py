@@ -1,4 +1,4 @@
-"""The servers of a cluster on this host: PostgreSQL, Prefect, and the client of both."""
+"""The servers on this host: PostgreSQL, Prefect, and the client of both."""
 
 import os
 import shutil
@@ -37,6 +37,19 @@ class Prefect:
 @contextmanager
 def prefect_on_postgres(folder: Path) -> Iterator[Prefect]:
     """Run Prefect's server on PostgreSQL until the block ends."""
+    with _postgres(folder / "postgres.log") as database, _prefect(folder, database) as served:
+        yield served
+
+
+@contextmanager
+def prefect_on_sqlite(folder: Path) -> Iterator[Prefect]:
+    """Run Prefect's server on a file until the block ends."""
+    with _prefect(folder, f"sqlite+aiosqlite:///{folder / 'prefect.db'}") as served:
+        yield served
+
+
+@contextmanager
+def _prefect(folder: Path, database: str) -> Iterator[Prefect]:
     api_url = f"http://{FIRST_ADDRESS}:4200/api"
     environment = {
         **os.environ,
@@ -45,8 +58,8 @@ def prefect_on_postgres(folder: Path) -> Iterator[Prefect]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", FIRST_ADDRESS]
-    with _postgres(folder / "postgres.log") as database, ExitStack() as serving:
-        own = {**environment, "PREFECT_API_DATABASE_CONNECTION_URL": database}
+    own = {**environment, "PREFECT_API_DATABASE_CONNECTION_URL": database}
+    with ExitStack() as serving:
 
         def serve() -> None:
             serving.enter_context(process(command, own, folder / "prefect.log"))
