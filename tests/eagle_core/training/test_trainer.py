@@ -435,39 +435,48 @@ assert not [name for name in threads if "gloo" in name], threads  # may abort Py
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {},
-        {"num_hidden_layers": 2, "attention_bias": True, "qk_norm": True, "norm_before_fc": True},
-        {
-            "num_hidden_layers": 2,
-            "mlp_bias": True,
-            "sliding_window": 3,
-            "target_head": True,
-            "draft_vocab_size": 50,
-        },
-        {"hidden_size": 12, "norm_before_residual": True},
-    ],
-    ids=lambda variant: "-".join(variant) or "plain",
+RANKS_CONFIG = CONFIG.model_copy(
+    update={
+        "max_steps": 8,
+        "checkpoint_every": 4,
+        "schedule": "constant",
+        "max_grad_norm": 1e9,
+    }
 )
-def test_two_ranks_make_the_steps_of_one(tmp_path: Path, variant: dict[str, Any]) -> None:
-    """The same global batches, an epoch that ends in the middle of a step, and a resumed run."""
-    changes = {"max_steps": 8, "checkpoint_every": 4, "schedule": "constant", "max_grad_norm": 1e9}
-    config = CONFIG.model_copy(update=changes)
-    in_turns = config.model_copy(update={"batches_per_step": 2})
-    one, result = run(tmp_path / "one", in_turns, source=HALF_SILENT, variant=variant)
+RANKS_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "plain": {},
+    "biases-norms": {
+        "num_hidden_layers": 2,
+        "attention_bias": True,
+        "qk_norm": True,
+        "norm_before_fc": True,
+    },
+    "window-target_head": {
+        "num_hidden_layers": 2,
+        "mlp_bias": True,
+        "sliding_window": 3,
+        "target_head": True,
+        "draft_vocab_size": 50,
+    },
+    "narrower": {"hidden_size": 12, "norm_before_residual": True},
+}
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders VARIANT/SHARDING of runs of two ranks, all by one launch; each is resumed once."""
+    folder = tmp_path_factory.mktemp("ranks")
     runs = [
         (
-            str(tmp_path / sharding),
-            config.model_copy(update=changes).model_dump(mode="json"),
+            str(folder / name / sharding),
+            RANKS_CONFIG.model_copy(update=changes).model_dump(mode="json"),
             variant,
         )
+        for name, variant in RANKS_VARIANTS.items()
         for sharding in ("replicate", "shard")
         for changes in ({"sharding": sharding, "max_steps": steps} for steps in (4, 8))
     ]  # each second run goes on from the checkpoint of the first
-    script = tmp_path / "ranks.py"
+    script = folder / "ranks.py"
     script.write_text(_RANKS)
     subprocess.run(
         [
@@ -478,13 +487,24 @@ def test_two_ranks_make_the_steps_of_one(tmp_path: Path, variant: dict[str, Any]
         timeout=LIMIT_SECONDS,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS_VARIANTS)
+def test_two_ranks_make_the_steps_of_one(of_two_ranks: Path, tmp_path: Path, name: str) -> None:
+    """The same global batches, an epoch that ends in the middle of a step, and a resumed run."""
+    variant = RANKS_VARIANTS[name]
+    in_turns = RANKS_CONFIG.model_copy(update={"batches_per_step": 2})
+    one, result = run(tmp_path, in_turns, source=HALF_SILENT, variant=variant)
     for sharding in ("replicate", "shard"):
         draft, _ = random_draft(**variant)
-        folder = checkpoint.newest(tmp_path / sharding)
+        path = of_two_ranks / name / sharding
+        folder = checkpoint.newest(path)
         assert folder is not None
         checkpoint.load_weights(draft, folder)
         assert_close(draft.state_dict(), one)
-        assert_close(moments(tmp_path / sharding), moments(tmp_path / "one"))
+        assert_close(moments(path), moments(tmp_path))
         found = checkpoint.read(folder)
         assert found.step == 8
         assert found.figures["loss"] == pytest.approx(result.figures.loss, rel=1e-4)
