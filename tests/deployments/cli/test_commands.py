@@ -26,9 +26,8 @@ def test_list_names_flows_and_recipes() -> None:
     assert recipes <= words, f"not listed: {recipes - words}"
 
 
-@pytest.mark.slow
 def test_a_wrong_key_is_one_message_without_traceback() -> None:
-    ended = eyas("run", "offline", "smollm2", "--set", "training.max_step=3")
+    ended = eyas_here("run", "offline", "smollm2", "--set", "training.max_step=3")
     assert ended.returncode == 1
     assert "training.max_step: there is no such key" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -13,10 +13,13 @@ import pytest
 from storage.maintenance.verify import verify_store
 from storage.store import Store
 from tests import tiny
-from tests.deployments.cli.terminal import ROOT, eyas
+from tests.deployments.cli.terminal import ROOT, eyas_here
 from tests.waiting import LIMIT_SECONDS, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+_SMALL_SHARDS = "store: {shard_tokens: 400, shards_per_task: 3}"
 
 
 def _recipe(
@@ -47,6 +50,7 @@ evaluation: {{num_prompts: 2, max_new_tokens: 4}}
 """
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
     tmp_path: Path, tiny_target_path: Path
 ) -> None:
@@ -72,7 +76,7 @@ def test_a_stopped_training_is_no_completed_run_and_is_not_evaluated(
     # The same run, shortened to where it stopped, is complete: evaluation goes on from there.
     step = int(last.partition("at step ")[2].split()[0])
     shorter = _recipe(tmp_path, tiny_target_path, sections=_training(step))
-    ended = eyas("run", "offline", shorter, "--home", str(home))
+    ended = eyas_here("run", "offline", shorter, "--home", str(home))
     assert ended.returncode == 0, ended.stderr
     assert list(home.rglob("evaluation.json"))
     for expected in (
@@ -101,7 +105,7 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
         tmp_path,
         tiny_target_path,
         num_conversations=300,
-        sections="store: {shard_tokens: 400, shards_per_task: 3}",
+        sections=_SMALL_SHARDS,
     )
     home = tmp_path / "home"
     command = ("run", "hidden-states", recipe, "--home", str(home))
@@ -131,24 +135,25 @@ def test_a_stopped_generation_leaves_no_process_and_whole_shards(
     assert verify_store(store, deep=True) == []
 
 
-def test_a_kill_leaves_no_server_behind(
+def test_a_kill_leaves_no_process_behind(
     tmp_path: Path, tiny_target_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "")
     home = tmp_path / "home"
-    recipe = _recipe(tmp_path, tiny_target_path, sections=_training(100_000))
+    recipe = _recipe(tmp_path, tiny_target_path, num_conversations=300, sections=_SMALL_SHARDS)
     child = subprocess.Popen(
-        [sys.executable, "-m", "deployments", "run", "offline", recipe, "--home", str(home)],
+        [sys.executable, "-m", "deployments", "run", "hidden-states", recipe, "--home", str(home)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     )
-    _wait_for(child, lambda: bool(list(home.rglob("step-*"))), what="the first checkpoint")
+    _wait_for(child, lambda: bool(list(home.rglob("commits/*.json"))), what="the first shard")
     below = psutil.Process(child.pid).children(recursive=True)
     servers = [one for one in below if "deployments.cli.temporary_server" in one.cmdline()]
     assert len(servers) == 1
+    assert len(below) > 1, "the shards are made in a process"
     child.kill()
     child.communicate()
-    _, living = psutil.wait_procs(servers, timeout=LIMIT_SECONDS)
+    _, living = psutil.wait_procs(below, timeout=LIMIT_SECONDS)
     assert not living
