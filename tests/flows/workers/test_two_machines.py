@@ -5,12 +5,14 @@ Each is a process of the command line on loopback; `tests/hosts` gives each a ne
 
 import socket
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
 from flows.bridge.run_lock import LOCK_NAME
+from tests.deployments.cli.terminal import eyas_here
 from tests.machines import (
     Machine,
     none_left,
@@ -28,13 +30,23 @@ Start = Callable[..., Machine]
 
 
 @pytest.fixture(scope="module")
+def reporting(prefect_server: str) -> dict[str, str]:
+    """All machines report to one server: to start one takes longer than to train."""
+    return {"PREFECT_API_URL": prefect_server}
+
+
+@pytest.fixture(scope="module")
 def recipe(
-    tmp_path_factory: pytest.TempPathFactory, tiny_target_path: Path, conversations_path: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_target_path: Path,
+    conversations_path: Path,
+    prefect_server: str,  # noqa: ARG001 (a flow needs one)
 ) -> Path:
     """A recipe with a store beside it."""
     folder = tmp_path_factory.mktemp("machines")
     path = write_recipe(folder / "recipe.yaml", tiny_target_path, conversations_path)
-    start("hidden-states", path, folder / "states.log").ended_well()
+    made = eyas_here("run", "hidden-states", str(path), "--home", str(folder / "home"))
+    assert made.returncode == 0, made.stderr
     return path
 
 
@@ -45,26 +57,34 @@ def _none_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def machine(recipe: Path, tmp_path: Path) -> Start:
-    """Return what starts one of two machines by its number."""
+def together() -> tuple[str, ...]:
+    """Settings of two machines."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    return ("training.nodes=2", f"training.rendezvous=127.0.0.1:{port}")
+
+
+@pytest.fixture
+def machine(
+    recipe: Path, tmp_path: Path, together: tuple[str, ...], reporting: dict[str, str]
+) -> Start:
+    """Return what starts one of two machines by its number."""
 
     def start_one(number: int, run: str, *overrides: str) -> Machine:
         return start(
             "train",
             recipe,
             tmp_path / f"{run}-{number}.log",
-            *("training.nodes=2", f"training.rendezvous=127.0.0.1:{port}", *overrides),
+            *(*together, *overrides),
             run=run,
-            environment={"EYAS_NODE_RANK": str(number)},
+            environment={"EYAS_NODE_RANK": str(number), **reporting},
         )
 
     return start_one
 
 
 def test_stopped_killed_and_resumed_machines_end_in_the_bits_of_one(
-    recipe: Path, machine: Start, tmp_path: Path
+    recipe: Path, machine: Start, tmp_path: Path, reporting: dict[str, str]
 ) -> None:
     two = run_path(recipe, "two")
     machines = [machine(0, "two"), machine(1, "two")]
@@ -89,8 +109,8 @@ def test_stopped_killed_and_resumed_machines_end_in_the_bits_of_one(
     assert (two / "report.html").exists()
     assert (two / LOCK_NAME).read_bytes().strip() == b""
 
-    one = start("train", recipe, tmp_path / "one.log", "training.num_processes=2", run="one")
-    one.ended_well()
+    alone, log = "training.num_processes=2", tmp_path / "one.log"
+    start("train", recipe, log, alone, run="one", environment=reporting).ended_well()
     found = weights(two)
     for name, tensor in weights(run_path(recipe, "one")).items():
         assert torch.equal(found[name], tensor), name
@@ -103,14 +123,19 @@ def test_machines_with_other_settings_are_told_so(machine: Start) -> None:
     assert "training cannot begin on all machines" in first.failed()
 
 
-def test_machines_that_wait_in_vain_say_so(machine: Start, recipe: Path) -> None:
-    patience = "training.node_timeout_seconds=5"
-    first = machine(0, "alone", patience)
-    assert "not all 2 machines of run tiny-facts-alone came to 127.0.0.1:" in first.failed()
-    other = machine(1, "alone", patience)
-    assert "the first machine of run alone does not wait" in other.failed().replace(
-        "tiny-facts-", ""
-    )
+def test_machines_that_wait_in_vain_say_so(
+    machine: Start, recipe: Path, together: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [("--set", one) for one in (*together, "training.node_timeout_seconds=5")]
+    command = ("run", "train", str(recipe), "--home", str(recipe.parent / "home"), *chain(*sets))
+    for number, expected in (
+        (0, "not all 2 machines of run tiny-facts-alone came to 127.0.0.1:"),
+        (1, "the first machine of run tiny-facts-alone does not wait"),
+    ):
+        monkeypatch.setenv("EYAS_NODE_RANK", str(number))
+        ended = eyas_here(*command, "--run", "alone")
+        assert ended.returncode == 1
+        assert expected in " ".join(ended.stderr.split())
     patient = machine(1, "patient")
     wait_for(lambda: "waiting for the first machine" in patient.log.read_text(), what="it to wait")
     patient.stop()
