@@ -41,7 +41,7 @@ install: $(VENV)/installed ## set up .venv with everything pinned
 demo: install ## conversations -> hidden states -> trained draft -> measured acceptance, offline
 	@$(BIN)/eyas run offline smollm2
 
-test: install ## run the tests (about 15 minutes on 2 cores)
+test: install ## run the tests (about half an hour on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-quick: install ## the tests without a server, browser, S3 or torchrun (about a minute)
