@@ -74,18 +74,10 @@ def measuring_process() -> Iterator[None]:
         child.close()
 
 
-@pytest.fixture(scope="session")
-def drawn() -> dict[str, str]:
-    """Plots by name."""
-    return {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plots_drawn_once(drawn: dict[str, str]) -> Iterator[None]:
-    """Draw one plot of each name: half of a short training.
-
-    Modules that look at plots, and the whole pipeline, have none of this: they override it.
-    """
+@pytest.fixture(scope="module")
+def plots_drawn_once() -> Iterator[None]:
+    """Draw one plot of each name, for modules that look at none: half of a short training."""
+    drawn: dict[str, str] = {}
     draw = plots._svg
 
     def once(figure: Figure, name: str) -> str:

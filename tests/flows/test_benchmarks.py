@@ -27,7 +27,7 @@ from tests.eagle_core.evaluation.benchmarks.files import write_sets
 pytestmark = [
     pytest.mark.server,
     pytest.mark.slow,
-    pytest.mark.usefixtures("prefect_server"),
+    pytest.mark.usefixtures("prefect_server", "plots_drawn_once"),
 ]
 
 TRAINING = TrainingConfig(dtype="float32", draft_vocab_size=300, max_steps=1, batch_tokens=256)

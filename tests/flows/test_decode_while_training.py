@@ -34,7 +34,7 @@ from flows.tasks.decoding import require_decodable
 from flows.train import train_flow
 from flows.workers.decoders import open_decoder
 
-pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server", "plots_drawn_once")]
 
 PLAIN = TrainingConfig(
     dtype="float32",

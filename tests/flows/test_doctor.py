@@ -40,7 +40,7 @@ from tests.deployments.cli.terminal import eyas_here
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.usefixtures("prefect_server"),
+    pytest.mark.usefixtures("prefect_server", "plots_drawn_once"),
 ]
 
 TRAINING = TrainingConfig(

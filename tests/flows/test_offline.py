@@ -22,11 +22,6 @@ TRAINING = TrainingConfig(dtype="float32", draft_vocab_size=300, max_steps=1, ba
 EVALUATION = EvaluationConfig(num_prompts=1, max_new_tokens=4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plots_drawn_once() -> None:
-    """Draw all plots: elsewhere a flow draws one of each name."""
-
-
 @pytest.fixture
 def own(tmp_path: Path, target: TargetConfig) -> TargetConfig:
     """A copy of the tiny target, of which this process has read nothing."""

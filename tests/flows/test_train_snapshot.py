@@ -32,7 +32,7 @@ from storage.store import Store
 from tests import tiny
 from tests.storage.synthetic import committed_samples
 
-pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server")]
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect_server", "plots_drawn_once")]
 
 
 class _Data:
