@@ -19,8 +19,8 @@ def make_optimizers(draft: DraftModel, config: TrainingConfig) -> list[torch.opt
     trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
     if config.optimizer == "adamw":
         return [_adamw(list(trained.values()), config)]
-    hidden = [p for name, p in trained.items() if p.ndim == 2 and not name.startswith("lm_head")]
-    others = [p for name, p in trained.items() if p.ndim != 2 or name.startswith("lm_head")]
+    hidden = [p for name, p in trained.items() if is_hidden_matrix(name, p)]
+    others = [p for name, p in trained.items() if not is_hidden_matrix(name, p)]
     muon = torch.optim.Muon(
         hidden,
         lr=config.peak_learning_rate,
@@ -28,6 +28,11 @@ def make_optimizers(draft: DraftModel, config: TrainingConfig) -> list[torch.opt
         adjust_lr_fn="match_rms_adamw",  # so that AdamW's learning rates suit both
     )
     return [muon, _adamw(others, config)]
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether Muon, if chosen, is the optimizer of a draft's trained parameter."""
+    return parameter.ndim == 2 and not name.startswith("lm_head")
 
 
 def _adamw(parameters: Sequence[Tensor], config: TrainingConfig) -> torch.optim.Optimizer:

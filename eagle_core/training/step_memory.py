@@ -18,6 +18,7 @@ from eagle_core.draft.config import NUM_AUX_LAYERS, DraftConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.loss import CHUNK_ROWS
+from eagle_core.training.optimizers import is_hidden_matrix
 
 _FLOAT32 = 4
 _ADAM_STATES = 2
@@ -85,9 +86,9 @@ def training_memory(
     """
     with torch.device("meta"):
         draft = DraftModel(config)
-    trained = {name: p.numel() for name, p in draft.named_parameters() if p.requires_grad}
+    num_trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     every = sum(parameter.numel() for parameter in draft.parameters())
-    num_trained, item = sum(trained.values()), dtype.itemsize
+    item = dtype.itemsize
     head_rows = config.draft_vocab_size * config.target_hidden_size * item
     rounded = num_trained * item if dtype != torch.float32 else 0
     return TrainingMemory(
@@ -102,9 +103,7 @@ def _optimizer_bytes(draft: nn.Module, training: TrainingConfig) -> int:
     """Return the bytes of AdamW's two moments, or Muon's one for the layers' matrices."""
     num_values = 0
     for name, parameter in draft.named_parameters():
-        is_muon = (
-            training.optimizer == "muon" and parameter.ndim == 2 and not name.startswith("lm_head")
-        )
+        is_muon = training.optimizer == "muon" and is_hidden_matrix(name, parameter)
         num_values += parameter.requires_grad * parameter.numel() * (1 if is_muon else _ADAM_STATES)
     shards = training.world_size if training.sharding == "shard" else 1
     return num_values * _FLOAT32 // shards

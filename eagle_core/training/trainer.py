@@ -318,7 +318,7 @@ class _Run:
     ) -> None:
         """Raise unless losses and gradient are finite on all processes, before a weight changes.
 
-        All are looked at once: on a GPU it is the only value of a step that is waited for.
+        All are looked at together, so that a GPU is waited for once.
         """
         finite = torch.stack([torch.isfinite(value.detach()) for value in (norm, *losses)])
         if not self.processes.any(not finite.all()):
