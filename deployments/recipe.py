@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,10 +18,12 @@ from eagle_core.regeneration.config import RegenerationConfig
 from eagle_core.target.config import TargetConfig
 from eagle_core.tracking.config import TrackingConfig
 from eagle_core.training.config import TrainingConfig
-from flows.bridge.run import Run
 from flows.config.export import RunExportConfig
 from flows.config.runner import RunnerConfig
 from flows.config.store import StoreConfig
+
+if TYPE_CHECKING:
+    from flows.bridge.run import Run
 
 FOLDER = Path(__file__).parent / "recipes"
 FORMER_FOLDER = FOLDER.parent  # recipes were here before they had a folder
@@ -95,7 +97,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return _validated(document, overrides, str(path))
 
 
-def recipe_of_run(run: Run, run_path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def recipe_of_run(run: "Run", run_path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a run, with overrides applied.
 
     Sections that a run does not record have their defaults.

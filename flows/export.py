@@ -8,8 +8,9 @@ from typing import Any
 from prefect import flow
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.draft.export import ExportLayout, ServedTarget
+from eagle_core.draft.export import ServedTarget
 from eagle_core.draft.export import export as write_layouts
+from eagle_core.draft.export_config import ExportLayout
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.readers import OF_SERVING, Reader, lacking
 from eagle_core.serving.llamacpp.draft_file import export_gguf

@@ -14,13 +14,8 @@ from flows.orchestration.run_name import run_name
 from flows.orchestration.stage_report import report_stage
 from flows.reports.store_tables import garbage_rows
 from flows.workspace import DEFAULT_HOME, Workspace
-from storage.maintenance.gc import (
-    OLDER_THAN_HOURS,
-    Garbage,
-    collect,
-    find_garbage,
-    snapshots_to_keep,
-)
+from storage.maintenance import OLDER_THAN_HOURS
+from storage.maintenance.gc import Garbage, collect, find_garbage, snapshots_to_keep
 from storage.store import Store
 
 

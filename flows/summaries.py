@@ -8,7 +8,7 @@ from eagle_core.data.config import DatasetConfig
 from eagle_core.data.ledger import Reason
 from eagle_core.data.manifest import SourceCounts
 from eagle_core.diagnosis.finding import Finding
-from eagle_core.draft.export import ExportLayout
+from eagle_core.draft.export_config import ExportLayout
 from eagle_core.draft.readers import Reader
 from eagle_core.draft.vocabulary import SourceCoverage
 from eagle_core.evaluation.acceptance import AcceptanceReport

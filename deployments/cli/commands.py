@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from deployments import prefect_yaml
 from deployments.cli.console import ERRORS, OUT, one_message
 from deployments.cli.engine_commands import engines
 from deployments.cli.environment import settle_environment
@@ -21,14 +22,16 @@ from deployments.cli.run_argument import (
 )
 from deployments.cli.serve_command import serve
 from deployments.cli.store_commands import gc, inspect, verify
+from deployments.recipe import load_recipe, recipe_names, recipe_text
 from deployments.registry import FLOWS, IMPORT_STORE, FlowEntry, find_flow
+from eagle_core.atomic_files import write_text
 from eagle_core.errors import ConfigError
 from flows.workspace import DEFAULT_HOME
 
 if TYPE_CHECKING:
     from flows.summaries import ImportSummary
 
-# Recipes import torch: only the commands that need a recipe import them.
+# `--help` answers at once: what takes long to import is imported by the commands that need it.
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -221,8 +224,6 @@ app.add_typer(engines, name="engines")
 @app.command(name="list")
 def list_everything() -> None:
     """List the flows and the recipes."""
-    from deployments.recipe import recipe_names  # noqa: PLC0415 (see above)
-
     table = Table("flow", "description", box=None, pad_edge=False)
     for entry in FLOWS:
         table.add_row(entry.name, entry.description)
@@ -236,16 +237,13 @@ def render_deployments(
     path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("prefect.yaml"),
 ) -> None:
     """Write prefect.yaml from the recipes."""
-    from deployments import prefect_yaml  # noqa: PLC0415 (see above)
-    from deployments.recipe import recipe_names  # noqa: PLC0415 (see above)
-
     with one_message():
         path.write_text(prefect_yaml.render(), encoding="utf-8")
         OUT.print(f"wrote {path}: {len(FLOWS)} flows for {len(recipe_names())} recipes")
 
 
 def _require_choices(own: Mapping[str, str | bool | int]) -> None:
-    """Raise ConfigError unless the import's choices are known ones, before torch is imported."""
+    """Raise ConfigError unless the import's choices are known ones."""
     for key, choices in IMPORT_CHOICES.items():
         if own[key] not in choices:
             known = ", ".join(choices)
@@ -254,9 +252,6 @@ def _require_choices(own: Mapping[str, str | bool | int]) -> None:
 
 def _write_imported_recipe(recipe: str, overrides: list[str], summary: "ImportSummary") -> Path:
     """Write the recipe that trains on imported states; return its path."""
-    from deployments.recipe import load_recipe, recipe_text  # noqa: PLC0415 (see above)
-    from eagle_core.atomic_files import write_text  # noqa: PLC0415 (see above)
-
     imported = load_recipe(recipe, overrides).model_copy(update={"dataset": summary.dataset})
     path = summary.ledger_path.with_name("recipe.yaml")
     write_text(path, recipe_text(imported))
@@ -271,19 +266,19 @@ def _run_flow(
     own: Mapping[str, str | bool | int] | None = None,
 ) -> Any:  # noqa: ANN401 (of any flow)
     """Run a flow and return its result; `own` holds parameters that are no sections of a recipe."""
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 (see above)
-
     with one_message(stopped="stopped; the same command resumes with what is missing"):
         entry = find_flow(flow) if isinstance(flow, str) else flow
         parameters = parameters_of(entry, recipe, overrides, home, own or {})
         settle_environment()
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        from transformers.utils import logging  # noqa: PLC0415 (see above)
+
         from deployments.api import (  # noqa: PLC0415 (Prefect reads its environment here)
             prefect_api,
             print_own_lines,
             print_own_warnings,
         )
 
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         subject = parameters["target"] if "target" in parameters else parameters["dataset"]
         ERRORS.print(f"[bold]eyas[/bold] {entry.name}/{subject.name}")
         print_own_warnings()

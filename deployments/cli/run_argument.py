@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deployments.recipe import Recipe, load_recipe, recipe_of_run
 from deployments.registry import FlowEntry
 from eagle_core.errors import ConfigError
-from flows.workspace import DEFAULT_HOME
+from flows.workspace import DEFAULT_HOME, Workspace, require_run_name
 
 if TYPE_CHECKING:
-    from deployments.recipe import Recipe
+    from flows.bridge.run import Run
 
-# Recipes import torch: only the commands that need a recipe import them.
+# Records of runs import torch: only the commands that are given a run import them.
 
 RunArgument = Annotated[
     str,
@@ -41,16 +42,12 @@ def parameters_of(
     own: Mapping[str, str | bool | int],
 ) -> dict[str, Any]:
     """Return the parameters of a flow, from a recipe or from the folder of a run."""
-    from deployments.recipe import load_recipe, recipe_of_run  # noqa: PLC0415 (see above)
-    from flows.bridge.run import read_run  # noqa: PLC0415 (see above)
-    from flows.workspace import require_run_name  # noqa: PLC0415 (see above)
-
     if "run" in own and "run" not in entry.own_parameters:
         raise ConfigError(f"{entry.name} takes no run name; omit --run {own['run']}")
     if "snapshot_id" in own and "snapshot_id" not in entry.own_parameters:
         raise ConfigError(f"--snapshot is for train only; {entry.name} takes none")
     folder = Path(os.path.abspath(Path(recipe).expanduser()))  # noqa: PTH100 (resolves `..`, keeps links)
-    run = read_run(folder) if folder.is_dir() else None
+    run = _read_run(folder) if folder.is_dir() else None
     if run is None and (folder / "checkpoints").is_dir():
         raise ConfigError(
             f"{recipe} is the folder of a run without run.json, from an older version: name the "
@@ -70,10 +67,14 @@ def parameters_of(
     return {section: getattr(loaded, section) for section in entry.sections} | {**own, "home": home}
 
 
-def _name_of_run(folder: Path, home: str, recipe: "Recipe") -> str:
-    """Return the name of the run in `folder`, which must be where flows expect it."""
-    from flows.workspace import Workspace  # noqa: PLC0415 (see above)
+def _read_run(folder: Path) -> "Run | None":
+    from flows.bridge.run import read_run  # noqa: PLC0415 (see above)
 
+    return read_run(folder)
+
+
+def _name_of_run(folder: Path, home: str, recipe: Recipe) -> str:
+    """Return the name of the run in `folder`, which must be where flows expect it."""
     target, dataset = recipe.target.name, recipe.dataset.name
     name = folder.name.removeprefix(f"{target}-{dataset}-")
     expected = Workspace.at(home, target=target, dataset=dataset).run_path(name)

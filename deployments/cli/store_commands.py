@@ -7,13 +7,9 @@ import typer
 from rich.progress import Progress
 
 from deployments.cli.console import ERRORS, OUT, one_message
-from flows.reports.inspection import inspect_store
-from flows.reports.store_summaries import SIZES, VerifySummary
-from flows.reports.store_tables import garbage_rows, store_rows, verify_rows
-from flows.reports.table import print_table
-from storage.maintenance.gc import OLDER_THAN_HOURS, collect, find_garbage, snapshots_to_keep
-from storage.maintenance.verify import verify_store
-from storage.store import Store
+from storage.maintenance import OLDER_THAN_HOURS
+
+# Stores import zarr and Arrow: only the commands that open one import them.
 
 StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="Path or URL of a store, such as s3://bucket/llama3.")
@@ -22,6 +18,10 @@ StoreArgument = Annotated[
 
 def inspect(store: StoreArgument) -> None:
     """Show the contents of a store."""
+    from flows.reports.inspection import inspect_store  # noqa: PLC0415 (see above)
+    from flows.reports.store_tables import store_rows  # noqa: PLC0415 (see above)
+    from flows.reports.table import print_table  # noqa: PLC0415 (see above)
+
     with one_message():
         figures = inspect_store(store)
         print_table(f"Store {store}", store_rows(figures))
@@ -34,6 +34,12 @@ def verify(
     ] = False,
 ) -> None:
     """Check a store for damage; exit 1 if there is any."""
+    from flows.reports.store_summaries import SIZES, VerifySummary  # noqa: PLC0415 (see above)
+    from flows.reports.store_tables import verify_rows  # noqa: PLC0415 (see above)
+    from flows.reports.table import print_table  # noqa: PLC0415 (see above)
+    from storage.maintenance.verify import verify_store  # noqa: PLC0415 (see above)
+    from storage.store import Store  # noqa: PLC0415 (see above)
+
     with one_message():
         started = time.monotonic()
         opened = Store.open(store)
@@ -94,6 +100,11 @@ def gc(
     ] = False,
 ) -> None:
     """List what no snapshot of a store needs; with --yes, delete it. Stop hidden-states first."""
+    from flows.reports.store_tables import garbage_rows  # noqa: PLC0415 (see above)
+    from flows.reports.table import print_table  # noqa: PLC0415 (see above)
+    from storage.maintenance.gc import collect, find_garbage, snapshots_to_keep  # noqa: PLC0415 (see above)
+    from storage.store import Store  # noqa: PLC0415 (see above)
+
     with one_message():
         opened = Store.open(store)
         kept = snapshots_to_keep(

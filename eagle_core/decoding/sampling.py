@@ -1,35 +1,20 @@
-"""How the next token is chosen from the target's logits, and what may limit the choice.
+"""How the next token is chosen from the target's logits.
 
-The limits mean what they mean in transformers, in its order: the penalty, the temperature, top-k,
-then top-p.
+The limits (`sampling_limits`) act in transformers' order: the penalty, the temperature, top-k, then
+top-p.
 
 Shapes: V target vocabulary.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from eagle_core.decoding.sampling_limits import SamplingLimits
 from eagle_core.decoding.verification import sample_token
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingLimits:
-    """Which tokens may be chosen; the defaults limit nothing."""
-
-    top_p: float = 1.0
-    """Only the most likely tokens whose probabilities add up to this."""
-    top_k: int | None = None
-    """Only so many of the most likely tokens; None means all."""
-    repetition_penalty: float = 1.0
-    """Divides the logits of tokens that are in the prompt or in the text so far."""
-
-
-NO_LIMITS = SamplingLimits()
 
 
 def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from eagle_core.decoding.chain_drafter import ChainDrafter, DraftNetwork, Proposal
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits, pick_token, stream_seed
+from eagle_core.decoding.sampling import pick_token, stream_seed
+from eagle_core.decoding.sampling_limits import NO_LIMITS, SamplingLimits
 from eagle_core.decoding.target_cache import CachedTarget, CacheT, TargetCache
 from eagle_core.decoding.trace import GenerationTrace, VerificationRound, kept_round
 from eagle_core.decoding.verification import Verdict, verify_greedy, verify_sampled

@@ -1,9 +1,9 @@
-"""Sizes of a draft model, and the choice of a run's checkpoint."""
+"""Sizes of a draft model."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PretrainedConfig
@@ -272,6 +272,3 @@ def _divisor_up_to(most: int, number: int) -> int:
 def _norm_eps(target: PretrainedConfig) -> float:
     found = (getattr(target, name, None) for name in _NORM_EPS)
     return float(next((value for value in found if value is not None), 1e-6))
-
-
-CheckpointChoice = Literal["best", "newest"]

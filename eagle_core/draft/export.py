@@ -11,17 +11,16 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from eagle_core.atomic_files import atomic_folder
 from eagle_core.bfloat16 import DTYPES, require_finite
-from eagle_core.config_model import ConfigModel
 from eagle_core.draft.config import DraftConfig
+from eagle_core.draft.export_config import ExportConfig, TensorLayout
 from eagle_core.draft.layout import EMBEDDING, HEAD, VOCABULARY, to_serving, to_speculators
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.readers import require_reader, require_serving
@@ -31,39 +30,6 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 TARGET_HEAD = "target_head"
 """Our key of layout speculators, which holds the target's own head as well."""
-TensorLayout = Literal["serving", "speculators"]
-ExportLayout = Literal["serving", "speculators", "gguf"]
-
-
-class ExportConfig(ConfigModel):
-    """How to export a trained draft for serving."""
-
-    layouts: tuple[ExportLayout, ...] = Field(
-        default=("serving", "speculators"),
-        min_length=1,
-        description="serving: for SGLang, vLLM and TensorRT-LLM; speculators: for the speculators "
-        "library; gguf: for llama.cpp, whose converter writes it. Each layout is written to a "
-        "folder of that name.",
-    )
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="Dtype of the exported weights; training keeps float32."
-    )
-    with_embedding: bool = Field(
-        default=False,
-        description="Also write the target's embedding into the serving layout. Engines share the "
-        "target's own, so this only makes the file larger. A draft of another width has its own, "
-        "which is always written.",
-    )
-    speculative_tokens: int = Field(
-        default=5,
-        gt=0,
-        description="Default number of drafted tokens per round, for the speculators config.",
-    )
-    verifier: str | None = Field(
-        default=None,
-        description="Hugging Face id or folder of the target, for the speculators config; empty "
-        "means the target's own `model`.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

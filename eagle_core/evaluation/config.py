@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from eagle_core.address import Address
 from eagle_core.decoding.config import DecodingConfig, TreeConfig
-from eagle_core.draft.config import CheckpointChoice
 from eagle_core.evaluation.benchmarks.config import BenchmarkConfig
 from eagle_core.evaluation.benchmarks.sets import BenchmarkName
+from eagle_core.training.config import CheckpointChoice
 
 EvaluationEngine = Literal["eyas", "vllm", "llamacpp"]
 DraftProbability = Annotated[float, Field(ge=0, lt=1)]

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from eagle_core.address import Address
 from eagle_core.atomic_files import FOLDER_NAME
 from eagle_core.config_model import ConfigModel
-from eagle_core.decoding.sampling import SamplingLimits
+from eagle_core.decoding.sampling_limits import SamplingLimits
 from eagle_core.serving.served import EngineName
 
 _OF_A_SERVER = ("base_url", "model", "credentials")

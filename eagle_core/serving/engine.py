@@ -7,7 +7,7 @@ from typing import Protocol
 import httpx
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import SamplingLimits
+from eagle_core.decoding.sampling_limits import SamplingLimits
 from eagle_core.decoding.trace import GenerationTrace
 from eagle_core.serving.served import Served
 

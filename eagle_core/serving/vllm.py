@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import SamplingLimits, stream_seed
+from eagle_core.decoding.sampling import stream_seed
+from eagle_core.decoding.sampling_limits import SamplingLimits
 from eagle_core.decoding.trace import GenerationTrace, until_stop
 from eagle_core.draft.importing import read_draft_config
 from eagle_core.draft.readers import require_reader

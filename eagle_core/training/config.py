@@ -8,14 +8,15 @@ from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from eagle_core.config_model import ConfigModel
-from eagle_core.training.precision import TrainingDtype
 
+TrainingDtype = Literal["auto", "float32", "bfloat16"]
 LossPositions = Literal["eagle3", "predicted"]
 LossReduction = Literal["positions", "tokens", "sequence"]
 Objective = Literal["cross_entropy", "lk_alpha", "lk_hybrid"]
 Sharding = Literal["replicate", "shard"]
 Extend = Literal["keep", "restretch"]
 BestBy = Literal["joint_prefix", "decoding"]
+CheckpointChoice = Literal["best", "newest"]
 
 CLOSED_FORM = "closed_form"
 RANDOM = "random"

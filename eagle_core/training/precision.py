@@ -1,12 +1,9 @@
 """The dtype of training's matrix products: bfloat16 where the hardware supports it natively."""
 
-from typing import Literal
-
 import torch
 
 from eagle_core.bfloat16 import DTYPES, multiplies_bfloat16
-
-TrainingDtype = Literal["auto", "float32", "bfloat16"]
+from eagle_core.training.config import TrainingDtype
 
 
 def multiplying_dtype(wanted: TrainingDtype, device: torch.device) -> torch.dtype:

@@ -9,13 +9,8 @@ import torch
 
 from eagle_core.diagnosis.draft_interface import Exports
 from eagle_core.diagnosis.export_config import Difference, differences
-from eagle_core.draft.export import (
-    CONFIG_NAME,
-    ExportConfig,
-    ServedTarget,
-    serving_config,
-    speculators_config,
-)
+from eagle_core.draft.export import CONFIG_NAME, ServedTarget, serving_config, speculators_config
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.draft.layout import from_any_layout
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, CorruptError

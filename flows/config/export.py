@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
-from eagle_core.draft.config import CheckpointChoice
-from eagle_core.draft.export import ExportConfig
+from eagle_core.draft.export_config import ExportConfig
+from eagle_core.training.config import CheckpointChoice
 
 
 class RunExportConfig(ExportConfig):

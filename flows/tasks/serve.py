@@ -15,7 +15,8 @@ from typing import Literal, cast
 
 from eagle_core.atomic_files import atomic_folder, file_digest
 from eagle_core.data.config import DatasetConfig
-from eagle_core.draft.export import ExportConfig, export
+from eagle_core.draft.export import export
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.errors import ConfigError
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.engine_report import DraftSetting, EngineSpeed

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from eagle_core.atomic_files import partial_folder
-from eagle_core.draft.export import ExportConfig, ServedTarget, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.evaluation.config import EvaluationConfig
 from eagle_core.evaluation.measure_engine import concurrencies

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_core.data.config import DatasetConfig
-from eagle_core.draft.config import CheckpointChoice, DraftConfig
+from eagle_core.draft.config import DraftConfig
 from eagle_core.errors import ConfigError
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.tokenizer import conversation_tokenizer
 from eagle_core.tokenization.token_file import TokenFile
 from eagle_core.training import checkpoint
 from eagle_core.training.checkpoint import Checkpoint
-from eagle_core.training.config import TrainingConfig
+from eagle_core.training.config import CheckpointChoice, TrainingConfig
 from flows.bridge.draft_setup import DraftSetup, set_up_draft
 from flows.bridge.run import Run, own_tokens, read_run
 from flows.tasks.prepare import prepare_weights, tokens_of_run

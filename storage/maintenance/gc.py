@@ -19,6 +19,7 @@ from typing import cast
 import numpy as np
 
 from storage.errors import ConfigError, CorruptError
+from storage.maintenance import OLDER_THAN_HOURS
 from storage.objects.listing import Entry
 from storage.objects.local_files import TEMPORARY_SUFFIX
 from storage.records import keys
@@ -29,9 +30,6 @@ from storage.records.plan import Plan, PlannedShard
 from storage.records.sample_rows import is_id
 from storage.records.snapshot import Snapshot
 from storage.store import Store
-
-OLDER_THAN_HOURS = 24.0
-"""Longer than any process takes from writing an object to referring to it, clock skew included."""
 
 _FOLDERS_OF_RECORDS = (
     keys.RECORDS,

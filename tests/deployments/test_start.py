@@ -31,8 +31,8 @@ def _loaded(module: str, names: list[str]) -> list[str]:
     ("module", "names"),
     [
         ("deployments.cli.temporary_server", ["deployments.cli.commands", "typer", "storage"]),
-        ("deployments.cli.commands", ["torch", "prefect"]),
-        ("deployments.recipe", ["torch.distributed.fsdp", "torch.utils.tensorboard", "prefect"]),
+        ("deployments.cli.commands", ["torch", "transformers", "prefect", "zarr", "pyarrow"]),
+        ("deployments.recipe", ["torch", "transformers", "prefect", "pyarrow"]),
     ],
 )
 def test_an_import_does_not_load(module: str, names: list[str]) -> None:

@@ -17,7 +17,8 @@ import pytest
 from eagle_core.atomic_files import atomic_file, atomic_folder, disk_errors, write_text
 from eagle_core.data.ledger import Change
 from eagle_core.data.ledger_writer import LedgerWriter
-from eagle_core.draft.export import ExportConfig, ServedTarget, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.draft.vocabulary import DraftVocabulary
 from eagle_core.errors import DiskError
 from eagle_core.samples import TokenizedSample, sample_id

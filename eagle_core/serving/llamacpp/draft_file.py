@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from eagle_core.atomic_files import atomic_folder
-from eagle_core.draft.export import ExportConfig, ServedTarget, export, require_own
+from eagle_core.draft.export import ServedTarget, export, require_own
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.draft.importing import read_draft_config
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.readers import require_reader

@@ -12,7 +12,8 @@ import httpx
 import torch
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import SamplingLimits, stream_seed
+from eagle_core.decoding.sampling import stream_seed
+from eagle_core.decoding.sampling_limits import SamplingLimits
 from eagle_core.decoding.trace import GenerationTrace, until_stop
 from eagle_core.errors import ConfigError, TransientError
 from eagle_core.serving.engine import Launch

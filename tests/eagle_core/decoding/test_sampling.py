@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eagle_core.decoding.config import DecodingConfig
-from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits, pick_token, stream_seed
+from eagle_core.decoding.sampling import pick_token, stream_seed
+from eagle_core.decoding.sampling_limits import NO_LIMITS, SamplingLimits
 from eagle_core.decoding.speculative import generate_plain
 from tests.eagle_core.decoding.float64_target import load_float64_target
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig
 
-from eagle_core.draft.export import ExportConfig, ExportLayout, ServedTarget, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig, ExportLayout
 from eagle_core.draft.importing import read_draft, warm_start
 from eagle_core.draft.kv_cache import DraftCache
 from eagle_core.draft.layout import expected_shapes

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from eagle_core.draft.config import DraftConfig
-from eagle_core.draft.export import ExportConfig, ServedTarget, TensorLayout, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig, TensorLayout
 from eagle_core.draft.importing import ImportedDraft, read_draft
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from eagle_core.draft.export import ExportConfig, ServedTarget, TensorLayout, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig, TensorLayout
 from eagle_core.draft.importing import read_draft, read_draft_config, require_fit, warm_start
 from eagle_core.draft.layout import EMBEDDING, HEAD
 from eagle_core.draft.model import DraftModel

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from eagle_core.decoding.chain_drafter import ChainDrafter, Proposal
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import generate_speculative
-from eagle_core.draft.export import ExportConfig, ServedTarget, TensorLayout, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig, TensorLayout
 from eagle_core.draft.model import DraftModel
 from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel

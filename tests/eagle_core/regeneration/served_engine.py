@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from eagle_core.decoding.sampling import SamplingLimits
+from eagle_core.decoding.sampling_limits import SamplingLimits
 from eagle_core.serving.engine import EngineDecoder, Launch
 from eagle_core.serving.served import Served
 

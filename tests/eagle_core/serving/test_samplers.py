@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_core.decoding.sampling import NO_LIMITS, SamplingLimits
+from eagle_core.decoding.sampling_limits import NO_LIMITS, SamplingLimits
 from eagle_core.serving.engine import Engine
 from eagle_core.serving.llamacpp.server import LlamaCppEngine
 from eagle_core.serving.served import Served

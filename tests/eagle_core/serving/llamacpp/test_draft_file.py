@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from eagle_core.draft.export import ExportConfig, ServedTarget
+from eagle_core.draft.export import ServedTarget
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.errors import ConfigError
 from eagle_core.serving.llamacpp import installed
 from eagle_core.serving.llamacpp.draft_file import export_gguf

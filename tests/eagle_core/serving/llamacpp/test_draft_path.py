@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from eagle_core.draft.export import ExportConfig, ServedTarget, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.serving.llamacpp import gguf, installed
 from eagle_core.serving.llamacpp.server import LlamaCppEngine, draft_path
 from eagle_core.serving.served import Served

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import generate_speculative
 from eagle_core.decoding.trace import GenerationTrace
-from eagle_core.draft.export import ExportConfig, ServedTarget, export
+from eagle_core.draft.export import ServedTarget, export
+from eagle_core.draft.export_config import ExportConfig
 from eagle_core.draft.model import DraftModel
 from eagle_core.draft.readers import lacking
 from eagle_core.evaluation.measure_engine import engine_server
