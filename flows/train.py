@@ -46,7 +46,8 @@ from flows.tasks.run_training import run_attempt, run_training
 from flows.tasks.training_data import TrainingData, held_by_run, training_data
 from flows.workers.machines import is_first_machine, open_meeting
 from flows.workers.ranks import train_ranks
-from flows.workers.train_worker import RunOfMachines, TrainJob, open_sources
+from flows.workers.run_of_machines import RunOfMachines
+from flows.workers.train_worker import TrainJob, open_sources
 from flows.workspace import DEFAULT_HOME, RunName, Workspace
 from storage.records.snapshot import Snapshot
 from storage.store import Store

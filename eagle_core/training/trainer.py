@@ -8,8 +8,6 @@ of the step.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from torch import Tensor
 
 from eagle_core.bfloat16 import require_finite
 from eagle_core.draft.model import DraftModel
-from eagle_core.errors import CorruptError
 from eagle_core.samples import SampleSource
 from eagle_core.tracking.tracker import Tracker
 from eagle_core.training import checkpoint
@@ -27,18 +24,12 @@ from eagle_core.training.checkpoint import Checkpoint
 from eagle_core.training.config import TrainingConfig
 from eagle_core.training.decoded_points import read_points
 from eagle_core.training.device_copies import device_copies
-from eagle_core.training.distributed import Processes, join_processes, whole, without_sync
+from eagle_core.training.distributed import Processes, join_processes, whole
 from eagle_core.training.draft_decoding import Decoder, DraftDecoding
-from eagle_core.training.flex_attention import require_agreement
-from eagle_core.training.loader import LoadedStep, LoaderState, steps
-from eagle_core.training.optimizers import (
-    make_optimizers,
-    restore_state,
-    set_learning_rate,
-    state_tensors,
-)
-from eagle_core.training.packing import PackedBatch
-from eagle_core.training.pieces import PieceReader, Windows
+from eagle_core.training.loader import LoaderState, steps
+from eagle_core.training.optimizer_step import OptimizerStep
+from eagle_core.training.optimizers import restore_state, state_tensors
+from eagle_core.training.pieces import Windows
 from eagle_core.training.precision import dtype_name, multiplying_dtype
 from eagle_core.training.result import Best, Metrics, Progress, TrainingResult
 from eagle_core.training.schedule import (
@@ -53,7 +44,7 @@ from eagle_core.training.schedule import (
 )
 from eagle_core.training.stop_request import stop_request
 from eagle_core.training.throughput import ThroughputMeter
-from eagle_core.training.ttt import TttModule, TttOutcome, fuses_attention, loss_totals, with_plan
+from eagle_core.training.ttt import TttOutcome
 from eagle_core.training.validation import held_out_batches, measure
 
 
@@ -119,9 +110,8 @@ class _Run:
     ) -> None:
         self.config, self.draft, self.source, self.held_out = config, draft, source, held_out
         self.run_path, self.processes = run_path, processes
-        self.dtype = multiplying_dtype(config.dtype, draft.lm_head.weight.device)
-        self.target_head = draft.draft_rows(target_lm_head, self.dtype)
         self.windows = Windows.of(config, draft.config)
+        self.dtype = multiplying_dtype(config.dtype, draft.lm_head.weight.device)
         self.identity = _identity(config, draft, source, self.dtype)
         self.step = 0
         self.loader = LoaderState(source_id=source.source_id, seed=config.seed)
@@ -130,18 +120,11 @@ class _Run:
         self.best_length = 0.0
         """Largest held-out length of the existing checkpoints."""
         self.decay = self._resume_weights(planned)
-        if fuses_attention(self.config, self._device):
-            require_agreement(
-                num_heads=draft.config.num_attention_heads,
-                num_kv_heads=draft.config.num_key_value_heads,
-                head_dim=draft.config.head_dim,
-                dtype=self.dtype,
-                device=self._device,
-                window=draft.config.sliding_window,
-            )
-        self.module = processes.parallel(TttModule(draft, self.config), config.sharding)
-        self.trained = [p for p in draft.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(draft, config)
+        target_head = draft.draft_rows(target_lm_head, self.dtype)
+        self.optimizer_step = OptimizerStep(
+            config, draft, target_head, source, self.windows, processes
+        )
+        self.optimizers = self.optimizer_step.optimizers
         if self.saved is not None:
             restore_state(self.optimizers, draft, checkpoint.load_optimizer(self.saved))
 
@@ -192,7 +175,7 @@ class _Run:
                 world_size=self.processes.world_size,
             ),
             device_copies(self._device),
-            self._planned,
+            self.optimizer_step.planned,
         )
         decoding = DraftDecoding(
             decoder,
@@ -212,7 +195,11 @@ class _Run:
         ):
             with meter.waiting():
                 loaded = next(stream)
-            outcomes, rate = self._one_step(loaded)
+            rate = learning_rate(self.config, self.step, self.decay)
+            outcomes = self.optimizer_step.take(
+                loaded, rate=rate, name=f"step {self.step + 1}", cure=self._remedy
+            )
+            self.step, self.loader = self.step + 1, loaded.after
             meter.add(loaded)
             self._update_metrics(outcomes)
             on_progress(Progress(step=self.step, loss=self._last_metrics.loss))
@@ -275,67 +262,6 @@ class _Run:
             return self.step >= self.config.max_steps
         return self.loader.epoch >= self.config.epochs
 
-    def _one_step(self, loaded: LoadedStep) -> tuple[list[TttOutcome], float]:
-        rate = learning_rate(self.config, self.step, self.decay)
-        set_learning_rate(self.optimizers, rate)
-        own = [batch.to(self._device) for batch in loaded.batches]
-        counts = [loss_totals(self.draft.t2d, batch, self.config) for batch in own]
-        totals = self.processes.total(sum(counts, self._zeros))
-        outcomes = [
-            self._backward(batch, totals, is_last=number == loaded.most_batches - 1)
-            for number, batch in enumerate(own)
-        ]
-        for number in range(len(own), loaded.most_batches):
-            # All processes must synchronise equally often: one with fewer batches adds a batch
-            # times zero.
-            self._backward(self._filler, None, is_last=number == loaded.most_batches - 1)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        self._require_finite(own, [outcome.loss for outcome in outcomes], whole(norm))
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.loader = loaded.after
-        return outcomes, rate
-
-    def _backward(self, batch: PackedBatch, totals: Tensor | None, *, is_last: bool) -> TttOutcome:
-        with nullcontext() if is_last else without_sync(self.module):
-            outcome = self._forward(batch, self.target_head, totals)
-            factor = 0 if totals is None else self.processes.world_size  # gradients are averaged
-            (outcome.loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
-        return outcome
-
-    def _forward(
-        self, batch: PackedBatch, target_head: Tensor, totals: Tensor | None = None
-    ) -> TttOutcome:
-        is_mixed = self.dtype != torch.float32
-        with torch.autocast(self._device.type, dtype=self.dtype, enabled=is_mixed):
-            outcome: TttOutcome = self.module(batch, target_head, totals)
-        return outcome
-
-    def _require_finite(
-        self, batches: Sequence[PackedBatch], losses: Sequence[Tensor], norm: Tensor
-    ) -> None:
-        """Raise unless losses and gradient are finite on all processes, before a weight changes.
-
-        All are looked at together, so that a GPU is waited for once.
-        """
-        finite = torch.stack([torch.isfinite(value.detach()) for value in (norm, *losses)])
-        if not self.processes.any(not finite.all()):
-            return
-        for batch, loss in zip(batches, losses, strict=True):
-            if not torch.isfinite(loss):
-                self._raise_not_finite([batch], f"the loss is {loss.item()}")
-        self._raise_not_finite(batches, f"the gradient has norm {norm.item()}")
-
-    def _raise_not_finite(self, batches: Sequence[PackedBatch], what: str) -> None:
-        names = dict.fromkeys(name for batch in batches for name in batch.sample_ids)
-        origins = ", ".join(f"{name} ({self.source.origin(name)})" for name in names)
-        raise CorruptError(
-            f"step {self.step + 1}: {what} on samples {origins}, or is not finite on another "
-            f"process; no weight was changed. {self._remedy}"
-        )
-
     @property
     def _remedy(self) -> str:
         newest = f"The newest checkpoint is {self.saved}. " if self.saved else ""
@@ -347,21 +273,7 @@ class _Run:
 
     @property
     def _device(self) -> torch.device:
-        return self.target_head.device
-
-    @cached_property
-    def _planned(self) -> Callable[[PackedBatch], PackedBatch]:
-        """Returns a batch with the plan of its step."""
-        return partial(with_plan, t2d=self.draft.t2d.cpu(), options=self.config)
-
-    @cached_property
-    def _filler(self) -> PackedBatch:
-        piece = self.windows.pieces(self.source.lengths[:1])[:1]
-        return self._planned(PieceReader(self.source).read(piece)).to(self._device)
-
-    @cached_property
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.config.ttt_length, device=self._device)
+        return self.optimizer_step.device
 
     def _update_metrics(self, outcomes: Sequence[TttOutcome]) -> None:
         losses = torch.stack([o.loss.detach().float() for o in outcomes]).sum() if outcomes else 0.0
@@ -378,7 +290,8 @@ class _Run:
 
     def _summed(self, values: Iterable[Tensor]) -> Tensor:
         """Return [L] the sum over this process's batches and over all processes."""
-        return self.processes.total(sum(values, self._zeros))
+        zeros = torch.zeros(self.config.ttt_length, device=self._device)
+        return self.processes.total(sum(values, zeros))
 
     def _measure(self, tracker: Tracker) -> bool:
         """Measure on the held-out split; return whether the draft is the best so far."""
@@ -390,7 +303,7 @@ class _Run:
             batch_tokens=self.config.batch_tokens,
             max_tokens=self.config.held_out_tokens,
         )
-        found = measure(self._forward, batches, self.target_head)
+        found = measure(self.optimizer_step.forward, batches, self.optimizer_step.target_head)
         self.metrics = dataclasses.replace(
             self._last_metrics,
             held_out_step=self.step,

@@ -13,7 +13,7 @@ from flows.orchestration.stage_report import print_stage
 from flows.summaries import TrainSummary
 from flows.tasks.prepare import prepare_weights
 from flows.workers.ranks import take_part
-from flows.workers.train_worker import RunOfMachines
+from flows.workers.run_of_machines import RunOfMachines
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from eagle_core.training.result import Progress, TrainingResult
 from eagle_core.training.stop_request import on_sigterm
 from flows.errors import ChildKilledError, MachinesApartError, TrainingStoppedError
 from flows.workers.machines import GLOO_INTERFACE, Meeting, find_meeting, interface_of
+from flows.workers.run_of_machines import RunOfMachines
 from flows.workers.torchrun import run_ranks
-from flows.workers.train_worker import RankLine, RankRequest, RunOfMachines, TrainJob
+from flows.workers.train_worker import RankLine, RankRequest, TrainJob
 
 _APART = ("RendezvousTimeoutError", "RendezvousClosedError", "RendezvousConnectionError")
 """torchrun's errors if machines do not meet; the name of one is in its last output."""

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import CorruptError
-from eagle_core.training import checkpoint, trainer
+from eagle_core.training import checkpoint, optimizer_step
 from eagle_core.training.config import TrainingConfig, TttConfig
 from eagle_core.training.distributed import whole
+from eagle_core.training.optimizer_step import OptimizerStep
 from eagle_core.training.optimizers import make_optimizers, state_tensors
 from eagle_core.training.packing import PackedBatch, pack
 from eagle_core.training.ttt import TttOutcome, ttt_step
@@ -162,7 +163,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_state_and_checkpoint(
         "tests.eagle_core.training.test_trainer.random_draft", lambda: (draft, head)
     )
     seen = Watch(draft)
-    monkeypatch.setattr(trainer, "make_optimizers", seen.make_optimizers)
+    monkeypatch.setattr(optimizer_step, "make_optimizers", seen.make_optimizers)
     draft.fc.weight.register_hook(seen.break_at(4))
     with pytest.raises(CorruptError, match=r"step 4: the gradient has norm nan.*newest.*00000002"):
         run(tmp_path, config)
@@ -218,7 +219,6 @@ import json, sys
 from pathlib import Path
 import pytest
 from eagle_core.errors import CorruptError
-from eagle_core.training import trainer
 from eagle_core.training.distributed import join_processes
 from tests.eagle_core.training import test_edges
 from tests.eagle_core.training.test_trainer import CONFIG, run
@@ -238,21 +238,22 @@ def require_stop(path: Path, config: TrainingConfig, rank: int) -> None:
         draft, head = random_draft()
         patch.setattr("tests.eagle_core.training.test_trainer.random_draft", lambda: (draft, head))
         seen = Watch(draft)
-        patch.setattr(trainer, "make_optimizers", seen.make_optimizers)
-        backward = trainer._Run._backward
+        patch.setattr(optimizer_step, "make_optimizers", seen.make_optimizers)
+        backward, numbers = OptimizerStep._backward, itertools.count(1)  # one batch in each step
 
         def broken(
-            self: trainer._Run, batch: PackedBatch, totals: Tensor | None, *, is_last: bool
+            self: OptimizerStep, batch: PackedBatch, totals: Tensor | None, *, is_last: bool
         ) -> TttOutcome:
             outcome = backward(self, batch, totals, is_last=is_last)
-            if self.step == 3:
+            if next(numbers) == 4:
                 seen.remember()
                 if rank == 1:
-                    assert self.trained[0].grad is not None
-                    whole_or_shard(self.trained[0].grad).fill_(torch.nan)
+                    gradient = next(p for p in draft.parameters() if p.requires_grad).grad
+                    assert gradient is not None
+                    whole_or_shard(gradient).fill_(torch.nan)
             return outcome
 
-        patch.setattr(trainer._Run, "_backward", broken)
+        patch.setattr(OptimizerStep, "_backward", broken)
         with pytest.raises(CorruptError, match=r"step 4: the gradient has norm .*no weight was"):
             run(path, config)
         seen.require_unchanged()

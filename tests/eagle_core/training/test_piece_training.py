@@ -16,6 +16,7 @@ from eagle_core.errors import MismatchError
 from eagle_core.training import checkpoint, trainer
 from eagle_core.training.checkpoint import STATE
 from eagle_core.training.config import WHOLE_SAMPLES, TrainingConfig
+from eagle_core.training.optimizer_step import OptimizerStep
 from eagle_core.training.packing import PackedBatch
 from eagle_core.training.pieces import Windows
 from eagle_core.training.schedule import RunSteps
@@ -42,13 +43,13 @@ LONG = CONFIG.model_copy(update={"batch_tokens": 32, "max_steps": None, "epochs"
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each batch that training and measuring computed on."""
     found: list[int] = []
-    forward: Callable[..., Any] = trainer._Run._forward
+    forward: Callable[..., Any] = OptimizerStep.forward
 
     def recorded(self: Any, batch: PackedBatch, *given: Any) -> Any:
         found.append(batch.num_tokens)
         return forward(self, batch, *given)
 
-    monkeypatch.setattr(trainer._Run, "_forward", recorded)
+    monkeypatch.setattr(OptimizerStep, "forward", recorded)
     return found
 
 

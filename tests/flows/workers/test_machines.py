@@ -26,7 +26,7 @@ from flows.workers.machines import (
     is_first_machine,
     open_meeting,
 )
-from flows.workers.train_worker import RunOfMachines
+from flows.workers.run_of_machines import RunOfMachines
 
 ELSEWHERE = "192.0.2.1"
 """An address for documentation: no machine's."""
