@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-XXXXXXXX` with `draft.safetensors`,
 `optimizer.safetensors` and `state.json`. It is written under a temporary name, synced and renamed.
 `state.json` records size and digest of the other two files; a checkpoint that does not match is
-skipped with a warning. A checkpoints folder that cannot be listed is an error: the run would look
+skipped with a warning. A process reads each file once to check it, and again if it was written
+since. A checkpoints folder that cannot be listed is an error: the run would look
 as if it had not started.
 """
 
@@ -13,8 +14,9 @@ import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
@@ -328,7 +330,7 @@ def _find_damage(folder: Path) -> str | None:
     if folder.name != f"step-{state.step:08d}":
         return f"{STATE} records step {state.step}"
     for name in (WEIGHTS_NAME, _OPTIMIZER):
-        if _size_and_digest(folder / name) != state.files.get(name):
+        if _checked(_FileVersion.of(folder / name)) != state.files.get(name):
             return f"{name} does not match {STATE}"
     return None
 
@@ -343,3 +345,34 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _size_and_digest(path: Path) -> tuple[int, str]:
     return path.stat().st_size, file_digest(path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FileVersion:
+    """A file's content, as the file system tells it from others: every write changes it."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Return the content that a file has now."""
+        found = path.stat()
+        return cls(
+            path=path,
+            device=found.st_dev,
+            inode=found.st_ino,
+            size=found.st_size,
+            modified_ns=found.st_mtime_ns,
+            changed_ns=found.st_ctime_ns,
+        )
+
+
+@lru_cache(maxsize=64)
+def _checked(version: _FileVersion) -> tuple[int, str]:
+    """Return size and digest; read once in a process, as gigabytes take seconds."""
+    return _size_and_digest(version.path)

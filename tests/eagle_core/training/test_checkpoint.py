@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,41 @@ def test_an_odd_record_is_damage_and_the_one_before_is_used(
     assert f"{second.name} is damaged" in caplog.text
     (second / "state.json").write_text("[]")
     assert checkpoint.newest(tmp_path) == first
+
+
+def test_a_checkpoint_is_read_once_to_check_it(
+    two_checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a large draft have gigabytes; each save and each start asks several times."""
+    first, second = two_checkpoints
+    read: list[Path] = []
+    digest = checkpoint.file_digest
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "file_digest", counted)
+    for _ in range(3):
+        assert checkpoint.sound_folders(tmp_path) == [second, first]
+        assert checkpoint.newest(tmp_path) == second
+    # The first one was read when the second was saved.
+    assert sorted(read) == [second / "draft.safetensors", second / "optimizer.safetensors"]
+
+
+def test_damage_after_a_check_is_seen(
+    two_checkpoints: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if the size and the time of the last change by its owner stay."""
+    first, second = two_checkpoints
+    weights = second / "draft.safetensors"
+    assert checkpoint.newest(tmp_path) == second
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert checkpoint.newest(tmp_path) == first
+    assert f"{second.name} is damaged" in caplog.text
 
 
 def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(
