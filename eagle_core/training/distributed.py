@@ -11,18 +11,22 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, typed
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eagle_core.errors import TransientError
 from eagle_core.training.config import Sharding
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+# FSDP2 and DTensor take a second to import, and only sharded training needs them.
 
 _OWN_KEYS = "eyas"
 _FIRST_RANK = "rank of the first machine"
@@ -54,6 +58,8 @@ class Processes:
             return module
         if sharding == "replicate":
             return DistributedDataParallel(module)
+        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 (see above)
+
         fully_shard(module)
         return module
 
@@ -132,6 +138,8 @@ def join_processes(
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         yield Processes(rank=rank, world_size=world_size)
         return
+    import torch.distributed.fsdp  # noqa: PLC0415 (imported later, it would keep the connections)
+
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     board: Store | None = None
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
@@ -219,13 +227,15 @@ def without_sync(module: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which a backward pass only adds to this process's own gradients."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
-    if isinstance(module, FSDPModule):
-        return _unsynced(module)
-    return nullcontext()
+    if not distributed.is_initialized():
+        return nullcontext()
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 (see above)
+
+    return _unsynced(module) if isinstance(module, FSDPModule) else nullcontext()
 
 
 @contextmanager
-def _unsynced(module: FSDPModule) -> Iterator[None]:
+def _unsynced(module: "FSDPModule") -> Iterator[None]:
     module.set_requires_gradient_sync(requires_gradient_sync=False)
     try:
         yield
@@ -235,15 +245,27 @@ def _unsynced(module: FSDPModule) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the unsharded tensor; every process must call this at the same time."""
+    if _is_plain(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 (see above)
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return `tensor` on the device of `parameter`, with the same sharding."""
     moved = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) and moved.ndim:
+    if _is_plain(parameter) or not moved.ndim:
+        return moved
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415 (see above)
+
+    if isinstance(parameter, DTensor):
         return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
     return moved
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in {Tensor, nn.Parameter}
 
 
 def _device() -> torch.device:

@@ -33,6 +33,7 @@ def _loaded(module: str, names: list[str]) -> list[str]:
         ("deployments.cli.temporary_server", ["deployments.cli.commands", "typer", "storage"]),
         ("deployments.cli.commands", ["torch", "transformers", "prefect", "zarr", "pyarrow"]),
         ("deployments.recipe", ["torch", "transformers", "prefect", "pyarrow"]),
+        ("flows.train", ["torch.distributed.fsdp", "torch._dynamo", "torch.utils.tensorboard"]),
     ],
 )
 def test_an_import_does_not_load(module: str, names: list[str]) -> None:
