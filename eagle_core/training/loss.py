@@ -23,7 +23,7 @@ from eagle_core.training.config import Objective
 
 CHUNK_ROWS = 1024
 TILE_BYTES = 1 << 21
-_ADDED_ROWS = 500
+_ADDED_TOKENS = 512
 _NUM_METRICS = 4
 
 
@@ -140,7 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
         turn_into_gradient = _compiled() if task.compiled else _turn_into_gradient
         grad_hidden = torch.empty_like(hidden) if task.wants_gradient else None
         is_trained = task.wants_gradient and task.trains_head
-        grad_head = torch.zeros_like(head) if is_trained else None
+        grad_head = _HeadGradient(head, hidden) if is_trained else None
         compute_head = head.to(hidden.dtype)
         spans = _Spans(teacher)
         logits_buffer = hidden.new_empty(spans.longest(CHUNK_ROWS), len(head))
@@ -156,18 +156,19 @@ class _ChunkedLoss(torch.autograd.Function):
                     teacher.logsumexp[tile.tokens],
                     local,
                     teacher.draft_argmax[tile.tokens][local],
-                    weights[tile.rows],
                     task.objective,
                     task.lk_eta,
                     measures_acceptance=task.measures_acceptance,
                 )
                 for metric, values in zip(metrics, tile_metrics, strict=True):
                     metric[tile.rows] = values
+            factors = weights[chunk.rows].unsqueeze(-1)
             if grad_hidden is not None:
                 torch.mm(logits, compute_head, out=grad_hidden[chunk.rows])
+                grad_hidden[chunk.rows].mul_(factors)
             if grad_head is not None:
-                _add_product(grad_head, logits, states)
-        ctx.gradients = grad_hidden, grad_head
+                grad_head.add(logits, (states * factors).to(states.dtype))
+        ctx.gradients = grad_hidden, None if grad_head is None else grad_head.total()
         ctx.mark_non_differentiable(*metrics)
         return (weights * metrics[-1]).sum(), *metrics
 
@@ -182,18 +183,45 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_head, None, None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T [D, r] times right [r, H] to `total` [D, H], some rows at a time.
+class _HeadGradient:
+    """[D, H] the sum, over chunks of r rows, of slopes^T [D, r] times states [r, H].
 
     A low-precision product is widened while it is in the cache: adding all of it at once takes a
-    third as long as the multiplication.
+    third as long as the multiplication. On a CPU the sum is kept transposed, since products of
+    slopes in their own order are made 1.6 times as fast.
     """
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
-        return
-    for first in range(0, len(total), _ADDED_ROWS):
-        rows = slice(first, first + _ADDED_ROWS)
-        total[rows].add_(left[:, rows].T @ right)
+
+    def __init__(self, head: Tensor, states: Tensor) -> None:
+        """Begin with zeros for `head` [D, H], from states of this dtype."""
+        is_low = states.dtype != head.dtype
+        self._is_transposed = is_low and head.device.type == "cpu"
+        self._adds_parts = is_low
+        self._sum = torch.zeros_like(head.T if self._is_transposed else head)
+
+    def add(self, slopes: Tensor, states: Tensor) -> None:
+        """Add the product of one chunk."""
+        if not self._adds_parts:
+            self._sum.addmm_(slopes.T, states)
+            return
+        states_t = states.T.contiguous() if self._is_transposed else states
+        for part in _parts(slopes.shape[1]):
+            if self._is_transposed:
+                self._sum[:, part].add_(states_t @ slopes[:, part])
+            else:
+                self._sum[part].add_(slopes[:, part].T @ states)
+
+    def total(self) -> Tensor:
+        """Return the sum, [D, H]."""
+        if not self._is_transposed:
+            return self._sum
+        total = self._sum.new_empty(self._sum.shape[::-1])
+        for part in _parts(len(total)):  # in the cache: three times as fast as all at once
+            total[part] = self._sum[:, part].T
+        return total
+
+
+def _parts(num_tokens: int) -> Iterator[slice]:
+    return (slice(n, n + _ADDED_TOKENS) for n in range(0, num_tokens, _ADDED_TOKENS))
 
 
 def _turn_into_gradient(
@@ -202,13 +230,12 @@ def _turn_into_gradient(
     logsumexp: Tensor,
     local: Tensor,
     draft_argmax: Tensor,
-    weights: Tensor,
     objective: Objective,
     lk_eta: float,
     *,
     measures_acceptance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrite logits [r, D] with the loss's derivative; return the metrics of the rows.
+    """Overwrite logits [r, D] with the objective's derivative; return the metrics of the rows.
 
     Few passes over few rows: a tile stays in the processor's cache, and only the softmax
     exponentiates.
@@ -219,7 +246,6 @@ def _turn_into_gradient(
         logsumexp: [u] of the target's full vocabulary.
         local: [r] index of a row's teacher token in the tile.
         draft_argmax: [r] draft id of the target's argmax, or -1.
-        weights: [r]
         objective: the loss of a row.
         lk_eta: of `lk_hybrid`.
         measures_acceptance: whether to compute it; all objectives but `cross_entropy` need it.
@@ -257,7 +283,7 @@ def _turn_into_gradient(
             k = torch.exp(-lk_eta * acceptance)
             minimised = k * cross_entropy + (1 - k) * (1 - acceptance)
             slope = torch.lerp(rejection_slope, q.sub_(p), k.unsqueeze(-1))
-    logits.copy_(slope.mul_(weights.unsqueeze(-1)))
+    logits.copy_(slope)
     return cross_entropy, correct.to(acceptance.dtype), acceptance, minimised
 
 

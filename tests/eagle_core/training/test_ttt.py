@@ -209,19 +209,19 @@ def test_a_batch_without_supervised_token_gives_zero_loss_and_no_nan(
 
 
 @pytest.mark.parametrize(
-    ("added_rows", "variant"),
+    ("added_tokens", "variant"),
     [
         (7, {}),
-        (500, {}),
-        (500, {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}),
-        (500, {"qk_norm": True, "sliding_window": 4, "rope_scaling": YARN}),
-        (500, {"norm_before_fc": True, "norm_before_residual": True}),
+        (512, {}),
+        (512, {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}),
+        (512, {"qk_norm": True, "sliding_window": 4, "rope_scaling": YARN}),
+        (512, {"norm_before_fc": True, "norm_before_residual": True}),
     ],
 )
 def test_bfloat16_comes_near_float32(
-    added_rows: int, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    added_tokens: int, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eagle_core.training.loss._ADDED_ROWS", added_rows)
+    monkeypatch.setattr("eagle_core.training.loss._ADDED_TOKENS", added_tokens)
     draft, batch, head = random_case(5, [20, 13], **variant)
     draft, head = draft.float(), head.float()
     for parameter in draft.parameters():
