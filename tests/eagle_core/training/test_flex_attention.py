@@ -79,7 +79,7 @@ def test_a_right_kernel_is_taken(
 def test_a_wrong_kernel_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr("eagle_core.training.trainer.fuses_attention", lambda *_: True)
+    monkeypatch.setattr("eagle_core.training.optimizer_step.fuses_attention", lambda *_: True)
     monkeypatch.setattr(KERNEL, lambda: _changed(change))
     with pytest.raises(ConfigError, match=r"FlexAttention differs by .* set training\.compile"):
         run(tmp_path)
