@@ -7,7 +7,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Self
 
-_Identity = tuple[int, ...]
+FileIdentity = tuple[int, ...]
 """Device, inode, bytes, and nanoseconds of the change of the content and of anything else."""
 
 
@@ -18,14 +18,14 @@ class FolderState:
     folder: Path
     resolved: Path
     """Where the folder is, if it is a link."""
-    files: tuple[tuple[str, _Identity], ...]
+    files: tuple[tuple[str, FileIdentity], ...]
     """Path below the folder and which file or folder it is, in order."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
         """Return the present state; links are followed, as in the hub's cache."""
         resolved = folder.resolve()
-        found = ((path, _identity(path)) for path in _paths(resolved))
+        found = ((path, file_identity(path)) for path in _paths(resolved))
         files = [(str(path.relative_to(resolved)), one) for path, one in found if one is not None]
         return cls(folder=folder, resolved=resolved, files=tuple(sorted(files)))
 
@@ -36,7 +36,7 @@ def _paths(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in [*folders, *files])
 
 
-def _identity(path: Path) -> _Identity | None:
+def file_identity(path: Path) -> FileIdentity | None:
     """Return which file it is; None if it cannot be read, or vanished, as temporary files do.
 
     Of a folder, which may be a link, only what it is: its files have states of their own.

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,7 @@ from eagle_core.bfloat16 import require_finite
 from eagle_core.draft.layout import EMBEDDING
 from eagle_core.draft.model import DraftModel
 from eagle_core.errors import ConfigError, MismatchError
+from eagle_core.target.folder_state import FileIdentity, file_identity
 from eagle_core.training.config import WHOLE_SAMPLES, BestBy
 from eagle_core.training.decoded_points import decoded_lengths
 from eagle_core.training.loader import LoaderState
@@ -330,7 +331,7 @@ def _find_damage(folder: Path) -> str | None:
     if folder.name != f"step-{state.step:08d}":
         return f"{STATE} records step {state.step}"
     for name in (WEIGHTS_NAME, _OPTIMIZER):
-        if _checked(_FileVersion.of(folder / name)) != state.files.get(name):
+        if _checked(folder / name, file_identity(folder / name)) != state.files.get(name):
             return f"{name} does not match {STATE}"
     return None
 
@@ -347,32 +348,7 @@ def _size_and_digest(path: Path) -> tuple[int, str]:
     return path.stat().st_size, file_digest(path)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _FileVersion:
-    """A file's content, as the file system tells it from others: every write changes it."""
-
-    path: Path
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """Return the content that a file has now."""
-        found = path.stat()
-        return cls(
-            path=path,
-            device=found.st_dev,
-            inode=found.st_ino,
-            size=found.st_size,
-            modified_ns=found.st_mtime_ns,
-            changed_ns=found.st_ctime_ns,
-        )
-
-
 @lru_cache(maxsize=64)
-def _checked(version: _FileVersion) -> tuple[int, str]:
+def _checked(path: Path, _identity: FileIdentity | None) -> tuple[int, str]:
     """Return size and digest; read once in a process, as gigabytes take seconds."""
-    return _size_and_digest(version.path)
+    return _size_and_digest(path)
