@@ -196,7 +196,8 @@ class _HeadGradient:
         is_low = states.dtype != head.dtype
         self._is_transposed = is_low and head.device.type == "cpu"
         self._adds_parts = is_low
-        self._sum = torch.zeros_like(head.T if self._is_transposed else head)
+        # Not `zeros_like` of a transposed head, which would have the order of the head's memory.
+        self._sum = head.new_zeros(head.shape[::-1] if self._is_transposed else head.shape)
 
     def add(self, slopes: Tensor, states: Tensor) -> None:
         """Add the product of one chunk."""
@@ -215,8 +216,8 @@ class _HeadGradient:
         if not self._is_transposed:
             return self._sum
         total = self._sum.new_empty(self._sum.shape[::-1])
-        for part in _parts(len(total)):  # in the cache: three times as fast as all at once
-            total[part] = self._sum[:, part].T
+        for part in _parts(len(total)):  # in the cache
+            total[part] = self._sum[:, part].contiguous().T
         return total
 
 
